@@ -1,0 +1,81 @@
+"""The pytrees that flow through a training step, and nothing else.
+
+Axis letters, used everywhere in the package:
+
+  P   prompts in a step            K   responses per prompt (a group)
+  B   trajectories, B = P * K; row p * K + k is sample k of prompt p
+  Lp  padded prompt length         T   maximum response length         L = Lp + T
+  D   hidden size (Dp policy, Dr reward model)                         V   vocabulary
+
+Prompts are padded on the left and responses on the right, so every row starts its response at column Lp.
+Masks are True where something counts, and they come from lengths, never from token ids.
+"""
+
+from typing import Any
+
+import jax
+from flax import struct
+
+
+@struct.dataclass
+class Prompts:
+  """One step's prompts."""
+
+  tokens: jax.Array  # i32[P, Lp]   left-padded
+  mask: jax.Array  # bool[P, Lp]  True on real tokens
+  example_id: jax.Array  # i32[P]       which prompt of the data set; part of every sample's random key
+
+
+@struct.dataclass
+class Sequences:
+  """Prompts with their sampled responses."""
+
+  tokens: jax.Array  # i32[B, L]
+  token_mask: jax.Array  # bool[B, L]   True on the prompt's real tokens and on the response up to and with its EOS
+  response_mask: jax.Array  # bool[B, T]   the response part of token_mask
+  has_eos: jax.Array  # bool[B]      False where the length limit cut the response off
+
+
+@struct.dataclass
+class Feedback:
+  """What one forward pass of a policy over `Sequences` says about them."""
+
+  logprobs: jax.Array  # f32[B, T]    of the sampled tokens, at the rollout temperature
+  entropy: jax.Array  # f32[B, T]    of the distribution each token was drawn from, nats
+  hidden: jax.Array  # [B, L, Dp]   policy feedback h: last layer after the final norm, or the configured layer
+  last_hidden: jax.Array  # [B, T, Dp]   what the language-model head read to predict each response token
+
+
+@struct.dataclass
+class Judged:
+  """What the reward model says about `Sequences`."""
+
+  rte: jax.Array  # f32[B, Dr]   reward token embedding, H_last
+  scores: jax.Array  # f32[B]       annotation scores: the reward the policy is trained on
+  scores_frozen: jax.Array  # f32[B]       the frozen reward model's own score of the same rows
+
+
+@struct.dataclass
+class Experience:
+  """What the policy's minibatches slice, all with leading axis B."""
+
+  sequences: Sequences
+  old_logprobs: jax.Array  # f32[B, T]
+  ref_logprobs: jax.Array  # f32[B, T]
+  ref_hidden: jax.Array  # [B, T, Dp]   the reference's last_hidden, for the exact KL
+  advantages: jax.Array  # f32[B, T]
+
+
+@struct.dataclass
+class TrainState:
+  """The whole run as one pytree: donated to the step, saved by the checkpointer."""
+
+  step: jax.Array  # i32[]
+  key: jax.Array  # the run's typed random key; never changes, every use folds in what it is for
+  policy: Any  # nnx.State of models.transformer.Transformer
+  policy_opt: Any
+  ref: Any  # the policy at the start, frozen
+  reward_backbone: Any  # frozen; nnx.State of a Transformer
+  reward_frozen: Any  # frozen; nnx.State of the score head phi as it was before RL
+  reward_head: Any  # trained; nnx.State of models.reward.RewardHead: cross-attention and phi
+  reward_opt: Any
