@@ -1,0 +1,110 @@
+"""Every knob, with its unit. Experiment configs override these; nothing else adds keys (the config is locked)."""
+
+from ml_collections import ConfigDict
+
+
+def optimizer(lr: float) -> ConfigDict:
+  """A section for optim.make_optimizer."""
+  config = ConfigDict()
+  config.optimizer = "adamw"  # "adamw" or "sgd"
+  config.lr = lr  # peak learning rate
+  config.lr_schedule = "constant"  # "constant", "linear" or "cosine" (both to zero at the end)
+  config.warmup_steps = 0  # optimizer updates
+  config.b1 = 0.9
+  config.b2 = 0.99
+  config.adam_eps = 1e-8
+  config.weight_decay = 0.0
+  config.max_grad_norm = 1.0  # clip by global norm; 0 does not clip
+  return config
+
+
+def architecture() -> ConfigDict:
+  """Shape of a model that starts from nothing; see models.arch.ArchConfig. The vocabulary comes from the task."""
+  config = ConfigDict()
+  config.hidden_size = 64
+  config.num_layers = 2
+  config.num_heads = 4
+  config.num_kv_heads = 4  # fewer than num_heads: grouped-query attention
+  config.intermediate_size = 256
+  config.norm = "rms"  # "rms" or "layer"
+  config.activation = "silu"  # "silu", "gelu" or "gelu_tanh"
+  config.gated_mlp = True
+  config.tie_embeddings = False
+  return config
+
+
+def get_config() -> ConfigDict:
+  config = ConfigDict()
+
+  # what to run
+  config.task = "r2m"  # how far to go: "sft", "reward" or "r2m" run the pipeline up to there; "lab" compares seeds
+  config.algorithm = "rloo"  # "rloo" or "grpo"
+  config.variant = "r2m"  # step.VARIANTS; "" runs each of config.arms, side by side from the same checkpoints
+  config.arms = ("vanilla", "scaled", "r2m")
+  config.steps = 120  # RL steps, the paper's T
+  config.seed = 0
+
+  # how to run it
+  config.dtype = "float32"  # of the computation; scores, advantages and losses are at least float32
+  config.param_dtype = "float32"
+  config.mesh = (1, 1, 1)  # devices along (data, fsdp, tensor); one of them may be -1
+  config.remat = "none"  # "none", "full" or "dots": what the backward pass computes again
+  config.logits_chunk = 0  # tokens of a row whose logits exist at a time; 0 is all of them
+
+  # sampling
+  config.rollout = ConfigDict()
+  config.rollout.prompts = 16  # n, prompts per step
+  config.rollout.group_size = 8  # K, responses per prompt
+  config.rollout.max_new_tokens = 24  # tokens
+  config.rollout.temperature = 1.0
+
+  # policy and its update
+  config.policy = optimizer(lr=3e-4)
+  config.policy.arch = architecture()
+  config.ppo = ConfigDict()
+  config.ppo.epochs = 2  # k, passes over a step's samples
+  config.ppo.minibatches = 1  # updates per epoch
+  config.ppo.clip_eps = 0.2
+  config.ppo.aggregation = "sequence_sum"  # ops.AGGREGATIONS
+  config.ppo.whiten_advantages = False
+  config.ppo.advantage_eps = 1e-4  # added to the variance by which GRPO divides
+  config.kl = ConfigDict()
+  config.kl.beta = 0.05  # weight of KL(policy || reference) in the loss
+  config.kl.estimator = "auto"  # "exact" over the vocabulary, "k2", or "auto": exact up to 1,024 entries
+
+  # the reward that reads the policy
+  config.r2m = optimizer(lr=1e-4)
+  config.r2m.omega_min = 0.6  # Omega, floor of the weight on the reward model's own embedding (eq. 4)
+  config.r2m.alpha = 0.3  # weight of the group reward entropy (eq. 7)
+  config.r2m.gre_eps = 1e-4  # added to the variance by which eq. 6 divides
+  config.r2m.attention_dim = 64  # d, width of the cross-attention (eq. 3)
+  config.r2m.num_heads = 1
+  config.r2m.feedback_layer = -1  # which layer's states are fed back; -1: the last, after the final norm
+
+  # supervised start
+  config.sft = optimizer(lr=4e-3)
+  config.sft.lr_schedule = "cosine"
+  config.sft.warmup_steps = 100
+  config.sft.examples = 16384
+  config.sft.steps = 1000
+  config.sft.batch_size = 64  # sequences
+
+  # the proxy reward model, fitted on noisy preferences
+  config.reward = optimizer(lr=1e-3)
+  config.reward.lr_schedule = "cosine"
+  config.reward.pairs = 2048
+  config.reward.epochs = 4
+  config.reward.batch_size = 32  # pairs
+  config.reward.choice_temperature = 0.3  # P(a preferred) = sigmoid((gold_a - gold_b) / this)
+  config.reward.label_flip = 0.2  # share of labels then flipped
+  config.reward.heldout_pairs = 512  # with clean gold labels, to measure accuracy
+
+  # what is kept
+  config.log = ConfigDict()
+  config.log.checkpoint_every = 40  # RL steps; the last step is always saved
+  config.log.samples = 12  # rows of the sample table, before and after
+
+  # several seeds, one after another (task = "lab")
+  config.lab = ConfigDict()
+  config.lab.seeds = (0, 1, 2, 3, 4)
+  return config

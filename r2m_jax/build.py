@@ -1,0 +1,120 @@
+"""From a config to the static definitions, the mesh and the run's first TrainState."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from r2m_jax import sharding
+from r2m_jax.models import transformer
+from r2m_jax.models.arch import ArchConfig
+from r2m_jax.models.reward import RewardHead
+from r2m_jax.optim import make_optimizer
+from r2m_jax.step import Defs
+from r2m_jax.types import TrainState
+
+# what a random key is for; folded in where an RL step folds in its number
+KEY_INIT, KEY_PAIRS, KEY_TABLE, KEY_HEAD = range(2**31 - 4, 2**31)
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+  """What a config makes before any weight exists."""
+
+  mesh: Mesh
+  arch: ArchConfig  # of the policy
+  reward_arch: ArchConfig  # of the reward model's backbone
+  defs: Defs
+  rows: NamedSharding  # of arrays whose leading axis is the batch
+
+
+def build(config, mesh: Mesh, *, vocab_size: int) -> Build:
+  """Reads the architecture sections; allocates nothing."""
+  arch = ArchConfig(vocab_size=vocab_size, **config.policy.arch)
+  reward_arch = arch.replace(lm_head=False)
+  kwargs = model_kwargs(config)
+  head = nnx.eval_shape(lambda: make_head(config, arch, reward_arch, jax.random.key(0)))
+  defs = Defs(
+    vocab_size=vocab_size,
+    policy=transformer.abstract(arch, **kwargs)[0],
+    reward_backbone=transformer.abstract(reward_arch, **kwargs)[0],
+    reward_head=nnx.graphdef(head),
+    phi=nnx.graphdef(head.phi),
+    policy_tx=make_optimizer(config.policy, config.steps * config.ppo.epochs * config.ppo.minibatches),
+    reward_tx=make_optimizer(config.r2m, config.steps),
+  )
+  return Build(mesh, arch, reward_arch, defs, NamedSharding(mesh, sharding.BATCH))
+
+
+def make_head(config, arch: ArchConfig, reward_arch: ArchConfig, key: jax.Array) -> RewardHead:
+  """Cross-attention and phi. At least float32, whatever the models run in: scores are."""
+  return RewardHead(
+    arch.hidden_size,
+    reward_arch.hidden_size,
+    config.r2m.attention_dim,
+    config.r2m.num_heads,
+    rngs=nnx.Rngs(key),
+    param_dtype=jnp.promote_types(config.param_dtype, jnp.float32),
+  )
+
+
+def model_kwargs(config) -> dict:
+  return dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype), remat=config.remat)
+
+
+def abstract(make, mesh: Mesh, *args):
+  """Shapes, dtypes and shardings of what `make(*args)` gives; nothing is computed."""
+  tree = jax.eval_shape(make, *args)
+  as_struct = lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+  return jax.tree.map(as_struct, tree, sharding.shardings(tree, mesh))
+
+
+def place(make, mesh: Mesh, *args):
+  """Runs `make(*args)` as one program whose results lie on their shards, each in a buffer of its own."""
+  return jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make, *args), mesh))(*args)
+
+
+def init_policy(config, built: Build, key: jax.Array):
+  """Random weights of the policy, made on their shards."""
+  return place(lambda key: transformer.init(built.arch, key, **model_kwargs(config))[1], built.mesh, key)
+
+
+def init_reward_model(config, built: Build, policy, key: jax.Array):
+  """A reward model {"backbone", "phi"} that starts from the policy's weights, with a score head of zeros."""
+
+  def make(policy, key):
+    backbone = nnx.State({name: value for name, value in policy.items() if name != "lm_head"})
+    phi = nnx.state(make_head(config, built.arch, built.reward_arch, key).phi)
+    return {"backbone": backbone, "phi": jax.tree.map(jnp.zeros_like, phi)}
+
+  return place(make, built.mesh, policy, key)
+
+
+def initial_state(config, built: Build, policy, reward_backbone, phi) -> TrainState:
+  """The run's first TrainState, laid over the mesh. Every part is a buffer of its own: the step donates them all.
+
+  Args:
+    policy: state of the starting policy; the reference is a copy of it.
+    reward_backbone, phi: state of the fitted reward model; phi also stays as the frozen score head.
+  """
+  defs = built.defs
+
+  def make(key, policy, reward_backbone, phi):
+    head = make_head(config, built.arch, built.reward_arch, jax.random.fold_in(key, KEY_HEAD))
+    nnx.update(head.phi, phi)
+    head = nnx.state(head)
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      key=key,
+      policy=policy,
+      policy_opt=defs.policy_tx.init(policy),
+      ref=policy,
+      reward_backbone=reward_backbone,
+      reward_frozen=phi,
+      reward_head=head,
+      reward_opt=defs.reward_tx.init(head),
+    )
+
+  return place(make, built.mesh, jax.random.key(config.seed), policy, reward_backbone, phi)

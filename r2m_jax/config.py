@@ -1,0 +1,131 @@
+"""Checks a config before any device work: every refusal names the field, its value and the fix."""
+
+from ml_collections import ConfigDict
+
+from r2m_jax.models.arch import ArchConfig
+from r2m_jax.ops import AGGREGATIONS
+
+TASKS = ("sft", "reward", "r2m", "lab")
+ALGORITHMS = ("rloo", "grpo")
+VARIANTS = ("vanilla", "scaled", "r2m_untrained", "r2m")
+DTYPES = ("float32", "bfloat16", "float64")
+OPTIMIZER_SECTIONS = ("policy", "r2m", "sft", "reward")
+
+
+class ConfigError(ValueError):
+  """A config that cannot run; the message names the field, the value and the fix."""
+
+
+def check_config(config: ConfigDict) -> None:
+  """Raises ConfigError for the first value that cannot work. Touches no device."""
+
+  def need(ok: bool, field: str, fix: str):
+    if not ok:
+      raise ConfigError(f"config.{field} is {_get(config, field)!r}: {fix}")
+
+  def one_of(field: str, choices):
+    need(_get(config, field) in choices, field, f"choose one of {', '.join(repr(c) for c in choices)}")
+
+  def at_least(field: str, low):
+    need(_get(config, field) >= low, field, f"must be at least {low}")
+
+  one_of("task", TASKS)
+  one_of("algorithm", ALGORITHMS)
+  one_of("variant", ("", *VARIANTS))
+  need(len(config.arms) > 0 and set(config.arms) <= set(VARIANTS), "arms", f"choose from {', '.join(VARIANTS)}")
+  need(len(set(config.arms)) == len(config.arms), "arms", "each variant may appear once")
+  for field in ("dtype", "param_dtype"):
+    one_of(field, DTYPES)
+  one_of("remat", ("none", "full", "dots"))
+  one_of("ppo.aggregation", AGGREGATIONS)
+  one_of("kl.estimator", ("auto", "exact", "k2"))
+
+  for field in (
+    "steps", "rollout.prompts", "rollout.max_new_tokens", "ppo.epochs", "ppo.minibatches", "r2m.attention_dim",
+    "r2m.num_heads", "sft.steps", "sft.batch_size", "sft.examples", "reward.pairs", "reward.epochs",
+    "reward.batch_size", "reward.heldout_pairs", "log.checkpoint_every", "log.samples",
+  ):  # fmt: skip
+    at_least(field, 1)
+  for field in ("seed", "logits_chunk", "kl.beta"):
+    at_least(field, 0)
+  need(config.rollout.group_size >= 2, "rollout.group_size", f"{config.algorithm} compares K >= 2 responses per prompt")
+  need(config.rollout.temperature > 0, "rollout.temperature", "must be above 0: greedy samples have no log-probability")
+  for field in ("r2m.omega_min", "r2m.alpha", "reward.label_flip"):
+    need(0 <= _get(config, field) <= 1, field, "must lie in [0, 1]")
+  need(0 < config.ppo.clip_eps < 1, "ppo.clip_eps", "must lie in (0, 1), such as 0.2")
+  for field in ("ppo.advantage_eps", "r2m.gre_eps", "reward.choice_temperature"):
+    need(_get(config, field) > 0, field, "must be above 0")
+  for section in OPTIMIZER_SECTIONS:
+    one_of(f"{section}.optimizer", ("adamw", "sgd"))
+    one_of(f"{section}.lr_schedule", ("constant", "linear", "cosine"))
+    for name in ("lr", "warmup_steps", "adam_eps", "weight_decay", "max_grad_norm"):
+      at_least(f"{section}.{name}", 0)
+    for name in ("b1", "b2"):
+      need(0 <= _get(config, f"{section}.{name}") < 1, f"{section}.{name}", "must lie in [0, 1)")
+  need(
+    config.r2m.attention_dim % config.r2m.num_heads == 0,
+    "r2m.num_heads",
+    f"must divide r2m.attention_dim = {config.r2m.attention_dim}",
+  )
+  try:
+    arch = ArchConfig(vocab_size=64, **config.policy.arch)
+  except ValueError as error:
+    raise ConfigError(f"config.policy.arch: {error}") from None
+  layers = arch.num_layers
+  need(-layers <= config.r2m.feedback_layer < layers, "r2m.feedback_layer", f"the policy has {layers} layers, -1 is last")
+  need(config.sft.batch_size <= config.sft.examples, "sft.batch_size", "must not exceed sft.examples")
+  need(config.reward.batch_size <= config.reward.pairs, "reward.batch_size", "must not exceed reward.pairs")
+  mesh = tuple(config.mesh)
+  need(
+    len(mesh) == 3 and all(isinstance(m, int) and (m > 0 or m == -1) for m in mesh) and mesh.count(-1) <= 1,
+    "mesh",
+    "give three sizes (data, fsdp, tensor), at most one of them -1, such as (-1, 1, 1)",
+  )
+  if -1 not in mesh[:2]:
+    check_batch(config, mesh)
+
+
+def check_batch(config: ConfigDict, mesh: tuple[int, int, int]) -> None:
+  """Raises ConfigError where a batch does not split over the mesh's data and fsdp axes."""
+  shards, rows = mesh[0] * mesh[1], config.rollout.prompts * config.rollout.group_size
+  sizes = {
+    "rollout.prompts": config.rollout.prompts,
+    "sft.batch_size": config.sft.batch_size,
+    "reward.batch_size": config.reward.batch_size,
+  }
+  for field, size in sizes.items():
+    if size % shards:
+      raise ConfigError(
+        f"config.{field} is {size}, which does not split over {shards} data x fsdp shards of config.mesh = {mesh}: "
+        f"use a multiple of {shards}, such as {-(-size // shards) * shards}, or a smaller mesh"
+      )
+  if rows % (config.ppo.minibatches * shards):
+    raise ConfigError(
+      f"config.ppo.minibatches is {config.ppo.minibatches}: {rows} trajectories (rollout.prompts x rollout.group_size) "
+      f"do not split into that many minibatches over {shards} data x fsdp shards; use a divisor of {rows // shards}"
+    )
+
+
+def kl_estimator(config: ConfigDict, vocab_size: int) -> str:
+  """"auto" resolved: exact over the vocabulary up to 1,024 entries, else k2 (whose on-policy gradient is right)."""
+  if config.kl.estimator != "auto":
+    return config.kl.estimator
+  return "exact" if vocab_size <= 1024 else "k2"
+
+
+def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
+  """Lines "field: old -> new" for everything that differs between two configs as nested dicts."""
+  lines = []
+  for key in sorted(set(old) | set(new)):
+    a, b = old.get(key, "(absent)"), new.get(key, "(absent)")
+    if isinstance(a, dict) and isinstance(b, dict):
+      lines += difference(a, b, f"{prefix}{key}.")
+    elif a != b:
+      lines.append(f"config.{prefix}{key}: {a!r} -> {b!r}")
+  return lines
+
+
+def _get(config, field: str):
+  for name in field.split("."):
+    config = config[name]
+  return config

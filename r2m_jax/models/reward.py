@@ -1,0 +1,99 @@
+"""The reward model that reads the policy: frozen backbone -> reward token embedding -> cross-attention -> score.
+
+Equation numbers are those of R2M (arXiv 2601.22664). The backbone is a `Transformer` like the policy's; it may be
+another family, another size and another tokenizer, since nothing requires its tokens to align with the policy's.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from r2m_jax.models.transformer import Transformer
+from r2m_jax.ops import at_least_f32, check
+
+
+def last_token(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+  """[B, L, D] -> [B, D] at the last True column of each row's mask bool[B, L]."""
+  last = mask.shape[1] - 1 - mask[:, ::-1].argmax(-1)
+  return jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]
+
+
+def read_rte(backbone: Transformer, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+  """Reward token embedding H_last: the backbone's last-layer state at the last real token.
+
+  Args:
+    tokens: i32[B, L] in the reward model's own vocabulary.
+    mask: bool[B, L], True on real tokens.
+
+  Returns:
+    At least float32 [B, Dr].
+  """
+  return at_least_f32(last_token(backbone(tokens, mask).hidden, mask))
+
+
+class RewardHead(nnx.Module):
+  """Sequence-to-token cross-attention and the score head phi: all that R2M trains during RL."""
+
+  def __init__(
+    self,
+    policy_dim: int,
+    reward_dim: int,
+    attention_dim: int,
+    num_heads: int = 1,
+    *,
+    rngs: nnx.Rngs,
+    param_dtype=jnp.float32,
+  ):
+    def linear(fan_in, fan_out, use_bias=False):
+      init = nnx.initializers.normal(fan_in**-0.5)  # variance 1 / fan_in
+      # the dtype follows the input, promoted: scores never run below float32
+      return nnx.Linear(fan_in, fan_out, use_bias=use_bias, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
+
+    self.num_heads = num_heads
+    self.wq = linear(reward_dim, attention_dim)
+    self.wk = linear(policy_dim, attention_dim)
+    self.wv = linear(policy_dim, attention_dim)
+    self.wo = linear(attention_dim, reward_dim)
+    self.phi = linear(reward_dim, 1, use_bias=True)
+
+  def attention_weights(self, rte: jax.Array, h: jax.Array, mask: jax.Array) -> jax.Array:
+    """softmax(q k^T / sqrt(d)) of eq. 3, one query per trajectory.
+
+    Args:
+      rte: f32[B, Dr].
+      h: [B, S, Dp] policy feedback.
+      mask: bool[B, S], False on padding.
+
+    Returns:
+      f32[B, heads, S].
+    """
+    check(rte, "B D"), check(h, "B S D"), check(mask, "B S", jnp.bool_)
+    q = self._heads(self.wq(rte))
+    k = self._heads(self.wk(at_least_f32(h)))
+    logits = jnp.einsum("bnd,bsnd->bns", q, k) * q.shape[-1] ** -0.5
+    return jax.nn.softmax(jnp.where(mask[:, None], logits, jnp.finfo(logits.dtype).min))
+
+  def cross_attend(self, rte: jax.Array, h: jax.Array, mask: jax.Array) -> jax.Array:
+    """H_hat = softmax(q k^T / sqrt(d)) v W_o with q = H_last W_q, k = h W_k, v = h W_v (eq. 3).
+
+    Shapes as in `attention_weights`; returns f32[B, Dr].
+    """
+    weights = self.attention_weights(rte, h, mask)
+    v = self._heads(self.wv(at_least_f32(h)))
+    read = jnp.einsum("bns,bsnd->bnd", weights, v)
+    return self.wo(read.reshape(*read.shape[:-2], -1))
+
+  def fuse(self, rte: jax.Array, h_hat: jax.Array, omega: jax.Array) -> jax.Array:
+    """H_fin = (1 - w(t)) H_hat + w(t) H_last (eq. 4). All f32[B, Dr]."""
+    return (1 - omega) * h_hat + omega * rte
+
+  def score(self, h_fin: jax.Array) -> jax.Array:
+    """r = phi(H_fin).   f32[B, Dr] -> f32[B]."""
+    return self.phi(h_fin)[..., 0]
+
+  def __call__(self, rte: jax.Array, h: jax.Array, mask: jax.Array, omega: jax.Array) -> jax.Array:
+    """The fused reward f32[B]: cross_attend, fuse, score."""
+    return self.score(self.fuse(rte, self.cross_attend(rte, h, mask), omega))
+
+  def _heads(self, x: jax.Array) -> jax.Array:
+    return x.reshape(*x.shape[:-1], self.num_heads, -1)

@@ -1,0 +1,86 @@
+"""Supervised fine-tuning and Bradley-Terry reward fitting, on the same parts as the RL step."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from r2m_jax.losses import bradley_terry
+from r2m_jax.metrics import Metrics, progress
+from r2m_jax.models.reward import read_rte
+from r2m_jax.ops import masked_mean, predicts_response, token_stats
+
+LOG_EVERY = 10  # updates; a fetch waits for the device
+
+
+def sft_loss(graphdef, *, chunk: int = 0) -> Callable:
+  """Builds loss(policy_state, batch): mean negative log-likelihood of the response tokens, nats a token.
+
+  A batch has tokens i32[B, L], token_mask bool[B, L] and response_mask bool[B, T] over the last T columns.
+  """
+
+  def loss(state, batch):
+    model, mask = nnx.merge(graphdef, state), batch["response_mask"]
+    T = mask.shape[1]
+    hidden = predicts_response(model(batch["tokens"], batch["token_mask"]).hidden, T)
+    stats = token_stats(model.logits, hidden, batch["tokens"][:, -T:], temperature=1.0, chunk=chunk)
+    return -masked_mean(stats.logprobs, mask), {}
+
+  return loss
+
+
+def reward_loss(backbone_def, phi_def) -> Callable:
+  """Builds loss(state, batch): Bradley-Terry (eq. 5) over pairs, for the whole reward model.
+
+  The state is {"backbone", "phi"}; a batch has chosen, rejected i32[B, L] and their masks bool[B, L].
+  """
+
+  def loss(state, batch):
+    backbone, phi = nnx.merge(backbone_def, state["backbone"]), nnx.merge(phi_def, state["phi"])
+    tokens = jnp.concatenate([batch["chosen"], batch["rejected"]])
+    mask = jnp.concatenate([batch["chosen_mask"], batch["rejected_mask"]])
+    chosen, rejected = jnp.split(phi(read_rte(backbone, tokens, mask))[:, 0], 2)
+    # a tie is half right: a model that scores all alike is at 0.5, not at 0 or 1
+    accuracy = jnp.where(chosen == rejected, 0.5, (chosen > rejected).astype(chosen.dtype)).mean()
+    return bradley_terry(chosen, rejected), {"accuracy": accuracy}
+
+  return loss
+
+
+def fit(
+  loss_fn: Callable,
+  state,
+  tx: optax.GradientTransformation,
+  batches: Iterable[dict],
+  *,
+  total: int,
+  stage: str,
+  workdir: Path,
+  state_shardings,
+  batch_sharding,
+):
+  """Minimises loss_fn over `batches` and returns the state; it is donated. Logs to stage `stage` of the workdir."""
+
+  @jax.jit
+  def init(state):
+    return tx.init(state)
+
+  def update(state, opt, batch):
+    grads, metrics = jax.grad(lambda s: (lambda loss, aux: (loss, (loss, aux)))(*loss_fn(s, batch)), has_aux=True)(state)
+    loss, aux = metrics
+    updates, opt = tx.update(grads, opt, state)
+    return optax.apply_updates(state, updates), opt, {"loss": loss, "grad_norm": optax.global_norm(grads), **aux}
+
+  update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(state_shardings, None, None))
+  opt = init(state)
+  with Metrics(workdir, stage, from_step=0) as log, progress(total, stage) as bar:
+    for i, batch in enumerate(batches):
+      state, opt, metrics = update(state, opt, jax.device_put(batch, batch_sharding))
+      if i % LOG_EVERY == 0 or i == total - 1:
+        metrics = {k: float(v) for k, v in metrics.items()}
+        log.log(i, metrics)
+      bar.update(**({"loss": metrics["loss"]} if isinstance(metrics["loss"], float) else {}))
+  return state

@@ -1,0 +1,183 @@
+"""The run: stages one after another (sft, reward, RL arms), each logged, saved, and skipped where it is done already."""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from r2m_jax import checkpoint, sharding
+from r2m_jax.build import KEY_TABLE, Build, abstract, build, init_policy, init_reward_model, initial_state
+from r2m_jax.config import ConfigError, check_batch, difference
+from r2m_jax.generate import generate
+from r2m_jax.lab import goldtask
+from r2m_jax.lab.stages import STREAM_RL, STREAM_TABLE, fit_reward, fit_sft
+from r2m_jax.metrics import Metrics, append_samples, progress, read_metrics, write_atomic
+from r2m_jax.report import format_summary, write_report
+from r2m_jax.step import make_judge, make_read, make_step
+
+RATIO_BOUND = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 2e-2}  # max |importance ratio - 1| before any update
+CACHE_BOUND = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.2}  # |log-prob of cached decoding - full forward|
+
+
+def run(config, workdir: Path) -> None:
+  """Runs the pipeline up to `config.task` and writes the report."""
+  mesh = sharding.make_mesh(tuple(config.mesh))
+  check_batch(config, tuple(mesh.shape.values()))
+  claim(config, workdir)
+  print(f"r2m_jax: {mesh.size} {jax.devices()[0].platform} device(s) as {dict(mesh.shape)}, {config.dtype}; writes {workdir}")
+  built = build(config, mesh, vocab_size=goldtask.VOCAB_SIZE)
+
+  key = jax.random.key(config.seed)
+  policy_like = abstract(functools.partial(init_policy, config, built), mesh, key)
+  policy = stage(workdir, "sft", policy_like, lambda: fit_sft(config, built, workdir))
+  if config.task != "sft":
+    reward_like = abstract(functools.partial(init_reward_model, config, built), mesh, policy_like, key)
+    reward = stage(workdir, "reward", reward_like, lambda: fit_reward(config, built, workdir, policy))
+  if config.task == "r2m":
+    for variant in (config.variant,) if config.variant else config.arms:
+      run_arm(with_variant(config, variant), built, workdir, policy, reward)
+  report = write_report(workdir, title=f"R2M: {config.task}, {config.algorithm}, seed {config.seed}")
+  print(format_summary(read_metrics(workdir)))
+  print(f"report   {report}\nfigures  {workdir / 'figures'}\nmetrics  {workdir / 'metrics.jsonl'}")
+
+
+def run_arm(config, built: Build, workdir: Path, policy, reward) -> None:
+  """RL for one variant, from the shared starting policy and reward model or from the arm's newest checkpoint."""
+  arm = config.variant
+  manager = checkpoint.open_checkpoints(workdir / "checkpoints" / arm)
+  state = initial_state(config, built, policy, reward["backbone"], reward["phi"])
+  layout = sharding.shardings(state, built.mesh)
+  fresh = manager.latest_step() is None
+  if not fresh:
+    state = checkpoint.restore(manager, state)
+    print(f"{arm}: goes on from step {int(state.step)} of {config.steps}")
+  start = int(state.step)
+  if start == config.steps:
+    return
+  step = make_step(built.defs, config, built.mesh, (goldtask.EOS,), goldtask.PAD, layout)
+  table = make_table(config, built)
+  if fresh:
+    append_samples(workdir, table(state, "before"))
+
+  with Metrics(workdir, "rl", arm, from_step=start) as log, progress(config.steps, arm, initial=start) as bar:
+    for t in range(start, config.steps):
+      prompts = goldtask.prompts(config.seed, STREAM_RL, t, config.rollout.prompts)
+      state, out = step(state, prompts)
+      out = jax.device_get(out)
+      metrics = out.metrics | gold_metrics(out, config.rollout.group_size)
+      if t == 0:
+        check_start(metrics, config.dtype)
+      log.log(t, metrics)
+      bar.update(gold=metrics["reward/gold"], frozen=metrics["reward/frozen"], kl=metrics["kl"])
+      if (t + 1) % config.log.checkpoint_every == 0 or t + 1 == config.steps:
+        checkpoint.save(manager, t + 1, state)
+  manager.wait_until_finished()
+  append_samples(workdir, table(state, "after"))
+
+
+def check_start(metrics: dict, dtype: str) -> None:
+  """Step-0 identities: before any update the policy is its own reference and its own past.
+
+  Raises RuntimeError where the importance ratio or the KL to the reference is off: then the log-probabilities that
+  the loss compares are not those of one function, and nothing that follows could be trusted.
+  """
+  ratio, kl, bound = metrics["policy/first_ratio_deviation"], metrics["policy/old_ref_deviation"], RATIO_BOUND[dtype]
+  print(f"step 0   max |ratio - 1| {ratio:.1e} (bound {bound:.0e}), max |old - reference log-prob| {kl:.1e} (bound 0)")
+  if not (ratio <= bound and kl == 0):
+    raise RuntimeError(f"step-0 identity broken: max |ratio - 1| = {ratio:.2e} (bound {bound}), KL = {kl:.2e} (bound 0)")
+
+
+def gold_metrics(out, group_size: int) -> dict[str, float]:
+  """What the gold reward says of a step's samples, measured on the host; nothing of it reaches training."""
+  parts = goldtask.gold(out.sequences)
+  gold, used = (x.reshape(-1, group_size) for x in (parts.gold, np.float64(out.judged.scores)))
+  rows = np.arange(len(gold))
+  gap = gold[rows, used.argmax(-1)] - gold[rows, used.argmin(-1)]  # of the pair that the reward update would label
+  centred_gold, centred_used = (x - x.mean(-1, keepdims=True) for x in (gold, used))
+  norm = np.sqrt((centred_gold**2).sum() * (centred_used**2).sum())
+  return {
+    "reward/gold": parts.gold.mean(),
+    "reward/within_corr": (centred_gold * centred_used).sum() / norm if norm > 1e-12 else None,
+    "r2m/pair_disagreement": np.where(gap == 0, 0.5, gap < 0).mean(),
+    "repetition": (parts.repeats / np.maximum(parts.length, 1)).mean(),
+    "gold/coverage": parts.coverage.mean(),
+    "gold/hallucinated": parts.hallucinated.mean(),
+    "gold/chatter": parts.chatter.mean(),
+  }
+
+
+def make_table(config, built: Build):
+  """Builds `table(state, when)`: one sample for each of a few fixed prompts, as rows of samples.jsonl."""
+  count = config.log.samples
+  prompts = goldtask.prompts(config.seed, STREAM_TABLE, 0, count)
+  read, judge = make_read(built.defs, config), make_judge(built.defs, config)
+
+  @jax.jit
+  def sample(state):
+    key = jax.random.fold_in(state.key, KEY_TABLE)
+    sequences = generate(
+      nnx.merge(built.defs.policy, state.policy), prompts, key, 0, group_size=1, eos_ids=(goldtask.EOS,),
+      max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature, pad_id=goldtask.PAD,
+    )  # fmt: skip
+    hidden = read(state.policy, sequences).hidden
+    return sequences, judge(state, hidden, sequences, sequences.tokens, sequences.token_mask)
+
+  def table(state, when: str) -> list[dict]:
+    sequences, judged = jax.device_get(sample(state))
+    gold, width = goldtask.gold(sequences), sequences.response_mask.shape[1]
+    return [
+      {
+        "arm": config.variant,
+        "when": when,
+        "prompt": goldtask.render(sequences.tokens[i, :-width], sequences.token_mask[i, :-width]),
+        "response": goldtask.render(sequences.tokens[i, -width:], sequences.response_mask[i]),
+        "reward": judged.scores[i],
+        "frozen": judged.scores_frozen[i],
+        "gold": gold.gold[i],
+        "length": int(gold.length[i]),
+        "truncated": bool(gold.truncated[i]),
+      }
+      for i in range(count)
+    ]
+
+  return table
+
+
+def with_variant(config, variant: str):
+  config = config.copy_and_resolve_references()
+  config.variant = variant
+  return config
+
+
+def claim(config, workdir: Path) -> None:
+  """Records the config in the workdir; refuses a workdir that another config has used, so nothing saved is lost."""
+  path, new = workdir / "config.json", json.loads(config.to_json())
+  if path.exists():
+    changed = difference(json.loads(path.read_text()), new)
+    changed = [line for line in changed if not line.startswith("config.task:")]
+    if changed:
+      raise ConfigError(
+        f"{workdir} holds a run of another config; choose another --workdir, or give the old values:\n  "
+        + "\n  ".join(changed)
+      )
+  write_atomic(path, json.dumps(new, indent=2))
+
+
+def stage(workdir: Path, name: str, like, make):
+  """The result of a stage: read from the workdir where it was saved before, else made and saved.
+
+  Args:
+    like: shapes, dtypes and shardings of the result.
+    make: () -> the result.
+  """
+  manager = checkpoint.open_checkpoints(workdir / "stages" / name, keep=1)
+  if manager.latest_step() is not None:
+    print(f"{name}: done before, read from {workdir / 'stages' / name}")
+    return checkpoint.restore(manager, like)
+  result = make()
+  checkpoint.save(manager, 0, result)
+  manager.wait_until_finished()
+  return result
