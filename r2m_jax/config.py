@@ -1,5 +1,7 @@
 """Checks a config before any device work: every refusal names the field, its value and the fix."""
 
+import difflib
+
 from ml_collections import ConfigDict
 
 from r2m_jax.models.arch import ArchConfig
@@ -67,6 +69,11 @@ def check_config(config: ConfigDict) -> None:
     "r2m.num_heads",
     f"must divide r2m.attention_dim = {config.r2m.attention_dim}",
   )
+  need(
+    len(config.lab.seeds) > 0 and all(isinstance(seed, int) and seed >= 0 for seed in config.lab.seeds),
+    "lab.seeds",
+    "give whole numbers from 0 on, such as (0, 1, 2)",
+  )
   try:
     arch = ArchConfig(vocab_size=64, **config.policy.arch)
   except ValueError as error:
@@ -83,6 +90,18 @@ def check_config(config: ConfigDict) -> None:
   )
   if -1 not in mesh[:2]:
     check_batch(config, mesh)
+
+
+def check_fields(config: ConfigDict, fields: list[str]) -> None:
+  """Raises ConfigError for the first dotted name that is not a field of the config; names the nearest one that is."""
+  known = _fields(config)
+  for field in fields:
+    if field not in known:
+      last = field.split(".")[-1]
+      same = [name for name in known if name.split(".")[-1] == last]  # the right name in the wrong section
+      near = difflib.get_close_matches(field, same or known, n=1, cutoff=0.0 if same else 0.5)
+      hint = f"did you mean config.{near[0]}?" if near else f"choose from {', '.join(config)}"
+      raise ConfigError(f"config.{field} does not exist; {hint}")
 
 
 def check_batch(config: ConfigDict, mesh: tuple[int, int, int]) -> None:
@@ -123,6 +142,14 @@ def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
     elif a != b:
       lines.append(f"config.{prefix}{key}: {a!r} -> {b!r}")
   return lines
+
+
+def _fields(config: ConfigDict, prefix: str = "") -> list[str]:
+  """Dotted names of all sections and settings."""
+  names = []
+  for key, value in config.items():
+    names += [prefix + key] + (_fields(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [])
+  return names
 
 
 def _get(config, field: str):

@@ -1,14 +1,17 @@
 """Entry point: python -m r2m_jax.main --config=configs/quickstart.py --workdir=runs/mine [--config.FIELD=VALUE ...]"""
 
 import ctypes
+import functools
 import os
+import re
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from r2m_jax.config import ConfigError, check_config
+from r2m_jax.config import ConfigError, check_config, check_fields
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/quickstart.py", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the report")
@@ -26,9 +29,54 @@ def keep_freed_memory() -> None:
       pass  # another C library: slower, not wrong
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+  """absl's parser, with a mistake on the command line told in one line and exit status 2."""
+  try:
+    rest = flags.FLAGS(argv)
+    CONFIG.value.task  # a config file that could not be read is noticed on first use
+  except Exception as error:
+    reason = command_line_mistake(argv, error)
+    if reason is None:
+      raise  # by the config file's own code: the traceback says where
+    stop(reason)
+  if len(rest) > 1:
+    stop(f"unknown arguments {rest[1:]}; settings are --config.FIELD=VALUE")
+  return rest
+
+
+def command_line_mistake(argv: list[str], error: Exception) -> str | None:
+  """What on the command line made absl raise `error`, in the words of the config; None where nothing there did."""
+  given = "\n".join(argv)
+  for name, example in (("config", "configs/quickstart.py"), ("workdir", "runs/mine")):
+    if not re.search(rf"^--?{name}[=\n].", given, re.M):
+      return f"--{name} is missing; give one, such as --{name}={example}"
+  path = re.search(r"^--?config[=\n](.+)", given, re.M)[1]
+  if not Path(path.split(":")[0]).is_file():
+    return f"--config is {path}: there is no such file from {Path.cwd()}"
+  try:
+    config = flags.FLAGS["config"].parser.parse(path)
+    check_fields(config, re.findall(r"^--?(?:no)?config\.([^=\n]+)", given, re.M))
+  except ConfigError as unknown:
+    return str(unknown)
+  except ValueError as refused:  # by get_config; absl puts its traceback into the message, the reason comes last
+    return str(refused).strip().splitlines()[-1].removeprefix("ValueError: ")
+  wrong = re.match(r"flag --config\.([^=]+)=(.*?): ", str(error), re.S)
+  if wrong:
+    field, value = wrong.groups()
+    default = functools.reduce(lambda section, name: section[name], field.split("."), config)
+    if isinstance(default, ConfigDict):
+      return f"config.{field} is a section: set one of {', '.join(f'config.{field}.{name}' for name in default)}"
+    return f"config.{field} is {value!r}: must be of type {type(default).__name__}, such as {default!r}"
+  return " ".join(str(error).split()) if isinstance(error, flags.Error) else None
+
+
+def stop(reason) -> NoReturn:
+  print(f"error: {reason}", file=sys.stderr)
+  sys.exit(2)
+
+
 def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown arguments {argv[1:]}; settings are --config.FIELD=VALUE")
+  del argv  # read by parse_flags
   config = CONFIG.value
   keep_freed_memory()
   logging.set_verbosity(logging.WARNING)  # checkpointing is chatty otherwise
@@ -45,9 +93,8 @@ def main(argv):
 
     train.run(config, Path(WORKDIR.value))
   except ConfigError as error:
-    print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    stop(error)
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=parse_flags)

@@ -72,7 +72,7 @@ def fit(
     grads, metrics = jax.grad(lambda s: (lambda loss, aux: (loss, (loss, aux)))(*loss_fn(s, batch)), has_aux=True)(state)
     loss, aux = metrics
     updates, opt = tx.update(grads, opt, state)
-    return optax.apply_updates(state, updates), opt, {"loss": loss, "grad_norm": optax.global_norm(grads), **aux}
+    return optax.apply_updates(state, updates), opt, {"loss": loss, "grad_norm": optax.tree.norm(grads), **aux}
 
   update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(state_shardings, None, None))
   opt = init(state)

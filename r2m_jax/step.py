@@ -170,7 +170,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       updates, opt = defs.policy_tx.update(grads, opt, policy)
       policy = optax.apply_updates(policy, updates)
       hidden = constrain(hidden.at[index].set(new_hidden)) if minibatches > 1 else new_hidden
-      metrics["policy/grad_norm"] = optax.global_norm(grads)
+      metrics["policy/grad_norm"] = optax.tree.norm(grads)
       return (policy, opt, hidden), metrics
 
     index = jax.vmap(orders)(jax.random.split(shuffle_key, epochs)).reshape(epochs * minibatches, per_batch)
@@ -187,7 +187,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
 
     grads, metrics = jax.grad(reward_loss, has_aux=True)(state.reward_head)
     updates, opt = defs.reward_tx.update(grads, state.reward_opt, state.reward_head)
-    metrics["r2m/grad_norm"] = optax.global_norm(grads)
+    metrics["r2m/grad_norm"] = optax.tree.norm(grads)
     return optax.apply_updates(state.reward_head, updates), opt, metrics
 
   def learn(state: TrainState, sequences: Sequences, reward_tokens: jax.Array, reward_mask: jax.Array):

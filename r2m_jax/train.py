@@ -15,7 +15,7 @@ from r2m_jax.generate import generate
 from r2m_jax.lab import goldtask
 from r2m_jax.lab.stages import STREAM_RL, STREAM_TABLE, fit_reward, fit_sft
 from r2m_jax.metrics import Metrics, append_samples, progress, read_metrics, write_atomic
-from r2m_jax.report import format_summary, write_report
+from r2m_jax.report import format_summary, summary_table, write_report
 from r2m_jax.step import make_judge, make_read, make_step
 
 RATIO_BOUND = {"float64": 1e-12, "float32": 2e-5, "bfloat16": 2e-2}  # max |importance ratio - 1| before any update
@@ -40,7 +40,7 @@ def run(config, workdir: Path) -> None:
     for variant in (config.variant,) if config.variant else config.arms:
       run_arm(with_variant(config, variant), built, workdir, policy, reward)
   report = write_report(workdir, title=f"R2M: {config.task}, {config.algorithm}, seed {config.seed}")
-  print(format_summary(read_metrics(workdir)))
+  print(format_summary(summary_table(read_metrics(workdir))))
   print(f"report   {report}\nfigures  {workdir / 'figures'}\nmetrics  {workdir / 'metrics.jsonl'}")
 
 

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# One workload on a TPU cluster of Google Kubernetes Engine, through xpk (installed and signed in beforehand).
+#
+#   CLUSTER=my-cluster TYPE=v5p-32 ./launch/gke_xpk.sh --config=configs/NAME.py --workdir=/data/runs/mine
+#
+#   CLUSTER   the cluster's name, required        TYPE     chips of one slice (xpk's --tpu-type), v5p-32
+#   WORKLOAD  r2m-<date>-<time>                   SLICES   how many slices, 1
+#   IMAGE     python:3.12-slim, any image with Python 3.11 or later; the last commit is laid over it
+#
+# PROJECT and ZONE default to gcloud's own. Follow it with `xpk workload list`, end it with `xpk workload delete`.
+#
+# Pods keep nothing, so --workdir lies on a volume that the cluster mounts in all of them, attached once beforehand:
+#   xpk storage attach NAME --cluster=my-cluster --type=gcsfuse --bucket=BUCKET --size=1000 --mount-point=/data \
+#     --auto-mount=true --readonly=false
+# How the hosts find each other is the program's business (jax.distributed), so nothing about them is passed here.
+
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+CLUSTER=${CLUSTER:?name the cluster: CLUSTER=... $0 --config=... --workdir=...}
+WORKLOAD=${WORKLOAD:-r2m-$(date +%m%d-%H%M%S)}
+TYPE=${TYPE:-v5p-32}
+SLICES=${SLICES:-1}
+IMAGE=${IMAGE:-python:3.12-slim}
+where=()
+if [ -n "${PROJECT:-}" ]; then where+=("--project=$PROJECT"); fi
+if [ -n "${ZONE:-}" ]; then where+=("--zone=$ZONE"); fi
+
+tree=$(mktemp -d)
+trap 'rm -rf "$tree"' EXIT
+pack_tree "$tree.tar.gz"
+tar xzf "$tree.tar.gz" -C "$tree"
+rm "$tree.tar.gz"
+
+xpk workload create \
+  --cluster="$CLUSTER" --workload="$WORKLOAD" --tpu-type="$TYPE" --num-slices="$SLICES" ${where[@]+"${where[@]}"} \
+  --base-docker-image="$IMAGE" --script-dir="$tree" \
+  --command="EXTRAS=tpu bash launch/local.sh $(printf '%q ' "$@")"

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Any config on this machine: CPU, or the accelerators it has.
+#
+#   ./launch/local.sh --config=configs/quickstart.py --workdir=runs/mine
+#   EXTRAS=cuda ./launch/local.sh --config=...     install JAX for NVIDIA GPUs first (tpu: for TPUs)
+
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+if ! has_flag config "$@" || ! has_flag workdir "$@"; then
+  echo "usage: $0 --config=configs/NAME.py --workdir=FOLDER [--config.KNOB=VALUE ...]" >&2
+  exit 2
+fi
+ensure_venv "${EXTRAS:-}"
+fast_env
+run_main "$@"

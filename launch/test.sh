@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# The tests, on CPU (eight virtual devices), from a clean checkout. Arguments go to pytest.
+#
+#   ./launch/test.sh                       everything that is not marked `long`
+#   ./launch/test.sh -m long               only what is: slower checks, run before a release
+#   ./launch/test.sh tests/test_losses.py -k rloo
+#   R2M_TEST_PLATFORM=cuda ./launch/test.sh    on an accelerator instead of the virtual devices
+#
+# Compiled programs are kept between runs, so the second run is faster than the first.
+
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+ensure_venv test
+fast_env
+cd "$ROOT"
+exec "$PY" -m pytest --durations=15 "$@"

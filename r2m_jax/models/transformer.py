@@ -1,0 +1,336 @@
+"""One decoder for every supported family: stacked blocks under a scan, a KV cache, feedback from any layer.
+
+What an `ArchConfig` says is decided while tracing; the compiled program holds only what the family needs. Parameters:
+
+  embed/embedding [V, D]           layers/attn_norm/scale [N, D]      final_norm/scale [D]
+  layers/attn/{q,k,v,o}/kernel     layers/mlp_norm/scale [N, D]       lm_head/kernel [D, V]  (absent when tied)
+  layers/mlp/{gate,up,down}/kernel [N, in, out]
+
+and, where the family has them, `bias` beside any kernel or layer-norm scale, layers/attn/{q_norm,k_norm}/scale and
+layers/{attn_post_norm,mlp_post_norm}/scale. N layers, S key slots, H query heads, KV key heads, Dh numbers a head.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, struct
+
+from r2m_jax.models.arch import ArchConfig, RopeScaling
+
+ACTIVATIONS = {
+  "silu": jax.nn.silu,
+  "gelu": functools.partial(jax.nn.gelu, approximate=False),
+  "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+REMAT = {
+  "none": lambda f: f,
+  "full": lambda f: jax.checkpoint(f, prevent_cse=False),
+  "dots": lambda f: jax.checkpoint(
+    f, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  ),
+}
+
+
+@struct.dataclass
+class Cache:
+  """Keys and values of every layer, by slot. All rows write the same slot: prompts are padded on the left."""
+
+  k: jax.Array  # [N, B, KV, S, Dh]   after norm and rotation
+  v: jax.Array  # [N, B, KV, S, Dh]
+  mask: jax.Array  # bool[B, S]   True where a real token was written
+
+
+@struct.dataclass
+class Output:
+  """What a forward pass gives."""
+
+  hidden: jax.Array  # [B, L, D]    after the final norm: what the language-model head reads
+  feedback: jax.Array  # [B, L, D]  `hidden`, or the residual stream after `feedback_layer`
+  cache: Cache | None
+
+
+def at_least_float32(dtype) -> jnp.dtype:
+  """Where bfloat16 would not do: norms, softmax, rotations, logits. float64 stays float64."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+  """cap * tanh(x / cap), or x where cap is None."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+class Norm(nnx.Module):
+  """RMS norm, or layer norm with a bias, over the last axis."""
+
+  def __init__(self, size: int, arch: ArchConfig, *, param_dtype, kind: str | None = None):
+    self.kind, self.eps, self.offset = kind or arch.norm, arch.norm_eps, arch.norm_offset
+    self.scale = nnx.Param(jnp.full((size,), 1.0 - self.offset, param_dtype))
+    if self.kind == "layer":
+      self.bias = nnx.Param(jnp.zeros((size,), param_dtype))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[..., size] -> [..., size], same dtype."""
+    wide = at_least_float32(x.dtype)
+    y = x.astype(wide)
+    if self.kind == "layer":
+      y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
+    y = y * (self.scale[...].astype(wide) + self.offset)
+    if self.kind == "layer":
+      y = y + self.bias[...].astype(wide)
+    return y.astype(x.dtype)
+
+
+def rotary_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+  """Radians a token for each rotated pair: theta^(-2i/dim), stretched as `scaling` says. float64[dim / 2]."""
+  freq = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
+  if scaling is None:
+    return freq
+  if scaling.kind == "linear":
+    return freq / scaling.factor
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  turns = scaling.original_length * freq / (2 * math.pi)  # over the pretraining length
+  keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+  return keep * freq + (1 - keep) * freq / scaling.factor
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotates the leading 2R numbers of each head. x [B, heads, L, Dh], cos and sin [B, 1, L, R], at least float32."""
+  r = cos.shape[-1]
+  a, b, rest = x[..., :r].astype(cos.dtype), x[..., r : 2 * r].astype(cos.dtype), x[..., 2 * r :]
+  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+  return turned if rest.shape[-1] == 0 else jnp.concatenate([turned, rest], -1)
+
+
+def attend(q, k, v, mask, *, scale: float, cap: float | None) -> jax.Array:
+  """softmax(cap(scale q k^T)) v, the softmax in at least float32; a query that may see nothing gives a finite mean.
+
+  q [B, H, L, Dh], k and v [B, KV, S, Dh], mask bool[B, 1, L, S] -> [B, H, L, Dh]. Query head h reads key head
+  h // (H / KV).
+  """
+  batch, heads, length, dim = q.shape
+  wide = at_least_float32(q.dtype)
+  q = q.reshape(batch, k.shape[1], -1, dim)  # the queries that share a key head, heads before tokens
+  logits = softcap(jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=wide) * scale, cap)
+  logits = jnp.where(mask, logits.reshape(batch, heads, length, -1), -0.5 * jnp.finfo(wide).max)
+  weights = jax.nn.softmax(logits, -1).astype(v.dtype).reshape(*q.shape[:3], -1)
+  return jnp.matmul(weights, v).reshape(batch, heads, length, dim)
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention with rotary positions."""
+
+  def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+    self.arch = arch
+    linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    d, q, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    self.q = linear(d, q, use_bias=arch.qkv_bias)
+    self.k = linear(d, kv, use_bias=arch.qkv_bias)
+    self.v = linear(d, kv, use_bias=arch.qkv_bias)
+    self.o = linear(q, d, use_bias=arch.out_bias, kernel_init=residual_init(arch))
+    if arch.qk_norm:
+      self.q_norm = Norm(arch.head_dim, arch, param_dtype=param_dtype, kind="rms")
+      self.k_norm = Norm(arch.head_dim, arch, param_dtype=param_dtype, kind="rms")
+
+  def __call__(self, x, table, store):
+    """x [B, L, D]; table (cos, sin, mask) of this layer; store(k, v) -> (keys, values to attend over, cache)."""
+    arch, (cos, sin, mask) = self.arch, table
+    heads = lambda y: y.reshape(*y.shape[:2], -1, arch.head_dim).swapaxes(1, 2)
+    q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
+    if arch.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    k, v, cache = store(rotate(k, cos, sin), v)
+    y = attend(rotate(q, cos, sin), k, v, mask, scale=arch.query_scale, cap=arch.attn_softcap)
+    return self.o(y.swapaxes(1, 2).reshape(*x.shape[:2], -1)), cache
+
+
+class MLP(nnx.Module):
+  """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
+
+  def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+    self.activation = arch.activation
+    linear = functools.partial(nnx.Linear, use_bias=arch.mlp_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    if arch.gated_mlp:
+      self.gate = linear(arch.hidden_size, arch.intermediate_size)
+    self.up = linear(arch.hidden_size, arch.intermediate_size)
+    self.down = linear(arch.intermediate_size, arch.hidden_size, kernel_init=residual_init(arch))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, L, D] -> [B, L, D]."""
+    act = ACTIVATIONS[self.activation]
+    return self.down(act(self.gate(x)) * self.up(x) if hasattr(self, "gate") else act(self.up(x)))
+
+
+class Block(nnx.Module):
+  """Attention and MLP, each added to the residual stream."""
+
+  def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+    self.arch = arch
+    norm = functools.partial(Norm, arch.hidden_size, arch, param_dtype=param_dtype)
+    self.attn_norm, self.mlp_norm = norm(), norm()
+    self.attn = Attention(arch, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+    self.mlp = MLP(arch, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+    if arch.post_norms:
+      self.attn_post_norm, self.mlp_post_norm = norm(), norm()
+
+  def __call__(self, x, table, store):
+    """x [B, L, D] -> (x [B, L, D], cache)."""
+    y, cache = self.attn(self.attn_norm(x), table, store)
+    if self.arch.parallel_residual:
+      return x + y + self.mlp(self.mlp_norm(x)), cache
+    x = x + (self.attn_post_norm(y) if self.arch.post_norms else y)
+    y = self.mlp(self.mlp_norm(x))
+    return x + (self.mlp_post_norm(y) if self.arch.post_norms else y), cache
+
+
+def residual_init(arch: ArchConfig):
+  """1/sqrt(fan_in), divided by sqrt(2N): the sum of 2N branches starts with the variance of one."""
+  return nnx.initializers.variance_scaling(1.0 / (2 * arch.num_layers), "fan_in", "truncated_normal")
+
+
+class Transformer(nnx.Module):
+  """A decoder as `arch` describes it. `dtype` computes (None: whatever the parameters are in), `param_dtype` stores."""
+
+  def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat="none"):
+    if remat not in REMAT:
+      raise ValueError(f"{remat=} is unknown; use one of {sorted(REMAT)}")
+    self.arch, self.dtype, self.remat = arch, dtype, remat
+    d, vocab, small = arch.hidden_size, arch.vocab_size, nnx.initializers.normal(0.02)
+    self.embed = nnx.Embed(vocab, d, embedding_init=small, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+    @nnx.split_rngs(splits=arch.num_layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stack(rngs):
+      return Block(arch, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+
+    self.layers = stack(rngs)
+    self.final_norm = Norm(d, arch, param_dtype=param_dtype)
+    if arch.untied_head:
+      self.lm_head = nnx.Linear(
+        d, vocab, use_bias=False, kernel_init=small, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+      )
+
+  @property
+  def compute_dtype(self):
+    return self.embed.embedding.dtype if self.dtype is None else self.dtype
+
+  def __call__(
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    *,
+    cache: Cache | None = None,
+    cache_index: int | jax.Array | None = None,
+    feedback_layer: int = -1,
+  ) -> Output:
+    """tokens i32[B, L], mask bool[B, L] -> Output.
+
+    A token's position is the number of real tokens before it, so padding on either side changes nothing. With a
+    cache, tokens go to slots cache_index .. cache_index + L - 1 and see every real token in a slot up to their own
+    (prefill: pass the Python int 0, and no empty slot is read). `feedback_layer` -1 taps `hidden`; i >= 0, or negative
+    from the end, taps the residual stream after layer i.
+    """
+    arch, length = self.arch, tokens.shape[1]
+    if not -arch.num_layers <= feedback_layer < arch.num_layers:
+      raise ValueError(f"{feedback_layer=} is not a layer of {arch.num_layers}; -1 is the output of the final norm")
+    tap = None if feedback_layer == -1 else feedback_layer % arch.num_layers
+    if (cache is None) != (cache_index is None):
+      raise ValueError(f"cache and cache_index come together; got {cache_index=} and cache={cache and 'a cache'}")
+    slot = 0 if cache is None else cache_index
+    fresh = isinstance(slot, int) and slot == 0  # attend over the tokens of this call alone
+    if cache is not None:
+      cache = cache.replace(mask=jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, slot, 1))
+    keys = mask if fresh else cache.mask  # bool[B, S]
+    tables, kinds = self._tables(keys, slot, length)
+    x = jnp.take(self.embed.embedding[...], tokens, axis=0).astype(self.compute_dtype)
+    if arch.embed_scale != 1.0:
+      x = x * jnp.asarray(arch.embed_scale, x.dtype)
+
+    blocks, stacked = nnx.split(self.layers)
+
+    def body(carry, xs):
+      x, kv, tapped = carry
+      state, layer, kind = xs
+      table = tables if kind is None else jax.tree.map(lambda t: t[kind], tables)
+
+      def store(k, v):
+        if kv is None:
+          return k, v, None
+        index = tuple(jnp.asarray(i, jnp.int32) for i in (layer, 0, 0, slot, 0))  # one type, under x64 too
+        new = jax.tree.map(
+          lambda all_, one: jax.lax.dynamic_update_slice(all_, one[None].astype(all_.dtype), index),
+          kv,
+          (k, v),
+        )
+        return (k, v, new) if fresh else (new[0][layer], new[1][layer], new)
+
+      x, kv = nnx.merge(blocks, state)(x, table, store)
+      if tap is not None:
+        tapped = jnp.where(layer == tap, x, tapped)
+      return (x, kv, tapped), None
+
+    carry = (x, None if cache is None else (cache.k, cache.v), None if tap is None else x)
+    xs = (stacked, jnp.arange(arch.num_layers), kinds)
+    (x, kv, tapped), _ = jax.lax.scan(REMAT[self.remat](body), carry, xs)
+    hidden = self.final_norm(x)
+    if cache is not None:
+      cache = cache.replace(k=kv[0], v=kv[1])
+    return Output(hidden=hidden, feedback=hidden if tap is None else tapped, cache=cache)
+
+  def _tables(self, keys, slot, length):
+    """What layers read besides x: rotation and visibility, for each kind of layer (full, sliding) the model has.
+
+    keys bool[B, S] -> ((cos [B, 1, L, R], sin, mask bool[B, 1, L, S]), None) where all layers are of one kind, else
+    the same stacked over the two kinds, and kinds i32[N].
+    """
+    arch, wide = self.arch, at_least_float32(self.compute_dtype)
+    at = jnp.maximum(jnp.cumsum(keys, 1, dtype=jnp.int32) - 1, 0)  # position of each key
+    here = at if keys.shape[1] == length else jax.lax.dynamic_slice_in_dim(at, slot, length, 1)
+    causal = jnp.arange(keys.shape[1])[None, :] <= slot + jnp.arange(length)[:, None]
+    seen = causal[None] & keys[:, None, :]
+
+    def table(slides):
+      local = slides and arch.rope_local_theta is not None
+      theta, scaling = (arch.rope_local_theta, None) if local else (arch.rope_theta, arch.rope_scaling)
+      angle = here[:, None, :, None] * rotary_frequencies(arch.rotary_dim, theta, scaling).astype(wide)
+      visible = seen & (here[:, :, None] - at[:, None, :] < arch.sliding_window) if slides else seen
+      return jnp.cos(angle), jnp.sin(angle), visible[:, None]
+
+    slides = [i in arch.sliding_layers for i in range(arch.num_layers)]
+    if all(slides) or not any(slides):
+      return table(slides[0]), None
+    return jax.tree.map(lambda *kinds: jnp.stack(kinds), table(False), table(True)), jnp.asarray(slides, jnp.int32)
+
+  def init_cache(self, batch: int, length: int) -> Cache:
+    """An empty cache of `length` slots for `batch` rows, in the compute dtype."""
+    arch = self.arch
+    shape = (arch.num_layers, batch, arch.num_kv_heads, length, arch.head_dim)
+    empty = lambda: jnp.zeros(shape, self.compute_dtype)
+    return Cache(k=empty(), v=empty(), mask=jnp.zeros((batch, length), bool))
+
+  def unembedding(self) -> jax.Array:
+    """The vocabulary head as one array [D, V], in the compute dtype; `final_softcap` is not in it."""
+    if not self.arch.lm_head:
+      raise ValueError("this model has no vocabulary head (ArchConfig.lm_head=False): it is a reward model's backbone")
+    kernel = self.lm_head.kernel[...] if self.arch.untied_head else self.embed.embedding[...].T
+    return kernel.astype(self.compute_dtype)
+
+  def logits(self, hidden: jax.Array) -> jax.Array:
+    """hidden [..., D] -> logits [..., V], at least float32, soft-capped where the family does."""
+    wide = at_least_float32(self.compute_dtype)
+    return softcap(jnp.matmul(hidden, self.unembedding(), preferred_element_type=wide), self.arch.final_softcap)
+
+
+def init(arch: ArchConfig, key: jax.Array, **kwargs) -> tuple[Any, nnx.State]:
+  """A randomly initialized Transformer as (graphdef, state), made by one compiled program."""
+  graphdef, _ = abstract(arch, **kwargs)
+  return graphdef, jax.jit(lambda key: nnx.state(Transformer(arch, rngs=nnx.Rngs(key), **kwargs)))(key)
+
+
+def abstract(arch: ArchConfig, **kwargs) -> tuple[Any, nnx.State]:
+  """(graphdef, state of ShapeDtypeStructs): the shape of a Transformer, nothing allocated."""
+  return nnx.split(nnx.eval_shape(lambda: Transformer(arch, rngs=nnx.Rngs(0), **kwargs)))

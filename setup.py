@@ -1,0 +1,55 @@
+"""Packaging of r2m_jax: `pip install -e .` in a clone, or `pip install -e ".[test]"` to run the tests.
+
+Every range starts at the version the code was run with. JAX 0.11 and 0.12 exist for Python 3.12 and later only; 0.10.2
+is the newest for 3.11. An accelerator's own jax (Colab, a GPU image, a TPU VM) is kept where it lies in the range.
+"""
+
+import pathlib
+import re
+
+import setuptools
+
+ROOT = pathlib.Path(__file__).parent
+README = ROOT / "README.md"
+JAX = ">=0.10.2,<0.12"
+
+RUN = [
+  f"jax{JAX}",
+  "flax>=0.12.8,<0.13",
+  "optax>=0.2.8,<0.3",
+  "orbax-checkpoint>=0.12.8,<0.13",
+  "grain>=0.2.18,<0.3",
+  "transformers>=5.23.0,<6",
+  "safetensors>=0.8.0,<1",
+  "tensorflow-datasets>=4.9.10,<5",
+  "importlib_resources>=7.1.0,<8",  # tensorflow-datasets imports it and does not ask for it
+  "ml-collections>=1.1.0,<2",
+  "absl-py>=2.5.1,<3",
+  "numpy>=2.4.6,<3",
+  "matplotlib>=3.11.2,<4",
+  "tensorboardX>=2.6.5,<3",
+  "tqdm>=4.70.1,<5",
+]
+
+NOTEBOOK = ["ipykernel>=7.4.0,<8", "nbclient>=0.11.0,<1", "nbformat>=5.11.1,<6"]
+
+EXTRAS = {
+  "notebook": NOTEBOOK,
+  "test": ["pytest>=9.2.0,<10", "torch==2.13.0", *NOTEBOOK],  # torch on CPU is an oracle, never a run-time dependency
+  "tpu": [f"jax[tpu]{JAX}"],
+  "cuda": [f"jax[cuda12]{JAX}"],
+}
+
+setuptools.setup(
+  name="r2m_jax",
+  version=re.search(r'^__version__ = "(.+)"$', (ROOT / "r2m_jax/__init__.py").read_text(), re.M).group(1),
+  description="R2M: a reward model that reads the policy, in JAX",
+  long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  license_files=["LICENSE"],
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["r2m_jax", "r2m_jax.*", "configs", "configs.*"]),
+  install_requires=RUN,
+  extras_require=EXTRAS,
+)

@@ -1,0 +1,31 @@
+"""Where the tests run: CPU with eight virtual devices, offline, with compiled programs kept between runs.
+
+All of it is environment, set before anything imports jax. R2M_TEST_PLATFORM=cuda (or tpu) runs on an accelerator.
+"""
+
+import os
+import pathlib
+import sys
+
+DEVICES = 8  # sharding tests make 4x2 and 8x1 meshes of them
+
+if "jax" in sys.modules:
+  raise RuntimeError("jax was imported before tests/conftest.py could set its platform; look for a pytest plugin")
+
+os.environ["JAX_PLATFORMS"] = os.environ.get("R2M_TEST_PLATFORM", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+  _flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={DEVICES}"]
+  os.environ["XLA_FLAGS"] = " ".join(_flags).strip()
+
+_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "r2m_jax" / "jax"
+for _name, _value in {
+  "JAX_COMPILATION_CACHE_DIR": str(_cache),
+  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+  "HF_HUB_OFFLINE": "1",  # a test that needs a hub is a mistake: fail at once, not after a timeout
+  "TRANSFORMERS_OFFLINE": "1",
+  "TOKENIZERS_PARALLELISM": "false",
+  "TF_CPP_MIN_LOG_LEVEL": "3",
+  "MPLBACKEND": "Agg",
+}.items():
+  os.environ.setdefault(_name, _value)

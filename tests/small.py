@@ -1,0 +1,65 @@
+"""A small run for tests: random policy, reference and reward model on the gold-reward task's prompts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import quickstart
+from r2m_jax import build, sharding
+from r2m_jax.lab import goldtask
+from r2m_jax.step import make_step
+
+
+def config(**overrides):
+  """The smallest quickstart with `section__field=value` overrides."""
+  result = quickstart.get_config("test")
+  result.variant = "r2m"
+  result.rollout.max_new_tokens = 8
+  result.policy.arch.update(activation="silu", gated_mlp=True, num_kv_heads=2)
+  for name, value in overrides.items():
+    result.update_from_flattened_dict({name.replace("__", "."): value})
+  return result
+
+
+def perturb(tree, seed: int, size: float = 0.1):
+  """Adds Gaussian noise to every leaf, so that a fresh initialisation is no special point."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda x: x + jnp.asarray(size * rng.standard_normal(x.shape), x.dtype), tree)
+
+
+def start(cfg, mesh=(1, 1, 1), devices=None, ref_noise=0.0):
+  """(built, state): policy and reward model unlike each other, a score head that is not zero."""
+  mesh = sharding.make_mesh(mesh, devices or jax.devices()[: int(np.prod(mesh))])
+  built = build.build(cfg, mesh, vocab_size=goldtask.VOCAB_SIZE)
+  policy = perturb(build.init_policy(cfg, built, jax.random.key(1)), 1)
+  reward = perturb(build.init_reward_model(cfg, built, policy, jax.random.key(2)), 2)
+  state = build.initial_state(cfg, built, policy, reward["backbone"], reward["phi"])
+  if ref_noise:
+    ref = jax.device_put(perturb(state.ref, 3, ref_noise), jax.tree.map(lambda x: x.sharding, state.ref))
+    state = state.replace(ref=ref)
+  return built, state
+
+
+def step_of(cfg, built, state):
+  layout = sharding.shardings(state, built.mesh)
+  return make_step(built.defs, cfg, built.mesh, (goldtask.EOS,), goldtask.PAD, layout)
+
+
+def prompts(cfg, t, left_pad=0):
+  batch = goldtask.prompts(cfg.seed, 1, t, cfg.rollout.prompts)
+  if left_pad:
+    pad = np.full((cfg.rollout.prompts, left_pad), goldtask.PAD, np.int32)
+    batch = batch.replace(
+      tokens=np.concatenate([pad, batch.tokens], 1), mask=np.concatenate([pad.astype(bool), batch.mask], 1)
+    )
+  return batch
+
+
+def run(cfg, steps, mesh=(1, 1, 1), **kwargs):
+  """[StepOutput on the host] of `steps` steps, and the last state."""
+  built, state = start(cfg, mesh, **kwargs)
+  step, outputs = step_of(cfg, built, state), []
+  for t in range(steps):
+    state, out = step(state, prompts(cfg, t))
+    outputs.append(jax.device_get(out))
+  return outputs, state
