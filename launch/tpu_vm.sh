@@ -41,7 +41,7 @@ case $action in
     pack_tree "$tree/r2m_jax.tar.gz"
     gcloud compute tpus tpu-vm scp "$tree/r2m_jax.tar.gz" "$TPU:" "${WHERE[@]}" --worker=all
     on all "set -e; mkdir -p r2m_jax; tar xzf r2m_jax.tar.gz -C r2m_jax; $PYTHON_SETUP
-      cd r2m_jax; export R2M_PYTHON=python3.12; set -u; . launch/env.sh; ensure_venv tpu"
+      cd r2m_jax; set -u; . launch/env.sh; ensure_venv tpu"
     ;;
   start)
     on all "cd r2m_jax && EXTRAS=tpu setsid nohup ./launch/local.sh $(printf '%q ' "$@") >~/r2m.log 2>&1 </dev/null &

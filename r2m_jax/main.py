@@ -88,7 +88,7 @@ def main(argv):
       jax.config.update("jax_enable_x64", True)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "r2m_jax" / "jax"
     jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     from r2m_jax import train
 
     train.run(config, Path(WORKDIR.value))

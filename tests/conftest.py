@@ -17,6 +17,9 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
   _flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={DEVICES}"]
   os.environ["XLA_FLAGS"] = " ".join(_flags).strip()
 
+if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
+  os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # tests compile more than they compute: 3 x faster
+
 _cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "r2m_jax" / "jax"
 for _name, _value in {
   "JAX_COMPILATION_CACHE_DIR": str(_cache),

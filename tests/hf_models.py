@@ -45,7 +45,7 @@ CASES = {
 
 
 def make(case: str, folder, *, classifier: bool = False, labels: int = 1, seed: int = 0):
-  """Saves a random model of `case` to `folder` and returns it: float32, eager attention, no parameter at its default."""
+  """Saves a random float32 model of `case` to `folder` and returns it. No parameter, norm or bias is at its default."""
   model_type, fields = CASES[case]
   config_class = transformers.AutoConfig.for_model(model_type).__class__
   fields = _SMALL | fields | (dict(num_labels=labels) if classifier else {})

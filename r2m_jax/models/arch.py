@@ -70,12 +70,9 @@ class ArchConfig:
   max_positions: int = 2048  # what the model was trained for, tokens; only written to disk
 
   def __post_init__(self):
-    fill = lambda field, value: object.__setattr__(self, field, value) if getattr(self, field) is None else None
-    fill("num_kv_heads", self.num_heads)
-    fill("head_dim", self.hidden_size // max(self.num_heads, 1))
-    fill("intermediate_size", 4 * self.hidden_size)
-    fill("query_scale", self.head_dim**-0.5)
-    fill("sliding_layers", () if self.sliding_window is None else range(self.num_layers))
+    for field, follow in FOLLOWS.items():
+      if getattr(self, field) is None:
+        object.__setattr__(self, field, follow(self))
     object.__setattr__(self, "sliding_layers", tuple(self.sliding_layers))
     self._validate()
     if not self.sliding_layers:
@@ -125,7 +122,9 @@ class ArchConfig:
     return self.lm_head and not self.tie_embeddings
 
   def replace(self, **changes) -> "ArchConfig":
-    return dataclasses.replace(self, **changes)
+    """A changed copy. Fields at the value that follows from others (head_dim, query_scale, ...) follow again."""
+    again = {field: None for field, follow in FOLLOWS.items() if getattr(self, field) == follow(self)}
+    return dataclasses.replace(self, **{**again, **changes})
 
   @classmethod
   def from_hf(cls, config: Mapping[str, Any]) -> "ArchConfig":
@@ -172,6 +171,15 @@ class ArchConfig:
       raise ValueError(f"Hugging Face's {self.family!r} cannot express {', '.join(lost)}; set ArchConfig.family")
     return config
 
+
+# Fields that may be None, and what they then are.
+FOLLOWS = {
+  "num_kv_heads": lambda arch: arch.num_heads,
+  "head_dim": lambda arch: arch.hidden_size // max(arch.num_heads, 1),
+  "intermediate_size": lambda arch: 4 * arch.hidden_size,
+  "query_scale": lambda arch: arch.head_dim**-0.5,
+  "sliding_layers": lambda arch: () if arch.sliding_window is None else tuple(range(arch.num_layers)),
+}
 
 # Hugging Face's name for an activation -> ours; the last of several is the one written.
 ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
