@@ -79,7 +79,8 @@ def check_config(config: ConfigDict) -> None:
   except ValueError as error:
     raise ConfigError(f"config.policy.arch: {error}") from None
   layers = arch.num_layers
-  need(-layers <= config.r2m.feedback_layer < layers, "r2m.feedback_layer", f"the policy has {layers} layers, -1 is last")
+  tapped = config.r2m.feedback_layer
+  need(-layers <= tapped < layers, "r2m.feedback_layer", f"the policy has {layers} layers; -1 is the last")
   need(config.sft.batch_size <= config.sft.examples, "sft.batch_size", "must not exceed sft.examples")
   need(config.reward.batch_size <= config.reward.pairs, "reward.batch_size", "must not exceed reward.pairs")
   mesh = tuple(config.mesh)
