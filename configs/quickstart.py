@@ -15,10 +15,9 @@ def get_config(size: str = ""):
     raise ValueError(f"size {size!r} is unknown; use configs/quickstart.py or configs/quickstart.py:test")
   config = default.get_config()
   config.variant = ""
-  config.steps = 120
+  config.steps = 100
   config.kl.beta = 0.02
-  config.policy.arch.activation = "gelu_tanh"
-  config.policy.arch.gated_mlp = False
+  config.policy.arch.intermediate_size = 128
   if size == "test":
     config.steps = 4
     config.rollout.prompts, config.rollout.group_size = 8, 4

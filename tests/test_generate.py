@@ -24,8 +24,8 @@ ARCH = ArchConfig(vocab_size=VOCAB, hidden_size=16, num_layers=2, num_heads=2, n
 def model():
   """graphdef and state of a tiny policy whose next-token probabilities are far from uniform."""
   graphdef, state = transformer.init(ARCH, jax.random.key(1))
-  state["lm_head"]["kernel"][...] = state["lm_head"]["kernel"][...] * 1.5
   state["embed"]["embedding"][...] = state["embed"]["embedding"][...] * 50
+  state["lm_head"]["kernel"][...] = state["lm_head"]["kernel"][...] * 20
   return graphdef, state
 
 
@@ -49,34 +49,42 @@ def draw(graphdef, state, prompts, step=0, *, group_size=4, T=T, temperature=TAU
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
-def read(graphdef, state, tokens, mask, T):
+def read(graphdef, state, tokens, mask, T, temperature=TAU):
   """(log-probabilities of the last T tokens, most likely token in each of their places), from one full pass."""
   net = nnx.merge(graphdef, state)
   hidden = predicts_response(net(tokens, mask).hidden, T)
-  logprobs = token_stats(net.logits, hidden, tokens[:, -T:], temperature=TAU).logprobs
+  logprobs = token_stats(net.logits, hidden, tokens[:, -T:], temperature=temperature).logprobs
   return logprobs, net.logits(hidden).argmax(-1)
 
 
+def chi_square(counts, expected):
+  """(statistic, its 0.9999 quantile). Outcomes expected less than five times count as one."""
+  common = expected >= 5
+  counts, expected = (np.append(x[common], x[~common].sum()) for x in (counts, expected))
+  counts, expected = counts[expected > 0], expected[expected > 0]
+  return ((counts - expected) ** 2 / expected).sum(), chi2.ppf(0.9999, len(counts) - 1)
+
+
 def test_samples_follow_the_exact_distribution(model):
-  """Chi-square over all 6 + 5 * 5 outcomes of two tokens, at the 0.9999 quantile; the seed is fixed."""
+  """All outcomes of two tokens, 4096 draws, a fixed seed; another temperature would be seen."""
   count, eos, prompt = 4096, 0, one(notes(), 1)
   out = draw(*model, prompt, group_size=count, T=2, eos_ids=(eos,), pad_id=eos)
   pairs = np.array(list(itertools.product(range(VOCAB), repeat=2)), np.int32)
   tokens = np.concatenate([np.repeat(prompt.tokens, len(pairs), 0), pairs], 1)
-  logprobs = np.asarray(read(*model, tokens, np.ones(tokens.shape, bool), 2)[0], np.float64)
-  expected, found = {}, dict.fromkeys(map(tuple, pairs), 0)
-  for (a, b), (first, second) in zip(pairs, logprobs):
-    expected[a, b] = count * (np.exp(first) * (b == eos) if a == eos else np.exp(first + second))
-  for a, b in np.asarray(out.tokens)[:, -2:]:
-    found[a, b] += 1
-  assert all(found[cell] == 0 for cell in expected if expected[cell] == 0)
-  cells = [cell for cell in expected if expected[cell] > 0]
-  rare = [cell for cell in cells if expected[cell] < 5]  # too few for the approximation: one cell together
-  groups = [[cell] for cell in cells if cell not in rare] + ([rare] if rare else [])
-  totals = [(sum(found[c] for c in g), sum(expected[c] for c in g)) for g in groups]
-  statistic = sum((f - e) ** 2 / e for f, e in totals)
-  assert len(groups) > 12 and max(expected.values()) > 3 * count / len(cells)  # a test with something to see
-  assert statistic < chi2.ppf(0.9999, len(groups) - 1), statistic
+
+  def expected(temperature):
+    first, second = np.exp(np.asarray(read(*model, tokens, np.ones(tokens.shape, bool), 2, temperature)[0], float)).T
+    return count * np.where(pairs[:, 0] == eos, first * (pairs[:, 1] == eos), first * second)  # padding after the end
+
+  drawn = np.asarray(out.tokens)[:, -2:]
+  counts = np.array([(drawn == pair).all(1).sum() for pair in pairs])
+  np.testing.assert_allclose(expected(TAU).sum(), count, rtol=1e-5)
+  assert not counts[expected(TAU) == 0].any()
+  statistic, bound = chi_square(counts, expected(TAU))
+  assert statistic < bound
+  for other in (0.8 * TAU, 1.25 * TAU):
+    statistic, bound = chi_square(counts, expected(other))
+    assert statistic > bound
 
 
 def test_a_row_can_be_drawn_again_alone(model):

@@ -37,6 +37,7 @@ FLOORS = {
   "r2m_jax.report": 2,
   "r2m_jax.models.pretrained": 3,
   "r2m_jax.step": 3,
+  "r2m_jax.checks": 4,
   "r2m_jax.build": 4,
   "r2m_jax.pretrain": 4,
   "r2m_jax.evals": 4,

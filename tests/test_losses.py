@@ -349,13 +349,14 @@ def test_the_annotations_choose_the_pair_even_against_the_rewards():
   np.testing.assert_allclose(bt_grad(rewards, annotations), np.tile([slope, -slope, 0, 0], (5, 1)), rtol=1e-12)
 
 
-@pytest.mark.parametrize("group_size, dtype", [(2, np.float32), (6, np.float32), (8, np.float32), (8, np.float64)])
+@pytest.mark.parametrize("group_size, dtype", [(2, np.float32), (5, np.float32), (9, np.float32), (8, np.float64)])
 def test_gre_of_equal_rewards_has_gradient_zero(group_size, dtype):
-  """With std alone it is NaN, and enters every parameter of the head. In float32 a mean of equal numbers is rounded."""
-  rewards = np.repeat(np.random.default_rng(0).normal(size=(16, 1)) * 10, group_size, 1).astype(dtype)
+  """With std alone it is NaN, and enters every parameter of the head. With eps alone it may be rounding noise, which
+  Adam turns into full-sized steps: in float32 a mean of 5 or 9 equal numbers is not always that number."""
+  rewards = np.repeat(np.random.default_rng(0).normal(size=(256, 1)) * 1e4, group_size, 1).astype(dtype)
   value, grad = gre_and_grad(rewards)
   np.testing.assert_array_equal(grad, np.zeros_like(rewards))
-  np.testing.assert_allclose(value, np.log(group_size), rtol=1e-6)
+  np.testing.assert_allclose(value, np.log(group_size), rtol=1e-5)
 
 
 def test_one_tied_group_leaves_the_others_alone():

@@ -99,15 +99,18 @@ def test_omega_zero_reads_the_feedback_only():
   np.testing.assert_array_equal(found["fused"], found["h_hat"])
 
 
-def test_scores_never_run_below_float32():
-  """Feedback comes in the policy's dtype; the head's parameters and everything after them are at least float32."""
+@pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
+def test_scores_never_run_below_float32(param_dtype):
+  """Whatever the dtype of the feedback and of the parameters: they are rounded, and nothing is after them."""
   rte, h = inputs()
   low = jnp.asarray(h, jnp.bfloat16)
-  head = make_head(2)
+  head = make_head(2, param_dtype)
   found = run(head, rte.astype(np.float32), low, MASK, 0.7)
   assert {x.dtype for x in jax.tree.leaves(found)} == {jnp.dtype("float32")}
-  same = run(head, rte.astype(np.float32), np.asarray(low, np.float32), MASK, 0.7)
-  np.testing.assert_allclose(found["score"], same["score"], rtol=1e-6)  # the rounding of h, and none after it
+  wide_head = make_head(2)
+  nnx.update(wide_head, jax.tree.map(lambda x: x.astype(jnp.float32), nnx.state(head)))
+  wide = run(wide_head, rte.astype(np.float32), np.asarray(low, np.float32), MASK, 0.7)
+  np.testing.assert_allclose(found["score"], wide["score"], rtol=1e-5)
 
 
 def test_gradients_reach_all_weights_but_not_the_bias_of_the_score():

@@ -1,4 +1,4 @@
-"""The main job at its smallest size through the command line: what it leaves, what a second run does, what it refuses."""
+"""The main job at its smallest size: what it leaves, what a second run does, what it refuses."""
 
 import json
 import os
