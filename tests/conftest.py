@@ -32,3 +32,18 @@ for _name, _value in {
   "MPLBACKEND": "Agg",
 }.items():
   os.environ.setdefault(_name, _value)
+
+import subprocess  # noqa: E402  after the environment is set
+
+import pytest  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def smallest_run(tmp_path_factory):
+  """(workdir, finished process) of the main job at its smallest size, run once through the command line."""
+  workdir = tmp_path_factory.mktemp("smallest")
+  args = ["--config=configs/quickstart.py:test", f"--workdir={workdir}"]
+  command = [sys.executable, "-m", "r2m_jax.main", *args]
+  return workdir, subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)

@@ -1,7 +1,9 @@
 """A small run for tests: random policy, reference and reward model on the gold-reward task's prompts."""
 
+import functools
+import json
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from configs import quickstart
@@ -22,17 +24,25 @@ def config(**overrides):
 
 
 def perturb(tree, seed: int, size: float = 0.1):
-  """Adds Gaussian noise to every leaf, so that a fresh initialisation is no special point."""
+  """Adds Gaussian noise to every leaf, so that a fresh initialisation is no special point. On the host."""
   rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda x: x + jnp.asarray(size * rng.standard_normal(x.shape), x.dtype), tree)
+  return jax.tree.map(lambda x: (np.asarray(x) + size * rng.standard_normal(x.shape)).astype(x.dtype), tree)
 
 
-def start(cfg, mesh=(1, 1, 1), devices=None, ref_noise=0.0):
-  """(built, state): policy and reward model unlike each other, a score head that is not zero."""
-  mesh = sharding.make_mesh(mesh, devices or jax.devices()[: int(np.prod(mesh))])
-  built = build.build(cfg, mesh, vocab_size=goldtask.VOCAB_SIZE)
+@functools.cache
+def models(arch: str, param_dtype: str):
+  """(policy, reward model) on the host: random, unlike each other, with a score head that is not zero."""
+  cfg = config(param_dtype=param_dtype)
+  cfg.policy.arch.update(json.loads(arch))
+  built = build.build(cfg, sharding.make_mesh((1, 1, 1)), vocab_size=goldtask.VOCAB_SIZE)
   policy = perturb(build.init_policy(cfg, built, jax.random.key(1)), 1)
-  reward = perturb(build.init_reward_model(cfg, built, policy, jax.random.key(2)), 2)
+  return policy, perturb(build.init_reward_model(cfg, built, policy, jax.random.key(2)), 2)
+
+
+def start(cfg, mesh=(1, 1, 1), ref_noise=0.0):
+  """(built, state) of a run's first step."""
+  built = build.build(cfg, sharding.make_mesh(mesh), vocab_size=goldtask.VOCAB_SIZE)
+  policy, reward = models(cfg.policy.arch.to_json(), cfg.param_dtype)
   state = build.initial_state(cfg, built, policy, reward["backbone"], reward["phi"])
   if ref_noise:
     ref = jax.device_put(perturb(state.ref, 3, ref_noise), jax.tree.map(lambda x: x.sharding, state.ref))
@@ -55,9 +65,9 @@ def prompts(cfg, t, left_pad=0):
   return batch
 
 
-def run(cfg, steps, mesh=(1, 1, 1), **kwargs):
+def run(cfg, steps, mesh=(1, 1, 1)):
   """[StepOutput on the host] of `steps` steps, and the last state."""
-  built, state = start(cfg, mesh, **kwargs)
+  built, state = start(cfg, mesh)
   step, outputs = step_of(cfg, built, state), []
   for t in range(steps):
     state, out = step(state, prompts(cfg, t))

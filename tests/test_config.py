@@ -175,11 +175,12 @@ def answers():
   env = os.environ | {"JAX_PLATFORMS": NO_PLATFORM}
   settings = dict(cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   running = {name: subprocess.Popen([sys.executable, *args], **settings) for name, args in COMMANDS.items()}
-  done = {}
-  for name, process in running.items():
-    out, err = process.communicate(timeout=300)
-    done[name] = (process.returncode, out, err)
-  return done
+  try:
+    texts = {name: process.communicate(timeout=300) for name, process in running.items()}
+  finally:
+    for process in running.values():
+      process.kill()
+  return {name: (process.returncode, *texts[name]) for name, process in running.items()}
 
 
 def test_touching_a_device_would_be_seen(answers):

@@ -22,10 +22,13 @@ ARCH = ArchConfig(vocab_size=VOCAB, hidden_size=16, num_layers=2, num_heads=2, n
 
 @pytest.fixture(scope="module")
 def model():
-  """graphdef and state of a tiny policy whose next-token probabilities are far from uniform."""
+  """graphdef and state of a tiny policy whose next token is far from random and depends on all tokens before it."""
   graphdef, state = transformer.init(ARCH, jax.random.key(1))
   state["embed"]["embedding"][...] = state["embed"]["embedding"][...] * 50
   state["lm_head"]["kernel"][...] = state["lm_head"]["kernel"][...] * 20
+  for name, factor in {"q": 3, "k": 3, "o": 4}.items():
+    kernel = state["layers"]["attn"][name]["kernel"]
+    kernel[...] = kernel[...] * factor
   return graphdef, state
 
 
@@ -157,7 +160,7 @@ def test_padding_may_be_an_eos_id(model):
 
 def test_greedy_is_the_argmax_of_full_forward_passes(model):
   """Decoding with a cache, from left-padded prompts, against one pass over the finished sequences."""
-  out = draw(*model, notes(), temperature=0.0, group_size=1, eos_ids=(VOCAB,))
+  out = draw(*model, notes(), temperature=0.0, eos_ids=(VOCAB,))
   assert not out.has_eos.any() and out.response_mask.all()
   _, best = read(*model, out.tokens, out.token_mask, T)
   np.testing.assert_array_equal(out.tokens[:, -T:], best)

@@ -24,14 +24,8 @@ def main(workdir, *args):
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
 
 
-@pytest.fixture(scope="module")
-def first_run(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("run")
-  return workdir, main(workdir)
-
-
-def test_smallest_run_leaves_everything(first_run):
-  workdir, result = first_run
+def test_smallest_run_leaves_everything(smallest_run):
+  workdir, result = smallest_run
   assert result.returncode == 0, result.stderr[-3000:]
   assert "max |ratio - 1|" in result.stdout and "max |log-prob deviation|" in result.stdout
   assert len(result.stdout.rsplit("step 0 ", 1)[1].splitlines()[1:]) <= 10  # the closing summary
@@ -50,13 +44,13 @@ def test_smallest_run_leaves_everything(first_run):
   assert list((workdir / "figures").glob("*.png"))
 
 
-def test_arms_start_from_the_same_samples_and_gold_is_that_of_the_samples(first_run):
-  rows = [row for row in read_metrics(first_run[0]) if row["stage"] == "rl" and row["step"] == 0]
+def test_arms_start_from_the_same_samples_and_gold_is_that_of_the_samples(smallest_run):
+  rows = [row for row in read_metrics(smallest_run[0]) if row["stage"] == "rl" and row["step"] == 0]
   assert len({row["reward/gold"] for row in rows}) == 1 and len({row["reward/frozen"] for row in rows}) == 1
 
 
-def test_checkpoint_holds_the_whole_state(first_run):
-  workdir, _ = first_run
+def test_checkpoint_holds_the_whole_state(smallest_run):
+  workdir, _ = smallest_run
   cfg = quickstart.get_config("test")
   cfg.variant = "r2m"
   built = build.build(cfg, sharding.make_mesh((1, 1, 1)), vocab_size=goldtask.VOCAB_SIZE)
@@ -71,8 +65,8 @@ def test_checkpoint_holds_the_whole_state(first_run):
   assert int(count) == cfg.steps * cfg.ppo.epochs
 
 
-def test_second_run_finds_all_done_and_changes_nothing(first_run):
-  workdir, _ = first_run
+def test_second_run_finds_all_done_and_changes_nothing(smallest_run):
+  workdir, _ = smallest_run
   before = (workdir / "metrics.jsonl").read_bytes()
   result = main(workdir)
   assert result.returncode == 0, result.stderr[-3000:]
@@ -80,14 +74,14 @@ def test_second_run_finds_all_done_and_changes_nothing(first_run):
   assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-def test_another_config_in_the_same_workdir_is_refused(first_run):
-  workdir, _ = first_run
+def test_another_config_in_the_same_workdir_is_refused(smallest_run):
+  workdir, _ = smallest_run
   result = main(workdir, "--config.kl.beta=0.5")
   assert result.returncode == 2 and "config.kl.beta: 0.02 -> 0.5" in result.stderr
   assert "Traceback" not in result.stderr
 
 
-def test_interrupted_run_goes_on_and_ends_where_the_unbroken_one_does(first_run, tmp_path, monkeypatch):
+def test_interrupted_run_goes_on_and_ends_where_the_unbroken_one_does(smallest_run, tmp_path, monkeypatch):
   """Stopped after step 2 of 4 (a checkpoint is at 2), continued: the same metrics, step for step."""
   cfg = quickstart.get_config("test")
   cfg.variant = "r2m"
@@ -107,7 +101,7 @@ def test_interrupted_run_goes_on_and_ends_where_the_unbroken_one_does(first_run,
   pick = lambda rows: [
     {k: v for k, v in row.items() if k != "seconds"} for row in rows if row["stage"] == "rl" and row["arm"] == "r2m"
   ]
-  resumed, unbroken = pick(read_metrics(tmp_path)), pick(read_metrics(first_run[0]))
+  resumed, unbroken = pick(read_metrics(tmp_path)), pick(read_metrics(smallest_run[0]))
   assert resumed == unbroken
 
 

@@ -38,5 +38,6 @@ def turnover_table(rows: list[dict]) -> str:
     mine = [row["turnover"] for row in rows if row["arm"] == arm]
     last = np.array([t.last for t in mine])
     over = sum(t.over_optimised for t in mine)
-    lines.append(f"{arm}: over-optimised on {over} of {len(mine)} seeds; last gold {last.mean():.2f} ± {last.std():.2f}")
+    mean = f"last gold {last.mean():.2f}, standard deviation {last.std(ddof=min(1, len(mine) - 1)):.2f}"
+    lines.append(f"{arm}: over-optimised on {over} of {len(mine)} seeds; {mean}")
   return "\n".join(lines)
