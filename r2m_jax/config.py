@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.ops import AGGREGATIONS
 
-TASKS = ("sft", "reward", "r2m", "lab")
+TASKS = ("sft", "reward", "r2m", "lab", "generate", "score", "export")
 ALGORITHMS = ("rloo", "grpo")
 VARIANTS = ("vanilla", "scaled", "r2m_untrained", "r2m")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -45,10 +45,11 @@ def check_config(config: ConfigDict) -> None:
   for field in (
     "steps", "rollout.prompts", "rollout.max_new_tokens", "ppo.epochs", "ppo.minibatches", "r2m.attention_dim",
     "r2m.num_heads", "sft.steps", "sft.batch_size", "sft.examples", "reward.pairs", "reward.epochs",
-    "reward.batch_size", "reward.heldout_pairs", "log.checkpoint_every", "log.samples",
+    "reward.batch_size", "reward.heldout_pairs", "log.checkpoint_every", "log.samples", "data.max_prompt_length",
+    "data.max_response_length", "generate.max_new_tokens", "generate.batch_size", "score.batch_size",
   ):  # fmt: skip
     at_least(field, 1)
-  for field in ("seed", "logits_chunk", "kl.beta"):
+  for field in ("seed", "logits_chunk", "kl.beta", "generate.temperature", "reward.max_length", "lora.rank"):
     at_least(field, 0)
   need(config.rollout.group_size >= 2, "rollout.group_size", f"{config.algorithm} compares K >= 2 responses per prompt")
   need(config.rollout.temperature > 0, "rollout.temperature", "must be above 0: greedy samples have no log-probability")
@@ -79,7 +80,17 @@ def check_config(config: ConfigDict) -> None:
   except ValueError as error:
     raise ConfigError(f"config.policy.arch: {error}") from None
   layers = arch.num_layers
-  need(-layers <= config.r2m.feedback_layer < layers, "r2m.feedback_layer", f"the policy has {layers} layers, -1 is last")
+  if not config.policy.path:  # else the folder says how many layers there are
+    need(-layers <= config.r2m.feedback_layer < layers, "r2m.feedback_layer", f"the policy has {layers} layers")
+  files = {
+    "generate": ("policy.path", "generate.input", "generate.output"),
+    "score": ("reward.path", "score.input", "score.output"),
+    "export": ("export.checkpoint", "export.out"),
+  }
+  for field in files.get(config.task, ()):
+    need(_get(config, field) != "", field, f"task={config.task} needs it; pass --config.{field}=...")
+  one_of("lora.export", ("merged", "peft"))
+  need(config.lora.alpha > 0, "lora.alpha", "must be above 0")
   need(config.sft.batch_size <= config.sft.examples, "sft.batch_size", "must not exceed sft.examples")
   need(config.reward.batch_size <= config.reward.pairs, "reward.batch_size", "must not exceed reward.pairs")
   mesh = tuple(config.mesh)

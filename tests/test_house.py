@@ -43,8 +43,12 @@ FLOORS = {
   "r2m_jax.lab": 4,
   "r2m_jax.plan": 4,
   "r2m_jax.train": 5,
-  "r2m_jax.export": 5,
-  "r2m_jax.main": 6,
+  "r2m_jax.folders": 5,
+  "r2m_jax.parity": 5,
+  "r2m_jax.export": 6,
+  "r2m_jax.serve": 6,
+  "r2m_jax.finetune": 7,
+  "r2m_jax.main": 8,
 }
 # (importer, imported) on one floor that are allowed; files of one package may import each other besides.
 SAME_FLOOR = {

@@ -1,0 +1,5 @@
+"""A run's checkpoint as a Hugging Face folder."""
+
+
+def run(config):
+  raise NotImplementedError
