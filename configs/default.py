@@ -12,7 +12,7 @@ def optimizer(lr: float) -> ConfigDict:
   config.warmup_steps = 0  # optimizer updates
   config.b1 = 0.9
   config.b2 = 0.99
-  config.adam_eps = 1e-8
+  config.adam_eps = 1e-5  # not 1e-8: a gradient that is rounding noise must not become a full-sized step
   config.weight_decay = 0.0
   config.max_grad_norm = 1.0  # clip by global norm; 0 does not clip
   return config

@@ -12,7 +12,7 @@ from configs import default
 
 def get_config(size: str = ""):
   if size not in ("", "test"):
-    raise ValueError(f"configs/quickstart.py:{size} is unknown; use configs/quickstart.py or configs/quickstart.py:test")
+    raise ValueError(f"size {size!r} is unknown; use configs/quickstart.py or configs/quickstart.py:test")
   config = default.get_config()
   config.variant = ""
   config.steps = 120

@@ -30,14 +30,16 @@ class Build:
   rows: NamedSharding  # of arrays whose leading axis is the batch
 
 
-def build(config, mesh: Mesh, *, vocab_size: int) -> Build:
-  """Reads the architecture sections; allocates nothing."""
-  arch = ArchConfig(vocab_size=vocab_size, **config.policy.arch)
-  reward_arch = arch.replace(lm_head=False)
+def build(
+  config, mesh: Mesh, *, vocab_size: int = 0, arch: ArchConfig | None = None, reward_arch: ArchConfig | None = None
+) -> Build:
+  """Allocates nothing. The architectures are those given, or the config's with `vocab_size` for both models."""
+  arch = arch or ArchConfig(vocab_size=vocab_size, **config.policy.arch)
+  reward_arch = reward_arch or arch.replace(lm_head=False)
   kwargs = model_kwargs(config)
   head = nnx.eval_shape(lambda: make_head(config, arch, reward_arch, jax.random.key(0)))
   defs = Defs(
-    vocab_size=vocab_size,
+    vocab_size=arch.vocab_size,
     policy=transformer.abstract(arch, **kwargs)[0],
     reward_backbone=transformer.abstract(reward_arch, **kwargs)[0],
     reward_head=nnx.graphdef(head),

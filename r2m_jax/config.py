@@ -80,8 +80,9 @@ def check_config(config: ConfigDict) -> None:
   except ValueError as error:
     raise ConfigError(f"config.policy.arch: {error}") from None
   layers = arch.num_layers
+  tapped = config.r2m.feedback_layer
   if not config.policy.path:  # else the folder says how many layers there are
-    need(-layers <= config.r2m.feedback_layer < layers, "r2m.feedback_layer", f"the policy has {layers} layers")
+    need(-layers <= tapped < layers, "r2m.feedback_layer", f"the policy has {layers} layers; -1 is the last")
   files = {
     "generate": ("policy.path", "generate.input", "generate.output"),
     "score": ("reward.path", "score.input", "score.output"),

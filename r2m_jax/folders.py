@@ -119,6 +119,23 @@ def _load(source: str, field: str, config, mesh, **kwargs) -> tuple[pathlib.Path
     raise FolderError(f"config.{field} is {source}: {error}") from error
 
 
+def reward_start(reward: RewardModel, mesh):
+  """The state {"backbone", "phi"} that task=reward starts from; a new score head is zero."""
+  phi = reward.phi
+  if phi is None:
+    phi = nnx.state(nnx.Linear(reward.arch.hidden_size, 1, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0)))
+  state = {"backbone": reward.state, "phi": phi}
+  return jax.device_put(state, sharding.shardings(state, mesh))
+
+
+def describe_reward(reward: RewardModel, prompt, response: str, truncated: bool = False) -> str:
+  """One rendered input of a reward model with its special tokens."""
+  tokenizer = reward.renderer.tokenizer
+  ids = reward.renderer.ids(prompt, response, truncated=truncated)
+  rule = "its chat template" if tokenizer.has_template else "prompt + ' ' + response"
+  return f"rewards  {reward.folder}: input by {rule}\nsample   {len(ids)} tokens: {tokenizer.hf.decode(ids)!r}"
+
+
 def phi_state(score: Score) -> nnx.State:
   """A classifier's score head as the state of phi: at least float32, with a bias (zero where there was none)."""
   wide = jnp.promote_types(score.kernel.dtype, jnp.float32)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from r2m_jax.losses import bradley_terry
 from r2m_jax.metrics import Metrics, progress
-from r2m_jax.models.reward import read_rte
+from r2m_jax.models.reward import read_rte, score
 from r2m_jax.ops import masked_mean, predicts_response, token_stats
 
 LOG_EVERY = 10  # updates; a fetch waits for the device
@@ -42,7 +42,7 @@ def reward_loss(backbone_def, phi_def) -> Callable:
     backbone, phi = nnx.merge(backbone_def, state["backbone"]), nnx.merge(phi_def, state["phi"])
     tokens = jnp.concatenate([batch["chosen"], batch["rejected"]])
     mask = jnp.concatenate([batch["chosen_mask"], batch["rejected_mask"]])
-    chosen, rejected = jnp.split(phi(read_rte(backbone, tokens, mask))[:, 0], 2)
+    chosen, rejected = jnp.split(score(phi, read_rte(backbone, tokens, mask)), 2)
     # a tie is half right: a model that scores all alike is at 0.5, not at 0 or 1
     accuracy = jnp.where(chosen == rejected, 0.5, (chosen > rejected).astype(chosen.dtype)).mean()
     return bradley_terry(chosen, rejected), {"accuracy": accuracy}
@@ -69,8 +69,7 @@ def fit(
     return tx.init(state)
 
   def update(state, opt, batch):
-    grads, metrics = jax.grad(lambda s: (lambda loss, aux: (loss, (loss, aux)))(*loss_fn(s, batch)), has_aux=True)(state)
-    loss, aux = metrics
+    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state, batch)
     updates, opt = tx.update(grads, opt, state)
     return optax.apply_updates(state, updates), opt, {"loss": loss, "grad_norm": optax.tree.norm(grads), **aux}
 

@@ -14,7 +14,8 @@ from flax import nnx
 
 from r2m_jax import sharding
 from r2m_jax.data.jsonl import read_rows, write_rows
-from r2m_jax.folders import FolderError, Policy, RewardModel, abstract_head, load_policy, load_reward, phi_score
+from r2m_jax.folders import FolderError, Policy, RewardModel, abstract_head, describe_reward
+from r2m_jax.folders import load_policy, load_reward, phi_score
 from r2m_jax.generate import generate
 from r2m_jax.metrics import progress
 from r2m_jax.models.reward import read_rte
@@ -116,23 +117,15 @@ def run_score(config) -> None:
   if reward.head is not None:
     if not config.policy.path:
       raise FolderError(
-        f"config.reward.path is {config.reward.path}: an R2M reward model, which reads the policy's hidden states; give "
-        "the policy as config.policy.path"
+        f"config.reward.path is {config.reward.path}: an R2M reward model, which reads the policy's hidden states; "
+        "give the policy as config.policy.path"
       )
     policy = load_policy(config.policy.path, config, mesh)
-  print(describe_reward(reward, rows[0]))
+  print(describe_reward(reward, rows[0]["prompt"], rows[0]["response"], bool(rows[0].get("truncated", False))))
   scores = score(config, reward, policy, rows, mesh)
   file = write_rows(settings.output, [row | {"score": float(s)} for row, s in zip(rows, scores)])
   low, high = scores.min(), scores.max()
   print(f"wrote    {len(rows)} scores to {file}, mean {scores.mean():.4f}, from {low:.4f} to {high:.4f}")
-
-
-def describe_reward(reward: RewardModel, row: dict) -> str:
-  """One rendered input of a reward model with its special tokens."""
-  tokenizer = reward.renderer.tokenizer
-  ids = reward.renderer.ids(row["prompt"], row["response"], truncated=bool(row.get("truncated", False)))
-  rule = "its chat template" if tokenizer.has_template else "prompt + ' ' + response"
-  return f"rewards  {reward.folder}: input by {rule}\nsample   {len(ids)} tokens: {tokenizer.hf.decode(ids)!r}"
 
 
 def policy_ids(tokenizer: Tokenizer, row: dict) -> list[int]:

@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 from r2m_jax import advantages, losses
 from r2m_jax.config import kl_estimator
 from r2m_jax.generate import generate
-from r2m_jax.models.reward import RewardHead, read_rte
+from r2m_jax.models.reward import read_rte
+from r2m_jax.models.reward import score as phi_score
 from r2m_jax.models.transformer import Transformer
 from r2m_jax.ops import aggregate, masked_mean, masked_sum, masked_whiten, predicts_response, token_stats
 from r2m_jax.schedules import omega
@@ -100,7 +101,7 @@ def make_judge(defs: Defs, config) -> Callable[..., Judged]:
   def judge(state: TrainState, hidden, sequences: Sequences, reward_tokens, reward_mask) -> Judged:
     rte = read_rte(nnx.merge(defs.reward_backbone, state.reward_backbone), reward_tokens, reward_mask)
     scores = score(state.reward_head, rte, hidden, sequences.token_mask, omega(state.step, total_steps, omega_min))
-    return Judged(rte=rte, scores=scores, scores_frozen=nnx.merge(defs.phi, state.reward_frozen)(rte)[..., 0])
+    return Judged(rte=rte, scores=scores, scores_frozen=phi_score(nnx.merge(defs.phi, state.reward_frozen), rte))
 
   return judge
 
@@ -151,7 +152,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
     return loss, (metrics, out.feedback)
 
   def update_policy(state: TrainState, experience: Experience, hidden):
-    """Scans epochs x minibatches. Returns policy', opt', metrics [updates] and h', which falls out of the last epoch."""
+    """Scans epochs x minibatches: policy', opt', metrics [updates], and h', which falls out of the last epoch."""
     rows = experience.advantages.shape[0]
     per_batch = rows // minibatches
     shuffle_key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2**31 - 1)

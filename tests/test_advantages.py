@@ -54,7 +54,7 @@ def test_grpo_of_a_pair_is_a_sign():
 @both
 @pytest.mark.parametrize("group_size", [2, 3, 6, 8])
 def test_a_tied_group_gives_exactly_zero(name, group_size):
-  """In float32 the mean of K equal numbers is not always that number, and GRPO would divide the rest by a small root."""
+  """In float32 the mean of K equal numbers is not always that number; GRPO would divide the rest by a small root."""
   scores = np.repeat(np.random.default_rng(0).normal(size=(64, 1)) * 100, group_size, 1).astype(np.float32)
   np.testing.assert_array_equal(FUNCTIONS[name](scores.reshape(-1), group_size), np.zeros(scores.size))
 

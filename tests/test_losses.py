@@ -1,4 +1,4 @@
-"""Losses against NumPy loops, finite differences, and a policy small enough to enumerate every sequence it can write."""
+"""Losses against NumPy loops, finite differences, and a policy so small that all its sequences can be written down."""
 
 import itertools
 
@@ -351,7 +351,7 @@ def test_the_annotations_choose_the_pair_even_against_the_rewards():
 
 @pytest.mark.parametrize("group_size, dtype", [(2, np.float32), (6, np.float32), (8, np.float32), (8, np.float64)])
 def test_gre_of_equal_rewards_has_gradient_zero(group_size, dtype):
-  """With std alone it is NaN, which enters every parameter of the head. In float32 a mean of equal numbers is rounded."""
+  """With std alone it is NaN, and enters every parameter of the head. In float32 a mean of equal numbers is rounded."""
   rewards = np.repeat(np.random.default_rng(0).normal(size=(16, 1)) * 10, group_size, 1).astype(dtype)
   value, grad = gre_and_grad(rewards)
   np.testing.assert_array_equal(grad, np.zeros_like(rewards))

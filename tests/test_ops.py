@@ -8,8 +8,6 @@ import pytest
 
 from r2m_jax import ops
 
-torch = pytest.importorskip("torch")
-
 ROWS, LENGTH, WIDTH, VOCAB, TAU = 3, 7, 4, 11, 0.7
 
 
@@ -54,6 +52,7 @@ def unchunked():
 
 
 def test_token_stats_match_torch(unchunked):
+  torch = pytest.importorskip("torch")
   out, grads, weights = unchunked
   *arrays, tokens = problem()
   tensors = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in arrays]

@@ -119,8 +119,9 @@ def oracle_step(cfg, built, state, sequences, step_number):
   reward_loss = (1 - cfg.r2m.alpha) * bt + cfg.r2m.alpha * gre
   reward_loss.backward()
   new_head = {k: (v - cfg.r2m.lr * v.grad).detach().numpy() for k, v in head.items()}
-  return dict(
-    policy={k: p.detach().numpy() for k, p in policy.items()}, head=new_head, scores=scores.numpy(), losses=losses, norms=norms, bt=bt.item(), gre=gre.item()
+  return dict(  # fmt: skip
+    policy={k: p.detach().numpy() for k, p in policy.items()}, head=new_head, scores=scores.numpy(),
+    losses=losses, norms=norms, bt=bt.item(), gre=gre.item(),
   )
 
 

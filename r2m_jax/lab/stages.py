@@ -11,6 +11,7 @@ from r2m_jax.generate import generate
 from r2m_jax.lab import goldtask
 from r2m_jax.metrics import Metrics
 from r2m_jax.models.reward import read_rte
+from r2m_jax.models.reward import score as phi_score
 from r2m_jax.optim import make_optimizer
 from r2m_jax.pretrain import fit, reward_loss, sft_loss
 from r2m_jax.sharding import constrain_batch, shardings
@@ -113,11 +114,11 @@ def fit_reward(config, built: Build, workdir: Path, policy):
   )
 
   @jax.jit
-  def score(model, tokens, mask):
+  def score_of(model, tokens, mask):
     rte = read_rte(nnx.merge(built.defs.reward_backbone, model["backbone"]), tokens, mask)
-    return nnx.merge(built.defs.phi, model["phi"])(rte)[:, 0]
+    return phi_score(nnx.merge(built.defs.phi, model["phi"]), rte)
 
-  scores = np.stack([score(model, heldout["tokens"][:, i], heldout["mask"][:, i]) for i in (0, 1)], 1)
+  scores = np.stack([score_of(model, heldout["tokens"][:, i], heldout["mask"][:, i]) for i in (0, 1)], 1)
   rows = np.arange(len(scores))
   gap = scores[rows, chosen] - scores[rows, 1 - chosen]
   accuracy = np.where(gap == 0, 0.5, gap > 0).mean()
@@ -148,7 +149,7 @@ def preferences(config, built: Build, policy, stream: int, pairs: int) -> dict[s
 
 
 def epochs_of_rows(seed: int, count: int, batch_size: int, steps: int):
-  """Row indices of `steps` batches: every row once an epoch, in a new order each epoch; the rest of an epoch is left."""
+  """Row indices of `steps` batches: every row once an epoch, in new orders; what does not fill a batch is left."""
   rng, order = np.random.default_rng([seed, 3]), np.empty(0, int)
   for _ in range(steps):
     if len(order) < batch_size:

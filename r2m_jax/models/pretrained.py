@@ -294,7 +294,7 @@ def save_pretrained(
   """
   folder = pathlib.Path(folder).expanduser().absolute()
   if score is None and not arch.lm_head:
-    raise ValueError("a model with ArchConfig.lm_head=False has no vocabulary head to save; give its score head: score=")
+    raise ValueError("a model with ArchConfig.lm_head=False has no vocabulary head; save it with its score: score=")
   if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
     raise FileExistsError(f"{folder} is not empty and holds no model; give a new folder")
   arch = arch.replace(lm_head=score is None)

@@ -31,6 +31,15 @@ def read_rte(backbone: Transformer, tokens: jax.Array, mask: jax.Array) -> jax.A
   return at_least_f32(last_token(backbone(tokens, mask).hidden, mask))
 
 
+def score(phi: nnx.Linear, h: jax.Array) -> jax.Array:
+  """r = phi(h).   f32[B, Dr] -> f32[B].
+
+  No gradient reaches the bias: Bradley-Terry and the group entropy do not change when all rewards shift, so its true
+  gradient is zero, and Adam would turn the rounding noise around that zero into full-sized steps.
+  """
+  return (h @ phi.kernel[...])[..., 0] + jax.lax.stop_gradient(phi.bias[...])[0]
+
+
 class RewardHead(nnx.Module):
   """Sequence-to-token cross-attention and the score head phi: all that R2M trains during RL."""
 
@@ -89,7 +98,7 @@ class RewardHead(nnx.Module):
 
   def score(self, h_fin: jax.Array) -> jax.Array:
     """r = phi(H_fin).   f32[B, Dr] -> f32[B]."""
-    return self.phi(h_fin)[..., 0]
+    return score(self.phi, h_fin)
 
   def __call__(self, rte: jax.Array, h: jax.Array, mask: jax.Array, omega: jax.Array) -> jax.Array:
     """The fused reward f32[B]: cross_attend, fuse, score."""

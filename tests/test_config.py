@@ -1,0 +1,218 @@
+"""What a config refuses and in which words; mistakes on the command line, before any device is touched."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from configs import default, quickstart
+from r2m_jax import main
+from r2m_jax.config import ConfigError, check_batch, check_config, check_fields, difference, kl_estimator
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def config_with(**changes):
+  """The default config with dotted fields set, dots written as two underscores."""
+  config = default.get_config()
+  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+  return config
+
+
+REFUSALS = [  # field, value, the fix
+  ("task", "rl", "'sft', 'reward', 'r2m'"),
+  ("algorithm", "reinforse", "choose one of 'rloo', 'grpo'"),
+  ("variant", "r2n", "'vanilla', 'scaled'"),
+  ("arms", ("vanilla", "r2n"), "choose from vanilla, scaled"),
+  ("arms", ("r2m", "r2m"), "once"),
+  ("arms", (), "choose from"),
+  ("dtype", "float16", "'float32', 'bfloat16'"),
+  ("remat", "some", "'none', 'full', 'dots'"),
+  ("ppo.aggregation", "mean", "'sequence_sum', 'sequence_mean', 'token_mean', 'constant'"),
+  ("kl.estimator", "k3", "'exact', 'k2'"),
+  ("steps", 0, "at least 1"),
+  ("rollout.prompts", 0, "at least 1"),
+  ("rollout.group_size", 1, "K >= 2 responses per prompt"),
+  ("rollout.max_new_tokens", 0, "at least 1"),
+  ("rollout.temperature", 0.0, "above 0"),
+  ("r2m.omega_min", 1.5, r"in \[0, 1\]"),
+  ("r2m.omega_min", -0.1, r"in \[0, 1\]"),
+  ("r2m.omega_min", float("nan"), r"in \[0, 1\]"),
+  ("r2m.alpha", 1.01, r"in \[0, 1\]"),
+  ("r2m.gre_eps", 0.0, "above 0"),
+  ("r2m.num_heads", 3, r"divide r2m.attention_dim = 64"),
+  ("r2m.feedback_layer", 2, "2 layers"),
+  ("r2m.feedback_layer", -3, "2 layers"),
+  ("ppo.clip_eps", 1.0, r"such as 0.2"),
+  ("ppo.advantage_eps", 0.0, "above 0"),
+  ("kl.beta", -0.1, "at least 0"),
+  ("seed", -1, "at least 0"),
+  ("policy.lr", -1.0, "at least 0"),
+  ("sft.b2", 1.0, r"in \[0, 1\)"),
+  ("reward.optimizer", "adam", "'adamw', 'sgd'"),
+  ("r2m.lr_schedule", "exponential", "'constant', 'linear', 'cosine'"),
+  ("reward.label_flip", 2.0, r"in \[0, 1\]"),
+  ("sft.batch_size", 99999, "not exceed sft.examples"),
+  ("lab.seeds", ("x",), r"such as \(0, 1, 2\)"),
+  ("lab.seeds", (), r"such as \(0, 1, 2\)"),
+  ("mesh", (-1, -1, 1), r"at most one of them -1, such as \(-1, 1, 1\)"),
+  ("mesh", (0, 1, 1), "three sizes"),
+  ("mesh", (8, 1), "three sizes"),
+]
+
+
+@pytest.mark.parametrize("field, value, fix", REFUSALS, ids=[f"{field}={value}" for field, value, _ in REFUSALS])
+def test_refusals_name_field_value_and_fix(field, value, fix):
+  config = default.get_config()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(ConfigError) as refusal:
+    check_config(config)
+  assert re.match(rf"config\.{re.escape(field)} is {re.escape(repr(value))}: ", str(refusal.value))
+  assert re.search(fix, str(refusal.value)), refusal.value
+
+
+@pytest.mark.parametrize("changes, words", [
+  (dict(mesh=(3, 1, 1)), r"config.rollout.prompts is 16, .* 3 data x fsdp shards of config.mesh = \(3, 1, 1\): .* 18"),
+  (dict(mesh=(2, 8, 1), reward__batch_size=24), r"config.reward.batch_size is 24, .* 16 .* multiple of 16, such as 32"),
+  (dict(mesh=(4, 1, 2), sft__batch_size=6), r"config.sft.batch_size is 6, .* 4 .* such as 8"),
+  (dict(ppo__minibatches=3), r"config.ppo.minibatches is 3: 128 trajectories .* use a divisor of 128"),
+  (dict(ppo__minibatches=64, mesh=(4, 1, 1)), r"config.ppo.minibatches is 64: 128 .* 4 data x fsdp .* divisor of 32"),
+  (dict(policy__arch__num_kv_heads=3), r"config.policy.arch: .*num_kv_heads=3: must divide num_heads=4"),
+  (dict(policy__arch__norm="batch"), r"config.policy.arch: .*norm='batch': use 'rms' or 'layer'"),
+  (dict(policy__arch__num_layers=0), r"config.policy.arch: .*num_layers=0: give a positive integer"),
+])  # fmt: skip
+def test_refusals_of_values_that_do_not_fit_together(changes, words):
+  with pytest.raises(ConfigError, match=words):
+    check_config(config_with(**changes))
+
+
+@pytest.mark.parametrize("changes", [
+  {}, dict(rollout__group_size=2), dict(r2m__omega_min=0.0), dict(r2m__omega_min=1.0), dict(r2m__alpha=0.0),
+  dict(r2m__num_heads=4), dict(r2m__feedback_layer=-2), dict(r2m__feedback_layer=1), dict(ppo__minibatches=128),
+  dict(mesh=(-1, 1, 1), rollout__prompts=3), dict(mesh=(2, 2, 2)), dict(mesh=(1, 1, 3)), dict(kl__beta=0.0),
+  dict(variant=""), dict(seed=0), dict(lab__seeds=(7,)), dict(policy__max_grad_norm=0.0),
+])  # fmt: skip
+def test_the_values_next_to_the_limits_pass(changes):
+  check_config(config_with(**changes))
+
+
+@pytest.mark.parametrize("size", ["", "test"])
+def test_quickstart_passes(size):
+  check_config(quickstart.get_config(size))
+
+
+def test_check_batch_knows_the_real_mesh():
+  """-1 is filled in once the devices are known; the same words then."""
+  config = config_with(mesh=(-1, 1, 1))
+  check_config(config)
+  check_batch(config, (8, 1, 1))
+  with pytest.raises(ConfigError, match="config.rollout.prompts is 16.* 3 data x fsdp"):
+    check_batch(config, (3, 1, 1))
+
+
+@pytest.mark.parametrize("given, meant", [
+  ("r2m.omega_mn", "r2m.omega_min"), ("omega_min", "r2m.omega_min"), ("temperature", "rollout.temperature"),
+  ("steps.x", "steps"), ("rolout.prompts", "rollout.prompts"), ("policy.arch.nun_heads", "policy.arch.num_heads"),
+])  # fmt: skip
+def test_a_mistyped_field_is_answered_with_the_nearest_one(given, meant):
+  with pytest.raises(ConfigError, match=rf"^config\.{given} does not exist; did you mean config\.{meant}\?$"):
+    check_fields(default.get_config(), ["steps", "r2m", "policy.arch.norm", given])
+
+
+def test_a_field_like_no_other_is_answered_with_the_sections():
+  with pytest.raises(ConfigError, match="config.zzz does not exist; choose from .*r2m.*"):
+    check_fields(default.get_config(), ["zzz"])
+
+
+def test_difference_lists_what_changed():
+  old, new = default.get_config().to_dict(), config_with(r2m__alpha=0.5, steps=3).to_dict()
+  del new["seed"]
+  lines = ["config.r2m.alpha: 0.3 -> 0.5", "config.seed: 0 -> '(absent)'", "config.steps: 120 -> 3"]
+  assert difference(old, new) == lines
+  assert difference(old, default.get_config().to_dict()) == []
+
+
+def test_kl_estimator_by_vocabulary():
+  assert [kl_estimator(config_with(), v) for v in (64, 1024, 1025)] == ["exact", "exact", "k2"]
+  assert kl_estimator(config_with(kl__estimator="k2"), 64) == "k2"
+  assert kl_estimator(config_with(kl__estimator="exact"), 128000) == "exact"
+
+
+# ---- the command line ----
+
+NO_PLATFORM = "no_such_platform"  # jax raises as soon as anything asks for a device
+MAIN = ["-m", "r2m_jax.main", "--config=configs/quickstart.py:test", "--workdir=unused"]
+CONTROL = """
+import jax
+from configs import quickstart
+from r2m_jax.config import check_config
+check_config(quickstart.get_config())
+print("checked")
+jax.devices()
+"""
+COMMANDS = {
+  "key": [*MAIN, "--config.r2m.omega_mn=0.7"],
+  "type": [*MAIN, "--config.steps=abc"],
+  "value": [*MAIN, "--config.rollout.group_size=1"],
+  "file": ["-m", "r2m_jax.main", "--config=configs/none.py", "--workdir=unused"],
+  "control": ["-c", CONTROL],
+}
+ANSWERS = {
+  "key": "config.r2m.omega_mn does not exist; did you mean config.r2m.omega_min?",
+  "type": "config.steps is 'abc': must be of type int, such as 4",
+  "value": "config.rollout.group_size is 1: rloo compares K >= 2 responses per prompt",
+  "file": f"--config is configs/none.py: there is no such file from {ROOT}",
+}
+
+
+@pytest.fixture(scope="module")
+def answers():
+  """(exit status, stdout, stderr) of every command; they run side by side."""
+  env = os.environ | {"JAX_PLATFORMS": NO_PLATFORM}
+  settings = dict(cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  running = {name: subprocess.Popen([sys.executable, *args], **settings) for name, args in COMMANDS.items()}
+  done = {}
+  for name, process in running.items():
+    out, err = process.communicate(timeout=300)
+    done[name] = (process.returncode, out, err)
+  return done
+
+
+def test_touching_a_device_would_be_seen(answers):
+  """The check of the checks below: without it they would pass whatever the commands do."""
+  status, out, err = answers["control"]
+  assert out.strip() == "checked"  # and check_config itself asked for no device
+  assert status != 0 and NO_PLATFORM in err
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_mistake_on_the_command_line_is_one_line(answers, name):
+  status, out, err = answers[name]
+  assert err == f"error: {ANSWERS[name]}\n"
+  assert out == "" and status == 2
+  assert not (ROOT / "unused").exists()
+
+
+@pytest.mark.parametrize("argv, error, answer", [
+  ([], ValueError(), "--config is missing; give one, such as --config=configs/quickstart.py"),
+  (["--config.steps=3"], ValueError(), "--config is missing; give one, such as --config=configs/quickstart.py"),
+  (["--config", "configs/quickstart.py"], ValueError(), "--workdir is missing; give one, such as --workdir=runs/mine"),
+  (["--config=configs/quickstart.py:big", "--workdir=x"], ValueError(),
+   "size 'big' is unknown; use configs/quickstart.py or configs/quickstart.py:test"),
+  (["--config=configs/quickstart.py", "--workdir=x", "--config.log=3"],
+   flags.IllegalFlagValueError("flag --config.log=3: Failed to parse '3' as a ConfigDict"),
+   "config.log is a section: set one of config.log.checkpoint_every, config.log.samples"),
+  (["--config", "configs/quickstart.py", "--workdir", "x", "--noconfig.ppo.whiten"], KeyError(),
+   "config.ppo.whiten does not exist; did you mean config.ppo.whiten_advantages?"),
+  (["--config=configs/quickstart.py", "--workdir=x", "--workdr=y"], flags.Error("Unknown flag\n'workdr'"),
+   "Unknown flag 'workdr'"),
+  (["--config=configs/quickstart.py", "--workdir=x"], KeyError("inside the config file"), None),  # keeps its traceback
+])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' way to read a file
+def test_other_mistakes(monkeypatch, argv, error, answer):
+  monkeypatch.chdir(ROOT)
+  assert main.command_line_mistake(["main.py", *argv], error) == answer

@@ -1,0 +1,244 @@
+"""Sampling: against exact probabilities, against full forward passes, and by hand with a model that counts down."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy.stats import chi2
+
+from r2m_jax.generate import generate, sample_keys, sample_token
+from r2m_jax.models import transformer
+from r2m_jax.models.arch import ArchConfig
+from r2m_jax.ops import predicts_response, token_stats
+from r2m_jax.types import Prompts
+
+VOCAB, TAU, T = 6, 0.7, 8
+ARCH = ArchConfig(vocab_size=VOCAB, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=32)
+
+
+@pytest.fixture(scope="module")
+def model():
+  """graphdef and state of a tiny policy whose next-token probabilities are far from uniform."""
+  graphdef, state = transformer.init(ARCH, jax.random.key(1))
+  state["lm_head"]["kernel"][...] = state["lm_head"]["kernel"][...] * 1.5
+  state["embed"]["embedding"][...] = state["embed"]["embedding"][...] * 50
+  return graphdef, state
+
+
+def notes(*, extra_padding=0):
+  """Three prompts of 2, 4 and 3 tokens, padded on the left with a token that is also a word."""
+  tokens = np.array([[5, 5, 1, 2], [3, 0, 4, 2], [5, 2, 2, 4]], np.int32)
+  mask = np.arange(4) >= np.array([2, 0, 1])[:, None]
+  pad = ((0, 0), (extra_padding, 0))
+  tokens, mask = np.pad(tokens, pad, constant_values=4), np.pad(mask, pad)
+  return Prompts(tokens=tokens, mask=mask, example_id=np.array([7, 11, 13], np.int32))
+
+
+def one(prompts, i):
+  return jax.tree.map(lambda x: x[i : i + 1], prompts)
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("group_size", "T", "temperature", "eos_ids", "pad_id"))
+def draw(graphdef, state, prompts, step=0, *, group_size=4, T=T, temperature=TAU, eos_ids=(1, 3), pad_id=0):
+  settings = dict(group_size=group_size, max_new_tokens=T, temperature=temperature, eos_ids=eos_ids, pad_id=pad_id)
+  return generate(nnx.merge(graphdef, state), prompts, jax.random.key(5), step, **settings)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4))
+def read(graphdef, state, tokens, mask, T):
+  """(log-probabilities of the last T tokens, most likely token in each of their places), from one full pass."""
+  net = nnx.merge(graphdef, state)
+  hidden = predicts_response(net(tokens, mask).hidden, T)
+  logprobs = token_stats(net.logits, hidden, tokens[:, -T:], temperature=TAU).logprobs
+  return logprobs, net.logits(hidden).argmax(-1)
+
+
+def test_samples_follow_the_exact_distribution(model):
+  """Chi-square over all 6 + 5 * 5 outcomes of two tokens, at the 0.9999 quantile; the seed is fixed."""
+  count, eos, prompt = 4096, 0, one(notes(), 1)
+  out = draw(*model, prompt, group_size=count, T=2, eos_ids=(eos,), pad_id=eos)
+  pairs = np.array(list(itertools.product(range(VOCAB), repeat=2)), np.int32)
+  tokens = np.concatenate([np.repeat(prompt.tokens, len(pairs), 0), pairs], 1)
+  logprobs = np.asarray(read(*model, tokens, np.ones(tokens.shape, bool), 2)[0], np.float64)
+  expected, found = {}, dict.fromkeys(map(tuple, pairs), 0)
+  for (a, b), (first, second) in zip(pairs, logprobs):
+    expected[a, b] = count * (np.exp(first) * (b == eos) if a == eos else np.exp(first + second))
+  for a, b in np.asarray(out.tokens)[:, -2:]:
+    found[a, b] += 1
+  assert all(found[cell] == 0 for cell in expected if expected[cell] == 0)
+  cells = [cell for cell in expected if expected[cell] > 0]
+  rare = [cell for cell in cells if expected[cell] < 5]  # too few for the approximation: one cell together
+  groups = [[cell] for cell in cells if cell not in rare] + ([rare] if rare else [])
+  totals = [(sum(found[c] for c in g), sum(expected[c] for c in g)) for g in groups]
+  statistic = sum((f - e) ** 2 / e for f, e in totals)
+  assert len(groups) > 12 and max(expected.values()) > 3 * count / len(cells)  # a test with something to see
+  assert statistic < chi2.ppf(0.9999, len(groups) - 1), statistic
+
+
+def test_a_row_can_be_drawn_again_alone(model):
+  """Its key is a function of run, step, prompt and sample index; the rest of the batch does not enter."""
+  prompts = notes()
+  everything = draw(*model, prompts)
+  for i in range(3):
+    alone = draw(*model, one(prompts, i))
+    for name in ("tokens", "token_mask", "response_mask", "has_eos"):
+      np.testing.assert_array_equal(getattr(alone, name), getattr(everything, name)[4 * i : 4 * i + 4], err_msg=name)
+  fewer = draw(*model, one(prompts, 1), group_size=2)
+  np.testing.assert_array_equal(fewer.tokens, everything.tokens[4:6])
+  turned = draw(*model, jax.tree.map(lambda x: x[::-1], prompts))
+  np.testing.assert_array_equal(turned.tokens.reshape(3, 4, -1)[::-1].reshape(12, -1), everything.tokens)
+
+
+def test_steps_prompts_and_samples_differ(model):
+  prompts = notes()
+  tokens = np.asarray(draw(*model, prompts).tokens)
+  assert (tokens != np.asarray(draw(*model, prompts, 1).tokens)).any()
+  same_text = jax.tree.map(np.array, prompts)
+  same_text.tokens[:], same_text.mask[:] = prompts.tokens[1], prompts.mask[1]
+  rows = np.asarray(draw(*model, same_text).tokens)
+  assert len(np.unique(rows, axis=0)) > 4  # 12 draws from one distribution; 3 or 4 if a key ignored sample or prompt
+
+
+def test_sample_keys_are_distinct_and_depend_on_nothing_else():
+  key, ids = jax.random.key(5), jnp.array([7, 11, 13])
+  data = lambda step, ids, size: np.asarray(jax.random.key_data(sample_keys(key, step, ids, size)))
+  keys = np.concatenate([data(step, ids, 4) for step in (0, 1)])
+  assert keys.shape[0] == 24 and len(np.unique(keys, axis=0)) == 24
+  np.testing.assert_array_equal(data(1, ids[1:2], 2), keys[12 + 4 : 12 + 6])
+
+
+def check_masks(out, eos_ids, pad_id):
+  """Every row: mask up to and with its first ending token, padding after it. Returns (lengths, last tokens)."""
+  tokens, mask = np.asarray(out.tokens)[:, -T:], np.asarray(out.response_mask)
+  np.testing.assert_array_equal(np.asarray(out.token_mask)[:, -T:], mask)
+  lasts = []
+  for row in range(len(tokens)):
+    ends = [t for t in range(T) if tokens[row, t] in eos_ids]
+    length = int(mask[row].sum())
+    np.testing.assert_array_equal(mask[row], np.arange(T) < length)
+    assert bool(out.has_eos[row]) == (bool(ends) and ends[0] < length)
+    assert length == (ends[0] + 1 if out.has_eos[row] else T)
+    assert (tokens[row, length:] == pad_id).all()
+    lasts.append(int(tokens[row, length - 1]))
+  return mask.sum(1), lasts
+
+
+def test_responses_end_with_any_of_the_eos_ids_and_hold_nothing_after(model):
+  prompts = notes()
+  out = draw(*model, prompts)
+  lengths, lasts = check_masks(out, (1, 3), 0)
+  assert {1, 3} <= set(lasts) and len(set(lengths)) > 2  # both ids, several lengths
+  np.testing.assert_array_equal(out.tokens[:, :4], np.repeat(prompts.tokens, 4, 0))
+  np.testing.assert_array_equal(out.token_mask[:, :4], np.repeat(prompts.mask, 4, 0))
+
+
+def test_padding_may_be_an_eos_id(model):
+  pad_id = 1
+  apart, same = draw(*model, notes()), draw(*model, notes(), pad_id=pad_id)
+  mask = np.asarray(apart.response_mask)
+  np.testing.assert_array_equal(same.response_mask, mask)
+  np.testing.assert_array_equal(same.has_eos, apart.has_eos)
+  np.testing.assert_array_equal(np.asarray(same.tokens)[:, -T:][mask], np.asarray(apart.tokens)[:, -T:][mask])
+  check_masks(same, (1, 3), pad_id)
+  assert not mask.all()
+
+
+def test_greedy_is_the_argmax_of_full_forward_passes(model):
+  """Decoding with a cache, from left-padded prompts, against one pass over the finished sequences."""
+  out = draw(*model, notes(), temperature=0.0, group_size=1, eos_ids=(VOCAB,))
+  assert not out.has_eos.any() and out.response_mask.all()
+  _, best = read(*model, out.tokens, out.token_mask, T)
+  np.testing.assert_array_equal(out.tokens[:, -T:], best)
+  assert len(np.unique(best)) > 2
+
+
+def test_left_padding_changes_neither_samples_nor_log_probabilities(model):
+  near, far = draw(*model, notes()), draw(*model, notes(extra_padding=3))
+  np.testing.assert_array_equal(far.tokens[:, 3:], near.tokens)
+  np.testing.assert_array_equal(far.response_mask, near.response_mask)
+  mask = np.asarray(near.response_mask)
+  logprobs = [np.asarray(read(*model, x.tokens, x.token_mask, T)[0])[mask] for x in (near, far)]
+  np.testing.assert_allclose(*logprobs, atol=1e-5)
+
+
+def test_sample_token_in_float64_draws_as_in_float32():
+  keys = jax.random.split(jax.random.key(0), 64)
+  logits = np.random.default_rng(0).normal(size=(64, VOCAB)).astype(np.float32)
+  low = sample_token(keys, jnp.asarray(logits), TAU)
+  with jax.enable_x64(True):
+    wide = sample_token(keys, jnp.asarray(logits, jnp.float64), TAU)
+  np.testing.assert_array_equal(wide, low)
+  assert low.dtype == wide.dtype == jnp.int32 and len(np.unique(low)) == VOCAB
+
+
+class Countdown:
+  """A model that always says the number before the last one. It records its calls, with the mask of what it read."""
+
+  def __init__(self):
+    self.calls = []
+
+  def init_cache(self, batch, length):
+    empty = jnp.zeros((1, batch, 1, length, 1))
+    return transformer.Cache(k=empty, v=empty, mask=jnp.zeros((batch, length), bool))
+
+  def __call__(self, tokens, mask, *, cache, cache_index):
+    jax.debug.callback(lambda *call: self.calls.append(call), cache_index, mask, ordered=True)
+    hidden = jax.nn.one_hot(tokens - 1, 16)
+    return transformer.Output(hidden=hidden, feedback=hidden, cache=cache)
+
+  def logits(self, hidden):
+    return hidden
+
+
+COUNTDOWN = Countdown()
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def countdown_draw(prompts, length):
+  settings = dict(group_size=2, max_new_tokens=length, temperature=0, eos_ids=(0,), pad_id=7)
+  return generate(COUNTDOWN, prompts, jax.random.key(0), 0, **settings)
+
+
+def count_down(starts, length=4):
+  """Two greedy responses to each prompt (9, start), and the calls that they took: (cache slot, mask)."""
+  tokens = np.stack([np.full(3, 9), starts], 1).astype(np.int32)
+  COUNTDOWN.calls.clear()
+  out = countdown_draw(Prompts(tokens=tokens, mask=np.ones(tokens.shape, bool), example_id=np.arange(3)), length)
+  jax.effects_barrier()
+  return out, [(int(slot), np.asarray(mask)) for slot, mask in COUNTDOWN.calls]
+
+
+def test_countdown_by_hand():
+  out, calls = count_down([1, 3, 9])
+  response = [[0, 7, 7, 7]] * 2 + [[2, 1, 0, 7]] * 2 + [[8, 7, 6, 5]] * 2
+  np.testing.assert_array_equal(out.tokens, np.concatenate([np.repeat([[9, 1], [9, 3], [9, 9]], 2, 0), response], 1))
+  np.testing.assert_array_equal(out.response_mask.sum(1), [1, 1, 3, 3, 4, 4])
+  np.testing.assert_array_equal(out.has_eos, [True] * 4 + [False] * 2)  # the last two were cut off
+  slots, masks = zip(*calls)
+  assert slots == (0, 2, 3, 4)  # prompts at once, then T - 1 tokens
+  assert masks[0].shape == (3, 2)  # prompts are read once each, not once a sample
+  live = [mask[:, 0].tolist() for mask in masks[1:]]  # ended rows write no tokens
+  assert live == [[False] * 2 + [True] * 4] * 2 + [[False] * 4 + [True] * 2]
+
+
+def test_the_loop_stops_when_all_rows_have_ended():
+  out, calls = count_down([1, 3, 2])
+  assert len(calls) == 1 + 2 and out.has_eos.all()
+  out, calls = count_down([1, 1, 1])
+  assert len(calls) == 1 and out.has_eos.all() and out.response_mask.sum() == 6
+
+
+def test_an_ending_at_the_very_last_token_counts():
+  out, calls = count_down([4, 4, 4])
+  assert len(calls) == 1 + 3 and out.has_eos.all() and out.response_mask.all()
+  np.testing.assert_array_equal(out.tokens, [[9, 4, 3, 2, 1, 0]] * 6)
+
+
+def test_one_token_is_a_length():
+  out, calls = count_down([5, 1, 5], length=1)
+  assert len(calls) == 1 and out.has_eos.tolist() == [False, False, True, True, False, False]
+  np.testing.assert_array_equal(out.tokens[:, 2:], [[4], [4], [0], [0], [4], [4]])

@@ -1,0 +1,139 @@
+"""Mesh shapes, and the layout of every parameter there is."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from r2m_jax.models import transformer
+from r2m_jax.models.arch import ArchConfig
+from r2m_jax.models.reward import RewardHead
+from r2m_jax.sharding import LARGE, constrain_batch, make_mesh, mesh_shape, path_name, shardings, spec_for
+
+needs_eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+
+
+@pytest.mark.parametrize("sizes, devices, shape", [
+  ((1, 1, 1), 1, (1, 1, 1)), ((-1, 1, 1), 8, (8, 1, 1)), ((2, -1, 2), 8, (2, 2, 2)), ((4, 2, -1), 8, (4, 2, 1)),
+  ((1, 1, 1), 8, (1, 1, 1)), ((2, 1, 3), 8, (2, 1, 3)), ((2, 2, 2), 8, (2, 2, 2)), ((-1, 8, 1), 8, (1, 8, 1)),
+])  # fmt: skip
+def test_mesh_shape(sizes, devices, shape):
+  assert mesh_shape(sizes, devices) == shape
+
+
+@pytest.mark.parametrize("sizes, devices, words", [
+  ((-1, 3, 1), 8, "does not fit 8 device"), ((16, 1, 1), 8, "does not fit 8 device"), ((4, 4, 1), 8, "does not fit 8"),
+  ((-1, 16, 1), 8, "does not fit 8"), ((-1, -1, 1), 8, "at most one of them -1"), ((0, 1, 1), 8, "three sizes"),
+  ((-2, 1, 1), 8, "three sizes"), ((8, 1), 8, "three sizes"), ((2, 2, 2, 1), 8, "three sizes"),
+])  # fmt: skip
+def test_mesh_shape_refuses(sizes, devices, words):
+  with pytest.raises(ValueError, match=words) as refusal:
+    mesh_shape(sizes, devices)
+  assert f"config.mesh is {sizes}" in str(refusal.value) and "such as (-1, 1, 1)" in str(refusal.value)
+
+
+@needs_eight
+def test_make_mesh_takes_the_first_devices_that_it_needs():
+  mesh = make_mesh((2, 1, 2))
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 2} and mesh.axis_names == ("data", "fsdp", "tensor")
+  assert set(mesh.devices.flat) == set(jax.devices()[:4])
+  assert make_mesh((-1, 2, 1)).shape["data"] == jax.device_count() // 2
+
+
+WHOLE = P()
+LAYERS_IN = P(None, "fsdp", "tensor")  # [N, in, out] where the output side is split
+LAYERS_OUT = P(None, "tensor", "fsdp")
+EXPECTED = {
+  "embed/embedding": P("tensor", "fsdp"),
+  "lm_head/kernel": P("fsdp", "tensor"),
+  "final_norm/scale": WHOLE,
+  "final_norm/bias": WHOLE,
+  "layers/attn_norm/scale": WHOLE,
+  "layers/attn_norm/bias": WHOLE,
+  "layers/mlp_norm/scale": WHOLE,
+  "layers/mlp_norm/bias": WHOLE,
+  "layers/attn/q/kernel": LAYERS_IN,
+  "layers/attn/k/kernel": LAYERS_IN,
+  "layers/attn/v/kernel": LAYERS_IN,
+  "layers/attn/o/kernel": LAYERS_OUT,
+  "layers/attn/q/bias": WHOLE,
+  "layers/attn/k/bias": WHOLE,
+  "layers/attn/v/bias": WHOLE,
+  "layers/attn/o/bias": WHOLE,
+  "layers/attn/q_norm/scale": WHOLE,
+  "layers/attn/k_norm/scale": WHOLE,
+  "layers/mlp/gate/kernel": LAYERS_IN,
+  "layers/mlp/up/kernel": LAYERS_IN,
+  "layers/mlp/down/kernel": LAYERS_OUT,
+  "layers/mlp/gate/bias": WHOLE,
+  "layers/mlp/up/bias": WHOLE,
+  "layers/mlp/down/bias": WHOLE,
+}
+EXPECTED_HEAD = {
+  "wq/kernel": P("fsdp", "tensor"),
+  "wk/kernel": P("fsdp", "tensor"),
+  "wv/kernel": P("fsdp", "tensor"),
+  "wo/kernel": P("tensor", "fsdp"),
+  "phi/kernel": WHOLE,
+  "phi/bias": WHOLE,
+}
+
+
+def specs(tree, mesh):
+  found, _ = jax.tree_util.tree_flatten_with_path(shardings(tree, mesh))
+  assert all(layout.mesh == mesh for _, layout in found)
+  return {path_name(path): layout.spec for path, layout in found}
+
+
+@needs_eight
+def test_every_parameter_has_the_layout_of_the_table():
+  """With every optional part switched on; a new parameter has to be added here."""
+  arch = ArchConfig(
+    vocab_size=32, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, norm="layer", qk_norm=True, qkv_bias=True,
+    out_bias=True, mlp_bias=True,
+  )  # fmt: skip
+  mesh = make_mesh((2, 2, 2))
+  assert specs(transformer.abstract(arch)[1], mesh) == EXPECTED
+  head = nnx.eval_shape(lambda: nnx.state(RewardHead(16, 16, 8, rngs=nnx.Rngs(0))))
+  assert specs(head, mesh) == EXPECTED_HEAD
+  assert specs({"backbone": head, "phi": head}, mesh) == {
+    f"{part}/{name}": spec for part in ("backbone", "phi") for name, spec in EXPECTED_HEAD.items()
+  }
+
+
+@needs_eight
+def test_an_axis_that_does_not_divide_is_left_whole():
+  mesh = make_mesh((2, 2, 2))
+  assert spec_for("embed/embedding", (51, 16), mesh) == P(None, "fsdp")
+  assert spec_for("embed/embedding", (50, 15), mesh) == P("tensor", None)
+  assert spec_for("layers/attn/q/kernel", (3, 15, 7), mesh) == P(None, None, None)
+  for shape in [(51, 16), (50, 15), (51, 15)]:  # and JAX takes it
+    array = {"embed": {"embedding": np.zeros(shape, np.float32)}}
+    jax.device_put(array, shardings(array, mesh))
+
+
+@needs_eight
+def test_a_large_parameter_that_no_rule_matches_is_refused_with_path_and_shape():
+  mesh = make_mesh((2, 2, 2))
+  tree = {"layers": {"experts": {"router": jax.ShapeDtypeStruct((1024, LARGE // 1024), jnp.float32)}}}
+  with pytest.raises(ValueError, match=r"layers/experts/router of shape \(1024, 1024\).*sharding.RULES"):
+    shardings(tree, mesh)
+  assert spec_for("layers/experts/router", (1024, 1023), mesh) == WHOLE
+  assert spec_for("layers/experts/router", (1024, 1024), make_mesh((1, 1, 1))) == WHOLE  # nothing to split over
+
+
+def test_path_name_leaves_out_nnx_wrapping():
+  paths = []
+  state = nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+  jax.tree_util.tree_map_with_path(lambda path, x: paths.append(path_name(path)), {"a": [state, 0.0]})
+  assert sorted(paths) == ["a/0/bias", "a/0/kernel", "a/1"]
+
+
+@needs_eight
+def test_constrain_batch_splits_rows_over_data_and_fsdp():
+  mesh = make_mesh((2, 2, 2))
+  out = jax.jit(constrain_batch(mesh))(jnp.zeros((8, 3)))
+  assert {shard.data.shape for shard in out.addressable_shards} == {(2, 3)}
+  assert len({str(shard.index) for shard in out.addressable_shards}) == 4  # tensor holds copies

@@ -1,0 +1,127 @@
+"""The main job at its smallest size through the command line: what it leaves, what a second run does, what it refuses."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from configs import quickstart
+from r2m_jax import build, checkpoint, sharding, train
+from r2m_jax.config import ConfigError
+from r2m_jax.lab import goldtask
+from r2m_jax.metrics import read_jsonl, read_metrics
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def main(workdir, *args):
+  command = [sys.executable, "-m", "r2m_jax.main", "--config=configs/quickstart.py:test", f"--workdir={workdir}", *args]
+  return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("run")
+  return workdir, main(workdir)
+
+
+def test_smallest_run_leaves_everything(first_run):
+  workdir, result = first_run
+  assert result.returncode == 0, result.stderr[-3000:]
+  assert "max |ratio - 1|" in result.stdout and "max |log-prob deviation|" in result.stdout
+  assert len(result.stdout.split("over")[-1].splitlines()) <= 10
+  rows = read_metrics(workdir)
+  for arm in ("vanilla", "scaled", "r2m"):
+    mine = [row for row in rows if row["stage"] == "rl" and row["arm"] == arm]
+    assert [row["step"] for row in mine] == [0, 1, 2, 3]
+    assert all(np.isfinite(row["reward/gold"]) and np.isfinite(row["kl"]) for row in mine)
+    assert list((workdir / "tensorboard").glob(f"*{arm}*/events*"))
+  samples = read_jsonl(workdir / "samples.jsonl")
+  assert {(row["arm"], row["when"]) for row in samples} == {
+    (arm, when) for arm in ("vanilla", "scaled", "r2m") for when in ("before", "after")
+  }
+  page = (workdir / "report.html").read_text()
+  assert "data:image/png;base64" in page and "http://" not in page.replace("http://www.w3.org", "")
+  assert list((workdir / "figures").glob("*.png"))
+
+
+def test_arms_start_from_the_same_samples_and_gold_is_that_of_the_samples(first_run):
+  rows = [row for row in read_metrics(first_run[0]) if row["stage"] == "rl" and row["step"] == 0]
+  assert len({row["reward/gold"] for row in rows}) == 1 and len({row["reward/frozen"] for row in rows}) == 1
+
+
+def test_checkpoint_holds_the_whole_state(first_run):
+  workdir, _ = first_run
+  cfg = quickstart.get_config("test")
+  cfg.variant = "r2m"
+  built = build.build(cfg, sharding.make_mesh((1, 1, 1)), vocab_size=goldtask.VOCAB_SIZE)
+  policy = build.init_policy(cfg, built, jax.random.key(5))
+  reward = build.init_reward_model(cfg, built, policy, jax.random.key(6))
+  like = build.initial_state(cfg, built, policy, reward["backbone"], reward["phi"])
+  state = checkpoint.restore(checkpoint.open_checkpoints(workdir / "checkpoints" / "r2m"), like)
+  assert int(state.step) == cfg.steps
+  moved = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state.policy), jax.tree.leaves(state.ref))]
+  assert all(moved)  # trained, and the reference is the policy it started from, not a view of it
+  count = jax.tree.leaves([x for x in jax.tree.leaves(state.policy_opt) if x.ndim == 0 and x.dtype == np.int32])[0]
+  assert int(count) == cfg.steps * cfg.ppo.epochs
+
+
+def test_second_run_finds_all_done_and_changes_nothing(first_run):
+  workdir, _ = first_run
+  before = (workdir / "metrics.jsonl").read_bytes()
+  result = main(workdir)
+  assert result.returncode == 0, result.stderr[-3000:]
+  assert "sft: done before" in result.stdout
+  assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_config_in_the_same_workdir_is_refused(first_run):
+  workdir, _ = first_run
+  result = main(workdir, "--config.kl.beta=0.5")
+  assert result.returncode == 2 and "config.kl.beta: 0.02 -> 0.5" in result.stderr
+  assert "Traceback" not in result.stderr
+
+
+def test_interrupted_run_goes_on_and_ends_where_the_unbroken_one_does(first_run, tmp_path, monkeypatch):
+  """Stopped after step 2 of 4 (a checkpoint is at 2), continued: the same metrics, step for step."""
+  cfg = quickstart.get_config("test")
+  cfg.variant = "r2m"
+  steps, original = [], train.gold_metrics
+
+  def dies(out, group_size):
+    steps.append(1)
+    if len(steps) == 4:
+      raise KeyboardInterrupt
+    return original(out, group_size)
+
+  monkeypatch.setattr(train, "gold_metrics", dies)
+  with pytest.raises(KeyboardInterrupt):
+    train.run(cfg, tmp_path)
+  monkeypatch.setattr(train, "gold_metrics", original)
+  train.run(cfg, tmp_path)
+  pick = lambda rows: [
+    {k: v for k, v in row.items() if k != "seconds"} for row in rows if row["stage"] == "rl" and row["arm"] == "r2m"
+  ]
+  resumed, unbroken = pick(read_metrics(tmp_path)), pick(read_metrics(first_run[0]))
+  assert resumed == unbroken
+
+
+def test_claim_shows_what_differs(tmp_path):
+  cfg = quickstart.get_config("test")
+  train.claim(cfg, tmp_path)
+  assert json.loads((tmp_path / "config.json").read_text())["steps"] == cfg.steps
+  cfg.r2m.alpha = 0.9
+  with pytest.raises(ConfigError, match=r"config\.r2m\.alpha: 0\.3 -> 0\.9"):
+    train.claim(cfg, tmp_path)
+
+
+def test_lab_runs_the_seeds_and_prints_their_table(tmp_path, capsys):
+  cfg = quickstart.get_config("test")
+  cfg.task, cfg.variant, cfg.steps, cfg.lab.seeds = "lab", "vanilla", 2, (3,)
+  train.run(cfg, tmp_path)
+  assert "over-optimised on" in capsys.readouterr().out and (tmp_path / "seeds.txt").exists()
