@@ -267,6 +267,9 @@ def test_float64_all_the_way(name, models):
       assert all(x.dtype == jnp.float64 for x in jax.tree.leaves(shapes))
       assert "f32" not in str(jax.make_jaxpr(program, static_argnums=0)(graphdef, wide))
     assert "f64" not in str(jax.make_jaxpr(program, static_argnums=0)(models(name)[0], state))
+    model = nnx.merge(graphdef, wide)
+    for index in (jnp.int32(2), jnp.int64(2)):  # the cache takes a slot of either type
+      jax.eval_shape(lambda i: model(tokens, tokens >= 0, cache=model.init_cache(3, 20), cache_index=i), index)
     logits, _ = program(graphdef, wide)
     reference, _ = oracle(ARCHS[name], wide, tokens[0])
     np.testing.assert_allclose(logits[0], reference, rtol=0, atol=1e-13 * np.abs(reference).max())
