@@ -92,6 +92,8 @@ def check_config(config: ConfigDict) -> None:
     need(_get(config, field) != "", field, f"task={config.task} needs it; pass --config.{field}=...")
   one_of("lora.export", ("merged", "peft"))
   need(config.lora.alpha > 0, "lora.alpha", "must be above 0")
+  from_folder = bool(config.policy.path or config.reward.path) or config.task == "export"
+  need(config.lora.rank == 0 or from_folder, "lora.rank", "adapters need a model to sit on: give config.policy.path")
   need(config.sft.batch_size <= config.sft.examples, "sft.batch_size", "must not exceed sft.examples")
   need(config.reward.batch_size <= config.reward.pairs, "reward.batch_size", "must not exceed reward.pairs")
   mesh = tuple(config.mesh)

@@ -20,13 +20,15 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from r2m_jax import checkpoint, parity, sharding
-from r2m_jax.build import build, initial_state
+from r2m_jax.build import build, init_adapters, initial_state, lora_of
 from r2m_jax.card import write_card
 from r2m_jax.folders import (
   HEAD_CONFIG, HEAD_WEIGHTS, RENDERER, FolderError, HeadConfig, Policy, RewardModel, head_tensors, load_policy,
   load_reward, reward_start, score_of,
 )  # fmt: skip
-from r2m_jax.models.pretrained import save_pretrained
+from r2m_jax.models.lora import merged
+from r2m_jax.models.peft import save_peft
+from r2m_jax.models.pretrained import TOKENIZER_FILES, save_pretrained
 from r2m_jax.schedules import omega
 from r2m_jax.step import VARIANTS
 
@@ -37,7 +39,8 @@ HEAD_MODULE = Path(__file__).with_name("r2m_head.py")  # PyTorch; copied, never 
 def new_folder(out: Path) -> Iterator[Path]:
   """A folder to fill; it takes the place of `out` once it is complete. An older model there is replaced."""
   out = Path(out).expanduser().absolute()
-  if out.exists() and any(out.iterdir()) and not (out / "config.json").exists() and not (out / "README.md").exists():
+  models = ("config.json", "adapter_config.json")
+  if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in models):
     raise FolderError(f"{out} is not empty and holds no model; give a new folder")
   part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
   for left in (part, old):
@@ -51,13 +54,25 @@ def new_folder(out: Path) -> Iterator[Path]:
   shutil.rmtree(old, ignore_errors=True)
 
 
-def write_policy(out: Path, config, policy: Policy, state: nnx.State, workdir: Path) -> None:
-  """The policy with its tokenizer, generation config and card."""
+def write_policy(out: Path, config, policy: Policy, state: nnx.State, workdir: Path, *, base=None) -> None:
+  """The policy with its tokenizer, generation config and card.
+
+  Args:
+    state: its weights, or the adapters of config.lora on top of `base`: merged, or a PEFT folder.
+  """
+  lora, bases = lora_of(config), [config.policy.path]
+  peft = lora is not None and config.lora.export == "peft"
   with new_folder(out) as folder:
-    save_pretrained(folder, policy.arch, state, tokenizer_folder=policy.folder)
+    if peft:
+      save_peft(folder, policy.arch, state, lora, config.policy.path)
+      for file in (file for pattern in TOKENIZER_FILES for file in policy.folder.glob(pattern)):
+        shutil.copyfile(file, folder / file.name)
+    else:
+      weights = state if lora is None else merged(state, base, lora)
+      save_pretrained(folder, policy.arch, weights, tokenizer_folder=policy.folder)
     if jax.process_index() == 0:
-      write_card(folder, config, workdir, kind="policy", bases=[config.policy.path or policy.arch.family])
-  finish(config, out, "policy", lambda: parity.policy_gap(out))
+      write_card(folder, config, workdir, kind="adapters" if peft else "policy", bases=bases)
+  finish(config, out, "policy", None if peft else lambda: parity.policy_gap(out))
 
 
 def write_reward(out: Path, config, reward: RewardModel, backbone, phi, workdir: Path, *, head=None, policy=None):
@@ -83,12 +98,12 @@ def write_reward(out: Path, config, reward: RewardModel, backbone, phi, workdir:
       rule = "its chat template" if contract and contract["template_sha256"] else "the text prompt + ' ' + response"
       kind = "reward" if head is None else "r2m_reward"
       write_card(folder, config, workdir, kind=kind, bases=bases or [reward.arch.family], rule=rule)
-  finish(config, out, "reward", lambda: parity.reward_gap(out, policy))
+  finish(config, out, "reward", None if head and not policy else lambda: parity.reward_gap(out, policy))
 
 
 def write_run(out: Path, config, policy: Policy, reward: RewardModel, state, workdir: Path) -> None:
   """Policy and reward model of a TrainState. A variant without feedback has a plain classifier as its reward model."""
-  write_policy(out / "policy", config, policy, state.policy, workdir)
+  write_policy(out / "policy", config, policy, state.policy, workdir, base=state.ref)
   head, phi = None, state.reward_frozen
   if VARIANTS[config.variant].feedback:
     w = float(omega(state.step, config.steps, config.r2m.omega_min))
@@ -99,7 +114,8 @@ def write_run(out: Path, config, policy: Policy, reward: RewardModel, state, wor
     head = settings, state.reward_head
   else:
     phi = state.reward_head["phi"]
-  args = dict(head=head, policy=out / "policy")
+  adapters_alone = lora_of(config) is not None and config.lora.export == "peft"  # which our loader does not read
+  args = dict(head=head, policy=None if adapters_alone else out / "policy")
   write_reward(out / "reward", config, reward, state.reward_backbone, phi, workdir, **args)
 
 
@@ -108,7 +124,9 @@ def finish(config, out: Path, what: str, gap) -> None:
   if jax.process_index() != 0:
     return
   print(f"export   {what} in {out}")
-  if config.export.check:
+  if config.export.check and gap is None:
+    print("parity   not measured: the policy is a PEFT folder; config.lora.export=merged is measured")
+  elif config.export.check:
     if (value := gap()) is None:
       print("parity   not measured: torch is not installed")
     else:
@@ -149,16 +167,22 @@ def run(config) -> None:
   if stage == ("stages", "sft"):
     policy = load_policy(config.policy.path, config, mesh)
     config.task = "sft"
-    write_policy(out / "policy", config, policy, checkpoint.restore(manager, policy.state, step), workdir)
+    built = build(config, mesh, arch=policy.arch)
+    like = init_adapters(config, built, mesh) if built.lora else policy.state
+    write_policy(out / "policy", config, policy, checkpoint.restore(manager, like, step), workdir, base=policy.state)
     return
   config.task = stage[1] if stage[0] == "stages" else "r2m"
   reward = load_reward(config.reward.path or config.policy.path, config, mesh, from_policy=config.task == "reward")
   if (workdir / RENDERER).exists():
     reward.renderer.require(json.loads((workdir / RENDERER).read_text(encoding="utf-8")), workdir)
   if config.task == "reward":
+    built = build(config, mesh, arch=reward.arch, reward_arch=reward.arch)
     like = reward_start(reward, mesh)
+    if built.lora:
+      like["backbone"] = init_adapters(config, built, mesh)
     model = checkpoint.restore(manager, like, step)
-    write_reward(out / "reward", config, reward, model["backbone"], model["phi"], workdir)
+    backbone = merged(model["backbone"], reward.state, built.lora) if built.lora else model["backbone"]
+    write_reward(out / "reward", config, reward, backbone, model["phi"], workdir)
     return
   config.variant = stage[1]
   policy = load_policy(config.policy.path, config, mesh)

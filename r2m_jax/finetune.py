@@ -11,10 +11,10 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
+from flax import nnx
 
 from r2m_jax import checkpoint, export, sharding
-from r2m_jax.build import Build, build, initial_state
+from r2m_jax.build import Build, build, init_adapters, initial_state
 from r2m_jax.checks import check_step_zero
 from r2m_jax.config import ConfigError, check_batch
 from r2m_jax.data.jsonl import DataError, read_rows
@@ -22,6 +22,7 @@ from r2m_jax.folders import RENDERER, FolderError, Policy, RewardModel
 from r2m_jax.folders import describe_reward, load_policy, load_reward, reward_start
 from r2m_jax.lab.stages import epochs_of_rows
 from r2m_jax.metrics import Metrics, append_samples, progress, read_metrics, write_atomic
+from r2m_jax.models import lora
 from r2m_jax.optim import make_optimizer
 from r2m_jax.pretrain import fit, reward_loss, sft_loss
 from r2m_jax.report import format_summary, summary_table, write_report
@@ -65,6 +66,14 @@ def keep(rows: list[dict], ids: list[tuple[list[int], ...]], config, what: str) 
   return kept
 
 
+def build_lora(config, mesh, **archs) -> Build:
+  """`build`, with a pattern that matches no linear told as a mistake of the config."""
+  try:
+    return build(config, mesh, **archs)
+  except ValueError as error:
+    raise ConfigError(error) from None
+
+
 def enough(rows: int, field: str, size: int) -> None:
   if rows < size:
     raise ConfigError(f"config.{field} is {size}: more than the {rows} rows of config.data.train; make it smaller")
@@ -80,21 +89,26 @@ def run_sft(config, workdir: Path, mesh) -> None:
   rows = read_rows(config.data.train, ("prompt", "response"))
   batch = sft_arrays(config, policy, rows)
   enough(len(batch["tokens"]), "sft.batch_size", settings.batch_size)
-  built = build(config, mesh, arch=policy.arch)
+  built = build_lora(config, mesh, arch=policy.arch)
+  start, frozen = policy.state, None
+  loss = loss_fn = sft_loss(built.defs.policy, chunk=config.logits_chunk)
+  if built.lora:
+    start, frozen = init_adapters(config, built, mesh), policy.state
+    loss_fn = lambda state, batch, base: loss(nnx.merge_state(state, base), batch)
 
   def make():
     return fit(
-      sft_loss(built.defs.policy, chunk=config.logits_chunk),
-      policy.state,
+      loss_fn,
+      start,
       make_optimizer(settings, settings.steps),
       ({name: x[index] for name, x in batch.items()} for index in
        epochs_of_rows(config.seed, len(batch["tokens"]), settings.batch_size, settings.steps)),
       total=settings.steps, stage="sft", workdir=workdir,
-      state_shardings=sharding.shardings(policy.state, mesh), batch_sharding=built.rows,
+      state_shardings=sharding.shardings(start, mesh), batch_sharding=built.rows, frozen=frozen,
     )  # fmt: skip
 
-  state = stage(workdir, "sft", shapes_of(policy.state), make)
-  export.write_policy(workdir / "export/policy", config, policy, state, workdir)
+  state = stage(workdir, "sft", shapes_of(start), make)
+  export.write_policy(workdir / "export/policy", config, policy, state, workdir, base=frozen)
 
 
 def sft_arrays(config, policy: Policy, rows: list[dict]) -> dict[str, np.ndarray]:
@@ -127,31 +141,28 @@ def run_reward(config, workdir: Path, mesh) -> None:
   rows = read_rows(config.data.train, ("prompt", "chosen", "rejected"))
   batch = reward_arrays(config, reward, rows)
   enough(len(batch["chosen"]), "reward.batch_size", settings.batch_size)
-  built = build(config, mesh, arch=reward.arch, reward_arch=reward.arch)
-  start = reward_start(reward, mesh)
+  built = build_lora(config, mesh, arch=reward.arch, reward_arch=reward.arch)
+  start, frozen = reward_start(reward, mesh), None
+  loss = loss_fn = reward_loss(built.defs.policy if built.lora else built.defs.reward_backbone, built.defs.phi)
+  if built.lora:
+    start, frozen = {**start, "backbone": init_adapters(config, built, mesh)}, start["backbone"]
+    loss_fn = lambda state, batch, base: loss({**state, "backbone": nnx.merge_state(state["backbone"], base)}, batch)
   steps = settings.epochs * (len(batch["chosen"]) // settings.batch_size)
 
   def make():
     return fit(
-      reward_loss(built.defs.reward_backbone, built.defs.phi),
+      loss_fn,
       start,
-      hold_bias(make_optimizer(settings, steps), start, reward.has_bias),
+      make_optimizer(settings, steps),
       ({name: x[index] for name, x in batch.items()} for index in
        epochs_of_rows(config.seed, len(batch["chosen"]), settings.batch_size, steps)),
       total=steps, stage="reward", workdir=workdir,
-      state_shardings=sharding.shardings(start, mesh), batch_sharding=built.rows,
+      state_shardings=sharding.shardings(start, mesh), batch_sharding=built.rows, frozen=frozen,
     )  # fmt: skip
 
   model = stage(workdir, "reward", shapes_of(start), make)
-  export.write_reward(workdir / "export/reward", config, reward, model["backbone"], model["phi"], workdir)
-
-
-def hold_bias(tx: optax.GradientTransformation, state, has_bias: bool) -> optax.GradientTransformation:
-  """Leaves phi's bias at zero where the folder has none: no pair depends on it, and classifiers on disk lack it."""
-  if has_bias:
-    return tx
-  frozen = jax.tree_util.tree_map_with_path(lambda path, _: sharding.path_name(path) == "phi/bias", state)
-  return optax.chain(tx, optax.masked(optax.set_to_zero(), frozen))
+  backbone = lora.merged(model["backbone"], frozen, built.lora) if built.lora else model["backbone"]
+  export.write_reward(workdir / "export/reward", config, reward, backbone, model["phi"], workdir)
 
 
 def reward_arrays(config, reward: RewardModel, rows: list[dict]) -> dict[str, np.ndarray]:
@@ -192,11 +203,13 @@ def run_r2m(config, workdir: Path, mesh) -> None:
   layers = policy.arch.num_layers
   if not -layers <= config.r2m.feedback_layer < layers:
     raise ConfigError(f"config.r2m.feedback_layer is {config.r2m.feedback_layer}: the policy has {layers} layers")
-  built = build(config, mesh, arch=policy.arch, reward_arch=reward.arch)
+  built = build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   data = prompt_data(config, policy)
-  for variant in (config.variant,) if config.variant else config.arms:
+  arms = (config.variant,) if config.variant else tuple(config.arms)
+  for i, variant in enumerate(arms):
     out = workdir / "export" / ("" if config.variant else variant)
-    run_arm(with_variant(config, variant), built, workdir, policy, reward, data, out)
+    last = i == len(arms) - 1
+    run_arm(with_variant(config, variant), built, workdir, policy, reward, data, out, donate=last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,11 +252,12 @@ def make_two_part_step(config, built: Build, policy: Policy, reward: RewardModel
   return step
 
 
-def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardModel, data: PromptData, out: Path):
+def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardModel, data: PromptData, out: Path,
+            *, donate: bool) -> None:  # fmt: skip
   """RL for one variant, from the folders' models or from the arm's newest checkpoint; exports both models."""
   arm = config.variant
   manager = checkpoint.open_checkpoints(workdir / "checkpoints" / arm)
-  state = start_state(config, built, policy, reward)
+  state = start_state(config, built, policy, reward, donate=donate)
   layout = sharding.shardings(state, built.mesh)
   if manager.latest_step() is not None:
     state = checkpoint.restore(manager, state)
@@ -271,9 +285,9 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
   export.write_run(out, config, policy, reward, state, workdir)
 
 
-def start_state(config, built: Build, policy: Policy, reward: RewardModel):
-  """The run's first TrainState; an R2M reward model goes on with its own head."""
-  state = initial_state(config, built, policy.state, reward.state, reward.phi)
+def start_state(config, built: Build, policy: Policy, reward: RewardModel, *, donate: bool):
+  """The run's first TrainState; an R2M reward model goes on with its own head. `donate` uses the weights up."""
+  state = initial_state(config, built, policy.state, reward.state, reward.phi, donate=donate)
   if reward.head is None or not VARIANTS[config.variant].feedback:
     return state
   saved, head = reward.head

@@ -36,6 +36,7 @@ FLOORS = {
   "r2m_jax.metrics": 2,
   "r2m_jax.report": 2,
   "r2m_jax.models.pretrained": 3,
+  "r2m_jax.models.peft": 4,
   "r2m_jax.step": 3,
   "r2m_jax.build": 4,
   "r2m_jax.pretrain": 4,
