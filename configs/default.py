@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
 
   # what to run
   config.task = "r2m"  # how far to go: "sft", "reward" or "r2m" run the pipeline up to there; "lab" compares seeds
+  # "generate" and "score" use a folder's model on JSON lines; "export" writes a checkpoint as Hugging Face folders
   config.algorithm = "rloo"  # "rloo" or "grpo"
   config.variant = "r2m"  # step.VARIANTS; "" runs each of config.arms, side by side from the same checkpoints
   config.arms = ("vanilla", "scaled", "r2m")

@@ -19,12 +19,12 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from r2m_jax import checkpoint, parity, sharding
+from r2m_jax import checkpoint, parity
 from r2m_jax.build import build, init_adapters, initial_state, lora_of
 from r2m_jax.card import write_card
 from r2m_jax.folders import (
   HEAD_CONFIG, HEAD_WEIGHTS, RENDERER, FolderError, HeadConfig, Policy, RewardModel, head_tensors, load_policy,
-  load_reward, reward_start, score_of,
+  load_reward, mesh_of, reward_start, score_of,
 )  # fmt: skip
 from r2m_jax.models.lora import merged
 from r2m_jax.models.peft import save_peft
@@ -70,6 +70,9 @@ def write_policy(out: Path, config, policy: Policy, state: nnx.State, workdir: P
     else:
       weights = state if lora is None else merged(state, base, lora)
       save_pretrained(folder, policy.arch, weights, tokenizer_folder=policy.folder)
+      ends = {"eos_token_id": list(policy.tokenizer.eos_ids), "pad_token_id": policy.tokenizer.pad_id}
+      if jax.process_index() == 0 and not (folder / "generation_config.json").exists():
+        (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
     if jax.process_index() == 0:
       write_card(folder, config, workdir, kind="adapters" if peft else "policy", bases=bases)
   finish(config, out, "policy", None if peft else lambda: parity.policy_gap(out))
@@ -153,7 +156,7 @@ def run(config) -> None:
   """Exports `config.export.checkpoint` into `config.export.out`."""
   workdir, stage, step = find_checkpoint(Path(config.export.checkpoint).expanduser().absolute())
   config = run_config(config, workdir)
-  out, mesh = Path(config.export.out).expanduser(), sharding.make_mesh(tuple(config.mesh))
+  out, mesh = Path(config.export.out).expanduser(), mesh_of(config)
   print(f"export   {'/'.join(stage)} of {workdir}{'' if step is None else f', step {step}'}")
   if not (config.policy.path or config.reward.path):
     raise FolderError(
@@ -213,11 +216,12 @@ def find_checkpoint(path: Path) -> tuple[Path, tuple[str, str], int | None]:
 
 
 def run_config(config, workdir: Path):
-  """The config of the run in `workdir`, with this call's export section and mesh."""
+  """The config of the run in `workdir`, with this call's export section, mesh and lora.export."""
   saved = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
   result = config.copy_and_resolve_references()
   try:
     result.update({key: value for key, value in saved.items() if key not in ("export", "mesh")})
   except (KeyError, TypeError, AttributeError) as error:
     raise FolderError(f"{workdir / 'config.json'} is not a config of this version: {error}") from None
+  result.lora.export = config.lora.export
   return result

@@ -15,17 +15,18 @@ from flax import nnx
 
 from r2m_jax import checkpoint, export, sharding
 from r2m_jax.build import Build, build, init_adapters, initial_state
-from r2m_jax.checks import check_step_zero
+from r2m_jax.checks import check_model, check_step_zero
 from r2m_jax.config import ConfigError, check_batch
 from r2m_jax.data.jsonl import DataError, read_rows
 from r2m_jax.folders import RENDERER, FolderError, Policy, RewardModel
-from r2m_jax.folders import describe_reward, load_policy, load_reward, reward_start
+from r2m_jax.folders import describe_reward, load_policy, load_reward, mesh_of, reward_start
 from r2m_jax.lab.stages import epochs_of_rows
 from r2m_jax.metrics import Metrics, append_samples, progress, read_metrics, write_atomic
 from r2m_jax.models import lora
 from r2m_jax.optim import make_optimizer
 from r2m_jax.pretrain import fit, reward_loss, sft_loss
 from r2m_jax.report import format_summary, summary_table, write_report
+from r2m_jax.serve import each_row
 from r2m_jax.step import VARIANTS, make_learn, make_rollout
 from r2m_jax.text import Renderer, as_prompts, bucket, pad_left, responses_of
 from r2m_jax.train import claim, stage, with_variant
@@ -36,10 +37,7 @@ def run(config, workdir: Path) -> None:
   tasks = {"sft": run_sft, "reward": run_reward, "r2m": run_r2m}
   if config.task not in tasks:
     raise ConfigError(f"config.task is {config.task!r}: from a folder it is one of {', '.join(tasks)}")
-  try:
-    mesh = sharding.make_mesh(tuple(config.mesh))
-  except ValueError as error:
-    raise ConfigError(error) from None
+  mesh = mesh_of(config)
   check_batch(config, tuple(mesh.shape.values()))
   claim(config, workdir)
   devices = f"{mesh.size} {jax.devices()[0].platform} device(s) as {dict(mesh.shape)}"
@@ -116,7 +114,8 @@ def sft_arrays(config, policy: Policy, rows: list[dict]) -> dict[str, np.ndarray
   tokenizer = policy.tokenizer
   print(tokenizer.describe(rows[0]["prompt"]))
   end = [] if tokenizer.end_id is None else [tokenizer.end_id]
-  ids = [(tokenizer.render(r["prompt"]), tokenizer.encode(r["response"], special=False) + end) for r in rows]
+  pair = lambda r: (tokenizer.render(r["prompt"]), tokenizer.encode(r["response"], special=False) + end)
+  ids = each_row(rows, pair, config.data.train)
   ids = [ids[i] for i in keep(rows, ids, config, "sft")]
   tokens, mask = pad_left([prompt for prompt, _ in ids], tokenizer.pad_id)
   # a row read backwards pads it on the right
@@ -173,7 +172,8 @@ def reward_arrays(config, reward: RewardModel, rows: list[dict]) -> dict[str, np
   prompts = [tokenizer.encode(r["prompt"], special=False) if isinstance(r["prompt"], str) else
              tokenizer.render(r["prompt"]) for r in rows]  # fmt: skip
   rows = [rows[i] for i in keep(rows, [(p, *r) for p, r in zip(prompts, lengths)], config, "reward")]
-  sides = {side: [renderer.ids(row["prompt"], row[side]) for row in rows] for side in ("chosen", "rejected")}
+  ids_of = lambda side: each_row(rows, lambda row: renderer.ids(row["prompt"], row[side]), config.data.train)
+  sides = {side: ids_of(side) for side in ("chosen", "rejected")}
   length = bucket(max(len(ids) for side in sides.values() for ids in side))
   arrays = {}
   for side, ids in sides.items():
@@ -205,6 +205,11 @@ def run_r2m(config, workdir: Path, mesh) -> None:
     raise ConfigError(f"config.r2m.feedback_layer is {config.r2m.feedback_layer}: the policy has {layers} layers")
   built = build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   data = prompt_data(config, policy)
+  if not (workdir / "checkpoints").exists():
+    check_model(
+      built.defs.base or built.defs.policy, policy.state, vocab_size=policy.arch.vocab_size, dtype=config.dtype,
+      temperature=config.rollout.temperature,
+    )  # fmt: skip
   arms = (config.variant,) if config.variant else tuple(config.arms)
   for i, variant in enumerate(arms):
     out = workdir / "export" / ("" if config.variant else variant)
@@ -222,7 +227,7 @@ class PromptData:
 def prompt_data(config, policy: Policy) -> PromptData:
   rows = read_rows(config.data.train, ("prompt",))
   print(policy.tokenizer.describe(rows[0]["prompt"]))
-  ids = [policy.tokenizer.render(row["prompt"]) for row in rows]
+  ids = each_row(rows, lambda row: policy.tokenizer.render(row["prompt"]), config.data.train)
   kept = keep(rows, [(i,) for i in ids], config, "r2m")
   enough(len(kept), "rollout.prompts", config.rollout.prompts)
   ids = [ids[i] for i in kept]

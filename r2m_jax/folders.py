@@ -21,6 +21,7 @@ from safetensors.numpy import load_file
 
 from r2m_jax import sharding
 from r2m_jax.build import model_kwargs
+from r2m_jax.config import ConfigError
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.pretrained import Pretrained, Score, fetch, load_pretrained
 from r2m_jax.models.reward import RewardHead
@@ -72,6 +73,14 @@ class RewardModel:
   head: tuple[HeadConfig, nnx.State] | None
 
 
+def mesh_of(config) -> Mesh:
+  """The config's mesh; one that does not fit the devices is a mistake of the config."""
+  try:
+    return sharding.make_mesh(tuple(config.mesh))
+  except ValueError as error:
+    raise ConfigError(error) from None
+
+
 def load_policy(source: str, config, mesh: Mesh | None = None) -> Policy:
   """The language model and tokenizer of a folder or hub name, in the config's dtypes."""
   folder, model = _load(source, "policy.path", config, mesh)
@@ -79,7 +88,7 @@ def load_policy(source: str, config, mesh: Mesh | None = None) -> Policy:
     raise FolderError(
       f"config.policy.path is {source}: a sequence classifier, which cannot generate; give a causal language model"
     )
-  return Policy(folder, model.arch, model.graphdef, model.state, load_tokenizer(folder))
+  return Policy(folder, model.arch, model.graphdef, model.state, load_tokenizer(folder, model.arch.vocab_size))
 
 
 def load_reward(source: str, config, mesh: Mesh | None = None, *, from_policy: bool = False) -> RewardModel:
@@ -97,7 +106,7 @@ def load_reward(source: str, config, mesh: Mesh | None = None, *, from_policy: b
   if model.score is not None and model.score.kernel.shape[1] != 1:
     labels = model.score.kernel.shape[1]
     raise FolderError(f"config.reward.path is {source}: it gives {labels} labels; a reward is one number")
-  renderer = Renderer(load_tokenizer(folder), config.reward.max_length)
+  renderer = Renderer(load_tokenizer(folder, model.arch.vocab_size), config.reward.max_length)
   if (folder / RENDERER).exists():
     renderer.require(json.loads((folder / RENDERER).read_text(encoding="utf-8")), folder)
   phi = None if model.score is None else phi_state(model.score)

@@ -15,12 +15,12 @@ from flax import nnx
 from r2m_jax import sharding
 from r2m_jax.data.jsonl import read_rows, write_rows
 from r2m_jax.folders import FolderError, Policy, RewardModel, abstract_head, describe_reward
-from r2m_jax.folders import load_policy, load_reward, phi_score
+from r2m_jax.folders import load_policy, load_reward, mesh_of, phi_score
 from r2m_jax.generate import generate
 from r2m_jax.metrics import progress
 from r2m_jax.models.reward import read_rte
 from r2m_jax.step import read_feedback
-from r2m_jax.text import TextError, Tokenizer, as_prompts, bucket, pad_left, responses_of
+from r2m_jax.text import TextError, Tokenizer, as_prompts, pad_left, responses_of
 
 CHUNK = 64  # response tokens of a row whose logits exist at a time, where config.logits_chunk does not say
 
@@ -61,7 +61,7 @@ def each_row(rows: list[dict], f: Callable[[dict], list[int]], file: str) -> lis
 
 def run_generate(config) -> None:
   """Reads rows with `prompt`; writes them with prompt_tokens, tokens, logprobs, text and truncated, in their order."""
-  settings, mesh = config.generate, sharding.make_mesh(tuple(config.mesh))
+  settings, mesh = config.generate, mesh_of(config)
   rows = read_rows(settings.input, ("prompt",))
   policy = load_policy(config.policy.path, config, mesh)
   print(policy.tokenizer.describe(rows[0]["prompt"]))
@@ -110,7 +110,7 @@ def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]
 
 def run_score(config) -> None:
   """Reads rows with `prompt` and `response` (and `truncated`, if given); writes them with `score`, in their order."""
-  settings, mesh = config.score, sharding.make_mesh(tuple(config.mesh))
+  settings, mesh = config.score, mesh_of(config)
   rows = read_rows(settings.input, ("prompt", "response"))
   reward = load_reward(config.reward.path, config, mesh)
   policy = None

@@ -35,6 +35,7 @@ class Tokenizer:
   eos_ids: tuple[int, ...]  # any of these ends a response
   end_id: int | None  # what a finished response ends with: the chat template's end-of-turn, else the tokenizer's eos
   pad_id: int  # may equal an eos id: masks come from lengths
+  vocab_size: int | None = None  # of the model beside it, where one is
 
   @property
   def has_template(self) -> bool:
@@ -89,6 +90,12 @@ class Tokenizer:
     shown = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
     if not ids:
       raise TextError(f"the prompt {shown[:80]!r} has no tokens with the tokenizer of {self.source}; give a longer one")
+    if self.vocab_size is not None and max(ids) >= self.vocab_size:
+      token = self.hf.convert_ids_to_tokens(max(ids))
+      raise TextError(
+        f"{shown[:80]!r} holds the token {token!r} with id {max(ids)}; the model of {self.source} knows "
+        f"{self.vocab_size} ids: the tokenizer is not the model's"
+      )
     bos = self.hf.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
       raise TextError(
@@ -109,8 +116,11 @@ class Tokenizer:
     )
 
 
-def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer:
-  """The tokenizer in a model's folder, with the eos ids of the generation config, the tokenizer and the template."""
+def load_tokenizer(folder: str | pathlib.Path, vocab_size: int | None = None) -> Tokenizer:
+  """The tokenizer in a model's folder, with the eos ids of the generation config, the tokenizer and the template.
+
+  `vocab_size` of the model: a text with an id beyond it is refused when it is rendered.
+  """
   import transformers
 
   folder = pathlib.Path(folder)
@@ -123,7 +133,8 @@ def load_tokenizer(folder: str | pathlib.Path) -> Tokenizer:
   eos_ids = tuple(dict.fromkeys([*_model_eos_ids(folder), *own, *([] if end is None else [end])]))
   end = end if end is not None else next(iter([*own, *eos_ids]), None)
   pad = next((i for i in (hf.pad_token_id, hf.eos_token_id, *eos_ids) if i is not None), 0)
-  return Tokenizer(hf=hf, source=str(folder), eos_ids=eos_ids, end_id=end, pad_id=pad)
+  return Tokenizer(hf=hf, source=str(folder), eos_ids=eos_ids, end_id=end, pad_id=pad,
+                   vocab_size=vocab_size)  # fmt: skip
 
 
 def _model_eos_ids(folder: pathlib.Path) -> list[int]:

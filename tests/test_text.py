@@ -63,6 +63,12 @@ def test_doubled_bos_is_refused(made, tmp_path):
     made["chatml"][0].render("")
 
 
+def test_ids_beyond_the_vocabulary_are_refused(made):
+  small = load_tokenizer(made["plain"][0].source, vocab_size=100)
+  with pytest.raises(TextError, match="knows 100 ids: the tokenizer is not the model's"):
+    small.render("The cat")
+
+
 def test_every_eos_id_counts(made, tmp_path):
   id_of = lambda kind, token: made[kind][1].convert_tokens_to_ids(token)
   assert set(made["chatml"][0].eos_ids) == {id_of("chatml", "<|endoftext|>"), id_of("chatml", "<|im_end|>")}
