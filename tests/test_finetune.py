@@ -20,7 +20,8 @@ from r2m_jax.folders import HEAD_CONFIG, HEAD_WEIGHTS, RENDERER, FolderError, lo
 from r2m_jax.text import TextError
 
 PROMPTS = ["The cat sat on", "What is the sea?", ASK, "rain", "Please write a poem about the sea", "The dog ran"]
-PAIRS = [{"prompt": p if isinstance(p, str) else "Who?", "chosen": "the mat.", "rejected": "Paris it is"} for p in PROMPTS]
+TURNS = [p if isinstance(p, str) else "Who?" for p in PROMPTS]
+PAIRS = [{"prompt": p, "chosen": "the mat.", "rejected": "Paris it is"} for p in TURNS]
 
 
 @pytest.fixture(scope="module")

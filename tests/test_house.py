@@ -42,6 +42,7 @@ FLOORS = {
   "r2m_jax.pretrain": 4,
   "r2m_jax.evals": 4,
   "r2m_jax.lab": 4,
+  "r2m_jax.checks": 4,
   "r2m_jax.plan": 4,
   "r2m_jax.train": 5,
   "r2m_jax.folders": 5,
