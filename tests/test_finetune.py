@@ -155,7 +155,7 @@ def test_r2m_ends_with_folders_that_score_alike(r2m_run, folders, tmp_path, caps
 
 def test_r2m_goes_on_and_exports_any_checkpoint(r2m_run, tmp_path, capsys):
   cfg, workdir, seen = r2m_run
-  files = lambda folder: {p.name: p.read_bytes() for p in folder.iterdir()}
+  files = lambda folder: {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
   before = files(workdir / "export/policy") | files(workdir / "export/reward")
   finetune.run(cfg, workdir)  # done: exports again
   assert files(workdir / "export/policy") | files(workdir / "export/reward") == before and len(seen) == 3
