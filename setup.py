@@ -20,6 +20,7 @@ RUN = [
   "orbax-checkpoint>=0.12.8,<0.13",
   "grain>=0.2.18,<0.3",
   "transformers>=5.23.0,<6",
+  "qwix>=0.1.8,<0.2",  # adapters
   "safetensors>=0.8.0,<1",
   "tensorflow-datasets>=4.9.10,<5",
   "importlib_resources>=7.1.0,<8",  # tensorflow-datasets imports it and does not ask for it
@@ -35,7 +36,8 @@ NOTEBOOK = ["ipykernel>=7.4.0,<8", "nbclient>=0.11.0,<1", "nbformat>=5.11.1,<6"]
 
 EXTRAS = {
   "notebook": NOTEBOOK,
-  "test": ["pytest>=9.2.0,<10", "torch==2.13.0", *NOTEBOOK],  # torch on CPU is an oracle, never a run-time dependency
+  # torch on CPU and peft are oracles, never run-time dependencies
+  "test": ["pytest>=9.2.0,<10", "torch==2.13.0", "peft>=0.21.2,<1", *NOTEBOOK],
   "tpu": [f"jax[tpu]{JAX}"],
   "cuda": [f"jax[cuda12]{JAX}"],
 }

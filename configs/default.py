@@ -38,6 +38,7 @@ def get_config() -> ConfigDict:
 
   # what to run
   config.task = "r2m"  # how far to go: "sft", "reward" or "r2m" run the pipeline up to there; "lab" compares seeds
+  # "generate" and "score" use a folder's model on JSON lines; "export" writes a checkpoint as Hugging Face folders
   config.algorithm = "rloo"  # "rloo" or "grpo"
   config.variant = "r2m"  # step.VARIANTS; "" runs each of config.arms, side by side from the same checkpoints
   config.arms = ("vanilla", "scaled", "r2m")
@@ -60,6 +61,7 @@ def get_config() -> ConfigDict:
 
   # policy and its update
   config.policy = optimizer(lr=3e-4)
+  config.policy.path = ""  # Hugging Face folder or hub name; "" starts from nothing, on the gold-reward task
   config.policy.arch = architecture()
   config.ppo = ConfigDict()
   config.ppo.epochs = 2  # k, passes over a step's samples
@@ -91,6 +93,8 @@ def get_config() -> ConfigDict:
 
   # the proxy reward model, fitted on noisy preferences
   config.reward = optimizer(lr=1e-3)
+  config.reward.path = ""  # Hugging Face folder or hub name of a sequence classifier
+  config.reward.max_length = 0  # tokens of its input; the beginning of longer ones is dropped. 0: no limit
   config.reward.lr_schedule = "cosine"
   config.reward.pairs = 2048
   config.reward.epochs = 4
@@ -98,6 +102,38 @@ def get_config() -> ConfigDict:
   config.reward.choice_temperature = 0.3  # P(a preferred) = sigmoid((gold_a - gold_b) / this)
   config.reward.label_flip = 0.2  # share of labels then flipped
   config.reward.heldout_pairs = 512  # with clean gold labels, to measure accuracy
+
+  # low-rank adapters for the policy (and for the reward model in task = "reward") of a Hugging Face folder
+  config.lora = ConfigDict()
+  config.lora.rank = 0  # 0: off, every parameter is trained
+  config.lora.alpha = 16.0  # the adapters' output is multiplied by alpha / rank
+  config.lora.targets = "attn/(q|k|v|o)|mlp/(gate|up|down)"  # pattern of the linears' paths; see models.transformer
+  config.lora.export = "merged"  # "merged" into the weights, or "peft": an adapter folder
+
+  # rows for runs that start from a Hugging Face folder
+  config.data = ConfigDict()
+  config.data.train = ""  # JSON lines: {prompt}; sft also reads response, reward also chosen and rejected
+  config.data.max_prompt_length = 512  # tokens; rows with a longer prompt are left out
+  config.data.max_response_length = 512  # tokens; rows with a longer response are left out
+
+  # batch use (task = "generate", "score")
+  config.generate = ConfigDict()
+  config.generate.input = ""  # JSON lines with prompt: text or messages
+  config.generate.output = ""
+  config.generate.max_new_tokens = 128  # tokens
+  config.generate.temperature = 1.0  # 0: the most likely token
+  config.generate.batch_size = 16  # rows
+  config.score = ConfigDict()
+  config.score.input = ""  # JSON lines with prompt and response
+  config.score.output = ""
+  config.score.batch_size = 16  # rows
+
+  # a run's checkpoint as a Hugging Face folder (task = "export")
+  config.export = ConfigDict()
+  config.export.checkpoint = ""  # a run's workdir, or WORKDIR/checkpoints/<arm>[/<step>], WORKDIR/stages/<stage>
+  config.export.out = ""  # folder; policy and reward are made in it
+  config.export.check = True  # compare with transformers where torch is installed; loads the model once more
+  config.export.push_to = ""  # hub name owner/model: also upload, private, as owner/model-policy and owner/model-reward
 
   # what is kept
   config.log = ConfigDict()

@@ -8,6 +8,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from r2m_jax import sharding
+from r2m_jax.models import lora as adapters
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.reward import RewardHead
@@ -28,24 +29,35 @@ class Build:
   reward_arch: ArchConfig  # of the reward model's backbone
   defs: Defs
   rows: NamedSharding  # of arrays whose leading axis is the batch
+  lora: adapters.LoraConfig | None = None  # of the policy's adapters
 
 
-def build(config, mesh: Mesh, *, vocab_size: int) -> Build:
-  """Reads the architecture sections; allocates nothing."""
-  arch = ArchConfig(vocab_size=vocab_size, **config.policy.arch)
-  reward_arch = arch.replace(lm_head=False)
+def build(
+  config, mesh: Mesh, *, vocab_size: int = 0, arch: ArchConfig | None = None, reward_arch: ArchConfig | None = None,
+) -> Build:  # fmt: skip
+  """Allocates nothing. The architectures are those given, or the config's with `vocab_size` for both models."""
+  arch = arch or ArchConfig(vocab_size=vocab_size, **config.policy.arch)
+  reward_arch = reward_arch or arch.replace(lm_head=False)
   kwargs = model_kwargs(config)
+  lora = lora_of(config)
   head = nnx.eval_shape(lambda: make_head(config, arch, reward_arch, jax.random.key(0)))
   defs = Defs(
-    vocab_size=vocab_size,
-    policy=transformer.abstract(arch, **kwargs)[0],
+    vocab_size=arch.vocab_size,
+    policy=adapters.graphdef(arch, lora, **kwargs) if lora else transformer.abstract(arch, **kwargs)[0],
     reward_backbone=transformer.abstract(reward_arch, **kwargs)[0],
     reward_head=nnx.graphdef(head),
     phi=nnx.graphdef(head.phi),
     policy_tx=make_optimizer(config.policy, config.steps * config.ppo.epochs * config.ppo.minibatches),
     reward_tx=make_optimizer(config.r2m, config.steps),
+    base=transformer.abstract(arch, **kwargs)[0] if lora else None,
   )
-  return Build(mesh, arch, reward_arch, defs, NamedSharding(mesh, sharding.BATCH))
+  return Build(mesh, arch, reward_arch, defs, NamedSharding(mesh, sharding.BATCH), lora)
+
+
+def lora_of(config) -> adapters.LoraConfig | None:
+  """The config's adapters, None where they are off."""
+  settings = config.lora
+  return adapters.LoraConfig(settings.rank, settings.alpha, settings.targets) if settings.rank else None
 
 
 def make_head(config, arch: ArchConfig, reward_arch: ArchConfig, key: jax.Array) -> RewardHead:
@@ -71,9 +83,13 @@ def abstract(make, mesh: Mesh, *args):
   return jax.tree.map(as_struct, tree, sharding.shardings(tree, mesh))
 
 
-def place(make, mesh: Mesh, *args):
-  """Runs `make(*args)` as one program whose results lie on their shards, each in a buffer of its own."""
-  return jax.jit(make, out_shardings=sharding.shardings(jax.eval_shape(make, *args), mesh))(*args)
+def place(make, mesh: Mesh, *args, donate: tuple[int, ...] = ()):
+  """Runs `make(*args)` as one program whose results lie on their shards, each in a buffer of its own.
+
+  The arguments at the positions `donate` must not be used again: their memory becomes the result's.
+  """
+  layout = sharding.shardings(jax.eval_shape(make, *args), mesh)
+  return jax.jit(make, out_shardings=layout, donate_argnums=donate)(*args)
 
 
 def init_policy(config, built: Build, key: jax.Array):
@@ -92,12 +108,20 @@ def init_reward_model(config, built: Build, policy, key: jax.Array):
   return place(make, built.mesh, policy, key)
 
 
-def initial_state(config, built: Build, policy, reward_backbone, phi) -> TrainState:
+def init_adapters(config, built: Build, mesh: Mesh):
+  """Fresh adapters of `built.lora`, on their shards."""
+  key = jax.random.fold_in(jax.random.key(config.seed), KEY_INIT)
+  return adapters.init(built.arch, built.lora, key, mesh, **model_kwargs(config))
+
+
+def initial_state(config, built: Build, policy, reward_backbone, phi, *, donate: bool = False) -> TrainState:
   """The run's first TrainState, laid over the mesh. Every part is a buffer of its own: the step donates them all.
 
   Args:
-    policy: state of the starting policy; the reference is a copy of it.
+    policy: state of the starting policy; the reference is a copy of it. With adapters it is the reference itself, and
+      the adapters alone are the policy's state.
     reward_backbone, phi: state of the fitted reward model; phi also stays as the frozen score head.
+    donate: the arguments must not be used again; a copy less at the start.
   """
   defs = built.defs
 
@@ -105,16 +129,21 @@ def initial_state(config, built: Build, policy, reward_backbone, phi) -> TrainSt
     head = make_head(config, built.arch, built.reward_arch, jax.random.fold_in(key, KEY_HEAD))
     nnx.update(head.phi, phi)
     head = nnx.state(head)
+    ref = policy
+    if built.lora:
+      init_key = jax.random.fold_in(key, KEY_INIT)
+      policy = adapters.init(built.arch, built.lora, init_key, **model_kwargs(config))
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       key=key,
       policy=policy,
       policy_opt=defs.policy_tx.init(policy),
-      ref=policy,
+      ref=ref,
       reward_backbone=reward_backbone,
       reward_frozen=phi,
       reward_head=head,
       reward_opt=defs.reward_tx.init(head),
     )
 
-  return place(make, built.mesh, jax.random.key(config.seed), policy, reward_backbone, phi)
+  given = (policy, reward_backbone, phi)
+  return place(make, built.mesh, jax.random.key(config.seed), *given, donate=(1, 2) if donate else ())

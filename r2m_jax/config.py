@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.ops import AGGREGATIONS
 
-TASKS = ("sft", "reward", "r2m", "lab")
+TASKS = ("sft", "reward", "r2m", "lab", "generate", "score", "export")
 ALGORITHMS = ("rloo", "grpo")
 VARIANTS = ("vanilla", "scaled", "r2m_untrained", "r2m")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -45,10 +45,11 @@ def check_config(config: ConfigDict) -> None:
   for field in (
     "steps", "rollout.prompts", "rollout.max_new_tokens", "ppo.epochs", "ppo.minibatches", "r2m.attention_dim",
     "r2m.num_heads", "sft.steps", "sft.batch_size", "sft.examples", "reward.pairs", "reward.epochs",
-    "reward.batch_size", "reward.heldout_pairs", "log.checkpoint_every", "log.samples",
+    "reward.batch_size", "reward.heldout_pairs", "log.checkpoint_every", "log.samples", "data.max_prompt_length",
+    "data.max_response_length", "generate.max_new_tokens", "generate.batch_size", "score.batch_size",
   ):  # fmt: skip
     at_least(field, 1)
-  for field in ("seed", "logits_chunk", "kl.beta"):
+  for field in ("seed", "logits_chunk", "kl.beta", "generate.temperature", "reward.max_length", "lora.rank"):
     at_least(field, 0)
   need(config.rollout.group_size >= 2, "rollout.group_size", f"{config.algorithm} compares K >= 2 responses per prompt")
   need(config.rollout.temperature > 0, "rollout.temperature", "must be above 0: greedy samples have no log-probability")
@@ -80,7 +81,19 @@ def check_config(config: ConfigDict) -> None:
     raise ConfigError(f"config.policy.arch: {error}") from None
   layers = arch.num_layers
   tapped = config.r2m.feedback_layer
-  need(-layers <= tapped < layers, "r2m.feedback_layer", f"the policy has {layers} layers; -1 is the last")
+  if not config.policy.path:  # else the folder says how many layers there are
+    need(-layers <= tapped < layers, "r2m.feedback_layer", f"the policy has {layers} layers; -1 is the last")
+  files = {
+    "generate": ("policy.path", "generate.input", "generate.output"),
+    "score": ("reward.path", "score.input", "score.output"),
+    "export": ("export.checkpoint", "export.out"),
+  }
+  for field in files.get(config.task, ()):
+    need(_get(config, field) != "", field, f"task={config.task} needs it; pass --config.{field}=...")
+  one_of("lora.export", ("merged", "peft"))
+  need(config.lora.alpha > 0, "lora.alpha", "must be above 0")
+  from_folder = bool(config.policy.path or config.reward.path) or config.task == "export"
+  need(config.lora.rank == 0 or from_folder, "lora.rank", "adapters need a model to sit on: give config.policy.path")
   need(config.sft.batch_size <= config.sft.examples, "sft.batch_size", "must not exceed sft.examples")
   need(config.reward.batch_size <= config.reward.pairs, "reward.batch_size", "must not exceed reward.pairs")
   mesh = tuple(config.mesh)

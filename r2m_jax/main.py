@@ -89,10 +89,28 @@ def main(argv):
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "r2m_jax" / "jax"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    from r2m_jax import train
-
-    train.run(config, Path(WORKDIR.value))
+    run(config, Path(WORKDIR.value))
   except ConfigError as error:
+    stop(error)
+
+
+def run(config, workdir: Path) -> None:
+  """The task: batch use of a folder, an export, a run from folders, or the gold-reward pipeline."""
+  from r2m_jax import export, finetune, serve, train
+  from r2m_jax.data.jsonl import DataError
+  from r2m_jax.folders import FolderError
+  from r2m_jax.text import TextError
+
+  try:
+    if config.task in ("generate", "score"):
+      serve.run(config)
+    elif config.task == "export":
+      export.run(config)
+    elif config.policy.path or config.reward.path:
+      finetune.run(config, workdir)
+    else:
+      train.run(config, workdir)
+  except (DataError, FolderError, TextError) as error:
     stop(error)
 
 

@@ -61,15 +61,20 @@ def fit(
   workdir: Path,
   state_shardings,
   batch_sharding,
+  frozen=None,
 ):
-  """Minimises loss_fn over `batches` and returns the state; it is donated. Logs to stage `stage` of the workdir."""
+  """Minimises loss_fn over `batches` and returns the state; it is donated. Logs to stage `stage` of the workdir.
+
+  `frozen`, where given, is a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
+  """
+  extra = () if frozen is None else (frozen,)
 
   @jax.jit
   def init(state):
     return tx.init(state)
 
-  def update(state, opt, batch):
-    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state, batch)
+  def update(state, opt, batch, *extra):
+    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state, batch, *extra)
     updates, opt = tx.update(grads, opt, state)
     return optax.apply_updates(state, updates), opt, {"loss": loss, "grad_norm": optax.tree.norm(grads), **aux}
 
@@ -77,7 +82,7 @@ def fit(
   opt = init(state)
   with Metrics(workdir, stage, from_step=0) as log, progress(total, stage) as bar:
     for i, batch in enumerate(batches):
-      state, opt, metrics = update(state, opt, jax.device_put(batch, batch_sharding))
+      state, opt, metrics = update(state, opt, jax.device_put(batch, batch_sharding), *extra)
       if i % LOG_EVERY == 0 or i == total - 1:
         metrics = {k: float(v) for k, v in metrics.items()}
         log.log(i, metrics)

@@ -55,6 +55,15 @@ class Defs:
   phi: nnx.GraphDef
   policy_tx: optax.GradientTransformation
   reward_tx: optax.GradientTransformation
+  base: nnx.GraphDef | None = None  # of the reference, where the policy is adapters on top of it
+
+  def open_policy(self, policy, ref) -> Transformer:
+    """The policy's module. With adapters `policy` holds these alone, and `ref` the weights below them."""
+    return nnx.merge(self.policy, policy) if self.base is None else nnx.merge(self.policy, policy, ref)
+
+  def open_ref(self, ref) -> Transformer:
+    """The reference's module; with adapters that is the base without them."""
+    return nnx.merge(self.policy if self.base is None else self.base, ref)
 
 
 @struct.dataclass
@@ -73,12 +82,12 @@ def read_feedback(model: Transformer, sequences: Sequences, *, temperature: floa
   return Feedback(logprobs=stats.logprobs, entropy=stats.entropy, hidden=out.feedback, last_hidden=last_hidden)
 
 
-def make_read(defs: Defs, config) -> Callable[[Any, Sequences], Feedback]:
-  """Builds `read(policy_state, sequences)`: `read_feedback` with the config's settings."""
+def make_read(config) -> Callable[[Transformer, Sequences], Feedback]:
+  """Builds `read(model, sequences)`: `read_feedback` with the config's settings."""
   settings = dict(
     temperature=config.rollout.temperature, layer=config.r2m.feedback_layer, chunk=config.logits_chunk
   )
-  return lambda state, sequences: read_feedback(nnx.merge(defs.policy, state), sequences, **settings)
+  return lambda model, sequences: read_feedback(model, sequences, **settings)
 
 
 def make_score(defs: Defs, config) -> Callable[..., jax.Array]:
@@ -112,7 +121,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
   Reads the config once; a missing knob fails here and not in the middle of a run.
   """
   variant = VARIANTS[config.variant]
-  read, score, judge = make_read(defs, config), make_score(defs, config), make_judge(defs, config)
+  read, score, judge = make_read(config), make_score(defs, config), make_judge(defs, config)
   K, temperature, chunk = config.rollout.group_size, config.rollout.temperature, config.logits_chunk
   epochs, minibatches = config.ppo.epochs, config.ppo.minibatches
   clip_eps, aggregation, whiten = config.ppo.clip_eps, config.ppo.aggregation, config.ppo.whiten_advantages
@@ -132,10 +141,10 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
 
   def policy_loss(policy_state, ref_state, batch: Experience):
     """Eq. 2: the clipped objective minus beta * KL(policy || reference). Also returns the refreshed h."""
-    policy, mask = nnx.merge(defs.policy, policy_state), batch.sequences.response_mask
+    policy, mask = defs.open_policy(policy_state, ref_state), batch.sequences.response_mask
     T = mask.shape[1]
     out = policy(batch.sequences.tokens, batch.sequences.token_mask, feedback_layer=layer)
-    ref = (nnx.merge(defs.policy, ref_state).logits, batch.ref_hidden) if exact else None
+    ref = (defs.open_ref(ref_state).logits, batch.ref_hidden) if exact else None
     stats = token_stats(
       policy.logits, predicts_response(out.hidden, T), batch.sequences.tokens[:, -T:],
       temperature=temperature, ref=ref, chunk=chunk,
@@ -195,8 +204,8 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
     mask = sequences.response_mask
     w = omega(state.step, total_steps, omega_min)
 
-    old = read(state.policy, sequences)
-    ref = read(state.ref, sequences)
+    old = read(defs.open_policy(state.policy, state.ref), sequences)
+    ref = read(defs.open_ref(state.ref), sequences)
     judged = judge(state, old.hidden, sequences, reward_tokens, reward_mask)
     experience = Experience(
       sequences=sequences,
@@ -255,7 +264,7 @@ def make_rollout(defs: Defs, config, mesh: Mesh, eos_ids: tuple[int, ...], pad_i
   )
 
   def rollout(state: TrainState, prompts: Prompts) -> Sequences:
-    return generate(nnx.merge(defs.policy, state.policy), prompts, state.key, state.step, **settings)
+    return generate(defs.open_policy(state.policy, state.ref), prompts, state.key, state.step, **settings)
 
   return rollout
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from flax import nnx
 
 from r2m_jax import checkpoint, sharding
 from r2m_jax.build import KEY_TABLE, Build, abstract, build, init_policy, init_reward_model, initial_state
@@ -128,16 +127,16 @@ def make_table(config, built: Build):
   """Builds `table(state, when)`: one sample for each of a few fixed prompts, as rows of samples.jsonl."""
   count = config.log.samples
   prompts = goldtask.prompts(config.seed, STREAM_TABLE, 0, count)
-  read, judge = make_read(built.defs, config), make_judge(built.defs, config)
+  read, judge = make_read(config), make_judge(built.defs, config)
 
   @jax.jit
   def sample(state):
     key = jax.random.fold_in(state.key, KEY_TABLE)
     sequences = generate(
-      nnx.merge(built.defs.policy, state.policy), prompts, key, 0, group_size=1, eos_ids=(goldtask.EOS,),
+      built.defs.open_policy(state.policy, state.ref), prompts, key, 0, group_size=1, eos_ids=(goldtask.EOS,),
       max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature, pad_id=goldtask.PAD,
     )  # fmt: skip
-    hidden = read(state.policy, sequences).hidden
+    hidden = read(built.defs.open_policy(state.policy, state.ref), sequences).hidden
     return sequences, judge(state, hidden, sequences, sequences.tokens, sequences.token_mask)
 
   def table(state, when: str) -> list[dict]:

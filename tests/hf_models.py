@@ -44,11 +44,14 @@ CASES = {
 }
 
 
-def make(case: str, folder, *, classifier: bool = False, labels: int = 1, seed: int = 0):
-  """Saves a random float32 model of `case` to `folder` and returns it. No parameter, norm or bias is at its default."""
+def make(case: str, folder, *, classifier: bool = False, labels: int = 1, seed: int = 0, **changes):
+  """Saves a random float32 model of `case` to `folder` and returns it. No parameter, norm or bias is at its default.
+
+  `changes` are fields of its config.
+  """
   model_type, fields = CASES[case]
   config_class = transformers.AutoConfig.for_model(model_type).__class__
-  fields = _SMALL | fields | (dict(num_labels=labels) if classifier else {})
+  fields = _SMALL | fields | (dict(num_labels=labels) if classifier else {}) | changes
   family = FAMILIES[model_type]
   model_class = getattr(transformers, family.classifier if classifier else family.causal)
   torch.manual_seed(seed)

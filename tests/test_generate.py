@@ -23,7 +23,7 @@ ARCH = ArchConfig(vocab_size=VOCAB, hidden_size=16, num_layers=2, num_heads=2, n
 @pytest.fixture(scope="module")
 def model():
   """graphdef and state of a tiny policy whose next token is far from random and depends on all tokens before it."""
-  graphdef, state = transformer.init(ARCH, jax.random.key(1))
+  graphdef, state = transformer.init(ARCH, jax.random.key(3))
   state["embed"]["embedding"][...] = state["embed"]["embedding"][...] * 50
   state["lm_head"]["kernel"][...] = state["lm_head"]["kernel"][...] * 20
   for name, factor in {"q": 3, "k": 3, "o": 4}.items():
@@ -164,7 +164,7 @@ def test_greedy_is_the_argmax_of_full_forward_passes(model):
   assert not out.has_eos.any() and out.response_mask.all()
   _, best = read(*model, out.tokens, out.token_mask, T)
   np.testing.assert_array_equal(out.tokens[:, -T:], best)
-  assert len(np.unique(best)) > 2
+  assert len(np.unique(best)) > 3
 
 
 def test_left_padding_changes_neither_samples_nor_log_probabilities(model):

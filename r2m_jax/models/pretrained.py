@@ -5,6 +5,7 @@ Only safetensors and JSON are read, nothing is unpickled. On disk every layer is
 """
 
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -146,8 +147,8 @@ def load_pretrained(
   if score_name in files.shapes:
     layout = default_sharding() if mesh is None else NamedSharding(mesh, P())
     put = lambda x: jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
-    bias = files.slice(f"{SCORE}.bias")[:] if f"{SCORE}.bias" in files.shapes else None
-    kernel = np.ascontiguousarray(files.slice(score_name)[:].T)
+    bias = files.tensor(f"{SCORE}.bias") if f"{SCORE}.bias" in files.shapes else None
+    kernel = np.ascontiguousarray(files.tensor(score_name).T)
     score = Score(put(kernel.astype(param_dtype)), None if bias is None else put(bias.astype(param_dtype)))
   return Pretrained(arch, graphdef, state, score)
 
@@ -182,8 +183,19 @@ class Memo:
     return self.seen[key]
 
 
+def aligned(shape, dtype) -> np.ndarray:
+  """An empty array that starts at a multiple of 64 bytes: JAX on a CPU then takes it as it is, without a copy."""
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  raw = np.empty(size + 64, np.uint8)
+  start = -raw.ctypes.data % 64
+  return raw[start : start + size].view(dtype).reshape(shape)
+
+
 class Files:
-  """The safetensors files of a folder, opened lazily and read slice by slice."""
+  """The safetensors files of a folder, read slice by slice.
+
+  A file is mapped for one read only: a mapping that stayed would hold every page it has read, the model a second time.
+  """
 
   def __init__(self, folder: pathlib.Path):
     if (folder / INDEX).exists():
@@ -201,15 +213,19 @@ class Files:
     self.folder = folder
     if absent := sorted({file for file in self.where.values() if not (folder / file).exists()}):
       raise PretrainedError(f"{folder / INDEX} names {absent}, which are not in the folder; copy it again")
-    self.open = {file: safe_open(folder / file, "np") for file in sorted(set(self.where.values()))}
+    shapes = {}
+    for name in sorted(set(self.where.values())):
+      with safe_open(folder / name, "np") as file:
+        shapes[name] = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
     for name, file in self.where.items():
-      if name not in self.open[file].keys():
+      if name not in shapes[file]:
         raise PretrainedError(f"{folder / INDEX} says {name} lies in {file}, which does not hold it")
-    self.shapes = {name: tuple(self.slice(name).get_shape()) for name in self.where}
+    self.shapes = {name: shapes[file][name] for name, file in self.where.items()}
 
-  def slice(self, name: str):
-    """The tensor as safetensors' lazy slice."""
-    return self.open[self.where[name]].get_slice(name)
+  def tensor(self, name: str, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
+    """A part of a tensor, read from disk."""
+    with safe_open(self.folder / self.where[name], "np") as file:
+      return file.get_slice(name)[index]
 
   def check(self, shapes: dict[str, tuple[int, ...]], arch: ArchConfig) -> None:
     """Raises unless the files hold exactly the parameters of `arch`, in their shapes."""
@@ -245,10 +261,11 @@ class Files:
   def read(self, arch: ArchConfig, path: str, shape: tuple[int, ...], index: tuple[slice, ...], dtype) -> np.ndarray:
     """The part `index` of the parameter at `path`, of full `shape`, as `dtype`: from disk, one layer at a time."""
     template, part = name_of(arch, path)
+    result = aligned([len(range(*i.indices(n))) for i, n in zip(index, shape)], dtype)
     if not path.startswith("layers/"):
-      return self._read(template, part, index, arch, path).astype(dtype)
+      result[...] = self._read(template, part, index, arch, path)
+      return result
     layers = range(*index[0].indices(shape[0]))
-    result = np.empty([len(range(*i.indices(n))) for i, n in zip(index, shape)], dtype)
     for row, layer in enumerate(layers):
       result[row] = self._read(template.format(layer), part, index[1:], arch, path)
     return result
@@ -258,9 +275,9 @@ class Files:
     kernel = path.endswith("/kernel")
     index = index[::-1] if kernel else index
     if part is None:
-      x = self.slice(name)[index]
+      x = self.tensor(name, index)
     else:  # whole outputs, then the wanted third, then the wanted rows of it
-      x = self.slice(name)[(slice(None), *index[1:])]
+      x = self.tensor(name, (slice(None), *index[1:]))
       x = x.reshape(arch.num_heads, 3, arch.head_dim, *x.shape[1:])[:, part]
       x = x.reshape(-1, *x.shape[2:])[index[0]]
     return np.ascontiguousarray(x.T) if kernel else x

@@ -193,9 +193,14 @@ def residual_init(arch: ArchConfig):
 
 
 class Transformer(nnx.Module):
-  """A decoder as `arch` describes it. `dtype` computes (None: whatever the parameters are in), `param_dtype` stores."""
+  """A decoder as `arch` describes it. `dtype` computes (None: whatever the parameters are in), `param_dtype` stores.
 
-  def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat="none"):
+  `adapt(block, rngs)` may add parameters to a block before the layers are stacked; see models.lora.
+  """
+
+  def __init__(
+    self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat="none", adapt=None
+  ):
     if remat not in REMAT:
       raise ValueError(f"{remat=} is unknown; use one of {sorted(REMAT)}")
     self.arch, self.dtype, self.remat = arch, dtype, remat
@@ -205,7 +210,8 @@ class Transformer(nnx.Module):
     @nnx.split_rngs(splits=arch.num_layers)
     @nnx.vmap(in_axes=0, out_axes=0)
     def stack(rngs):
-      return Block(arch, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+      block = Block(arch, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+      return block if adapt is None else adapt(block, rngs)
 
     self.layers = stack(rngs)
     self.final_norm = Norm(d, arch, param_dtype=param_dtype)

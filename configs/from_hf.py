@@ -1,0 +1,26 @@
+"""R2M on a policy and a reward model from Hugging Face folders or hub names, whatever their tokenizers.
+
+  python -m r2m_jax.main --config=configs/from_hf.py --workdir=runs/mine \\
+    --config.policy.path=Qwen/Qwen2.5-0.5B-Instruct \\
+    --config.reward.path=Skywork/Skywork-Reward-V2-Qwen3-0.6B --config.data.train=prompts.jsonl
+
+prompts.jsonl holds {"prompt": text or messages} rows. Ends with runs/mine/export/policy and runs/mine/export/reward.
+`--config.task=sft` (rows with response) and `--config.task=reward` (chosen, rejected) train the two beforehand.
+`--config.lora.rank=16` trains adapters only.
+"""
+
+from configs import default
+
+
+def get_config():
+  config = default.get_config()
+  config.steps = 100
+  config.remat = "full"
+  config.logits_chunk = 64
+  config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 16, 8, 256
+  config.rollout.temperature = 0.7
+  config.policy.lr, config.r2m.lr = 1e-6, 1e-6
+  config.r2m.attention_dim = 512
+  config.sft.lr, config.sft.steps, config.sft.batch_size = 1e-5, 500, 16
+  config.reward.lr, config.reward.epochs, config.reward.batch_size = 1e-5, 1, 16
+  return config

@@ -1,0 +1,264 @@
+"""Text to token ids and back: tokenizers, chat templates, and the one renderer of reward-model input.
+
+Everything here runs on the host. Reward training, RL and evaluation all turn (prompt, response) into reward-model
+tokens by `Renderer.ids`; its `contract` is stored with a reward model and compared when one is loaded.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from r2m_jax.types import Prompts, Sequences
+
+JOINER = " "  # between prompt and response, for a reward model without a chat template
+SHORTEST = 16  # tokens; padded lengths are this, times a power of two or 1.5 times one
+CONTRACT_FORMAT = 1
+
+Prompt = str | list[dict[str, str]]  # text, or messages [{"role": ..., "content": ...}]
+
+
+class TextError(ValueError):
+  """A text that cannot become tokens as it is; the message says which, and the fix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """A Hugging Face tokenizer with what its model's folder says about ending and padding."""
+
+  hf: Any
+  source: str
+  eos_ids: tuple[int, ...]  # any of these ends a response
+  end_id: int | None  # what a finished response ends with: the chat template's end-of-turn, else the tokenizer's eos
+  pad_id: int  # may equal an eos id: masks come from lengths
+  vocab_size: int | None = None  # of the model beside it, where one is
+
+  @property
+  def has_template(self) -> bool:
+    return bool(self.hf.chat_template)
+
+  def encode(self, text: str, *, special: bool = True) -> list[int]:
+    """Ids of a text; `special` adds what the tokenizer adds by itself, such as a BOS."""
+    return list(self.hf(text, add_special_tokens=special)["input_ids"])
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Text without special tokens."""
+    return self.hf.decode([int(i) for i in ids], skip_special_tokens=True)
+
+  def render(self, prompt: Prompt) -> list[int]:
+    """Ids of a prompt: text as it is, messages by the model's own chat template up to where the assistant answers."""
+    if isinstance(prompt, str):
+      ids = self.encode(prompt)
+    else:
+      ids = self._template(check_messages(prompt), add_generation_prompt=True)
+    return self._checked(ids, prompt)
+
+  def dialogue(self, prompt: Prompt, response: str, *, truncated: bool) -> list[int]:
+    """Ids of prompt and response by the chat template; a truncated response has no end-of-turn after it."""
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_messages(prompt)
+    answered = [*messages, {"role": "assistant", "content": response}]
+    if not truncated:
+      return self._checked(self._template(answered, add_generation_prompt=False), messages)
+    try:
+      ids = self._template(answered, continue_final_message=True) if response.strip() else None
+    except ValueError:  # a template that drops a part of what was said, such as its reasoning
+      ids = None
+    return self._checked(ids or self._template(messages, response, add_generation_prompt=True), messages)
+
+  def join(self, prompt: Prompt, response: str) -> list[int]:
+    """Ids of `prompt + " " + response`, for a tokenizer without a chat template."""
+    if not isinstance(prompt, str):
+      raise TextError(self._no_template(prompt))
+    return self._checked(self.encode(prompt + JOINER + response), prompt)
+
+  def _template(self, messages: list[dict], then: str = "", **kwargs) -> list[int]:
+    if not self.has_template:
+      raise TextError(self._no_template(messages))
+    return self.encode(self.hf.apply_chat_template(messages, tokenize=False, **kwargs) + then, special=False)
+
+  def _no_template(self, messages) -> str:
+    return (
+      f"the tokenizer of {self.source} has no chat template, and the prompt is a list of {len(messages)} messages; "
+      "give prompts as text, or a model whose tokenizer_config.json (or chat_template.jinja) has a chat_template"
+    )
+
+  def _checked(self, ids: list[int], prompt) -> list[int]:
+    shown = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+    if not ids:
+      raise TextError(f"the prompt {shown[:80]!r} has no tokens with the tokenizer of {self.source}; give a longer one")
+    if self.vocab_size is not None and max(ids) >= self.vocab_size:
+      token = self.hf.convert_ids_to_tokens(max(ids))
+      raise TextError(
+        f"{shown[:80]!r} holds the token {token!r} with id {max(ids)}; the model of {self.source} knows "
+        f"{self.vocab_size} ids: the tokenizer is not the model's"
+      )
+    bos = self.hf.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+      raise TextError(
+        f"doubled BOS: {self.hf.decode(ids[:8])!r} begins with {self.hf.bos_token!r} twice (tokenizer of "
+        f"{self.source}); take one out of the prompt or of the chat template: {shown[:80]!r}"
+      )
+    return ids
+
+  def describe(self, prompt: Prompt) -> str:
+    """What a user should look at once: one rendered prompt with its special tokens, and the ids that matter."""
+    ids = self.render(prompt)
+    name = lambda i: f"{i} {self.hf.convert_ids_to_tokens(i)!r}"
+    bos = "none" if self.hf.bos_token_id is None else name(self.hf.bos_token_id)
+    return (
+      f"tokens   {self.source}: bos {bos}, ends at {', '.join(map(name, self.eos_ids)) or 'nothing'}, "
+      f"pad {name(self.pad_id)}, {'a' if self.has_template else 'no'} chat template\n"
+      f"sample   {len(ids)} tokens: {self.hf.decode(ids)!r}"
+    )
+
+
+def load_tokenizer(folder: str | pathlib.Path, vocab_size: int | None = None) -> Tokenizer:
+  """The tokenizer in a model's folder, with the eos ids of the generation config, the tokenizer and the template.
+
+  `vocab_size` of the model: a text with an id beyond it is refused when it is rendered.
+  """
+  import transformers
+
+  folder = pathlib.Path(folder)
+  try:
+    hf = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+  except (OSError, ValueError, KeyError) as error:
+    raise TextError(f"{folder} holds no tokenizer that transformers reads (tokenizer.json): {error}") from None
+  end = _end_of_turn(hf)
+  own = [] if hf.eos_token_id is None else [hf.eos_token_id]
+  eos_ids = tuple(dict.fromkeys([*_model_eos_ids(folder), *own, *([] if end is None else [end])]))
+  end = end if end is not None else next(iter([*own, *eos_ids]), None)
+  pad = next((i for i in (hf.pad_token_id, hf.eos_token_id, *eos_ids) if i is not None), 0)
+  return Tokenizer(hf=hf, source=str(folder), eos_ids=eos_ids, end_id=end, pad_id=pad,
+                   vocab_size=vocab_size)  # fmt: skip
+
+
+def _model_eos_ids(folder: pathlib.Path) -> list[int]:
+  """eos_token_id of generation_config.json, or of config.json where that does not say."""
+  for name in ("generation_config.json", "config.json"):
+    file = folder / name
+    eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.exists() else None
+    if eos is not None:
+      return list(eos) if isinstance(eos, list) else [eos]
+  return []
+
+
+def _end_of_turn(hf) -> int | None:
+  """The special token that the chat template puts after an assistant's answer; None where there is none."""
+  if not hf.chat_template:
+    return None
+  messages, mark = [{"role": "user", "content": "a"}], "answerhere"
+  text = hf.apply_chat_template([*messages, {"role": "assistant", "content": mark}], tokenize=False)
+  after = hf(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"] if mark in text else []
+  special = {*hf.all_special_ids, *(i for i, token in hf.added_tokens_decoder.items() if token.special)}
+  return next((i for i in after if i in special), None)
+
+
+def check_messages(messages) -> list[dict[str, str]]:
+  """The messages, or a TextError that says what a prompt must look like."""
+  good = isinstance(messages, list) and messages
+  if not good or not all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in messages):
+    shown = json.dumps(messages, ensure_ascii=False, default=str)[:120]
+    raise TextError(f"a prompt is text or a list of {{'role': ..., 'content': text}}; this one is {shown}")
+  return messages
+
+
+# ---- arrays ----
+
+
+def bucket(length: int) -> int:
+  """The padded length for `length` tokens: few distinct ones, so that few programs are compiled."""
+  size = SHORTEST
+  while size < length:
+    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3  # 16, 24, 32, 48, 64, 96, ...
+  return size
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad_id: int, length: int = 0) -> tuple[np.ndarray, np.ndarray]:
+  """Rows of ids as tokens i32[N, L] and mask bool[N, L]; L is `length`, or the bucket of the longest row."""
+  length = length or bucket(max(map(len, rows)))
+  tokens = np.full((len(rows), length), pad_id, np.int32)
+  mask = np.zeros((len(rows), length), bool)
+  for i, row in enumerate(rows):
+    if len(row) > length:
+      raise TextError(f"row {i} has {len(row)} tokens and {length} fit")
+    if len(row):
+      tokens[i, -len(row) :], mask[i, -len(row) :] = row, True
+  return tokens, mask
+
+
+def as_prompts(rows: Sequence[Sequence[int]], pad_id: int, *, first_id: int = 0, length: int = 0) -> Prompts:
+  """Rendered prompts as `Prompts`, numbered from `first_id`."""
+  tokens, mask = pad_left(rows, pad_id, length)
+  return Prompts(tokens=tokens, mask=mask, example_id=np.arange(len(rows), dtype=np.int32) + np.int32(first_id))
+
+
+def responses_of(sequences: Sequences, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+  """(text, truncated) of every row: the sampled text without the token that ended it."""
+  mask, ended = np.asarray(sequences.response_mask), np.asarray(sequences.has_eos)
+  tokens = np.asarray(sequences.tokens)[:, -mask.shape[1] :]
+  lengths = mask.sum(1) - ended  # the ending token may be an ordinary one: it is left out by its place
+  return [(tokenizer.decode(row[:n]), not end) for row, n, end in zip(tokens, lengths, ended)]
+
+
+# ---- reward-model input ----
+
+
+@dataclasses.dataclass(frozen=True)
+class Renderer:
+  """(prompt, response) -> the reward model's tokens, in reward training, RL and evaluation alike.
+
+  With a chat template the dialogue is rendered by it, a text prompt as one user message. Without one the text is
+  prompt + " " + response. Nothing is appended that was not sampled: a truncated response has no end-of-turn.
+  """
+
+  tokenizer: Tokenizer
+  max_length: int = 0  # tokens; longer inputs lose their beginning, since the score is read at the end. 0: no limit
+
+  def ids(self, prompt: Prompt, response: str, *, truncated: bool = False) -> list[int]:
+    tokenizer = self.tokenizer
+    if tokenizer.has_template:
+      ids = tokenizer.dialogue(prompt, response, truncated=truncated)
+    else:
+      ids = tokenizer.join(prompt, response)
+    return ids[-self.max_length :] if self.max_length else ids
+
+  def batch(self, rows: Sequence[tuple[Prompt, str, bool]], *, length: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """[(prompt, response, truncated)] -> tokens i32[N, L], mask bool[N, L]."""
+    return pad_left([self.ids(p, r, truncated=t) for p, r, t in rows], self.tokenizer.pad_id, length)
+
+  @property
+  def contract(self) -> dict[str, Any]:
+    """What must not change between the training of a reward model and its use. JSON types only."""
+    tokenizer, template = self.tokenizer, self.tokenizer.hf.chat_template or ""
+    template = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    probe = [("What is 2 + 2?", "It is 4.", truncated) for truncated in (False, True)]
+    probe = [Renderer(tokenizer).ids(p, r, truncated=t) for p, r, t in probe]
+    bos = tokenizer.hf.bos_token_id
+    return {
+      "format": CONTRACT_FORMAT,
+      "template_sha256": hashlib.sha256(template.encode()).hexdigest() if template else None,
+      "joiner": None if template else JOINER,
+      "starts_with_bos": bos is not None and probe[0][0] == bos,
+      "ends_with": probe[0][len(probe[1]) :],  # after a finished response; nothing after a truncated one
+      "pad": "left, masks by length",
+      "max_length": self.max_length,
+      "truncation": "the beginning is dropped",
+      "probe_sha256": hashlib.sha256(json.dumps(probe).encode()).hexdigest(),
+    }
+
+  def require(self, saved: dict[str, Any], where) -> None:
+    """Raises TextError where a reward model was made with another contract than this renderer's."""
+    now = self.contract
+    changed = [f"{key}: {saved.get(key)!r} then, {now.get(key)!r} now" for key in sorted({*saved, *now})
+               if saved.get(key) != now.get(key)]  # fmt: skip
+    if changed:
+      raise TextError(
+        f"the reward model in {where} was made with another rendering of its input than this tokenizer and config "
+        "give; use its own tokenizer, chat template and config.reward.max_length, or train it again:\n  "
+        + "\n  ".join(changed)
+      )
