@@ -33,6 +33,7 @@ CASES = {
   "grpo-own_states": dict(variant="own_states", **ALGORITHMS["grpo"]),
   "reinforce++-r2m": dict(variant="r2m", **ALGORITHMS["reinforce++"]),
   "reinforce++-iterative_head": dict(variant="iterative_head", **ALGORITHMS["reinforce++"]),
+  "reinforce++-r2m_untrained": dict(variant="r2m_untrained", **ALGORITHMS["reinforce++"]),
   "remax-r2m": dict(variant="r2m", **ALGORITHMS["remax"]),
   "remax-reference": dict(variant="reference", **ALGORITHMS["remax"]),
   "ppo-r2m": dict(variant="r2m", **ALGORITHMS["ppo"]),
@@ -74,6 +75,17 @@ def test_three_steps_on_one_device_and_on_eight(name):
       if metric.endswith("_deviation"):  # maxima of rounding errors themselves
         bound = dict(atol=2e-5)
       np.testing.assert_allclose(b.metrics[metric], value, **bound, err_msg=f"{metric} of step {t}")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("algorithm", ["rloo", *ALGORITHMS])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_estimator_with_every_variant(algorithm, variant):
+  """The whole table of docs/variants.md. What is fitted before RL is in test_train.py."""
+  outputs, _ = small.run(small.config(variant=variant, **ALGORITHMS.get(algorithm, {})), STEPS)
+  assert all(np.isfinite(value) for out in outputs for value in out.metrics.values())
+  assert outputs[0].metrics["policy/old_ref_deviation"] == 0
+  assert 0 < outputs[-1].metrics["policy/old_ref_deviation"] < 3  # the policy moved, and not far
 
 
 def states(rows=6, length=5, size=4, seed=0):
