@@ -119,3 +119,27 @@ def test_lab_runs_the_seeds_and_prints_their_table(tmp_path, capsys):
   cfg.task, cfg.variant, cfg.steps, cfg.lab.seeds = "lab", "vanilla", 2, (3,)
   train.run(cfg, tmp_path)
   assert "over-optimised on" in capsys.readouterr().out and (tmp_path / "seeds.txt").exists()
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+def test_what_is_fitted_before_rl(tmp_path, mesh):
+  """Golden pairs, a warm start and gold labels, on one device and on eight."""
+  cfg = quickstart.get_config("test")
+  cfg.arms, cfg.mesh, cfg.steps, cfg.log.samples = ("pretrained_rm", "warm_start"), mesh, 3, 2
+  cfg.r2m.labels, cfg.r2m.label_budget, cfg.r2m.warm_epochs = "preference", 0.2, 2
+  cfg.reward.pairs, cfg.sft.steps = 64, 10
+  train.run(cfg, tmp_path)
+  rows = read_metrics(tmp_path)
+  for arm in cfg.arms:
+    mine = [row for row in rows if row["stage"] == "rl" and row["arm"] == arm]
+    assert [row["step"] for row in mine] == [0, 1, 2] and all(np.isfinite(row["policy/loss"]) for row in mine)
+  stages = {row["stage"] for row in rows}
+  assert {"reward", "reward_golden", "warm_start"} <= stages
+  built = build.build(cfg, sharding.make_mesh(mesh), vocab_size=goldtask.VOCAB_SIZE)
+  key = jax.random.fold_in(jax.random.key(cfg.seed), build.KEY_HEAD)
+  head = build.make_head(cfg, built.arch, built.reward_arch, key)
+  fitted = checkpoint.open_checkpoints(tmp_path / "stages" / "warm_start").restore(0)
+  assert not np.array_equal(head.wk.kernel[...], jax.tree.leaves(fitted["wk"])[0])
+  state = {name: checkpoint.open_checkpoints(tmp_path / "stages" / name) for name in ("reward", "reward_golden")}
+  before, after = (jax.tree.leaves(m.restore(0)) for m in state.values())
+  assert not all(map(np.array_equal, before, after))
