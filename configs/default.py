@@ -39,8 +39,8 @@ def get_config() -> ConfigDict:
   # what to run
   config.task = "r2m"  # how far to go: "sft", "reward" or "r2m" run the pipeline up to there; "lab" compares seeds
   # "generate" and "score" use a folder's model on JSON lines; "export" writes a checkpoint as Hugging Face folders
-  config.algorithm = "rloo"  # "rloo" or "grpo"
-  config.variant = "r2m"  # step.VARIANTS; "" runs each of config.arms, side by side from the same checkpoints
+  config.algorithm = "rloo"  # "rloo", "grpo", "reinforce++", "remax" or "ppo" (with a critic)
+  config.variant = "r2m"  # variants.VARIANTS; "" runs each of config.arms, side by side from the same checkpoints
   config.arms = ("vanilla", "scaled", "r2m")
   config.steps = 120  # RL steps, the paper's T
   config.seed = 0
@@ -58,6 +58,10 @@ def get_config() -> ConfigDict:
   config.rollout.group_size = 8  # K, responses per prompt
   config.rollout.max_new_tokens = 24  # tokens
   config.rollout.temperature = 1.0
+  config.rollout.top_k = 0  # sample from the k most likely tokens; 0: from all
+  config.rollout.top_p = 1.0  # sample from the most likely tokens whose probabilities first sum to this
+  config.rollout.min_p = 0.0  # sample from tokens at least this share as likely as the most likely one
+  config.rollout.repetition_stop = 0  # N: cut a row off when its last N tokens repeat the N before them; 0: never
 
   # policy and its update
   config.policy = optimizer(lr=3e-4)
@@ -67,21 +71,49 @@ def get_config() -> ConfigDict:
   config.ppo.epochs = 2  # k, passes over a step's samples
   config.ppo.minibatches = 1  # updates per epoch
   config.ppo.clip_eps = 0.2
+  config.ppo.clip_eps_high = 0.0  # upper half-width of an asymmetric clip; 0: clip_eps
+  config.ppo.dual_clip = 0.0  # largest ratio that a negative advantage is multiplied by, such as 3; 0: none
+  config.ppo.ratio = "token"  # importance ratio per "token" or per "sequence" (GSPO)
   config.ppo.aggregation = "sequence_sum"  # ops.AGGREGATIONS
-  config.ppo.whiten_advantages = False
+  config.ppo.whiten_advantages = False  # over all response tokens of the batch
+  config.ppo.advantage_norm = "group"  # what GRPO divides by: deviation of the "group", of the "batch", or "none"
   config.ppo.advantage_eps = 1e-4  # added to the variance by which GRPO divides
+  config.critic = optimizer(lr=3e-4)  # algorithm = "ppo" alone
+  config.critic.init = "reward"  # starts from the "reward" model (same tokenizer) or from the "policy"
+  config.critic.gamma = 1.0  # discount a token
+  config.critic.lam = 0.95  # lambda of generalised advantage estimation
+  config.critic.value_clip = 0.2  # half-width around the old value
   config.kl = ConfigDict()
-  config.kl.beta = 0.05  # weight of KL(policy || reference) in the loss
-  config.kl.estimator = "auto"  # "exact" over the vocabulary, "k2", or "auto": exact up to 1,024 entries
+  config.kl.beta = 0.05  # weight of KL(policy || reference)
+  config.kl.placement = "loss"  # "loss", or "reward": off each token's reward
+  config.kl.estimator = "auto"  # "k1" (reward alone), "k2", "k3" or "exact" over the vocabulary; "auto": k1 in the
+  # reward; in the loss exact up to 1,024 entries, else k2
+  config.kl.controller = "fixed"  # "fixed", "adaptive" or "hold"; see schedules.kl_weight
+  config.kl.target = 6.0  # nats a sequence, what the last two steer by
+  config.kl.horizon = 100  # RL steps, how slowly "adaptive" moves
+  config.shaping = ConfigDict()  # of the score before advantages, in this order; see objective.shape_scores
+  config.shaping.centre = False  # subtract the batch's mean
+  config.shaping.clip = 0.0  # bound on its size; 0: none
+  config.shaping.missing_eos = "none"  # a response without an end: "subtract" the penalty, or "replace" the score by it
+  config.shaping.missing_eos_penalty = 1.0
+  config.shaping.length_penalty = 0.0  # reward a token
+  config.shaping.mask_truncated = False  # leave responses without an end out of the policy's loss
 
   # the reward that reads the policy
   config.r2m = optimizer(lr=1e-4)
   config.r2m.omega_min = 0.6  # Omega, floor of the weight on the reward model's own embedding (eq. 4)
+  config.r2m.omega_schedule = "cosine"  # the paper's; or "linear", "constant", or "kl", which needs no T
+  config.r2m.omega_kl = 6.0  # nats a sequence, the KL at which "kl" reaches the floor
   config.r2m.alpha = 0.3  # weight of the group reward entropy (eq. 7)
   config.r2m.gre_eps = 1e-4  # added to the variance by which eq. 6 divides
   config.r2m.attention_dim = 64  # d, width of the cross-attention (eq. 3)
   config.r2m.num_heads = 1
   config.r2m.feedback_layer = -1  # which layer's states are fed back; -1: the last, after the final norm
+  config.r2m.average = 0.0  # a moving average of the head scores, with this decay a step; 0: the head itself
+  config.r2m.labels = "self"  # who orders the pairs of eq. 5: the annotation scores, or real "preference" labels
+  config.r2m.label_budget = 0.02  # trajectories in labelled pairs, as a share of those sampled
+  config.r2m.judgments = ""  # JSON lines {prompt, chosen, rejected}: the labels of a run that starts from folders
+  config.r2m.warm_epochs = 4  # over the preferences, variant "warm_start"
 
   # supervised start
   config.sft = optimizer(lr=4e-3)
@@ -102,6 +134,10 @@ def get_config() -> ConfigDict:
   config.reward.choice_temperature = 0.3  # P(a preferred) = sigmoid((gold_a - gold_b) / this)
   config.reward.label_flip = 0.2  # share of labels then flipped
   config.reward.heldout_pairs = 512  # with clean gold labels, to measure accuracy
+  config.reward.ensemble = 1  # score heads on the one backbone, each fitted on a bootstrap of the pairs
+  config.reward.combine = "mean"  # of their scores: "mean", "min" or "mean_minus_variance"
+  config.reward.variance_weight = 1.0  # of the last
+  config.reward.sum_to_zero = 0.0  # weight of the squared mean score of a batch, added to the loss of the fit
 
   # low-rank adapters for the policy (and for the reward model in task = "reward") of a Hugging Face folder
   config.lora = ConfigDict()

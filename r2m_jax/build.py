@@ -15,6 +15,7 @@ from r2m_jax.models.reward import RewardHead
 from r2m_jax.optim import make_optimizer
 from r2m_jax.step import Defs
 from r2m_jax.types import TrainState
+from r2m_jax.variants import VARIANTS
 
 # what a random key is for; folded in where an RL step folds in its number
 KEY_INIT, KEY_PAIRS, KEY_TABLE, KEY_HEAD = range(2**31 - 4, 2**31)
@@ -40,6 +41,14 @@ def build(
   reward_arch = reward_arch or arch.replace(lm_head=False)
   kwargs = model_kwargs(config)
   lora = lora_of(config)
+  critic = {}
+  if config.algorithm == "ppo":
+    critic_arch = reward_arch if config.critic.init == "reward" else arch.replace(lm_head=False)
+    critic = dict(
+      critic_backbone=transformer.abstract(critic_arch, **kwargs)[0],
+      critic_head=nnx.graphdef(nnx.eval_shape(lambda: make_value_head(config, critic_arch))),
+      critic_tx=make_optimizer(config.critic, config.steps * config.ppo.epochs * config.ppo.minibatches),
+    )
   head = nnx.eval_shape(lambda: make_head(config, arch, reward_arch, jax.random.key(0)))
   defs = Defs(
     vocab_size=arch.vocab_size,
@@ -50,6 +59,7 @@ def build(
     policy_tx=make_optimizer(config.policy, config.steps * config.ppo.epochs * config.ppo.minibatches),
     reward_tx=make_optimizer(config.r2m, config.steps),
     base=transformer.abstract(arch, **kwargs)[0] if lora else None,
+    **critic,
   )
   return Build(mesh, arch, reward_arch, defs, NamedSharding(mesh, sharding.BATCH), lora)
 
@@ -62,14 +72,23 @@ def lora_of(config) -> adapters.LoraConfig | None:
 
 def make_head(config, arch: ArchConfig, reward_arch: ArchConfig, key: jax.Array) -> RewardHead:
   """Cross-attention and phi. At least float32, whatever the models run in: scores are."""
+  own = config.variant != "" and VARIANTS[config.variant].feedback == "own_states"
   return RewardHead(
-    arch.hidden_size,
+    reward_arch.hidden_size if own else arch.hidden_size,
     reward_arch.hidden_size,
     config.r2m.attention_dim,
     config.r2m.num_heads,
+    ensemble=config.reward.ensemble,
     rngs=nnx.Rngs(key),
     param_dtype=jnp.promote_types(config.param_dtype, jnp.float32),
   )
+
+
+def make_value_head(config, arch: ArchConfig) -> nnx.Linear:
+  """The critic's linear head, of zeros: before training every state is worth nothing."""
+  zeros = nnx.initializers.zeros
+  dtype = jnp.promote_types(config.param_dtype, jnp.float32)
+  return nnx.Linear(arch.hidden_size, 1, kernel_init=zeros, param_dtype=dtype, rngs=nnx.Rngs(0))
 
 
 def model_kwargs(config) -> dict:
@@ -101,11 +120,26 @@ def init_reward_model(config, built: Build, policy, key: jax.Array):
   """A reward model {"backbone", "phi"} that starts from the policy's weights, with a score head of zeros."""
 
   def make(policy, key):
-    backbone = nnx.State({name: value for name, value in policy.items() if name != "lm_head"})
+    backbone = without_lm_head(policy)
     phi = nnx.state(make_head(config, built.arch, built.reward_arch, key).phi)
     return {"backbone": backbone, "phi": jax.tree.map(jnp.zeros_like, phi)}
 
   return place(make, built.mesh, policy, key)
+
+
+def without_lm_head(policy) -> nnx.State:
+  return nnx.State({name: value for name, value in policy.items() if name != "lm_head"})
+
+
+def init_critic(config, built: Build, policy, reward_backbone, phi):
+  """The critic {"backbone", "head"}: the policy's weights and a head of zeros, or the reward model with the mean of
+  phi's heads, so that the critic starts with what the reward model would say of each prefix."""
+  from_reward = config.critic.init == "reward"
+  head = nnx.state(make_value_head(config, built.reward_arch if from_reward else built.arch))
+  if from_reward:
+    for name in ("kernel", "bias"):
+      head[name][...] = phi[name][...].mean(-1, keepdims=True).astype(head[name][...].dtype)
+  return {"backbone": reward_backbone if from_reward else without_lm_head(policy), "head": head}
 
 
 def init_adapters(config, built: Build, mesh: Mesh):
@@ -130,6 +164,10 @@ def initial_state(config, built: Build, policy, reward_backbone, phi, *, donate:
     nnx.update(head.phi, phi)
     head = nnx.state(head)
     ref = policy
+    critic = critic_opt = None
+    if defs.critic_tx is not None:
+      critic = init_critic(config, built, policy, reward_backbone, phi)
+      critic_opt = defs.critic_tx.init(critic)
     if built.lora:
       init_key = jax.random.fold_in(key, KEY_INIT)
       policy = adapters.init(built.arch, built.lora, init_key, **model_kwargs(config))
@@ -138,11 +176,15 @@ def initial_state(config, built: Build, policy, reward_backbone, phi, *, donate:
       key=key,
       policy=policy,
       policy_opt=defs.policy_tx.init(policy),
+      beta=jnp.asarray(config.kl.beta, head["phi"]["bias"][...].dtype),
       ref=ref,
       reward_backbone=reward_backbone,
       reward_frozen=phi,
       reward_head=head,
       reward_opt=defs.reward_tx.init(head),
+      reward_average=head if config.r2m.average else None,
+      critic=critic,
+      critic_opt=critic_opt,
     )
 
   given = (policy, reward_backbone, phi)

@@ -4,14 +4,18 @@ import difflib
 
 from ml_collections import ConfigDict
 
+from r2m_jax.advantages import NORMS
+from r2m_jax.losses import RATIOS
 from r2m_jax.models.arch import ArchConfig
-from r2m_jax.ops import AGGREGATIONS
+from r2m_jax.ops import AGGREGATIONS, COMBINE
+from r2m_jax.schedules import KL_CONTROLLERS, OMEGA_SCHEDULES
+from r2m_jax.variants import VARIANTS
 
 TASKS = ("sft", "reward", "r2m", "lab", "generate", "score", "export")
-ALGORITHMS = ("rloo", "grpo")
-VARIANTS = ("vanilla", "scaled", "r2m_untrained", "r2m")
+ALGORITHMS = ("rloo", "grpo", "reinforce++", "remax", "ppo")
+ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
-OPTIMIZER_SECTIONS = ("policy", "r2m", "sft", "reward")
+OPTIMIZER_SECTIONS = ("policy", "critic", "r2m", "sft", "reward")
 
 
 class ConfigError(ValueError):
@@ -40,22 +44,49 @@ def check_config(config: ConfigDict) -> None:
     one_of(field, DTYPES)
   one_of("remat", ("none", "full", "dots"))
   one_of("ppo.aggregation", AGGREGATIONS)
-  one_of("kl.estimator", ("auto", "exact", "k2"))
+  one_of("ppo.ratio", RATIOS)
+  one_of("ppo.advantage_norm", NORMS)
+  one_of("critic.init", ("reward", "policy"))
+  one_of("kl.placement", ("loss", "reward"))
+  one_of("kl.estimator", ESTIMATORS)
+  need(
+    (config.kl.placement, config.kl.estimator) != ("loss", "k1"), "kl.estimator",
+    "in the loss the expected gradient of k1 is zero, so it holds nothing back; use 'k2' or 'exact', or "
+    "kl.placement='reward'",
+  )  # fmt: skip
+  one_of("kl.controller", KL_CONTROLLERS)
+  one_of("shaping.missing_eos", ("none", "subtract", "replace"))
+  one_of("r2m.omega_schedule", OMEGA_SCHEDULES)
+  one_of("r2m.labels", ("self", "preference"))
+  one_of("reward.combine", COMBINE)
 
   for field in (
     "steps", "rollout.prompts", "rollout.max_new_tokens", "ppo.epochs", "ppo.minibatches", "r2m.attention_dim",
     "r2m.num_heads", "sft.steps", "sft.batch_size", "sft.examples", "reward.pairs", "reward.epochs",
     "reward.batch_size", "reward.heldout_pairs", "log.checkpoint_every", "log.samples", "data.max_prompt_length",
-    "data.max_response_length", "generate.max_new_tokens", "generate.batch_size", "score.batch_size",
+    "data.max_response_length", "generate.max_new_tokens", "generate.batch_size", "score.batch_size", "kl.horizon", "reward.ensemble",
+    "r2m.warm_epochs",
   ):  # fmt: skip
     at_least(field, 1)
-  for field in ("seed", "logits_chunk", "kl.beta", "generate.temperature", "reward.max_length", "lora.rank"):
+  for field in ("seed", "logits_chunk", "kl.beta", "generate.temperature", "reward.max_length", "lora.rank",
+                "rollout.top_k", "rollout.repetition_stop", "ppo.clip_eps_high", "critic.value_clip", "shaping.clip",
+                "shaping.missing_eos_penalty", "shaping.length_penalty", "reward.variance_weight",
+                "reward.sum_to_zero"):  # fmt: skip
     at_least(field, 0)
-  need(config.rollout.group_size >= 2, "rollout.group_size", f"{config.algorithm} compares K >= 2 responses per prompt")
+  need(config.rollout.group_size >= 2, "rollout.group_size", "R2M and its baselines compare K >= 2 responses per prompt")
   need(config.rollout.temperature > 0, "rollout.temperature", "must be above 0: greedy samples have no log-probability")
   for field in ("r2m.omega_min", "r2m.alpha", "reward.label_flip"):
     need(0 <= _get(config, field) <= 1, field, "must lie in [0, 1]")
   need(0 < config.ppo.clip_eps < 1, "ppo.clip_eps", "must lie in (0, 1), such as 0.2")
+  need(config.ppo.dual_clip == 0 or config.ppo.dual_clip > 1, "ppo.dual_clip", "must be above 1, such as 3, or 0: off")
+  need(0 < config.rollout.top_p <= 1, "rollout.top_p", "must lie in (0, 1]; 1 keeps every token")
+  need(0 <= config.rollout.min_p < 1, "rollout.min_p", "must lie in [0, 1); 0 keeps every token")
+  for field in ("critic.gamma", "critic.lam"):
+    need(0 <= _get(config, field) <= 1, field, "must lie in [0, 1]")
+  need(0 <= config.r2m.average < 1, "r2m.average", "must lie in [0, 1); 0 scores with the head itself")
+  need(0 < config.r2m.label_budget <= 1, "r2m.label_budget", "must lie in (0, 1], such as 0.02")
+  for field in ("kl.target", "r2m.omega_kl"):
+    need(_get(config, field) > 0, field, "must be above 0 nats")
   for field in ("ppo.advantage_eps", "r2m.gre_eps", "reward.choice_temperature"):
     need(_get(config, field) > 0, field, "must be above 0")
   for section in OPTIMIZER_SECTIONS:
@@ -95,6 +126,15 @@ def check_config(config: ConfigDict) -> None:
   from_folder = bool(config.policy.path or config.reward.path) or config.task == "export"
   need(config.lora.rank == 0 or from_folder, "lora.rank", "adapters need a model to sit on: give config.policy.path")
   need(config.sft.batch_size <= config.sft.examples, "sft.batch_size", "must not exceed sft.examples")
+  if config.policy.path or config.reward.path:
+    check_folder_run(config, need)
+  need(config.variant != "shuffled" or config.rollout.prompts > 1, "rollout.prompts", "variant shuffled needs two")
+  trains_nothing = config.variant != "" and not VARIANTS[config.variant].trained
+  need(
+    config.r2m.labels == "self" or not trains_nothing, "r2m.labels",
+    f"variant {config.variant!r} never updates the reward, so no label would be used; take 'self', or a variant such as "
+    "'r2m' or 'iterative_head'",
+  )  # fmt: skip
   need(config.reward.batch_size <= config.reward.pairs, "reward.batch_size", "must not exceed reward.pairs")
   mesh = tuple(config.mesh)
   need(
@@ -104,6 +144,27 @@ def check_config(config: ConfigDict) -> None:
   )
   if -1 not in mesh[:2]:
     check_batch(config, mesh)
+
+
+def check_folder_run(config: ConfigDict, need) -> None:
+  """What a run from Hugging Face folders cannot do."""
+  need(
+    config.reward.ensemble == 1, "reward.ensemble", "a folder's reward model has one score head; 1 is all it can give"
+  )
+  if config.task != "r2m":
+    return
+  for variant in (config.variant,) if config.variant else config.arms:
+    start = VARIANTS[variant].start
+    need(
+      start != "golden", "variant",
+      "fit the reward model first: run task=reward on golden pairs of the same prompts, give its WORKDIR/export/reward "
+      "as config.reward.path, and run variant 'vanilla'",
+    )  # fmt: skip
+    needed = start == "head" or (config.r2m.labels == "preference" and VARIANTS[variant].trained)
+    need(
+      not needed or config.r2m.judgments != "", "r2m.judgments",
+      f"variant {variant!r} with labels {config.r2m.labels!r} needs preferences: JSON lines {{prompt, chosen, rejected}}",
+    )  # fmt: skip
 
 
 def check_fields(config: ConfigDict, fields: list[str]) -> None:
@@ -140,9 +201,12 @@ def check_batch(config: ConfigDict, mesh: tuple[int, int, int]) -> None:
 
 
 def kl_estimator(config: ConfigDict, vocab_size: int) -> str:
-  """"auto" resolved: exact over the vocabulary up to 1,024 entries, else k2 (whose on-policy gradient is right)."""
+  """"auto" resolved: k1 in the reward; in the loss exact over the vocabulary up to 1,024 entries, else k2 (whose
+  on-policy gradient is right)."""
   if config.kl.estimator != "auto":
     return config.kl.estimator
+  if config.kl.placement == "reward":
+    return "k1"
   return "exact" if vocab_size <= 1024 else "k2"
 
 

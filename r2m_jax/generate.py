@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from r2m_jax.models.transformer import Transformer
-from r2m_jax.ops import at_least_f32
+from r2m_jax.ops import Truncation, at_least_f32, kept
 from r2m_jax.types import Prompts, Sequences
 
 
@@ -18,17 +18,30 @@ def sample_keys(key: jax.Array, step: jax.Array, example_id: jax.Array, group_si
   return fold(prompt_keys, jnp.arange(group_size)).reshape(-1)
 
 
-def sample_token(keys: jax.Array, logits: jax.Array, temperature: float) -> jax.Array:
-  """Draws from softmax(logits / temperature) with one key per row; temperature 0 takes the most likely token.
+def sample_token(
+  keys: jax.Array, logits: jax.Array, temperature: float, truncation: Truncation = Truncation()
+) -> jax.Array:
+  """Draws from softmax(logits / temperature), truncated, with one key per row; temperature 0 takes the most likely
+  token.
 
   key[B], [B, V] -> i32[B].
   """
   logits = at_least_f32(logits)
   if temperature == 0:
     return logits.argmax(-1).astype(jnp.int32)
+  logits = logits / temperature
+  if truncation != Truncation():
+    logits = jnp.where(kept(logits, truncation), logits, -jnp.inf)
   # float32 noise whatever the model's dtype, so that float64 tests draw the same tokens
   noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[-1:], jnp.float32))(keys)
-  return (logits / temperature + noise).argmax(-1).astype(jnp.int32)
+  return (logits + noise).argmax(-1).astype(jnp.int32)
+
+
+def loops(tokens: jax.Array, t: jax.Array, length: int) -> jax.Array:
+  """Whether the last `length` tokens up to column t repeat the `length` before them.   i32[B, T] -> bool[B]."""
+  start = jnp.maximum(t + 1 - 2 * length, 0)
+  first, second = (jax.lax.dynamic_slice_in_dim(tokens, start + i * length, length, 1) for i in (0, 1))
+  return (first == second).all(-1) & (t + 1 >= 2 * length)
 
 
 def generate(
@@ -42,6 +55,9 @@ def generate(
   temperature: float,
   eos_ids: tuple[int, ...],
   pad_id: int,
+  truncation: Truncation = Truncation(),
+  repetition_stop: int = 0,
+  greedy_rows: bool = False,
   constrain=lambda x: x,
 ) -> Sequences:
   """Samples `group_size` responses for each prompt.
@@ -55,11 +71,17 @@ def generate(
     temperature: 0 is greedy.
     eos_ids: any of these ends a row; the ending token belongs to the response.
     pad_id: fills finished rows. Masks never look at it, so it may equal an end-of-sequence id.
+    truncation: which tokens may be drawn; the log-probabilities of the update use the same.
+    repetition_stop: N: a row whose last N tokens repeat the N before them is cut off there; 0: never.
+    greedy_rows: P more rows follow, the most likely token at each step for each prompt.
     constrain: sharding constraint for arrays with a leading batch axis.
   """
   prompt_length = prompts.tokens.shape[1]
+  loop_fits = 2 * repetition_stop <= max_new_tokens
   keys = sample_keys(key, step, prompts.example_id, group_size)
   repeat = lambda x, axis=0: jnp.repeat(x, group_size, axis)
+  if greedy_rows:
+    repeat = lambda x, axis=0: jnp.concatenate([jnp.repeat(x, group_size, axis), x], axis)
 
   cache = model.init_cache(prompts.tokens.shape[0], prompt_length + max_new_tokens)
   out = model(prompts.tokens, prompts.mask, cache=cache, cache_index=0)
@@ -68,34 +90,41 @@ def generate(
   )
   hidden = constrain(repeat(out.hidden[:, -1]))
 
-  def draw(t, hidden, ended):
-    token = sample_token(jax.vmap(jax.random.fold_in, (0, None))(keys, t), model.logits(hidden), temperature)
-    token = jnp.where(ended, pad_id, token)
-    return token, ended | jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
+  def draw(t, hidden, stopped):
+    logits = model.logits(hidden)
+    at = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
+    token = sample_token(at, logits[: len(keys)], temperature, truncation)
+    if greedy_rows:
+      token = jnp.concatenate([token, sample_token(None, logits[len(keys) :], 0)])
+    token = jnp.where(stopped, pad_id, token)
+    return token, ~stopped & jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
 
   rows = hidden.shape[0]
-  token, ended = draw(0, hidden, jnp.zeros(rows, bool))
+  token, has_eos = draw(0, hidden, jnp.zeros(rows, bool))
   tokens = jnp.full((rows, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(token)
   lengths = jnp.ones(rows, jnp.int32)
 
   def unfinished(carry):
-    t, _, _, _, ended, _ = carry
-    return (t < max_new_tokens) & ~ended.all()
+    t, stopped = carry[0], carry[4]
+    return (t < max_new_tokens) & ~stopped.all()
 
   def decode(carry):
-    t, tokens, last, cache, ended, lengths = carry
-    out = model(last[:, None], ~ended[:, None], cache=cache, cache_index=prompt_length + t - 1)
-    token, now_ended = draw(t, out.hidden[:, 0], ended)
-    lengths = lengths + ~ended
-    return t + 1, tokens.at[:, t].set(token), token, out.cache, now_ended, lengths
+    t, tokens, last, cache, stopped, has_eos, lengths = carry
+    out = model(last[:, None], ~stopped[:, None], cache=cache, cache_index=prompt_length + t - 1)
+    token, ends = draw(t, out.hidden[:, 0], stopped)
+    tokens, lengths = tokens.at[:, t].set(token), lengths + ~stopped
+    stopped |= ends
+    if repetition_stop and loop_fits:
+      stopped |= loops(tokens, t, repetition_stop)
+    return t + 1, tokens, token, out.cache, stopped, has_eos | ends, lengths
 
-  carry = (jnp.int32(1), tokens, token, cache, ended, lengths)
-  _, tokens, _, _, ended, lengths = jax.lax.while_loop(unfinished, decode, carry)
+  carry = (jnp.int32(1), tokens, token, cache, has_eos, has_eos, lengths)
+  _, tokens, _, _, _, has_eos, lengths = jax.lax.while_loop(unfinished, decode, carry)
 
   response_mask = jnp.arange(max_new_tokens) < lengths[:, None]
   return Sequences(
     tokens=constrain(jnp.concatenate([repeat(prompts.tokens), tokens], 1)),
     token_mask=constrain(jnp.concatenate([repeat(prompts.mask), response_mask], 1)),
     response_mask=constrain(response_mask),
-    has_eos=ended,
+    has_eos=has_eos,
   )

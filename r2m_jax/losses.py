@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from r2m_jax.ops import aggregate, check, masked_mean
 
 
+RATIOS = ("token", "sequence")
+
+
 def ppo_clip(
   new_logprobs: jax.Array,
   old_logprobs: jax.Array,
@@ -17,10 +20,13 @@ def ppo_clip(
   *,
   clip_eps: float,
   aggregation: str,
+  clip_eps_high: float = 0.0,
+  dual_clip: float = 0.0,
+  ratio: str = "token",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Clipped importance-ratio objective, negated (eq. 2, first term).
 
-    rho = exp(new - old);   L = -(A >= 0 ? min(rho, 1 + eps) : max(rho, 1 - eps)) * A
+    rho = exp(new - old);   L = -(A >= 0 ? min(rho, 1 + eps_high) : min(max(rho, 1 - eps), c)) * A
 
   The textbook min(rho * A, clip(rho) * A) has a tie at rho = 1, where every first minibatch sits, and automatic
   differentiation may split the gradient there. This form has none.
@@ -30,18 +36,52 @@ def ppo_clip(
     mask: bool[B, T], True on response tokens.
     clip_eps: half-width of the trust region.
     aggregation: see `ops.aggregate`.
+    clip_eps_high: its upper half-width, where it is not the same (DAPO's asymmetric clip); 0: the same.
+    dual_clip: largest ratio c > 1 that a negative advantage is multiplied by (dual-clip PPO); 0: none.
+    ratio: "token", or "sequence" for one ratio a row, exp(mean over its tokens of new - old) (GSPO).
   """
   check(new_logprobs, "B T"), check(old_logprobs, "B T"), check(advantages, "B T"), check(mask, "B T", jnp.bool_)
   log_ratio = jnp.where(mask, new_logprobs - old_logprobs, 0)
-  ratio = jnp.exp(log_ratio)
-  clipped = jnp.where(advantages >= 0, jnp.minimum(ratio, 1 + clip_eps), jnp.maximum(ratio, 1 - clip_eps))
+  if ratio == "sequence":
+    log_ratio = jnp.where(mask, masked_mean(log_ratio, mask, -1)[:, None], 0)
+  rho = jnp.exp(log_ratio)
+  low = jnp.maximum(rho, 1 - clip_eps)
+  low = jnp.minimum(low, dual_clip) if dual_clip else low
+  clipped = jnp.where(advantages >= 0, jnp.minimum(rho, 1 + (clip_eps_high or clip_eps)), low)
   loss = aggregate(-clipped * advantages, mask, aggregation)
   metrics = {
-    "policy/clip_fraction": masked_mean((clipped != ratio).astype(ratio.dtype), mask),
-    "policy/ratio_deviation": jnp.abs(jnp.where(mask, ratio - 1, 0)).max(),
-    "policy/approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
+    "policy/clip_fraction": masked_mean((clipped != rho).astype(rho.dtype), mask),
+    "policy/ratio_deviation": jnp.abs(jnp.where(mask, rho - 1, 0)).max(),
+    "policy/approx_kl": masked_mean(rho - 1 - log_ratio, mask),
   }
   return loss, metrics
+
+
+def value_clip(
+  values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, *, clip: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The critic's squared error, clipped around its old values as in PPO: the larger of both errors counts.
+
+    L = 1/2 mean max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2)
+
+  All f32[B, T], mask bool[B, T]; mean over all response tokens.
+  """
+  check(values, "B T"), check(old_values, "B T"), check(returns, "B T"), check(mask, "B T", jnp.bool_)
+  near = jnp.clip(values, old_values - clip, old_values + clip)
+  free, held = (values - returns) ** 2, (near - returns) ** 2
+  loss = 0.5 * masked_mean(jnp.where(held > free, held, free), mask)  # a tie takes the free branch, undivided
+  metrics = {
+    "critic/loss": loss,
+    "critic/clip_fraction": masked_mean((held > free).astype(values.dtype), mask),
+    "critic/value": masked_mean(values, mask),
+    "critic/error": jnp.sqrt(masked_mean((old_values - returns) ** 2, mask)),
+  }
+  return loss, metrics
+
+
+def kl_k1(new_logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
+  """Per-token log-ratio [B, T]: unbiased as a value. For rewards only: as a loss its expected gradient is zero."""
+  return new_logprobs - ref_logprobs
 
 
 def kl_k2(new_logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
@@ -58,9 +98,16 @@ def kl_k3(new_logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
   return jnp.exp(-d) - 1 + d
 
 
-def bradley_terry(winner: jax.Array, loser: jax.Array) -> jax.Array:
-  """-log sigmoid(r_w - r_l), mean over pairs (eq. 5). f32[P], f32[P] -> f32[]."""
-  return -jax.nn.log_sigmoid(winner - loser).mean()
+def bradley_terry(winner: jax.Array, loser: jax.Array, weight: jax.Array | None = None) -> jax.Array:
+  """-log sigmoid(r_w - r_l), mean over pairs, weighted where weights are given (eq. 5). f32[P] each -> f32[].
+
+  Where all weights are 0 the loss is 0.
+  """
+  loss = -jax.nn.log_sigmoid(winner - loser)
+  if weight is None:
+    return loss.mean()
+  total = weight.sum()
+  return (weight * loss).sum() / jnp.where(total > 0, total, 1)
 
 
 def group_reward_entropy(rewards: jax.Array, *, eps: float) -> jax.Array:
@@ -83,8 +130,9 @@ def group_reward_entropy(rewards: jax.Array, *, eps: float) -> jax.Array:
 
 
 def grebt(
-  rewards: jax.Array, annotations: jax.Array, *, alpha: float, eps: float
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+  rewards: jax.Array, annotations: jax.Array, *, alpha: float, eps: float,
+  pairs: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
   """(1 - alpha) * L_BT + alpha * L_GRE (eq. 7).
 
   The annotation scores alone pick each group's winner and loser (algorithm 1): they are data, not a function of the
@@ -95,11 +143,18 @@ def grebt(
     annotations: f32[P, K], the scores that the policy was trained on in this step.
     alpha: weight of the entropy, 0 to 1.
     eps: see `group_reward_entropy`.
+    pairs: rewards of labelled winners and losers and their weight, f32[m] each, in place of the groups' own pairs.
   """
   check(rewards, "P K"), check(annotations, "P K")
-  winner, loser = annotations.argmax(-1), annotations.argmin(-1)
-  r_w, r_l = (jnp.take_along_axis(rewards, i[:, None], -1)[:, 0] for i in (winner, loser))
-  bt, gre = bradley_terry(r_w, r_l), group_reward_entropy(rewards, eps=eps)
+  if pairs is None:
+    winner, loser = annotations.argmax(-1), annotations.argmin(-1)
+    r_w, r_l = (jnp.take_along_axis(rewards, i[:, None], -1)[:, 0] for i in (winner, loser))
+    bt = bradley_terry(r_w, r_l)
+    accuracy = jnp.where(winner == loser, 0.5, (r_w > r_l).astype(rewards.dtype)).mean()
+  else:
+    r_w, r_l, weight = pairs
+    bt, right = bradley_terry(r_w, r_l, weight), (r_w > r_l) + 0.5 * (r_w == r_l)
+    accuracy = (weight * right).sum() / jnp.maximum(weight.sum(), 1)
+  gre = group_reward_entropy(rewards, eps=eps)
   loss = (1 - alpha) * bt + alpha * gre
-  agreement = jnp.where(winner == loser, 0.5, (r_w > r_l).astype(rewards.dtype)).mean()
-  return loss, {"r2m/loss": loss, "r2m/bt": bt, "r2m/gre": gre, "r2m/pair_accuracy": agreement}
+  return loss, {"r2m/loss": loss, "r2m/bt": bt, "r2m/gre": gre, "r2m/pair_accuracy": accuracy}

@@ -5,14 +5,48 @@ import jax.numpy as jnp
 import optax
 
 
-def omega(step: jax.Array, total_steps: int, omega_min: float) -> jax.Array:
-  """Weight of the reward model's own embedding (eq. 4).   i32[] -> f32[].
+OMEGA_SCHEDULES = ("cosine", "linear", "constant", "kl")
 
-    w(t) = max(cos(pi t / T) / 2 + 1/2, Omega)
 
-  It starts at 1 (only the reward model's own embedding) and falls to the floor Omega.
+def omega(progress: jax.Array, omega_min: float, kind: str = "cosine") -> jax.Array:
+  """Weight of the reward model's own embedding (eq. 4).   f32[] in [0, 1] -> f32[].
+
+    w = max(cos(pi u) / 2 + 1/2, Omega), with u = t / T
+
+  It starts at 1 (only the reward model's own embedding) and falls to the floor Omega. "linear" falls along 1 - u to
+  the same floor, "constant" is the floor from the start. "kl" is the cosine with u = KL / target, the share of the
+  allowed KL that the policy has used: it needs no T, and goes back when the policy does.
   """
-  return jnp.maximum(0.5 * jnp.cos(jnp.pi * step / total_steps) + 0.5, omega_min)
+  if kind == "constant":
+    return jnp.full_like(progress, omega_min)
+  progress = jnp.minimum(progress, 1.0)
+  fall = 1 - progress if kind == "linear" else 0.5 * jnp.cos(jnp.pi * progress) + 0.5
+  return jnp.maximum(fall, omega_min)
+
+
+KL_CONTROLLERS = ("fixed", "adaptive", "hold")
+
+
+def kl_weight(
+  kind: str, beta: jax.Array, kl: jax.Array, *, target: float, horizon: int
+) -> tuple[jax.Array, jax.Array]:
+  """The weight of the KL in this step, and the beta that the next step starts from. All f32[].
+
+    fixed      beta, beta
+    adaptive   beta, then beta * (1 + clip(KL / target - 1, -0.2, 0.2) / horizon): drifts until KL is at the target
+               (arXiv 1909.08593)
+    hold       beta * max(1, KL / target)^2, from the same beta each step: a wall that gives way again
+
+  Args:
+    kl: measured KL(policy || reference) of the step's samples, nats a sequence.
+    target: nats a sequence.
+    horizon: steps.
+  """
+  if kind == "adaptive":
+    return beta, beta * (1 + jnp.clip(kl / target - 1, -0.2, 0.2) / horizon)
+  if kind == "hold":
+    return beta * jnp.maximum(1.0, kl / target) ** 2, beta
+  return beta, beta
 
 
 def learning_rate(kind: str, peak: float, total_steps: int, warmup_steps: int) -> optax.Schedule:

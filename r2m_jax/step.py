@@ -1,14 +1,17 @@
 """One R2M training step (algorithm 1), top to bottom: the file to read first.
 
-  generate -> read_feedback -> read_rte -> RewardHead -> advantages -> update_policy -> update_reward
+  generate -> read_feedback -> read_reward_states -> RewardHead -> advantages -> update_policy -> update_reward
 
 Everything after `generate` is one jitted, donated program, `learn`. Where policy and reward model share a tokenizer,
 sampling joins it and the whole step is one program. Equation numbers are those of R2M (arXiv 2601.22664).
+
+What differs between estimators is in `objective`, what differs between variants in `variants`.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,32 +19,20 @@ import optax
 from flax import nnx, struct
 from jax.sharding import Mesh
 
-from r2m_jax import advantages, losses
+from r2m_jax import losses
 from r2m_jax.config import kl_estimator
 from r2m_jax.generate import generate
-from r2m_jax.models.reward import read_rte
-from r2m_jax.models.reward import score as phi_score
+from r2m_jax.models.critic import read_values
+from r2m_jax.models.reward import member_scores, read_reward_states
 from r2m_jax.models.transformer import Transformer
-from r2m_jax.ops import aggregate, masked_mean, masked_sum, masked_whiten, predicts_response, token_stats
-from r2m_jax.schedules import omega
+from r2m_jax.objective import KL_OF_LOGPROBS, make_advantages, make_objective, shape_scores
+from r2m_jax.ops import Truncation, combine, masked_mean, masked_sum, predicts_response, token_stats
+from r2m_jax.schedules import kl_weight, omega
 from r2m_jax.sharding import constrain_batch
-from r2m_jax.types import Experience, Feedback, Judged, Prompts, Sequences, TrainState
+from r2m_jax.types import Experience, Feedback, Judged, Pairs, Prompts, Sequences, TrainState
+from r2m_jax.variants import VARIANTS, States, feed_back
 
-
-class Variant(NamedTuple):
-  """What a variant of the method does with the reward."""
-
-  feedback: bool  # fuse the policy's hidden states into the reward (eqs. 3 and 4)
-  scaled: bool  # multiply the frozen reward by omega(t) instead: the control for the shrinking that eq. 4 brings
-  trained: bool  # retrain cross-attention and phi after each policy update (eqs. 5 to 7)
-
-
-VARIANTS = {
-  "vanilla": Variant(feedback=False, scaled=False, trained=False),
-  "scaled": Variant(feedback=False, scaled=True, trained=False),
-  "r2m_untrained": Variant(feedback=True, scaled=False, trained=False),
-  "r2m": Variant(feedback=True, scaled=False, trained=True),
-}
+KEY_SHUFFLE, KEY_NOISE, KEY_REFRESHED_NOISE, KEY_PAIR_NOISE = range(2**31 - 1, 2**31 - 5, -1)  # what a step's key is for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +47,9 @@ class Defs:
   policy_tx: optax.GradientTransformation
   reward_tx: optax.GradientTransformation
   base: nnx.GraphDef | None = None  # of the reference, where the policy is adapters on top of it
+  critic_backbone: nnx.GraphDef | None = None  # of PPO's critic
+  critic_head: nnx.GraphDef | None = None
+  critic_tx: optax.GradientTransformation | None = None
 
   def open_policy(self, policy, ref) -> Transformer:
     """The policy's module. With adapters `policy` holds these alone, and `ref` the weights below them."""
@@ -73,98 +67,136 @@ class StepOutput:
   judged: Judged
 
 
-def read_feedback(model: Transformer, sequences: Sequences, *, temperature: float, layer: int, chunk: int) -> Feedback:
+def read_feedback(
+  model: Transformer, sequences: Sequences, *, temperature: float, layer: int, chunk: int,
+  truncation: Truncation = Truncation(), support=None,
+) -> Feedback:  # fmt: skip
   """One forward pass: log-probabilities of the sampled tokens, and the hidden states that the reward model reads."""
   T = sequences.response_mask.shape[1]
   out = model(sequences.tokens, sequences.token_mask, feedback_layer=layer)
   last_hidden = predicts_response(out.hidden, T)
-  stats = token_stats(model.logits, last_hidden, sequences.tokens[:, -T:], temperature=temperature, chunk=chunk)
+  stats = token_stats(
+    model.logits, last_hidden, sequences.tokens[:, -T:],
+    temperature=temperature, truncation=truncation, support=support, chunk=chunk,
+  )  # fmt: skip
   return Feedback(logprobs=stats.logprobs, entropy=stats.entropy, hidden=out.feedback, last_hidden=last_hidden)
 
 
-def make_read(config) -> Callable[[Transformer, Sequences], Feedback]:
-  """Builds `read(model, sequences)`: `read_feedback` with the config's settings."""
-  settings = dict(
-    temperature=config.rollout.temperature, layer=config.r2m.feedback_layer, chunk=config.logits_chunk
-  )
-  return lambda model, sequences: read_feedback(model, sequences, **settings)
+def make_read(config) -> Callable[..., tuple[Feedback, Feedback]]:
+  """Builds `read(policy, ref, sequences)`: `read_feedback` of both models with the config's settings.
+
+  Where sampling is truncated, the reference is normalised over the tokens that the policy may sample.
+  """
+  settings = sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=config.logits_chunk)
+  truncated = settings["truncation"] != Truncation()
+
+  def read(policy: Transformer, ref: Transformer, sequences: Sequences) -> tuple[Feedback, Feedback]:
+    old = read_feedback(policy, sequences, **settings)
+    support = (policy.logits, old.last_hidden) if truncated else None
+    return old, read_feedback(ref, sequences, **settings, support=support)
+
+  return read
+
+
+def measured_kl(old: Feedback, ref: Feedback, sequences: Sequences) -> jax.Array:
+  """KL(policy || reference) of the samples, nats a sequence: k3 summed over tokens, mean over rows. f32[]."""
+  return masked_sum(losses.kl_k3(old.logprobs, ref.logprobs), sequences.response_mask, -1).mean()
+
+
+def make_omega(config) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """Builds `w(step, kl)` (eq. 4), driven by the step or by the KL of its samples in nats a sequence."""
+  kind, total, target, floor = config.r2m.omega_schedule, config.steps, config.r2m.omega_kl, config.r2m.omega_min
+  return lambda step, kl: omega(kl / target if kind == "kl" else step / total, floor, kind)
 
 
 def make_score(defs: Defs, config) -> Callable[..., jax.Array]:
-  """Builds `score(head_state, rte, hidden, mask, w)`: the reward of the config's variant, f32[B]."""
+  """Builds `score(head_state, rte, states, w)`: the variant's reward by each head of phi, f32[B, M]."""
   variant = VARIANTS[config.variant]
 
-  def score(head_state, rte, hidden, mask, w):
+  def score(head_state, rte, states: States, w):
     head = nnx.merge(defs.reward_head, head_state)
     if variant.feedback:
-      return head(rte, hidden, mask, w)
-    return head.score(rte) * (w if variant.scaled else 1.0)
+      return head.members(rte, states.hidden, states.mask, w)
+    return member_scores(head.phi, rte) * (w if variant.scaled else 1.0)
 
   return score
 
 
-def make_judge(defs: Defs, config) -> Callable[..., Judged]:
-  """Builds `judge(state, hidden, sequences, reward_tokens, reward_mask)`: annotate (algorithm 1, step 2)."""
-  total_steps, omega_min, score = config.steps, config.r2m.omega_min, make_score(defs, config)
+def make_judge(defs: Defs, config) -> Callable[..., tuple[Judged, States]]:
+  """Builds `judge(state, w, sequences, old, ref, reward_tokens, reward_mask)`: annotate (algorithm 1, step 2).
 
-  def judge(state: TrainState, hidden, sequences: Sequences, reward_tokens, reward_mask) -> Judged:
-    rte = read_rte(nnx.merge(defs.reward_backbone, state.reward_backbone), reward_tokens, reward_mask)
-    scores = score(state.reward_head, rte, hidden, sequences.token_mask, omega(state.step, total_steps, omega_min))
-    return Judged(rte=rte, scores=scores, scores_frozen=phi_score(nnx.merge(defs.phi, state.reward_frozen), rte))
+  old and ref are what policy and reference say of the sequences. Also returns the backbone's own states.
+  """
+  variant, score = VARIANTS[config.variant], make_score(defs, config)
+  together = dict(how=config.reward.combine, variance_weight=config.reward.variance_weight)
+
+  def judge(state: TrainState, w, sequences: Sequences, old: Feedback, ref: Feedback, reward_tokens, reward_mask):
+    backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
+    rte, hidden = read_reward_states(backbone, reward_tokens, reward_mask)
+    own, mask = States(hidden, reward_mask), sequences.token_mask
+    states = feed_back(
+      variant.feedback, States(old.hidden, mask), States(ref.hidden, mask), own, step_key(state, KEY_NOISE),
+      shift=len(rte) // 2,
+    )  # fmt: skip
+    head = state.reward_head if state.reward_average is None else state.reward_average
+    scores, frozen = score(head, rte, states, w), member_scores(nnx.merge(defs.phi, state.reward_frozen), rte)
+    judged = Judged(rte=rte, scores=combine(scores, **together), scores_frozen=combine(frozen, **together))
+    return judged, own
 
   return judge
 
 
-def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState, StepOutput]]:
-  """Builds `learn(state, sequences, reward_tokens, reward_mask)`, not yet jitted.
+def step_key(state: TrainState, purpose: int) -> jax.Array:
+  return jax.random.fold_in(jax.random.fold_in(state.key, state.step), purpose)
 
-  Reads the config once; a missing knob fails here and not in the middle of a run.
+
+def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState, StepOutput]]:
+  """Builds `learn(state, sequences, reward_tokens, reward_mask, pairs=None)`, not yet jitted.
+
+  With algorithm "remax" the greedy response to each prompt follows the sampled ones as P more rows. `pairs` are the
+  step's labels where config.r2m.labels is "preference". Reads the config once; a missing knob fails here and not in
+  the middle of a run.
   """
-  variant = VARIANTS[config.variant]
-  read, score, judge = make_read(config), make_score(defs, config), make_judge(defs, config)
-  K, temperature, chunk = config.rollout.group_size, config.rollout.temperature, config.logits_chunk
-  epochs, minibatches = config.ppo.epochs, config.ppo.minibatches
-  clip_eps, aggregation, whiten = config.ppo.clip_eps, config.ppo.aggregation, config.ppo.whiten_advantages
-  algorithm, advantage_eps = config.algorithm, config.ppo.advantage_eps
-  beta, exact = config.kl.beta, kl_estimator(config, defs.vocab_size) == "exact"
-  total_steps, omega_min, layer = config.steps, config.r2m.omega_min, config.r2m.feedback_layer
-  alpha, gre_eps = config.r2m.alpha, config.r2m.gre_eps
+  variant, algorithm, K = VARIANTS[config.variant], config.algorithm, config.rollout.group_size
+  read, score, judge, omega_at = make_read(config), make_score(defs, config), make_judge(defs, config), make_omega(config)
+  advantages_of, objective = make_advantages(config), make_objective(config, defs.vocab_size)
+  estimator, kl_in_reward = kl_estimator(config, defs.vocab_size), config.kl.placement == "reward"
+  exact, draw = estimator == "exact", sampling(config) | dict(chunk=config.logits_chunk)
+  epochs, minibatches, layer = config.ppo.epochs, config.ppo.minibatches, config.r2m.feedback_layer
+  alpha, gre_eps = config.r2m.alpha if variant.alpha is None else variant.alpha, config.r2m.gre_eps
+  controller, shaping, average = config.kl.controller, config.shaping, config.r2m.average
+  toward = dict(target=config.kl.target, horizon=config.kl.horizon)
   constrain = constrain_batch(mesh)
 
-  def advantages_of(scores, response_mask):
-    if algorithm == "rloo":
-      adv = advantages.rloo(scores, K)
-    else:
-      adv = advantages.grpo(scores, K, eps=advantage_eps)
-    adv = advantages.per_token(adv, response_mask)
-    return masked_whiten(adv, response_mask) if whiten else adv
-
-  def policy_loss(policy_state, ref_state, batch: Experience):
+  def policy_loss(policy_state, ref_state, batch: Experience, beta):
     """Eq. 2: the clipped objective minus beta * KL(policy || reference). Also returns the refreshed h."""
-    policy, mask = defs.open_policy(policy_state, ref_state), batch.sequences.response_mask
-    T = mask.shape[1]
+    policy, T = defs.open_policy(policy_state, ref_state), batch.sequences.response_mask.shape[1]
     out = policy(batch.sequences.tokens, batch.sequences.token_mask, feedback_layer=layer)
     ref = (defs.open_ref(ref_state).logits, batch.ref_hidden) if exact else None
-    stats = token_stats(
-      policy.logits, predicts_response(out.hidden, T), batch.sequences.tokens[:, -T:],
-      temperature=temperature, ref=ref, chunk=chunk,
-    )  # fmt: skip
-    objective, metrics = losses.ppo_clip(
-      stats.logprobs, batch.old_logprobs, batch.advantages, mask, clip_eps=clip_eps, aggregation=aggregation
-    )
-    kl = stats.kl if exact else losses.kl_k2(stats.logprobs, batch.ref_logprobs)
-    kl_loss = aggregate(kl, mask, aggregation)
-    loss = objective + beta * kl_loss
-    reported_kl = stats.kl if exact else losses.kl_k3(stats.logprobs, batch.ref_logprobs)
-    metrics |= {"policy/loss": loss, "policy/objective": objective, "policy/kl_loss": kl_loss}
-    metrics |= {"kl": masked_sum(reported_kl, mask, -1).mean(), "policy/entropy": masked_mean(stats.entropy, mask)}
+    last_hidden, tokens = predicts_response(out.hidden, T), batch.sequences.tokens[:, -T:]
+    loss, metrics = objective(token_stats(policy.logits, last_hidden, tokens, ref=ref, **draw), batch, beta)
     return loss, (metrics, out.feedback)
 
-  def update_policy(state: TrainState, experience: Experience, hidden):
-    """Scans epochs x minibatches: policy', opt', metrics [updates], and h', which falls out of the last epoch."""
+  def critic_loss(critic, batch: Experience):
+    values = open_values(critic, batch.sequences)
+    clip = config.critic.value_clip
+    return losses.value_clip(values, batch.old_values, batch.returns, batch.sequences.response_mask, clip=clip)
+
+  def open_values(critic, sequences: Sequences):
+    backbone, head = nnx.merge(defs.critic_backbone, critic["backbone"]), nnx.merge(defs.critic_head, critic["head"])
+    return read_values(backbone, head, sequences)
+
+  def descend(tx, loss, params, opt, *args):
+    """One update: params', opt', metrics with the gradient's norm as "grad_norm", and what else the loss returns."""
+    grads, aux = jax.grad(loss, has_aux=True)(params, *args)
+    updates, opt = tx.update(grads, opt, params)
+    return optax.apply_updates(params, updates), opt, aux, optax.tree.norm(grads)
+
+  def update_policy(state: TrainState, experience: Experience, hidden, beta):
+    """Scans epochs x minibatches over policy and critic: the new states, metrics [updates], and h', which falls out of
+    the last epoch."""
     rows = experience.advantages.shape[0]
     per_batch = rows // minibatches
-    shuffle_key = jax.random.fold_in(jax.random.fold_in(state.key, state.step), 2**31 - 1)
 
     def orders(epoch_key):  # [minibatches, rows / minibatches]; the natural order where there is only one
       rows_in_order = jnp.arange(rows)
@@ -172,92 +204,163 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       return order.reshape(minibatches, per_batch)
 
     def update(carry, index):
-      policy, opt, hidden = carry
+      policy, opt, critic, critic_opt, hidden = carry
       batch = experience
       if minibatches > 1:
         batch = jax.tree.map(lambda x: constrain(x[index]), experience)
-      grads, (metrics, new_hidden) = jax.grad(policy_loss, has_aux=True)(policy, state.ref, batch)
-      updates, opt = defs.policy_tx.update(grads, opt, policy)
-      policy = optax.apply_updates(policy, updates)
+      policy, opt, (metrics, new_hidden), norm = descend(
+        defs.policy_tx, policy_loss, policy, opt, state.ref, batch, beta
+      )
       hidden = constrain(hidden.at[index].set(new_hidden)) if minibatches > 1 else new_hidden
-      metrics["policy/grad_norm"] = optax.tree.norm(grads)
-      return (policy, opt, hidden), metrics
+      metrics["policy/grad_norm"] = norm
+      if algorithm == "ppo":
+        critic, critic_opt, critic_metrics, norm = descend(defs.critic_tx, critic_loss, critic, critic_opt, batch)
+        metrics |= critic_metrics | {"critic/grad_norm": norm}
+      return (policy, opt, critic, critic_opt, hidden), metrics
 
-    index = jax.vmap(orders)(jax.random.split(shuffle_key, epochs)).reshape(epochs * minibatches, per_batch)
-    (policy, opt, hidden), metrics = jax.lax.scan(update, (state.policy, state.policy_opt, hidden), index)
-    return policy, opt, metrics, hidden
+    keys = jax.random.split(step_key(state, KEY_SHUFFLE), epochs)
+    index = jax.vmap(orders)(keys).reshape(epochs * minibatches, per_batch)
+    carry = (state.policy, state.policy_opt, state.critic, state.critic_opt, hidden)
+    return jax.lax.scan(update, carry, index)
 
-  def update_reward(state: TrainState, judged: Judged, hidden, mask, w):
-    """One step on GREBT (eq. 7) for cross-attention and phi, with rte and h' as data."""
-    rte, hidden = jax.lax.stop_gradient((judged.rte, hidden))
+  def update_reward(state: TrainState, judged: Judged, states: States, w, labelled):
+    """One step on GREBT (eq. 7) for cross-attention and phi, with rte and h' as data.
+
+    labelled: (rte, states, weight) of the pairs whose order is known; None: the annotation scores say which of a group
+    is the winner and which the loser.
+    """
+    rte, states, labelled = jax.lax.stop_gradient((judged.rte, states, labelled))
+    annotations = judged.scores.reshape(-1, K)
 
     def reward_loss(head_state):
-      rewards = score(head_state, rte, hidden, mask, w).reshape(-1, K)
-      return losses.grebt(rewards, judged.scores.reshape(-1, K), alpha=alpha, eps=gre_eps)
+      rewards = score(head_state, rte, states, w)  # [B, M]: each head of an ensemble has a loss of its own
+      pairs = None
+      if labelled is not None:
+        winner, loser = jnp.split(score(head_state, *labelled[:2], w), 2)
+        pairs = winner.T, loser.T
+      member = lambda rewards, pairs: losses.grebt(
+        rewards.reshape(-1, K), annotations, alpha=alpha, eps=gre_eps,
+        pairs=None if pairs is None else (*pairs, labelled[2]),
+      )  # fmt: skip
+      loss, metrics = jax.vmap(member)(rewards.T, pairs)
+      return loss.mean(), {name: value.mean() for name, value in metrics.items()}
 
-    grads, metrics = jax.grad(reward_loss, has_aux=True)(state.reward_head)
-    updates, opt = defs.reward_tx.update(grads, state.reward_opt, state.reward_head)
-    metrics["r2m/grad_norm"] = optax.tree.norm(grads)
-    return optax.apply_updates(state.reward_head, updates), opt, metrics
+    head, opt, metrics, norm = descend(defs.reward_tx, reward_loss, state.reward_head, state.reward_opt)
+    return head, opt, metrics | {"r2m/grad_norm": norm}
 
-  def learn(state: TrainState, sequences: Sequences, reward_tokens: jax.Array, reward_mask: jax.Array):
-    mask = sequences.response_mask
-    w = omega(state.step, total_steps, omega_min)
+  def read_labelled(state: TrainState, policy_state, pairs: Pairs):
+    """rte, feedback of the updated policy, and weight of labelled pairs."""
+    states = lambda model: States(model(pairs.tokens, pairs.token_mask, feedback_layer=layer).feedback, pairs.token_mask)
+    backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
+    rte, own = read_reward_states(backbone, pairs.reward_tokens, pairs.reward_mask)
+    fed = feed_back(
+      variant.feedback, states(defs.open_policy(policy_state, state.ref)), states(defs.open_ref(state.ref)),
+      States(own, pairs.reward_mask), step_key(state, KEY_PAIR_NOISE), shift=1,
+    )  # fmt: skip
+    return rte, fed, pairs.weight
 
-    old = read(defs.open_policy(state.policy, state.ref), sequences)
-    ref = read(defs.open_ref(state.ref), sequences)
-    judged = judge(state, old.hidden, sequences, reward_tokens, reward_mask)
+  def learn(
+    state: TrainState, sequences: Sequences, reward_tokens: jax.Array, reward_mask: jax.Array, pairs: Pairs | None = None
+  ):
+    rows = len(sequences.tokens)
+    sampled = rows * K // (K + 1) if algorithm == "remax" else rows
+    first_rows = lambda tree: jax.tree.map(lambda x: constrain(x[:sampled]), tree) if sampled < rows else tree
+
+    policy, ref_policy = defs.open_policy(state.policy, state.ref), defs.open_ref(state.ref)
+    old, ref = read(policy, ref_policy, sequences)
+    kl = measured_kl(*first_rows((old, ref, sequences)))
+    w = omega_at(state.step, kl)
+    beta, next_beta = kl_weight(controller, state.beta, kl, **toward)
+    judged, own = judge(state, w, sequences, old, ref, reward_tokens, reward_mask)
+    scores = shape_scores(judged.scores, sequences.response_mask.sum(-1), sequences.has_eos, shaping)
+    greedy_scores = scores[sampled:] if algorithm == "remax" else None
+    scores, judged, own, old, ref, sequences = first_rows((scores, judged, own, old, ref, sequences))
+
+    mask, T = sequences.response_mask, sequences.response_mask.shape[1]
+    token_kl = jnp.zeros_like(old.logprobs)
+    if kl_in_reward and exact:
+      reference = (ref_policy.logits, ref.last_hidden)
+      token_kl = token_stats(policy.logits, old.last_hidden, sequences.tokens[:, -T:], ref=reference, **draw).kl
+    elif kl_in_reward:
+      token_kl = KL_OF_LOGPROBS[estimator](old.logprobs, ref.logprobs)
+    values = open_values(state.critic, sequences) if algorithm == "ppo" else None
+    targets = advantages_of(scores, token_kl, mask, beta, greedy_scores=greedy_scores, values=values)
     experience = Experience(
       sequences=sequences,
       old_logprobs=old.logprobs,
       ref_logprobs=ref.logprobs,
       ref_hidden=ref.last_hidden if exact else ref.last_hidden[..., :0],
-      advantages=advantages_of(judged.scores, mask),
+      advantages=targets.advantages,
+      old_values=values,
+      returns=targets.returns,
     )
-    policy, policy_opt, policy_metrics, refreshed = update_policy(state, experience, old.hidden)
+    (new_policy, policy_opt, critic, critic_opt, refreshed), updates = update_policy(state, experience, old.hidden, beta)
     head, reward_opt, reward_metrics = state.reward_head, state.reward_opt, {}
     if variant.trained:
-      head, reward_opt, reward_metrics = update_reward(state, judged, refreshed, sequences.token_mask, w)
+      states = feed_back(
+        variant.feedback, States(refreshed, sequences.token_mask), States(ref.hidden, sequences.token_mask), own,
+        step_key(state, KEY_REFRESHED_NOISE), shift=sampled // 2,
+      )  # fmt: skip
+      labelled = None if pairs is None else read_labelled(state, new_policy, pairs)
+      head, reward_opt, reward_metrics = update_reward(state, judged, states, w, labelled)
+    averaged = state.reward_average
+    if averaged is not None:
+      averaged = jax.tree.map(lambda old, new: average * old + (1 - average) * new, averaged, head)
 
-    first = {k: v[0] for k, v in policy_metrics.items()}  # of the policy that drew the samples
+    first = {k: v[0] for k, v in updates.items()}  # of the policy that drew the samples
     metrics = {
       "reward/used": judged.scores.mean(),
       "reward/frozen": judged.scores_frozen.mean(),
       "reward/used_std": judged.scores.reshape(-1, K).std(-1).mean(),
-      "kl": first.pop("kl"),
+      "kl": first["kl"],
+      "kl_weight": beta,
       "entropy": masked_mean(old.entropy, mask),
       "length": mask.sum(-1).mean(dtype=judged.scores.dtype),
       "truncated": 1 - sequences.has_eos.mean(dtype=judged.scores.dtype),
       "policy/old_ref_deviation": jnp.abs(jnp.where(mask, old.logprobs - ref.logprobs, 0)).max(),
       "policy/first_ratio_deviation": first["policy/ratio_deviation"],
       "policy/first_loss": first["policy/loss"],
-      "policy/clip_fraction": policy_metrics["policy/clip_fraction"][-1],
-      "policy/ratio_deviation": policy_metrics["policy/ratio_deviation"].max(),
-      "policy/loss": policy_metrics["policy/loss"].mean(),
-      "policy/grad_norm": policy_metrics["policy/grad_norm"].mean(),
+      "policy/clip_fraction": updates["policy/clip_fraction"][-1],
+      "policy/ratio_deviation": updates["policy/ratio_deviation"].max(),
+      "policy/loss": updates["policy/loss"].mean(),
+      "policy/grad_norm": updates["policy/grad_norm"].mean(),
       "policy/first_grad_norm": first["policy/grad_norm"],
+      **{name: value.mean() for name, value in updates.items() if name.startswith("critic/")},
       **reward_metrics,
     }
     if variant.feedback or variant.scaled:
       metrics["r2m/omega"] = w
     state = state.replace(
       step=state.step + 1,
-      policy=policy,
+      policy=new_policy,
       policy_opt=policy_opt,
+      beta=next_beta,
+      critic=critic,
+      critic_opt=critic_opt,
       reward_head=head,
       reward_opt=reward_opt,
+      reward_average=averaged,
     )
     return state, StepOutput(metrics=metrics, sequences=sequences, judged=judged)
 
   return learn
 
 
+def sampling(config) -> dict:
+  """How tokens are drawn, in the sampler and in every log-probability alike."""
+  rollout = config.rollout
+  return dict(
+    temperature=rollout.temperature, truncation=Truncation(rollout.top_k, rollout.top_p, rollout.min_p)
+  )  # fmt: skip
+
+
 def make_rollout(defs: Defs, config, mesh: Mesh, eos_ids: tuple[int, ...], pad_id: int):
-  """Builds `rollout(state, prompts) -> Sequences`, not yet jitted."""
-  settings = dict(
+  """Builds `rollout(state, prompts) -> Sequences`, not yet jitted; see `make_learn` for the rows of "remax"."""
+  settings = sampling(config) | dict(
     group_size=config.rollout.group_size,
     max_new_tokens=config.rollout.max_new_tokens,
-    temperature=config.rollout.temperature,
+    repetition_stop=config.rollout.repetition_stop,
+    greedy_rows=config.algorithm == "remax",
     eos_ids=tuple(eos_ids),
     pad_id=pad_id,
     constrain=constrain_batch(mesh),
@@ -269,15 +372,54 @@ def make_rollout(defs: Defs, config, mesh: Mesh, eos_ids: tuple[int, ...], pad_i
   return rollout
 
 
-def make_step(defs: Defs, config, mesh: Mesh, eos_ids: tuple[int, ...], pad_id: int, state_shardings: Any):
-  """The jitted step for a policy and a reward model that share a tokenizer: step(state, prompts) -> (state, output).
+def uses_labels(config) -> bool:
+  """Whether the step asks for real preferences."""
+  return config.r2m.labels == "preference" and VARIANTS[config.variant].trained
 
-  The state is donated: the old one must not be used again.
+
+def pairs_per_step(config) -> int:
+  """The most labelled pairs that one step can have: rows of `Pairs`."""
+  trajectories = config.rollout.prompts * config.rollout.group_size
+  return math.ceil(config.r2m.label_budget * trajectories / 2)
+
+
+def pairs_at(config, step: int) -> int:
+  """Labelled pairs of this step, such that all steps so far have had their share of the budget."""
+  rate = config.r2m.label_budget * config.rollout.prompts * config.rollout.group_size / 2
+  return math.floor((step + 1) * rate + 1e-9) - math.floor(step * rate + 1e-9)
+
+
+Labeller = Callable[[Sequences, int], Pairs]
+
+
+def make_step(
+  defs: Defs, config, mesh: Mesh, eos_ids: tuple[int, ...], pad_id: int, state_shardings: Any,
+  labeller: Labeller | None = None,
+):  # fmt: skip
+  """The step for a policy and a reward model that share a tokenizer: step(state, prompts) -> (state, output).
+
+  One jitted program; the state is donated: the old one must not be used again. With config.r2m.labels "preference"
+  the host labels some of the samples in between, labeller(sequences on the host, step number) -> Pairs, and the two
+  parts are two programs.
   """
   rollout, learn = make_rollout(defs, config, mesh, eos_ids, pad_id), make_learn(defs, config, mesh)
+  jit_learn = lambda f, args: jax.jit(
+    f, donate_argnums=0, in_shardings=(state_shardings,) + (None,) * args, out_shardings=(state_shardings, None)
+  )
 
-  def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, StepOutput]:
-    sequences = rollout(state, prompts)
-    return learn(state, sequences, sequences.tokens, sequences.token_mask)
+  if not uses_labels(config):
 
-  return jax.jit(step, donate_argnums=0, in_shardings=(state_shardings, None), out_shardings=(state_shardings, None))
+    def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, StepOutput]:
+      sequences = rollout(state, prompts)
+      return learn(state, sequences, sequences.tokens, sequences.token_mask)
+
+    return jit_learn(step, 1)
+
+  rollout, learn = jax.jit(rollout), jit_learn(learn, 4)
+
+  def labelled_step(state: TrainState, prompts: Prompts) -> tuple[TrainState, StepOutput]:
+    number, sequences = int(state.step), rollout(state, prompts)
+    pairs = labeller(jax.device_get(sequences), number)
+    return learn(state, sequences, sequences.tokens, sequences.token_mask, pairs)
+
+  return labelled_step

@@ -17,7 +17,7 @@ from r2m_jax.lab.stages import STREAM_RL, STREAM_TABLE, fit_reward, fit_sft
 from r2m_jax.lab.turnover import BIN, turnover, turnover_table
 from r2m_jax.metrics import Metrics, append_samples, progress, read_metrics, write_atomic
 from r2m_jax.report import format_summary, summary_table, write_report
-from r2m_jax.step import make_judge, make_read, make_step
+from r2m_jax.step import make_judge, make_omega, make_read, make_step, measured_kl, sampling, uses_labels
 
 
 def run(config, workdir: Path) -> None:
@@ -127,17 +127,18 @@ def make_table(config, built: Build):
   """Builds `table(state, when)`: one sample for each of a few fixed prompts, as rows of samples.jsonl."""
   count = config.log.samples
   prompts = goldtask.prompts(config.seed, STREAM_TABLE, 0, count)
-  read, judge = make_read(config), make_judge(built.defs, config)
+  read, judge, omega_at = make_read(config), make_judge(built.defs, config), make_omega(config)
 
   @jax.jit
   def sample(state):
     key = jax.random.fold_in(state.key, KEY_TABLE)
     sequences = generate(
       built.defs.open_policy(state.policy, state.ref), prompts, key, 0, group_size=1, eos_ids=(goldtask.EOS,),
-      max_new_tokens=config.rollout.max_new_tokens, temperature=config.rollout.temperature, pad_id=goldtask.PAD,
+      max_new_tokens=config.rollout.max_new_tokens, pad_id=goldtask.PAD, **sampling(config),
     )  # fmt: skip
-    hidden = read(built.defs.open_policy(state.policy, state.ref), sequences).hidden
-    return sequences, judge(state, hidden, sequences, sequences.tokens, sequences.token_mask)
+    old, ref = read(built.defs.open_policy(state.policy, state.ref), built.defs.open_ref(state.ref), sequences)
+    w = omega_at(state.step, measured_kl(old, ref, sequences))
+    return sequences, judge(state, w, sequences, old, ref, sequences.tokens, sequences.token_mask)[0]
 
   def table(state, when: str) -> list[dict]:
     sequences, judged = jax.device_get(sample(state))

@@ -51,7 +51,7 @@ class Judged:
   """What the reward model says about `Sequences`."""
 
   rte: jax.Array  # f32[B, Dr]   reward token embedding, H_last
-  scores: jax.Array  # f32[B]       annotation scores: the reward the policy is trained on
+  scores: jax.Array  # f32[B]       annotation scores: the reward the policy is trained on, before any shaping
   scores_frozen: jax.Array  # f32[B]       the frozen reward model's own score of the same rows
 
 
@@ -64,6 +64,19 @@ class Experience:
   ref_logprobs: jax.Array  # f32[B, T]
   ref_hidden: jax.Array  # [B, T, Dp]   the reference's last_hidden, for the exact KL
   advantages: jax.Array  # f32[B, T]
+  old_values: Any = None  # f32[B, T]    of the critic; None without one
+  returns: Any = None  # f32[B, T]    what the critic is fitted to
+
+
+@struct.dataclass
+class Pairs:
+  """Labelled preferences for the reward update: rows 0 .. m - 1 are the winners, m .. 2m - 1 their losers."""
+
+  tokens: jax.Array  # i32[2m, L]   for the policy
+  token_mask: jax.Array  # bool[2m, L]
+  reward_tokens: jax.Array  # i32[2m, L'] for the reward model
+  reward_mask: jax.Array  # bool[2m, L']
+  weight: jax.Array  # f32[m]       0 where this step has fewer than m labels
 
 
 @struct.dataclass
@@ -74,8 +87,12 @@ class TrainState:
   key: jax.Array  # the run's typed random key; never changes, every use folds in what it is for
   policy: Any  # nnx.State of models.transformer.Transformer
   policy_opt: Any
+  beta: jax.Array  # f32[]; weight of the KL, which a controller may move
   ref: Any  # the policy at the start, frozen
   reward_backbone: Any  # frozen; nnx.State of a Transformer
   reward_frozen: Any  # frozen; nnx.State of the score head phi as it was before RL
   reward_head: Any  # trained; nnx.State of models.reward.RewardHead: cross-attention and phi
   reward_opt: Any
+  reward_average: Any = None  # moving average of reward_head, which then scores in its place; None: off
+  critic: Any = None  # PPO: {"backbone": nnx.State of a Transformer, "head": of an nnx.Linear}
+  critic_opt: Any = None

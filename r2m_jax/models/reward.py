@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from r2m_jax.models.transformer import Transformer
-from r2m_jax.ops import at_least_f32, check
+from r2m_jax.ops import at_least_f32, check, combine
 
 
 def last_token(hidden: jax.Array, mask: jax.Array) -> jax.Array:
@@ -18,26 +18,39 @@ def last_token(hidden: jax.Array, mask: jax.Array) -> jax.Array:
   return jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]
 
 
-def read_rte(backbone: Transformer, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-  """Reward token embedding H_last: the backbone's last-layer state at the last real token.
+def read_reward_states(backbone: Transformer, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The backbone's one pass: (reward token embedding H_last, last-layer states over all tokens).
+
+  H_last is the last-layer state at the last real token.
 
   Args:
     tokens: i32[B, L] in the reward model's own vocabulary.
     mask: bool[B, L], True on real tokens.
 
   Returns:
-    At least float32 [B, Dr].
+    At least float32 [B, Dr], and [B, L, Dr].
   """
-  return at_least_f32(last_token(backbone(tokens, mask).hidden, mask))
+  hidden = backbone(tokens, mask).hidden
+  return at_least_f32(last_token(hidden, mask)), hidden
 
 
-def score(phi: nnx.Linear, h: jax.Array) -> jax.Array:
-  """r = phi(h).   f32[B, Dr] -> f32[B].
+def read_rte(backbone: Transformer, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+  """Reward token embedding H_last, at least f32[B, Dr]; see `read_reward_states`."""
+  return read_reward_states(backbone, tokens, mask)[0]
+
+
+def member_scores(phi: nnx.Linear, h: jax.Array) -> jax.Array:
+  """r = phi(h) of each of the M heads that phi holds (one, unless it is an ensemble).   f32[B, Dr] -> f32[B, M].
 
   No gradient reaches the bias: Bradley-Terry and the group entropy do not change when all rewards shift, so its true
   gradient is zero, and Adam would turn the rounding noise around that zero into full-sized steps.
   """
-  return (h @ phi.kernel[...])[..., 0] + jax.lax.stop_gradient(phi.bias[...])[0]
+  return h @ phi.kernel[...] + jax.lax.stop_gradient(phi.bias[...])
+
+
+def score(phi: nnx.Linear, h: jax.Array) -> jax.Array:
+  """r = phi(h), the mean of its heads.   f32[B, Dr] -> f32[B]."""
+  return combine(member_scores(phi, h))
 
 
 class RewardHead(nnx.Module):
@@ -50,6 +63,7 @@ class RewardHead(nnx.Module):
     attention_dim: int,
     num_heads: int = 1,
     *,
+    ensemble: int = 1,
     rngs: nnx.Rngs,
     param_dtype=jnp.float32,
   ):
@@ -63,7 +77,7 @@ class RewardHead(nnx.Module):
     self.wk = linear(policy_dim, attention_dim)
     self.wv = linear(policy_dim, attention_dim)
     self.wo = linear(attention_dim, reward_dim)
-    self.phi = linear(reward_dim, 1, use_bias=True)
+    self.phi = linear(reward_dim, ensemble, use_bias=True)
 
   def attention_weights(self, rte: jax.Array, h: jax.Array, mask: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(d)) of eq. 3, one query per trajectory.
@@ -100,9 +114,13 @@ class RewardHead(nnx.Module):
     """r = phi(H_fin).   f32[B, Dr] -> f32[B]."""
     return score(self.phi, h_fin)
 
+  def members(self, rte: jax.Array, h: jax.Array, mask: jax.Array, omega: jax.Array) -> jax.Array:
+    """r = phi(H_fin) of each head of phi: cross_attend, fuse, score.   -> f32[B, M]."""
+    return member_scores(self.phi, self.fuse(rte, self.cross_attend(rte, h, mask), omega))
+
   def __call__(self, rte: jax.Array, h: jax.Array, mask: jax.Array, omega: jax.Array) -> jax.Array:
     """The fused reward f32[B]: cross_attend, fuse, score."""
-    return self.score(self.fuse(rte, self.cross_attend(rte, h, mask), omega))
+    return combine(self.members(rte, h, mask, omega))
 
   def _heads(self, x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:-1], self.num_heads, -1)

@@ -1,0 +1,16 @@
+"""The critic of PPO: a backbone of its own and a linear head that says what return a state leads to."""
+
+import jax
+
+from flax import nnx
+
+from r2m_jax.models.transformer import Transformer
+from r2m_jax.ops import at_least_f32, predicts_response
+from r2m_jax.types import Sequences
+
+
+def read_values(backbone: Transformer, head: nnx.Linear, sequences: Sequences) -> jax.Array:
+  """V(s_t) before each response token, from the state that predicts it: at least f32[B, T]."""
+  hidden = backbone(sequences.tokens, sequences.token_mask).hidden
+  hidden = at_least_f32(predicts_response(hidden, sequences.response_mask.shape[1]))
+  return head(hidden)[..., 0]

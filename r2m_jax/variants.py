@@ -1,0 +1,74 @@
+"""The variants of the method: whose states the reward reads, what is trained, and the controls put in their place.
+
+Equation numbers are those of R2M (arXiv 2601.22664). Each variant goes with every estimator.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from r2m_jax.ops import at_least_f32, masked_mean
+
+
+class Variant(NamedTuple):
+  """What a variant does with the reward."""
+
+  feedback: str = ""  # whose states are fused into the reward (eqs. 3 and 4): see `feed_back`; "": none are
+  scaled: bool = False  # multiply the frozen reward by omega instead: the control for the shrinking that eq. 4 brings
+  trained: bool = False  # retrain the head after each policy update (eqs. 5 to 7); without feedback that is phi alone
+  alpha: float | None = None  # weight of the group reward entropy in eq. 7, in place of the config's
+  start: str = ""  # what is fitted before RL: "golden" the reward model on golden pairs, "head" the attention and phi
+
+
+VARIANTS = {
+  "vanilla": Variant(),
+  "r2m": Variant(feedback="policy", trained=True),
+  # the paper's ablations
+  "r2m_untrained": Variant(feedback="policy"),
+  "noise": Variant(feedback="noise", trained=True),
+  "constant": Variant(feedback="constant", trained=True),
+  "no_bt": Variant(feedback="policy", trained=True, alpha=1.0),
+  "no_gre": Variant(feedback="policy", trained=True, alpha=0.0),
+  "iterative_head": Variant(trained=True),
+  "pretrained_rm": Variant(start="golden"),
+  # controls and placebos that the paper does not have
+  "scaled": Variant(scaled=True),
+  "shuffled": Variant(feedback="shuffled", trained=True),
+  "reference": Variant(feedback="reference", trained=True),
+  "own_states": Variant(feedback="own_states", trained=True),
+  "warm_start": Variant(feedback="policy", trained=True, start="head"),
+}
+
+
+class States(NamedTuple):
+  """Hidden states of one kind over a batch of trajectories."""
+
+  hidden: jax.Array  # [B, S, D]
+  mask: jax.Array  # bool[B, S], True on real tokens
+
+
+def feed_back(kind: str, policy: States, ref: States, own: States, key: jax.Array, *, shift: int) -> States:
+  """The states that the reward model reads as policy feedback.
+
+    policy      the policy's own: the method
+    noise       Gaussian, with the mean and variance that each feature of the policy's states has over this batch
+    constant    ones: the parameters of the attention without anything to read
+    shuffled    the policy's states over another trajectory, `shift` rows before
+    reference   those of the policy as it was at the start
+    own_states  the reward backbone's, over its own tokens
+    ""          no one reads them
+
+  What a kind does not name is not computed: a jitted caller drops it.
+  """
+  if kind == "noise":
+    h, mask = at_least_f32(policy.hidden), policy.mask[..., None]
+    mean = masked_mean(h, mask, (0, 1))
+    deviation = jnp.sqrt(masked_mean((h - mean) ** 2, mask, (0, 1)))
+    noise = mean + deviation * jax.random.normal(key, h.shape, jnp.float32)
+    return States(noise.astype(policy.hidden.dtype), policy.mask)
+  if kind == "constant":
+    return States(jnp.ones_like(policy.hidden), policy.mask)
+  if kind == "shuffled":
+    return States(*(jnp.roll(x, shift, 0) for x in policy))
+  return {"": policy, "policy": policy, "reference": ref, "own_states": own}[kind]
