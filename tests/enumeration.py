@@ -324,7 +324,8 @@ def documented(space, tables, sampling, setting):
 
   counted = mask & has_eos[:, :, None] if setting.mask_truncated else mask
   weights = token_weights(counted, setting.aggregation)
-  log_rho = np.where(counted, new - old, 0)
+  finite = possible[:, None, None]  # the others hold a token that is never drawn, and have weight zero
+  log_rho = np.subtract(new, old, where=counted & finite, out=np.zeros(mask.shape))
   if setting.ratio == "sequence":
     log_rho = np.where(counted, log_rho.sum(-1, keepdims=True) / np.maximum(counted.sum(-1, keepdims=True), 1), 0)
   rho = np.exp(log_rho)
@@ -343,7 +344,7 @@ def documented(space, tables, sampling, setting):
     on_kl = setting.beta * weights
     value = value + (on_kl * exact[chosen(space.state)]).sum((1, 2))
   elif setting.placement == "loss":
-    d = np.where(possible[:, None, None], new - ref, 0)
+    d = np.subtract(new, ref, where=np.broadcast_to(finite, mask.shape), out=np.zeros(mask.shape))
     term, slope = {"k2": (d**2 / 2, d), "k3": (np.exp(-d) - 1 + d, 1 - np.exp(-d))}[setting.estimator]
     value = value + setting.beta * (weights * term).sum((1, 2))
     on_logprob = on_logprob + setting.beta * weights * slope
@@ -351,7 +352,7 @@ def documented(space, tables, sampling, setting):
   # batches -> responses: how much each token of each response counts on average, then once times its gradient
   summed = np.zeros((2, *space.state.shape))
   index = (np.broadcast_to(space.prompt, space.batches.shape), space.batches)
-  scaled = lambda x: np.where(possible[:, None, None], x, 0) * p[:, None, None]
+  scaled = lambda x: np.where(finite, x, 0) * p[:, None, None]
   np.add.at(summed[0], index, scaled(on_logprob))
   np.add.at(summed[1], index, scaled(on_kl))
   gradient = np.einsum("pyt,pytsv->sv", summed[0], grad_logprobs(space, tables.policy, sampling))
