@@ -1,14 +1,14 @@
 """A policy so small that every response can be written down: expected gradients as exact sums, in NumPy and float64.
 
-The policy is a table of logits, one row per state, where a state is a prompt and the tokens said so far. A response ends
-with EOS or is cut off at `length` tokens. `Space` lists the responses and all batches of P * K independent ones. What a
+The policy is a table of logits, one row per state; a state is a prompt and the tokens said so far. A response ends with
+EOS or is cut off at `length` tokens. `Space` lists the responses and all batches of P * K independent ones. What a
 training step does on average is then a finite sum over those batches:
 
   documented(...)   value and gradient of the loss, averaged over all batches: the estimators as their definitions say,
                     with d log pi / d logits written out as (one-hot - pi) / temperature
-  objective(...)    E[r] - beta * KL of whole responses, a scalar; `true_gradient` is its gradient, `central` another way
-  held(...)         grad E[r] - beta * E_s[grad KL(pi(.|s) || ref(.|s))]: the states visited are held fixed. That is what
-                    "KL in the loss" means, and it is not the gradient of KL of whole responses
+  objective(...)    E[r] - beta * KL of whole responses, a scalar; `true_gradient` is its gradient, `central` too
+  held(...)         grad E[r] - beta * E_s[grad KL(pi(.|s) || ref(.|s))]: the states visited are held fixed. That is
+                    what "KL in the loss" means, and it is not the gradient of KL of whole responses
 
 Nothing of the library is called, and nothing of it is imported.
 """

@@ -224,7 +224,9 @@ def test_after_the_policy_has_moved(name, clips, ratio):
 
 
 @pytest.mark.parametrize("space", [ONE_PROMPT, TWO_PROMPTS], ids=["one", "two"])
-@pytest.mark.parametrize("name, estimator", [*itertools.product(["rloo", "remax", "ppo"], ["k1", "exact"]), ("grpo", "k1")])
+@pytest.mark.parametrize(
+  "name, estimator", [*itertools.product(["rloo", "remax", "ppo"], ["k1", "exact"]), ("grpo", "k1")]
+)
 def test_kl_in_the_reward_follows_the_kl_of_whole_responses(name, estimator, space):
   """grad(E[r] - beta KL). PPO with gamma = lambda = 1 for any critic; Dr. GRPO up to (K - 1) / K, and not with the
   exact KL, since what it scales is the advantage and not the direct derivative."""
