@@ -29,8 +29,7 @@ from r2m_jax.folders import (
 from r2m_jax.models.lora import merged
 from r2m_jax.models.peft import save_peft
 from r2m_jax.models.pretrained import TOKENIZER_FILES, save_pretrained
-from r2m_jax.schedules import omega
-from r2m_jax.step import VARIANTS
+from r2m_jax.variants import VARIANTS
 
 HEAD_MODULE = Path(__file__).with_name("r2m_head.py")  # PyTorch; copied, never imported here
 
@@ -107,16 +106,20 @@ def write_reward(out: Path, config, reward: RewardModel, backbone, phi, workdir:
 def write_run(out: Path, config, policy: Policy, reward: RewardModel, state, workdir: Path) -> None:
   """Policy and reward model of a TrainState. A variant without feedback has a plain classifier as its reward model."""
   write_policy(out / "policy", config, policy, state.policy, workdir, base=state.ref)
+  feedback = VARIANTS[config.variant].feedback
+  if feedback not in ("", "policy"):
+    print(f"export   no reward model of variant {config.variant!r}: it reads {feedback} in place of a policy's states")
+    return
   head, phi = None, state.reward_frozen
-  if VARIANTS[config.variant].feedback:
-    w = float(omega(state.step, config.steps, config.r2m.omega_min))
+  trained = state.reward_head if state.reward_average is None else state.reward_average
+  if feedback:
     settings = HeadConfig(
       policy.arch.hidden_size, reward.arch.hidden_size, config.r2m.attention_dim, config.r2m.num_heads,
-      config.r2m.feedback_layer, w,
+      config.r2m.feedback_layer, float(state.omega),
     )  # fmt: skip
-    head = settings, state.reward_head
+    head = settings, trained
   else:
-    phi = state.reward_head["phi"]
+    phi = trained["phi"]
   adapters_alone = lora_of(config) is not None and config.lora.export == "peft"  # which our loader does not read
   args = dict(head=head, policy=None if adapters_alone else out / "policy")
   write_reward(out / "reward", config, reward, state.reward_backbone, phi, workdir, **args)

@@ -24,12 +24,14 @@ from r2m_jax.lab.stages import epochs_of_rows
 from r2m_jax.metrics import Metrics, append_samples, progress, read_metrics, write_atomic
 from r2m_jax.models import lora
 from r2m_jax.optim import make_optimizer
-from r2m_jax.pretrain import fit, reward_loss, sft_loss
+from r2m_jax.pretrain import fit, fit_warm_head, reward_loss, sft_loss
 from r2m_jax.report import format_summary, summary_table, write_report
 from r2m_jax.serve import each_row
-from r2m_jax.step import VARIANTS, make_learn, make_rollout
+from r2m_jax.step import Labeller, make_learn, make_rollout, pairs_at, pairs_per_step, uses_labels
 from r2m_jax.text import Renderer, as_prompts, bucket, pad_left, responses_of
-from r2m_jax.train import claim, stage, with_variant
+from r2m_jax.types import Pairs
+from r2m_jax.variants import VARIANTS
+from r2m_jax.train import claim, shapes_of, stage, warm, with_variant
 
 
 def run(config, workdir: Path) -> None:
@@ -46,11 +48,6 @@ def run(config, workdir: Path) -> None:
   report = write_report(workdir, title=f"R2M: {config.task} from {config.policy.path or config.reward.path}")
   print(format_summary(summary_table(read_metrics(workdir))))
   print(f"report   {report}\nmetrics  {workdir / 'metrics.jsonl'}\nmodels   {workdir / 'export'}")
-
-
-def shapes_of(tree):
-  """Shapes, dtypes and shardings of a tree of arrays."""
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def keep(rows: list[dict], ids: list[tuple[list[int], ...]], config, what: str) -> list[int]:
@@ -213,8 +210,9 @@ def run_r2m(config, workdir: Path, mesh) -> None:
   arms = (config.variant,) if config.variant else tuple(config.arms)
   for i, variant in enumerate(arms):
     out = workdir / "export" / ("" if config.variant else variant)
-    last = i == len(arms) - 1
-    run_arm(with_variant(config, variant), built, workdir, policy, reward, data, out, donate=last)
+    last, arm = i == len(arms) - 1, with_variant(config, variant)
+    built = build_lora(arm, mesh, arch=policy.arch, reward_arch=reward.arch)
+    run_arm(arm, built, workdir, policy, reward, data, out, donate=last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,25 +232,79 @@ def prompt_data(config, policy: Policy) -> PromptData:
   return PromptData([rows[i]["prompt"] for i in kept], ids, bucket(max(map(len, ids))))
 
 
-def make_two_part_step(config, built: Build, policy: Policy, reward: RewardModel, layout):
+def labelled_pairs(config, policy: Policy, reward: RewardModel) -> dict[str, np.ndarray]:
+  """The judgments of config.r2m.judgments for both models: arrays [N, 2, ...], winner and loser, named as in `Pairs`.
+
+  A judged response is complete, so it ends with the policy's ending token, as in supervised training.
+  """
+  rows = read_rows(config.r2m.judgments, ("prompt", "chosen", "rejected"))
+  tokenizer, renderer = policy.tokenizer, reward.renderer
+  end = [] if tokenizer.end_id is None else [tokenizer.end_id]
+
+  def encode(row):
+    prompt = tokenizer.render(row["prompt"])
+    sides = row["chosen"], row["rejected"]
+    return [[*prompt, *tokenizer.encode(side, special=False), *end] for side in sides], \
+           [renderer.ids(row["prompt"], side) for side in sides]  # fmt: skip
+
+  limit = config.data.max_prompt_length + config.data.max_response_length
+  ids = each_row(rows, encode, config.r2m.judgments)
+  kept = [pair for pair in ids if max(map(len, pair[0])) <= limit]
+  print(f"labels   {len(kept)} of {len(ids)} judgments in {config.r2m.judgments}; the others exceed {limit} tokens")
+  if not kept:
+    raise DataError(f"no row of {config.r2m.judgments} is within config.data.max_prompt_length + max_response_length")
+  arrays = {}
+  for which, name, pad in ((0, "", tokenizer.pad_id), (1, "reward_", renderer.tokenizer.pad_id)):
+    flat = [side for pair in kept for side in pair[which]]
+    tokens, mask = pad_left(flat, pad, bucket(max(map(len, flat))))
+    arrays |= {f"{name}tokens": tokens.reshape(len(kept), 2, -1)}
+    arrays |= {"token_mask" if not name else "reward_mask": mask.reshape(len(kept), 2, -1)}
+  return arrays
+
+
+def take_pairs(arrays: dict[str, np.ndarray], rows) -> dict[str, np.ndarray]:
+  """Some judgments as the rows of `Pairs`: the winners, then their losers."""
+  return {name: np.concatenate([x[rows, 0], x[rows, 1]]) for name, x in arrays.items()}
+
+
+def judgments_labeller(config, arrays: dict[str, np.ndarray]) -> Labeller:
+  """Builds `label(sequences, step) -> Pairs`: the next judgments of the file, in a new order each time through."""
+  most, count = pairs_per_step(config), len(arrays["tokens"])
+
+  def label(sequences, step: int) -> Pairs:
+    del sequences  # the file's responses were judged before the run
+    at = sum(pairs_at(config, t) for t in range(step)) + np.arange(most)
+    rows = [np.random.default_rng([config.seed, 5, i // count]).permutation(count)[i % count] for i in at]
+    weight = (np.arange(most) < pairs_at(config, step)).astype(np.float32)
+    return Pairs(**take_pairs(arrays, rows), weight=weight)
+
+  return label
+
+
+def make_two_part_step(config, built: Build, policy: Policy, reward: RewardModel, layout, labeller=None):
   """Builds `step(state, prompts, texts) -> (state, output, reward-model text of row 0)`; the state is donated.
 
   `texts` are the prompts as the rows give them, for the reward model's own rendering.
   """
   K, tokenizer, renderer = config.rollout.group_size, policy.tokenizer, reward.renderer
   rollout = jax.jit(make_rollout(built.defs, config, built.mesh, tokenizer.eos_ids, tokenizer.pad_id))
+  labelled = uses_labels(config)
   learn = jax.jit(
     make_learn(built.defs, config, built.mesh), donate_argnums=0,
-    in_shardings=(layout, None, None, None), out_shardings=(layout, None),
+    in_shardings=(layout,) + (None,) * (4 if labelled else 3), out_shardings=(layout, None),
   )  # fmt: skip
 
   def step(state, prompts, texts):
     sequences = rollout(state, prompts)
-    answers = responses_of(jax.device_get(sequences), tokenizer)
-    rows = [(texts[i // K], text, truncated) for i, (text, truncated) in enumerate(answers)]
+    on_host = jax.device_get(sequences)
+    answers, sampled = responses_of(on_host, tokenizer), K * len(texts)  # then the greedy rows of "remax"
+    rows = [
+      (texts[i // K if i < sampled else i - sampled], text, truncated) for i, (text, truncated) in enumerate(answers)
+    ]
     tokens, mask = renderer.batch(rows)
-    state, out = learn(state, sequences, tokens, mask)
-    return state, out, rows
+    pairs = (labeller(on_host, int(state.step)),) if labelled else ()
+    state, out = learn(state, sequences, tokens, mask, *pairs)
+    return state, out, rows[:sampled]
 
   return step
 
@@ -269,7 +321,12 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
     print(f"{arm}: goes on from step {int(state.step)} of {config.steps}")
   start = int(state.step)
   if start < config.steps:
-    step = make_two_part_step(config, built, policy, reward, layout)
+    judged = VARIANTS[arm].start == "head" or uses_labels(config)
+    arrays = labelled_pairs(config, policy, reward) if judged else {}
+    if VARIANTS[arm].start == "head" and start == 0:
+      state = warm_start(config, built, workdir, state, arrays)
+    labeller = judgments_labeller(config, arrays) if uses_labels(config) else None
+    step = make_two_part_step(config, built, policy, reward, layout, labeller)
     order = list(epochs_of_rows(config.seed, len(data.ids), config.rollout.prompts, config.steps))
     with Metrics(workdir, "rl", arm, from_step=start) as log, progress(config.steps, arm, initial=start) as bar:
       for t in range(start, config.steps):
@@ -288,6 +345,17 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
           checkpoint.save(manager, t + 1, state)
   manager.wait_until_finished()
   export.write_run(out, config, policy, reward, state, workdir)
+
+
+def warm_start(config, built: Build, workdir: Path, state, arrays: dict[str, np.ndarray]):
+  """The state with a head that was first fitted to the judgments; see `pretrain.head_loss`."""
+  count, size = len(arrays["tokens"]), config.reward.batch_size
+  enough(count, "reward.batch_size", size)
+  total = config.r2m.warm_epochs * (count // size)
+  batches = (take_pairs(arrays, rows) for rows in epochs_of_rows(config.seed, count, size, total))
+  frozen = {"policy": state.ref, "backbone": state.reward_backbone}
+  make = lambda: fit_warm_head(config, built, workdir, state.reward_head, batches, total, frozen=frozen)
+  return warm(state, stage(workdir, "warm_start", shapes_of(state.reward_head), make))
 
 
 def start_state(config, built: Build, policy: Policy, reward: RewardModel, *, donate: bool):

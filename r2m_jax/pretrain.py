@@ -10,8 +10,12 @@ from flax import nnx
 
 from r2m_jax.losses import bradley_terry
 from r2m_jax.metrics import Metrics, progress
-from r2m_jax.models.reward import read_rte, score
-from r2m_jax.ops import masked_mean, predicts_response, token_stats
+from r2m_jax.models.reward import member_scores, read_rte
+from r2m_jax.ops import combine, masked_mean, predicts_response, token_stats
+from r2m_jax.optim import make_optimizer
+from r2m_jax.sharding import shardings
+from r2m_jax.step import Defs, make_score
+from r2m_jax.variants import States
 
 LOG_EVERY = 10  # updates; a fetch waits for the device
 
@@ -32,20 +36,53 @@ def sft_loss(graphdef, *, chunk: int = 0) -> Callable:
   return loss
 
 
-def reward_loss(backbone_def, phi_def) -> Callable:
+def reward_loss(backbone_def, phi_def, *, sum_to_zero: float = 0.0) -> Callable:
   """Builds loss(state, batch): Bradley-Terry (eq. 5) over pairs, for the whole reward model.
 
-  The state is {"backbone", "phi"}; a batch has chosen, rejected i32[B, L] and their masks bool[B, L].
+  The state is {"backbone", "phi"}; a batch has chosen, rejected i32[B, L] and their masks bool[B, L], and for an
+  ensemble a weight f32[B, M] of each pair for each head of phi.
+
+  Args:
+    sum_to_zero: weight of the squared mean score of the batch, which keeps scores from growing together.
   """
 
   def loss(state, batch):
     backbone, phi = nnx.merge(backbone_def, state["backbone"]), nnx.merge(phi_def, state["phi"])
     tokens = jnp.concatenate([batch["chosen"], batch["rejected"]])
     mask = jnp.concatenate([batch["chosen_mask"], batch["rejected_mask"]])
-    chosen, rejected = jnp.split(score(phi, read_rte(backbone, tokens, mask)), 2)
+    scores = member_scores(phi, read_rte(backbone, tokens, mask))  # [2B, M]
+    weight = batch.get("weight", jnp.ones((len(tokens) // 2, scores.shape[1]), scores.dtype))
+    loss = jax.vmap(bradley_terry, 1)(*jnp.split(scores, 2), weight).mean()
+    if sum_to_zero:
+      loss += sum_to_zero * (scores.mean(0) ** 2).mean()
+    chosen, rejected = jnp.split(combine(scores), 2)
     # a tie is half right: a model that scores all alike is at 0.5, not at 0 or 1
     accuracy = jnp.where(chosen == rejected, 0.5, (chosen > rejected).astype(chosen.dtype)).mean()
-    return bradley_terry(chosen, rejected), {"accuracy": accuracy}
+    return loss, {"accuracy": accuracy}
+
+  return loss
+
+
+def head_loss(defs: Defs, score: Callable, *, layer: int, omega: float) -> Callable:
+  """Builds loss(head, batch, frozen): Bradley-Terry of cross-attention and phi over pairs, for a warm start.
+
+  Args:
+    score: of `step.make_score`.
+    layer: of the policy whose states are read.
+    omega: weight of the reward model's own embedding (eq. 4).
+
+  A batch is a `types.Pairs` as a dict, frozen is {"policy", "backbone"}: neither moves.
+  """
+
+  def loss(head, batch, frozen):
+    policy = nnx.merge(defs.base or defs.policy, frozen["policy"])
+    backbone = nnx.merge(defs.reward_backbone, frozen["backbone"])
+    rte = read_rte(backbone, batch["reward_tokens"], batch["reward_mask"])
+    hidden = policy(batch["tokens"], batch["token_mask"], feedback_layer=layer).feedback
+    states = jax.lax.stop_gradient(States(hidden, batch["token_mask"]))
+    chosen, rejected = jnp.split(score(head, jax.lax.stop_gradient(rte), states, jnp.asarray(omega, rte.dtype)), 2)
+    loss = jax.vmap(bradley_terry, 1)(chosen, rejected).mean()
+    return loss, {"accuracy": ((chosen > rejected) + 0.5 * (chosen == rejected)).mean()}
 
   return loss
 
@@ -88,3 +125,14 @@ def fit(
         log.log(i, metrics)
       bar.update(**({"loss": metrics["loss"]} if isinstance(metrics["loss"], float) else {}))
   return state
+
+
+def fit_warm_head(config, built, workdir: Path, head, batches: Iterable[dict], total: int, *, frozen):
+  """Fits cross-attention and phi to pairs before RL, with the optimizer of config.r2m; see `head_loss`."""
+  loss = head_loss(
+    built.defs, make_score(built.defs, config), layer=config.r2m.feedback_layer, omega=config.r2m.omega_min
+  )
+  return fit(
+    loss, head, make_optimizer(config.r2m, total), batches, total=total, stage="warm_start", workdir=workdir,
+    state_shardings=shardings(head, built.mesh), batch_sharding=built.rows, frozen=frozen,
+  )  # fmt: skip

@@ -106,7 +106,7 @@ def measured_kl(old: Feedback, ref: Feedback, sequences: Sequences) -> jax.Array
 def make_omega(config) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """Builds `w(step, kl)` (eq. 4), driven by the step or by the KL of its samples in nats a sequence."""
   kind, total, target, floor = config.r2m.omega_schedule, config.steps, config.r2m.omega_kl, config.r2m.omega_min
-  return lambda step, kl: omega(kl / target if kind == "kl" else step / total, floor, kind)
+  return lambda step, kl: omega(kl / target if kind == "kl" else 1.0 * step / total, floor, kind)
 
 
 def make_score(defs: Defs, config) -> Callable[..., jax.Array]:
@@ -339,6 +339,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       critic_opt=critic_opt,
       reward_head=head,
       reward_opt=reward_opt,
+      omega=w,
       reward_average=averaged,
     )
     return state, StepOutput(metrics=metrics, sequences=sequences, judged=judged)

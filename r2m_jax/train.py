@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from r2m_jax import checkpoint, sharding
@@ -13,11 +14,13 @@ from r2m_jax.checks import check_model, check_step_zero
 from r2m_jax.config import ConfigError, check_batch, difference
 from r2m_jax.generate import generate
 from r2m_jax.lab import goldtask
-from r2m_jax.lab.stages import STREAM_RL, STREAM_TABLE, fit_reward, fit_sft
+from r2m_jax.lab.labels import gold_labeller
+from r2m_jax.lab.stages import STREAM_RL, STREAM_TABLE, fit_golden, fit_head, fit_reward, fit_sft
 from r2m_jax.lab.turnover import BIN, turnover, turnover_table
 from r2m_jax.metrics import Metrics, append_samples, progress, read_metrics, write_atomic
 from r2m_jax.report import format_summary, summary_table, write_report
 from r2m_jax.step import make_judge, make_omega, make_read, make_step, measured_kl, sampling, uses_labels
+from r2m_jax.variants import VARIANTS
 
 
 def run(config, workdir: Path) -> None:
@@ -64,7 +67,13 @@ def run_once(config, workdir: Path) -> None:
         temperature=config.rollout.temperature,
       )  # fmt: skip
     for variant in (config.variant,) if config.variant else config.arms:
-      run_arm(with_variant(config, variant), built, workdir, policy, reward)
+      arm = with_variant(config, variant)
+      built, start = build(arm, mesh, vocab_size=goldtask.VOCAB_SIZE), reward
+      if VARIANTS[variant].start == "golden":
+        start = stage(
+          workdir, "reward_golden", reward_like, lambda: fit_golden(arm, built, workdir, policy, reward)
+        )
+      run_arm(arm, built, workdir, policy, start)
   report = write_report(workdir, title=f"R2M: {config.task}, {config.algorithm}, seed {config.seed}")
   print(format_summary(summary_table(read_metrics(workdir))))
   print(f"report   {report}\nfigures  {workdir / 'figures'}\nmetrics  {workdir / 'metrics.jsonl'}")
@@ -80,10 +89,17 @@ def run_arm(config, built: Build, workdir: Path, policy, reward) -> None:
   if not fresh:
     state = checkpoint.restore(manager, state)
     print(f"{arm}: goes on from step {int(state.step)} of {config.steps}")
+  elif VARIANTS[arm].start == "head":
+    like = shapes_of(state.reward_head)
+    head = stage(
+      workdir, "warm_start", like, lambda: fit_head(config, built, workdir, policy, reward, state.reward_head)
+    )
+    state = warm(state, head)
   start = int(state.step)
   if start == config.steps:
     return
-  step = make_step(built.defs, config, built.mesh, (goldtask.EOS,), goldtask.PAD, layout)
+  labeller = gold_labeller(config) if uses_labels(config) else None
+  step = make_step(built.defs, config, built.mesh, (goldtask.EOS,), goldtask.PAD, layout, labeller)
   table = make_table(config, built)
   if fresh:
     append_samples(workdir, table(state, "before"))
@@ -159,6 +175,17 @@ def make_table(config, built: Build):
     ]
 
   return table
+
+
+def shapes_of(tree):
+  """Shapes, dtypes and shardings of a tree of arrays."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def warm(state, head):
+  """The run's first state with a fitted head in place of the random one."""
+  average = None if state.reward_average is None else jax.tree.map(jnp.copy, head)
+  return state.replace(reward_head=head, reward_average=average)
 
 
 def with_variant(config, variant: str):

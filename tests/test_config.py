@@ -33,7 +33,8 @@ REFUSALS = [  # field, value, the fix
   ("dtype", "float16", "'float32', 'bfloat16'"),
   ("remat", "some", "'none', 'full', 'dots'"),
   ("ppo.aggregation", "mean", "'sequence_sum', 'sequence_mean', 'token_mean', 'constant'"),
-  ("kl.estimator", "k3", "'exact', 'k2'"),
+  ("kl.estimator", "k1", "in the loss the expected gradient of k1 is zero.*kl.placement='reward'"),
+  ("kl.estimator", "k4", "'k1', 'k2', 'k3', 'exact'"),
   ("steps", 0, "at least 1"),
   ("rollout.prompts", 0, "at least 1"),
   ("rollout.group_size", 1, "K >= 2 responses per prompt"),
@@ -164,7 +165,7 @@ COMMANDS = {
 ANSWERS = {
   "key": "config.r2m.omega_mn does not exist; did you mean config.r2m.omega_min?",
   "type": "config.steps is 'abc': must be of type int, such as 4",
-  "value": "config.rollout.group_size is 1: rloo compares K >= 2 responses per prompt",
+  "value": "config.rollout.group_size is 1: R2M and its baselines compare K >= 2 responses per prompt",
   "file": f"--config is configs/none.py: there is no such file from {ROOT}",
 }
 

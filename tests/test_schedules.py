@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from r2m_jax.optim import make_optimizer
 from r2m_jax.schedules import learning_rate, omega
 
-omegas = jax.jit(jax.vmap(omega, (0, None, None)))
+omegas = jax.jit(jax.vmap(lambda t, total, floor: omega(1.0 * t / total, floor), (0, None, None)))
 
 
 @pytest.mark.parametrize("omega_min", [0.0, 0.6, 1.0])

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -10,10 +11,10 @@ from r2m_jax.build import KEY_INIT, KEY_PAIRS, Build, init_policy, init_reward_m
 from r2m_jax.generate import generate
 from r2m_jax.lab import goldtask
 from r2m_jax.metrics import Metrics
-from r2m_jax.models.reward import read_rte
-from r2m_jax.models.reward import score as phi_score
+from r2m_jax.models.reward import member_scores, read_rte
+from r2m_jax.ops import combine
 from r2m_jax.optim import make_optimizer
-from r2m_jax.pretrain import fit, reward_loss, sft_loss
+from r2m_jax.pretrain import fit, fit_warm_head, reward_loss, sft_loss
 from r2m_jax.sharding import constrain_batch, shardings
 from r2m_jax.types import Prompts, Sequences
 
@@ -76,68 +77,121 @@ def fit_sft(config, built: Build, workdir: Path):
 
 
 def fit_reward(config, built: Build, workdir: Path, policy):
-  """Fits the proxy reward model on noisy preferences over the policy's own samples.
+  """Fits the proxy reward model on noisy preferences over the policy's own samples; returns {"backbone", "phi"}.
 
-  It is then centred and scaled to mean 0 and standard deviation 1 on held-out samples of the same policy, so that
-  arms and seeds start on one scale. Returns {"backbone", "phi"}; logs its accuracy against clean gold labels.
+  An ensemble's heads see each pair with a weight of their own (the Bayesian bootstrap).
   """
+  train = noisy_preferences(config, built, policy)
+  start = init_reward_model(config, built, policy, jax.random.key(config.seed))
+  return fit_pairs(config, built, workdir, policy, start, train, stage="reward")
+
+
+def fit_golden(config, built: Build, workdir: Path, policy, reward):
+  """The proxy, trained on by golden pairs of the same prompts as RL: the paper's "pretrained RM"."""
   settings = config.reward
-  train = preferences(config, built, policy, STREAM_PAIRS, settings.pairs)
-  heldout = preferences(config, built, policy, STREAM_HELDOUT, settings.heldout_pairs)
-  chosen = np.where(heldout["gold"][:, 0] >= heldout["gold"][:, 1], 0, 1)
-  a_first = goldtask.noisy_choice(
+  steps = -(-settings.pairs // config.rollout.prompts)
+  batches = [goldtask.prompts(config.seed, STREAM_RL, t, config.rollout.prompts) for t in range(steps)]
+  prompts = jax.tree.map(lambda *x: np.concatenate(x)[: settings.pairs], *batches)
+  train = preferences(config, built, policy, STREAM_RL, prompts)
+  train["a_wins"] = train["gold"][:, 0] >= train["gold"][:, 1]
+  start = jax.tree.map(jnp.copy, reward)
+  return fit_pairs(config, built, workdir, policy, start, train, stage="reward_golden")
+
+
+def noisy_preferences(config, built: Build, policy) -> dict[str, np.ndarray]:
+  """What the proxy learns from: see `preferences`, and a_wins bool[N], as a noisy labeller has it."""
+  settings = config.reward
+  train = preferences(config, built, policy, STREAM_PAIRS, goldtask.prompts(config.seed, STREAM_PAIRS, 0, settings.pairs))
+  train["a_wins"] = goldtask.noisy_choice(
     *train["gold"].T, config.seed, temperature=settings.choice_temperature, flip=settings.label_flip
   )
-  tokens, mask, winner = train["tokens"], train["mask"], np.where(a_first, 0, 1)
+  return train
 
-  steps = settings.epochs * (settings.pairs // settings.batch_size)
+
+def ordered(train: dict[str, np.ndarray], rows) -> dict[str, np.ndarray]:
+  """Winners and losers of some pairs."""
+  winner = np.where(train["a_wins"][rows], 0, 1)
+  pick = lambda name, side: train[name][rows, side]
+  return {
+    "chosen": pick("tokens", winner), "chosen_mask": pick("mask", winner),
+    "rejected": pick("tokens", 1 - winner), "rejected_mask": pick("mask", 1 - winner),
+  }  # fmt: skip
+
+
+def fit_pairs(config, built: Build, workdir: Path, policy, start, train: dict[str, np.ndarray], *, stage: str):
+  """Bradley-Terry on `train`, from the reward model `start`, which is used up.
+
+  Each head is then centred and scaled to mean 0 and standard deviation 1 on held-out samples of the same policy, so
+  that arms and seeds start on one scale. Logs the accuracy against clean gold labels.
+  """
+  settings, count = config.reward, len(train["tokens"])
+  heldout = preferences(
+    config, built, policy, STREAM_HELDOUT, goldtask.prompts(config.seed, STREAM_HELDOUT, 0, settings.heldout_pairs)
+  )
+  chosen = np.where(heldout["gold"][:, 0] >= heldout["gold"][:, 1], 0, 1)
+  steps = settings.epochs * (count // settings.batch_size)
+  weight = np.random.default_rng([config.seed, 4]).exponential(size=(count, settings.ensemble)).astype(np.float32)
 
   def batches():
-    for rows in epochs_of_rows(config.seed, settings.pairs, settings.batch_size, steps):
-      w, l = winner[rows], 1 - winner[rows]
-      yield {
-        "chosen": tokens[rows, w], "chosen_mask": mask[rows, w],
-        "rejected": tokens[rows, l], "rejected_mask": mask[rows, l],
-      }  # fmt: skip
+    for rows in epochs_of_rows(config.seed, count, settings.batch_size, steps):
+      yield ordered(train, rows) | ({"weight": weight[rows]} if settings.ensemble > 1 else {})
 
-  start = init_reward_model(config, built, policy, jax.random.key(config.seed))
   model = fit(
-    reward_loss(built.defs.reward_backbone, built.defs.phi),
+    reward_loss(built.defs.reward_backbone, built.defs.phi, sum_to_zero=settings.sum_to_zero),
     start,
     make_optimizer(settings, steps),
     batches(),
     total=steps,
-    stage="reward",
+    stage=stage,
     workdir=workdir,
     state_shardings=shardings(start, built.mesh),
     batch_sharding=built.rows,
   )
 
   @jax.jit
-  def score_of(model, tokens, mask):
+  def members(model, tokens, mask):
     rte = read_rte(nnx.merge(built.defs.reward_backbone, model["backbone"]), tokens, mask)
-    return phi_score(nnx.merge(built.defs.phi, model["phi"]), rte)
+    return member_scores(nnx.merge(built.defs.phi, model["phi"]), rte)
 
-  scores = np.stack([score_of(model, heldout["tokens"][:, i], heldout["mask"][:, i]) for i in (0, 1)], 1)
-  rows = np.arange(len(scores))
-  gap = scores[rows, chosen] - scores[rows, 1 - chosen]
-  accuracy = np.where(gap == 0, 0.5, gap > 0).mean()
-  scale = 1 / max(scores.std(), 1e-6)
-  phi = model["phi"]
+  scores = np.stack([members(model, heldout["tokens"][:, i], heldout["mask"][:, i]) for i in (0, 1)], 1)  # [N, 2, M]
+  scale, phi = 1 / np.maximum(scores.std((0, 1)), 1e-6), model["phi"]
   phi["kernel"][...] *= scale
-  phi["bias"][...] = (phi["bias"][...] - scores.mean()) * scale
-  with Metrics(workdir, "reward", from_step=steps) as log:
+  phi["bias"][...] = (phi["bias"][...] - scores.mean((0, 1))) * scale
+  standard = jnp.asarray((scores - scores.mean((0, 1))) * scale)
+  combined = np.asarray(combine(standard, settings.combine, settings.variance_weight))
+  rows = np.arange(len(scores))
+  gap = combined[rows, chosen] - combined[rows, 1 - chosen]
+  accuracy = np.where(gap == 0, 0.5, gap > 0).mean()
+  with Metrics(workdir, stage, from_step=steps) as log:
     log.log(steps, {"heldout_accuracy": accuracy, "gold_of_sft": heldout["gold"].mean()})
   print(
-    f"reward   held-out accuracy {accuracy:.3f} on {len(scores)} pairs with clean gold labels; "
+    f"{stage:<8} held-out accuracy {accuracy:.3f} on {len(scores)} pairs with clean gold labels; "
     f"gold of the supervised policy {heldout['gold'].mean():.2f}"
   )
   return model
 
 
-def preferences(config, built: Build, policy, stream: int, pairs: int) -> dict[str, np.ndarray]:
-  """Two samples for each of `pairs` prompts: tokens i32[N, 2, L], mask bool[N, 2, L], gold f64[N, 2]."""
-  prompts = goldtask.prompts(config.seed, stream, 0, pairs)
+def fit_head(config, built: Build, workdir: Path, policy, reward, head):
+  """A warm start: cross-attention and phi, `head`, fitted on the proxy's own preferences with the supervised policy's
+  states, at omega's floor. It is used up."""
+  settings, train = config.reward, noisy_preferences(config, built, policy)
+  steps = config.r2m.warm_epochs * (settings.pairs // settings.batch_size)
+
+  def batches():
+    for rows in epochs_of_rows(config.seed, settings.pairs, settings.batch_size, steps):
+      pair = ordered(train, rows)
+      tokens = np.concatenate([pair["chosen"], pair["rejected"]])
+      mask = np.concatenate([pair["chosen_mask"], pair["rejected_mask"]])
+      yield {"tokens": tokens, "token_mask": mask, "reward_tokens": tokens, "reward_mask": mask}
+
+  return fit_warm_head(
+    config, built, workdir, head, batches(), steps, frozen={"policy": policy, "backbone": reward["backbone"]}
+  )
+
+
+def preferences(config, built: Build, policy, stream: int, prompts: Prompts) -> dict[str, np.ndarray]:
+  """Two samples for each of N prompts: tokens i32[N, 2, L], mask bool[N, 2, L], gold f64[N, 2]."""
+  pairs = len(prompts.tokens)
   prompts = prompts.replace(example_id=prompts.example_id + stream * 2**24)  # streams do not share sample keys
   sequences = sample(config, built, policy, prompts, group_size=2, purpose=KEY_PAIRS)
   pair = lambda x: x.reshape(pairs, 2, *x.shape[1:])
