@@ -64,8 +64,8 @@ def check_config(config: ConfigDict) -> None:
     "steps", "rollout.prompts", "rollout.max_new_tokens", "ppo.epochs", "ppo.minibatches", "r2m.attention_dim",
     "r2m.num_heads", "sft.steps", "sft.batch_size", "sft.examples", "reward.pairs", "reward.epochs",
     "reward.batch_size", "reward.heldout_pairs", "log.checkpoint_every", "log.samples", "data.max_prompt_length",
-    "data.max_response_length", "generate.max_new_tokens", "generate.batch_size", "score.batch_size", "kl.horizon", "reward.ensemble",
-    "r2m.warm_epochs",
+    "data.max_response_length", "generate.max_new_tokens", "generate.batch_size", "score.batch_size", "kl.horizon",
+    "reward.ensemble", "r2m.warm_epochs",
   ):  # fmt: skip
     at_least(field, 1)
   for field in ("seed", "logits_chunk", "kl.beta", "generate.temperature", "reward.max_length", "lora.rank",
@@ -73,7 +73,7 @@ def check_config(config: ConfigDict) -> None:
                 "shaping.missing_eos_penalty", "shaping.length_penalty", "reward.variance_weight",
                 "reward.sum_to_zero"):  # fmt: skip
     at_least(field, 0)
-  need(config.rollout.group_size >= 2, "rollout.group_size", "R2M and its baselines compare K >= 2 responses per prompt")
+  need(config.rollout.group_size >= 2, "rollout.group_size", "R2M compares K >= 2 responses per prompt")
   need(config.rollout.temperature > 0, "rollout.temperature", "must be above 0: greedy samples have no log-probability")
   for field in ("r2m.omega_min", "r2m.alpha", "reward.label_flip"):
     need(0 <= _get(config, field) <= 1, field, "must lie in [0, 1]")
@@ -132,8 +132,8 @@ def check_config(config: ConfigDict) -> None:
   trains_nothing = config.variant != "" and not VARIANTS[config.variant].trained
   need(
     config.r2m.labels == "self" or not trains_nothing, "r2m.labels",
-    f"variant {config.variant!r} never updates the reward, so no label would be used; take 'self', or a variant such as "
-    "'r2m' or 'iterative_head'",
+    f"variant {config.variant!r} never updates the reward, so no label would be used; take 'self', or a variant such "
+    "as 'r2m' or 'iterative_head'",
   )  # fmt: skip
   need(config.reward.batch_size <= config.reward.pairs, "reward.batch_size", "must not exceed reward.pairs")
   mesh = tuple(config.mesh)
@@ -163,7 +163,7 @@ def check_folder_run(config: ConfigDict, need) -> None:
     needed = start == "head" or (config.r2m.labels == "preference" and VARIANTS[variant].trained)
     need(
       not needed or config.r2m.judgments != "", "r2m.judgments",
-      f"variant {variant!r} with labels {config.r2m.labels!r} needs preferences: JSON lines {{prompt, chosen, rejected}}",
+      f"variant {variant!r} with labels {config.r2m.labels!r} needs a file of JSON lines {{prompt, chosen, rejected}}",
     )  # fmt: skip
 
 

@@ -32,7 +32,8 @@ from r2m_jax.sharding import constrain_batch
 from r2m_jax.types import Experience, Feedback, Judged, Pairs, Prompts, Sequences, TrainState
 from r2m_jax.variants import VARIANTS, States, feed_back
 
-KEY_SHUFFLE, KEY_NOISE, KEY_REFRESHED_NOISE, KEY_PAIR_NOISE = range(2**31 - 1, 2**31 - 5, -1)  # what a step's key is for
+# what a step's key is for
+KEY_SHUFFLE, KEY_NOISE, KEY_REFRESHED_NOISE, KEY_PAIR_NOISE = range(2**31 - 1, 2**31 - 5, -1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +159,8 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
   the middle of a run.
   """
   variant, algorithm, K = VARIANTS[config.variant], config.algorithm, config.rollout.group_size
-  read, score, judge, omega_at = make_read(config), make_score(defs, config), make_judge(defs, config), make_omega(config)
+  read, omega_at = make_read(config), make_omega(config)
+  score, judge = make_score(defs, config), make_judge(defs, config)
   advantages_of, objective = make_advantages(config), make_objective(config, defs.vocab_size)
   estimator, kl_in_reward = kl_estimator(config, defs.vocab_size), config.kl.placement == "reward"
   exact, draw = estimator == "exact", sampling(config) | dict(chunk=config.logits_chunk)
@@ -250,7 +252,8 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
 
   def read_labelled(state: TrainState, policy_state, pairs: Pairs):
     """rte, feedback of the updated policy, and weight of labelled pairs."""
-    states = lambda model: States(model(pairs.tokens, pairs.token_mask, feedback_layer=layer).feedback, pairs.token_mask)
+    read = lambda model: model(pairs.tokens, pairs.token_mask, feedback_layer=layer).feedback
+    states = lambda model: States(read(model), pairs.token_mask)
     backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
     rte, own = read_reward_states(backbone, pairs.reward_tokens, pairs.reward_mask)
     fed = feed_back(
@@ -260,8 +263,9 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
     return rte, fed, pairs.weight
 
   def learn(
-    state: TrainState, sequences: Sequences, reward_tokens: jax.Array, reward_mask: jax.Array, pairs: Pairs | None = None
-  ):
+    state: TrainState, sequences: Sequences, reward_tokens: jax.Array, reward_mask: jax.Array,
+    pairs: Pairs | None = None,
+  ):  # fmt: skip
     rows = len(sequences.tokens)
     sampled = rows * K // (K + 1) if algorithm == "remax" else rows
     first_rows = lambda tree: jax.tree.map(lambda x: constrain(x[:sampled]), tree) if sampled < rows else tree
@@ -294,7 +298,8 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       old_values=values,
       returns=targets.returns,
     )
-    (new_policy, policy_opt, critic, critic_opt, refreshed), updates = update_policy(state, experience, old.hidden, beta)
+    updated, updates = update_policy(state, experience, old.hidden, beta)
+    new_policy, policy_opt, critic, critic_opt, refreshed = updated
     head, reward_opt, reward_metrics = state.reward_head, state.reward_opt, {}
     if variant.trained:
       states = feed_back(
@@ -339,7 +344,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       critic_opt=critic_opt,
       reward_head=head,
       reward_opt=reward_opt,
-      omega=w,
+      omega=omega_at(state.step + 1, kl),
       reward_average=averaged,
     )
     return state, StepOutput(metrics=metrics, sequences=sequences, judged=judged)

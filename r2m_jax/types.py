@@ -93,7 +93,7 @@ class TrainState:
   reward_frozen: Any  # frozen; nnx.State of the score head phi as it was before RL
   reward_head: Any  # trained; nnx.State of models.reward.RewardHead: cross-attention and phi
   reward_opt: Any
-  omega: jax.Array  # f32[]; weight of the reward model's own embedding in the last step (eq. 4); 1 before the first
+  omega: jax.Array  # f32[]; weight of the reward model's own embedding (eq. 4) after `step` steps
   reward_average: Any = None  # moving average of reward_head, which then scores in its place; None: off
   critic: Any = None  # PPO: {"backbone": nnx.State of a Transformer, "head": of an nnx.Linear}
   critic_opt: Any = None

@@ -26,8 +26,8 @@ def config_with(**changes):
 REFUSALS = [  # field, value, the fix
   ("task", "rl", "'sft', 'reward', 'r2m'"),
   ("algorithm", "reinforse", "choose one of 'rloo', 'grpo'"),
-  ("variant", "r2n", "'vanilla', 'scaled'"),
-  ("arms", ("vanilla", "r2n"), "choose from vanilla, scaled"),
+  ("variant", "r2n", "'vanilla', 'r2m', .*'iterative_head'"),
+  ("arms", ("vanilla", "r2n"), "choose from vanilla, r2m, "),
   ("arms", ("r2m", "r2m"), "once"),
   ("arms", (), "choose from"),
   ("dtype", "float16", "'float32', 'bfloat16'"),
@@ -165,7 +165,7 @@ COMMANDS = {
 ANSWERS = {
   "key": "config.r2m.omega_mn does not exist; did you mean config.r2m.omega_min?",
   "type": "config.steps is 'abc': must be of type int, such as 4",
-  "value": "config.rollout.group_size is 1: R2M and its baselines compare K >= 2 responses per prompt",
+  "value": "config.rollout.group_size is 1: R2M compares K >= 2 responses per prompt",
   "file": f"--config is configs/none.py: there is no such file from {ROOT}",
 }
 

@@ -24,8 +24,11 @@ FLOORS = {
   "r2m_jax.schedules": 1,
   "r2m_jax.sharding": 1,
   "r2m_jax.summary": 1,
+  "r2m_jax.variants": 1,
   "r2m_jax.models.transformer": 1,
   "r2m_jax.config": 2,
+  "r2m_jax.objective": 2,
+  "r2m_jax.models.critic": 2,
   "r2m_jax.models.reward": 2,
   "r2m_jax.models.lora": 2,
   "r2m_jax.generate": 2,
@@ -58,6 +61,7 @@ FLOORS = {
 # (importer, imported) on one floor that are allowed; files of one package may import each other besides.
 SAME_FLOOR = {
   ("r2m_jax.report", "r2m_jax.metrics"),
+  ("r2m_jax.objective", "r2m_jax.config"),
   ("r2m_jax.lab", "r2m_jax.build"),
   ("r2m_jax.lab", "r2m_jax.pretrain"),
 }

@@ -101,7 +101,8 @@ def fit_golden(config, built: Build, workdir: Path, policy, reward):
 def noisy_preferences(config, built: Build, policy) -> dict[str, np.ndarray]:
   """What the proxy learns from: see `preferences`, and a_wins bool[N], as a noisy labeller has it."""
   settings = config.reward
-  train = preferences(config, built, policy, STREAM_PAIRS, goldtask.prompts(config.seed, STREAM_PAIRS, 0, settings.pairs))
+  prompts = goldtask.prompts(config.seed, STREAM_PAIRS, 0, settings.pairs)
+  train = preferences(config, built, policy, STREAM_PAIRS, prompts)
   train["a_wins"] = goldtask.noisy_choice(
     *train["gold"].T, config.seed, temperature=settings.choice_temperature, flip=settings.label_flip
   )
