@@ -1,44 +1,44 @@
 """Known bugs of other RLHF code, one test or more for each: every one fails if we had that bug.
 
-What it guards against                                                                      test
 KL
-  k1 as a loss: its gradient is zero, so the policy drifts freely                           k1_in_the_loss_is_refused
-  k3 as a loss taken for KL(policy || reference): it is the other direction                 k3_in_the_loss_is_the_other_direction
-  a KL in the loss that carries no gradient                                                 kl_in_the_loss_pulls_back
-  KL and ratio off before any update once T is not 1 or sampling is truncated               step_zero_with_temperature_and_truncation
-  policy at T = 1, reference at the rollout's T                                             log_probabilities_are_of_the_distribution_sampled
-  full-vocabulary log-probabilities of samples drawn by top-k or top-p                      the same
-  KL left out of RLOO's baseline                                                            reward_of_the_step_by_hand, kl_is_in_the_baseline
+  k1_in_the_loss_is_refused                  k1 as a loss: its gradient is zero, so the policy drifts freely
+  k3_in_the_loss_is_the_other_direction      k3 as a loss taken for KL(policy || reference)
+  kl_in_the_loss_pulls_back                  a KL in the loss that carries no gradient
+  step_zero_with_temperature_and_truncation  KL not 0 or ratio not 1 before any update, where T is not 1 or with top-p
+  exact_kl_of_one_model_to_itself_is_zero    the same
+  log_probabilities_of_what_is_sampled       policy at T = 1 and reference at the rollout's T, or neither truncated
+  kl_is_in_the_baseline                      KL left out of RLOO's baseline
+  reward_of_the_step_by_hand                 the same in the step; a missing end not punished, or other rows instead
 Ends and padding
-  masks from `token != pad` where pad is eos: the end is never trained                      padding_may_be_eos, the_end_is_trained
-  the ending token cut off the response                                                     the_end_is_trained
-  only one of several eos ids ends a response                                               every_eos_id_ends_a_response
-  end-of-turn marks inside the prompt hidden from attention                                 eos_inside_the_prompt_is_attended
-  a trailing pad id taken for an end                                                        a_sampled_pad_is_a_word
-  padding after the end attended to                                                         padding_is_never_read
-  the score read one token early, or at padding                                             the_reward_model_reads_the_end
-  responses that never end scored like the rest, or the penalty put on the wrong rows       missing_end, reward_of_the_step_by_hand
-  length limits in characters where they are tokens                                         lengths_are_tokens
+  padding_may_be_eos                         masks from `token != pad` where pad is eos: the end is never trained
+  the_end_is_trained                         the ending token cut off the response, or masked in the loss
+  every_eos_id_ends_a_response               only one of several eos ids known
+  eos_inside_the_prompt_is_attended          end-of-turn marks inside the prompt hidden from attention
+  a_sampled_pad_is_a_word                    a pad id at the length limit taken for an end
+  padding_is_never_read                      padding attended to
+  the_reward_model_reads_the_end             the score read one token early, or at padding
+  missing_end                                responses that never end scored like the rest
+  lengths_are_tokens                         limits in characters compared with tokens
 Advantages
-  NaN or noise blown up where a group's scores tie or nearly do                             tied_groups
-  a group of one: baseline 0 or deviation 1 invented                                        a_group_of_one_is_refused
-  rewards clipped after the baseline is taken off                                           rewards_are_clipped_before_the_baseline
-  whitening over padding                                                                    whitening_leaves_padding_out
+  tied_groups                                NaN, or noise blown up, where a group's scores tie or nearly do
+  a_group_of_one_is_refused                  a group of one: a baseline of 0 or a deviation of 1 invented
+  rewards_are_clipped_before_the_baseline    rewards clipped after the baseline is taken off
+  whitening_leaves_padding_out               whitening over padding
 Losses
-  a mean of micro-batch or device means for a token mean                                    token_mean_counts_tokens_of_all_devices
-  a loss that depends on the batch's size, or sequence mean taken for token mean            aggregations_are_what_they_say
-  RLOO with token-averaged losses instead of whole responses                                rloo_is_over_whole_responses
-  ratio always 1 (old log-probabilities are the new ones), epochs never read                the_second_epoch_is_off_policy
-  the optimistic branch of the clip for negative advantages                                 the_clip_is_pessimistic
-  a dual clip that is always on                                                             no_dual_clip_unless_asked
+  token_mean_counts_tokens_of_all_devices    a mean of micro-batch or device means for a token mean
+  aggregations_are_what_they_say             sequence mean for token mean; a loss that grows with the batch
+  rloo_is_over_whole_responses               RLOO with losses averaged over tokens
+  the_second_epoch_is_off_policy             ratio always 1, old log-probabilities being the new; epochs never read
+  the_clip_is_pessimistic                    the optimistic branch of the clip for negative advantages
+  no_dual_clip_unless_asked                  a dual clip that is always on
 Reward model
-  trained with an end of text and queried without                                           one_rendering_for_training_and_rl
-  a truncated answer closed by the template so that it looks finished                       truncated_answers_look_truncated
-  the beginning of text twice                                                               no_double_bos
-  the end overwritten or cut off where the input is too long                                long_inputs_keep_their_end
-  scores cast to the integers of the token ids                                              scores_are_not_cast_to_integers
+  one_rendering_for_training_and_rl          trained with an end of text and queried without
+  truncated_answers_look_truncated           a truncated answer closed by the template so that it looks finished
+  no_double_bos                              the beginning of text twice
+  long_inputs_keep_their_end                 the end overwritten or cut off where the input is too long
+  scores_are_not_cast_to_integers            scores cast to the integers of the token ids
 Sampling
-  the same key in every call; samples of a prompt that are alike                            no_key_is_used_twice
+  no_key_is_used_twice                       the same key in every call; samples of a prompt that are alike
 """
 
 import functools
@@ -83,8 +83,8 @@ class Run:
   def __init__(self):
     self.config = cfg = small.config(
       rollout__temperature=TAU, rollout__top_k=TOP_K, rollout__top_p=TOP_P, kl__placement="reward", kl__estimator="k1",
-      kl__beta=BETA, ppo__aggregation="token_mean", policy__lr=3e-3, shaping__clip=CLIP, shaping__missing_eos="subtract",
-      shaping__missing_eos_penalty=PENALTY,
+      kl__beta=BETA, ppo__aggregation="token_mean", policy__lr=3e-3,
+      shaping__clip=CLIP, shaping__missing_eos="subtract", shaping__missing_eos_penalty=PENALTY,
     )  # fmt: skip
     check_config(cfg)
     self.built, self.start = small.start(cfg)
@@ -206,7 +206,7 @@ def test_exact_kl_of_one_model_to_itself_is_zero():
     np.testing.assert_array_equal(stats.kl, 0)
 
 
-def test_log_probabilities_are_of_the_distribution_sampled(run):
+def test_log_probabilities_of_what_is_sampled(run):
   """Policy and reference, at the rollout's temperature and over the kept tokens, against NumPy."""
   sampling = enumeration.Sampling(TAU, TOP_K, TOP_P)
   old, ref = jax.device_get(run.read(run.after, run.second))
@@ -587,13 +587,12 @@ def test_truncated_answers_look_truncated(kind, renderers):
 def test_no_double_bos(kind, renderers):
   tokenizer = renderers[kind].tokenizer
   bos = tokenizer.hf.bos_token_id
-  for ids in (renderers[kind].ids(ASK, ANSWER), renderers[kind].ids(ASK, ANSWER, truncated=True), tokenizer.render(ASK)):
+  asked = [renderers[kind].ids(ASK, ANSWER, truncated=truncated) for truncated in (False, True)]
+  for ids in (*asked, tokenizer.render(ASK)):
     assert ids.count(bos) == (bos is not None)
   if bos is not None:
     with pytest.raises(TextError, match="doubled BOS"):
-      renderers[kind].ids(tokenizer.hf.bos_token + ASK, ANSWER) if kind == "plain" else tokenizer.render(
-        tokenizer.hf.bos_token + ASK
-      )
+      tokenizer.render(tokenizer.hf.bos_token + ASK)
 
 
 @pytest.mark.parametrize("kind", tiny_text.KINDS)
@@ -636,3 +635,13 @@ def test_no_key_is_used_twice(run):
   np.testing.assert_array_equal(again, first)
   for drawn in (later, other):
     assert (drawn != first).any(1).mean() > 0.8
+
+
+# ---- the table ----
+
+
+def test_the_table_at_the_top_is_complete():
+  named = [line.split()[0] for line in __doc__.splitlines() if line.startswith("  ")]
+  assert sorted(named) == sorted(
+    name.removeprefix("test_") for name in globals() if name.startswith("test_") and "the_table" not in name
+  )
