@@ -107,7 +107,8 @@ def measured_kl(old: Feedback, ref: Feedback, sequences: Sequences) -> jax.Array
 def make_omega(config) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """Builds `w(step, kl)` (eq. 4), driven by the step or by the KL of its samples in nats a sequence."""
   kind, total, target, floor = config.r2m.omega_schedule, config.steps, config.r2m.omega_kl, config.r2m.omega_min
-  return lambda step, kl: omega(kl / target if kind == "kl" else 1.0 * step / total, floor, kind)
+  progress = lambda step, kl: kl / target if kind == "kl" else step.astype(kl.dtype) / total
+  return lambda step, kl: omega(progress(step, kl), floor, kind)
 
 
 def make_score(defs: Defs, config) -> Callable[..., jax.Array]:

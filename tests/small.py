@@ -30,9 +30,9 @@ def perturb(tree, seed: int, size: float = 0.1):
 
 
 @functools.cache
-def models(arch: str, param_dtype: str):
+def models(arch: str, param_dtype: str, ensemble: int):
   """(policy, reward model) on the host: random, unlike each other, with a score head that is not zero."""
-  cfg = config(param_dtype=param_dtype)
+  cfg = config(param_dtype=param_dtype, reward__ensemble=ensemble)
   cfg.policy.arch.update(json.loads(arch))
   built = build.build(cfg, sharding.make_mesh((1, 1, 1)), vocab_size=goldtask.VOCAB_SIZE)
   policy = perturb(build.init_policy(cfg, built, jax.random.key(1)), 1)
@@ -42,7 +42,7 @@ def models(arch: str, param_dtype: str):
 def start(cfg, mesh=(1, 1, 1), ref_noise=0.0):
   """(built, state) of a run's first step."""
   built = build.build(cfg, sharding.make_mesh(mesh), vocab_size=goldtask.VOCAB_SIZE)
-  policy, reward = models(cfg.policy.arch.to_json(), cfg.param_dtype)
+  policy, reward = models(cfg.policy.arch.to_json(), cfg.param_dtype, cfg.reward.ensemble)
   state = build.initial_state(cfg, built, policy, reward["backbone"], reward["phi"])
   if ref_noise:
     ref = jax.device_put(perturb(state.ref, 3, ref_noise), jax.tree.map(lambda x: x.sharding, state.ref))
@@ -50,9 +50,9 @@ def start(cfg, mesh=(1, 1, 1), ref_noise=0.0):
   return built, state
 
 
-def step_of(cfg, built, state):
+def step_of(cfg, built, state, labeller=None):
   layout = sharding.shardings(state, built.mesh)
-  return make_step(built.defs, cfg, built.mesh, (goldtask.EOS,), goldtask.PAD, layout)
+  return make_step(built.defs, cfg, built.mesh, (goldtask.EOS,), goldtask.PAD, layout, labeller)
 
 
 def prompts(cfg, t, left_pad=0):

@@ -17,6 +17,7 @@ from r2m_jax.ops import predicts_response, token_stats
 from r2m_jax.types import Prompts
 
 VOCAB, TAU, T = 6, 0.7, 8
+OPTIONS = ("group_size", "T", "temperature", "eos_ids", "pad_id", "repetition_stop", "greedy_rows")
 ARCH = ArchConfig(vocab_size=VOCAB, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=32)
 
 
@@ -45,9 +46,10 @@ def one(prompts, i):
   return jax.tree.map(lambda x: x[i : i + 1], prompts)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("group_size", "T", "temperature", "eos_ids", "pad_id"))
-def draw(graphdef, state, prompts, step=0, *, group_size=4, T=T, temperature=TAU, eos_ids=(1, 3), pad_id=0):
+@functools.partial(jax.jit, static_argnums=0, static_argnames=OPTIONS)
+def draw(graphdef, state, prompts, step=0, *, group_size=4, T=T, temperature=TAU, eos_ids=(1, 3), pad_id=0, **others):
   settings = dict(group_size=group_size, max_new_tokens=T, temperature=temperature, eos_ids=eos_ids, pad_id=pad_id)
+  settings |= others
   return generate(nnx.merge(graphdef, state), prompts, jax.random.key(5), step, **settings)
 
 
@@ -253,3 +255,31 @@ def test_one_token_is_a_length():
   out, calls = count_down([5, 1, 5], length=1)
   assert len(calls) == 1 and out.has_eos.tolist() == [False, False, True, True, False, False]
   np.testing.assert_array_equal(out.tokens[:, 2:], [[4], [4], [0], [0], [4], [4]])
+
+
+def test_greedy_rows_follow_the_samples(model):
+  """P more rows: those that temperature 0 draws; the samples before them stay what they were."""
+  prompts = notes()
+  plain, both = draw(*model, prompts), draw(*model, prompts, greedy_rows=True)
+  greedy = draw(*model, prompts, group_size=1, temperature=0)
+  for name in ("tokens", "token_mask", "response_mask", "has_eos"):
+    np.testing.assert_array_equal(getattr(both, name)[:12], getattr(plain, name), err_msg=name)
+    np.testing.assert_array_equal(getattr(both, name)[12:], getattr(greedy, name), err_msg=name)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_loop_is_cut_off_and_is_no_end(model, length):
+  """Against a loop over each row of the free run: the first column at which N tokens repeat the N before them."""
+  free = draw(*model, notes(), group_size=16)
+  cut = draw(*model, notes(), group_size=16, repetition_stop=length)
+  rows, lengths = np.asarray(free.tokens)[:, -T:], np.asarray(free.response_mask).sum(1)
+  stopped = 0
+  for i, (row, n) in enumerate(zip(rows, lengths)):
+    ends = [t + 1 for t in range(2 * length - 1, n)
+            if list(row[t + 1 - length : t + 1]) == list(row[t + 1 - 2 * length : t + 1 - length])]  # fmt: skip
+    want = min(ends, default=n)
+    assert cut.response_mask[i].sum() == want
+    np.testing.assert_array_equal(np.asarray(cut.tokens)[i, -T:][:want], row[:want])
+    assert bool(cut.has_eos[i]) == (row[want - 1] in (1, 3))
+    stopped += want < n
+  assert stopped > 0
