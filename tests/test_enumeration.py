@@ -17,13 +17,14 @@ from scipy.stats import chi2
 from configs import default
 from r2m_jax import advantages, losses, ops
 from r2m_jax import config as rules
+from r2m_jax.checks import RATIO_BOUND
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.generate import sample_token
 from r2m_jax.objective import KL_OF_LOGPROBS, make_advantages, make_objective
 from r2m_jax.ops import Truncation, token_stats
 from r2m_jax.types import Experience, Sequences
 
-TOLERANCE = dict(rtol=0, atol=1e-6)
+TOLERANCE = dict(rtol=0, atol=1e-9)  # rounding of float64 leaves about 1e-15
 VOCAB, TAU = 3, 0.7
 KLS = [("loss", "k2"), ("loss", "k3"), ("loss", "exact"),
        ("reward", "k1"), ("reward", "k2"), ("reward", "k3"), ("reward", "exact")]  # fmt: skip
@@ -358,6 +359,19 @@ def test_a_token_that_the_policy_would_drop_by_now_keeps_a_log_probability():
     np.testing.assert_allclose(of_ref[y], log_q[token], rtol=1e-12)
     np.testing.assert_allclose(found.kl[y], enumeration.times_log_ratio(np.exp(log_p), log_p, log_q).sum(), rtol=1e-9)
   assert keep.sum() == 2 and len(set(WIDE.tokens[:, 0])) == 6
+
+
+@pytest.mark.xfail(strict=True, reason="the bound of step 0 does not know that a kept set may differ by its edge")
+def test_rounding_at_the_edge_of_top_p_stays_within_the_bound_of_step_zero():
+  """Two programs that round differently may keep or drop the token at the edge, and the ratio moves by all of it."""
+  logits = np.log([[0.5, 0.4, 0.1]])
+  stats = lambda table: token_stats(
+    lambda h: h @ table, jnp.ones((1, 1, 1)), jnp.zeros((1, 1), jnp.int32), temperature=1.0,
+    truncation=Truncation(top_p=0.9),
+  )  # fmt: skip
+  rounding = np.array([[1e-7, 0, -1e-7]])
+  one, other = (stats(logits + sign * rounding).logprobs[0, 0] for sign in (1, -1))
+  assert abs(np.exp(other - one) - 1) <= RATIO_BOUND["float32"]
 
 
 @pytest.mark.parametrize("kl", [("loss", "k2"), ("loss", "exact")], ids="-".join)
