@@ -27,7 +27,7 @@ from r2m_jax.optim import make_optimizer
 from r2m_jax.pretrain import fit, fit_warm_head, reward_loss, sft_loss
 from r2m_jax.report import format_summary, summary_table, write_report
 from r2m_jax.serve import each_row
-from r2m_jax.step import Labeller, make_learn, make_rollout, pairs_at, pairs_per_step, uses_labels
+from r2m_jax.step import Labeller, make_learn, make_rollout, pairs_at, pairs_per_step, truncated, uses_labels
 from r2m_jax.text import Renderer, as_prompts, bucket, pad_left, responses_of
 from r2m_jax.types import Pairs
 from r2m_jax.variants import VARIANTS
@@ -335,7 +335,7 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
         state, output, rows = step(state, prompts, [data.prompts[i] for i in order[t]])
         output = jax.device_get(output)
         if t == 0:
-          check_step_zero(output.metrics, config.dtype)
+          check_step_zero(output.metrics, config.dtype, truncated=truncated(config))
           print(describe_reward(reward, *rows[0]))
         if t in (0, config.steps - 1):
           append_samples(workdir, samples(config, output, rows, "before" if t == 0 else "after"))

@@ -52,6 +52,7 @@ def ppo_clip(
   metrics = {
     "policy/clip_fraction": masked_mean((clipped != rho).astype(rho.dtype), mask),
     "policy/ratio_deviation": jnp.abs(jnp.where(mask, rho - 1, 0)).max(),
+    "policy/mean_ratio_deviation": masked_mean(jnp.abs(rho - 1), mask),
     "policy/approx_kl": masked_mean(rho - 1 - log_ratio, mask),
   }
   return loss, metrics

@@ -7,7 +7,8 @@ may be in the reward (no gradient, it is credited like any reward) and a part in
   reward, k1              the sampled log-ratio of each token; its score-function gradient is that of the sequence's KL
   reward, exact           the exact KL of each token. The reward can only credit what a token leads to, so the direct
                           derivative is in the loss too; the two together are the gradient of the sequence's KL, with
-                          less variance than k1
+                          less variance than k1 (for RLOO, ReMax and PPO with gamma = lambda = 1; what divides the
+                          advantage scales the first part alone)
   reward, k2 and k3       as any other reward: penalties, and not the gradient of a KL
 """
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx, struct
 from jax.sharding import Mesh
@@ -30,7 +31,7 @@ from r2m_jax.ops import Truncation, combine, masked_mean, masked_sum, predicts_r
 from r2m_jax.schedules import kl_weight, omega
 from r2m_jax.sharding import constrain_batch
 from r2m_jax.types import Experience, Feedback, Judged, Pairs, Prompts, Sequences, TrainState
-from r2m_jax.variants import VARIANTS, States, feed_back
+from r2m_jax.variants import VARIANTS, States, feed_back, other_rows
 
 # what a step's key is for
 KEY_SHUFFLE, KEY_NOISE, KEY_REFRESHED_NOISE, KEY_PAIR_NOISE = range(2**31 - 1, 2**31 - 5, -1)
@@ -89,11 +90,11 @@ def make_read(config) -> Callable[..., tuple[Feedback, Feedback]]:
   Where sampling is truncated, the reference is normalised over the tokens that the policy may sample.
   """
   settings = sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=config.logits_chunk)
-  truncated = settings["truncation"] != Truncation()
+  needs_support = truncated(config)
 
   def read(policy: Transformer, ref: Transformer, sequences: Sequences) -> tuple[Feedback, Feedback]:
     old = read_feedback(policy, sequences, **settings)
-    support = (policy.logits, old.last_hidden) if truncated else None
+    support = (policy.logits, old.last_hidden) if needs_support else None
     return old, read_feedback(ref, sequences, **settings, support=support)
 
   return read
@@ -127,18 +128,21 @@ def make_score(defs: Defs, config) -> Callable[..., jax.Array]:
 def make_judge(defs: Defs, config) -> Callable[..., tuple[Judged, States]]:
   """Builds `judge(state, w, sequences, old, ref, reward_tokens, reward_mask)`: annotate (algorithm 1, step 2).
 
-  old and ref are what policy and reference say of the sequences. Also returns the backbone's own states.
+  old and ref are what policy and reference say of the sequences, of which the first `sampled` are samples and the rest
+  the greedy rows of "remax". Also returns the backbone's own states.
   """
   variant, score = VARIANTS[config.variant], make_score(defs, config)
   together = dict(how=config.reward.combine, variance_weight=config.reward.variance_weight)
 
-  def judge(state: TrainState, w, sequences: Sequences, old: Feedback, ref: Feedback, reward_tokens, reward_mask):
+  def judge(
+    state: TrainState, w, sequences: Sequences, old: Feedback, ref: Feedback, reward_tokens, reward_mask, *, sampled: int
+  ):
     backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
     rte, hidden = read_reward_states(backbone, reward_tokens, reward_mask)
     own, mask = States(hidden, reward_mask), sequences.token_mask
     states = feed_back(
       variant.feedback, States(old.hidden, mask), States(ref.hidden, mask), own, step_key(state, KEY_NOISE),
-      shift=len(rte) // 2,
+      others=other_rows(len(rte), sampled),
     )  # fmt: skip
     head = state.reward_head if state.reward_average is None else state.reward_average
     scores, frozen = score(head, rte, states, w), member_scores(nnx.merge(defs.phi, state.reward_frozen), rte)
@@ -259,7 +263,8 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
     rte, own = read_reward_states(backbone, pairs.reward_tokens, pairs.reward_mask)
     fed = feed_back(
       variant.feedback, states(defs.open_policy(policy_state, state.ref)), states(defs.open_ref(state.ref)),
-      States(own, pairs.reward_mask), step_key(state, KEY_PAIR_NOISE), shift=1,
+      States(own, pairs.reward_mask), step_key(state, KEY_PAIR_NOISE),
+      others=np.roll(np.arange(len(rte)), 1),
     )  # fmt: skip
     return rte, fed, pairs.weight
 
@@ -276,7 +281,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
     kl = measured_kl(*first_rows((old, ref, sequences)))
     w = omega_at(state.step, kl)
     beta, next_beta = kl_weight(controller, state.beta, kl, **toward)
-    judged, own = judge(state, w, sequences, old, ref, reward_tokens, reward_mask)
+    judged, own = judge(state, w, sequences, old, ref, reward_tokens, reward_mask, sampled=sampled)
     scores = shape_scores(judged.scores, sequences.response_mask.sum(-1), sequences.has_eos, shaping)
     greedy_scores = scores[sampled:] if algorithm == "remax" else None
     scores, judged, own, old, ref, sequences = first_rows((scores, judged, own, old, ref, sequences))
@@ -305,7 +310,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
     if variant.trained:
       states = feed_back(
         variant.feedback, States(refreshed, sequences.token_mask), States(ref.hidden, sequences.token_mask), own,
-        step_key(state, KEY_REFRESHED_NOISE), shift=sampled // 2,
+        step_key(state, KEY_REFRESHED_NOISE), others=other_rows(sampled, sampled),
       )  # fmt: skip
       labelled = None if pairs is None else read_labelled(state, new_policy, pairs)
       head, reward_opt, reward_metrics = update_reward(state, judged, states, w, labelled)
@@ -325,6 +330,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       "truncated": 1 - sequences.has_eos.mean(dtype=judged.scores.dtype),
       "policy/old_ref_deviation": jnp.abs(jnp.where(mask, old.logprobs - ref.logprobs, 0)).max(),
       "policy/first_ratio_deviation": first["policy/ratio_deviation"],
+      "policy/first_mean_ratio_deviation": first["policy/mean_ratio_deviation"],
       "policy/first_loss": first["policy/loss"],
       "policy/clip_fraction": updates["policy/clip_fraction"][-1],
       "policy/ratio_deviation": updates["policy/ratio_deviation"].max(),
@@ -359,6 +365,11 @@ def sampling(config) -> dict:
   return dict(
     temperature=rollout.temperature, truncation=Truncation(rollout.top_k, rollout.top_p, rollout.min_p)
   )  # fmt: skip
+
+
+def truncated(config) -> bool:
+  """Whether some tokens may never be sampled."""
+  return sampling(config)["truncation"] != Truncation()
 
 
 def make_rollout(defs: Defs, config, mesh: Mesh, eos_ids: tuple[int, ...], pad_id: int):

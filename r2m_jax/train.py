@@ -19,7 +19,7 @@ from r2m_jax.lab.stages import STREAM_RL, STREAM_TABLE, fit_golden, fit_head, fi
 from r2m_jax.lab.turnover import BIN, turnover, turnover_table
 from r2m_jax.metrics import Metrics, append_samples, progress, read_metrics, write_atomic
 from r2m_jax.report import format_summary, summary_table, write_report
-from r2m_jax.step import make_judge, make_omega, make_read, make_step, measured_kl, sampling, uses_labels
+from r2m_jax.step import make_judge, make_omega, make_read, make_step, measured_kl, sampling, truncated, uses_labels
 from r2m_jax.variants import VARIANTS
 
 
@@ -111,7 +111,7 @@ def run_arm(config, built: Build, workdir: Path, policy, reward) -> None:
       out = jax.device_get(out)
       metrics = out.metrics | gold_metrics(out, config.rollout.group_size)
       if t == 0:
-        check_step_zero(metrics, config.dtype)
+        check_step_zero(metrics, config.dtype, truncated=truncated(config))
       log.log(t, metrics)
       bar.update(gold=metrics["reward/gold"], frozen=metrics["reward/frozen"], kl=metrics["kl"])
       if (t + 1) % config.log.checkpoint_every == 0 or t + 1 == config.steps:
@@ -154,7 +154,7 @@ def make_table(config, built: Build):
     )  # fmt: skip
     old, ref = read(built.defs.open_policy(state.policy, state.ref), built.defs.open_ref(state.ref), sequences)
     w = omega_at(state.step, measured_kl(old, ref, sequences))
-    return sequences, judge(state, w, sequences, old, ref, sequences.tokens, sequences.token_mask)[0]
+    return sequences, judge(state, w, sequences, old, ref, sequences.tokens, sequences.token_mask, sampled=count)[0]
 
   def table(state, when: str) -> list[dict]:
     sequences, judged = jax.device_get(sample(state))

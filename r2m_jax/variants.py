@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from r2m_jax.ops import at_least_f32, masked_mean
 
@@ -48,13 +49,13 @@ class States(NamedTuple):
   mask: jax.Array  # bool[B, S], True on real tokens
 
 
-def feed_back(kind: str, policy: States, ref: States, own: States, key: jax.Array, *, shift: int) -> States:
+def feed_back(kind: str, policy: States, ref: States, own: States, key: jax.Array, *, others) -> States:
   """The states that the reward model reads as policy feedback.
 
     policy      the policy's own: the method
     noise       Gaussian, with the mean and variance that each feature of the policy's states has over this batch
     constant    ones: the parameters of the attention without anything to read
-    shuffled    the policy's states over another trajectory, `shift` rows before
+    shuffled    the policy's states over another trajectory: row i reads row others[i]; see `other_rows`
     reference   those of the policy as it was at the start
     own_states  the reward backbone's, over its own tokens
     ""          no one reads them
@@ -70,5 +71,13 @@ def feed_back(kind: str, policy: States, ref: States, own: States, key: jax.Arra
   if kind == "constant":
     return States(jnp.ones_like(policy.hidden), policy.mask)
   if kind == "shuffled":
-    return States(*(jnp.roll(x, shift, 0) for x in policy))
+    return States(*(x[others] for x in policy))
   return {"": policy, "policy": policy, "reference": ref, "own_states": own}[kind]
+
+
+def other_rows(rows: int, sampled: int) -> np.ndarray:
+  """For each row one of another prompt, wherever there are two prompts or more: i32[rows].
+
+  Of the `sampled` rows that half a batch away; of the greedy rows that follow them, one a prompt, the one before.
+  """
+  return np.concatenate([np.roll(np.arange(sampled), sampled // 2), np.roll(np.arange(sampled, rows), 1)])

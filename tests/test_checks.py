@@ -47,3 +47,14 @@ def test_step_zero_refuses_what_is_off(ratio, kl, message):
   checks.check_step_zero({"policy/first_ratio_deviation": 2e-5, "policy/old_ref_deviation": 0.0}, "float32")
   with pytest.raises(checks.IdentityError, match=message):
     checks.check_step_zero({"policy/first_ratio_deviation": ratio, "policy/old_ref_deviation": kl}, "float32")
+
+
+def test_single_tokens_may_be_off_where_rounding_alone_moves_them():
+  """Truncated sampling and bfloat16 are held to the mean, which a real mistake moves as well."""
+  edge = {"policy/first_ratio_deviation": 0.1, "policy/first_mean_ratio_deviation": 1e-6, "policy/old_ref_deviation": 0.0}
+  checks.check_step_zero(edge, "float32", truncated=True)
+  checks.check_step_zero(edge, "bfloat16")
+  with pytest.raises(checks.IdentityError, match="max"):
+    checks.check_step_zero(edge, "float32")
+  with pytest.raises(checks.IdentityError, match="mean"):
+    checks.check_step_zero(edge | {"policy/first_mean_ratio_deviation": 0.03}, "bfloat16")

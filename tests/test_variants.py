@@ -12,7 +12,7 @@ from r2m_jax.lab.labels import gold_labeller
 from r2m_jax.objective import shape_scores
 from r2m_jax.ops import combine
 from r2m_jax.step import pairs_at, pairs_per_step
-from r2m_jax.variants import VARIANTS, States, feed_back
+from r2m_jax.variants import VARIANTS, States, feed_back, other_rows
 
 STEPS = 3
 ALGORITHMS = {
@@ -96,7 +96,7 @@ def states(rows=6, length=5, size=4, seed=0):
 
 def test_feedback_controls_read_what_they_say():
   policy, ref, own = (states(rows=400, seed=i) for i in range(3))
-  read = lambda kind: feed_back(kind, policy, ref, own, jax.random.key(0), shift=2)
+  read = lambda kind: feed_back(kind, policy, ref, own, jax.random.key(0), others=np.roll(np.arange(400), 2))
   assert read("policy") is policy and read("reference") is ref and read("own_states") is own
   noise = read("noise")
   real = np.asarray(policy.mask)
@@ -112,11 +112,11 @@ def test_feedback_controls_read_what_they_say():
 
 def test_no_trajectory_keeps_its_own_states_when_shuffled():
   """Half the batch is a shift to another prompt, for any number of prompts from two on."""
-  for prompts in (2, 3, 5):
-    rows, K = prompts * 4, 4
-    ids = jnp.arange(rows)[:, None, None] // K
-    moved = feed_back("shuffled", States(ids, ids[..., 0] >= 0), None, None, None, shift=rows // 2).hidden
-    assert (np.asarray(moved)[:, 0, 0] != np.arange(rows) // K).all()
+  for prompts, K in ((2, 2), (2, 4), (3, 4), (5, 2), (5, 3)):
+    prompt_of = np.concatenate([np.repeat(np.arange(prompts), K), np.arange(prompts)])  # samples, then greedy rows
+    for rows in (prompts * K, prompts * (K + 1)):
+      others = other_rows(rows, prompts * K)
+      assert sorted(others) == list(range(rows)) and (prompt_of[others] != prompt_of[:rows]).all()
 
 
 def test_budget_of_labels_is_spent_evenly():
