@@ -88,6 +88,6 @@ def check_step_zero(metrics: dict, dtype: str, *, truncated: bool = False) -> No
   ratio, kl, bound = metrics[name], metrics["policy/old_ref_deviation"], RATIO_BOUND[dtype]
   print(f"step 0   {what} {ratio:.1e} (bound {bound:.0e}), max |old - reference log-prob| {kl:.1e} (bound 0)")
   if not ratio <= bound:
-    raise IdentityError(f"{what} is {ratio:.2e} before any update, more than {bound:.0e} in {dtype}")
+    raise IdentityError(f"the ratio is off before any update: {what} is {ratio:.2e}, more than {bound:.0e} in {dtype}")
   if kl != 0:
     raise IdentityError(f"old and reference log-probabilities differ by {kl:.2e} nats, yet their weights are the same")

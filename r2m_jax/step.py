@@ -135,7 +135,7 @@ def make_judge(defs: Defs, config) -> Callable[..., tuple[Judged, States]]:
   together = dict(how=config.reward.combine, variance_weight=config.reward.variance_weight)
 
   def judge(
-    state: TrainState, w, sequences: Sequences, old: Feedback, ref: Feedback, reward_tokens, reward_mask, *, sampled: int
+    state: TrainState, w, sequences: Sequences, old: Feedback, ref: Feedback, reward_tokens, reward_mask, *, sampled
   ):
     backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
     rte, hidden = read_reward_states(backbone, reward_tokens, reward_mask)

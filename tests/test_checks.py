@@ -51,7 +51,8 @@ def test_step_zero_refuses_what_is_off(ratio, kl, message):
 
 def test_single_tokens_may_be_off_where_rounding_alone_moves_them():
   """Truncated sampling and bfloat16 are held to the mean, which a real mistake moves as well."""
-  edge = {"policy/first_ratio_deviation": 0.1, "policy/first_mean_ratio_deviation": 1e-6, "policy/old_ref_deviation": 0.0}
+  names = ("policy/first_ratio_deviation", "policy/first_mean_ratio_deviation", "policy/old_ref_deviation")
+  edge = dict(zip(names, (0.1, 1e-6, 0.0)))
   checks.check_step_zero(edge, "float32", truncated=True)
   checks.check_step_zero(edge, "bfloat16")
   with pytest.raises(checks.IdentityError, match="max"):
