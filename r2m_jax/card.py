@@ -44,7 +44,7 @@ def write_card(folder: Path, config, workdir: Path, *, kind: str, bases: list[st
     rule: how a reward model's input is rendered.
   """
   task = config.task
-  names = [base if base.count("/") == 1 and not base.startswith((".", "/")) else Path(base).name for base in bases]
+  names = [Path(base).name if Path(base).expanduser().is_dir() else base for base in bases]
   trained = {"policy": "policy", "adapters": "policy (LoRA adapters)"}.get(kind, "reward model")
   head = ["---", "library_name: " + ("peft" if kind == "adapters" else "transformers")]
   # only a hub name may stand here: the hub refuses cards whose base_model it cannot find
