@@ -167,7 +167,8 @@ def _end_of_turn(hf) -> int | None:
   try:
     text = hf.apply_chat_template([*messages, {"role": "assistant", "content": mark}], tokenize=False)
   except TemplateError as error:
-    raise TextError(f"the chat template of {hf.name_or_path} cannot render a question and its answer: {error}") from None
+    source = hf.name_or_path
+    raise TextError(f"the chat template of {source} cannot render a question and its answer: {error}") from None
   after = hf(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"] if mark in text else []
   special = {*hf.all_special_ids, *(i for i, token in hf.added_tokens_decoder.items() if token.special)}
   return next((i for i in after if i in special), None)

@@ -54,7 +54,9 @@ def run(cfg, workdir):
 def r2m_run(folders, tmp_path_factory):
   """Three R2M steps across families and tokenizers, with every reward-model input recorded."""
   tmp_path = tmp_path_factory.mktemp("r2m")
-  cfg = small(folders, tmp_path, data__train=write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS]))
+  rows = [{"prompt": p} for p in PROMPTS]
+  # all prompts in each step: their longest is one length, so there is one program
+  cfg = small(folders, tmp_path, data__train=write(tmp_path / "data.jsonl", rows), rollout__prompts=len(rows))
   seen = []
   original = finetune.make_two_part_step
 
@@ -238,7 +240,8 @@ def test_sft_from_a_folder(folders, tmp_path, capsys):
     nll -= logp[range(len(response)), response].mean().item() / len(rows)
   assert nll < losses[0] - 0.3
   assert (out / "policy/chat_template.jinja").exists() and "supervised" in (out / "policy/README.md").read_text()
-  assert "within 1e-04" in capsys.readouterr().out
+  shown = capsys.readouterr().out
+  assert "within 1e-04" in shown and "tokens: 'the mat.<|im_end|>'" in shown
   cfg.data.max_prompt_length = 1
   with pytest.raises(DataError, match="no row of .* is within config.data.max_prompt_length"):
     finetune.run(cfg, tmp_path / "again")
@@ -277,7 +280,7 @@ def test_reward_from_a_folder(start, folders, tmp_path, capsys):
 def test_every_family_in_every_task(policy, reward, tmp_path, capsys):
   """sft of a policy, reward training of another family's classifier, and R2M from what the two leave."""
   tiny_text.model(policy, "chatml", tmp_path / "policy")
-  tiny_text.model(reward, "llama3", tmp_path / "reward", classifier=True, hidden_size=48)
+  tiny_text.model(reward, "llama3", tmp_path / "reward", classifier=True, hidden_size=64)
   rows = [{"prompt": p, "response": "the mat."} for p in PROMPTS]
   stages = dict(
     sft=(rows, dict(reward__path="")), reward=(PAIRS, dict(policy__path="")),
