@@ -44,11 +44,12 @@ def write_card(folder: Path, config, workdir: Path, *, kind: str, bases: list[st
     rule: how a reward model's input is rendered.
   """
   task = config.task
-  names = [base if base.count("/") == 1 and not base.startswith((".", "/")) else Path(base).name for base in bases]
+  hub = [base for base in bases if not Path(base).expanduser().is_dir()]
+  names = [base if base in hub else Path(base).name for base in bases]
   trained = {"policy": "policy", "adapters": "policy (LoRA adapters)"}.get(kind, "reward model")
   head = ["---", "library_name: " + ("peft" if kind == "adapters" else "transformers")]
   # only a hub name may stand here: the hub refuses cards whose base_model it cannot find
-  head += ["base_model:", *(f"- {n}" for n, b in zip(names, bases) if n == b)] if names[0] == bases[0] else []
+  head += ["base_model:", *(f"- {name}" for name in hub)] if bases[0] in hub else []
   head += ["tags:", "- r2m_jax", f"- {'reward-model' if 'reward' in kind else 'text-generation'}", "---"]
   data = Path(config.data.train).name if config.data.train else "the gold-reward task"
   value = lambda field: _get(config, field)

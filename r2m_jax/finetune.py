@@ -113,6 +113,7 @@ def sft_arrays(config, policy: Policy, rows: list[dict]) -> dict[str, np.ndarray
   end = [] if tokenizer.end_id is None else [tokenizer.end_id]
   pair = lambda r: (tokenizer.render(r["prompt"]), tokenizer.encode(r["response"], special=False) + end)
   ids = each_row(rows, pair, config.data.train)
+  print(f"response {len(ids[0][1])} tokens: {tokenizer.hf.decode(ids[0][1])!r}")
   ids = [ids[i] for i in keep(rows, ids, config, "sft")]
   tokens, mask = pad_left([prompt for prompt, _ in ids], tokenizer.pad_id)
   # a row read backwards pads it on the right

@@ -4,6 +4,7 @@ Everything here runs on the host. Reward training, RL and evaluation all turn (p
 tokens by `Renderer.ids`; its `contract` is stored with a reward model and compared when one is loaded.
 """
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -18,6 +19,8 @@ from r2m_jax.types import Prompts, Sequences
 JOINER = " "  # between prompt and response, for a reward model without a chat template
 SHORTEST = 16  # tokens; padded lengths are this, times a power of two or 1.5 times one
 CONTRACT_FORMAT = 1
+# Put before a template, it hides the function by which some templates write today's date.
+NO_DATE = "{% macro strftime_now(format) %}a day{% endmacro %}"
 
 Prompt = str | list[dict[str, str]]  # text, or messages [{"role": ..., "content": ...}]
 
@@ -78,7 +81,14 @@ class Tokenizer:
   def _template(self, messages: list[dict], then: str = "", **kwargs) -> list[int]:
     if not self.has_template:
       raise TextError(self._no_template(messages))
-    return self.encode(self.hf.apply_chat_template(messages, tokenize=False, **kwargs) + then, special=False)
+    from jinja2 import TemplateError
+
+    try:
+      text = self.hf.apply_chat_template(messages, tokenize=False, **kwargs)
+    except TemplateError as error:  # such as a template that knows no system role
+      shown = json.dumps(messages, ensure_ascii=False)[:120]
+      raise TextError(f"the chat template of {self.source} refuses {shown}: {error}; change the messages") from None
+    return self.encode(text + then, special=False)
 
   def _no_template(self, messages) -> str:
     return (
@@ -126,7 +136,7 @@ def load_tokenizer(folder: str | pathlib.Path, vocab_size: int | None = None) ->
   folder = pathlib.Path(folder)
   try:
     hf = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-  except (OSError, ValueError, KeyError) as error:
+  except (OSError, ValueError, KeyError, ImportError) as error:
     raise TextError(f"{folder} holds no tokenizer that transformers reads (tokenizer.json): {error}") from None
   end = _end_of_turn(hf)
   own = [] if hf.eos_token_id is None else [hf.eos_token_id]
@@ -151,8 +161,14 @@ def _end_of_turn(hf) -> int | None:
   """The special token that the chat template puts after an assistant's answer; None where there is none."""
   if not hf.chat_template:
     return None
+  from jinja2 import TemplateError
+
   messages, mark = [{"role": "user", "content": "a"}], "answerhere"
-  text = hf.apply_chat_template([*messages, {"role": "assistant", "content": mark}], tokenize=False)
+  try:
+    text = hf.apply_chat_template([*messages, {"role": "assistant", "content": mark}], tokenize=False)
+  except TemplateError as error:
+    source = hf.name_or_path
+    raise TextError(f"the chat template of {source} cannot render a question and its answer: {error}") from None
   after = hf(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"] if mark in text else []
   special = {*hf.all_special_ids, *(i for i, token in hf.added_tokens_decoder.items() if token.special)}
   return next((i for i in after if i in special), None)
@@ -234,10 +250,11 @@ class Renderer:
   @property
   def contract(self) -> dict[str, Any]:
     """What must not change between the training of a reward model and its use. JSON types only."""
-    tokenizer, template = self.tokenizer, self.tokenizer.hf.chat_template or ""
-    template = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    probe = [("What is 2 + 2?", "It is 4.", truncated) for truncated in (False, True)]
-    probe = [Renderer(tokenizer).ids(p, r, truncated=t) for p, r, t in probe]
+    tokenizer = self.tokenizer
+    template = tokenizer.hf.get_chat_template() if tokenizer.has_template else ""
+    undated = dataclasses.replace(tokenizer, hf=copy.copy(tokenizer.hf))
+    undated.hf.chat_template = template and NO_DATE + template  # a contract must hold tomorrow
+    probe = [Renderer(undated).ids("What is 2 + 2?", "It is 4.", truncated=truncated) for truncated in (False, True)]
     bos = tokenizer.hf.bos_token_id
     return {
       "format": CONTRACT_FORMAT,

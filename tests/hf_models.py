@@ -44,10 +44,10 @@ CASES = {
 }
 
 
-def make(case: str, folder, *, classifier: bool = False, labels: int = 1, seed: int = 0, **changes):
+def make(case: str, folder, *, classifier: bool = False, labels: int = 1, seed: int = 0, shard="5GB", **changes):
   """Saves a random float32 model of `case` to `folder` and returns it. No parameter, norm or bias is at its default.
 
-  `changes` are fields of its config.
+  `shard` is the size of a file; `changes` are fields of its config.
   """
   model_type, fields = CASES[case]
   config_class = transformers.AutoConfig.for_model(model_type).__class__
@@ -59,5 +59,5 @@ def make(case: str, folder, *, classifier: bool = False, labels: int = 1, seed: 
   with torch.no_grad():
     for parameter in model.parameters():
       parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5))
-  model.save_pretrained(folder)
+  model.save_pretrained(folder, max_shard_size=shard)
   return model.float().eval()

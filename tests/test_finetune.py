@@ -14,6 +14,7 @@ import transformers
 from test_serve import ASK, config, read, their_scores, write
 
 from r2m_jax import export, finetune, main, parity, serve
+from r2m_jax.card import write_card
 from r2m_jax.config import ConfigError
 from r2m_jax.data.jsonl import DataError
 from r2m_jax.folders import HEAD_CONFIG, HEAD_WEIGHTS, RENDERER, FolderError, load_policy, load_reward
@@ -53,7 +54,9 @@ def run(cfg, workdir):
 def r2m_run(folders, tmp_path_factory):
   """Three R2M steps across families and tokenizers, with every reward-model input recorded."""
   tmp_path = tmp_path_factory.mktemp("r2m")
-  cfg = small(folders, tmp_path, data__train=write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS]))
+  rows = [{"prompt": p} for p in PROMPTS]
+  # all prompts in each step: their longest is one length, so there is one program
+  cfg = small(folders, tmp_path, data__train=write(tmp_path / "data.jsonl", rows), rollout__prompts=len(rows))
   seen = []
   original = finetune.make_two_part_step
 
@@ -188,6 +191,20 @@ def test_model_card(r2m_run):
   assert "| reward/used |" in card and "r2m_head.R2MHead.from_folder" in card and str(workdir.parent) not in card
 
 
+def test_only_hub_names_are_base_models(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "runs/mine").mkdir(parents=True)
+  cfg = config(task="r2m", data__train="data.jsonl")
+  for bases, shown, listed in (
+    (["someone/model", "runs/mine"], "from someone/model, mine, made", "base_model:\n- someone/model\ntags:"),
+    (["runs/mine"], "from mine, made", None),
+    (["runs"], "from runs, made", None),
+  ):
+    write_card(tmp_path, cfg, tmp_path / "work", kind="policy", bases=bases)
+    card = (tmp_path / "README.md").read_text()
+    assert shown in card and (listed in card if listed else "base_model" not in card)
+
+
 def test_a_reward_checkpoint_of_another_template_is_refused(r2m_run, folders, tmp_path):
   cfg, workdir, _ = r2m_run
   import shutil
@@ -223,7 +240,8 @@ def test_sft_from_a_folder(folders, tmp_path, capsys):
     nll -= logp[range(len(response)), response].mean().item() / len(rows)
   assert nll < losses[0] - 0.3
   assert (out / "policy/chat_template.jinja").exists() and "supervised" in (out / "policy/README.md").read_text()
-  assert "within 1e-04" in capsys.readouterr().out
+  shown = capsys.readouterr().out
+  assert "within 1e-04" in shown and "tokens: 'the mat.<|im_end|>'" in shown
   cfg.data.max_prompt_length = 1
   with pytest.raises(DataError, match="no row of .* is within config.data.max_prompt_length"):
     finetune.run(cfg, tmp_path / "again")
@@ -252,6 +270,34 @@ def test_reward_from_a_folder(start, folders, tmp_path, capsys):
   chosen = their_scores(model, [reward.renderer.ids(row["prompt"], row["chosen"]) for row in PAIRS])
   rejected = their_scores(model, [reward.renderer.ids(row["prompt"], row["rejected"]) for row in PAIRS])
   assert np.mean(chosen) > np.mean(rejected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("policy, reward", [
+  ("llama3.1", "gemma2"), ("mistral", "pythia"), ("qwen2", "llama2"), ("qwen3", "mistral"), ("gemma2", "gemma3"),
+  ("gemma3", "qwen2"), ("pythia", "qwen3"), ("neox_sequential", "llama3.1"),
+])  # fmt: skip
+def test_every_family_in_every_task(policy, reward, tmp_path, capsys):
+  """sft of a policy, reward training of another family's classifier, and R2M from what the two leave."""
+  tiny_text.model(policy, "chatml", tmp_path / "policy")
+  tiny_text.model(reward, "llama3", tmp_path / "reward", classifier=True, hidden_size=64)
+  rows = [{"prompt": p, "response": "the mat."} for p in PROMPTS]
+  stages = dict(
+    sft=(rows, dict(reward__path="")), reward=(PAIRS, dict(policy__path="")),
+    r2m=(rows, dict(policy__path=str(tmp_path / "sft/export/policy"),
+                    reward__path=str(tmp_path / "reward_run/export/reward"))),
+  )  # fmt: skip
+  for task, (data, paths) in stages.items():
+    data = write(tmp_path / f"{task}.jsonl", data)
+    out = run(small(tmp_path, tmp_path, task=task, data__train=data, **paths),
+              tmp_path / ("reward_run" if task == "reward" else task))  # fmt: skip
+    names = {"sft": {"policy"}, "reward": {"reward"}, "r2m": {"policy", "reward"}}[task]
+    assert {path.name for path in out.iterdir()} == names
+  shown = capsys.readouterr().out
+  print("\n".join(line for line in shown.splitlines() if line.startswith("parity")))
+  assert shown.count("within 1e-04") == 4 and "ABOVE" not in shown
+  values = [row["reward/used"] for row in read(tmp_path / "r2m/metrics.jsonl") if row["stage"] == "rl"]
+  assert len(values) == 3 and np.isfinite(values).all()
 
 
 def test_what_a_run_needs(folders, tmp_path):

@@ -15,13 +15,16 @@ import transformers
 from flax import nnx
 
 from r2m_jax import sharding
+from r2m_jax.generate import generate
 from r2m_jax.models import pretrained, transformer
 from r2m_jax.models.arch import ArchConfig, RopeScaling
 from r2m_jax.models.pretrained import PretrainedError, load_pretrained, save_pretrained
+from r2m_jax.types import Prompts
 
+BOUND = 1e-4  # what is promised of logits and scores
 TOLERANCE = 3e-6  # of the largest logit; measured 5e-7 to 1.1e-6
-LENGTH, PREFILL = 14, 9  # longer than every window of hf_models
-PADDING = (5, 1, 0)
+LENGTH, PREFILL, CONTINUED = 14, 10, 32  # tokens; longer than every window of hf_models
+PADDING = (9, 5, 1, 0)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +36,9 @@ def saved(tmp_path_factory):
     key = (case, classifier, *kwargs.items())
     if key not in made:
       folder = tmp_path_factory.mktemp(f"{case}-{'classifier' if classifier else 'policy'}")
-      made[key] = folder, hf_models.make(case, folder, classifier=classifier, **kwargs)
+      shard = "5GB" if classifier else "30KB"  # policies lie in several files
+      made[key] = folder, hf_models.make(case, folder, classifier=classifier, shard=shard, **kwargs)
+      assert len(list(folder.glob("*.safetensors"))) == 1 if classifier else (folder / pretrained.INDEX).exists()
     return made[key]
 
   return get
@@ -74,31 +79,42 @@ def assert_close(ours, reference):
 
 @pytest.mark.parametrize("case", hf_models.CASES)
 def test_policy_equals_transformers(case, saved):
+  """Logits over left-padded prompts and what follows them, at once and with a cache; the greedy continuation."""
   folder, model = saved(case)
   tokens, mask = batch()
   ours = load_pretrained(folder)
 
   @jax.jit
-  def both(state, tokens, mask):
-    m = nnx.merge(ours.graphdef, state)
-    full = m(tokens, mask).hidden
-    cache = m.init_cache(tokens.shape[0], LENGTH + 2)
-    out = m(tokens[:, :PREFILL], mask[:, :PREFILL], cache=cache, cache_index=0)
+  def continued(state, tokens, mask):
+    m, prompts = nnx.merge(ours.graphdef, state), Prompts(tokens, mask, jnp.arange(len(tokens)))
+    out = generate(m, prompts, jax.random.key(0), 0, group_size=1, max_new_tokens=CONTINUED, temperature=0,
+                   eos_ids=(), pad_id=0)  # fmt: skip
+    cache = m.init_cache(tokens.shape[0], LENGTH + CONTINUED)
+    first = m(tokens[:, :PREFILL], mask[:, :PREFILL], cache=cache, cache_index=0)
 
     def decode(cache, t):
       at = lambda x: jax.lax.dynamic_slice_in_dim(x, t, 1, 1)
-      out = m(at(tokens), at(mask), cache=cache, cache_index=t)
-      return out.cache, out.hidden[:, 0]
+      one = m(at(out.tokens), at(out.token_mask), cache=cache, cache_index=t)
+      return one.cache, one.hidden[:, 0]
 
-    _, rest = jax.lax.scan(decode, out.cache, jnp.arange(PREFILL, LENGTH))
-    return m.logits(full), m.logits(jnp.concatenate([out.hidden, rest.swapaxes(0, 1)], 1))
+    _, rest = jax.lax.scan(decode, first.cache, jnp.arange(PREFILL, LENGTH + CONTINUED))
+    cached = jnp.concatenate([first.hidden, rest.swapaxes(0, 1)], 1)
+    return out, m.logits(m(out.tokens, out.token_mask).hidden), m.logits(cached)
 
-  full, cached = both(ours.state, tokens, mask)
-  reference = theirs(model, tokens, mask)
-  print(f"{case}: {np.abs(full - reference)[mask].max() / np.abs(reference[mask]).max():.1e} of the largest logit")
-  assert_close(np.asarray(full)[mask], reference[mask])
-  assert_close(np.asarray(cached)[mask], np.asarray(full)[mask])
-  assert np.isfinite(full).all() and np.isfinite(cached).all()
+  out, logits, cached = jax.device_get(continued(ours.state, tokens, mask))
+  for i, pad in enumerate(PADDING):
+    with torch.no_grad():  # one row at a time, without padding
+      row = model.generate(torch.tensor(tokens[i : i + 1, pad:]).long(), max_new_tokens=CONTINUED, do_sample=False,
+                           eos_token_id=None, pad_token_id=0)  # fmt: skip
+    assert out.tokens[i, pad:].tolist() == row[0].tolist(), i
+  reference, real = theirs(model, out.tokens, out.token_mask), out.token_mask
+  assert real.sum(1).tolist() == [LENGTH - pad + CONTINUED for pad in PADDING]
+  assert np.isfinite(logits).all() and np.isfinite(cached).all()
+  largest = np.abs(logits - reference)[real].max()
+  print(f"{case}: max |logit difference| {largest:.1e}, the largest logit {np.abs(reference[real]).max():.1f}")
+  assert largest <= BOUND
+  assert_close(logits[real], reference[real])
+  assert_close(cached[real], logits[real])
 
 
 @pytest.mark.parametrize("case", hf_models.CASES)
@@ -110,7 +126,9 @@ def test_classifier_equals_transformers(case, saved):
   score = jax.jit(lambda state, kernel: nnx.merge(ours.graphdef, state)(tokens, mask).hidden[:, -1] @ kernel)
   # one row at a time without padding: with pad None transformers reads the last column, whatever its token
   reference = [theirs(model, tokens[i : i + 1, pad:], mask[i : i + 1, pad:])[0] for i, pad in enumerate(PADDING)]
-  assert_close(score(ours.state, ours.score.kernel), np.stack(reference))
+  largest = np.abs(score(ours.state, ours.score.kernel) - np.stack(reference)).max()
+  print(f"{case}: max |score difference| {largest:.1e}, the largest score {np.abs(reference).max():.1f}")
+  assert largest <= BOUND
 
 
 @pytest.mark.parametrize("classifier", [False, True], ids=["policy", "classifier"])
@@ -281,6 +299,28 @@ def test_unusable_folders_are_explained(saved, tmp_path):
     load_pretrained(tmp_path)
   with pytest.raises(FileNotFoundError, match="is not a folder"):
     load_pretrained(tmp_path / "absent")
+  whole = (folder / "config.json").read_text()
+  (tmp_path / pretrained.INDEX).unlink()
+  (tmp_path / "model.safetensors").write_bytes(files_of(folder)["lm_head.weight"].tobytes())  # an aborted copy
+  with pytest.raises(PretrainedError, match="model.safetensors is not a whole safetensors file.*copy it again"):
+    load_pretrained(tmp_path)
+  (tmp_path / "config.json").write_text(whole[:40])
+  with pytest.raises(PretrainedError, match="config.json is not JSON"):
+    load_pretrained(tmp_path)
+
+
+def test_a_model_that_the_hub_does_not_give(monkeypatch):
+  import huggingface_hub
+  from huggingface_hub.errors import LocalEntryNotFoundError
+
+  def download(name, allow_patterns):
+    raise LocalEntryNotFoundError("Cannot find it.\nThere is no network.")
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  with pytest.raises(FileNotFoundError) as refused:
+    load_pretrained("someone/some-model")
+  assert str(refused.value) == ("someone/some-model is neither a folder nor a model that the hub gives: "
+                                "Cannot find it. There is no network.")  # fmt: skip
 
 
 def test_hub_names_fetch_safetensors_and_json_only(saved, monkeypatch):
@@ -350,6 +390,7 @@ def test_config_of_hub_files():
   (dict(hidden_act="relu"), "hidden_act='relu'"),
   (dict(rope_scaling=dict(type="yarn", factor=4.0)), "rope type 'yarn'"),
   (dict(use_bidirectional_attention=True), "causal"),
+  (dict(quantization_config=dict(quant_method="fp8")), "quantised weights are not supported"),
 ])  # fmt: skip
 def test_unsupported_configs_are_refused(change, message):
   config = ArchConfig().to_hf()

@@ -54,8 +54,9 @@ def their_scores(model, rows):
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
+  """Its embedding is padded beyond the tokenizer's 301 tokens, as Qwen's are; some samples are such ids."""
   folder = tmp_path_factory.mktemp("policy")
-  return folder, *tiny_text.model("qwen2", "chatml", folder)
+  return folder, *tiny_text.model("qwen2", "chatml", folder, vocab_size=330)
 
 
 def test_greedy_generation_is_that_of_transformers(policy, tmp_path):
@@ -88,6 +89,7 @@ def test_greedy_generation_is_that_of_transformers(policy, tmp_path):
     np.testing.assert_allclose(row["logprobs"], logprobs, atol=1e-4)
     assert row["text"] == hf.decode(row["tokens"], skip_special_tokens=True)
     assert row["truncated"] == (row["tokens"][-1] not in ends)
+  assert max(max(row["tokens"]) for row in rows) >= len(hf)
 
 
 def test_sampling_does_not_depend_on_the_batch(policy, tmp_path):

@@ -1,10 +1,12 @@
 """Tokenizers, chat templates and the renderer of reward-model input. Oracle: transformers' own templates."""
 
+import datetime
 import json
 
 import numpy as np
 import pytest
 import tiny_text
+from transformers.utils import chat_template_utils
 
 from r2m_jax.text import Renderer, TextError, Tokenizer, as_prompts, bucket, load_tokenizer, pad_left, responses_of
 from r2m_jax.types import Sequences
@@ -168,6 +170,45 @@ def test_contract(made, tmp_path):
   for kind in ("chatml", "plain"):
     with pytest.raises(TextError, match="another rendering"):
       Renderer(made[kind][0]).require(contract, "somewhere")
+
+
+def test_a_template_with_todays_date_keeps_its_contract(tmp_path, monkeypatch):
+  """Llama 3.2's template writes the date; a reward model made today must load tomorrow."""
+  dated = tiny_text.LLAMA3.replace("{{ bos_token }}", "{{ bos_token + strftime_now('%d %b %Y') }}")
+  hf = tiny_text.tokenizer("llama3")
+  hf.chat_template = dated
+  hf.save_pretrained(tmp_path)
+  renderer = Renderer(load_tokenizer(tmp_path))
+  ids, contract = renderer.ids(TURN, "Blue."), renderer.contract
+
+  class Tomorrow(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+      return datetime.datetime(2040, 2, 3)
+
+  monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+  assert "03 Feb 2040" in hf.decode(renderer.ids(TURN, "Blue.")) and renderer.ids(TURN, "Blue.") != ids
+  renderer.require(contract, "somewhere")
+  hf.chat_template = dated.replace("%d %b", "%b %d")
+  hf.save_pretrained(tmp_path)
+  with pytest.raises(TextError, match="template_sha256"):
+    Renderer(load_tokenizer(tmp_path)).require(contract, "somewhere")
+
+
+def test_a_template_that_refuses_is_explained(tmp_path):
+  hf = tiny_text.tokenizer("chatml")
+  refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+  hf.chat_template = refuse + tiny_text.CHATML
+  hf.save_pretrained(tmp_path)
+  tokenizer = load_tokenizer(tmp_path)
+  assert tokenizer.render(TURN)
+  for refused in (tokenizer.render, lambda prompt: Renderer(tokenizer).ids(prompt, "Blue.")):
+    with pytest.raises(TextError, match='refuses .*"Be brief.".*: System role not supported; change the messages'):
+      refused(ASK)
+  hf.chat_template = "{{ raise_exception('no') }}"
+  hf.save_pretrained(tmp_path)
+  with pytest.raises(TextError, match="cannot render a question and its answer: no"):
+    load_tokenizer(tmp_path)
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):

@@ -137,6 +137,8 @@ class ArchConfig:
     config = {**family.defaults, **config}
     if missing := [key for key in FIELDS.values() if key not in config]:
       raise ValueError(f"config.json of model_type {config['model_type']!r} lacks {missing}; add what the model has")
+    if config.get("quantization_config"):
+      raise ValueError("quantization_config in config.json: quantised weights are not supported; give them in full")
     if config.get("use_bidirectional_attention"):
       raise ValueError("use_bidirectional_attention=true in config.json is not supported: decoders here are causal")
     activation = config[family.activation]

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from r2m_jax import sharding
@@ -128,7 +128,7 @@ def load_pretrained(
     lm_head: None keeps what the folder has; False leaves the vocabulary head out (a reward model from a policy).
   """
   folder = fetch(source)
-  arch = ArchConfig.from_hf(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+  arch = ArchConfig.from_hf(read_json(folder / "config.json"))
   files = Files(folder)
   score_name = f"{SCORE}.weight"
   arch = arch.replace(lm_head=score_name not in files.shapes if lm_head is None else lm_head)
@@ -163,11 +163,32 @@ def fetch(source: str | pathlib.Path) -> pathlib.Path:
   import huggingface_hub
 
   wanted = ["config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES]
-  return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
+  try:
+    return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
+  except (OSError, ValueError) as error:
+    reason = " ".join(str(error).split())
+    raise FileNotFoundError(f"{source} is neither a folder nor a model that the hub gives: {reason}") from error
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+  """The object in a JSON file."""
+  try:
+    return json.loads(file.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise PretrainedError(f"{file} is not JSON: {error}; copy it again") from None
 
 
 def default_sharding() -> SingleDeviceSharding:
   return jnp.zeros(()).sharding
+
+
+def header(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
+  """The shape of every tensor in a safetensors file."""
+  try:
+    with safe_open(file, "np") as opened:
+      return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
+  except SafetensorError as error:
+    raise PretrainedError(f"{file} is not a whole safetensors file: {error}; copy it again") from None
 
 
 class Memo:
@@ -199,10 +220,9 @@ class Files:
 
   def __init__(self, folder: pathlib.Path):
     if (folder / INDEX).exists():
-      self.where = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+      self.where = read_json(folder / INDEX)["weight_map"]
     elif (folder / WEIGHTS).exists():
-      with safe_open(folder / WEIGHTS, "np") as file:
-        self.where = {name: WEIGHTS for name in file.keys()}
+      self.where = dict.fromkeys(header(folder / WEIGHTS), WEIGHTS)
     elif list(folder.glob("pytorch_model*.bin")):
       raise PretrainedError(
         f"{folder} holds only pytorch_model*.bin, which is unpickled on reading and so is refused here; convert it "
@@ -213,10 +233,7 @@ class Files:
     self.folder = folder
     if absent := sorted({file for file in self.where.values() if not (folder / file).exists()}):
       raise PretrainedError(f"{folder / INDEX} names {absent}, which are not in the folder; copy it again")
-    shapes = {}
-    for name in sorted(set(self.where.values())):
-      with safe_open(folder / name, "np") as file:
-        shapes[name] = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    shapes = {name: header(folder / name) for name in sorted(set(self.where.values()))}
     for name, file in self.where.items():
       if name not in shapes[file]:
         raise PretrainedError(f"{folder / INDEX} says {name} lies in {file}, which does not hold it")
