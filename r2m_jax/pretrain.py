@@ -105,7 +105,6 @@ def fit(
   `frozen`, where given, is a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
   """
   extra = () if frozen is None else (frozen,)
-
   opt_shardings = shardings(jax.eval_shape(tx.init, state), batch_sharding.mesh)
 
   def update(state, opt, batch, *extra):
