@@ -105,18 +105,15 @@ def fit(
   `frozen`, where given, is a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
   """
   extra = () if frozen is None else (frozen,)
-
-  @jax.jit
-  def init(state):
-    return tx.init(state)
+  opt_shardings = shardings(jax.eval_shape(tx.init, state), batch_sharding.mesh)
 
   def update(state, opt, batch, *extra):
     (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state, batch, *extra)
     updates, opt = tx.update(grads, opt, state)
     return optax.apply_updates(state, updates), opt, {"loss": loss, "grad_norm": optax.tree.norm(grads), **aux}
 
-  update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(state_shardings, None, None))
-  opt = init(state)
+  update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(state_shardings, opt_shardings, None))
+  opt = jax.jit(tx.init, out_shardings=opt_shardings)(state)
   with Metrics(workdir, stage, from_step=0) as log, progress(total, stage) as bar:
     for i, batch in enumerate(batches):
       state, opt, metrics = update(state, opt, jax.device_put(batch, batch_sharding), *extra)

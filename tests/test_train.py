@@ -8,13 +8,16 @@ import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
+from jax.sharding import NamedSharding
 
 from configs import quickstart
 from r2m_jax import build, checkpoint, sharding, train
 from r2m_jax.config import ConfigError
 from r2m_jax.lab import goldtask
 from r2m_jax.metrics import read_jsonl, read_metrics
+from r2m_jax.pretrain import fit
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -143,3 +146,20 @@ def test_what_is_fitted_before_rl(tmp_path, mesh):
   state = {name: checkpoint.open_checkpoints(tmp_path / "stages" / name) for name in ("reward", "reward_golden")}
   before, after = (jax.tree.leaves(m.restore(0)) for m in state.values())
   assert not all(map(np.array_equal, before, after))
+
+
+def test_a_fit_is_traced_once(tmp_path):
+  """The state and the optimizer state that come out of an update are of the types that went in."""
+  mesh = sharding.make_mesh((1, 1, 1))
+  state = jax.device_put({"w": np.ones(3, np.float32)}, sharding.shardings({"w": np.ones(3)}, mesh))
+  traces = []
+
+  def loss(state, batch):
+    traces.append(1)
+    return ((state["w"] - batch["x"]) ** 2).sum(), {}
+
+  fit(
+    loss, state, optax.adam(0.1), [{"x": np.zeros((1, 3), np.float32)}] * 3, total=3, stage="sft", workdir=tmp_path,
+    state_shardings=sharding.shardings(state, mesh), batch_sharding=NamedSharding(mesh, sharding.BATCH),
+  )  # fmt: skip
+  assert len(traces) == 1
