@@ -69,9 +69,9 @@ def build_lora(config, mesh, **archs) -> Build:
     raise ConfigError(error) from None
 
 
-def enough(rows: int, field: str, size: int) -> None:
+def enough(rows: int, field: str, size: int, source: str = "data.train") -> None:
   if rows < size:
-    raise ConfigError(f"config.{field} is {size}: more than the {rows} rows of config.data.train; make it smaller")
+    raise ConfigError(f"config.{field} is {size}: more than the {rows} rows of config.{source}; make it smaller")
 
 
 # ---- sft ----
@@ -198,6 +198,12 @@ def run_r2m(config, workdir: Path, mesh) -> None:
   policy = load_policy(config.policy.path, config, mesh)
   reward = load_reward(config.reward.path, config, mesh)
   hold_contract(workdir, reward.renderer)
+  same_tokens = policy.tokenizer.hf.get_vocab() == reward.renderer.tokenizer.hf.get_vocab()
+  if config.algorithm == "ppo" and config.critic.init == "reward" and not same_tokens:
+    raise ConfigError(
+      "config.critic.init is 'reward': the critic reads the policy's tokens, and this reward model has a tokenizer of "
+      "its own; use 'policy'"
+    )
   layers = policy.arch.num_layers
   if not -layers <= config.r2m.feedback_layer < layers:
     raise ConfigError(f"config.r2m.feedback_layer is {config.r2m.feedback_layer}: the policy has {layers} layers")
@@ -351,7 +357,7 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
 def warm_start(config, built: Build, workdir: Path, state, arrays: dict[str, np.ndarray]):
   """The state with a head that was first fitted to the judgments; see `pretrain.head_loss`."""
   count, size = len(arrays["tokens"]), config.reward.batch_size
-  enough(count, "reward.batch_size", size)
+  enough(count, "reward.batch_size", size, "r2m.judgments")
   total = config.r2m.warm_epochs * (count // size)
   batches = (take_pairs(arrays, rows) for rows in epochs_of_rows(config.seed, count, size, total))
   frozen = {"policy": state.ref, "backbone": state.reward_backbone}

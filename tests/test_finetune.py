@@ -15,7 +15,7 @@ from test_serve import ASK, config, read, their_scores, write
 
 from r2m_jax import export, finetune, main, parity, serve
 from r2m_jax.card import write_card
-from r2m_jax.config import ConfigError
+from r2m_jax.config import ConfigError, check_config
 from r2m_jax.data.jsonl import DataError
 from r2m_jax.folders import HEAD_CONFIG, HEAD_WEIGHTS, RENDERER, FolderError, load_policy, load_reward
 from r2m_jax.text import TextError
@@ -345,3 +345,37 @@ def test_an_export_replaces_models_and_nothing_else(tmp_path):
     with export.new_folder(tmp_path / "notes"):
       pass
   assert parity.available()
+
+
+def test_labels_warm_start_and_greedy_baselines_from_folders(folders, tmp_path, capsys):
+  """Judgments from a file fit the head beforehand and order its pairs in the run; ReMax's greedy rows are scored too."""
+  cfg = small(
+    folders, tmp_path, data__train=write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS]), steps=2,
+    algorithm="remax", variant="warm_start", r2m__labels="preference", r2m__label_budget=0.75, r2m__warm_epochs=3,
+    r2m__judgments=write(tmp_path / "pairs.jsonl", PAIRS), export__check=False,
+  )  # fmt: skip
+  out = run(cfg, tmp_path / "run")
+  rows = read(tmp_path / "run/metrics.jsonl")
+  fit = [row["loss"] for row in rows if row["stage"] == "warm_start"]
+  assert len(fit) >= 2 and np.isfinite(fit).all()
+  rl = [row for row in rows if row["stage"] == "rl"]
+  assert [row["step"] for row in rl] == [0, 1] and all(np.isfinite(row["r2m/bt"]) for row in rl)
+  assert (out / "reward" / HEAD_WEIGHTS).exists()
+  assert "6 of 6 judgments" in capsys.readouterr().out
+
+
+def test_a_critic_cannot_start_from_a_reward_model_with_other_tokens(folders, tmp_path):
+  cfg = small(folders, tmp_path, data__train=write(tmp_path / "data.jsonl", [{"prompt": "rain"}]), algorithm="ppo")
+  with pytest.raises(ConfigError, match="critic.init is 'reward'.*use 'policy'"):
+    finetune.run(cfg, tmp_path / "run")
+
+
+@pytest.mark.parametrize("settings, message", [
+  (dict(variant="warm_start"), "r2m.judgments is ''"),
+  (dict(variant="r2m", r2m__labels="preference"), "r2m.judgments is ''"),
+  (dict(variant="pretrained_rm"), "run task=reward on golden pairs"),
+  (dict(reward__ensemble=3), "one score head"),
+])  # fmt: skip
+def test_what_folders_cannot_do_is_refused(settings, message):
+  with pytest.raises(ConfigError, match=message):
+    check_config(config(policy__path="p", reward__path="r", **settings))

@@ -77,6 +77,13 @@ def test_three_steps_on_one_device_and_on_eight(name):
       np.testing.assert_allclose(b.metrics[metric], value, **bound, err_msg=f"{metric} of step {t}")
 
 
+def test_every_variant_is_among_the_cases():
+  """What is fitted before RL is the same program, and runs on one device and on eight in test_train.py."""
+  covered = {case["variant"] for case in CASES.values()}
+  assert {name for name in VARIANTS if not VARIANTS[name].start} <= covered
+  assert {case.get("algorithm", "rloo") for case in CASES.values()} == set(ALGORITHMS) | {"rloo"}
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("algorithm", ["rloo", *ALGORITHMS])
 @pytest.mark.parametrize("variant", VARIANTS)
