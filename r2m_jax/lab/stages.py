@@ -1,5 +1,6 @@
 """What comes before RL on the gold-reward task: supervised start, noisy preferences, the proxy reward model."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -22,30 +23,42 @@ STREAM_PAIRS, STREAM_HELDOUT, STREAM_RL, STREAM_TABLE = range(1, 5)  # of prompt
 CHUNK = 64  # prompts sampled at a time
 
 
-def sample(config, built: Build, policy, prompts: Prompts, *, group_size: int, purpose: int) -> Sequences:
-  """Samples on the host, `CHUNK` prompts at a time, in one compiled program."""
-  key = jax.random.fold_in(jax.random.key(config.seed), purpose)
+@functools.cache
+def sampler(policy_def, mesh, *, group_size: int, max_new_tokens: int, temperature: float):
+  """Builds the jitted `draw(policy, prompts, key) -> Sequences`; one program for all that sample alike."""
 
   @jax.jit
-  def draw(policy, prompts):
+  def draw(policy, prompts, key):
     return generate(
-      nnx.merge(built.defs.policy, policy),
+      nnx.merge(policy_def, policy),
       prompts,
       key,
       0,
       group_size=group_size,
-      max_new_tokens=config.rollout.max_new_tokens,
-      temperature=config.rollout.temperature,
+      max_new_tokens=max_new_tokens,
+      temperature=temperature,
       eos_ids=(goldtask.EOS,),
       pad_id=goldtask.PAD,
-      constrain=constrain_batch(built.mesh),
+      constrain=constrain_batch(mesh),
     )
 
+  return draw
+
+
+def sample(config, built: Build, policy, prompts: Prompts, *, group_size: int, purpose: int) -> Sequences:
+  """Samples on the host, `CHUNK` prompts at a time."""
+  key = jax.random.fold_in(jax.random.key(config.seed), purpose)
+  rollout = config.rollout
+  draw = sampler(
+    built.defs.policy, built.mesh, group_size=group_size, max_new_tokens=rollout.max_new_tokens,
+    temperature=rollout.temperature,
+  )  # fmt: skip
   count = len(prompts.tokens)
   if count % CHUNK:  # one shape, one compile: the last chunk is filled up with the first rows
     prompts = jax.tree.map(lambda x: np.concatenate([x, np.resize(x, (-count % CHUNK, *x.shape[1:]))]), prompts)
   chunks = [
-    jax.device_get(draw(policy, jax.tree.map(lambda x: x[i : i + CHUNK], prompts))) for i in range(0, count, CHUNK)
+    jax.device_get(draw(policy, jax.tree.map(lambda x: x[i : i + CHUNK], prompts), key))
+    for i in range(0, count, CHUNK)
   ]
   return jax.tree.map(lambda *x: np.concatenate(x)[: count * group_size], *chunks)
 
