@@ -14,6 +14,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 ensure_venv test
 fast_env
 cd "$ROOT"
-# the whole suite compiles more than it computes, on one core each: several workers
-if [ $# -eq 0 ]; then set -- -n auto --maxprocesses=4 --dist=loadgroup; fi
+# the whole suite compiles more than it computes, on one core each: several workers, a file each
+if [ $# -eq 0 ]; then set -- -n auto --maxprocesses=4 --dist=loadfile; fi
 exec "$PY" -m pytest --durations=15 "$@"

@@ -40,16 +40,6 @@ import pytest  # noqa: E402
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-ALONE = {"test_variants"}  # files whose tests share nothing: each may go to any worker
-
-
-def pytest_collection_modifyitems(config, items):
-  """With several workers a file's tests stay together, so that its fixtures are made once."""
-  for item in items:
-    if config.pluginmanager.hasplugin("xdist") and item.path.stem not in ALONE:
-      item.add_marker(pytest.mark.xdist_group("main job" if "smallest_run" in item.fixturenames else item.path.stem))
-
-
 @pytest.fixture(scope="session")
 def smallest_run(tmp_path_factory):
   """(workdir, finished process) of the main job at its smallest size, run once through the command line."""

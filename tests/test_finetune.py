@@ -348,7 +348,7 @@ def test_an_export_replaces_models_and_nothing_else(tmp_path):
 
 
 def test_labels_warm_start_and_greedy_baselines_from_folders(folders, tmp_path, capsys):
-  """Judgments from a file fit the head beforehand and order its pairs in the run; ReMax's greedy rows are scored too."""
+  """Judgments from a file fit the head beforehand and order its pairs in the run; greedy rows are scored too."""
   cfg = small(
     folders, tmp_path, data__train=write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS]), steps=2,
     algorithm="remax", variant="warm_start", r2m__labels="preference", r2m__label_budget=0.75, r2m__warm_epochs=3,
