@@ -110,11 +110,21 @@ def get_config() -> ConfigDict:
   config.lora.targets = "attn/(q|k|v|o)|mlp/(gate|up|down)"  # pattern of the linears' paths; see models.transformer
   config.lora.export = "merged"  # "merged" into the weights, or "peft": an adapter folder
 
-  # rows for runs that start from a Hugging Face folder
+  # rows for runs on text; every form of data/forms.py is read
   config.data = ConfigDict()
-  config.data.train = ""  # JSON lines: {prompt}; sft also reads response, reward also chosen and rejected
+  config.data.name = ""  # path, folder or glob of JSON lines or parquet; tfds:NAME; hf:OWNER/NAME. Several: with commas
+  config.data.root = ""  # folder where relative paths start, and from whose files tfds:NAME is prepared ("": the hub)
+  config.data.split = "train"  # of tfds: and hf: names
+  config.data.tfds_dir = ""  # where prepared data sets lie; "": ~/tensorflow_datasets
+  config.data.weights = ()  # how often each name's rows come, relative to one another; (): as often as it has rows
+  config.data.max_bad_share = 0.01  # of a name's rows; a run stops where more are broken
   config.data.max_prompt_length = 512  # tokens; rows with a longer prompt are left out
   config.data.max_response_length = 512  # tokens; rows with a longer response are left out
+  config.data.max_chosen_length = 512  # tokens; the paper's filter, for RL too: a longer chosen goes. 0: off
+  config.data.train = ""
+  config.data.unique = True  # rows alike in all that a task reads are used once
+  config.data.buckets = ()  # tokens; padded lengths of sft and reward batches, a program each. (): one, of the longest
+  config.data.pack = False  # sft: whole dialogues end to end in full lines, every token counts: language modelling
 
   # batch use (task = "generate", "score")
   config.generate = ConfigDict()
