@@ -24,6 +24,7 @@ RUN = [
   "safetensors>=0.8.0,<1",
   "tensorflow-datasets>=4.9.10,<5",
   "importlib_resources>=7.1.0,<8",  # tensorflow-datasets imports it and does not ask for it
+  "tokenizers>=0.23.3,<1",  # transformers brings it too
   "pyarrow>=26.0.1",  # reads parquet; tensorflow-datasets brings it
   "ml-collections>=1.1.0,<2",
   "absl-py>=2.5.1,<3",
