@@ -42,14 +42,14 @@ def main(processes):
   rng, results = np.random.default_rng(0), []
   with tempfile.TemporaryDirectory() as folder:
     for kill in range(KILLS):
-      at = int(rng.integers(1, BATCHES - 1))
+      at = int(rng.integers(1, BATCHES - 5))
       paths = [pathlib.Path(folder) / f"{kill}_{i}" for i in range(processes)]
-      children = [live(path, (i, processes), 0.002) for i, path in enumerate(paths)]
-      while min(path.read_text().count("\n") if path.exists() else 0 for path in paths) < at:
+      alive = {path: live(path, (i, processes), 0.005) for i, path in enumerate(paths)}
+      while alive:
+        for path in [path for path in alive if path.exists() and path.read_text().count("\n") >= at]:
+          os.kill(alive[path], signal.SIGKILL)
+          os.waitpid(alive.pop(path), 0)
         time.sleep(0.001)
-      for child in children:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
       killed = [path.read_text().count("\n") for path in paths]
       for child in [live(path, (i, processes), 0) for i, path in enumerate(paths)]:
         assert os.waitpid(child, 0)[1] == 0
