@@ -7,11 +7,11 @@ from ml_collections import ConfigDict
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.ops import AGGREGATIONS
 
-TASKS = ("sft", "reward", "r2m", "lab", "generate", "score", "export")
+TASKS = ("tokenizer", "sft", "reward", "r2m", "scratch", "lab", "generate", "score", "export")
 ALGORITHMS = ("rloo", "grpo")
 VARIANTS = ("vanilla", "scaled", "r2m_untrained", "r2m")
 DTYPES = ("float32", "bfloat16", "float64")
-OPTIMIZER_SECTIONS = ("policy", "r2m", "sft", "reward")
+OPTIMIZER_SECTIONS = ("policy", "r2m", "sft", "reward", "scratch.lm")
 
 
 class ConfigError(ValueError):
@@ -45,15 +45,19 @@ def check_config(config: ConfigDict) -> None:
   for field in (
     "steps", "rollout.prompts", "rollout.max_new_tokens", "ppo.epochs", "ppo.minibatches", "r2m.attention_dim",
     "r2m.num_heads", "sft.steps", "sft.batch_size", "sft.examples", "reward.pairs", "reward.epochs",
+    "scratch.lm.steps", "scratch.lm.batch_size", "scratch.samples",
     "reward.batch_size", "reward.heldout_pairs", "log.checkpoint_every", "log.samples", "data.max_prompt_length",
     "data.max_response_length", "generate.max_new_tokens", "generate.batch_size", "score.batch_size",
   ):  # fmt: skip
     at_least(field, 1)
-  for field in ("seed", "logits_chunk", "kl.beta", "generate.temperature", "reward.max_length", "lora.rank"):
+  for field in (
+    "budget", "sft.budget", "reward.budget", "scratch.lm.budget", "data.max_chosen_length", "seed", "logits_chunk",
+    "kl.beta", "generate.temperature", "reward.max_length", "lora.rank",
+  ):  # fmt: skip
     at_least(field, 0)
   need(config.rollout.group_size >= 2, "rollout.group_size", f"{config.algorithm} compares K >= 2 responses per prompt")
   need(config.rollout.temperature > 0, "rollout.temperature", "must be above 0: greedy samples have no log-probability")
-  for field in ("r2m.omega_min", "r2m.alpha", "reward.label_flip"):
+  for field in ("r2m.omega_min", "r2m.alpha", "reward.label_flip", "data.max_bad_share"):
     need(0 <= _get(config, field) <= 1, field, "must lie in [0, 1]")
   need(0 < config.ppo.clip_eps < 1, "ppo.clip_eps", "must lie in (0, 1), such as 0.2")
   for field in ("ppo.advantage_eps", "r2m.gre_eps", "reward.choice_temperature"):
@@ -75,6 +79,14 @@ def check_config(config: ConfigDict) -> None:
     "lab.seeds",
     "give whole numbers from 0 on, such as (0, 1, 2)",
   )
+  sources, weights = [name for name in config.data.name.split(",") if name.strip()], tuple(config.data.weights)
+  good = all(isinstance(w, (int, float)) and w >= 0 for w in weights) and (not weights or sum(weights) > 0)
+  need(not weights or len(weights) == len(sources), "data.weights", f"give one for each of {len(sources)} names, or ()")
+  need(good, "data.weights", "give numbers from 0 on, not all of them 0")
+  good = all(isinstance(b, int) and b >= 2 for b in config.data.buckets)
+  need(good, "data.buckets", "give lengths in tokens from 2 on, such as (128, 256, 512), or ()")
+  at_least("tokenizer.vocab_size", 300)
+  at_least("tokenizer.min_frequency", 1)
   try:
     arch = ArchConfig(vocab_size=64, **config.policy.arch)
   except ValueError as error:
@@ -84,6 +96,8 @@ def check_config(config: ConfigDict) -> None:
   if not config.policy.path:  # else the folder says how many layers there are
     need(-layers <= tapped < layers, "r2m.feedback_layer", f"the policy has {layers} layers; -1 is the last")
   files = {
+    "tokenizer": ("data.name",),
+    "scratch": ("scratch.corpus", "scratch.sft", "scratch.pairs", "scratch.prompts"),
     "generate": ("policy.path", "generate.input", "generate.output"),
     "score": ("reward.path", "score.input", "score.output"),
     "export": ("export.checkpoint", "export.out"),

@@ -6,7 +6,9 @@ re-renders the responses for the reward model in between: step = learn ∘ rollo
 
 import dataclasses
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +19,22 @@ from r2m_jax import checkpoint, export, sharding
 from r2m_jax.build import Build, build, init_adapters, initial_state
 from r2m_jax.checks import check_model, check_step_zero
 from r2m_jax.config import ConfigError, check_batch
-from r2m_jax.data.jsonl import DataError, read_rows
+from r2m_jax.data.batches import Stream, group_by_length, pack, row_batches
+from r2m_jax.data.rows import fingerprint, keep, load, too_long
 from r2m_jax.folders import RENDERER, FolderError, Policy, RewardModel
 from r2m_jax.folders import describe_reward, load_policy, load_reward, mesh_of, reward_start
-from r2m_jax.lab.stages import epochs_of_rows
 from r2m_jax.metrics import Metrics, append_samples, progress, read_metrics, write_atomic
 from r2m_jax.models import lora
 from r2m_jax.optim import make_optimizer
-from r2m_jax.pretrain import fit, reward_loss, sft_loss
+from r2m_jax.pretrain import Timed, fit, reward_loss, sft_loss, steps_within
 from r2m_jax.report import format_summary, summary_table, write_report
-from r2m_jax.serve import each_row
 from r2m_jax.step import VARIANTS, make_learn, make_rollout
-from r2m_jax.text import Renderer, as_prompts, bucket, pad_left, responses_of
+from r2m_jax.text import Renderer, TextError, as_prompts, bucket, pad_left, responses_of
 from r2m_jax.train import claim, stage, with_variant
+from r2m_jax.types import Prompts
+
+
+BUDGETS = export.BUDGETS
 
 
 def run(config, workdir: Path) -> None:
@@ -53,15 +58,67 @@ def shapes_of(tree):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def keep(rows: list[dict], ids: list[tuple[list[int], ...]], config, what: str) -> list[int]:
-  """Which rows have a prompt and responses within the limits of config.data; says how many do not."""
-  limits = config.data.max_prompt_length, config.data.max_response_length
-  kept = [i for i, (prompt, *responses) in enumerate(ids)
-          if len(prompt) <= limits[0] and all(len(r) <= limits[1] for r in responses)]  # fmt: skip
-  print(f"data     {len(kept)} of {len(rows)} rows for {what}; the others exceed {limits[0]} + {limits[1]} tokens")
-  if not kept:
-    raise DataError(f"no row of {config.data.train} is within config.data.max_prompt_length and max_response_length")
-  return kept
+def rendered(rows: list[dict], f) -> list:
+  """[f(row)], with the row's file and line in an error."""
+  results = []
+  for row in rows:
+    try:
+      results.append(f(row))
+    except TextError as error:
+      raise TextError(f"{row['where']}: {error}") from None
+  return results
+
+
+def select(config, rows: list[dict], ids: list[tuple[list[int], ...]], what: str, chosen=None) -> list[int]:
+  """Which rows have a prompt and responses, given as token ids, that config.data allows; says why the others go.
+
+  `chosen` holds the ids of the responses that the paper's filter looks at, row by row.
+  """
+  seen, reasons = set(), []
+  for i, (prompt, *responses) in enumerate(ids):
+    reason = too_long(config.data, len(prompt), [len(r) for r in responses], len(chosen[i]) if chosen else 0)
+    if reason is None and config.data.unique:
+      row = hash((tuple(prompt), *map(tuple, responses)))
+      reason = "the same as an earlier row" if row in seen else None
+      seen.add(row)
+    reasons.append(reason)
+  return keep(rows, reasons, what)
+
+
+def row_stream(config, rows: list[dict], batch_size: int, *, lengths=None, ids, workdir: Path, stage: str):
+  """(dataset of row numbers, padded length of each row) for one stage; holds the stage to the rows it began with."""
+  parts = [row["part"] for row in rows]
+  weights = tuple(config.data.weights)
+  groups = []
+  if lengths is not None:
+    top = bucket(max(lengths))
+    groups = group_by_length(lengths, [*(b for b in config.data.buckets if b < top), top], batch_size)
+  used = sorted(set(parts))  # a name whose rows were all dropped is no source
+  parts = [used.index(part) for part in parts]
+  weights = [weights[part] for part in used] if weights else ()
+  hold(workdir / f"data_{stage}.json", {"rows": len(ids), "sha256": fingerprint(ids)})
+  shard = (jax.process_index(), jax.process_count()) if lengths is not None else (0, 1)
+  return row_batches(parts, batch_size, seed=config.seed, weights=weights, groups=groups, shard=shard), groups
+
+
+def hold(path: Path, found: dict) -> None:
+  """Writes what a stage reads; where it is there already, it must be the same."""
+  if path.exists() and (saved := json.loads(path.read_text(encoding="utf-8"))) != found:
+    raise ConfigError(
+      f"config.data.name gives {found['rows']} rows that are not the {saved['rows']} with which {path.parent} began; "
+      "give it the files it had, or choose another --workdir"
+    )
+  write_atomic(path, json.dumps(found))
+
+
+def budgeted(workdir: Path, stage: str, seconds: float, measure) -> int:
+  """The steps that a budget of seconds gives, measured once in a workdir."""
+  path = workdir / BUDGETS
+  saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  if stage not in saved:
+    saved[stage] = measure(seconds)
+    write_atomic(path, json.dumps(saved))
+  return saved[stage]
 
 
 def build_lora(config, mesh, **archs) -> Build:
@@ -80,105 +137,153 @@ def enough(rows: int, field: str, size: int) -> None:
 # ---- sft ----
 
 
-def run_sft(config, workdir: Path, mesh) -> None:
-  """Negative log-likelihood of the responses, from rows {prompt, response}."""
+def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None = None) -> None:
+  """Negative log-likelihood of the responses, or of whole packed dialogues; ends with the policy in `out`.
+
+  Args:
+    name: of the stage, in metrics and on disk.
+    out: WORKDIR/export/policy where not given.
+  """
   settings = config.sft
   policy = load_policy(config.policy.path, config, mesh)
-  rows = read_rows(config.data.train, ("prompt", "response"))
-  batch = sft_arrays(config, policy, rows)
-  enough(len(batch["tokens"]), "sft.batch_size", settings.batch_size)
+  dataset, collate = (packed_lines if config.data.pack else sft_rows)(config, policy, workdir, name)
   built = build_lora(config, mesh, arch=policy.arch)
   start, frozen = policy.state, None
   loss = loss_fn = sft_loss(built.defs.policy, chunk=config.logits_chunk)
   if built.lora:
     start, frozen = init_adapters(config, built, mesh), policy.state
     loss_fn = lambda state, batch, base: loss(nnx.merge_state(state, base), batch)
+  steps = settings.steps
+  if settings.budget:
+    probe = dict(batch_sharding=built.rows, frozen=frozen)
+    measure = lambda seconds: steps_within(seconds, loss_fn, start, Stream(dataset, collate), **probe)
+    steps = budgeted(workdir, name, settings.budget, measure)
 
   def make():
     return fit(
-      loss_fn,
-      start,
-      make_optimizer(settings, settings.steps),
-      ({name: x[index] for name, x in batch.items()} for index in
-       epochs_of_rows(config.seed, len(batch["tokens"]), settings.batch_size, settings.steps)),
-      total=settings.steps, stage="sft", workdir=workdir,
-      state_shardings=sharding.shardings(start, mesh), batch_sharding=built.rows, frozen=frozen,
+      loss_fn, start, make_optimizer(settings, steps), Stream(dataset, collate), total=steps, stage=name,
+      workdir=workdir, state_shardings=sharding.shardings(start, mesh), batch_sharding=built.rows, frozen=frozen,
     )  # fmt: skip
 
-  state = stage(workdir, "sft", shapes_of(start), make)
-  export.write_policy(workdir / "export/policy", config, policy, state, workdir, base=frozen)
+  state = stage(workdir, name, shapes_of(start), make)
+  export.write_policy(out or workdir / "export/policy", config, policy, state, workdir, base=frozen)
 
 
-def sft_arrays(config, policy: Policy, rows: list[dict]) -> dict[str, np.ndarray]:
-  """tokens, token_mask [N, L] and response_mask [N, T]: prompts padded on the left, responses on the right."""
+def sft_rows(config, policy: Policy, workdir: Path, name: str):
+  """Batches of tokens, token_mask [B, L] and response_mask [B, T]: prompt and response end to end, padded on the left.
+
+  Returns (dataset of row numbers, their collate function).
+  """
   tokenizer = policy.tokenizer
+  rows = load(config.data, "response")
   print(tokenizer.describe(rows[0]["prompt"]))
   end = [] if tokenizer.end_id is None else [tokenizer.end_id]
-  pair = lambda r: (tokenizer.render(r["prompt"]), tokenizer.encode(r["response"], special=False) + end)
-  ids = each_row(rows, pair, config.data.train)
-  ids = [ids[i] for i in keep(rows, ids, config, "sft")]
-  tokens, mask = pad_left([prompt for prompt, _ in ids], tokenizer.pad_id)
-  # a row read backwards pads it on the right
-  response, response_mask = (x[:, ::-1] for x in pad_left([r[::-1] for _, r in ids], tokenizer.pad_id))
-  return {
-    "tokens": np.concatenate([tokens, response], 1),
-    "token_mask": np.concatenate([mask, response_mask], 1),
-    "response_mask": response_mask,
-  }
+  ids = rendered(rows, lambda r: (tokenizer.render(r["prompt"]), tokenizer.encode(r["response"], special=False)))
+  kept = select(config, rows, ids, name)
+  enough(len(kept), "sft.batch_size", config.sft.batch_size)
+  rows, ids = [rows[i] for i in kept], [(ids[i][0], ids[i][1] + end) for i in kept]
+  widest = bucket(max(len(response) for _, response in ids))
+  dataset, lengths = row_stream(config, rows, config.sft.batch_size, lengths=[len(p) + len(r) for p, r in ids],
+                                ids=ids, workdir=workdir, stage=name)  # fmt: skip
+
+  def collate(batch):
+    length = int(lengths[batch[0]])
+    tokens, mask = pad_left([ids[i][0] + ids[i][1] for i in batch], tokenizer.pad_id, length)
+    columns = np.arange(min(widest, length - 1))[::-1]  # counted from the end; the first token is predicted by none
+    response_mask = columns < np.asarray([len(ids[i][1]) for i in batch])[:, None]
+    return {"tokens": tokens, "token_mask": mask, "response_mask": response_mask}
+
+  return dataset, collate
+
+
+def packed_lines(config, policy: Policy, workdir: Path, name: str):
+  """As `sft_rows`, for dialogues and texts laid end to end in full lines; every token but a line's first counts."""
+  tokenizer, data = policy.tokenizer, config.data
+  end = [] if tokenizer.end_id is None else [tokenizer.end_id]
+
+  def whole(row):
+    if "text" in row:
+      return tokenizer.encode(row["text"]) + end
+    if tokenizer.has_template:
+      return tokenizer.dialogue(row["prompt"], row["response"], truncated=False)
+    return tokenizer.join(row["prompt"], row["response"]) + end
+
+  rows = load(data, "text")
+  texts = rendered(rows, whole)
+  if data.unique:
+    texts = list({tuple(ids): ids for ids in texts}.values())
+  length = data.max_prompt_length + data.max_response_length
+  lines = pack([texts[i] for i in np.random.default_rng(config.seed).permutation(len(texts))], length)
+  print(f"data     {len(texts)} of {len(rows)} dialogues for {name} make {len(lines)} lines of {length} tokens")
+  enough(len(lines), "sft.batch_size", config.sft.batch_size)
+  dataset, _ = row_stream(config, [{"part": 0}] * len(lines), config.sft.batch_size, lengths=[length] * len(lines),
+                          ids=lines.tolist(), workdir=workdir, stage=name)  # fmt: skip
+  full = np.ones((config.sft.batch_size // jax.process_count(), length), bool)
+  return dataset, lambda batch: {"tokens": lines[batch], "token_mask": full, "response_mask": full[:, 1:]}
 
 
 # ---- reward ----
 
 
-def run_reward(config, workdir: Path, mesh) -> None:
-  """Bradley-Terry on rows {prompt, chosen, rejected}, from a reward model or from a policy without a score head."""
+def run_reward(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
+  """Bradley-Terry on pairs, from a reward model or from a policy without a score head; ends with it in `out`."""
   settings = config.reward
   reward = load_reward(config.reward.path or config.policy.path, config, mesh, from_policy=True)
   if reward.head is not None:
     raise FolderError(f"{reward.folder} is an R2M reward model; task=reward trains one that reads no policy")
   hold_contract(workdir, reward.renderer)
-  rows = read_rows(config.data.train, ("prompt", "chosen", "rejected"))
-  batch = reward_arrays(config, reward, rows)
-  enough(len(batch["chosen"]), "reward.batch_size", settings.batch_size)
+  dataset, collate, count = pairs(config, reward, workdir)
   built = build_lora(config, mesh, arch=reward.arch, reward_arch=reward.arch)
   start, frozen = reward_start(reward, mesh), None
   loss = loss_fn = reward_loss(built.defs.policy if built.lora else built.defs.reward_backbone, built.defs.phi)
   if built.lora:
     start, frozen = {**start, "backbone": init_adapters(config, built, mesh)}, start["backbone"]
     loss_fn = lambda state, batch, base: loss({**state, "backbone": nnx.merge_state(state["backbone"], base)}, batch)
-  steps = settings.epochs * (len(batch["chosen"]) // settings.batch_size)
+  steps = settings.epochs * (count // settings.batch_size)
+  if settings.budget:
+    probe = dict(batch_sharding=built.rows, frozen=frozen)
+    measure = lambda seconds: steps_within(seconds, loss_fn, start, Stream(dataset, collate), **probe)
+    steps = budgeted(workdir, "reward", settings.budget, measure)
 
   def make():
     return fit(
-      loss_fn,
-      start,
-      make_optimizer(settings, steps),
-      ({name: x[index] for name, x in batch.items()} for index in
-       epochs_of_rows(config.seed, len(batch["chosen"]), settings.batch_size, steps)),
-      total=steps, stage="reward", workdir=workdir,
-      state_shardings=sharding.shardings(start, mesh), batch_sharding=built.rows, frozen=frozen,
+      loss_fn, start, make_optimizer(settings, steps), Stream(dataset, collate), total=steps, stage="reward",
+      workdir=workdir, state_shardings=sharding.shardings(start, mesh), batch_sharding=built.rows, frozen=frozen,
     )  # fmt: skip
 
   model = stage(workdir, "reward", shapes_of(start), make)
   backbone = lora.merged(model["backbone"], frozen, built.lora) if built.lora else model["backbone"]
-  export.write_reward(workdir / "export/reward", config, reward, backbone, model["phi"], workdir)
+  export.write_reward(out or workdir / "export/reward", config, reward, backbone, model["phi"], workdir)
 
 
-def reward_arrays(config, reward: RewardModel, rows: list[dict]) -> dict[str, np.ndarray]:
-  """chosen and rejected i32[N, L] with their masks, by the one renderer."""
+def pair_ids(config, reward: RewardModel, rows: list[dict], what: str) -> tuple[list[dict], list[tuple]]:
+  """The rows within the limits of config.data, and (chosen, rejected) of each as the reward model's tokens."""
   renderer, tokenizer = reward.renderer, reward.renderer.tokenizer
+  plain = lambda text: tokenizer.encode(text, special=False)
+  prompt = lambda p: plain(p) if isinstance(p, str) else tokenizer.render(p)
+  ids = rendered(rows, lambda r: (prompt(r["prompt"]), plain(r["chosen"]), plain(r["rejected"])))
+  rows = [rows[i] for i in select(config, rows, ids, what, chosen=[chosen for _, chosen, _ in ids])]
+  sides = lambda r: tuple(renderer.ids(r["prompt"], r[side]) for side in ("chosen", "rejected"))
+  return rows, rendered(rows, sides)
+
+
+def pairs(config, reward: RewardModel, workdir: Path):
+  """Batches of chosen and rejected i32[B, L] with their masks. (dataset of row numbers, collate, number of rows)."""
+  rows = load(config.data, "pair")
   print(describe_reward(reward, rows[0]["prompt"], rows[0]["chosen"]))
-  lengths = [tuple(tokenizer.encode(text, special=False) for text in (row["chosen"], row["rejected"])) for row in rows]
-  prompts = [tokenizer.encode(r["prompt"], special=False) if isinstance(r["prompt"], str) else
-             tokenizer.render(r["prompt"]) for r in rows]  # fmt: skip
-  rows = [rows[i] for i in keep(rows, [(p, *r) for p, r in zip(prompts, lengths)], config, "reward")]
-  ids_of = lambda side: each_row(rows, lambda row: renderer.ids(row["prompt"], row[side]), config.data.train)
-  sides = {side: ids_of(side) for side in ("chosen", "rejected")}
-  length = bucket(max(len(ids) for side in sides.values() for ids in side))
-  arrays = {}
-  for side, ids in sides.items():
-    arrays[side], arrays[f"{side}_mask"] = pad_left(ids, tokenizer.pad_id, length)
-  return arrays
+  rows, ids = pair_ids(config, reward, rows, "reward")
+  enough(len(rows), "reward.batch_size", config.reward.batch_size)
+  dataset, lengths = row_stream(config, rows, config.reward.batch_size, lengths=[max(map(len, pair)) for pair in ids],
+                                ids=ids, workdir=workdir, stage="reward")  # fmt: skip
+
+  def collate(batch):
+    arrays = {}
+    for side, name in enumerate(("chosen", "rejected")):
+      rows = [ids[i][side] for i in batch]
+      arrays[name], arrays[f"{name}_mask"] = pad_left(rows, reward.renderer.tokenizer.pad_id, int(lengths[batch[0]]))
+    return arrays
+
+  return dataset, collate, len(rows)
 
 
 def hold_contract(workdir: Path, renderer: Renderer) -> None:
@@ -192,8 +297,8 @@ def hold_contract(workdir: Path, renderer: Renderer) -> None:
 # ---- r2m ----
 
 
-def run_r2m(config, workdir: Path, mesh) -> None:
-  """RL on rows {prompt}, for config.variant or for each of config.arms."""
+def run_r2m(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
+  """RL on prompts, for config.variant (ends in `out`, or WORKDIR/export) or each of config.arms (in a folder of it)."""
   if not (config.policy.path and config.reward.path):
     missing = "reward.path" if config.policy.path else "policy.path"
     raise FolderError(f"config.{missing} is empty: task=r2m from folders needs a policy and a reward model")
@@ -204,17 +309,38 @@ def run_r2m(config, workdir: Path, mesh) -> None:
   if not -layers <= config.r2m.feedback_layer < layers:
     raise ConfigError(f"config.r2m.feedback_layer is {config.r2m.feedback_layer}: the policy has {layers} layers")
   built = build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
-  data = prompt_data(config, policy)
+  data = prompt_data(config, policy, workdir)
   if not (workdir / "checkpoints").exists():
     check_model(
       built.defs.base or built.defs.policy, policy.state, vocab_size=policy.arch.vocab_size, dtype=config.dtype,
       temperature=config.rollout.temperature,
     )  # fmt: skip
   arms = (config.variant,) if config.variant else tuple(config.arms)
+  if config.budget:
+    probed = with_variant(config, arms[-1])
+    measure = lambda seconds: rl_steps_within(seconds, probed, built, policy, reward, data)
+    config = with_variant(config, config.variant)
+    config.steps = budgeted(workdir, "rl", config.budget, measure)
+    built = build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   for i, variant in enumerate(arms):
-    out = workdir / "export" / ("" if config.variant else variant)
+    folder = (out or workdir / "export") / ("" if config.variant else variant)
     last = i == len(arms) - 1
-    run_arm(with_variant(config, variant), built, workdir, policy, reward, data, out, donate=last)
+    run_arm(with_variant(config, variant), built, workdir, policy, reward, data, folder, donate=last)
+
+
+def rl_steps_within(seconds: float, config, built: Build, policy: Policy, reward: RewardModel, data) -> int:
+  """How many RL steps take about `seconds`, compiling included, from three steps timed here; prints the rate."""
+  state, times = start_state(config, built, policy, reward, donate=False), []
+  step = make_two_part_step(config, built, policy, reward, sharding.shardings(state, built.mesh))
+  for t in range(3):
+    began, index = time.perf_counter(), data.order[t]
+    state, output, _ = step(state, batch_of(data, index, policy), [data.prompts[i] for i in index])
+    jax.block_until_ready((state, output))
+    times.append(time.perf_counter() - began)
+  each = sum(times[1:]) / 2
+  steps = max(1, int((seconds - times[0]) / each))
+  print(f"rate     {each:.2f} s an RL step, measured in {sum(times):.0f} s: {steps} steps in a budget of {seconds:g} s")
+  return steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,16 +348,19 @@ class PromptData:
   prompts: list  # text or messages
   ids: list[list[int]]  # rendered for the policy
   length: int  # of the padded prompts: one for the run, so that the rollout compiles once
+  order: Any  # dataset of row numbers: entry t is the prompts of step t
 
 
-def prompt_data(config, policy: Policy) -> PromptData:
-  rows = read_rows(config.data.train, ("prompt",))
-  print(policy.tokenizer.describe(rows[0]["prompt"]))
-  ids = each_row(rows, lambda row: policy.tokenizer.render(row["prompt"]), config.data.train)
-  kept = keep(rows, [(i,) for i in ids], config, "r2m")
+def prompt_data(config, policy: Policy, workdir: Path) -> PromptData:
+  tokenizer = policy.tokenizer
+  rows = load(config.data, "prompt")
+  print(tokenizer.describe(rows[0]["prompt"]))
+  ids = rendered(rows, lambda row: (tokenizer.render(row["prompt"]),))
+  kept = select(config, rows, ids, "r2m", [tokenizer.encode(row.get("chosen", ""), special=False) for row in rows])
   enough(len(kept), "rollout.prompts", config.rollout.prompts)
-  ids = [ids[i] for i in kept]
-  return PromptData([rows[i]["prompt"] for i in kept], ids, bucket(max(map(len, ids))))
+  rows, ids = [rows[i] for i in kept], [ids[i][0] for i in kept]
+  order, _ = row_stream(config, rows, config.rollout.prompts, ids=ids, workdir=workdir, stage="r2m")
+  return PromptData([row["prompt"] for row in rows], ids, bucket(max(map(len, ids))), order)
 
 
 def make_two_part_step(config, built: Build, policy: Policy, reward: RewardModel, layout):
@@ -270,24 +399,27 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
   start = int(state.step)
   if start < config.steps:
     step = make_two_part_step(config, built, policy, reward, layout)
-    order = list(epochs_of_rows(config.seed, len(data.ids), config.rollout.prompts, config.steps))
+    order = Timed(Stream(data.order, start=start))  # a step takes one batch: the saved step is where the data goes on
     with Metrics(workdir, "rl", arm, from_step=start) as log, progress(config.steps, arm, initial=start) as bar:
-      for t in range(start, config.steps):
-        prompts = as_prompts([data.ids[i] for i in order[t]], policy.tokenizer.pad_id, length=data.length)
-        prompts = prompts.replace(example_id=np.asarray(order[t], np.int32))
-        state, output, rows = step(state, prompts, [data.prompts[i] for i in order[t]])
+      for t, index in zip(range(start, config.steps), order):
+        state, output, rows = step(state, batch_of(data, index, policy), [data.prompts[i] for i in index])
         output = jax.device_get(output)
         if t == 0:
           check_step_zero(output.metrics, config.dtype)
           print(describe_reward(reward, *rows[0]))
         if t in (0, config.steps - 1):
           append_samples(workdir, samples(config, output, rows, "before" if t == 0 else "after"))
-        log.log(t, output.metrics)
+        log.log(t, output.metrics | {"data/wait": order.waiting_share()})
         bar.update(reward=output.metrics["reward/used"], kl=output.metrics["kl"])
         if (t + 1) % config.log.checkpoint_every == 0 or t + 1 == config.steps:
           checkpoint.save(manager, t + 1, state)
   manager.wait_until_finished()
   export.write_run(out, config, policy, reward, state, workdir)
+
+
+def batch_of(data: PromptData, index: np.ndarray, policy: Policy) -> Prompts:
+  prompts = as_prompts([data.ids[i] for i in index], policy.tokenizer.pad_id, length=data.length)
+  return prompts.replace(example_id=np.asarray(index, np.int32))
 
 
 def start_state(config, built: Build, policy: Policy, reward: RewardModel, *, donate: bool):
@@ -308,15 +440,19 @@ def start_state(config, built: Build, policy: Policy, reward: RewardModel, *, do
   return state.replace(reward_head=head)
 
 
+def prompt_text(prompt) -> str:
+  """A prompt for the sample table."""
+  return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
 def samples(config, output, rows, when: str) -> list[dict]:
   """One row of samples.jsonl for each of the step's first prompts."""
   K, judged = config.rollout.group_size, output.judged
   lengths = output.sequences.response_mask.sum(1)
   shown = range(0, min(config.log.samples * K, len(rows)), K)
-  text = lambda prompt: prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
   return [
     {
-      "arm": config.variant, "when": when, "prompt": text(rows[i][0]), "response": rows[i][1],
+      "arm": config.variant, "when": when, "prompt": prompt_text(rows[i][0]), "response": rows[i][1],
       "reward": judged.scores[i], "frozen": judged.scores_frozen[i], "length": int(lengths[i]), "truncated": rows[i][2],
     }
     for i in shown

@@ -1,6 +1,8 @@
 """Supervised fine-tuning and Bradley-Terry reward fitting, on the same parts as the RL step."""
 
-from collections.abc import Callable, Iterable
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -12,8 +14,10 @@ from r2m_jax.losses import bradley_terry
 from r2m_jax.metrics import Metrics, progress
 from r2m_jax.models.reward import read_rte, score
 from r2m_jax.ops import masked_mean, predicts_response, token_stats
+from r2m_jax.sharding import place_batch
 
 LOG_EVERY = 10  # updates; a fetch waits for the device
+PROBED = 32  # batches whose shapes say how long an update takes on average
 
 
 def sft_loss(graphdef, *, chunk: int = 0) -> Callable:
@@ -63,8 +67,9 @@ def fit(
   batch_sharding,
   frozen=None,
 ):
-  """Minimises loss_fn over `batches` and returns the state; it is donated. Logs to stage `stage` of the workdir.
+  """Minimises loss_fn over `total` batches and returns the state; it is donated. Logs to stage `stage` of the workdir.
 
+  `data/wait` is the share of the time since the row before that was spent waiting for the next batch.
   `frozen`, where given, is a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
   """
   extra = () if frozen is None else (frozen,)
@@ -80,11 +85,64 @@ def fit(
 
   update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(state_shardings, None, None))
   opt = init(state)
+  batches = Timed(itertools.islice(batches, total))
   with Metrics(workdir, stage, from_step=0) as log, progress(total, stage) as bar:
     for i, batch in enumerate(batches):
-      state, opt, metrics = update(state, opt, jax.device_put(batch, batch_sharding), *extra)
+      state, opt, metrics = update(state, opt, place_batch(batch, batch_sharding), *extra)
       if i % LOG_EVERY == 0 or i == total - 1:
         metrics = {k: float(v) for k, v in metrics.items()}
-        log.log(i, metrics)
+        log.log(i, metrics | {"data/wait": batches.waiting_share()})
       bar.update(**({"loss": metrics["loss"]} if isinstance(metrics["loss"], float) else {}))
   return state
+
+
+class Timed:
+  """An iterator that knows which share of the time was spent waiting for it."""
+
+  def __init__(self, items: Iterable):
+    self._items, self._waited, self._since = iter(items), 0.0, time.perf_counter()
+
+  def __iter__(self) -> Iterator:
+    return self
+
+  def __next__(self):
+    began = time.perf_counter()
+    try:
+      return next(self._items)
+    finally:
+      self._waited += time.perf_counter() - began
+
+  def waiting_share(self) -> float:
+    """Of the time since the last call, or since the beginning."""
+    now = time.perf_counter()
+    share = self._waited / max(now - self._since, 1e-9)
+    self._waited, self._since = 0.0, now
+    return share
+
+
+def steps_within(
+  seconds: float, loss_fn: Callable, state, batches: Iterable[dict], *, batch_sharding, frozen=None
+) -> int:
+  """How many updates of `fit` take about `seconds`, from gradients of a few batches timed here; prints the rate.
+
+  Each shape among the first `PROBED` batches is timed once compiled, and counts as often as it comes there. Twice the
+  time that this took, compiling above all, is taken off `seconds`: `fit` compiles the same shapes.
+  """
+  began, extra = time.perf_counter(), () if frozen is None else (frozen,)
+  grads = jax.jit(jax.grad(loss_fn, has_aux=True))
+  batch_of, count = {}, {}
+  for batch in itertools.islice(batches, PROBED):
+    shape = tuple(x.shape for x in jax.tree.leaves(batch))
+    count[shape] = count.get(shape, 0) + 1
+    batch_of.setdefault(shape, batch)
+  total = 0.0
+  for shape, batch in batch_of.items():
+    batch = place_batch(batch, batch_sharding)
+    jax.block_until_ready(grads(state, batch, *extra))
+    start = time.perf_counter()
+    jax.block_until_ready([grads(state, batch, *extra) for _ in range(2)])
+    total += (time.perf_counter() - start) / 2 * count[shape]
+  each, spent = total / sum(count.values()), time.perf_counter() - began
+  steps = max(1, int((seconds - 2 * spent) / each))
+  print(f"rate     {each:.2f} s an update, measured in {spent:.0f} s: {steps} updates in a budget of {seconds:g} s")
+  return steps

@@ -53,7 +53,7 @@ def run(cfg, workdir):
 def r2m_run(folders, tmp_path_factory):
   """Three R2M steps across families and tokenizers, with every reward-model input recorded."""
   tmp_path = tmp_path_factory.mktemp("r2m")
-  cfg = small(folders, tmp_path, data__train=write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS]))
+  cfg = small(folders, tmp_path, data__name=write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS]))
   seen = []
   original = finetune.make_two_part_step
 
@@ -200,14 +200,14 @@ def test_a_reward_checkpoint_of_another_template_is_refused(r2m_run, folders, tm
     load_reward(str(tmp_path / "reward"), cfg)
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / RENDERER).write_text((workdir / RENDERER).read_text())
-  other = small(folders, tmp_path, reward__path=str(folders / "plain"), data__train=cfg.data.train)
+  other = small(folders, tmp_path, reward__path=str(folders / "plain"), data__name=cfg.data.name)
   with pytest.raises(TextError, match="another rendering"):
     finetune.run(other, tmp_path / "run")
 
 
 def test_sft_from_a_folder(folders, tmp_path, capsys):
   rows = [{"prompt": prompt, "response": "the mat."} for prompt in PROMPTS]
-  cfg = small(folders, tmp_path, task="sft", sft__lr=1e-2, data__train=write(tmp_path / "data.jsonl", rows))
+  cfg = small(folders, tmp_path, task="sft", sft__lr=1e-2, data__name=write(tmp_path / "data.jsonl", rows))
   out = run(cfg, tmp_path / "run")
   losses = [row["loss"] for row in read(tmp_path / "run/metrics.jsonl")]
   assert losses[-1] < losses[0]
@@ -225,7 +225,7 @@ def test_sft_from_a_folder(folders, tmp_path, capsys):
   assert (out / "policy/chat_template.jinja").exists() and "supervised" in (out / "policy/README.md").read_text()
   assert "within 1e-04" in capsys.readouterr().out
   cfg.data.max_prompt_length = 1
-  with pytest.raises(DataError, match="no row of .* is within config.data.max_prompt_length"):
+  with pytest.raises(DataError, match="no row of config.data.name is left for sft; 6 dropped: prompt over 1 tokens"):
     finetune.run(cfg, tmp_path / "again")
   cfg.data.max_prompt_length, cfg.sft.batch_size = 64, 64
   with pytest.raises(ConfigError, match="config.sft.batch_size is 64: more than the 6 rows"):
@@ -237,7 +237,7 @@ def test_reward_from_a_folder(start, folders, tmp_path, capsys):
   """From a reward model, and from a policy that has no score head yet."""
   cfg = small(
     folders, tmp_path, task="reward", reward__path=str(folders / start), reward__lr=1e-3, reward__epochs=2,
-    data__train=write(tmp_path / "data.jsonl", PAIRS),
+    data__name=write(tmp_path / "data.jsonl", PAIRS),
   )  # fmt: skip
   out = run(cfg, tmp_path / "run")
   model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -259,16 +259,16 @@ def test_what_a_run_needs(folders, tmp_path):
   for overrides, error, message in (
     (dict(reward__path=""), FolderError, "config.reward.path is empty: task=r2m from folders needs a policy and"),
     (dict(task="lab"), ConfigError, "config.task is 'lab': from a folder it is one of sft, reward, r2m"),
-    (dict(task="reward"), DataError, "data.jsonl:1 needs 'chosen' as text; it has prompt"),
+    (dict(task="reward"), DataError, "1 missing field, first .*data.jsonl:1: no chosen; the row has prompt"),
     (dict(r2m__feedback_layer=3), ConfigError, "feedback_layer is 3: the policy has 3 layers"),
     (dict(), ConfigError, "rollout.prompts is 2: more than the 1 rows"),
   ):
     with pytest.raises(error, match=message):
-      finetune.run(small(folders, tmp_path, data__train=data, **overrides), tmp_path / message[:12])
+      finetune.run(small(folders, tmp_path, data__name=data, **overrides), tmp_path / message[:12])
 
 
 def test_main_tells_bad_input_in_one_line(folders, tmp_path, capsys):
-  cfg = small(folders, tmp_path, data__train=str(tmp_path / "absent.jsonl"))
+  cfg = small(folders, tmp_path, data__name=str(tmp_path / "absent.jsonl"))
   with pytest.raises(SystemExit) as stopped:
     main.run(cfg, tmp_path / "run")
   assert stopped.value.code == 2 and "error: there is no file" in capsys.readouterr().err

@@ -45,7 +45,7 @@ def find_files(pattern: str, root: str = "") -> list[Path]:
   found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
   files = [file for one in found for file in (sorted(one.rglob("*")) if one.is_dir() else [one])]
   if not files:
-    raise DataError(f"config.data.name: there is no file {str(path)!r} from {Path.cwd()}; give a path, a folder or a glob")
+    raise DataError(f"there is no file {str(path)!r} from {Path.cwd()}; config.data.name is a path, a folder or a glob")
   known = [file for file in files if file.is_file() and file.name.lower().endswith(SUFFIXES)]
   odd = [file for file in found if file.is_file() and file not in known]
   if odd or not known:

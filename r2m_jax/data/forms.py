@@ -1,7 +1,7 @@
 """The forms in which the field stores its rows, as one: a prompt, and the reply or the two replies to it.
 
   {prompt, chosen, rejected}            replies as text, as one assistant message, or as whole dialogues
-  {chosen, rejected}                    whole dialogues, as messages or as "\\n\\nHuman: ...\\n\\nAssistant: ..." (HH-RLHF)
+  {chosen, rejected}                    whole dialogues, as messages or as HH-RLHF's text of Human: and Assistant: turns
   {prompt, response}                    or completion, chosen, reference in its place
   {messages}                            the last message is the response
   {prompt}                              text or messages

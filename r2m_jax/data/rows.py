@@ -31,7 +31,7 @@ def load(data, need: str) -> list[dict[str, Any]]:
       "config.data.name is empty; give a path or glob of JSON lines or parquet, tfds:NAME or hf:OWNER/NAME"
     )
   rows = []
-  for part, name in enumerate(names(data)):
+  for part, name in enumerate(split_names(data.name)):
     bad = BadRows(name)
     rows += [row | {"part": part} for row in good_rows(records(name, data), need, bad)]
     bad.check(data.max_bad_share)
@@ -39,8 +39,9 @@ def load(data, need: str) -> list[dict[str, Any]]:
   return rows
 
 
-def names(data) -> list[str]:
-  return [name.strip() for name in data.name.split(",") if name.strip()]
+def split_names(text: str) -> list[str]:
+  """The names of data in a comma-separated list."""
+  return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def records(name: str, data) -> Iterator[Record]:
