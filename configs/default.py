@@ -140,7 +140,7 @@ def get_config() -> ConfigDict:
   config.scratch.pairs_val = ""  # a name each: each is a line of the report
   config.scratch.pairs_dev = ""  # the same, of which only rows with meta.group = "val" are measured
   config.scratch.samples = 256  # held-out prompts sampled before and after RL
-  config.scratch.get = ""  # what to download and from where; said where the data is not there
+  config.scratch.download = ""  # what to download and from where; said where the data is not there
   config.scratch.lm = optimizer(lr=1e-3)  # language modelling; otherwise as sft
   config.scratch.lm.lr_schedule = "cosine"
   config.scratch.lm.steps = 1000

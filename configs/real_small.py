@@ -14,10 +14,10 @@ from configs import default
 PREFERENCES = ("ultrafeedback", "hh_helpful_base", "hh_helpful_online", "hh_helpful_rejection_sampled",
                "alpaca_eval_direct", "alpaca_eval_via_reference")  # fmt: skip
 PROMPTS = ("alpaca_eval", "dialogsum")
-GET = (
+DOWNLOAD = (
   "put the splits of UltraFeedback (huggingface.co/datasets/HuggingFaceH4/ultrafeedback_binarized), HH-RLHF "
   "(huggingface.co/datasets/Anthropic/hh-rlhf), AlpacaEval (github.com/tatsu-lab/alpaca_eval) and DialogSum "
-  "(github.com/cylnlp/dialogsum) into one folder, named as configs/real_small.py says, and give it as --config.data.root"
+  "(github.com/cylnlp/dialogsum) into one folder, named as configs/real_small.py says: --config.data.root=FOLDER"
 )
 
 
@@ -31,7 +31,7 @@ def get_config(size: str = ""):
   config = default.get_config()
   config.task = "scratch"
   names = config.scratch
-  names.get = GET
+  names.download = DOWNLOAD
   # hh_harmless is not imitated: its replies are measured, never trained on
   names.sft = files("preferences", PREFERENCES, "train") + "," + files("prompts", PROMPTS, "train")
   names.corpus = names.sft
@@ -46,16 +46,16 @@ def get_config(size: str = ""):
   arch = config.policy.arch
   arch.hidden_size, arch.num_layers, arch.num_heads, arch.num_kv_heads, arch.intermediate_size = 256, 5, 4, 4, 704
   arch.tie_embeddings = True
-  config.data.max_prompt_length, config.data.max_response_length, config.data.max_chosen_length = 128, 192, 512
+  config.data.max_prompt_length, config.data.max_response_length, config.data.max_chosen_length = 192, 256, 512
   config.data.unique = True
-  config.data.buckets = (128, 192, 256)
+  config.data.buckets = (128, 192, 256, 384)
 
-  names.lm.budget, names.lm.batch_size, names.lm.lr, names.lm.warmup_steps = 540.0, 16, 2e-3, 40
-  config.sft.budget, config.sft.batch_size, config.sft.lr, config.sft.warmup_steps = 270.0, 32, 1e-3, 20
+  names.lm.budget, names.lm.batch_size, names.lm.lr, names.lm.warmup_steps = 600.0, 16, 2e-3, 40
+  config.sft.budget, config.sft.batch_size, config.sft.lr, config.sft.warmup_steps = 240.0, 32, 1e-3, 20
   config.reward.budget, config.reward.batch_size, config.reward.lr, config.reward.warmup_steps = 420.0, 16, 3e-4, 20
-  config.budget = 270.0  # an arm
+  config.budget = 330.0  # an arm
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 8, 4, 64
-  config.policy.lr, config.r2m.lr, config.kl.beta = 3e-5, 1e-4, 0.05
+  config.policy.lr, config.r2m.lr, config.kl.beta = 1e-4, 1e-4, 0.05
   config.r2m.attention_dim = 128
   config.log.checkpoint_every, config.log.samples = 20, 12
   config.generate.batch_size, config.score.batch_size = 64, 64
