@@ -50,9 +50,9 @@ def get_config(size: str = ""):
   config.data.unique = True
   config.data.buckets = (128, 192, 256, 384)
 
-  names.lm.budget, names.lm.batch_size, names.lm.lr, names.lm.warmup_steps = 600.0, 16, 2e-3, 40
-  config.sft.budget, config.sft.batch_size, config.sft.lr, config.sft.warmup_steps = 240.0, 32, 1e-3, 20
-  config.reward.budget, config.reward.batch_size, config.reward.lr, config.reward.warmup_steps = 420.0, 16, 3e-4, 20
+  names.lm.budget, names.lm.batch_size, names.lm.lr, names.lm.warmup_steps = 600.0, 8, 2e-3, 20
+  config.sft.budget, config.sft.batch_size, config.sft.lr, config.sft.warmup_steps = 240.0, 16, 1e-3, 10
+  config.reward.budget, config.reward.batch_size, config.reward.lr, config.reward.warmup_steps = 420.0, 8, 3e-4, 10
   config.budget = 330.0  # an arm
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 8, 4, 64
   config.policy.lr, config.r2m.lr, config.kl.beta = 1e-4, 1e-4, 0.05
