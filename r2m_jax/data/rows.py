@@ -50,7 +50,7 @@ def records(name: str, data) -> Iterator[Record]:
   if kind == "tfds":
     from r2m_jax.data import builders
 
-    yield from builders.records(rest, data.split, root=data.root, data_dir=data.tfds_dir)
+    yield from builders.records(rest, data)
     return
   files = hub_files(rest, data.split) if kind == "hf" else find_files(name, data.root)
   for file in files:
