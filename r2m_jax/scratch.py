@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from r2m_jax import finetune, serve, sharding, tokenizer
+from r2m_jax import finetune, prepare, serve, tokenizer
 from r2m_jax.build import build
 from r2m_jax.config import check_batch, check_config
 from r2m_jax.data.jsonl import DataError
@@ -148,7 +148,7 @@ def sets_of(config, reward: RewardModel, data: str, *, dev: bool = False) -> lis
       rows = load(settings.data, "pair")
       rows = [row for row in rows if not dev or row.get("meta", {}).get("group") == "val"]
       try:
-        kept, _ = finetune.pair_ids(settings, reward, rows, Path(source).name)
+        kept, _ = prepare.pair_ids(settings, reward, rows, Path(source).name)
       except DataError as error:  # all are too long
         print(f"data     {error}")
         continue
@@ -170,7 +170,7 @@ def perplexity_table(config, policies: dict[str, Policy], mesh) -> dict:
   for name, policy in policies.items():
     tokenizer = policy.tokenizer
     ids = [(tokenizer.render(r["prompt"]), tokenizer.encode(r["response"], special=False)) for r in rows]
-    kept = finetune.select(settings, rows, ids, "perplexity")
+    kept = prepare.select(settings, rows, ids, "perplexity")
     ids = [(ids[i][0], [*ids[i][1], tokenizer.end_id]) for i in kept]
     found = perplexity(response_logprobs(config, policy, ids, mesh), [json.dumps(rows[i]["prompt"]) for i in kept])
     lines.append([{"lm": "language modelling", "sft": "SFT"}[name], shown(found, 1), str(len(kept)), str(found.count)])
@@ -202,7 +202,7 @@ def rl_table(config, workdir: Path, reward: RewardModel, sft: Policy, trained: d
   rows = load(settings.data, "prompt")
   ids = [(sft.tokenizer.render(row["prompt"]),) for row in rows]
   settings.data.unique = True
-  kept = finetune.select(settings, rows, ids, "sampling")
+  kept = prepare.select(settings, rows, ids, "sampling")
   kept = np.random.default_rng(config.seed).permutation(kept)[: config.scratch.samples]
   rows, prompts = [rows[i] for i in kept], [ids[i][0] for i in kept]
   lines, before = [], []

@@ -51,6 +51,7 @@ FLOORS = {
   "r2m_jax.parity": 6,
   "r2m_jax.export": 7,
   "r2m_jax.serve": 6,
+  "r2m_jax.prepare": 6,
   "r2m_jax.tokenizer": 8,
   "r2m_jax.evals": 7,
   "r2m_jax.finetune": 8,
