@@ -1,4 +1,4 @@
-"""The main job on real text, from nothing: tokenizer, 5-million-parameter policy, reward model, RLOO and RLOO + R2M.
+"""The main job on real text, from nothing: tokenizer, 4-million-parameter policy, reward model, RLOO and RLOO + R2M.
 
   python -m r2m_jax.main --config=configs/real_small.py --config.data.root=DATA --workdir=runs/real_small
 
@@ -44,13 +44,13 @@ def get_config(size: str = ""):
 
   config.tokenizer.vocab_size = 4096
   arch = config.policy.arch
-  arch.hidden_size, arch.num_layers, arch.num_heads, arch.num_kv_heads, arch.intermediate_size = 256, 5, 4, 4, 704
+  arch.hidden_size, arch.num_layers, arch.num_heads, arch.num_kv_heads, arch.intermediate_size = 256, 4, 4, 4, 704
   arch.tie_embeddings = True
   config.data.max_prompt_length, config.data.max_response_length, config.data.max_chosen_length = 192, 256, 512
   config.data.unique = True
-  config.data.buckets = (128, 192, 256, 384)
+  config.data.buckets = (128, 256)
 
-  names.lm.budget, names.lm.batch_size, names.lm.lr, names.lm.warmup_steps = 600.0, 8, 2e-3, 20
+  names.lm.budget, names.lm.batch_size, names.lm.lr, names.lm.warmup_steps = 600.0, 8, 3e-3, 20
   config.sft.budget, config.sft.batch_size, config.sft.lr, config.sft.warmup_steps = 240.0, 16, 1e-3, 10
   config.reward.budget, config.reward.batch_size, config.reward.lr, config.reward.warmup_steps = 420.0, 8, 3e-4, 10
   config.budget = 330.0  # an arm

@@ -184,7 +184,7 @@ def run_r2m(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
 
 
 def rl_steps_within(seconds: float, config, built: Build, policy: Policy, reward: RewardModel, data) -> int:
-  """How many RL steps take about `seconds`, compiling included, from three steps timed here; prints the rate."""
+  """How many RL steps take about `seconds`, compiling apart, from three steps timed here; prints the rate."""
   state, times = start_state(config, built, policy, reward, donate=False), []
   step = make_two_part_step(config, built, policy, reward, sharding.shardings(state, built.mesh))
   for t in range(3):
@@ -193,7 +193,7 @@ def rl_steps_within(seconds: float, config, built: Build, policy: Policy, reward
     jax.block_until_ready((state, output))
     times.append(time.perf_counter() - began)
   each = sum(times[1:]) / 2
-  steps = max(1, int((seconds - times[0]) / each))
+  steps = max(1, int(seconds / each))
   print(f"rate     {each:.2f} s an RL step, measured in {sum(times):.0f} s: {steps} steps in a budget of {seconds:g} s")
   return steps
 

@@ -218,7 +218,7 @@ def test_a_budget_is_turned_into_steps_once(finished, tmp_path, capsys):
   took, shown = time.perf_counter() - began, capsys.readouterr().out
   steps = json.loads((tmp_path / "run/budgets.json").read_text())["sft"]
   assert f"{steps} updates in a budget of 8 s" in shown and shown.index("rate ") < shown.index("export ")
-  assert read_metrics(tmp_path / "run")[-1]["step"] == steps - 1 and took < 90
+  assert read_metrics(tmp_path / "run")[-1]["step"] == steps - 1 and took < 120 and steps > 3
 
 
 # ---- measurements ----
