@@ -212,12 +212,12 @@ def test_a_budget_is_turned_into_steps_once(finished, tmp_path, capsys):
     assert steps == 41
   assert asked == [7.0]
   cfg = scratch.derived(config(root), "sft", config(root).scratch.sft, policy__path=str(workdir / "models/lm"))
-  cfg.sft.budget = 8.0
+  cfg.sft.budget = 4.0
   began = time.perf_counter()
   finetune.run_sft(cfg, tmp_path / "run", finetune.mesh_of(cfg))
   took, shown = time.perf_counter() - began, capsys.readouterr().out
   steps = json.loads((tmp_path / "run/budgets.json").read_text())["sft"]
-  assert f"{steps} updates in a budget of 8 s" in shown and shown.index("rate ") < shown.index("export ")
+  assert f"{steps} updates in a budget of 4 s" in shown and shown.index("rate ") < shown.index("export ")
   assert read_metrics(tmp_path / "run")[-1]["step"] == steps - 1 and took < 120 and steps > 3
 
 
