@@ -94,6 +94,7 @@ def sft_rows(config, policy: Policy, workdir: Path, name: str):
   kept = select(config, rows, ids, name)
   enough(len(kept), "sft.batch_size", config.sft.batch_size)
   rows, ids = [rows[i] for i in kept], [(ids[i][0], ids[i][1] + end) for i in kept]
+  print(f"response {len(ids[0][1])} tokens: {tokenizer.hf.decode(ids[0][1])!r}")
   widest = bucket(max(len(response) for _, response in ids))
   dataset, lengths = row_stream(config, rows, config.sft.batch_size, lengths=[len(p) + len(r) for p, r in ids],
                                 ids=ids, workdir=workdir, stage=name)  # fmt: skip

@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from configs import default
+from r2m_jax.config import ConfigError, check_config
 from r2m_jax.data.files import KINDS, find_files
 from r2m_jax.data.jsonl import DataError
 from r2m_jax.data.rows import keep, load, too_long
@@ -295,3 +296,19 @@ def test_limits_count_tokens_and_say_why(capsys):
   assert too_long(section, 1, (1,), 400) is None
   with pytest.raises(DataError, match="no row of config.data.name is left for sft; 1 dropped: prompt over 5 tokens"):
     keep([{}], [too_long(section, 6, ())], "sft")
+
+
+@pytest.mark.parametrize("field, value, message", [
+  ("data.weights", (1.0,), "give one for each of 2 names"), ("data.weights", (0.0, 0.0), "not all of them 0"),
+  ("data.weights", (1.0, -1.0), "numbers from 0 on"), ("data.buckets", (128, 0), "lengths in tokens from 2 on"),
+  ("data.max_bad_share", 1.5, r"must lie in \[0, 1\]"), ("data.max_chosen_length", -1, "must be at least 0"),
+  ("data.max_prompt_length", 0, "must be at least 1"), ("sft.budget", -1.0, "must be at least 0"),
+  ("tokenizer.vocab_size", 200, "must be at least 300"), ("task", "scratch", "config.scratch.corpus is ''"),
+])  # fmt: skip
+def test_settings_that_cannot_work(field, value, message):
+  config = default.get_config()
+  config.data.name = "a.jsonl,b.jsonl"
+  check_config(config)
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(ConfigError, match=f"{'' if field == 'task' else f'config.{field} is '}.*{message}"):
+    check_config(config)
