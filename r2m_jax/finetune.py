@@ -101,6 +101,7 @@ def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None 
     return fit(
       loss_fn, start, make_optimizer(settings, steps), Stream(dataset, collate), total=steps, stage=name,
       workdir=workdir, state_shardings=sharding.shardings(start, mesh), batch_sharding=built.rows, frozen=frozen,
+      budget=settings.budget,
     )  # fmt: skip
 
   state = stage(workdir, name, shapes_of(start), make)
@@ -134,6 +135,7 @@ def run_reward(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
     return fit(
       loss_fn, start, make_optimizer(settings, steps), Stream(dataset, collate), total=steps, stage="reward",
       workdir=workdir, state_shardings=sharding.shardings(start, mesh), batch_sharding=built.rows, frozen=frozen,
+      budget=settings.budget,
     )  # fmt: skip
 
   model = stage(workdir, "reward", shapes_of(start), make)

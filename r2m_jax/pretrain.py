@@ -17,6 +17,7 @@ from r2m_jax.ops import masked_mean, predicts_response, token_stats
 from r2m_jax.sharding import place_batch
 
 LOG_EVERY = 10  # updates; a fetch waits for the device
+LATE = 1.25  # times its budget at which a stage is cut short
 PROBED = 32  # batches whose shapes say how long an update takes on average
 
 
@@ -66,11 +67,15 @@ def fit(
   state_shardings,
   batch_sharding,
   frozen=None,
+  budget: float = 0.0,
 ):
   """Minimises loss_fn over `total` batches and returns the state; it is donated. Logs to stage `stage` of the workdir.
 
   `data/wait` is the share of the time since the row before that was spent waiting for the next batch.
-  `frozen`, where given, is a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
+  Args:
+    frozen: a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
+    budget: seconds, 0 for none. After `LATE` times that the rest is left out: the machine is slower than it was when
+      `total` was measured.
   """
   extra = () if frozen is None else (frozen,)
 
@@ -86,13 +91,18 @@ def fit(
   update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(state_shardings, None, None))
   opt = init(state)
   batches = Timed(itertools.islice(batches, total))
+  began = time.perf_counter()
   with Metrics(workdir, stage, from_step=0) as log, progress(total, stage) as bar:
     for i, batch in enumerate(batches):
       state, opt, metrics = update(state, opt, place_batch(batch, batch_sharding), *extra)
-      if i % LOG_EVERY == 0 or i == total - 1:
+      late = budget and time.perf_counter() - began > LATE * budget
+      if i % LOG_EVERY == 0 or i == total - 1 or late:
         metrics = {k: float(v) for k, v in metrics.items()}
         log.log(i, metrics | {"data/wait": batches.waiting_share()})
       bar.update(**({"loss": metrics["loss"]} if isinstance(metrics["loss"], float) else {}))
+      if late:
+        print(f"{stage}: ends after {i + 1} of {total} updates, at {LATE} times its budget of {budget:g} s")
+        break
   return state
 
 

@@ -8,13 +8,16 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 import transformers
 
 from configs import real_small
-from r2m_jax import evals, finetune, main, prepare, scratch, tokenizer
+from r2m_jax import evals, finetune, main, prepare, pretrain, scratch, tokenizer
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.data.jsonl import DataError
 from r2m_jax.folders import load_policy, load_reward
@@ -219,6 +222,28 @@ def test_a_budget_is_turned_into_steps_once(finished, tmp_path, capsys):
   steps = json.loads((tmp_path / "run/budgets.json").read_text())["sft"]
   assert f"{steps} updates in a budget of 4 s" in shown and shown.index("rate ") < shown.index("export ")
   assert read_metrics(tmp_path / "run")[-1]["step"] == steps - 1 and took < 120 and steps > 3
+
+
+def test_a_stage_far_behind_its_budget_is_cut_short(tmp_path, capsys):
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def slow():
+    for _ in range(100):
+      time.sleep(0.02)
+      yield {"x": np.ones(1, np.float32)}
+
+  def run(budget):
+    return pretrain.fit(
+      lambda state, batch: ((state * batch["x"]).sum(), {}), jnp.ones(1), optax.sgd(0.1), slow(), total=100, stage="s",
+      workdir=tmp_path, state_shardings=device, batch_sharding=device, budget=budget,
+    )  # fmt: skip
+
+  state, rows = run(0.4), read_metrics(tmp_path)
+  steps = rows[-1]["step"] + 1
+  assert 2 < steps <= 26 and f"s: ends after {steps} of 100 updates" in capsys.readouterr().out
+  np.testing.assert_allclose(state, 1 - 0.1 * steps, rtol=1e-5)
+  run(0.0)
+  assert read_metrics(tmp_path)[-1]["step"] == 99 and read_metrics(tmp_path)[-1]["data/wait"] > 0.5
 
 
 # ---- measurements ----
