@@ -69,5 +69,5 @@ def get_config(size: str = ""):
     config.reward.epochs, config.reward.batch_size, config.steps = 1, 4, 2
     config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 2, 2, 8
     config.r2m.attention_dim, names.samples, config.log.samples = 16, 6, 2
-    config.export.check = False
+    config.export.check, config.log.checkpoint_every = False, 1
   return config

@@ -48,7 +48,12 @@ def select(config, rows: list[dict], ids: list[tuple[list[int], ...]], what: str
 
 
 def row_stream(config, rows: list[dict], batch_size: int, *, lengths=None, ids, workdir: Path, stage: str):
-  """(dataset of row numbers, padded length of each row) for one stage; holds the stage to the rows it began with."""
+  """(dataset of row numbers, padded length of each row) for one stage; holds the stage to the rows it began with.
+
+  Args:
+    lengths: of the rows in tokens, to group them by; None leaves them in one group, with all rows for every process.
+    ids: one or more lists of ids a row: what the rows must be again when the run goes on.
+  """
   parts = [row["part"] for row in rows]
   weights = tuple(config.data.weights)
   groups = []
@@ -130,7 +135,7 @@ def packed_lines(config, policy: Policy, workdir: Path, name: str):
   print(f"data     {len(texts)} of {len(rows)} dialogues for {name} make {len(lines)} lines of {length} tokens")
   enough(len(lines), "sft.batch_size", config.sft.batch_size)
   dataset, _ = row_stream(config, [{"part": 0}] * len(lines), config.sft.batch_size, lengths=[length] * len(lines),
-                          ids=lines.tolist(), workdir=workdir, stage=name)  # fmt: skip
+                          ids=[(line,) for line in lines], workdir=workdir, stage=name)  # fmt: skip
   full = np.ones((config.sft.batch_size // jax.process_count(), length), bool)
   return dataset, lambda batch: {"tokens": lines[batch], "token_mask": full, "response_mask": full[:, 1:]}
 
@@ -187,7 +192,7 @@ def prompt_data(config, policy: Policy, workdir: Path) -> PromptData:
   kept = select(config, rows, ids, "r2m", [tokenizer.encode(row.get("chosen", ""), special=False) for row in rows])
   enough(len(kept), "rollout.prompts", config.rollout.prompts)
   rows, ids = [rows[i] for i in kept], [ids[i][0] for i in kept]
-  order, _ = row_stream(config, rows, config.rollout.prompts, ids=ids, workdir=workdir, stage="r2m")
+  order, _ = row_stream(config, rows, config.rollout.prompts, ids=[(i,) for i in ids], workdir=workdir, stage="r2m")
   return PromptData([row["prompt"] for row in rows], ids, bucket(max(map(len, ids))), order)
 
 

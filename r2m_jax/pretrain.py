@@ -74,8 +74,8 @@ def fit(
   `data/wait` is the share of the time since the row before that was spent waiting for the next batch.
   Args:
     frozen: a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
-    budget: seconds, 0 for none. After `LATE` times that the rest is left out: the machine is slower than it was when
-      `total` was measured.
+    budget: seconds from the first update on, 0 for none. After `LATE` times that the rest is left out: the machine is
+      slower than it was when `total` was measured.
   """
   extra = () if frozen is None else (frozen,)
 
@@ -91,14 +91,15 @@ def fit(
   update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(state_shardings, None, None))
   opt = init(state)
   batches = Timed(itertools.islice(batches, total))
-  began = time.perf_counter()
+  began = 0.0
   with Metrics(workdir, stage, from_step=0) as log, progress(total, stage) as bar:
     for i, batch in enumerate(batches):
       state, opt, metrics = update(state, opt, place_batch(batch, batch_sharding), *extra)
-      late = budget and time.perf_counter() - began > LATE * budget
+      late = budget and i and time.perf_counter() - began > LATE * budget
       if i % LOG_EVERY == 0 or i == total - 1 or late:
         metrics = {k: float(v) for k, v in metrics.items()}
         log.log(i, metrics | {"data/wait": batches.waiting_share()})
+        began = began or time.perf_counter()  # the first update compiles, and fetching its loss waited for it
       bar.update(**({"loss": metrics["loss"]} if isinstance(metrics["loss"], float) else {}))
       if late:
         print(f"{stage}: ends after {i + 1} of {total} updates, at {LATE} times its budget of {budget:g} s")

@@ -2,12 +2,13 @@
 
 import collections
 import hashlib
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from r2m_jax.data.files import JSON_LINES, BadRow, Record, find_files, read_file
 from r2m_jax.data.forms import as_row
@@ -154,9 +155,10 @@ def too_long(data, prompt: int, responses: Sequence[int], chosen: int = 0) -> st
   return None
 
 
-def fingerprint(rows: Iterable[Any]) -> str:
-  """SHA-256 of tokenised rows: what a run that goes on must find again."""
+def fingerprint(rows: Iterable[Sequence[Sequence[int]]]) -> str:
+  """SHA-256 of tokenised rows, each of one or more lists of ids: what a run that goes on must find again."""
   digest = hashlib.sha256()
   for row in rows:
-    digest.update(json.dumps(row).encode())
+    for ids in row:
+      digest.update(len(ids).to_bytes(4, "little") + np.asarray(ids, "<i4").tobytes())
   return digest.hexdigest()
