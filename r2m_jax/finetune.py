@@ -30,9 +30,6 @@ from r2m_jax.text import Renderer, responses_of
 from r2m_jax.train import claim, stage, with_variant
 
 
-BUDGETS = export.BUDGETS
-
-
 def run(config, workdir: Path) -> None:
   """`config.task` from the folders config.policy.path and config.reward.path; ends in WORKDIR/export."""
   tasks = {"sft": run_sft, "reward": run_reward, "r2m": run_r2m}
@@ -56,7 +53,7 @@ def shapes_of(tree):
 
 def budgeted(workdir: Path, stage: str, seconds: float, measure) -> int:
   """The steps that a budget of seconds gives, measured once in a workdir."""
-  path = workdir / BUDGETS
+  path = workdir / export.BUDGETS
   saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
   if stage not in saved:
     saved[stage] = measure(seconds)
