@@ -43,6 +43,7 @@ def get_config() -> ConfigDict:
   config.variant = "r2m"  # variants.VARIANTS; "" runs each of config.arms, side by side from the same checkpoints
   config.arms = ("vanilla", "scaled", "r2m")
   config.steps = 120  # RL steps, the paper's T
+  config.budget = 0.0  # seconds of RL from folders: sets `steps` by a rate that is measured first. 0: `steps` as given
   config.seed = 0
 
   # how to run it
@@ -122,6 +123,7 @@ def get_config() -> ConfigDict:
   config.sft.examples = 16384
   config.sft.steps = 1000
   config.sft.batch_size = 64  # sequences
+  config.sft.budget = 0.0  # seconds, from folders: sets sft.steps by a rate that is measured first. 0: as given
 
   # the proxy reward model, fitted on noisy preferences
   config.reward = optimizer(lr=1e-3)
@@ -131,6 +133,7 @@ def get_config() -> ConfigDict:
   config.reward.pairs = 2048
   config.reward.epochs = 4
   config.reward.batch_size = 32  # pairs
+  config.reward.budget = 0.0  # seconds, from folders, in place of reward.epochs. 0: off
   config.reward.choice_temperature = 0.3  # P(a preferred) = sigmoid((gold_a - gold_b) / this)
   config.reward.label_flip = 0.2  # share of labels then flipped
   config.reward.heldout_pairs = 512  # with clean gold labels, to measure accuracy
@@ -146,11 +149,44 @@ def get_config() -> ConfigDict:
   config.lora.targets = "attn/(q|k|v|o)|mlp/(gate|up|down)"  # pattern of the linears' paths; see models.transformer
   config.lora.export = "merged"  # "merged" into the weights, or "peft": an adapter folder
 
-  # rows for runs that start from a Hugging Face folder
+  # rows for runs on text; every form of data/forms.py is read
   config.data = ConfigDict()
-  config.data.train = ""  # JSON lines: {prompt}; sft also reads response, reward also chosen and rejected
+  config.data.name = ""  # path, folder or glob of JSON lines or parquet; tfds:NAME; hf:OWNER/NAME. Several: with commas
+  config.data.root = ""  # folder where relative paths start, and from whose files tfds:NAME is prepared ("": the hub)
+  config.data.split = "train"  # of tfds: and hf: names
+  config.data.tfds_dir = ""  # where prepared data sets lie; "": ~/tensorflow_datasets
+  config.data.weights = ()  # how often each name's rows come, relative to one another; (): as often as it has rows
+  config.data.max_bad_share = 0.01  # of a name's rows; a run stops where more are broken
   config.data.max_prompt_length = 512  # tokens; rows with a longer prompt are left out
   config.data.max_response_length = 512  # tokens; rows with a longer response are left out
+  config.data.max_chosen_length = 512  # tokens; the paper's filter, for RL too: a longer chosen goes. 0: off
+  config.data.unique = False  # rows alike in all that a task reads are used once
+  config.data.buckets = ()  # tokens; padded lengths of sft and reward batches, a program each. (): the longest
+  config.data.pack = False  # sft: whole dialogues end to end in full lines, every token counts: language modelling
+
+  # everything from nothing on real text (task = "scratch"); names of data as in data.name
+  config.scratch = ConfigDict()
+  config.scratch.arms = ("vanilla", "r2m")  # the last one ends in WORKDIR/export, the others in folders of it
+  config.scratch.corpus = ""  # for the tokenizer and for language modelling
+  config.scratch.sft = ""  # with responses
+  config.scratch.pairs = ""  # with chosen and rejected
+  config.scratch.prompts = ""  # for RL
+  config.scratch.sft_val = ""  # held out, as are the next three
+  config.scratch.prompts_val = ""
+  config.scratch.pairs_val = ""  # a name each: each is a line of the report
+  config.scratch.pairs_dev = ""  # the same, of which only rows with meta.group = "val" are measured
+  config.scratch.samples = 256  # held-out prompts sampled before and after RL
+  config.scratch.download = ""  # what to download and from where; said where the data is not there
+  config.scratch.lm = optimizer(lr=1e-3)  # language modelling; otherwise as sft
+  config.scratch.lm.lr_schedule = "cosine"
+  config.scratch.lm.steps = 1000
+  config.scratch.lm.batch_size = 16  # lines
+  config.scratch.lm.budget = 0.0  # seconds
+
+  # a tokenizer, and a model of policy.arch with random weights beside it (task = "tokenizer")
+  config.tokenizer = ConfigDict()
+  config.tokenizer.vocab_size = 4096  # entries, the 256 bytes and the special tokens among them
+  config.tokenizer.min_frequency = 2  # a pair of pieces is merged if it is seen this often
 
   # batch use (task = "generate", "score")
   config.generate = ConfigDict()

@@ -2,7 +2,7 @@
 
   python -m r2m_jax.main --config=configs/from_hf.py --workdir=runs/mine \\
     --config.policy.path=Qwen/Qwen2.5-0.5B-Instruct \\
-    --config.reward.path=Skywork/Skywork-Reward-V2-Qwen3-0.6B --config.data.train=prompts.jsonl
+    --config.reward.path=Skywork/Skywork-Reward-V2-Qwen3-0.6B --config.data.name=prompts.jsonl
 
 prompts.jsonl holds {"prompt": text or messages} rows. Ends with runs/mine/export/policy and runs/mine/export/reward.
 `--config.task=sft` (rows with response) and `--config.task=reward` (chosen, rejected) train the two beforehand.

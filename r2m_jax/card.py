@@ -51,7 +51,8 @@ def write_card(folder: Path, config, workdir: Path, *, kind: str, bases: list[st
   # only a hub name may stand here: the hub refuses cards whose base_model it cannot find
   head += ["base_model:", *(f"- {name}" for name in hub)] if bases[0] in hub else []
   head += ["tags:", "- r2m_jax", f"- {'reward-model' if 'reward' in kind else 'text-generation'}", "---"]
-  data = Path(config.data.train).name if config.data.train else "the gold-reward task"
+  sources = [name if ":" in name else Path(name).name for name in config.data.name.split(",") if name]
+  data = ", ".join(sources) or "the gold-reward task"
   value = lambda field: _get(config, field)
   rows = [row for row in read_metrics(workdir) if row["stage"] == ("rl" if task == "r2m" else task)]
   rows = [row for row in rows if task != "r2m" or row["arm"] == config.variant]

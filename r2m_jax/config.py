@@ -11,11 +11,11 @@ from r2m_jax.ops import AGGREGATIONS, COMBINE
 from r2m_jax.schedules import KL_CONTROLLERS, OMEGA_SCHEDULES
 from r2m_jax.variants import VARIANTS
 
-TASKS = ("sft", "reward", "r2m", "lab", "generate", "score", "export")
+TASKS = ("tokenizer", "sft", "reward", "r2m", "scratch", "lab", "generate", "score", "export")
 ALGORITHMS = ("rloo", "grpo", "reinforce++", "remax", "ppo")
 ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
-OPTIMIZER_SECTIONS = ("policy", "critic", "r2m", "sft", "reward")
+OPTIMIZER_SECTIONS = ("policy", "critic", "r2m", "sft", "reward", "scratch.lm")
 
 
 class ConfigError(ValueError):
@@ -63,19 +63,22 @@ def check_config(config: ConfigDict) -> None:
   for field in (
     "steps", "rollout.prompts", "rollout.max_new_tokens", "ppo.epochs", "ppo.minibatches", "r2m.attention_dim",
     "r2m.num_heads", "sft.steps", "sft.batch_size", "sft.examples", "reward.pairs", "reward.epochs",
+    "scratch.lm.steps", "scratch.lm.batch_size", "scratch.samples",
     "reward.batch_size", "reward.heldout_pairs", "log.checkpoint_every", "log.samples", "data.max_prompt_length",
     "data.max_response_length", "generate.max_new_tokens", "generate.batch_size", "score.batch_size", "kl.horizon",
     "reward.ensemble", "r2m.warm_epochs",
   ):  # fmt: skip
     at_least(field, 1)
-  for field in ("seed", "logits_chunk", "kl.beta", "generate.temperature", "reward.max_length", "lora.rank",
-                "rollout.top_k", "rollout.repetition_stop", "ppo.clip_eps_high", "critic.value_clip", "shaping.clip",
-                "shaping.missing_eos_penalty", "shaping.length_penalty", "reward.variance_weight",
-                "reward.sum_to_zero"):  # fmt: skip
+  for field in (
+    "budget", "sft.budget", "reward.budget", "scratch.lm.budget", "data.max_chosen_length", "seed", "logits_chunk",
+    "kl.beta", "generate.temperature", "reward.max_length", "lora.rank", "rollout.top_k", "rollout.repetition_stop",
+    "ppo.clip_eps_high", "critic.value_clip", "shaping.clip", "shaping.missing_eos_penalty", "shaping.length_penalty",
+    "reward.variance_weight", "reward.sum_to_zero",
+  ):  # fmt: skip
     at_least(field, 0)
   need(config.rollout.group_size >= 2, "rollout.group_size", "R2M compares K >= 2 responses per prompt")
   need(config.rollout.temperature > 0, "rollout.temperature", "must be above 0: greedy samples have no log-probability")
-  for field in ("r2m.omega_min", "r2m.alpha", "reward.label_flip"):
+  for field in ("r2m.omega_min", "r2m.alpha", "reward.label_flip", "data.max_bad_share"):
     need(0 <= _get(config, field) <= 1, field, "must lie in [0, 1]")
   need(0 < config.ppo.clip_eps < 1, "ppo.clip_eps", "must lie in (0, 1), such as 0.2")
   need(config.ppo.dual_clip == 0 or config.ppo.dual_clip > 1, "ppo.dual_clip", "must be above 1, such as 3, or 0: off")
@@ -106,6 +109,14 @@ def check_config(config: ConfigDict) -> None:
     "lab.seeds",
     "give whole numbers from 0 on, such as (0, 1, 2)",
   )
+  sources, weights = [name for name in config.data.name.split(",") if name.strip()], tuple(config.data.weights)
+  good = all(isinstance(w, (int, float)) and w >= 0 for w in weights) and (not weights or sum(weights) > 0)
+  need(not weights or len(weights) == len(sources), "data.weights", f"give one for each of {len(sources)} names, or ()")
+  need(good, "data.weights", "give numbers from 0 on, not all of them 0")
+  good = all(isinstance(b, int) and b >= 2 for b in config.data.buckets)
+  need(good, "data.buckets", "give lengths in tokens from 2 on, such as (128, 256, 512), or ()")
+  at_least("tokenizer.vocab_size", 300)
+  at_least("tokenizer.min_frequency", 1)
   try:
     arch = ArchConfig(vocab_size=64, **config.policy.arch)
   except ValueError as error:
@@ -115,6 +126,8 @@ def check_config(config: ConfigDict) -> None:
   if not config.policy.path:  # else the folder says how many layers there are
     need(-layers <= tapped < layers, "r2m.feedback_layer", f"the policy has {layers} layers; -1 is the last")
   files = {
+    "tokenizer": ("data.name",),
+    "scratch": ("scratch.corpus", "scratch.sft", "scratch.pairs", "scratch.prompts"),
     "generate": ("policy.path", "generate.input", "generate.output"),
     "score": ("reward.path", "score.input", "score.output"),
     "export": ("export.checkpoint", "export.out"),

@@ -31,6 +31,7 @@ from r2m_jax.models.peft import save_peft
 from r2m_jax.models.pretrained import TOKENIZER_FILES, save_pretrained
 from r2m_jax.variants import VARIANTS
 
+BUDGETS = "budgets.json"  # of a workdir: the steps that each budget of seconds gave
 HEAD_MODULE = Path(__file__).with_name("r2m_head.py")  # PyTorch; copied, never imported here
 
 
@@ -227,4 +228,6 @@ def run_config(config, workdir: Path):
   except (KeyError, TypeError, AttributeError) as error:
     raise FolderError(f"{workdir / 'config.json'} is not a config of this version: {error}") from None
   result.lora.export = config.lora.export
+  if (workdir / BUDGETS).exists():
+    result.steps = json.loads((workdir / BUDGETS).read_text(encoding="utf-8")).get("rl", result.steps)
   return result

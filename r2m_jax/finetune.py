@@ -4,8 +4,8 @@ Policy and reward model may be of different families, sizes and tokenizers. A st
 re-renders the responses for the reward model in between: step = learn ∘ rollout, with the code of the fused step.
 """
 
-import dataclasses
 import json
+import time
 from pathlib import Path
 
 import jax
@@ -17,21 +17,21 @@ from r2m_jax import checkpoint, export, sharding
 from r2m_jax.build import Build, build, init_adapters, initial_state
 from r2m_jax.checks import check_model, check_step_zero
 from r2m_jax.config import ConfigError, check_batch
-from r2m_jax.data.jsonl import DataError, read_rows
+from r2m_jax.data.batches import Stream
 from r2m_jax.folders import RENDERER, FolderError, Policy, RewardModel
 from r2m_jax.folders import describe_reward, load_policy, load_reward, mesh_of, reward_start
 from r2m_jax.lab.stages import epochs_of_rows
 from r2m_jax.metrics import Metrics, append_samples, progress, read_metrics, write_atomic
 from r2m_jax.models import lora
 from r2m_jax.optim import make_optimizer
-from r2m_jax.pretrain import fit, fit_warm_head, reward_loss, sft_loss
+from r2m_jax.prepare import PromptData, batch_of, enough, judged_pairs, judgments_labeller, packed_lines, pairs
+from r2m_jax.prepare import prompt_data, sft_rows, take_pairs
+from r2m_jax.pretrain import Timed, fit, fit_warm_head, reward_loss, sft_loss, steps_within
 from r2m_jax.report import format_summary, summary_table, write_report
-from r2m_jax.serve import each_row
-from r2m_jax.step import Labeller, make_learn, make_rollout, pairs_at, pairs_per_step, truncated, uses_labels
-from r2m_jax.text import Renderer, as_prompts, bucket, pad_left, responses_of
-from r2m_jax.types import Pairs
-from r2m_jax.variants import VARIANTS
+from r2m_jax.step import Labeller, make_learn, make_rollout, truncated, uses_labels
+from r2m_jax.text import Renderer, responses_of
 from r2m_jax.train import claim, shapes_of, stage, warm, with_variant
+from r2m_jax.variants import VARIANTS
 
 
 def run(config, workdir: Path) -> None:
@@ -50,15 +50,14 @@ def run(config, workdir: Path) -> None:
   print(f"report   {report}\nmetrics  {workdir / 'metrics.jsonl'}\nmodels   {workdir / 'export'}")
 
 
-def keep(rows: list[dict], ids: list[tuple[list[int], ...]], config, what: str) -> list[int]:
-  """Which rows have a prompt and responses within the limits of config.data; says how many do not."""
-  limits = config.data.max_prompt_length, config.data.max_response_length
-  kept = [i for i, (prompt, *responses) in enumerate(ids)
-          if len(prompt) <= limits[0] and all(len(r) <= limits[1] for r in responses)]  # fmt: skip
-  print(f"data     {len(kept)} of {len(rows)} rows for {what}; the others exceed {limits[0]} + {limits[1]} tokens")
-  if not kept:
-    raise DataError(f"no row of {config.data.train} is within config.data.max_prompt_length and max_response_length")
-  return kept
+def budgeted(workdir: Path, stage: str, seconds: float, measure) -> int:
+  """The steps that a budget of seconds gives, measured once in a workdir."""
+  path = workdir / export.BUDGETS
+  saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  if stage not in saved:
+    saved[stage] = measure(seconds)
+    write_atomic(path, json.dumps(saved))
+  return saved[stage]
 
 
 def build_lora(config, mesh, **archs) -> Build:
@@ -69,114 +68,75 @@ def build_lora(config, mesh, **archs) -> Build:
     raise ConfigError(error) from None
 
 
-def enough(rows: int, field: str, size: int, source: str = "data.train") -> None:
-  if rows < size:
-    raise ConfigError(f"config.{field} is {size}: more than the {rows} rows of config.{source}; make it smaller")
-
-
 # ---- sft ----
 
 
-def run_sft(config, workdir: Path, mesh) -> None:
-  """Negative log-likelihood of the responses, from rows {prompt, response}."""
+def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None = None) -> None:
+  """Negative log-likelihood of the responses, or of whole packed dialogues; ends with the policy in `out`.
+
+  Args:
+    name: of the stage, in metrics and on disk.
+    out: WORKDIR/export/policy where not given.
+  """
   settings = config.sft
   policy = load_policy(config.policy.path, config, mesh)
-  rows = read_rows(config.data.train, ("prompt", "response"))
-  batch = sft_arrays(config, policy, rows)
-  enough(len(batch["tokens"]), "sft.batch_size", settings.batch_size)
+  dataset, collate = (packed_lines if config.data.pack else sft_rows)(config, policy, workdir, name)
   built = build_lora(config, mesh, arch=policy.arch)
   start, frozen = policy.state, None
   loss = loss_fn = sft_loss(built.defs.policy, chunk=config.logits_chunk)
   if built.lora:
     start, frozen = init_adapters(config, built, mesh), policy.state
     loss_fn = lambda state, batch, base: loss(nnx.merge_state(state, base), batch)
+  steps = settings.steps
+  if settings.budget:
+    probe = dict(batch_sharding=built.rows, frozen=frozen)
+    measure = lambda seconds: steps_within(seconds, loss_fn, start, Stream(dataset, collate), **probe)
+    steps = budgeted(workdir, name, settings.budget, measure)
 
   def make():
     return fit(
-      loss_fn,
-      start,
-      make_optimizer(settings, settings.steps),
-      ({name: x[index] for name, x in batch.items()} for index in
-       epochs_of_rows(config.seed, len(batch["tokens"]), settings.batch_size, settings.steps)),
-      total=settings.steps, stage="sft", workdir=workdir,
-      state_shardings=sharding.shardings(start, mesh), batch_sharding=built.rows, frozen=frozen,
+      loss_fn, start, make_optimizer(settings, steps), Stream(dataset, collate), total=steps, stage=name,
+      workdir=workdir, state_shardings=sharding.shardings(start, mesh), batch_sharding=built.rows, frozen=frozen,
+      budget=settings.budget,
     )  # fmt: skip
 
-  state = stage(workdir, "sft", shapes_of(start), make)
-  export.write_policy(workdir / "export/policy", config, policy, state, workdir, base=frozen)
-
-
-def sft_arrays(config, policy: Policy, rows: list[dict]) -> dict[str, np.ndarray]:
-  """tokens, token_mask [N, L] and response_mask [N, T]: prompts padded on the left, responses on the right."""
-  tokenizer = policy.tokenizer
-  print(tokenizer.describe(rows[0]["prompt"]))
-  end = [] if tokenizer.end_id is None else [tokenizer.end_id]
-  pair = lambda r: (tokenizer.render(r["prompt"]), tokenizer.encode(r["response"], special=False) + end)
-  ids = each_row(rows, pair, config.data.train)
-  print(f"response {len(ids[0][1])} tokens: {tokenizer.hf.decode(ids[0][1])!r}")
-  ids = [ids[i] for i in keep(rows, ids, config, "sft")]
-  tokens, mask = pad_left([prompt for prompt, _ in ids], tokenizer.pad_id)
-  # a row read backwards pads it on the right
-  response, response_mask = (x[:, ::-1] for x in pad_left([r[::-1] for _, r in ids], tokenizer.pad_id))
-  return {
-    "tokens": np.concatenate([tokens, response], 1),
-    "token_mask": np.concatenate([mask, response_mask], 1),
-    "response_mask": response_mask,
-  }
+  state = stage(workdir, name, shapes_of(start), make)
+  export.write_policy(out or workdir / "export/policy", config, policy, state, workdir, base=frozen)
 
 
 # ---- reward ----
 
 
-def run_reward(config, workdir: Path, mesh) -> None:
-  """Bradley-Terry on rows {prompt, chosen, rejected}, from a reward model or from a policy without a score head."""
+def run_reward(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
+  """Bradley-Terry on pairs, from a reward model or from a policy without a score head; ends with it in `out`."""
   settings = config.reward
   reward = load_reward(config.reward.path or config.policy.path, config, mesh, from_policy=True)
   if reward.head is not None:
     raise FolderError(f"{reward.folder} is an R2M reward model; task=reward trains one that reads no policy")
   hold_contract(workdir, reward.renderer)
-  rows = read_rows(config.data.train, ("prompt", "chosen", "rejected"))
-  batch = reward_arrays(config, reward, rows)
-  enough(len(batch["chosen"]), "reward.batch_size", settings.batch_size)
+  dataset, collate, count = pairs(config, reward, workdir)
   built = build_lora(config, mesh, arch=reward.arch, reward_arch=reward.arch)
   start, frozen = reward_start(reward, mesh), None
   loss = loss_fn = reward_loss(built.defs.policy if built.lora else built.defs.reward_backbone, built.defs.phi)
   if built.lora:
     start, frozen = {**start, "backbone": init_adapters(config, built, mesh)}, start["backbone"]
     loss_fn = lambda state, batch, base: loss({**state, "backbone": nnx.merge_state(state["backbone"], base)}, batch)
-  steps = settings.epochs * (len(batch["chosen"]) // settings.batch_size)
+  steps = settings.epochs * (count // settings.batch_size)
+  if settings.budget:
+    probe = dict(batch_sharding=built.rows, frozen=frozen)
+    measure = lambda seconds: steps_within(seconds, loss_fn, start, Stream(dataset, collate), **probe)
+    steps = budgeted(workdir, "reward", settings.budget, measure)
 
   def make():
     return fit(
-      loss_fn,
-      start,
-      make_optimizer(settings, steps),
-      ({name: x[index] for name, x in batch.items()} for index in
-       epochs_of_rows(config.seed, len(batch["chosen"]), settings.batch_size, steps)),
-      total=steps, stage="reward", workdir=workdir,
-      state_shardings=sharding.shardings(start, mesh), batch_sharding=built.rows, frozen=frozen,
+      loss_fn, start, make_optimizer(settings, steps), Stream(dataset, collate), total=steps, stage="reward",
+      workdir=workdir, state_shardings=sharding.shardings(start, mesh), batch_sharding=built.rows, frozen=frozen,
+      budget=settings.budget,
     )  # fmt: skip
 
   model = stage(workdir, "reward", shapes_of(start), make)
   backbone = lora.merged(model["backbone"], frozen, built.lora) if built.lora else model["backbone"]
-  export.write_reward(workdir / "export/reward", config, reward, backbone, model["phi"], workdir)
-
-
-def reward_arrays(config, reward: RewardModel, rows: list[dict]) -> dict[str, np.ndarray]:
-  """chosen and rejected i32[N, L] with their masks, by the one renderer."""
-  renderer, tokenizer = reward.renderer, reward.renderer.tokenizer
-  print(describe_reward(reward, rows[0]["prompt"], rows[0]["chosen"]))
-  lengths = [tuple(tokenizer.encode(text, special=False) for text in (row["chosen"], row["rejected"])) for row in rows]
-  prompts = [tokenizer.encode(r["prompt"], special=False) if isinstance(r["prompt"], str) else
-             tokenizer.render(r["prompt"]) for r in rows]  # fmt: skip
-  rows = [rows[i] for i in keep(rows, [(p, *r) for p, r in zip(prompts, lengths)], config, "reward")]
-  ids_of = lambda side: each_row(rows, lambda row: renderer.ids(row["prompt"], row[side]), config.data.train)
-  sides = {side: ids_of(side) for side in ("chosen", "rejected")}
-  length = bucket(max(len(ids) for side in sides.values() for ids in side))
-  arrays = {}
-  for side, ids in sides.items():
-    arrays[side], arrays[f"{side}_mask"] = pad_left(ids, tokenizer.pad_id, length)
-  return arrays
+  export.write_reward(out or workdir / "export/reward", config, reward, backbone, model["phi"], workdir)
 
 
 def hold_contract(workdir: Path, renderer: Renderer) -> None:
@@ -190,8 +150,8 @@ def hold_contract(workdir: Path, renderer: Renderer) -> None:
 # ---- r2m ----
 
 
-def run_r2m(config, workdir: Path, mesh) -> None:
-  """RL on rows {prompt}, for config.variant or for each of config.arms."""
+def run_r2m(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
+  """RL on prompts, for config.variant (ends in `out`, or WORKDIR/export) or each of config.arms (in a folder of it)."""
   if not (config.policy.path and config.reward.path):
     missing = "reward.path" if config.policy.path else "policy.path"
     raise FolderError(f"config.{missing} is empty: task=r2m from folders needs a policy and a reward model")
@@ -208,84 +168,45 @@ def run_r2m(config, workdir: Path, mesh) -> None:
   if not -layers <= config.r2m.feedback_layer < layers:
     raise ConfigError(f"config.r2m.feedback_layer is {config.r2m.feedback_layer}: the policy has {layers} layers")
   built = build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
-  data = prompt_data(config, policy)
+  data = prompt_data(config, policy, workdir)
   if not (workdir / "checkpoints").exists():
     check_model(
       built.defs.base or built.defs.policy, policy.state, vocab_size=policy.arch.vocab_size, dtype=config.dtype,
       temperature=config.rollout.temperature,
     )  # fmt: skip
   arms = (config.variant,) if config.variant else tuple(config.arms)
+  if config.budget:
+    probed = with_variant(config, arms[-1])
+    probe = build_lora(probed, mesh, arch=policy.arch, reward_arch=reward.arch)
+    measure = lambda seconds: rl_steps_within(seconds, probed, probe, policy, reward, data)
+    config = with_variant(config, config.variant)
+    config.steps = budgeted(workdir, "rl", config.budget, measure)
   for i, variant in enumerate(arms):
-    out = workdir / "export" / ("" if config.variant else variant)
+    folder = (out or workdir / "export") / ("" if config.variant else variant)
     last, arm = i == len(arms) - 1, with_variant(config, variant)
     built = build_lora(arm, mesh, arch=policy.arch, reward_arch=reward.arch)
-    run_arm(arm, built, workdir, policy, reward, data, out, donate=last)
+    run_arm(arm, built, workdir, policy, reward, data, folder, donate=last)
 
 
-@dataclasses.dataclass(frozen=True)
-class PromptData:
-  prompts: list  # text or messages
-  ids: list[list[int]]  # rendered for the policy
-  length: int  # of the padded prompts: one for the run, so that the rollout compiles once
+def rl_steps_within(seconds: float, config, built: Build, policy: Policy, reward: RewardModel, data) -> int:
+  """How many RL steps take about `seconds`, compiling apart, from three steps timed here; prints the rate."""
+  state, times = start_state(config, built, policy, reward, donate=False), []
+  labeller = labeller_of(config, policy, reward)
+  step = make_two_part_step(config, built, policy, reward, sharding.shardings(state, built.mesh), labeller)
+  for t in range(3):
+    began, index = time.perf_counter(), data.order[t]
+    state, output, _ = step(state, batch_of(data, index, policy), [data.prompts[i] for i in index])
+    jax.block_until_ready((state, output))
+    times.append(time.perf_counter() - began)
+  each = sum(times[1:]) / 2
+  steps = max(1, int(seconds / each))
+  print(f"rate     {each:.2f} s an RL step, measured in {sum(times):.0f} s: {steps} steps in a budget of {seconds:g} s")
+  return steps
 
 
-def prompt_data(config, policy: Policy) -> PromptData:
-  rows = read_rows(config.data.train, ("prompt",))
-  print(policy.tokenizer.describe(rows[0]["prompt"]))
-  ids = each_row(rows, lambda row: policy.tokenizer.render(row["prompt"]), config.data.train)
-  kept = keep(rows, [(i,) for i in ids], config, "r2m")
-  enough(len(kept), "rollout.prompts", config.rollout.prompts)
-  ids = [ids[i] for i in kept]
-  return PromptData([rows[i]["prompt"] for i in kept], ids, bucket(max(map(len, ids))))
-
-
-def labelled_pairs(config, policy: Policy, reward: RewardModel) -> dict[str, np.ndarray]:
-  """The judgments of config.r2m.judgments for both models: arrays [N, 2, ...], winner and loser, named as in `Pairs`.
-
-  A judged response is complete, so it ends with the policy's ending token, as in supervised training.
-  """
-  rows = read_rows(config.r2m.judgments, ("prompt", "chosen", "rejected"))
-  tokenizer, renderer = policy.tokenizer, reward.renderer
-  end = [] if tokenizer.end_id is None else [tokenizer.end_id]
-
-  def encode(row):
-    prompt = tokenizer.render(row["prompt"])
-    sides = row["chosen"], row["rejected"]
-    return [[*prompt, *tokenizer.encode(side, special=False), *end] for side in sides], \
-           [renderer.ids(row["prompt"], side) for side in sides]  # fmt: skip
-
-  limit = config.data.max_prompt_length + config.data.max_response_length
-  ids = each_row(rows, encode, config.r2m.judgments)
-  kept = [pair for pair in ids if max(map(len, pair[0])) <= limit]
-  print(f"labels   {len(kept)} of {len(ids)} judgments in {config.r2m.judgments}; the others exceed {limit} tokens")
-  if not kept:
-    raise DataError(f"no row of {config.r2m.judgments} is within config.data.max_prompt_length + max_response_length")
-  arrays = {}
-  for which, name, pad in ((0, "", tokenizer.pad_id), (1, "reward_", renderer.tokenizer.pad_id)):
-    flat = [side for pair in kept for side in pair[which]]
-    tokens, mask = pad_left(flat, pad, bucket(max(map(len, flat))))
-    arrays |= {f"{name}tokens": tokens.reshape(len(kept), 2, -1)}
-    arrays |= {"token_mask" if not name else "reward_mask": mask.reshape(len(kept), 2, -1)}
-  return arrays
-
-
-def take_pairs(arrays: dict[str, np.ndarray], rows) -> dict[str, np.ndarray]:
-  """Some judgments as the rows of `Pairs`: the winners, then their losers."""
-  return {name: np.concatenate([x[rows, 0], x[rows, 1]]) for name, x in arrays.items()}
-
-
-def judgments_labeller(config, arrays: dict[str, np.ndarray]) -> Labeller:
-  """Builds `label(sequences, step) -> Pairs`: the next judgments of the file, in a new order each time through."""
-  most, count = pairs_per_step(config), len(arrays["tokens"])
-
-  def label(sequences, step: int) -> Pairs:
-    del sequences  # the file's responses were judged before the run
-    at = sum(pairs_at(config, t) for t in range(step)) + np.arange(most)
-    rows = [np.random.default_rng([config.seed, 5, i // count]).permutation(count)[i % count] for i in at]
-    weight = (np.arange(most) < pairs_at(config, step)).astype(np.float32)
-    return Pairs(**take_pairs(arrays, rows), weight=weight)
-
-  return label
+def labeller_of(config, policy: Policy, reward: RewardModel) -> Labeller | None:
+  """What orders the pairs of the reward update from the file of judgments, where the run asks for real labels."""
+  return judgments_labeller(config, judged_pairs(config, policy, reward)) if uses_labels(config) else None
 
 
 def make_two_part_step(config, built: Build, policy: Policy, reward: RewardModel, layout, labeller=None):
@@ -328,25 +249,20 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
     print(f"{arm}: goes on from step {int(state.step)} of {config.steps}")
   start = int(state.step)
   if start < config.steps:
-    judged = VARIANTS[arm].start == "head" or uses_labels(config)
-    arrays = labelled_pairs(config, policy, reward) if judged else {}
     if VARIANTS[arm].start == "head" and start == 0:
-      state = warm_start(config, built, workdir, state, arrays)
-    labeller = judgments_labeller(config, arrays) if uses_labels(config) else None
-    step = make_two_part_step(config, built, policy, reward, layout, labeller)
-    order = list(epochs_of_rows(config.seed, len(data.ids), config.rollout.prompts, config.steps))
+      state = warm_start(config, built, workdir, state, judged_pairs(config, policy, reward))
+    step = make_two_part_step(config, built, policy, reward, layout, labeller_of(config, policy, reward))
+    order = Timed(Stream(data.order, start=start))  # a step takes one batch: the saved step is where the data goes on
     with Metrics(workdir, "rl", arm, from_step=start) as log, progress(config.steps, arm, initial=start) as bar:
-      for t in range(start, config.steps):
-        prompts = as_prompts([data.ids[i] for i in order[t]], policy.tokenizer.pad_id, length=data.length)
-        prompts = prompts.replace(example_id=np.asarray(order[t], np.int32))
-        state, output, rows = step(state, prompts, [data.prompts[i] for i in order[t]])
+      for t, index in zip(range(start, config.steps), order):
+        state, output, rows = step(state, batch_of(data, index, policy), [data.prompts[i] for i in index])
         output = jax.device_get(output)
         if t == 0:
           check_step_zero(output.metrics, config.dtype, truncated=truncated(config))
           print(describe_reward(reward, *rows[0]))
         if t in (0, config.steps - 1):
           append_samples(workdir, samples(config, output, rows, "before" if t == 0 else "after"))
-        log.log(t, output.metrics)
+        log.log(t, output.metrics | {"data/wait": order.waiting_share()})
         bar.update(reward=output.metrics["reward/used"], kl=output.metrics["kl"])
         if (t + 1) % config.log.checkpoint_every == 0 or t + 1 == config.steps:
           checkpoint.save(manager, t + 1, state)
@@ -383,15 +299,19 @@ def start_state(config, built: Build, policy: Policy, reward: RewardModel, *, do
   return state.replace(reward_head=head)
 
 
+def prompt_text(prompt) -> str:
+  """A prompt for the sample table."""
+  return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
 def samples(config, output, rows, when: str) -> list[dict]:
   """One row of samples.jsonl for each of the step's first prompts."""
   K, judged = config.rollout.group_size, output.judged
   lengths = output.sequences.response_mask.sum(1)
   shown = range(0, min(config.log.samples * K, len(rows)), K)
-  text = lambda prompt: prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
   return [
     {
-      "arm": config.variant, "when": when, "prompt": text(rows[i][0]), "response": rows[i][1],
+      "arm": config.variant, "when": when, "prompt": prompt_text(rows[i][0]), "response": rows[i][1],
       "reward": judged.scores[i], "frozen": judged.scores_frozen[i], "length": int(lengths[i]), "truncated": rows[i][2],
     }
     for i in shown

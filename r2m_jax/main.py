@@ -95,8 +95,8 @@ def main(argv):
 
 
 def run(config, workdir: Path) -> None:
-  """The task: batch use of a folder, an export, a run from folders, or the gold-reward pipeline."""
-  from r2m_jax import export, finetune, serve, train
+  """The task: a tokenizer, batch use of a folder, an export, a run from folders or on text, or the gold-reward task."""
+  from r2m_jax import export, finetune, scratch, serve, tokenizer, train
   from r2m_jax.data.jsonl import DataError
   from r2m_jax.folders import FolderError
   from r2m_jax.text import TextError
@@ -106,6 +106,10 @@ def run(config, workdir: Path) -> None:
       serve.run(config)
     elif config.task == "export":
       export.run(config)
+    elif config.task == "tokenizer":
+      tokenizer.run(config, workdir)
+    elif config.task == "scratch":
+      scratch.run(config, workdir)
     elif config.policy.path or config.reward.path:
       finetune.run(config, workdir)
     else:

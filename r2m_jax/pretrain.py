@@ -1,6 +1,8 @@
 """Supervised fine-tuning and Bradley-Terry reward fitting, on the same parts as the RL step."""
 
-from collections.abc import Callable, Iterable
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import jax
@@ -13,11 +15,13 @@ from r2m_jax.metrics import Metrics, progress
 from r2m_jax.models.reward import member_scores, read_rte
 from r2m_jax.ops import combine, masked_mean, predicts_response, token_stats
 from r2m_jax.optim import make_optimizer
-from r2m_jax.sharding import shardings
+from r2m_jax.sharding import place_batch, shardings
 from r2m_jax.step import Defs, make_score
 from r2m_jax.variants import States
 
 LOG_EVERY = 10  # updates; a fetch waits for the device
+LATE = 1.25  # times its budget at which a stage is cut short
+PROBED = 32  # batches whose shapes say how long an update takes on average
 
 
 def sft_loss(graphdef, *, chunk: int = 0) -> Callable:
@@ -99,10 +103,15 @@ def fit(
   state_shardings,
   batch_sharding,
   frozen=None,
+  budget: float = 0.0,
 ):
-  """Minimises loss_fn over `batches` and returns the state; it is donated. Logs to stage `stage` of the workdir.
+  """Minimises loss_fn over `total` batches and returns the state; it is donated. Logs to stage `stage` of the workdir.
 
-  `frozen`, where given, is a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
+  `data/wait` is the share of the time since the row before that was spent waiting for the next batch.
+  Args:
+    frozen: a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
+    budget: seconds from the first update on, 0 for none. After `LATE` times that the rest is left out: the machine is
+      slower than it was when `total` was measured.
   """
   extra = () if frozen is None else (frozen,)
   opt_shardings = shardings(jax.eval_shape(tx.init, state), batch_sharding.mesh)
@@ -114,13 +123,20 @@ def fit(
 
   update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(state_shardings, opt_shardings, None))
   opt = jax.jit(tx.init, out_shardings=opt_shardings)(state)
+  batches = Timed(itertools.islice(batches, total))
+  began = 0.0
   with Metrics(workdir, stage, from_step=0) as log, progress(total, stage) as bar:
     for i, batch in enumerate(batches):
-      state, opt, metrics = update(state, opt, jax.device_put(batch, batch_sharding), *extra)
-      if i % LOG_EVERY == 0 or i == total - 1:
+      state, opt, metrics = update(state, opt, place_batch(batch, batch_sharding), *extra)
+      late = budget and i and time.perf_counter() - began > LATE * budget
+      if i % LOG_EVERY == 0 or i == total - 1 or late:
         metrics = {k: float(v) for k, v in metrics.items()}
-        log.log(i, metrics)
+        log.log(i, metrics | {"data/wait": batches.waiting_share()})
+        began = began or time.perf_counter()  # the first update compiles, and fetching its loss waited for it
       bar.update(**({"loss": metrics["loss"]} if isinstance(metrics["loss"], float) else {}))
+      if late:
+        print(f"{stage}: ends after {i + 1} of {total} updates, at {LATE} times its budget of {budget:g} s")
+        break
   return state
 
 
@@ -133,3 +149,55 @@ def fit_warm_head(config, built, workdir: Path, head, batches: Iterable[dict], t
     loss, head, make_optimizer(config.r2m, total), batches, total=total, stage="warm_start", workdir=workdir,
     state_shardings=shardings(head, built.mesh), batch_sharding=built.rows, frozen=frozen,
   )  # fmt: skip
+
+
+class Timed:
+  """An iterator that knows which share of the time was spent waiting for it."""
+
+  def __init__(self, items: Iterable):
+    self._items, self._waited, self._since = iter(items), 0.0, time.perf_counter()
+
+  def __iter__(self) -> Iterator:
+    return self
+
+  def __next__(self):
+    began = time.perf_counter()
+    try:
+      return next(self._items)
+    finally:
+      self._waited += time.perf_counter() - began
+
+  def waiting_share(self) -> float:
+    """Of the time since the last call, or since the beginning."""
+    now = time.perf_counter()
+    share = self._waited / max(now - self._since, 1e-9)
+    self._waited, self._since = 0.0, now
+    return share
+
+
+def steps_within(
+  seconds: float, loss_fn: Callable, state, batches: Iterable[dict], *, batch_sharding, frozen=None
+) -> int:
+  """How many updates of `fit` take about `seconds`, from gradients of a few batches timed here; prints the rate.
+
+  Each shape among the first `PROBED` batches is timed once compiled, and counts as often as it comes there. Compiling
+  comes on top of the budget.
+  """
+  began, extra = time.perf_counter(), () if frozen is None else (frozen,)
+  grads = jax.jit(jax.grad(loss_fn, has_aux=True))
+  batch_of, count = {}, {}
+  for batch in itertools.islice(batches, PROBED):
+    shape = tuple(x.shape for x in jax.tree.leaves(batch))
+    count[shape] = count.get(shape, 0) + 1
+    batch_of.setdefault(shape, batch)
+  total = 0.0
+  for shape, batch in batch_of.items():
+    batch = place_batch(batch, batch_sharding)
+    jax.block_until_ready(grads(state, batch, *extra))
+    start = time.perf_counter()
+    jax.block_until_ready([grads(state, batch, *extra) for _ in range(2)])
+    total += (time.perf_counter() - start) / 2 * count[shape]
+  each, spent = total / sum(count.values()), time.perf_counter() - began
+  steps = max(1, int(seconds / each))
+  print(f"rate     {each:.2f} s an update, measured in {spent:.0f} s: {steps} updates in a budget of {seconds:g} s")
+  return steps

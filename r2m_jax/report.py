@@ -51,7 +51,8 @@ FIGURES = (
    (("policy/loss", "Policy loss", "loss", None), ("policy/grad_norm", "Gradient norm", "norm", None),
     ("policy/clip_fraction", "Clipped tokens", "share", None))),
   ("6_before_rl", "Before RL: fine-tuning and reward model", STEP, "Dotted: chance.",
-   (("sft/loss", "Fine-tuning loss", "nats a token", None), ("sft/gold", "Gold reward of samples", "gold", None),
+   (("lm/loss", "Language-modelling loss", "nats a token", None),
+    ("sft/loss", "Fine-tuning loss", "nats a token", None), ("sft/gold", "Gold reward of samples", "gold", None),
     ("reward/loss", "Reward model: Bradley-Terry loss", "nats", None),
     ("reward/accuracy", "Reward model: pair accuracy", "share", 0.5))),
 )
@@ -195,10 +196,11 @@ if (pick) {
 """
 
 
-def write_report(workdir, *, title, notes=(), config=None):
+def write_report(workdir, *, title, notes=(), tables=(), config=None):
   """Writes WORKDIR/report.html and WORKDIR/figures/*.png; returns the page's path.
 
-  notes: plain sentences to show under the findings. config: a dict, or None to read WORKDIR/config.json if it is there.
+  notes: plain sentences to show under the findings. tables: dicts of title, head, rows (lists of text) and note.
+  config: a dict, or None to read WORKDIR/config.json if it is there.
   """
   workdir = Path(workdir)
   rows, samples = read_metrics(workdir), read_jsonl(workdir / "samples.jsonl")
@@ -209,6 +211,7 @@ def write_report(workdir, *, title, notes=(), config=None):
   parts = [f"<h1>{_text(title)}</h1>", f'<p class="soft">{_text(describe(rows))}</p>', _headline(table, notes)]
   if table:
     parts.append(_summary_html(table, styles))
+  parts += [_table_html(table) for table in tables]
   named = [row if row["stage"] == "rl" else _with_stage(row) for row in rows]
   for name, heading, x, caption, panels in FIGURES:
     drawn = draw_figure(named, x, panels, styles, table[0]["matched_kl"] if table else None)
@@ -236,7 +239,7 @@ def describe(rows):
   if not rows:
     return "Nothing was logged yet."
   texts = []
-  for stage, word in (("sft", "fine-tuning"), ("reward", "reward model"), ("rl", "RL")):
+  for stage, word in (("lm", "language modelling"), ("sft", "fine-tuning"), ("reward", "reward model"), ("rl", "RL")):
     mine = [row for row in rows if row["stage"] == stage]
     if mine:
       arms = list(dict.fromkeys(row["arm"] for row in mine))
@@ -295,6 +298,13 @@ def _summary_html(table, styles):
           "peak is the largest of many means, so noise alone puts it a little high.") if gold else ""
   return ('<div class="card"><div class="wide"><table><thead><tr>' + "".join(f"<th>{_text(h)}</th>" for h in head)
           + f'</tr></thead><tbody>{"".join(lines)}</tbody></table></div><p class="soft">{note}</p></div>')
+
+
+def _table_html(table):
+  head = "".join(f"<th>{_text(name)}</th>" for name in table["head"])
+  body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in table["rows"])
+  return (f'<section><h2>{_text(table["title"])}</h2><div class="card"><div class="wide"><table><thead><tr>{head}</tr>'
+          f'</thead><tbody>{body}</tbody></table></div><p class="soft">{_text(table["note"])}</p></div></section>')
 
 
 def _figure_html(heading, caption, images, arms, styles):

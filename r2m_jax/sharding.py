@@ -82,3 +82,10 @@ def shardings(tree, mesh: Mesh):
 def constrain_batch(mesh: Mesh):
   """A function that lays the leading axis of an array over data and fsdp."""
   return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
+
+
+def place_batch(batch, layout: NamedSharding):
+  """Host arrays on the devices of `layout`. With several processes each gives its own rows of the whole batch."""
+  if jax.process_count() == 1:
+    return jax.device_put(batch, layout)
+  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout, x), batch)

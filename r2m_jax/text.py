@@ -147,6 +147,18 @@ def load_tokenizer(folder: str | pathlib.Path, vocab_size: int | None = None) ->
                    vocab_size=vocab_size)  # fmt: skip
 
 
+def save_tokenizer(
+  core, folder: str | pathlib.Path, *, end: str, pad: str, special: Sequence[str], template: str
+) -> None:
+  """Writes a `tokenizers.Tokenizer` as transformers reads it: `end` is its eos, `special` its other special tokens."""
+  import transformers
+
+  hf = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token=end, pad_token=pad)
+  hf.add_special_tokens({"additional_special_tokens": list(special)})
+  hf.chat_template = template
+  hf.save_pretrained(folder)
+
+
 def _model_eos_ids(folder: pathlib.Path) -> list[int]:
   """eos_token_id of generation_config.json, or of config.json where that does not say."""
   for name in ("generation_config.json", "config.json"):

@@ -56,7 +56,7 @@ def r2m_run(folders, tmp_path_factory):
   tmp_path = tmp_path_factory.mktemp("r2m")
   rows = [{"prompt": p} for p in PROMPTS]
   # all prompts in each step: their longest is one length, so there is one program
-  cfg = small(folders, tmp_path, data__train=write(tmp_path / "data.jsonl", rows), rollout__prompts=len(rows))
+  cfg = small(folders, tmp_path, data__name=write(tmp_path / "data.jsonl", rows), rollout__prompts=len(rows))
   seen = []
   original = finetune.make_two_part_step
 
@@ -194,7 +194,7 @@ def test_model_card(r2m_run):
 def test_only_hub_names_are_base_models(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "runs/mine").mkdir(parents=True)
-  cfg = config(task="r2m", data__train="data.jsonl")
+  cfg = config(task="r2m", data__name="data.jsonl")
   for bases, shown, listed in (
     (["someone/model", "runs/mine"], "from someone/model, mine, made", "base_model:\n- someone/model\ntags:"),
     (["runs/mine"], "from mine, made", None),
@@ -217,14 +217,14 @@ def test_a_reward_checkpoint_of_another_template_is_refused(r2m_run, folders, tm
     load_reward(str(tmp_path / "reward"), cfg)
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / RENDERER).write_text((workdir / RENDERER).read_text())
-  other = small(folders, tmp_path, reward__path=str(folders / "plain"), data__train=cfg.data.train)
+  other = small(folders, tmp_path, reward__path=str(folders / "plain"), data__name=cfg.data.name)
   with pytest.raises(TextError, match="another rendering"):
     finetune.run(other, tmp_path / "run")
 
 
 def test_sft_from_a_folder(folders, tmp_path, capsys):
   rows = [{"prompt": prompt, "response": "the mat."} for prompt in PROMPTS]
-  cfg = small(folders, tmp_path, task="sft", sft__lr=1e-2, data__train=write(tmp_path / "data.jsonl", rows))
+  cfg = small(folders, tmp_path, task="sft", sft__lr=1e-2, data__name=write(tmp_path / "data.jsonl", rows))
   out = run(cfg, tmp_path / "run")
   losses = [row["loss"] for row in read(tmp_path / "run/metrics.jsonl")]
   assert losses[-1] < losses[0]
@@ -243,7 +243,7 @@ def test_sft_from_a_folder(folders, tmp_path, capsys):
   shown = capsys.readouterr().out
   assert "within 1e-04" in shown and "tokens: 'the mat.<|im_end|>'" in shown
   cfg.data.max_prompt_length = 1
-  with pytest.raises(DataError, match="no row of .* is within config.data.max_prompt_length"):
+  with pytest.raises(DataError, match="no row of config.data.name is left for sft; 6 dropped: prompt over 1 tokens"):
     finetune.run(cfg, tmp_path / "again")
   cfg.data.max_prompt_length, cfg.sft.batch_size = 64, 64
   with pytest.raises(ConfigError, match="config.sft.batch_size is 64: more than the 6 rows"):
@@ -255,7 +255,7 @@ def test_reward_from_a_folder(start, folders, tmp_path, capsys):
   """From a reward model, and from a policy that has no score head yet."""
   cfg = small(
     folders, tmp_path, task="reward", reward__path=str(folders / start), reward__lr=1e-3, reward__epochs=2,
-    data__train=write(tmp_path / "data.jsonl", PAIRS),
+    data__name=write(tmp_path / "data.jsonl", PAIRS),
   )  # fmt: skip
   out = run(cfg, tmp_path / "run")
   model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -289,7 +289,7 @@ def test_every_family_in_every_task(policy, reward, tmp_path, capsys):
   )  # fmt: skip
   for task, (data, paths) in stages.items():
     data = write(tmp_path / f"{task}.jsonl", data)
-    out = run(small(tmp_path, tmp_path, task=task, data__train=data, **paths),
+    out = run(small(tmp_path, tmp_path, task=task, data__name=data, **paths),
               tmp_path / ("reward_run" if task == "reward" else task))  # fmt: skip
     names = {"sft": {"policy"}, "reward": {"reward"}, "r2m": {"policy", "reward"}}[task]
     assert {path.name for path in out.iterdir()} == names
@@ -305,16 +305,16 @@ def test_what_a_run_needs(folders, tmp_path):
   for overrides, error, message in (
     (dict(reward__path=""), FolderError, "config.reward.path is empty: task=r2m from folders needs a policy and"),
     (dict(task="lab"), ConfigError, "config.task is 'lab': from a folder it is one of sft, reward, r2m"),
-    (dict(task="reward"), DataError, "data.jsonl:1 needs 'chosen' as text; it has prompt"),
+    (dict(task="reward"), DataError, "1 missing field, first .*data.jsonl:1: no chosen; the row has prompt"),
     (dict(r2m__feedback_layer=3), ConfigError, "feedback_layer is 3: the policy has 3 layers"),
     (dict(), ConfigError, "rollout.prompts is 2: more than the 1 rows"),
   ):
     with pytest.raises(error, match=message):
-      finetune.run(small(folders, tmp_path, data__train=data, **overrides), tmp_path / message[:12])
+      finetune.run(small(folders, tmp_path, data__name=data, **overrides), tmp_path / message[:12])
 
 
 def test_main_tells_bad_input_in_one_line(folders, tmp_path, capsys):
-  cfg = small(folders, tmp_path, data__train=str(tmp_path / "absent.jsonl"))
+  cfg = small(folders, tmp_path, data__name=str(tmp_path / "absent.jsonl"))
   with pytest.raises(SystemExit) as stopped:
     main.run(cfg, tmp_path / "run")
   assert stopped.value.code == 2 and "error: there is no file" in capsys.readouterr().err
@@ -350,7 +350,7 @@ def test_an_export_replaces_models_and_nothing_else(tmp_path):
 def test_labels_warm_start_and_greedy_baselines_from_folders(folders, tmp_path, capsys):
   """Judgments from a file fit the head beforehand and order its pairs in the run; greedy rows are scored too."""
   cfg = small(
-    folders, tmp_path, data__train=write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS]), steps=2,
+    folders, tmp_path, data__name=write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS]), steps=2,
     algorithm="remax", variant="warm_start", r2m__labels="preference", r2m__label_budget=0.75, r2m__warm_epochs=3,
     r2m__judgments=write(tmp_path / "pairs.jsonl", PAIRS), export__check=False,
   )  # fmt: skip
@@ -365,7 +365,7 @@ def test_labels_warm_start_and_greedy_baselines_from_folders(folders, tmp_path, 
 
 
 def test_a_critic_cannot_start_from_a_reward_model_with_other_tokens(folders, tmp_path):
-  cfg = small(folders, tmp_path, data__train=write(tmp_path / "data.jsonl", [{"prompt": "rain"}]), algorithm="ppo")
+  cfg = small(folders, tmp_path, data__name=write(tmp_path / "data.jsonl", [{"prompt": "rain"}]), algorithm="ppo")
   with pytest.raises(ConfigError, match="critic.init is 'reward'.*use 'policy'"):
     finetune.run(cfg, tmp_path / "run")
 

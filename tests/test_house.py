@@ -44,7 +44,6 @@ FLOORS = {
   "r2m_jax.checks": 4,
   "r2m_jax.build": 4,
   "r2m_jax.pretrain": 4,
-  "r2m_jax.evals": 4,
   "r2m_jax.lab": 4,
   "r2m_jax.checks": 4,
   "r2m_jax.plan": 4,
@@ -55,8 +54,12 @@ FLOORS = {
   "r2m_jax.parity": 6,
   "r2m_jax.export": 7,
   "r2m_jax.serve": 6,
+  "r2m_jax.prepare": 6,
+  "r2m_jax.tokenizer": 8,
+  "r2m_jax.evals": 7,
   "r2m_jax.finetune": 8,
-  "r2m_jax.main": 9,
+  "r2m_jax.scratch": 9,
+  "r2m_jax.main": 10,
 }
 # (importer, imported) on one floor that are allowed; files of one package may import each other besides.
 SAME_FLOOR = {

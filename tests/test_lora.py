@@ -89,7 +89,7 @@ def test_patterns_that_match_nothing_are_refused(folders, tmp_path):
   with pytest.raises(ConfigError, match="config.lora.rank is 4: adapters need a model"):
     check_config(config(lora__rank=4))
   cfg = small(folders, tmp_path, task="sft", lora__rank=2, lora__targets="nothing", policy__path=str(folders / "qwen2"),
-              data__train=write(tmp_path / "data.jsonl", [{"prompt": "a", "response": "b"}] * 4))  # fmt: skip
+              data__name=write(tmp_path / "data.jsonl", [{"prompt": "a", "response": "b"}] * 4))  # fmt: skip
   with pytest.raises(ConfigError, match="config.lora.targets is 'nothing'"):
     finetune.run(cfg, tmp_path / "run")
 
@@ -107,7 +107,7 @@ def test_peft_folder_agrees_with_peft(case, targets, folders, tmp_path):
   rows = [{"prompt": "The cat sat on", "response": "the mat."}] * 4
   cfg = small(
     folders, tmp_path, task="sft", policy__path=str(folders / case), sft__lr=0.05, lora__rank=2, lora__alpha=3.0,
-    lora__targets=targets, lora__export="peft", data__train=write(tmp_path / "data.jsonl", rows), export__check=False,
+    lora__targets=targets, lora__export="peft", data__name=write(tmp_path / "data.jsonl", rows), export__check=False,
   )  # fmt: skip
   finetune.run(cfg, tmp_path / "run")
   out = tmp_path / "run/export/policy"
@@ -137,7 +137,7 @@ def test_peft_folder_agrees_with_peft(case, targets, folders, tmp_path):
 def test_r2m_with_adapters_keeps_one_base(folders, tmp_path, capsys):
   cfg = small(
     folders, tmp_path, policy__path=str(folders / "qwen2"), lora__rank=2, lora__targets="attn/(q|v)", steps=2,
-    data__train=write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS[:2]]), policy__lr=0.05,
+    data__name=write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS[:2]]), policy__lr=0.05,
   )  # fmt: skip
   states = []
   original = export.write_run
@@ -159,7 +159,7 @@ def test_r2m_with_adapters_keeps_one_base(folders, tmp_path, capsys):
 def test_reward_with_adapters(folders, tmp_path):
   cfg = small(
     folders, tmp_path, task="reward", lora__rank=2, lora__targets="mlp/.*", reward__lr=1e-2, reward__epochs=2,
-    data__train=write(tmp_path / "data.jsonl", PAIRS), export__check=True,
+    data__name=write(tmp_path / "data.jsonl", PAIRS), export__check=True,
   )  # fmt: skip
   finetune.run(cfg, tmp_path / "run")
   before, after = (

@@ -1,0 +1,73 @@
+"""The main job on real text, from nothing: tokenizer, 4-million-parameter policy, reward model, RLOO and RLOO + R2M.
+
+  python -m r2m_jax.main --config=configs/real_small.py --config.data.root=DATA --workdir=runs/real_small
+
+DATA has preferences/ and prompts/ with files of JSON lines or parquet, named as below; without them the command says
+what to download. The budgets make it about 35 minutes on two cores, and the same command goes on where it stopped.
+
+Expect English-looking replies without much sense, a validation perplexity of a few dozen, and a reward model a little
+better than chance on pairs of people's choices: the point is that every part works on real lengths and real noise.
+"""
+
+from configs import default
+
+PREFERENCES = ("ultrafeedback", "hh_helpful_base", "hh_helpful_online", "hh_helpful_rejection_sampled",
+               "alpaca_eval_direct", "alpaca_eval_via_reference")  # fmt: skip
+PROMPTS = ("alpaca_eval", "dialogsum")
+DOWNLOAD = (
+  "put the splits of UltraFeedback (huggingface.co/datasets/HuggingFaceH4/ultrafeedback_binarized), HH-RLHF "
+  "(huggingface.co/datasets/Anthropic/hh-rlhf), AlpacaEval (github.com/tatsu-lab/alpaca_eval) and DialogSum "
+  "(github.com/cylnlp/dialogsum) into one folder, named as configs/real_small.py says: --config.data.root=FOLDER"
+)
+
+
+def files(folder: str, names, split: str) -> str:
+  return ",".join(f"{folder}/{name}_{split}.*" for name in names)
+
+
+def get_config(size: str = ""):
+  if size not in ("", "test"):
+    raise ValueError(f"size {size!r} is unknown; use configs/real_small.py or configs/real_small.py:test")
+  config = default.get_config()
+  config.task = "scratch"
+  names = config.scratch
+  names.download = DOWNLOAD
+  # hh_harmless is not imitated: its replies are measured, never trained on
+  names.sft = files("preferences", PREFERENCES, "train") + "," + files("prompts", PROMPTS, "train")
+  names.corpus = names.sft
+  names.pairs = files("preferences", PREFERENCES, "train")
+  names.prompts = files("preferences", PREFERENCES, "train")
+  names.sft_val = files("preferences", PREFERENCES, "val") + "," + files("prompts", PROMPTS, "val")
+  names.prompts_val = files("preferences", PREFERENCES, "val")
+  names.pairs_val = "preferences/*_val.*"
+  names.pairs_dev = "preferences/*_dev.*"
+
+  config.tokenizer.vocab_size = 4096
+  arch = config.policy.arch
+  arch.hidden_size, arch.num_layers, arch.num_heads, arch.num_kv_heads, arch.intermediate_size = 256, 4, 4, 4, 704
+  arch.tie_embeddings = True
+  config.data.max_prompt_length, config.data.max_response_length, config.data.max_chosen_length = 192, 256, 512
+  config.data.unique = True
+  config.data.buckets = (128, 256)
+
+  names.lm.budget, names.lm.batch_size, names.lm.lr, names.lm.warmup_steps = 600.0, 8, 3e-3, 20
+  config.sft.budget, config.sft.batch_size, config.sft.lr, config.sft.warmup_steps = 240.0, 16, 1e-3, 10
+  config.reward.budget, config.reward.batch_size, config.reward.lr, config.reward.warmup_steps = 420.0, 8, 3e-4, 10
+  config.budget = 330.0  # an arm
+  config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 8, 4, 64
+  config.policy.lr, config.r2m.lr, config.kl.beta = 1e-4, 1e-4, 0.05
+  config.r2m.attention_dim = 128
+  config.log.checkpoint_every, config.log.samples = 20, 12
+  config.generate.batch_size, config.score.batch_size = 64, 64
+  if size == "test":
+    config.tokenizer.vocab_size, config.tokenizer.min_frequency = 320, 1
+    arch.hidden_size, arch.num_layers, arch.intermediate_size = 32, 1, 64
+    config.data.buckets = ()
+    names.lm.budget = config.sft.budget = config.reward.budget = config.budget = 0.0
+    names.lm.steps, names.lm.batch_size, config.sft.steps, config.sft.batch_size = 4, 2, 4, 4
+    config.data.max_prompt_length, config.data.max_response_length = 48, 24
+    config.reward.epochs, config.reward.batch_size, config.steps = 1, 4, 2
+    config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 2, 2, 8
+    config.r2m.attention_dim, names.samples, config.log.samples = 16, 6, 2
+    config.export.check, config.log.checkpoint_every = False, 1
+  return config

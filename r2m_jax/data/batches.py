@@ -1,0 +1,111 @@
+"""Rows to batches without end, by grain: shuffled anew each epoch, mixed by weight, split over processes, resumable.
+
+The order is a function of the seed, the rows and the process alone. Batch number t can be asked for directly, so the
+state of a stream is the number of batches taken.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+READ_AHEAD = 4  # batches made by another thread while a step runs
+
+
+def row_batches(
+  parts: Sequence[int], batch_size: int, *, seed: int, weights: Sequence[float] = (),
+  groups: Sequence[int] = (), shard: tuple[int, int] = (0, 1),
+) -> grain.MapDataset:  # fmt: skip
+  """Batches of row numbers, each i64[batch_size / processes]; batch t is `[t]`.
+
+  Every process has its own share of the rows and sees each of them once an epoch, in a new order each time. With
+  weights, an epoch is one source's own: a heavier source comes round more often.
+
+  Args:
+    parts: which source each row is from, from 0.
+    batch_size: rows of a batch over all processes.
+    weights: of the sources; () takes each as often as it has rows.
+    groups: rows of different groups do not share a batch (see `group_by_length`); () is one group. All processes have
+      the same group at the same t.
+    shard: (this process, processes).
+  """
+  index, count = shard
+  parts, groups = np.asarray(parts), np.asarray(groups if len(groups) else np.zeros(len(parts)))
+  sizes = np.bincount(parts)
+  weights = np.asarray(weights, float) if len(weights) else sizes.astype(float)
+  if len(weights) != len(sizes):
+    raise ValueError(f"{len(weights)} weights for {len(sizes)} sources with rows")
+  if batch_size % count:
+    raise ValueError(f"a batch of {batch_size} rows does not split over {count} processes")
+  streams, shares = [], []
+  for group in np.unique(groups):
+    sources, odds = [], []
+    for part in range(len(sizes)):
+      rows = np.flatnonzero((parts == part) & (groups == group))
+      odds.append(weights[part] * len(rows) / max(sizes[part], 1))
+      if len(mine := rows[index::count]):
+        one = int(np.random.SeedSequence([seed, int(group), part]).generate_state(1)[0])
+        order = grain.MapDataset.source(mine).seed(one).shuffle().repeat(None, reseed_each_epoch=True)
+        sources.append((order, odds[-1]))
+    sources = [source for source in sources if source[1] > 0]
+    if sum(odds) == 0:
+      continue
+    if not sources:
+      raise ValueError(f"fewer rows than the {count} processes")
+    mixed = grain.MapDataset.mix(*zip(*sources)) if len(sources) > 1 else sources[0][0]
+    streams.append(mixed.batch(batch_size // count, drop_remainder=True, batch_fn=np.asarray))
+    shares.append(sum(odds))
+  return grain.MapDataset.mix(streams, shares) if len(streams) > 1 else streams[0]
+
+
+def group_by_length(lengths: Sequence[int], sizes: Sequence[int], batch_size: int) -> np.ndarray:
+  """The padded length, of `sizes`, of every row: the shortest that holds it, few enough that each fills a batch.
+
+  A size with less than a batch of rows goes to the next longer one; the longest takes from the next shorter one.
+  """
+  lengths, sizes = np.asarray(lengths), np.sort(sizes)
+  if lengths.max() > sizes[-1]:
+    raise ValueError(f"a row of {lengths.max()} tokens does not fit {sizes[-1]}")
+  groups = sizes[np.searchsorted(sizes, lengths)]
+  for shorter, longer in zip(sizes, sizes[1:]):
+    if (groups == shorter).sum() < batch_size:
+      groups[groups == shorter] = longer
+  for longer, shorter in zip(sizes[::-1], sizes[-2::-1]):
+    if 0 < (groups == longer).sum() < batch_size:
+      groups[groups == shorter] = longer
+  return groups
+
+
+def pack(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
+  """Rows laid end to end and cut into lines of `length`; what does not fill the last is left.   -> i32[N, length]."""
+  stream = np.concatenate([np.asarray(row, np.int32) for row in rows])
+  return stream[: len(stream) // length * length].reshape(-1, length)
+
+
+class Stream:
+  """An iterator over a dataset's batches from number `start` on, made ahead by another thread.
+
+  `waited` is how many seconds its user has spent in `next` so far. `state` is JSON; `start=state["next"]` goes on.
+  """
+
+  def __init__(self, dataset: grain.MapDataset, collate: Callable[[Any], Any] = lambda batch: batch, *, start: int = 0):
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD)
+    self._batches = iter(dataset.map(collate).to_iter_dataset(options))
+    self._batches.set_state({"next_index": start})
+    self._next, self.waited = start, 0.0
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    began = time.perf_counter()
+    batch = next(self._batches)
+    self.waited += time.perf_counter() - began
+    self._next += 1
+    return batch
+
+  @property
+  def state(self) -> dict[str, int]:
+    return {"next": self._next}
