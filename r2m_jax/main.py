@@ -1,6 +1,7 @@
 """Entry point: python -m r2m_jax.main --config=configs/quickstart.py --workdir=runs/mine [--config.FIELD=VALUE ...]"""
 
 import ctypes
+import errno
 import functools
 import os
 import re
@@ -15,6 +16,7 @@ from r2m_jax.config import ConfigError, check_config, check_fields
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/quickstart.py", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the report")
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.ENOENT, errno.ESTALE)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -70,9 +72,10 @@ def command_line_mistake(argv: list[str], error: Exception) -> str | None:
   return " ".join(str(error).split()) if isinstance(error, flags.Error) else None
 
 
-def stop(reason) -> NoReturn:
+def stop(reason, status: int = 2) -> NoReturn:
+  """Ends the program: status 2 for a command that cannot run, 1 for a run that somebody must look after."""
   print(f"error: {reason}", file=sys.stderr)
-  sys.exit(2)
+  sys.exit(status)
 
 
 def main(argv):
@@ -95,23 +98,36 @@ def main(argv):
 
 
 def run(config, workdir: Path) -> None:
-  """The task: batch use of a folder, an export, a run from folders, or the gold-reward pipeline."""
-  from r2m_jax import export, finetune, serve, train
+  """The task: batch use of a folder, an export, a replay, a run from folders, or the gold-reward pipeline."""
+  from r2m_jax import export, finetune, loop, replay, serve, train
+  from r2m_jax.checkpoint import CheckpointError
   from r2m_jax.data.jsonl import DataError
   from r2m_jax.folders import FolderError
   from r2m_jax.text import TextError
 
   try:
-    if config.task in ("generate", "score"):
-      serve.run(config)
-    elif config.task == "export":
-      export.run(config)
-    elif config.policy.path or config.reward.path:
-      finetune.run(config, workdir)
-    else:
-      train.run(config, workdir)
+    with loop.signals_end_the_run():
+      if config.task in ("generate", "score"):
+        serve.run(config)
+      elif config.task == "export":
+        export.run(config)
+      elif config.task == "replay":
+        replay.run(config, workdir)
+      elif config.policy.path or config.reward.path:
+        finetune.run(config, workdir)
+      else:
+        train.run(config, workdir)
   except (DataError, FolderError, TextError) as error:
     stop(error)
+  except loop.Interrupted as signal:
+    print(f"stopped by {signal}: the same command goes on from what is saved", file=sys.stderr)
+    sys.exit(loop.RESUME)
+  except (CheckpointError, loop.Diverged) as error:
+    stop(error, status=1)
+  except OSError as error:
+    if error.errno not in DISK:
+      raise
+    stop(f"{error}; repair that, then give the same command: it goes on from what is saved in {workdir}", status=1)
 
 
 if __name__ == "__main__":

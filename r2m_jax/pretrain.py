@@ -1,5 +1,7 @@
 """Supervised fine-tuning and Bradley-Terry reward fitting, on the same parts as the RL step."""
 
+import itertools
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -8,16 +10,20 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from r2m_jax import checkpoint, loop
 from r2m_jax.losses import bradley_terry
 from r2m_jax.metrics import Metrics, progress
 from r2m_jax.models.reward import member_scores, read_rte
 from r2m_jax.ops import combine, masked_mean, predicts_response, token_stats
-from r2m_jax.optim import make_optimizer
+from r2m_jax.optim import descend, make_optimizer
 from r2m_jax.sharding import shardings
 from r2m_jax.step import Defs, make_score
 from r2m_jax.variants import States
 
 LOG_EVERY = 10  # updates; a fetch waits for the device
+BAD_ROWS = 3  # logged rows in a row whose update was skipped, then the fit stops
+SAVE_SECONDS = 300  # between saves of an unfinished fit
+PARTIAL = "partial"  # folder of these
 
 
 def sft_loss(graphdef, *, chunk: int = 0) -> Callable:
@@ -102,6 +108,7 @@ def fit(
 ):
   """Minimises loss_fn over `batches` and returns the state; it is donated. Logs to stage `stage` of the workdir.
 
+  What a signal or the clock makes it save lies in WORKDIR/partial, from where it goes on, until the stage is done.
   `frozen`, where given, is a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
   """
   extra = () if frozen is None else (frozen,)
@@ -111,19 +118,33 @@ def fit(
     return tx.init(state)
 
   def update(state, opt, batch, *extra):
-    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state, batch, *extra)
-    updates, opt = tx.update(grads, opt, state)
-    return optax.apply_updates(state, updates), opt, {"loss": loss, "grad_norm": optax.tree.norm(grads), **aux}
+    state, opt, loss, aux, done = descend(tx, loss_fn, state, opt, batch, *extra)
+    return state, opt, {"loss": loss, **done, **aux}
 
   update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(state_shardings, None, None))
-  opt = init(state)
-  with Metrics(workdir, stage, from_step=0) as log, progress(total, stage) as bar:
-    for i, batch in enumerate(batches):
-      state, opt, metrics = update(state, opt, jax.device_put(batch, batch_sharding), *extra)
-      if i % LOG_EVERY == 0 or i == total - 1:
-        metrics = {k: float(v) for k, v in metrics.items()}
-        log.log(i, metrics)
-      bar.update(**({"loss": metrics["loss"]} if isinstance(metrics["loss"], float) else {}))
+  opt, bad, saved = init(state), 0, time.monotonic()
+  partial = checkpoint.open_checkpoints(workdir / PARTIAL / stage, last=1)
+  start = checkpoint.newest(partial) or 0
+  if start:
+    state, opt = checkpoint.restore(partial, (state, opt), start)
+    print(f"{stage}: goes on from update {start} of {total}")
+  with loop.at_hand() as asked, Metrics(workdir, stage, from_step=start) as log:
+    with progress(total, stage, initial=start) as bar:
+      for i, batch in enumerate(itertools.islice(batches, start, None), start):
+        state, opt, metrics = update(state, opt, jax.device_put(batch, batch_sharding), *extra)
+        if i % LOG_EVERY == 0 or i == total - 1:
+          metrics = {k: float(v) for k, v in metrics.items()}
+          log.log(i, metrics)
+          bad = bad + 1 if metrics["skipped"] else 0
+          if bad == BAD_ROWS:
+            raise loop.Diverged(f"{stage}: updates up to {i} are skipped, loss {metrics['loss']}: lower {stage}'s lr")
+        bar.update(**({"loss": metrics["loss"]} if isinstance(metrics["loss"], float) else {}))
+        if (stop := asked()) or time.monotonic() - saved > SAVE_SECONDS:
+          checkpoint.save(partial, i + 1, (state, opt))
+          saved = time.monotonic()
+        if stop:
+          break
+    checkpoint.wait(partial)
   return state
 
 
