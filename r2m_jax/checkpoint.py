@@ -40,7 +40,7 @@ class Checkpoints(ocp.CheckpointManager):
     if best:
       lowest = mode == "min"
       value = lambda metrics: metrics["value"]
-      rules.append(keep.BestN(value, reverse=lowest, n=best, keep_checkpoints_without_metrics=False))
+      rules.append(keep.BestN(get_metric_fn=value, reverse=lowest, n=best, keep_checkpoints_without_metrics=False))
     options = ocp.CheckpointManagerOptions(
       preservation_policy=keep.AnyPreservationPolicy(rules),
       best_fn=(lambda metrics: metrics["value"]) if best else None,

@@ -172,7 +172,7 @@ def keep_rows(workdir: Path, arm: str, step: int, out, example_id) -> None:
       "response": sequences.tokens[i, -width:][sequences.response_mask[i]].tolist(),
       "reward": plain(scores[i]), "frozen": plain(frozen[i]),
     }
-    for i in np.flatnonzero(bad if bad.any() else ~bad)
+    for i in np.flatnonzero(bad if bad.any() else ~bad).tolist()
   ]  # fmt: skip
   path = workdir / SAMPLES_KEPT
   kept = [row for row in read_jsonl(path) if (row["arm"], row["step"]) != (arm, step)]

@@ -80,7 +80,7 @@ def compare(workdir: Path, arm: str, t: int, metrics: dict) -> None:
   if not logged:
     print(f"check    metrics.jsonl has no row of {arm}, step {t}")
     return
-  off = {name: abs(float(value) - logged[0][name]) for name, value in metrics.items() if name in logged[0]}
+  off = {name: abs(float(plain(value)) - logged[0][name]) for name, value in metrics.items() if name in logged[0]}
   worst = max(off, key=lambda name: np.nan_to_num(off[name], nan=0.0))
   print(f"check    {len(off)} metrics of the step against metrics.jsonl: largest difference {off[worst]:.1e} ({worst})")
 
