@@ -1,4 +1,4 @@
-"""Nothing is lost: damaged checkpoints, signals, full disks, numbers that are not finite, another mesh, forks, replay."""
+"""Nothing is lost: damaged checkpoints, signals, full disks, NaN and infinity, another mesh, forks, replay."""
 
 import hashlib
 import json
@@ -409,5 +409,5 @@ def test_stopped_and_killed_it_ends_where_the_unbroken_run_does(smallest_run, tm
   assert any([kill_resume.kill_at(broken, step, moment, rng, "--config.steps=4") for step, moment in moments])
   assert kill_resume.start(broken, "--config.steps=4").wait() == 0, log.read_text()[-2000:]
   assert kill_resume.arrays(broken, 4) == kill_resume.arrays(unbroken, 4)
-  rl = lambda workdir: [row for row in kill_resume.rows(workdir) if (row["stage"], row["arm"]) == ("rl", "r2m")]
+  rl = lambda workdir: [row for row in kill_resume.rows(workdir) if row["arm"] == "r2m"]
   assert rl(broken) == rl(unbroken) and len(rl(broken)) == 4
