@@ -57,7 +57,7 @@ def command_line_mistake(argv: list[str], error: Exception) -> str | None:
     return f"--config is {path}: there is no such file from {Path.cwd()}"
   try:
     config = flags.FLAGS["config"].parser.parse(path)
-    check_fields(config, re.findall(r"^--?(?:no)?config\.([^=\n]+)", given, re.M))
+    check_fields(config, re.findall(r"^--?(?:no)?config\.([^=\n]*)", given, re.M))
   except ConfigError as unknown:
     return str(unknown)
   except ValueError as refused:  # by get_config; absl puts its traceback into the message, the reason comes last
