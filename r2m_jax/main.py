@@ -41,9 +41,19 @@ def parse_flags(argv: list[str]) -> list[str]:
     if reason is None:
       raise  # by the config file's own code: the traceback says where
     stop(reason)
+  if section := section_given(argv, CONFIG.value):
+    stop(section)
   if len(rest) > 1:
     stop(f"unknown arguments {rest[1:]}; settings are --config.FIELD=VALUE")
   return rest
+
+
+def section_given(argv: list[str], config) -> str | None:
+  """The refusal of --config.SECTION={...}, which would take the place of all that the section has."""
+  for field in re.findall(r"^--?config\.([^=\n]*)", "\n".join(argv), re.M):
+    if isinstance(functools.reduce(lambda section, name: section[name], field.split("."), config), ConfigDict):
+      return f"config.{field} is a section: set its fields one by one, such as --config.{field}.FIELD=VALUE"
+  return None
 
 
 def command_line_mistake(argv: list[str], error: Exception) -> str | None:

@@ -44,6 +44,8 @@ def parsed(argv: list[str]) -> str | None:
     if reason is None:
       raise
     return reason
+  if section := main.section_given(argv, config):
+    return section
   try:
     check_config(config)
   except ConfigError as error:
@@ -68,6 +70,7 @@ def test_malformed_command_lines_are_answered_in_one_line(tmp_path_factory, pair
 def test_the_fuzzer_sees_refusals_and_valid_configs():
   assert answer(["--config.steps=7"]) is None
   assert "at least 1" in answer(["--config.steps=0"])
+  assert "is a section" in answer(["--config.lab={}"])
 
 
 @pytest.mark.parametrize("secret", ["hf_" + "A1b2" * 9, "https://me:pass@hub.co/x", "sk-" + "x1" * 12, "ghp_" + "a" * 36])
