@@ -134,6 +134,18 @@ def facts_of(checkpoints: Checkpoints, step: int) -> dict:
   return json.loads((checkpoints.folder / str(step) / MANIFEST).read_text(encoding="utf-8"))
 
 
+@contextlib.contextmanager
+def finished(checkpoints: Checkpoints):
+  """Ends with the last save in its place, whatever ended the block; the block's own error goes first."""
+  try:
+    yield
+  except BaseException:
+    with contextlib.suppress(CheckpointError):
+      wait(checkpoints)
+    raise
+  wait(checkpoints)
+
+
 # ---- manifests ----
 
 

@@ -100,7 +100,7 @@ def run_steps(config, workdir: Path, checkpoints: Checkpoints, state, advance: C
   """
   start, in_a_row = int(state.step), []
   facts = {"config": identity(config), "data": data}
-  with at_hand() as asked:
+  with at_hand() as asked, checkpoint.finished(checkpoints):
     with Metrics(workdir, "rl", config.variant, from_step=start) as log:
       with progress(config.steps, config.variant, initial=start) as bar:
         for t in range(start, config.steps):
@@ -120,7 +120,6 @@ def run_steps(config, workdir: Path, checkpoints: Checkpoints, state, advance: C
             checkpoint.save(checkpoints, t + 1, state, value=value, facts=facts)
           if stop:
             break
-    checkpoint.wait(checkpoints)
   return state
 
 

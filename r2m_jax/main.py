@@ -92,7 +92,7 @@ def main(argv):
   del argv  # read by parse_flags
   config = CONFIG.value
   keep_freed_memory()
-  logging.set_verbosity(logging.WARNING)  # checkpointing is chatty otherwise
+  logging.set_verbosity(logging.FATAL)  # checkpointing is chatty otherwise; its errors are raised, and told in one line
   try:
     check_config(config)
     import jax  # after the checks: a config that cannot run is refused before any device is touched

@@ -128,7 +128,7 @@ def fit(
   if start:
     state, opt = checkpoint.restore(partial, (state, opt), start)
     print(f"{stage}: goes on from update {start} of {total}")
-  with loop.at_hand() as asked, Metrics(workdir, stage, from_step=start) as log:
+  with loop.at_hand() as asked, checkpoint.finished(partial), Metrics(workdir, stage, from_step=start) as log:
     with progress(total, stage, initial=start) as bar:
       for i, batch in enumerate(itertools.islice(batches, start, None), start):
         state, opt, metrics = update(state, opt, jax.device_put(batch, batch_sharding), *extra)
@@ -144,7 +144,6 @@ def fit(
           saved = time.monotonic()
         if stop:
           break
-    checkpoint.wait(partial)
   return state
 
 

@@ -218,7 +218,7 @@ def claim(config, workdir: Path) -> None:
   except (OSError, ValueError) as error:
     if isinstance(error, ConfigError):
       raise
-    raise ConfigError(f"--workdir={workdir} cannot be used: {error}") from None
+    raise ConfigError(f"--workdir={workdir} cannot be used: {error}; give one that can be written") from None
 
 
 def fixed_difference(path: Path, new: dict) -> list[str]:
