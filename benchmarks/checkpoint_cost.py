@@ -60,7 +60,8 @@ def main(argv):
           seconds[name].append((time.perf_counter() - began) / STEPS.value)
 
   base = statistics.median(seconds["nothing"])
-  print(f"state {size / 2**20:.1f} MiB in {len(jax.tree.leaves(state))} arrays; {BLOCKS.value} x {STEPS.value} steps each")
+  arrays = len(jax.tree.leaves(state))
+  print(f"state {size / 2**20:.1f} MiB in {arrays} arrays; {BLOCKS.value} x {STEPS.value} steps each")
   for name in SETTINGS:
     value = statistics.median(seconds[name])
     print(f"{name:10} {1e3 * value:7.1f} ms a step   {100 * (value / base - 1):+6.1f} %")

@@ -110,6 +110,7 @@ def check_config(config: ConfigDict) -> None:
     one_of(f"{section}.lr_schedule", ("constant", "linear", "cosine"))
     for name in ("lr", "warmup_steps", "adam_eps", "weight_decay", "max_grad_norm"):
       at_least(f"{section}.{name}", 0)
+    need(_get(config, f"{section}.lr") < float("inf"), f"{section}.lr", "must be a finite number, such as 1e-4")
     for name in ("b1", "b2"):
       need(0 <= _get(config, f"{section}.{name}") < 1, f"{section}.{name}", "must lie in [0, 1)")
   need(

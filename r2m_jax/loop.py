@@ -85,13 +85,17 @@ def at_hand() -> Iterator[Callable[[], bool]]:
 # ---- the loop ----
 
 
-def run_steps(config, workdir: Path, checkpoints: Checkpoints, state, advance: Callable, *, data: str = ""):
+def run_steps(
+  config, workdir: Path, checkpoints: Checkpoints, state, advance: Callable, *, data: str = "", cursor=lambda: None
+):
   """Advances `state` to config.steps and returns it: logs every step, saves as config.log and config.checkpoint say.
 
   Args:
     state: a TrainState of any step; it is donated.
     advance: (state, step number) -> (state, StepOutput on the host, example ids i32[P], metrics, values for the bar).
     data: fingerprint of the rows behind the prompts; it lies in every manifest.
+    cursor: () -> JSON, where a data pipeline stands after the step; `checkpoint.facts_of(...)["cursor"]` gives it back.
+      The prompts of this package are a function of the step, and need none.
 
   Raises:
     Interrupted: a signal came; the step is finished and saved.
@@ -117,7 +121,7 @@ def run_steps(config, workdir: Path, checkpoints: Checkpoints, state, advance: C
             if not (workdir / "config.json").exists():
               raise CheckpointError(f"{workdir} has vanished: bring it back, or start again with another --workdir")
             value = metrics.get(config.checkpoint.best_metric)
-            checkpoint.save(checkpoints, t + 1, state, value=value, facts=facts)
+            checkpoint.save(checkpoints, t + 1, state, value=value, facts=facts | {"cursor": cursor()})
           if stop:
             break
   return state

@@ -28,16 +28,19 @@ def make_optimizer(config, total_updates: int) -> optax.GradientTransformation:
 def descend(tx: optax.GradientTransformation, loss: Callable, params, opt, *args):
   """One update of params on loss(params, *args) -> (loss, aux), unless a number is not finite.
 
-  Where the loss, the gradient's norm or the update's norm is NaN or infinite, params and opt stay bit for bit what they
-  were. The choice is made element by element where they are written, so no second copy of either is kept.
+  Where the loss or the gradient's norm is NaN or infinite, params and opt stay bit for bit what they were. The branch
+  is in the same program and needs no memory of its own: choosing element by element would keep what it chooses from.
 
   Returns:
     params', opt', loss f32[], aux, {"grad_norm": f32[] before clipping, "skipped": f32[] 1 where nothing was changed}.
   """
   (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, *args)
-  updates, new_opt = tx.update(grads, opt, params)
   norm = optax.tree.norm(grads)
-  good = jnp.isfinite(value) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
-  choose = lambda new, old: jnp.where(good, new, old)
-  params, opt = jax.tree.map(choose, (optax.apply_updates(params, updates), new_opt), (params, opt))
+  good = jnp.isfinite(value) & jnp.isfinite(norm)
+
+  def update(params, opt, grads):
+    updates, opt = tx.update(grads, opt, params)
+    return optax.apply_updates(params, updates), opt
+
+  params, opt = jax.lax.cond(good, update, lambda params, opt, grads: (params, opt), params, opt, grads)
   return params, opt, value, aux, {"grad_norm": norm, "skipped": 1 - good.astype(norm.dtype)}
