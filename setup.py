@@ -40,7 +40,10 @@ NOTEBOOK = ["ipykernel>=7.4.0,<8", "nbclient>=0.11.0,<1", "nbformat>=5.11.1,<6"]
 EXTRAS = {
   "notebook": NOTEBOOK,
   # torch on CPU and peft are oracles, never run-time dependencies
-  "test": ["pytest>=9.2.0,<10", "pytest-xdist>=3.8.0,<4", "torch==2.13.0", "peft>=0.21.2,<1", *NOTEBOOK],
+  "test": [
+    "pytest>=9.2.0,<10", "pytest-xdist>=3.8.0,<4", "hypothesis>=6.170.15,<7", "torch==2.13.0", "peft>=0.21.2,<1",
+    *NOTEBOOK,
+  ],
   "tpu": [f"jax[tpu]{JAX}"],
   "cuda": [f"jax[cuda12]{JAX}"],
 }

@@ -39,6 +39,7 @@ def get_config() -> ConfigDict:
   # what to run
   config.task = "r2m"  # how far to go: "sft", "reward" or "r2m" run the pipeline up to there; "lab" compares seeds
   # "generate" and "score" use a folder's model on JSON lines; "export" writes a checkpoint as Hugging Face folders
+  # "replay" makes one sample of a run again
   config.algorithm = "rloo"  # "rloo", "grpo", "reinforce++", "remax" or "ppo" (with a critic)
   config.variant = "r2m"  # variants.VARIANTS; "" runs each of config.arms, side by side from the same checkpoints
   config.arms = ("vanilla", "scaled", "r2m")
@@ -211,6 +212,28 @@ def get_config() -> ConfigDict:
   config.log = ConfigDict()
   config.log.checkpoint_every = 40  # RL steps; the last step is always saved
   config.log.samples = 12  # rows of the sample table, before and after
+
+  # which checkpoints stay, and where a run starts
+  config.checkpoint = ConfigDict()
+  config.checkpoint.keep_last = 2  # with fewer, nothing is left to go back to when the newest is damaged
+  config.checkpoint.keep_every = 0  # RL steps: those of its multiples stay too; 0: none
+  config.checkpoint.keep_best = 0  # that many with the best value of best_metric stay too
+  config.checkpoint.best_metric = "reward/used"  # of metrics.jsonl, at the checkpoint's step
+  config.checkpoint.best_mode = "max"  # "max" or "min"
+  config.checkpoint.background = True  # write while the next steps run
+  config.checkpoint.fork_from = ""  # workdir of a run with other settings to start from; it is not changed
+
+  # numbers that are not finite: the update is skipped and counted
+  config.guard = ConfigDict()
+  config.guard.max_skipped = 10  # steps in a row with a skipped update, then the run stops
+  config.guard.spike = 10.0  # gradient norms above max_grad_norm times this are counted, besides being clipped
+
+  # one sample of a run in WORKDIR once more (task = "replay")
+  config.replay = ConfigDict()
+  config.replay.arm = ""  # variant; "": the only one there is
+  config.replay.step = 0  # RL step, as in metrics.jsonl
+  config.replay.prompt = 0  # its place among the step's prompts
+  config.replay.sample = 0  # which of the K responses to it
 
   # several seeds, one after another (task = "lab")
   config.lab = ConfigDict()

@@ -1,6 +1,9 @@
 """Checks a config before any device work: every refusal names the field, its value and the fix."""
 
 import difflib
+import hashlib
+import json
+import re
 
 from ml_collections import ConfigDict
 
@@ -11,10 +14,13 @@ from r2m_jax.ops import AGGREGATIONS, COMBINE
 from r2m_jax.schedules import KL_CONTROLLERS, OMEGA_SCHEDULES
 from r2m_jax.variants import VARIANTS
 
-TASKS = ("tokenizer", "sft", "reward", "r2m", "scratch", "lab", "generate", "score", "export")
+TASKS = ("tokenizer", "sft", "reward", "r2m", "scratch", "lab", "generate", "score", "export", "replay")
 ALGORITHMS = ("rloo", "grpo", "reinforce++", "remax", "ppo")
 ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
+# settings that a run may change from one start to the next: they say how far, where and how often, not what is computed
+FREE = ("task", "mesh", "log", "checkpoint", "guard", "replay", "export", "generate", "score")
+SECRET = re.compile(r"hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|AKIA[0-9A-Z]{16}|://[^/\s]+:[^/\s]+@")
 OPTIMIZER_SECTIONS = ("policy", "critic", "r2m", "sft", "reward", "scratch.lm")
 
 
@@ -35,6 +41,12 @@ def check_config(config: ConfigDict) -> None:
   def at_least(field: str, low):
     need(_get(config, field) >= low, field, f"must be at least {low}")
 
+  for field in _fields(config):
+    if isinstance(_get(config, field), str) and SECRET.search(_get(config, field)):
+      raise ConfigError(
+        f"config.{field} looks like it holds a token or a password, which would end in the run's files: give it in the "
+        "environment instead, such as HF_TOKEN"
+      )
   one_of("task", TASKS)
   one_of("algorithm", ALGORITHMS)
   one_of("variant", ("", *VARIANTS))
@@ -59,6 +71,9 @@ def check_config(config: ConfigDict) -> None:
   one_of("r2m.omega_schedule", OMEGA_SCHEDULES)
   one_of("r2m.labels", ("self", "preference"))
   one_of("reward.combine", COMBINE)
+  one_of("checkpoint.best_mode", ("max", "min"))
+  one_of("replay.arm", ("", *VARIANTS))
+  need(config.guard.spike > 1, "guard.spike", "must be above 1, such as 10")
 
   for field in (
     "steps", "rollout.prompts", "rollout.max_new_tokens", "ppo.epochs", "ppo.minibatches", "r2m.attention_dim",
@@ -66,14 +81,15 @@ def check_config(config: ConfigDict) -> None:
     "scratch.lm.steps", "scratch.lm.batch_size", "scratch.samples",
     "reward.batch_size", "reward.heldout_pairs", "log.checkpoint_every", "log.samples", "data.max_prompt_length",
     "data.max_response_length", "generate.max_new_tokens", "generate.batch_size", "score.batch_size", "kl.horizon",
-    "reward.ensemble", "r2m.warm_epochs",
+    "reward.ensemble", "r2m.warm_epochs", "checkpoint.keep_last", "guard.max_skipped",
   ):  # fmt: skip
     at_least(field, 1)
   for field in (
     "budget", "sft.budget", "reward.budget", "scratch.lm.budget", "data.max_chosen_length", "seed", "logits_chunk",
     "kl.beta", "generate.temperature", "reward.max_length", "lora.rank", "rollout.top_k", "rollout.repetition_stop",
     "ppo.clip_eps_high", "critic.value_clip", "shaping.clip", "shaping.missing_eos_penalty", "shaping.length_penalty",
-    "reward.variance_weight", "reward.sum_to_zero",
+    "reward.variance_weight", "reward.sum_to_zero", "checkpoint.keep_every", "checkpoint.keep_best", "replay.step",
+    "replay.prompt", "replay.sample",
   ):  # fmt: skip
     at_least(field, 0)
   need(config.rollout.group_size >= 2, "rollout.group_size", "R2M compares K >= 2 responses per prompt")
@@ -97,6 +113,7 @@ def check_config(config: ConfigDict) -> None:
     one_of(f"{section}.lr_schedule", ("constant", "linear", "cosine"))
     for name in ("lr", "warmup_steps", "adam_eps", "weight_decay", "max_grad_norm"):
       at_least(f"{section}.{name}", 0)
+    need(_get(config, f"{section}.lr") < float("inf"), f"{section}.lr", "must be a finite number, such as 1e-4")
     for name in ("b1", "b2"):
       need(0 <= _get(config, f"{section}.{name}") < 1, f"{section}.{name}", "must lie in [0, 1)")
   need(
@@ -233,6 +250,12 @@ def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
     elif a != b:
       lines.append(f"config.{prefix}{key}: {a!r} -> {b!r}")
   return lines
+
+
+def identity(config: ConfigDict) -> str:
+  """SHA-256 of all settings that say what is computed, those outside `FREE`."""
+  fixed = {name: value for name, value in json.loads(config.to_json()).items() if name not in FREE}
+  return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
 
 
 def _fields(config: ConfigDict, prefix: str = "") -> list[str]:

@@ -168,7 +168,7 @@ def run(config) -> None:
       "config.policy.path or config.reward.path are exported"
     )
   manager = checkpoint.open_checkpoints(workdir.joinpath(*stage))
-  if manager.latest_step() is None or step not in (None, *manager.all_steps()):
+  if checkpoint.newest(manager) is None or step not in (None, *manager.all_steps()):
     raise FolderError(f"{workdir.joinpath(*stage)} holds checkpoints of steps {manager.all_steps()}, not of {step}")
 
   if stage == ("stages", "sft"):

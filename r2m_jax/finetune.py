@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from r2m_jax import checkpoint, export, sharding
+from r2m_jax import checkpoint, export, loop, sharding
 from r2m_jax.build import Build, build, init_adapters, initial_state
 from r2m_jax.checks import check_model, check_step_zero
 from r2m_jax.config import ConfigError, check_batch
@@ -21,7 +21,7 @@ from r2m_jax.data.batches import Stream
 from r2m_jax.folders import RENDERER, FolderError, Policy, RewardModel
 from r2m_jax.folders import describe_reward, load_policy, load_reward, mesh_of, reward_start
 from r2m_jax.lab.stages import epochs_of_rows
-from r2m_jax.metrics import Metrics, append_samples, progress, read_metrics, write_atomic
+from r2m_jax.metrics import append_samples, read_metrics, write_atomic
 from r2m_jax.models import lora
 from r2m_jax.optim import make_optimizer
 from r2m_jax.prepare import PromptData, batch_of, enough, judged_pairs, judgments_labeller, packed_lines, pairs
@@ -241,32 +241,33 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
             *, donate: bool) -> None:  # fmt: skip
   """RL for one variant, from the folders' models or from the arm's newest checkpoint; exports both models."""
   arm = config.variant
-  manager = checkpoint.open_checkpoints(workdir / "checkpoints" / arm)
+  checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
   state = start_state(config, built, policy, reward, donate=donate)
   layout = sharding.shardings(state, built.mesh)
-  if manager.latest_step() is not None:
-    state = checkpoint.restore(manager, state)
-    print(f"{arm}: goes on from step {int(state.step)} of {config.steps}")
-  start = int(state.step)
-  if start < config.steps:
-    if VARIANTS[arm].start == "head" and start == 0:
+  rows_are = loop.fingerprint(data.ids)
+  state, fresh = loop.resume(config, checkpoints, state, data=rows_are)
+  if int(state.step) < config.steps:
+    if VARIANTS[arm].start == "head" and fresh:
       state = warm_start(config, built, workdir, state, judged_pairs(config, policy, reward))
     step = make_two_part_step(config, built, policy, reward, layout, labeller_of(config, policy, reward))
-    order = Timed(Stream(data.order, start=start))  # a step takes one batch: the saved step is where the data goes on
-    with Metrics(workdir, "rl", arm, from_step=start) as log, progress(config.steps, arm, initial=start) as bar:
-      for t, index in zip(range(start, config.steps), order):
-        state, output, rows = step(state, batch_of(data, index, policy), [data.prompts[i] for i in index])
-        output = jax.device_get(output)
-        if t == 0:
-          check_step_zero(output.metrics, config.dtype, truncated=truncated(config))
-          print(describe_reward(reward, *rows[0]))
-        if t in (0, config.steps - 1):
-          append_samples(workdir, samples(config, output, rows, "before" if t == 0 else "after"))
-        log.log(t, output.metrics | {"data/wait": order.waiting_share()})
-        bar.update(reward=output.metrics["reward/used"], kl=output.metrics["kl"])
-        if (t + 1) % config.log.checkpoint_every == 0 or t + 1 == config.steps:
-          checkpoint.save(manager, t + 1, state)
-  manager.wait_until_finished()
+    # a step takes one batch: the saved step is where the data goes on
+    order = Timed(Stream(data.order, start=int(state.step)))
+
+    def advance(state, t: int):
+      index = next(order)
+      prompts = batch_of(data, index, policy)
+      state, output, rows = step(state, prompts, [data.prompts[i] for i in index])
+      output = jax.device_get(output)
+      if t == 0:
+        check_step_zero(output.metrics, config.dtype, truncated=truncated(config))
+        print(describe_reward(reward, *rows[0]))
+      if t in (0, config.steps - 1):
+        append_samples(workdir, samples(config, output, rows, "before" if t == 0 else "after"))
+      metrics = output.metrics | {"data/wait": order.waiting_share()}
+      shown = dict(reward=metrics["reward/used"], kl=metrics["kl"])
+      return state, output, prompts.example_id, metrics, shown
+
+    state = loop.run_steps(config, workdir, checkpoints, state, advance, data=rows_are)
   export.write_run(out, config, policy, reward, state, workdir)
 
 

@@ -1,6 +1,7 @@
 """Entry point: python -m r2m_jax.main --config=configs/quickstart.py --workdir=runs/mine [--config.FIELD=VALUE ...]"""
 
 import ctypes
+import errno
 import functools
 import os
 import re
@@ -15,6 +16,7 @@ from r2m_jax.config import ConfigError, check_config, check_fields
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/quickstart.py", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the report")
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.ENOENT, errno.ESTALE)
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -39,9 +41,19 @@ def parse_flags(argv: list[str]) -> list[str]:
     if reason is None:
       raise  # by the config file's own code: the traceback says where
     stop(reason)
+  if section := section_given(argv, CONFIG.value):
+    stop(section)
   if len(rest) > 1:
     stop(f"unknown arguments {rest[1:]}; settings are --config.FIELD=VALUE")
   return rest
+
+
+def section_given(argv: list[str], config) -> str | None:
+  """The refusal of --config.SECTION={...}, which would take the place of all that the section has."""
+  for field in re.findall(r"^--?config\.([^=\n]*)", "\n".join(argv), re.M):
+    if isinstance(functools.reduce(lambda section, name: section[name], field.split("."), config), ConfigDict):
+      return f"config.{field} is a section: set its fields one by one, such as --config.{field}.FIELD=VALUE"
+  return None
 
 
 def command_line_mistake(argv: list[str], error: Exception) -> str | None:
@@ -55,7 +67,7 @@ def command_line_mistake(argv: list[str], error: Exception) -> str | None:
     return f"--config is {path}: there is no such file from {Path.cwd()}"
   try:
     config = flags.FLAGS["config"].parser.parse(path)
-    check_fields(config, re.findall(r"^--?(?:no)?config\.([^=\n]+)", given, re.M))
+    check_fields(config, re.findall(r"^--?(?:no)?config\.([^=\n]*)", given, re.M))
   except ConfigError as unknown:
     return str(unknown)
   except ValueError as refused:  # by get_config; absl puts its traceback into the message, the reason comes last
@@ -70,16 +82,17 @@ def command_line_mistake(argv: list[str], error: Exception) -> str | None:
   return " ".join(str(error).split()) if isinstance(error, flags.Error) else None
 
 
-def stop(reason) -> NoReturn:
+def stop(reason, status: int = 2) -> NoReturn:
+  """Ends the program: status 2 for a command that cannot run, 1 for a run that somebody must look after."""
   print(f"error: {reason}", file=sys.stderr)
-  sys.exit(2)
+  sys.exit(status)
 
 
 def main(argv):
   del argv  # read by parse_flags
   config = CONFIG.value
   keep_freed_memory()
-  logging.set_verbosity(logging.WARNING)  # checkpointing is chatty otherwise
+  logging.set_verbosity(logging.FATAL)  # checkpointing is chatty otherwise; its errors are raised, and told in one line
   try:
     check_config(config)
     import jax  # after the checks: a config that cannot run is refused before any device is touched
@@ -95,27 +108,40 @@ def main(argv):
 
 
 def run(config, workdir: Path) -> None:
-  """The task: a tokenizer, batch use of a folder, an export, a run from folders or on text, or the gold-reward task."""
-  from r2m_jax import export, finetune, scratch, serve, tokenizer, train
+  """The task: a tokenizer, batch use of a folder, an export, a replay, a run on text, or the gold task."""
+  from r2m_jax import export, finetune, loop, replay, scratch, serve, tokenizer, train
+  from r2m_jax.checkpoint import CheckpointError
   from r2m_jax.data.jsonl import DataError
   from r2m_jax.folders import FolderError
   from r2m_jax.text import TextError
 
   try:
-    if config.task in ("generate", "score"):
-      serve.run(config)
-    elif config.task == "export":
-      export.run(config)
-    elif config.task == "tokenizer":
-      tokenizer.run(config, workdir)
-    elif config.task == "scratch":
-      scratch.run(config, workdir)
-    elif config.policy.path or config.reward.path:
-      finetune.run(config, workdir)
-    else:
-      train.run(config, workdir)
+    with loop.signals_end_the_run():
+      if config.task in ("generate", "score"):
+        serve.run(config)
+      elif config.task == "export":
+        export.run(config)
+      elif config.task == "replay":
+        replay.run(config, workdir)
+      elif config.task == "tokenizer":
+        tokenizer.run(config, workdir)
+      elif config.task == "scratch":
+        scratch.run(config, workdir)
+      elif config.policy.path or config.reward.path:
+        finetune.run(config, workdir)
+      else:
+        train.run(config, workdir)
   except (DataError, FolderError, TextError) as error:
     stop(error)
+  except loop.Interrupted as signal:
+    print(f"stopped by {signal}: the same command goes on from what is saved", file=sys.stderr)
+    sys.exit(loop.RESUME)
+  except (CheckpointError, loop.Diverged) as error:
+    stop(error, status=1)
+  except OSError as error:
+    if error.errno not in DISK:
+      raise
+    stop(f"{error}; repair that, then give the same command: it goes on from what is saved in {workdir}", status=1)
 
 
 if __name__ == "__main__":

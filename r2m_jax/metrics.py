@@ -4,6 +4,7 @@ A row of metrics.jsonl is {"stage", "arm", "step", "seconds", **scalars}, one JS
 model, no config and no other file of the package. One process writes a work directory at a time.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -26,8 +27,13 @@ def write_atomic(path, data):
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  temp.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
-  os.replace(temp, path)
+  try:
+    temp.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    os.replace(temp, path)
+  except OSError:  # a full disk: what was there stays, and the part takes no room
+    with contextlib.suppress(OSError):
+      temp.unlink()
+    raise
 
 
 def read_jsonl(path):
@@ -80,13 +86,13 @@ def append_samples(workdir, rows):
   the run does not have (gold, outside the laboratory) is left out.
   """
   path = Path(workdir) / "samples.jsonl"
-  rows = [{key: _plain(value) for key, value in row.items()} for row in rows]
+  rows = [{key: plain(value) for key, value in row.items()} for row in rows]
   new = {(row["arm"], row["when"], row["prompt"]) for row in rows}
   kept = [row for row in read_jsonl(path) if (row["arm"], row["when"], row["prompt"]) not in new]
   write_atomic(path, "".join(map(_dump, kept + rows)))
 
 
-def _plain(value):
+def plain(value):
   """A value JSON can hold: array scalars become Python's, non-finite floats strings."""
   value = value.item() if hasattr(value, "item") else value
   if isinstance(value, float) and not math.isfinite(value):
@@ -123,7 +129,7 @@ class Metrics:
       raise ValueError(f"{sorted(taken)} name the row itself; rename the scalars")
     values = {name: float(value) for name, value in scalars.items() if value is not None}
     row = {"stage": self.stage, "arm": self.arm, "step": int(step), "seconds": round(time.monotonic() - self._start, 3)}
-    self._file.write(_dump(row | {name: _plain(value) for name, value in values.items()}))
+    self._file.write(_dump(row | {name: plain(value) for name, value in values.items()}))
     self._file.flush()
     if self._events:
       self._guarded(self._write_events, int(step), values)

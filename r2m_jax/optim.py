@@ -1,5 +1,9 @@
-"""Optimizers: an optax chain from a config section."""
+"""Optimizers: an optax chain from a config section, and one update that refuses numbers that are not finite."""
 
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
 import optax
 
 from r2m_jax.schedules import learning_rate
@@ -19,3 +23,24 @@ def make_optimizer(config, total_updates: int) -> optax.GradientTransformation:
   else:
     update = optax.adamw(lr, b1=config.b1, b2=config.b2, eps=config.adam_eps, weight_decay=config.weight_decay)
   return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update) if config.max_grad_norm else update
+
+
+def descend(tx: optax.GradientTransformation, loss: Callable, params, opt, *args):
+  """One update of params on loss(params, *args) -> (loss, aux), unless a number is not finite.
+
+  Where the loss or the gradient's norm is NaN or infinite, params and opt stay bit for bit what they were. The branch
+  is in the same program and needs no memory of its own: choosing element by element would keep what it chooses from.
+
+  Returns:
+    params', opt', loss f32[], aux, {"grad_norm": f32[] before clipping, "skipped": f32[] 1 where nothing was changed}.
+  """
+  (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, *args)
+  norm = optax.tree.norm(grads)
+  good = jnp.isfinite(value) & jnp.isfinite(norm)
+
+  def update(params, opt, grads):
+    updates, opt = tx.update(grads, opt, params)
+    return optax.apply_updates(params, updates), opt
+
+  params, opt = jax.lax.cond(good, update, lambda params, opt, grads: (params, opt), params, opt, grads)
+  return params, opt, value, aux, {"grad_norm": norm, "skipped": 1 - good.astype(norm.dtype)}

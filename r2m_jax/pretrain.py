@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from r2m_jax import checkpoint, loop
 from r2m_jax.losses import bradley_terry
 from r2m_jax.metrics import Metrics, progress
 from r2m_jax.models.reward import member_scores, read_rte
 from r2m_jax.ops import combine, masked_mean, predicts_response, token_stats
-from r2m_jax.optim import make_optimizer
+from r2m_jax.optim import descend, make_optimizer
 from r2m_jax.sharding import place_batch, shardings
 from r2m_jax.step import Defs, make_score
 from r2m_jax.variants import States
@@ -22,6 +23,9 @@ from r2m_jax.variants import States
 LOG_EVERY = 10  # updates; a fetch waits for the device
 LATE = 1.25  # times its budget at which a stage is cut short
 PROBED = 32  # batches whose shapes say how long an update takes on average
+BAD_ROWS = 3  # logged rows in a row whose update was skipped, then the fit stops
+SAVE_SECONDS = 300  # between saves of an unfinished fit
+PARTIAL = "partial"  # folder of these
 
 
 def sft_loss(graphdef, *, chunk: int = 0) -> Callable:
@@ -107,7 +111,9 @@ def fit(
 ):
   """Minimises loss_fn over `total` batches and returns the state; it is donated. Logs to stage `stage` of the workdir.
 
-  `data/wait` is the share of the time since the row before that was spent waiting for the next batch.
+  `data/wait` is the share of the time since the row before that was spent waiting for the next batch. What a signal or
+  the clock makes it save lies in WORKDIR/partial, from where it goes on, until the stage is done.
+
   Args:
     frozen: a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
     budget: seconds from the first update on, 0 for none. After `LATE` times that the rest is left out: the machine is
@@ -117,26 +123,37 @@ def fit(
   opt_shardings = shardings(jax.eval_shape(tx.init, state), batch_sharding.mesh)
 
   def update(state, opt, batch, *extra):
-    (loss, aux), grads = jax.value_and_grad(loss_fn, has_aux=True)(state, batch, *extra)
-    updates, opt = tx.update(grads, opt, state)
-    return optax.apply_updates(state, updates), opt, {"loss": loss, "grad_norm": optax.tree.norm(grads), **aux}
+    state, opt, loss, aux, done = descend(tx, loss_fn, state, opt, batch, *extra)
+    return state, opt, {"loss": loss, **done, **aux}
 
   update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(state_shardings, opt_shardings, None))
-  opt = jax.jit(tx.init, out_shardings=opt_shardings)(state)
-  batches = Timed(itertools.islice(batches, total))
-  began = 0.0
-  with Metrics(workdir, stage, from_step=0) as log, progress(total, stage) as bar:
-    for i, batch in enumerate(batches):
-      state, opt, metrics = update(state, opt, place_batch(batch, batch_sharding), *extra)
-      late = budget and i and time.perf_counter() - began > LATE * budget
-      if i % LOG_EVERY == 0 or i == total - 1 or late:
-        metrics = {k: float(v) for k, v in metrics.items()}
-        log.log(i, metrics | {"data/wait": batches.waiting_share()})
-        began = began or time.perf_counter()  # the first update compiles, and fetching its loss waited for it
-      bar.update(**({"loss": metrics["loss"]} if isinstance(metrics["loss"], float) else {}))
-      if late:
-        print(f"{stage}: ends after {i + 1} of {total} updates, at {LATE} times its budget of {budget:g} s")
-        break
+  opt, bad, saved = jax.jit(tx.init, out_shardings=opt_shardings)(state), 0, time.monotonic()
+  partial = checkpoint.open_checkpoints(workdir / PARTIAL / stage, last=1)
+  start = checkpoint.newest(partial) or 0
+  if start:
+    state, opt = checkpoint.restore(partial, (state, opt), start)
+    print(f"{stage}: goes on from update {start} of {total}")
+  batches, began = Timed(itertools.islice(batches, start, total)), 0.0
+  with loop.at_hand() as asked, checkpoint.finished(partial), Metrics(workdir, stage, from_step=start) as log:
+    with progress(total, stage, initial=start) as bar:
+      for i, batch in enumerate(batches, start):
+        state, opt, metrics = update(state, opt, place_batch(batch, batch_sharding), *extra)
+        late = budget and began and time.perf_counter() - began > LATE * budget
+        if i % LOG_EVERY == 0 or i == total - 1 or late:
+          metrics = {k: float(v) for k, v in metrics.items()}
+          log.log(i, metrics | {"data/wait": batches.waiting_share()})
+          began = began or time.perf_counter()  # the first update compiles, and fetching its loss waited for it
+          bad = bad + 1 if metrics["skipped"] else 0
+          if bad == BAD_ROWS:
+            raise loop.Diverged(f"{stage}: updates up to {i} are skipped, loss {metrics['loss']}: lower {stage}'s lr")
+        bar.update(**({"loss": metrics["loss"]} if isinstance(metrics["loss"], float) else {}))
+        if (stop := asked()) or time.monotonic() - saved > SAVE_SECONDS:
+          checkpoint.save(partial, i + 1, (state, opt))
+          saved = time.monotonic()
+        if late:
+          print(f"{stage}: ends after {i + 1} of {total} updates, at {LATE} times its budget of {budget:g} s")
+        if late or stop:
+          break
   return state
 
 

@@ -28,6 +28,7 @@ from r2m_jax.models.reward import member_scores, read_reward_states
 from r2m_jax.models.transformer import Transformer
 from r2m_jax.objective import KL_OF_LOGPROBS, make_advantages, make_objective, shape_scores
 from r2m_jax.ops import Truncation, combine, masked_mean, masked_sum, predicts_response, token_stats
+from r2m_jax.optim import descend
 from r2m_jax.schedules import kl_weight, omega
 from r2m_jax.sharding import constrain_batch
 from r2m_jax.types import Experience, Feedback, Judged, Pairs, Prompts, Sequences, TrainState
@@ -193,12 +194,6 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
     backbone, head = nnx.merge(defs.critic_backbone, critic["backbone"]), nnx.merge(defs.critic_head, critic["head"])
     return read_values(backbone, head, sequences)
 
-  def descend(tx, loss, params, opt, *args):
-    """One update: params', opt', metrics with the gradient's norm as "grad_norm", and what else the loss returns."""
-    grads, aux = jax.grad(loss, has_aux=True)(params, *args)
-    updates, opt = tx.update(grads, opt, params)
-    return optax.apply_updates(params, updates), opt, aux, optax.tree.norm(grads)
-
   def update_policy(state: TrainState, experience: Experience, hidden, beta):
     """Scans epochs x minibatches over policy and critic: the new states, metrics [updates], and h', which falls out of
     the last epoch."""
@@ -215,14 +210,14 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       batch = experience
       if minibatches > 1:
         batch = jax.tree.map(lambda x: constrain(x[index]), experience)
-      policy, opt, (metrics, new_hidden), norm = descend(
+      policy, opt, _, (metrics, new_hidden), done = descend(
         defs.policy_tx, policy_loss, policy, opt, state.ref, batch, beta
       )
       hidden = constrain(hidden.at[index].set(new_hidden)) if minibatches > 1 else new_hidden
-      metrics["policy/grad_norm"] = norm
+      metrics |= {f"policy/{name}": value for name, value in done.items()}
       if algorithm == "ppo":
-        critic, critic_opt, critic_metrics, norm = descend(defs.critic_tx, critic_loss, critic, critic_opt, batch)
-        metrics |= critic_metrics | {"critic/grad_norm": norm}
+        critic, critic_opt, _, critic_metrics, done = descend(defs.critic_tx, critic_loss, critic, critic_opt, batch)
+        metrics |= critic_metrics | {f"critic/{name}": value for name, value in done.items()}
       return (policy, opt, critic, critic_opt, hidden), metrics
 
     keys = jax.random.split(step_key(state, KEY_SHUFFLE), epochs)
@@ -252,8 +247,8 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       loss, metrics = jax.vmap(member)(rewards.T, pairs)
       return loss.mean(), {name: value.mean() for name, value in metrics.items()}
 
-    head, opt, metrics, norm = descend(defs.reward_tx, reward_loss, state.reward_head, state.reward_opt)
-    return head, opt, metrics | {"r2m/grad_norm": norm}
+    head, opt, _, metrics, done = descend(defs.reward_tx, reward_loss, state.reward_head, state.reward_opt)
+    return head, opt, metrics | {f"r2m/{name}": value for name, value in done.items()}
 
   def read_labelled(state: TrainState, policy_state, pairs: Pairs):
     """rte, feedback of the updated policy, and weight of labelled pairs."""
@@ -319,6 +314,8 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       averaged = jax.tree.map(lambda old, new: average * old + (1 - average) * new, averaged, head)
 
     first = {k: v[0] for k, v in updates.items()}  # of the policy that drew the samples
+    skipped = sum(updates.pop(name).sum() for name in ("policy/skipped", "critic/skipped") if name in updates)
+    skipped += reward_metrics.pop("r2m/skipped", 0)
     metrics = {
       "reward/used": judged.scores.mean(),
       "reward/frozen": judged.scores_frozen.mean(),
@@ -339,6 +336,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       "policy/first_grad_norm": first["policy/grad_norm"],
       **{name: value.mean() for name, value in updates.items() if name.startswith("critic/")},
       **reward_metrics,
+      "skipped": skipped,
     }
     if variant.feedback or variant.scaled:
       metrics["r2m/omega"] = w
@@ -346,7 +344,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       step=state.step + 1,
       policy=new_policy,
       policy_opt=policy_opt,
-      beta=next_beta,
+      beta=jnp.where(jnp.isfinite(next_beta), next_beta, state.beta),
       critic=critic,
       critic_opt=critic_opt,
       reward_head=head,

@@ -2,22 +2,24 @@
 
 import functools
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r2m_jax import checkpoint, sharding
+from r2m_jax import checkpoint, loop, sharding
 from r2m_jax.build import KEY_TABLE, Build, abstract, build, init_policy, init_reward_model, initial_state
 from r2m_jax.checks import check_model, check_step_zero
-from r2m_jax.config import ConfigError, check_batch, difference
+from r2m_jax.config import FREE, ConfigError, check_batch, difference
 from r2m_jax.generate import generate
 from r2m_jax.lab import goldtask
 from r2m_jax.lab.labels import gold_labeller
 from r2m_jax.lab.stages import STREAM_RL, STREAM_TABLE, fit_golden, fit_head, fit_reward, fit_sft
 from r2m_jax.lab.turnover import BIN, turnover, turnover_table
-from r2m_jax.metrics import Metrics, append_samples, progress, read_metrics, write_atomic
+from r2m_jax.metrics import append_samples, read_metrics, write_atomic
+from r2m_jax.pretrain import PARTIAL
 from r2m_jax.report import format_summary, summary_table, write_report
 from r2m_jax.step import make_judge, make_omega, make_read, make_step, measured_kl, sampling, truncated, uses_labels
 from r2m_jax.variants import VARIANTS
@@ -82,42 +84,45 @@ def run_once(config, workdir: Path) -> None:
 def run_arm(config, built: Build, workdir: Path, policy, reward) -> None:
   """RL for one variant, from the shared starting policy and reward model or from the arm's newest checkpoint."""
   arm = config.variant
-  manager = checkpoint.open_checkpoints(workdir / "checkpoints" / arm)
+  checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
   state = initial_state(config, built, policy, reward["backbone"], reward["phi"])
   layout = sharding.shardings(state, built.mesh)
-  fresh = manager.latest_step() is None
-  if not fresh:
-    state = checkpoint.restore(manager, state)
-    print(f"{arm}: goes on from step {int(state.step)} of {config.steps}")
-  elif VARIANTS[arm].start == "head":
+  state, fresh = loop.resume(config, checkpoints, state)
+  if fresh and VARIANTS[arm].start == "head":
     like = shapes_of(state.reward_head)
     head = stage(
       workdir, "warm_start", like, lambda: fit_head(config, built, workdir, policy, reward, state.reward_head)
     )
     state = warm(state, head)
-  start = int(state.step)
-  if start == config.steps:
+  if int(state.step) == config.steps:
     return
-  labeller = gold_labeller(config) if uses_labels(config) else None
-  step = make_step(built.defs, config, built.mesh, (goldtask.EOS,), goldtask.PAD, layout, labeller)
-  table = make_table(config, built)
+  step, table = make_gold_step(config, built, layout), make_table(config, built)
   if fresh:
     append_samples(workdir, table(state, "before"))
 
-  with Metrics(workdir, "rl", arm, from_step=start) as log, progress(config.steps, arm, initial=start) as bar:
-    for t in range(start, config.steps):
-      prompts = goldtask.prompts(config.seed, STREAM_RL, t, config.rollout.prompts)
-      state, out = step(state, prompts)
-      out = jax.device_get(out)
-      metrics = out.metrics | gold_metrics(out, config.rollout.group_size)
-      if t == 0:
-        check_step_zero(metrics, config.dtype, truncated=truncated(config))
-      log.log(t, metrics)
-      bar.update(gold=metrics["reward/gold"], frozen=metrics["reward/frozen"], kl=metrics["kl"])
-      if (t + 1) % config.log.checkpoint_every == 0 or t + 1 == config.steps:
-        checkpoint.save(manager, t + 1, state)
-  manager.wait_until_finished()
+  def advance(state, t: int):
+    prompts = rl_prompts(config, t)
+    state, out = step(state, prompts)
+    out = jax.device_get(out)
+    metrics = out.metrics | gold_metrics(out, config.rollout.group_size)
+    if t == 0:
+      check_step_zero(metrics, config.dtype, truncated=truncated(config))
+    shown = dict(gold=metrics["reward/gold"], frozen=metrics["reward/frozen"], kl=metrics["kl"])
+    return state, out, prompts.example_id, metrics, shown
+
+  state = loop.run_steps(config, workdir, checkpoints, state, advance)
   append_samples(workdir, table(state, "after"))
+
+
+def rl_prompts(config, t: int):
+  """The prompts of RL step t."""
+  return goldtask.prompts(config.seed, STREAM_RL, t, config.rollout.prompts)
+
+
+def make_gold_step(config, built: Build, layout):
+  """`make_step` for the gold-reward task."""
+  labeller = gold_labeller(config) if uses_labels(config) else None
+  return make_step(built.defs, config, built.mesh, (goldtask.EOS,), goldtask.PAD, layout, labeller)
 
 
 def gold_metrics(out, group_size: int) -> dict[str, float]:
@@ -195,17 +200,52 @@ def with_variant(config, variant: str):
 
 
 def claim(config, workdir: Path) -> None:
-  """Records the config in the workdir; refuses a workdir that another config has used, so nothing saved is lost."""
-  path, new = workdir / "config.json", json.loads(config.to_json())
-  if path.exists():
-    changed = difference(json.loads(path.read_text()), new)
-    changed = [line for line in changed if not line.startswith("config.task:")]
-    if changed:
-      raise ConfigError(
-        f"{workdir} holds a run of another config; choose another --workdir, or give the old values:\n  "
-        + "\n  ".join(changed)
-      )
-  write_atomic(path, json.dumps(new, indent=2))
+  """Records the config in the workdir; refuses a workdir that another config has used, so nothing saved is lost.
+
+  A new workdir with config.checkpoint.fork_from first takes over what that run has saved, and says what differs.
+  """
+  path, new, fork = workdir / "config.json", json.loads(config.to_json()), config.checkpoint.fork_from
+  try:
+    if path.exists():
+      if changed := fixed_difference(path, new):
+        raise ConfigError(
+          f"{workdir} holds a run of another config; choose another --workdir, give the old values, or fork it with "
+          f"another --workdir and --config.checkpoint.fork_from={workdir}:\n  " + "\n  ".join(changed)
+        )
+    elif fork:
+      take_over(Path(fork).expanduser(), workdir, new)
+    write_atomic(path, json.dumps(new, indent=2))
+  except (OSError, ValueError) as error:
+    if isinstance(error, ConfigError):
+      raise
+    raise ConfigError(f"--workdir={workdir} cannot be used: {error}; give one that can be written") from None
+
+
+def fixed_difference(path: Path, new: dict) -> list[str]:
+  """What differs between a config.json and this config, of the settings that say what is computed."""
+  saved = json.loads(path.read_text(encoding="utf-8"))
+  fixed = lambda config: {name: value for name, value in config.items() if name not in FREE}
+  return difference(fixed(saved), fixed(new))
+
+
+def take_over(old: Path, workdir: Path, new: dict) -> None:
+  """Copies stages, the newest sound checkpoint of each arm, metrics and samples of another run; reads it alone."""
+  if not (old / "config.json").is_file():
+    raise ConfigError(f"config.checkpoint.fork_from is {str(old)!r}: there is no config.json, so no run to start from")
+  if workdir.exists() and any(workdir.iterdir()):
+    raise ConfigError(f"--workdir={workdir} is not empty: a fork needs a new one")
+  workdir.mkdir(parents=True, exist_ok=True)
+  changed = fixed_difference(old / "config.json", new)
+  print(f"fork     from {old}" + "".join(f"\n  {line}" for line in changed))
+  for kind in ("stages", "checkpoints"):
+    for folder in sorted((old / kind).glob("*")):
+      steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
+      step = next((step for step in steps if checkpoint.damage(folder / str(step)) is None), None)
+      if step is not None:
+        shutil.copytree(folder / str(step), workdir / kind / folder.name / str(step))
+  for path in old.glob("*.json*"):
+    if path.name != "config.json":
+      shutil.copyfile(path, workdir / path.name)
 
 
 def stage(workdir: Path, name: str, like, make):
@@ -215,11 +255,12 @@ def stage(workdir: Path, name: str, like, make):
     like: shapes, dtypes and shardings of the result.
     make: () -> the result.
   """
-  manager = checkpoint.open_checkpoints(workdir / "stages" / name, keep=1)
-  if manager.latest_step() is not None:
+  checkpoints = checkpoint.open_checkpoints(workdir / "stages" / name, last=1)
+  if checkpoint.newest(checkpoints) is not None:
     print(f"{name}: done before, read from {workdir / 'stages' / name}")
-    return checkpoint.restore(manager, like)
+    return checkpoint.restore(checkpoints, like)
   result = make()
-  checkpoint.save(manager, 0, result)
-  manager.wait_until_finished()
+  checkpoint.save(checkpoints, 0, result)
+  checkpoint.wait(checkpoints)
+  shutil.rmtree(workdir / PARTIAL / name, ignore_errors=True)
   return result

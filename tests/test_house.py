@@ -40,6 +40,7 @@ FLOORS = {
   "r2m_jax.report": 2,
   "r2m_jax.models.pretrained": 3,
   "r2m_jax.models.peft": 4,
+  "r2m_jax.loop": 3,
   "r2m_jax.step": 3,
   "r2m_jax.checks": 4,
   "r2m_jax.build": 4,
@@ -57,6 +58,7 @@ FLOORS = {
   "r2m_jax.prepare": 6,
   "r2m_jax.tokenizer": 8,
   "r2m_jax.evals": 7,
+  "r2m_jax.replay": 6,
   "r2m_jax.finetune": 8,
   "r2m_jax.scratch": 9,
   "r2m_jax.main": 10,
@@ -64,6 +66,7 @@ FLOORS = {
 # (importer, imported) on one floor that are allowed; files of one package may import each other besides.
 SAME_FLOOR = {
   ("r2m_jax.report", "r2m_jax.metrics"),
+  ("r2m_jax.checkpoint", "r2m_jax.metrics"),
   ("r2m_jax.objective", "r2m_jax.config"),
   ("r2m_jax.lab", "r2m_jax.build"),
   ("r2m_jax.lab", "r2m_jax.pretrain"),

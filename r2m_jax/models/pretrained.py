@@ -231,6 +231,8 @@ class Files:
     else:
       raise PretrainedError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
     self.folder = folder
+    if outside := sorted({file for file in self.where.values() if pathlib.PurePath(file).name != file}):
+      raise PretrainedError(f"{folder / INDEX} names {outside}: weights lie in the folder itself, nothing else is read")
     if absent := sorted({file for file in self.where.values() if not (folder / file).exists()}):
       raise PretrainedError(f"{folder / INDEX} names {absent}, which are not in the folder; copy it again")
     shapes = {name: header(folder / name) for name in sorted(set(self.where.values()))}
