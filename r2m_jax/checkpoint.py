@@ -15,6 +15,7 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as keep
 
 from r2m_jax.metrics import write_atomic
@@ -106,7 +107,7 @@ def newest(checkpoints: Checkpoints) -> int | None:
       print(f"resume   checkpoint {checkpoints.folder / str(step)} is damaged: {problem}; the one before is used")
       set_aside(checkpoints.folder / str(step))
   if jax.process_count() > 1:  # the others wait until the first has looked
-    jax.experimental.multihost_utils.sync_global_devices("checkpoints are checked")
+    multihost_utils.sync_global_devices("checkpoints are checked")
   checkpoints.reload()
   step = checkpoints.latest_step()
   if step is not None:
