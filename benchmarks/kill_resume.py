@@ -86,7 +86,7 @@ def arrays(workdir: pathlib.Path, step: int = STEPS) -> list[bytes]:
 
 def rows(workdir: pathlib.Path) -> list[dict]:
   """The RL stage in metrics.jsonl, without times."""
-  without_times = lambda row: {name: value for name, value in row.items() if name != "seconds"}
+  without_times = lambda row: {name: value for name, value in row.items() if name not in ("seconds", "data/wait")}
   return [without_times(row) for row in read_metrics(workdir) if row["stage"] == "rl"]
 
 

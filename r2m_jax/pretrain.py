@@ -120,7 +120,7 @@ def fit(
       slower than it was when `total` was measured.
   """
   extra = () if frozen is None else (frozen,)
-  opt_shardings = shardings(jax.eval_shape(tx.init, state), batch_sharding.mesh)
+  opt_shardings = shardings(jax.eval_shape(tx.init, state), jax.tree.leaves(state_shardings)[0].mesh)
 
   def update(state, opt, batch, *extra):
     state, opt, loss, aux, done = descend(tx, loss_fn, state, opt, batch, *extra)

@@ -135,7 +135,8 @@ def make_parts(config, built):
   def parts(state, sequences):
     old, ref = read(defs.open_policy(state.policy, state.ref), defs.open_ref(state.ref), sequences)
     w = omega_at(state.step, measured_kl(old, ref, sequences))
-    judged, _ = judge(state, w, sequences, old, ref, sequences.tokens, sequences.token_mask)
+    tokens, mask = sequences.tokens, sequences.token_mask
+    judged, _ = judge(state, w, sequences, old, ref, tokens, mask, sampled=len(tokens))
     head = nnx.merge(defs.reward_head, state.reward_head if state.reward_average is None else state.reward_average)
     attention = None
     if feedback == "policy":

@@ -245,7 +245,7 @@ def test_a_budget_is_turned_into_steps_once(finished, tmp_path, capsys):
 
 
 def test_a_stage_far_behind_its_budget_is_cut_short(tmp_path, capsys):
-  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  device = jax.NamedSharding(jax.make_mesh((1,), ("data",), devices=jax.devices()[:1]), jax.P())
 
   def slow():
     for _ in range(100):
