@@ -191,9 +191,9 @@ def accuracy_table(sets: list[Pairs], right: np.ndarray) -> dict:
                   str(pairs.of)])  # fmt: skip
   return {"title": "Reward-model accuracy on held-out pairs, %", "rows": lines,
           "head": ["Set", "Reward model (95%)", "Longer reply wins (95%)", "Pairs", "Prompts", "Pairs before limits"],
-          "note": "Length in tokens, a tie counts half. Intervals by bootstrap over prompts, from 10 on. A reward model "
-                  "has learned something besides length only where it beats max(x, 100 - x) of the rule. Of _dev sets "
-                  "only rows of the validation group."}  # fmt: skip
+          "note": "Length in tokens, a tie counts half. Intervals by bootstrap over prompts, from 10 on. A reward "
+                  "model has learned something besides length only where it beats max(x, 100 - x) of the rule. Of "
+                  "_dev sets only rows of the validation group."}  # fmt: skip
 
 
 def rl_table(config, workdir: Path, reward: RewardModel, sft: Policy, trained: dict[str, Policy], mesh) -> dict:
