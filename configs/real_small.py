@@ -5,8 +5,11 @@
 DATA has preferences/ and prompts/ with files of JSON lines or parquet, named as below; without them the command says
 what to download. The budgets make it about 35 minutes on two cores, and the same command goes on where it stopped.
 
-Expect English-looking replies without much sense, a validation perplexity of a few dozen, and a reward model a little
-better than chance on pairs of people's choices: the point is that every part works on real lengths and real noise.
+What the budgets buy depends on what else the machine does, and on two cores it is little: replies without sense, and a
+reward model hardly better than the rule that the longer reply wins. The point is that every part works on real lengths
+and real noise. Two cores shared with other work (load 6 to 11): 46 minutes in all, validation perplexity 521 after 102
+updates of language modelling and 59 of SFT, accuracy 64% (56 to 71) on hh_helpful_base_val and 58% (49 to 68) on
+alpaca_eval_via_reference_val, 17 RL steps an arm. With more time, raise the budgets.
 """
 
 from configs import default

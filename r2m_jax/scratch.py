@@ -26,6 +26,7 @@ from r2m_jax.metrics import append_samples, read_metrics, write_atomic
 from r2m_jax.report import format_summary, summary_table, write_report
 from r2m_jax.train import claim, with_variant
 
+MIN_GROUPS = 10  # prompts; a bootstrap over fewer gives no interval worth printing
 TABLES, STAGES = "tables.json", "stages.json"  # of a workdir: what was measured, and the seconds of each stage
 
 
@@ -190,9 +191,9 @@ def accuracy_table(sets: list[Pairs], right: np.ndarray) -> dict:
                   str(pairs.of)])  # fmt: skip
   return {"title": "Reward-model accuracy on held-out pairs, %", "rows": lines,
           "head": ["Set", "Reward model (95%)", "Longer reply wins (95%)", "Pairs", "Prompts", "Pairs before limits"],
-          "note": "Length in tokens, a tie counts half. Intervals by bootstrap over prompts. A reward model has "
-                  "learned something besides length only where it beats max(x, 100 - x) of the rule. Of _dev sets "
-                  "only rows of the validation group."}  # fmt: skip
+          "note": "Length in tokens, a tie counts half. Intervals by bootstrap over prompts, from 10 on. A reward "
+                  "model has learned something besides length only where it beats max(x, 100 - x) of the rule. Of "
+                  "_dev sets only rows of the validation group."}  # fmt: skip
 
 
 def rl_table(config, workdir: Path, reward: RewardModel, sft: Policy, trained: dict[str, Policy], mesh) -> dict:
@@ -265,8 +266,9 @@ def untrained(config, arm: str, reward: RewardModel, sft: Policy, mesh) -> Rewar
 
 
 def shown(mean: Mean, digits: int, scale: float = 1.0) -> str:
+  """The mean with its interval; without one where too few groups say how it would vary."""
   value, low, high = (f"{x * scale:.{digits}f}" for x in mean[:3])
-  return f"{value} ({low} to {high})"
+  return f"{value} ({low} to {high})" if mean.groups >= MIN_GROUPS else f"{value} (–)"
 
 
 def finish(config, workdir: Path) -> None:

@@ -278,6 +278,8 @@ def test_interval_over_groups():
   assert one[1:3] == pytest.approx((one.value - half, one.value + half), abs=0.008)
   copies = evals.mean_of(np.repeat(right, 5), np.repeat(np.arange(400), 5))
   assert copies[:3] == pytest.approx(one[:3]) and (copies.count, copies.groups) == (2000, 400)
+  assert scratch.shown(one, 1, 100) == f"{100 * one.value:.1f} ({100 * one.low:.1f} to {100 * one.high:.1f})"
+  assert scratch.shown(evals.mean_of([1.0, 0.0], "ab"), 2) == "0.50 (–)"  # two prompts say nothing of the spread
   assert evals.wins([2.0, 1.0, 3.0], [1.0, 2.0, 3.0]).tolist() == [1.0, 0.0, 0.5]
 
 
