@@ -4,7 +4,6 @@ import os
 
 import nbclient
 import nbformat
-import pytest
 from test_notebook import ROOT, code_cells
 
 NOTEBOOK = ROOT / "colab/r2m_step_by_step.ipynb"

@@ -1,7 +1,6 @@
 """Nothing is lost: damaged checkpoints, signals, full disks, NaN and infinity, another mesh, forks, replay."""
 
 import hashlib
-import json
 import os
 import pathlib
 import random
