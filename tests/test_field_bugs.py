@@ -57,11 +57,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from configs import default
 from r2m_jax import advantages, losses, ops
 from r2m_jax.config import ConfigError, check_config, kl_estimator
-from r2m_jax.finetune import keep, reward_arrays
 from r2m_jax.lab import goldtask
 from r2m_jax.models.reward import read_rte
 from r2m_jax.objective import make_advantages, make_objective, shape_scores
 from r2m_jax.ops import TokenStats, Truncation, predicts_response, token_stats
+from r2m_jax.prepare import pair_ids, select
 from r2m_jax.step import make_learn, make_read, make_rollout
 from r2m_jax.text import Renderer, TextError, load_tokenizer, responses_of
 from r2m_jax.types import Experience, Sequences
@@ -383,8 +383,9 @@ def test_lengths_are_tokens(run, capsys):
   config.data.update(max_prompt_length=3, max_response_length=4)
   ids = [([1, 2, 3], [4] * 4), ([1] * 4, [4]), ([1], [4] * 5), ([1], [4] * 3)]
   rows = [{"prompt": "a very long word" * 9}, {"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"}]
-  assert keep(rows, ids, config, "a test") == [0, 3]
-  assert "the others exceed 3 + 4 tokens" in capsys.readouterr().out
+  assert select(config, rows, ids, "a test") == [0, 3]
+  shown = capsys.readouterr().out
+  assert "1 dropped: prompt over 3 tokens" in shown and "1 dropped: response over 4 tokens" in shown
   assert run.sequences.response_mask.shape[1] == run.config.rollout.max_new_tokens
   np.testing.assert_allclose(run.out.metrics["length"], run.sequences.response_mask.sum(1).mean(), rtol=1e-6)
 
@@ -549,15 +550,13 @@ def renderers(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", tiny_text.KINDS)
-def test_one_rendering_for_training_and_rl(kind, renderers, monkeypatch):
+def test_one_rendering_for_training_and_rl(kind, renderers):
   """The rows that the reward model is fitted on, and what it is asked in RL about the same sampled response."""
   renderer = renderers[kind]
   tokenizer = renderer.tokenizer
-  monkeypatch.setattr("r2m_jax.finetune.describe_reward", lambda *args: "")
   reward = types.SimpleNamespace(renderer=renderer)
   rows = [{"prompt": ASK, "chosen": ANSWER, "rejected": "The cat ran."}]
-  fitted = reward_arrays(default.get_config(), reward, rows)
-  trained = fitted["chosen"][0][fitted["chosen_mask"][0]].tolist()
+  _, ((trained, _),) = pair_ids(default.get_config(), reward, rows, "a test")
 
   said = [*tokenizer.encode(ANSWER, special=False), tokenizer.eos_ids[-1]]
   mask = np.ones((1, len(said)), bool)
