@@ -60,6 +60,24 @@ def budgeted(workdir: Path, stage: str, seconds: float, measure) -> int:
   return saved[stage]
 
 
+def fit_stage(workdir: Path, name: str, settings, steps: int, built: Build, loss_fn, start, frozen, dataset, collate):
+  """`fit` from `start` as the stage `name`, cached; for `steps` updates, or what settings.budget seconds give."""
+  batches = lambda: Stream(dataset, collate)
+  if settings.budget:
+    probe = dict(batch_sharding=built.rows, frozen=frozen)
+    measure = lambda seconds: steps_within(seconds, loss_fn, start, batches(), **probe)
+    steps = budgeted(workdir, name, settings.budget, measure)
+
+  def make():
+    return fit(
+      loss_fn, start, make_optimizer(settings, steps), batches(), total=steps, stage=name, workdir=workdir,
+      state_shardings=sharding.shardings(start, built.mesh), batch_sharding=built.rows, frozen=frozen,
+      budget=settings.budget,
+    )  # fmt: skip
+
+  return stage(workdir, name, shapes_of(start), make)
+
+
 def build_lora(config, mesh, **archs) -> Build:
   """`build`, with a pattern that matches no linear told as a mistake of the config."""
   try:
@@ -87,20 +105,7 @@ def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None 
   if built.lora:
     start, frozen = init_adapters(config, built, mesh), policy.state
     loss_fn = lambda state, batch, base: loss(nnx.merge_state(state, base), batch)
-  steps = settings.steps
-  if settings.budget:
-    probe = dict(batch_sharding=built.rows, frozen=frozen)
-    measure = lambda seconds: steps_within(seconds, loss_fn, start, Stream(dataset, collate), **probe)
-    steps = budgeted(workdir, name, settings.budget, measure)
-
-  def make():
-    return fit(
-      loss_fn, start, make_optimizer(settings, steps), Stream(dataset, collate), total=steps, stage=name,
-      workdir=workdir, state_shardings=sharding.shardings(start, mesh), batch_sharding=built.rows, frozen=frozen,
-      budget=settings.budget,
-    )  # fmt: skip
-
-  state = stage(workdir, name, shapes_of(start), make)
+  state = fit_stage(workdir, name, settings, settings.steps, built, loss_fn, start, frozen, dataset, collate)
   export.write_policy(out or workdir / "export/policy", config, policy, state, workdir, base=frozen)
 
 
@@ -122,19 +127,7 @@ def run_reward(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
     start, frozen = {**start, "backbone": init_adapters(config, built, mesh)}, start["backbone"]
     loss_fn = lambda state, batch, base: loss({**state, "backbone": nnx.merge_state(state["backbone"], base)}, batch)
   steps = settings.epochs * (count // settings.batch_size)
-  if settings.budget:
-    probe = dict(batch_sharding=built.rows, frozen=frozen)
-    measure = lambda seconds: steps_within(seconds, loss_fn, start, Stream(dataset, collate), **probe)
-    steps = budgeted(workdir, "reward", settings.budget, measure)
-
-  def make():
-    return fit(
-      loss_fn, start, make_optimizer(settings, steps), Stream(dataset, collate), total=steps, stage="reward",
-      workdir=workdir, state_shardings=sharding.shardings(start, mesh), batch_sharding=built.rows, frozen=frozen,
-      budget=settings.budget,
-    )  # fmt: skip
-
-  model = stage(workdir, "reward", shapes_of(start), make)
+  model = fit_stage(workdir, "reward", settings, steps, built, loss_fn, start, frozen, dataset, collate)
   backbone = lora.merged(model["backbone"], frozen, built.lora) if built.lora else model["backbone"]
   export.write_reward(out or workdir / "export/reward", config, reward, backbone, model["phi"], workdir)
 

@@ -18,19 +18,8 @@ from r2m_jax.data.rows import fingerprint, keep, load, too_long
 from r2m_jax.folders import Policy, RewardModel, describe_reward
 from r2m_jax.metrics import write_atomic
 from r2m_jax.step import Labeller, pairs_at, pairs_per_step
-from r2m_jax.text import TextError, as_prompts, bucket, pad_left
+from r2m_jax.text import as_prompts, bucket, each_row, pad_left
 from r2m_jax.types import Pairs, Prompts
-
-
-def rendered(rows: list[dict], f) -> list:
-  """[f(row)], with the row's file and line in an error."""
-  results = []
-  for row in rows:
-    try:
-      results.append(f(row))
-    except TextError as error:
-      raise TextError(f"{row['where']}: {error}") from None
-  return results
 
 
 def select(config, rows: list[dict], ids: list[tuple[list[int], ...]], what: str, chosen=None) -> list[int]:
@@ -97,7 +86,7 @@ def sft_rows(config, policy: Policy, workdir: Path, name: str):
   rows = load(config.data, "response")
   print(tokenizer.describe(rows[0]["prompt"]))
   end = [] if tokenizer.end_id is None else [tokenizer.end_id]
-  ids = rendered(rows, lambda r: (tokenizer.render(r["prompt"]), tokenizer.encode(r["response"], special=False)))
+  ids = each_row(rows, lambda r: (tokenizer.render(r["prompt"]), tokenizer.encode(r["response"], special=False)))
   kept = select(config, rows, ids, name)
   enough(len(kept), "sft.batch_size", config.sft.batch_size)
   rows, ids = [rows[i] for i in kept], [(ids[i][0], ids[i][1] + end) for i in kept]
@@ -129,7 +118,7 @@ def packed_lines(config, policy: Policy, workdir: Path, name: str):
     return tokenizer.join(row["prompt"], row["response"]) + end
 
   rows = load(data, "text")
-  texts = rendered(rows, whole)
+  texts = each_row(rows, whole)
   if data.unique:
     texts = list({tuple(ids): ids for ids in texts}.values())
   length = data.max_prompt_length + data.max_response_length
@@ -150,10 +139,10 @@ def pair_ids(config, reward: RewardModel, rows: list[dict], what: str) -> tuple[
   renderer, tokenizer = reward.renderer, reward.renderer.tokenizer
   plain = lambda text: tokenizer.encode(text, special=False)
   prompt = lambda p: plain(p) if isinstance(p, str) else tokenizer.render(p)
-  ids = rendered(rows, lambda r: (prompt(r["prompt"]), plain(r["chosen"]), plain(r["rejected"])))
+  ids = each_row(rows, lambda r: (prompt(r["prompt"]), plain(r["chosen"]), plain(r["rejected"])))
   rows = [rows[i] for i in select(config, rows, ids, what, chosen=[chosen for _, chosen, _ in ids])]
   sides = lambda r: tuple(renderer.ids(r["prompt"], r[side]) for side in ("chosen", "rejected"))
-  return rows, rendered(rows, sides)
+  return rows, each_row(rows, sides)
 
 
 def pairs(config, reward: RewardModel, workdir: Path):
@@ -190,7 +179,7 @@ def prompt_data(config, policy: Policy, workdir: Path) -> PromptData:
   tokenizer = policy.tokenizer
   rows = load(config.data, "prompt")
   print(tokenizer.describe(rows[0]["prompt"]))
-  ids = rendered(rows, lambda row: (tokenizer.render(row["prompt"]),))
+  ids = each_row(rows, lambda row: (tokenizer.render(row["prompt"]),))
   kept = select(config, rows, ids, "r2m", [tokenizer.encode(row.get("chosen", ""), special=False) for row in rows])
   enough(len(kept), "rollout.prompts", config.rollout.prompts)
   rows, ids = [rows[i] for i in kept], [ids[i][0] for i in kept]
@@ -224,7 +213,7 @@ def judged_pairs(config, policy: Policy, reward: RewardModel) -> dict[str, np.nd
            [renderer.ids(row["prompt"], side) for side in sides]  # fmt: skip
 
   limit = config.data.max_prompt_length + config.data.max_response_length
-  ids = rendered(rows, encode)
+  ids = each_row(rows, encode)
   kept = [pair for pair in ids if max(map(len, pair[0])) <= limit]
   print(f"labels   {len(kept)} of {len(ids)} judgments in {config.r2m.judgments}; the others exceed {limit} tokens")
   if not kept:

@@ -6,7 +6,7 @@
     --config.score.input=IN.jsonl --config.score.output=OUT.jsonl
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -20,7 +20,7 @@ from r2m_jax.generate import generate
 from r2m_jax.metrics import progress
 from r2m_jax.models.reward import read_rte
 from r2m_jax.step import read_feedback
-from r2m_jax.text import TextError, Tokenizer, as_prompts, pad_left, responses_of
+from r2m_jax.text import Tokenizer, as_prompts, each_row, pad_left, responses_of
 
 CHUNK = 64  # response tokens of a row whose logits exist at a time, where config.logits_chunk does not say
 
@@ -43,17 +43,6 @@ def batch_size(config, section, rows: int, mesh) -> int:
   """The section's batch size, no larger than the rows need, as a multiple of the batch's shards."""
   shards = mesh.shape["data"] * mesh.shape["fsdp"]
   return -(-min(section.batch_size, rows) // shards) * shards
-
-
-def each_row(rows: list[dict], f: Callable[[dict], list[int]], file: str) -> list[list[int]]:
-  """[f(row)], with the row's number in an error."""
-  results = []
-  for number, row in enumerate(rows, 1):
-    try:
-      results.append(f(row))
-    except TextError as error:
-      raise TextError(f"{file}, row {number}: {error}") from None
-  return results
 
 
 # ---- generate ----

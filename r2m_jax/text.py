@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -291,3 +291,14 @@ class Renderer:
         "give; use its own tokenizer, chat template and config.reward.max_length, or train it again:\n  "
         + "\n  ".join(changed)
       )
+
+
+def each_row(rows: Sequence[dict], f: Callable[[dict], Any], file: str = "") -> list:
+  """[f(row)]. A TextError says which row: its number in `file`, or without one what the row has as `where`."""
+  results = []
+  for number, row in enumerate(rows, 1):
+    try:
+      results.append(f(row))
+    except TextError as error:
+      raise TextError(f"{f'{file}, row {number}' if file else row['where']}: {error}") from None
+  return results

@@ -21,6 +21,17 @@ def code_cells(notebook):
   return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def check_source(path):
+  """A notebook is valid, opens itself, holds no outputs, and its code is formatted like the rest."""
+  notebook = nbformat.read(path, as_version=4)
+  nbformat.validate(notebook)
+  assert f"/blob/main/{path.relative_to(ROOT)})" in notebook.cells[0].source
+  for cell in code_cells(notebook):
+    assert not cell.outputs and cell.execution_count is None
+    assert max(map(len, cell.source.splitlines())) <= 120, cell.id
+    compile(cell.source, cell.id, "exec")
+
+
 def test_is_valid_and_holds_no_outputs(notebook):
   nbformat.validate(notebook)
   assert all(not cell.outputs and cell.execution_count is None for cell in code_cells(notebook))

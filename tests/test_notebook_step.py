@@ -4,19 +4,13 @@ import os
 
 import nbclient
 import nbformat
-from test_notebook import ROOT, code_cells
+from test_notebook import ROOT, check_source, code_cells
 
 NOTEBOOK = ROOT / "colab/r2m_step_by_step.ipynb"
 
 
 def test_is_valid_and_formatted():
-  notebook = nbformat.read(NOTEBOOK, as_version=4)
-  nbformat.validate(notebook)
-  assert f"/blob/main/{NOTEBOOK.relative_to(ROOT)})" in notebook.cells[0].source
-  for cell in code_cells(notebook):
-    assert not cell.outputs and cell.execution_count is None
-    assert max(map(len, cell.source.splitlines())) <= 120, cell.id
-    compile(cell.source, cell.id, "exec")
+  check_source(NOTEBOOK)
 
 
 def test_installs_like_the_quickstart():
