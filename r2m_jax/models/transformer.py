@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
+from jax.sharding import NamedSharding
 
 from r2m_jax.models.arch import ArchConfig, RopeScaling
 
@@ -195,15 +196,18 @@ def residual_init(arch: ArchConfig):
 class Transformer(nnx.Module):
   """A decoder as `arch` describes it. `dtype` computes (None: whatever the parameters are in), `param_dtype` stores.
 
-  `adapt(block, rngs)` may add parameters to a block before the layers are stacked; see models.lora.
+  `adapt(block, rngs)` may add parameters to a block before the layers are stacked; see models.lora. `rows` lays the
+  batch over a mesh, at each layer anew: the partitioner would else follow the embedding table's layout, which splits
+  features, and give every device all rows. A batch that it does not divide is left alone.
   """
 
   def __init__(
-    self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat="none", adapt=None
-  ):
+    self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat="none", adapt=None,
+    rows: NamedSharding | None = None,
+  ):  # fmt: skip
     if remat not in REMAT:
       raise ValueError(f"{remat=} is unknown; use one of {sorted(REMAT)}")
-    self.arch, self.dtype, self.remat = arch, dtype, remat
+    self.arch, self.dtype, self.remat, self.rows = arch, dtype, remat, rows
     d, vocab, small = arch.hidden_size, arch.vocab_size, nnx.initializers.normal(0.02)
     self.embed = nnx.Embed(vocab, d, embedding_init=small, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
@@ -260,6 +264,7 @@ class Transformer(nnx.Module):
 
     def body(carry, xs):
       x, kv, tapped = carry
+      x = self._by_rows(x)
       state, layer, kind = xs
       table = tables if kind is None else jax.tree.map(lambda t: t[kind], tables)
 
@@ -282,10 +287,15 @@ class Transformer(nnx.Module):
     carry = (x, None if cache is None else (cache.k, cache.v), None if tap is None else x)
     xs = (stacked, jnp.arange(arch.num_layers), kinds)
     (x, kv, tapped), _ = jax.lax.scan(REMAT[self.remat](body), carry, xs)
-    hidden = self.final_norm(x)
+    hidden = self._by_rows(self.final_norm(x))
     if cache is not None:
       cache = cache.replace(k=kv[0], v=kv[1])
     return Output(hidden=hidden, feedback=hidden if tap is None else tapped, cache=cache)
+
+  def _by_rows(self, x):
+    """x [B, ...] laid over the mesh by its leading axis."""
+    split = 1 if self.rows is None else math.prod(self.rows.mesh.shape[axis] for axis in self.rows.spec[0])
+    return x if split == 1 or x.shape[0] % split else jax.lax.with_sharding_constraint(x, self.rows)
 
   def _tables(self, keys, slot, length):
     """What layers read besides x: rotation and visibility, for each kind of layer (full, sliding) the model has.
