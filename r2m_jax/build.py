@@ -158,6 +158,13 @@ def initial_state(config, built: Build, policy, reward_backbone, phi, *, donate:
     reward_backbone, phi: state of the fitted reward model; phi also stays as the frozen score head.
     donate: the arguments must not be used again; a copy less at the start.
   """
+  given = (policy, reward_backbone, phi)
+  make = state_maker(config, built)
+  return place(make, built.mesh, jax.random.key(config.seed), *given, donate=(1, 2) if donate else ())
+
+
+def state_maker(config, built: Build):
+  """Builds `make(key, policy, reward_backbone, phi) -> TrainState`; see `initial_state`."""
   defs = built.defs
 
   def make(key, policy, reward_backbone, phi):
@@ -189,5 +196,4 @@ def initial_state(config, built: Build, policy, reward_backbone, phi, *, donate:
       critic_opt=critic_opt,
     )
 
-  given = (policy, reward_backbone, phi)
-  return place(make, built.mesh, jax.random.key(config.seed), *given, donate=(1, 2) if donate else ())
+  return make

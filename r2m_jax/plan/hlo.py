@@ -1,0 +1,138 @@
+"""What a compiled program sends over the links: collectives of its HLO, each as often as its loops run it.
+
+A compiler's own cost analysis counts the body of a loop once. Here the trip count of every `while` is read from its
+condition (a comparison of the counter with a constant), so that a scan over layers counts them all and the decoding loop
+its full length: a run whose rows all end earlier sends less.
+"""
+
+import collections
+import math
+import re
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2,
+         "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "c64": 8}  # fmt: skip
+HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+OPERATION = re.compile(r"(?:^|[ }\])])([a-z][a-z\-]*)\(")
+SHAPE = re.compile(r"\b(" + "|".join(BYTES) + r")\[([\d,]*)\]")
+CALLS = re.compile(
+  r"(?:calls|to_apply|body|condition|(?:true|false)_computation|(?:called|branch)_computations)="
+  r"(?:\{([^}]*)\}|(%?[\w.\-]+))"
+)
+
+
+def collective_bytes(text: str) -> dict[str, float]:
+  """Bytes that one chip sends in one run of the program, by kind of collective.
+
+  By the ring algorithms, over n chips of a group: all-gather (n - 1) / n of the gathered array, reduce-scatter the same
+  of the array before, all-reduce twice that, all-to-all (n - 1) / n of its array, collective-permute its array.
+
+  Pieces of one asynchronous collective in several fusions have one channel and are counted once. Raises ValueError where
+  a loop's length cannot be read.
+  """
+  computations, entry = parse(text)
+  times = executions(computations, entry)
+  best = {}
+  for name, lines in computations.items():
+    for instruction, rest in lines:
+      operation = OPERATION.search(rest)
+      kind = operation and operation[1].removesuffix("-start")
+      if kind not in KINDS or not times[name]:
+        continue
+      channel = re.search(r"channel_id=(\d+)", rest)
+      sent = sent_bytes(kind, rest, operation.start(), scattered="all-reduce-scatter" in name)
+      key = (kind, channel[1] if channel else f"{name}/{instruction}")
+      best[key] = max(best.get(key, (0, ""))[0], times[name] * sent[0]), sent[1]
+  total = collections.Counter(dict.fromkeys(KINDS, 0.0))
+  for amount, kind in best.values():
+    total[kind] += amount
+  return dict(total)
+
+
+def parse(text: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
+  """({computation: [(instruction, what it is)]}, the entry's name) of HLO text."""
+  computations, entry, current = {}, "", None
+  for line in text.splitlines():
+    if head := HEAD.match(line):
+      current = computations.setdefault(head[2], [])
+      entry = head[2] if head[1] else entry
+    elif current is not None and (found := INSTRUCTION.match(line)):
+      current.append((found[1], found[2]))
+  if not entry:
+    raise ValueError("the text has no ENTRY computation: it is not HLO")
+  return computations, entry
+
+
+def executions(computations, entry: str) -> dict[str, int]:
+  """How often each computation runs."""
+  callers = collections.defaultdict(list)  # computation -> [(caller, times a run of it)]
+  for name, lines in computations.items():
+    for _, rest in lines:
+      loop = re.search(r"(?:^|[ }\])])while\(", rest)
+      for called in CALLS.finditer(rest):
+        for target in (called[1] or called[2]).replace("%", "").split(", "):
+          if target in computations:
+            inside = loop and called[0].startswith(("body=", "condition="))
+            callers[target].append((name, trip_count(computations, rest) if inside else 1))
+  times = {entry: 1}
+
+  def count(name):
+    if name not in times:
+      times[name] = sum(count(caller) * trips for caller, trips in callers[name])
+    return times[name]
+
+  return {name: count(name) for name in computations}
+
+
+def trip_count(computations, loop: str) -> int:
+  """How often a `while` runs its body, at most."""
+  if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop):
+    return int(known[1])
+  condition = re.search(r"condition=%?([\w.\-]+)", loop)[1]
+  lines = dict(computations[condition])
+  constants = {name: int(value[1]) for name, rest in lines.items() if (value := re.search(r"constant\((\d+)\)", rest))}
+  for rest in lines.values():
+    compared = re.search(r"\bcompare\((.*?)\), direction=(LT|GT|LE|GE)", rest)
+    if compared is None and (fused := re.search(r"fusion\((.*?)\).*calls=%?([\w.\-]+)", rest)):
+      inner = dict(computations[fused[2]])
+      if any("direction=L" in r or "direction=G" in r for r in inner.values()):
+        compared = re.match(r"()", "")  # the comparison is inside, its constant among the fusion's operands or inside
+        constants |= {n: int(v[1]) for n, r in inner.items() if (v := re.search(r"\bs32\[\].*constant\((\d+)\)", r))}
+        operands = re.findall(r"%([\w.\-]+)", fused[1]) + list(inner)
+        if limits := [constants[name] for name in operands if name in constants]:
+          return max(limits)
+    if compared and compared.lastindex == 2:
+      limits = [constants[name] for name in re.findall(r"%?([\w.\-]+)(?:,|$)", compared[1]) if name in constants]
+      if limits:
+        return limits[0] + (compared[2] in ("LE", "GE"))
+  raise ValueError(f"the length of a loop cannot be read from its condition {condition}")
+
+
+def sent_bytes(kind: str, rest: str, at: int, scattered: bool = False) -> tuple[float, str]:
+  """(bytes that a chip sends for one collective, its kind); at: where its operation's name is in `rest`."""
+  size = sum(BYTES[t] * math.prod(int(n) for n in dims.split(",") if n) for t, dims in SHAPE.findall(rest[:at]))
+  if f"{kind}-start(" in rest and kind in ("all-gather", "collective-permute"):
+    # the result of a start holds operand and result: the larger is the gathered array
+    size = max(BYTES[t] * math.prod(int(n) for n in dims.split(",") if n) for t, dims in SHAPE.findall(rest[:at]))
+  n = group_size(rest)
+  share = (n - 1) / n
+  if kind == "collective-permute":
+    return size, kind
+  if kind == "all-reduce" and scattered:
+    return share * size, "reduce-scatter"
+  if kind == "reduce-scatter":
+    return share * size * n, kind  # the result is one part
+  return (2 if kind == "all-reduce" else 1) * share * size, kind
+
+
+def group_size(rest: str) -> int:
+  """Chips in a group of a collective, from any of HLO's three ways to write `replica_groups`."""
+  if mesh := re.search(r"replica_groups=(?:@?\w*\s*)?mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
+    sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
+    return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", mesh[2]))
+  if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", rest):
+    return int(iota[2])
+  if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", rest):
+    return len(listed[1].split(","))
+  return 1

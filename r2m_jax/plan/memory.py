@@ -1,0 +1,111 @@
+"""Bytes per chip before anything is compiled: the state exactly, temporaries as the sum of what must live together.
+
+The compiler decides what really lives together; `tests/test_plan.py` and docs/plan.md say how far off the sum was.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from r2m_jax import build, sharding
+from r2m_jax.plan.programs import STATE_KINDS, abstract_state
+from r2m_jax.plan.sizes import Sizes, reads_feedback
+from r2m_jax.plan.work import Layout, layer_weights, vocabulary
+from r2m_jax.variants import VARIANTS
+
+
+def state_shapes(config, sizes: Sizes) -> list[tuple[str, str, tuple[int, ...], int]]:
+  """(kind, parameter's name, shape, bytes of a number) of every array of the TrainState."""
+  mesh = AbstractMesh((1, 1, 1), sharding.AXES)
+  built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
+  state, rows = abstract_state(config, built), []
+  for field, kind in STATE_KINDS.items():
+    for path, x in jax.tree_util.tree_flatten_with_path(getattr(state, field))[0]:
+      rows.append((kind, sharding.path_name(path), x.shape, x.dtype.itemsize))
+  return rows
+
+
+def state_on(shapes, layout: Layout) -> dict[str, int]:
+  """Bytes of the state on one chip of a mesh, by kind."""
+  mesh = AbstractMesh((layout.data, layout.fsdp, layout.tensor), sharding.AXES)
+  total: dict[str, int] = {}
+  for kind, name, shape, itemsize in shapes:
+    spec = sharding.spec_for(name, shape, mesh)
+    split = math.prod(mesh.shape[axis] for axis in spec if axis)
+    total[kind] = total.get(kind, 0) + math.prod(shape) * itemsize // split
+  return total
+
+
+def cache_bytes(config, sizes: Sizes, layout: Layout) -> float:
+  """Keys and values of one wave on a chip."""
+  arch, width = sizes.arch, jnp.dtype(config.dtype).itemsize
+  heads = arch.num_kv_heads / (layout.tensor if arch.num_kv_heads % layout.tensor == 0 else 1)
+  rows = sizes.rows / layout.shards / config.rollout.waves
+  return 2 * arch.num_layers * rows * heads * arch.head_dim * sizes.length * width
+
+
+def feedback_bytes(config, sizes: Sizes, layout: Layout) -> float:
+  """Hidden states that live from the first read to the reward update: h, and h' beside it."""
+  if not reads_feedback(config):
+    return 0.0
+  own = VARIANTS[config.variant].feedback == "own_states"
+  length, dim = (sizes.reward_length, sizes.reward_arch.hidden_size) if own else (sizes.length, sizes.arch.hidden_size)
+  copies = 1 + VARIANTS[config.variant].trained
+  return copies * sizes.rows / layout.shards * length * dim * jnp.dtype(config.dtype).itemsize
+
+
+def rollout_temporaries(config, sizes: Sizes, layout: Layout) -> float:
+  """Beside the cache: prefill's own cache, logits with the noise added to them, and gathered weights."""
+  arch, width = sizes.arch, jnp.dtype(config.dtype).itemsize
+  rows = sizes.rows / layout.shards / config.rollout.waves
+  logits = 3 * rows * arch.vocab_size * 4 / layout.tensor
+  gathered = (vocabulary(arch) + 2 * layer_weights(arch)) * width / layout.tensor * (layout.fsdp > 1)
+  prefill = cache_bytes(config, sizes, layout) / config.rollout.group_size
+  return logits + gathered + prefill
+
+
+def learn_temporaries(config, sizes: Sizes, layout: Layout) -> float:
+  """Beside feedback: the gradient, and the largest of the policy's backward pass, a reward pass and the head's update."""
+  arch, width, stored = sizes.arch, jnp.dtype(config.dtype).itemsize, jnp.dtype(config.param_dtype).itemsize
+  tensor, parts = layout.tensor, config.ppo.minibatches * config.ppo.accumulation
+  own_rows = sizes.rows / layout.shards
+  rows = max(1.0, own_rows / parts)
+  numbers = arch.num_layers * layer_weights(arch) + vocabulary(arch) * (2 if arch.untied_head else 1)
+  gradient = numbers / (layout.fsdp * tensor) * (4 if config.ppo.accumulation > 1 else stored)
+
+  def layer(arch, length, backward):
+    squares = (2 + backward) * 4 * arch.num_heads * length * length
+    wide = (2 + backward) * (2 if arch.gated_mlp else 1) * length * arch.intermediate_size * 4 / 2
+    gathered = 2 * layer_weights(arch) * width * (layout.fsdp > 1)
+    return (rows * (squares + wide) + gathered) / tensor
+
+  saved = {
+    "none": 10 * arch.hidden_size + 4 * arch.intermediate_size + arch.num_heads * sizes.length * 3,
+    "full": arch.hidden_size,
+  }
+  kept = rows * sizes.length * arch.num_layers * width * saved.get(config.remat, 6 * arch.hidden_size)
+  chunk = config.logits_chunk if 0 < config.logits_chunk < sizes.response_length else sizes.response_length
+  logits = 4 * rows * chunk * arch.vocab_size * 4 / tensor
+  table = vocabulary(arch) * (width + 4) / tensor * (layout.fsdp > 1)  # gathered, and its gradient before it is split
+  backward = kept + table + max(layer(arch, sizes.length, True), logits)
+  reward = layer(sizes.reward_arch, sizes.reward_length, False)
+  head = 4 * own_rows * sizes.length * config.r2m.attention_dim * 4 / tensor * reads_feedback(config)
+  return max(gradient + backward, reward, head)
+
+
+def estimate(config, sizes: Sizes, shapes, layout: Layout) -> dict[str, dict[str, float]]:
+  """{program: {kind: bytes on a chip}} without a compiler."""
+  state = state_on(shapes, layout)
+  shared = {kind: float(size) for kind, size in state.items()}
+  return {
+    "rollout": shared | {
+      "KV cache": cache_bytes(config, sizes, layout), "feedback": 0.0,
+      "temporaries": rollout_temporaries(config, sizes, layout),
+    },
+    "learn": shared | {
+      "KV cache": 0.0, "feedback": feedback_bytes(config, sizes, layout),
+      "temporaries": learn_temporaries(config, sizes, layout),
+    },
+  }  # fmt: skip

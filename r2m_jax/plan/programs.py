@@ -1,0 +1,206 @@
+"""rollout and learn, compiled from abstract arguments: nothing is allocated, and no chip of that kind is needed.
+
+The two programs are those of a run from folders (finetune.make_two_part_step): sampling, and everything after it. What
+lies on a chip while one of them runs is the whole TrainState, the program's other arguments, its temporaries and those
+results that do not take an argument's place.
+"""
+
+import importlib.util
+import os
+import re
+import sys
+import threading
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from r2m_jax import build, sharding
+from r2m_jax.config import ConfigError
+from r2m_jax.models import transformer
+from r2m_jax.plan import hlo
+from r2m_jax.plan.chips import Topology
+from r2m_jax.plan.sizes import Sizes
+from r2m_jax.step import make_learn, make_rollout
+from r2m_jax.types import Prompts, Sequences
+
+STATE_KINDS = {  # of TrainState's fields; a step's number and key weigh nothing
+  "policy": "parameters", "policy_opt": "optimizer", "critic": "parameters", "critic_opt": "optimizer",
+  "ref": "reference", "reward_backbone": "reward model", "reward_frozen": "reward model",
+  "reward_head": "reward head", "reward_opt": "reward head", "reward_average": "reward head",
+}  # fmt: skip
+
+
+def prepare_environment(topology: Topology) -> None:
+  """Everything on the host's processor, with as many devices as a CPU topology asks for. Before jax looks for any."""
+  os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+  os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+  if topology.chip.name == "cpu" and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    count = f"--xla_force_host_platform_device_count={topology.count}"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
+  jax.config.update("jax_platforms", "cpu")
+
+
+def devices_of(topology: Topology) -> list:
+  """The devices to compile for. Raises ConfigError where there is no compiler for them."""
+  if topology.chip.name == "cpu":
+    found = jax.devices("cpu")
+    if len(found) < topology.count:
+      raise ConfigError(f"config.plan.topology is {topology.name!r}: this process has {len(found)} CPU devices")
+    return found[: topology.count]
+  if importlib.util.find_spec("libtpu") is None:
+    raise ConfigError(
+      f"config.plan.topology is {topology.name!r}: the TPU's compiler is not installed; pip install 'r2m_jax[plan]' "
+      "(package libtpu), no TPU is needed"
+    )
+  from jax.experimental import topologies
+
+  try:
+    with quiet():
+      return list(topologies.get_topology_desc(
+        platform="tpu", topology_name=topology.name, **dict(topology.chip.options)
+      ).devices)  # fmt: skip
+  except Exception as error:  # of several kinds, by the compiler's own library
+    raise ConfigError(f"config.plan.topology is {topology.name!r}: {str(error).splitlines()[0][:200]}") from None
+
+
+class quiet:
+  """Leaves out what the compiler's library writes straight to standard error while it starts."""
+
+  def __enter__(self):
+    sys.stderr.flush()
+    self.saved, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 2)
+    os.close(sink)
+
+  def __exit__(self, *error):
+    os.dup2(self.saved, 2)
+    os.close(self.saved)
+
+
+# ---- arguments ----
+
+
+def abstract_state(config, built: build.Build):
+  """The run's first TrainState as shapes, dtypes and shardings."""
+  kwargs = build.model_kwargs(config)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  model = lambda arch: jax.eval_shape(lambda key: transformer.init(arch, key, **kwargs)[1], key)
+  phi = jax.eval_shape(
+    lambda key: nnx.state(build.make_head(config, built.arch, built.reward_arch, key).phi), key
+  )
+  make = build.state_maker(config, built)
+  return build.abstract(make, built.mesh, key, model(built.arch), model(built.reward_arch), phi)
+
+
+def arguments(sizes: Sizes, built: build.Build) -> tuple[Prompts, tuple]:
+  """(prompts of rollout, arguments of learn after the state): shapes and shardings."""
+  make = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=built.rows)
+  P, B, Lp, T, L = sizes.prompts, sizes.rows, sizes.prompt_length, sizes.response_length, sizes.length
+  prompts = Prompts(make((P, Lp), jnp.int32), make((P, Lp), bool), make((P,), jnp.int32))
+  sequences = Sequences(make((B, L), jnp.int32), make((B, L), bool), make((B, T), bool), make((B,), bool))
+  reward = make((B, sizes.reward_length), jnp.int32), make((B, sizes.reward_length), bool)
+  return prompts, (sequences, *reward)
+
+
+def bytes_on_chip(tree) -> int:
+  """Bytes of a tree of abstract arrays on one chip."""
+  return sum(
+    int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+  )  # fmt: skip
+
+
+def state_bytes(state) -> dict[str, int]:
+  """Bytes of a TrainState on one chip, by kind."""
+  total: dict[str, int] = {}
+  for field, kind in STATE_KINDS.items():
+    total[kind] = total.get(kind, 0) + bytes_on_chip(getattr(state, field))
+  return total
+
+
+# ---- compiling ----
+
+
+def compile_program(which: str, config, sizes: Sizes, topology: Topology, mesh: Mesh, note: str = "") -> dict[str, Any]:
+  """What the compiler says of "rollout" or "learn" on a mesh of the topology's devices, as plain numbers.
+
+  Returns:
+    Bytes on a chip: `arguments` (all, the state among them), `temporaries`, `results` (those in memory of their own),
+    `code`; `collectives`, bytes that a chip sends by kind; `seconds` it took; or `exceeded`, what the compiler said where
+    the program alone needs more memory than the chip has, with `needed` bytes.
+  """
+  built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
+  state = abstract_state(config, built)
+  prompts, judged = arguments(sizes, built)
+  if which == "rollout":
+    vocab = sizes.arch.vocab_size
+    jitted = jax.jit(make_rollout(built.defs, config, mesh, (vocab - 1,), vocab - 1), out_shardings=built.rows)
+    given = (state, prompts)
+  else:
+    layout = sharding.shardings(state, mesh)
+    jitted = jax.jit(
+      make_learn(built.defs, config, mesh), donate_argnums=0, in_shardings=(layout,) + (None,) * 3,
+      out_shardings=(layout, None),
+    )  # fmt: skip
+    given = (state, *judged)
+  platform = "cpu" if topology.chip.name == "cpu" else "tpu"
+  began = time.perf_counter()
+  with progress(f"{which} for {topology.name}{note}"):
+    traced = jitted.trace(*given)
+    lowered = traced.lower(lowering_platforms=(platform,))
+    try:
+      with quiet():
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      message = str(error).splitlines()[0]
+      return {"exceeded": message, "needed": needed_bytes(message), "seconds": time.perf_counter() - began}
+  memory = compiled.memory_analysis()
+  resident = bytes_on_chip(given[1:])
+  return {
+    "arguments": bytes_on_chip(state) + resident,
+    "temporaries": memory.temp_size_in_bytes,
+    "results": max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
+    "code": memory.generated_code_size_in_bytes,
+    "collectives": hlo.collective_bytes(compiled.as_text()),
+    "seconds": time.perf_counter() - began,
+  }
+
+
+def needed_bytes(message: str) -> float:
+  """The bytes that a refusal of the compiler says it would need."""
+  units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+  sizes = [float(size) * units[unit] for size, unit in re.findall(r"(\d+(?:\.\d+)?)([KMGT])\b", message)]
+  return max(sizes, default=0.0)
+
+
+class progress:
+  """A line on standard error that says what is being compiled and for how long."""
+
+  def __init__(self, what: str):
+    self.what, self.done = what, threading.Event()
+
+  def __enter__(self):
+    out = os.fdopen(os.dup(2), "w")  # not the stream that `quiet` closes
+    live, began = out.isatty(), time.perf_counter()
+
+    def show():
+      while not self.done.wait(1 if live else 30):
+        line = f"compiling {self.what}: {time.perf_counter() - began:.0f} s"
+        print(f"\r{line}" if live else line, end="" if live else "\n", file=out, flush=True)
+      took = f"compiled {self.what} in {time.perf_counter() - began:.0f} s"
+      print(f"\r{took}" if live else took, file=out, flush=True)
+      out.close()
+
+    self.thread = threading.Thread(target=show, daemon=True)
+    self.thread.start()
+
+  def __exit__(self, *error):
+    self.done.set()
+    self.thread.join()

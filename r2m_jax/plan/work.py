@@ -1,0 +1,225 @@
+"""FLOPs and bytes that a step moves, phase by phase, counted from the shapes.
+
+A multiply-add is two FLOPs. Matrix products alone are counted, with what the program really computes: attention over the
+full square of positions (masks hide, they do not save), recomputation in the backward pass, decoding over every slot of
+the cache. `tests/test_plan.py` holds these sums against the products in the program's own jaxpr.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from r2m_jax.config import kl_estimator
+from r2m_jax.models.arch import ArchConfig
+from r2m_jax.plan.sizes import Sizes, reads_feedback
+from r2m_jax.variants import VARIANTS
+
+ROLLOUT = ("prefill", "decode")
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  name: str
+  flops: float  # over all chips
+  moved: float  # bytes to and from one chip's memory
+  links: float  # bytes out of one chip, as expected; a compiled plan counts the real ones
+
+  def seconds(self, chip, chips: int) -> tuple[float, str]:
+    """The least time and what it is bound by, links left out."""
+    compute, memory = self.flops / chips / chip.flops, self.moved / chip.memory_rate
+    return max((compute, "compute"), (memory, "memory"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """The mesh in numbers."""
+
+  data: int
+  fsdp: int
+  tensor: int
+
+  @property
+  def shards(self) -> int:
+    return self.data * self.fsdp
+
+  @property
+  def chips(self) -> int:
+    return self.shards * self.tensor
+
+
+def layer_weights(arch: ArchConfig) -> int:
+  """Numbers in the matrices of one layer."""
+  heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+  attention = arch.hidden_size * (heads + 2 * kv) + heads * arch.hidden_size
+  return attention + (3 if arch.gated_mlp else 2) * arch.hidden_size * arch.intermediate_size
+
+
+def vocabulary(arch: ArchConfig) -> int:
+  """Numbers in the matrix that gives logits."""
+  return arch.hidden_size * arch.vocab_size
+
+
+def blocks_flops(arch: ArchConfig, rows: int, length: int, keys: int) -> float:
+  """One forward pass through all layers, no logits."""
+  attention = 4 * keys * arch.num_heads * arch.head_dim
+  return rows * length * arch.num_layers * (2 * layer_weights(arch) + attention)
+
+
+def logits_flops(arch: ArchConfig, positions: int) -> float:
+  return 2 * positions * vocabulary(arch)
+
+
+def head_flops(config, sizes: Sizes, passes: int) -> float:
+  """Cross-attention and phi over all rows, `passes` times the work of a forward pass (eqs. 3 and 4)."""
+  width, rows, reward = config.r2m.attention_dim, sizes.rows, sizes.reward_arch.hidden_size
+  if not reads_feedback(config):
+    return passes * 2 * rows * reward * config.reward.ensemble
+  own = VARIANTS[config.variant].feedback == "own_states"
+  fed, length = (reward, sizes.reward_length) if own else (sizes.arch.hidden_size, sizes.length)
+  keys_and_values = 2 * 2 * rows * length * fed * width
+  attention = 2 * 2 * rows * length * width
+  query_and_out = 2 * 2 * rows * reward * width
+  return passes * (keys_and_values + attention + query_and_out + 2 * rows * reward * config.reward.ensemble)
+
+
+def phases_of(config, sizes: Sizes, layout: Layout) -> list[Phase]:
+  """The step's phases in order; the first ones are the rollout's (`ROLLOUT`), the others learn's."""
+  count = _Count(config, sizes, layout)
+  phases = [count.prefill(), count.decode(), count.feedback("feedback and log-probs"), count.feedback("reference")]
+  phases += [count.backbone(), count.policy_update()]
+  if config.algorithm == "ppo":
+    phases.append(count.critic())
+  return phases + [count.reward_head()]
+
+
+class _Count:
+  def __init__(self, config, sizes: Sizes, layout: Layout):
+    self.config, self.sizes, self.layout = config, sizes, layout
+    self.width = jnp.dtype(config.dtype).itemsize  # bytes of a number in the computation
+    self.stored = jnp.dtype(config.param_dtype).itemsize  # bytes of a parameter
+    self.recompute = 0 if config.remat == "none" else 1
+
+  def pass_bytes(self, arch: ArchConfig, rows: int, length: int, keys: int, parts: int) -> float:
+    """Memory traffic of one forward pass on a chip: weights once a part, every product's input and output once."""
+    tensor = self.layout.tensor
+    heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    streams = 6 * arch.hidden_size + 2 * (2 * heads + 2 * kv + (3 if arch.gated_mlp else 2) * arch.intermediate_size)
+    squares = 3 * 4 * arch.num_heads * keys  # float32 logits written, read for the softmax, weights read
+    tokens = rows * length / self.layout.shards
+    weights = parts * arch.num_layers * layer_weights(arch) * self.width / tensor
+    return weights + tokens * arch.num_layers * (streams * self.width + squares) / tensor
+
+  def logit_bytes(self, arch: ArchConfig, positions: int, parts: int) -> float:
+    """Unembedding once a part, and float32 logits written and read once."""
+    return (parts * vocabulary(arch) * self.width + 8 * arch.vocab_size * positions / self.layout.shards) \
+        / self.layout.tensor  # fmt: skip
+
+  def gathered(self, arch: ArchConfig, passes: float, logits: bool = True) -> float:
+    """Bytes out of a chip for gathering all weights over fsdp so many times."""
+    numbers = arch.num_layers * layer_weights(arch) + vocabulary(arch) * logits
+    return passes * numbers * self.stored / self.layout.tensor * (self.layout.fsdp - 1) / self.layout.fsdp
+
+  def reduced(self, arch: ArchConfig, rows: int, length: int, passes: float) -> float:
+    """Bytes out of a chip for adding partial sums over `tensor`, twice a layer."""
+    tensor = self.layout.tensor
+    tokens = rows * length / self.layout.shards
+    return passes * 2 * 2 * (tensor - 1) / tensor * tokens * arch.num_layers * arch.hidden_size * self.width
+
+  @property
+  def parts(self) -> int:
+    return self.config.ppo.minibatches * self.config.ppo.accumulation
+
+  def prefill(self) -> Phase:
+    s, arch, waves = self.sizes, self.sizes.arch, self.config.rollout.waves
+    return Phase(
+      "prefill",
+      blocks_flops(arch, s.prompts, s.prompt_length, s.prompt_length) + logits_flops(arch, s.rows),
+      self.pass_bytes(arch, s.prompts, s.prompt_length, s.prompt_length, waves) + self.logit_bytes(arch, s.rows, waves),
+      self.gathered(arch, waves) + self.reduced(arch, s.prompts, s.prompt_length, 1),
+    )
+
+  def decode(self) -> Phase:
+    s, arch, waves = self.sizes, self.sizes.arch, self.config.rollout.waves
+    tokens = s.response_length - 1  # the first one comes with the prefill
+    cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * s.rows * s.length * self.width / self.layout.chips
+    one = self.pass_bytes(arch, s.rows, 1, s.length, waves) + self.logit_bytes(arch, 3 * s.rows, waves) + cache
+    return Phase(
+      "decode",
+      tokens * (blocks_flops(arch, s.rows, 1, s.length) + logits_flops(arch, s.rows)),
+      tokens * one,
+      tokens * (self.gathered(arch, waves) + self.reduced(arch, s.rows, 1, 1)),
+    )
+
+  def feedback(self, name: str) -> Phase:
+    s, arch = self.sizes, self.sizes.arch
+    return Phase(
+      name,
+      blocks_flops(arch, s.rows, s.length, s.length) + logits_flops(arch, s.rows * s.response_length),
+      self.pass_bytes(arch, s.rows, s.length, s.length, self.parts)
+      + self.logit_bytes(arch, s.rows * s.response_length, self.parts),
+      self.gathered(arch, self.parts) + self.reduced(arch, s.rows, s.length, 1),
+    )
+
+  def backbone(self) -> Phase:
+    s, arch = self.sizes, self.sizes.reward_arch
+    return Phase(
+      "reward backbone",
+      blocks_flops(arch, s.rows, s.reward_length, s.reward_length),
+      self.pass_bytes(arch, s.rows, s.reward_length, s.reward_length, self.parts),
+      self.gathered(arch, self.parts, logits=False) + self.reduced(arch, s.rows, s.reward_length, 1),
+    )
+
+  def trained_rows(self) -> int:
+    """Rows of the update: without the greedy ones of "remax"."""
+    return self.sizes.prompts * self.config.rollout.group_size
+
+  def policy_update(self) -> Phase:
+    s, arch, config = self.sizes, self.sizes.arch, self.config
+    rows, epochs, parts = self.trained_rows(), config.ppo.epochs, self.parts
+    chunked = 0 < config.logits_chunk < s.response_length
+    positions = rows * s.response_length
+    # forward, twice as much backward, and once more what the backward pass computes again
+    layers = blocks_flops(arch, rows, s.length, s.length) * (3 + self.recompute)
+    logits = logits_flops(arch, positions) * (3 + chunked)
+    if kl_estimator(config, arch.vocab_size) == "exact":
+      logits += logits_flops(arch, positions) * (1 + chunked)  # of the reference, which has no gradient
+    numbers = arch.num_layers * layer_weights(arch) + vocabulary(arch) * (2 if arch.untied_head else 1)
+    own = numbers / (self.layout.fsdp * self.layout.tensor)
+    adam = own * 6 * self.stored  # parameter, gradient and two moments read, parameter and moments written
+    reduction = numbers * self.stored / self.layout.tensor * (self.layout.fsdp - 1) / self.layout.fsdp * parts
+    reduction += 2 * own * self.stored * (self.layout.data - 1) / self.layout.data
+    return Phase(
+      "policy update",
+      epochs * (layers + logits),
+      epochs * (
+        (3 + self.recompute) * self.pass_bytes(arch, rows, s.length, s.length, parts)
+        + (3 + chunked) * self.logit_bytes(arch, positions, parts) + config.ppo.minibatches * adam
+      ),
+      epochs * (
+        self.gathered(arch, 2 * parts) + reduction + self.reduced(arch, rows, s.length, 3 + self.recompute)
+      ),
+    )  # fmt: skip
+
+  def critic(self) -> Phase:
+    """PPO's: one pass for the old values, epochs of updates."""
+    s, config, rows = self.sizes, self.config, self.trained_rows()
+    arch = s.reward_arch if config.critic.init == "reward" else s.arch
+    passes = 1 + config.ppo.epochs * (3 + self.recompute)
+    return Phase(
+      "critic",
+      passes * (blocks_flops(arch, rows, s.length, s.length) + 2 * rows * s.length * arch.hidden_size),
+      passes * self.pass_bytes(arch, rows, s.length, s.length, self.parts),
+      self.gathered(arch, self.parts * (1 + 3 * config.ppo.epochs), logits=False)
+      + self.reduced(arch, rows, s.length, passes),
+    )
+
+  def reward_head(self) -> Phase:
+    """Annotation, and the update on refreshed feedback, whose gradient reaches the weights alone."""
+    config, s = self.config, self.sizes
+    passes = 1 + (2 if VARIANTS[config.variant].trained else 0)
+    flops = head_flops(config, s, passes)
+    width, tokens = config.r2m.attention_dim, s.rows * s.length / self.layout.shards
+    read = passes * tokens * (s.arch.hidden_size * self.width + 2 * 2 * width * 4) * reads_feedback(config)
+    weights = 2 * (s.arch.hidden_size + s.reward_arch.hidden_size) * width * 4 * reads_feedback(config)
+    links = passes * weights * (self.layout.fsdp - 1) / self.layout.fsdp / self.layout.tensor
+    return Phase("reward head", flops, read + passes * weights, links)
