@@ -63,6 +63,7 @@ def get_config() -> ConfigDict:
   config.rollout.top_k = 0  # sample from the k most likely tokens; 0: from all
   config.rollout.top_p = 1.0  # sample from the most likely tokens whose probabilities first sum to this
   config.rollout.min_p = 0.0  # sample from tokens at least this share as likely as the most likely one
+  config.rollout.waves = 1  # groups of prompts sampled one after another: one group's KV cache exists at a time
   config.rollout.repetition_stop = 0  # N: cut a row off when its last N tokens repeat the N before them; 0: never
 
   # policy and its update
@@ -72,6 +73,8 @@ def get_config() -> ConfigDict:
   config.ppo = ConfigDict()
   config.ppo.epochs = 2  # k, passes over a step's samples
   config.ppo.minibatches = 1  # updates per epoch
+  config.ppo.accumulation = 1  # micro-batches per update, whose gradients are summed; memory, not results, depends on
+  # it. Passes without a gradient take as many rows at a time as a micro-batch has
   config.ppo.clip_eps = 0.2
   config.ppo.clip_eps_high = 0.0  # upper half-width of an asymmetric clip; 0: clip_eps
   config.ppo.dual_clip = 0.0  # largest ratio that a negative advantage is multiplied by, such as 3; 0: none

@@ -19,7 +19,10 @@ ALGORITHMS = ("rloo", "grpo", "reinforce++", "remax", "ppo")
 ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
 # settings that a run may change from one start to the next: they say how far, where and how often, not what is computed
-FREE = ("task", "mesh", "log", "checkpoint", "guard", "replay", "export", "generate", "score")
+FREE = (
+  "task", "mesh", "log", "checkpoint", "guard", "replay", "export", "generate", "score", "remat", "logits_chunk",
+  "ppo.accumulation", "rollout.waves",
+)  # fmt: skip
 SECRET = re.compile(r"hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|AKIA[0-9A-Z]{16}|://[^/\s]+:[^/\s]+@")
 OPTIMIZER_SECTIONS = ("policy", "critic", "r2m", "sft", "reward", "scratch.lm")
 
@@ -76,10 +79,10 @@ def check_config(config: ConfigDict) -> None:
   need(config.guard.spike > 1, "guard.spike", "must be above 1, such as 10")
 
   for field in (
-    "steps", "rollout.prompts", "rollout.max_new_tokens", "ppo.epochs", "ppo.minibatches", "r2m.attention_dim",
-    "r2m.num_heads", "sft.steps", "sft.batch_size", "sft.examples", "reward.pairs", "reward.epochs",
-    "scratch.lm.steps", "scratch.lm.batch_size", "scratch.samples",
-    "reward.batch_size", "reward.heldout_pairs", "log.checkpoint_every", "log.samples", "data.max_prompt_length",
+    "steps", "rollout.prompts", "rollout.max_new_tokens", "ppo.epochs", "ppo.minibatches", "ppo.accumulation",
+    "rollout.waves", "r2m.attention_dim", "r2m.num_heads",
+    "sft.steps", "sft.batch_size", "sft.examples", "reward.pairs", "reward.epochs", "scratch.lm.steps",
+    "scratch.lm.batch_size", "scratch.samples", "reward.batch_size", "reward.heldout_pairs", "log.checkpoint_every", "log.samples", "data.max_prompt_length",
     "data.max_response_length", "generate.max_new_tokens", "generate.batch_size", "score.batch_size", "kl.horizon",
     "reward.ensemble", "r2m.warm_epochs", "checkpoint.keep_last", "guard.max_skipped",
   ):  # fmt: skip
@@ -223,10 +226,21 @@ def check_batch(config: ConfigDict, mesh: tuple[int, int, int]) -> None:
         f"config.{field} is {size}, which does not split over {shards} data x fsdp shards of config.mesh = {mesh}: "
         f"use a multiple of {shards}, such as {-(-size // shards) * shards}, or a smaller mesh"
       )
-  if rows % (config.ppo.minibatches * shards):
+  minibatches, accumulation, waves = config.ppo.minibatches, config.ppo.accumulation, config.rollout.waves
+  if rows % (minibatches * shards):
     raise ConfigError(
-      f"config.ppo.minibatches is {config.ppo.minibatches}: {rows} trajectories (rollout.prompts x rollout.group_size) "
+      f"config.ppo.minibatches is {minibatches}: {rows} trajectories (rollout.prompts x rollout.group_size) "
       f"do not split into that many minibatches over {shards} data x fsdp shards; use a divisor of {rows // shards}"
+    )
+  if rows % (minibatches * accumulation * shards):
+    raise ConfigError(
+      f"config.ppo.accumulation is {accumulation}: the {rows // minibatches} trajectories of a minibatch do not split "
+      f"into that many micro-batches over {shards} data x fsdp shards; use a divisor of {rows // minibatches // shards}"
+    )
+  if config.rollout.prompts % (waves * shards):
+    raise ConfigError(
+      f"config.rollout.waves is {waves}: {config.rollout.prompts} prompts do not split into that many waves over "
+      f"{shards} data x fsdp shards; use a divisor of {config.rollout.prompts // shards}"
     )
 
 
@@ -254,8 +268,13 @@ def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 def identity(config: ConfigDict) -> str:
   """SHA-256 of all settings that say what is computed, those outside `FREE`."""
-  fixed = {name: value for name, value in json.loads(config.to_json()).items() if name not in FREE}
-  return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()
+  return hashlib.sha256(json.dumps(fixed(json.loads(config.to_json())), sort_keys=True).encode()).hexdigest()
+
+
+def fixed(settings: dict, prefix: str = "") -> dict:
+  """A config as nested dicts without the settings in `FREE`."""
+  inner = lambda name, value: fixed(value, f"{prefix}{name}.") if isinstance(value, dict) else value
+  return {name: inner(name, value) for name, value in settings.items() if prefix + name not in FREE}
 
 
 def _fields(config: ConfigDict, prefix: str = "") -> list[str]:

@@ -3,8 +3,10 @@
 import jax
 import jax.numpy as jnp
 
+from r2m_jax.minibatch import map_rows
 from r2m_jax.models.transformer import Transformer
 from r2m_jax.ops import Truncation, at_least_f32, kept
+from r2m_jax.sharding import lay_rows
 from r2m_jax.types import Prompts, Sequences
 
 
@@ -58,7 +60,7 @@ def generate(
   truncation: Truncation = Truncation(),
   repetition_stop: int = 0,
   greedy_rows: bool = False,
-  constrain=lambda x: x,
+  waves: int = 1,
 ) -> Sequences:
   """Samples `group_size` responses for each prompt.
 
@@ -74,8 +76,32 @@ def generate(
     truncation: which tokens may be drawn; the log-probabilities of the update use the same.
     repetition_stop: N: a row whose last N tokens repeat the N before them is cut off there; 0: never.
     greedy_rows: P more rows follow, the most likely token at each step for each prompt.
-    constrain: sharding constraint for arrays with a leading batch axis.
+    waves: sample the prompts in that many equal groups one after another, so that the cache of one group exists at a
+      time. The tokens are the same.
   """
+  settings = dict(
+    group_size=group_size, max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=eos_ids, pad_id=pad_id,
+    truncation=truncation, repetition_stop=repetition_stop, greedy_rows=greedy_rows,
+  )  # fmt: skip
+
+  def wave(prompts):
+    """(rows of each prompt [P / waves, K, ...], its greedy row [P / waves, 1, ...] or none)."""
+    drawn, sampled = sample(model, prompts, key, step, **settings), len(prompts.tokens) * group_size
+    count = len(prompts.tokens)
+    rows = lambda x: x.reshape(count, len(x) // count, *x.shape[1:])
+    return jax.tree.map(lambda x: rows(x[:sampled]), drawn), jax.tree.map(lambda x: rows(x[sampled:]), drawn)
+
+  if waves == 1:
+    return sample(model, prompts, key, step, **settings)
+  flat = lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+  return jax.tree.map(lambda s, g: jnp.concatenate([flat(s), flat(g)]), *map_rows(wave, waves, prompts))
+
+
+def sample(
+  model: Transformer, prompts: Prompts, key, step, *, group_size, max_new_tokens, temperature, eos_ids, pad_id,
+  truncation, repetition_stop, greedy_rows,
+) -> Sequences:  # fmt: skip
+  """One wave of `generate`."""
   prompt_length = prompts.tokens.shape[1]
   loop_fits = 2 * repetition_stop <= max_new_tokens
   keys = sample_keys(key, step, prompts.example_id, group_size)
@@ -86,9 +112,9 @@ def generate(
   cache = model.init_cache(prompts.tokens.shape[0], prompt_length + max_new_tokens)
   out = model(prompts.tokens, prompts.mask, cache=cache, cache_index=0)
   cache = out.cache.replace(
-    k=repeat(out.cache.k, 1), v=repeat(out.cache.v, 1), mask=constrain(repeat(out.cache.mask))
+    k=repeat(out.cache.k, 1), v=repeat(out.cache.v, 1), mask=lay_rows(repeat(out.cache.mask))
   )
-  hidden = constrain(repeat(out.hidden[:, -1]))
+  hidden = lay_rows(repeat(out.hidden[:, -1]))
 
   def draw(t, hidden, stopped):
     logits = model.logits(hidden)
@@ -123,8 +149,8 @@ def generate(
 
   response_mask = jnp.arange(max_new_tokens) < lengths[:, None]
   return Sequences(
-    tokens=constrain(jnp.concatenate([repeat(prompts.tokens), tokens], 1)),
-    token_mask=constrain(jnp.concatenate([repeat(prompts.mask), response_mask], 1)),
-    response_mask=constrain(response_mask),
+    tokens=lay_rows(jnp.concatenate([repeat(prompts.tokens), tokens], 1)),
+    token_mask=lay_rows(jnp.concatenate([repeat(prompts.mask), response_mask], 1)),
+    response_mask=lay_rows(response_mask),
     has_eos=has_eos,
   )

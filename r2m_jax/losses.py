@@ -6,7 +6,7 @@ Equation numbers are those of R2M (arXiv 2601.22664).
 import jax
 import jax.numpy as jnp
 
-from r2m_jax.ops import aggregate, check, masked_mean
+from r2m_jax.ops import aggregate, check, masked_mean, share_mean
 
 
 RATIOS = ("token", "sequence")
@@ -23,6 +23,7 @@ def ppo_clip(
   clip_eps_high: float = 0.0,
   dual_clip: float = 0.0,
   ratio: str = "token",
+  whole: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """Clipped importance-ratio objective, negated (eq. 2, first term).
 
@@ -39,6 +40,8 @@ def ppo_clip(
     clip_eps_high: its upper half-width, where it is not the same (DAPO's asymmetric clip); 0: the same.
     dual_clip: largest ratio c > 1 that a negative advantage is multiplied by (dual-clip PPO); 0: none.
     ratio: "token", or "sequence" for one ratio a row, exp(mean over its tokens of new - old) (GSPO).
+    whole: mask of the minibatch that these rows are a micro-batch of: the loss is then their share of the minibatch's,
+      and the metrics are those of the rows alone. None: they are all of it.
   """
   check(new_logprobs, "B T"), check(old_logprobs, "B T"), check(advantages, "B T"), check(mask, "B T", jnp.bool_)
   log_ratio = jnp.where(mask, new_logprobs - old_logprobs, 0)
@@ -48,7 +51,7 @@ def ppo_clip(
   low = jnp.maximum(rho, 1 - clip_eps)
   low = jnp.minimum(low, dual_clip) if dual_clip else low
   clipped = jnp.where(advantages >= 0, jnp.minimum(rho, 1 + (clip_eps_high or clip_eps)), low)
-  loss = aggregate(-clipped * advantages, mask, aggregation)
+  loss = aggregate(-clipped * advantages, mask, aggregation, whole)
   metrics = {
     "policy/clip_fraction": masked_mean((clipped != rho).astype(rho.dtype), mask),
     "policy/ratio_deviation": jnp.abs(jnp.where(mask, rho - 1, 0)).max(),
@@ -59,18 +62,19 @@ def ppo_clip(
 
 
 def value_clip(
-  values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, *, clip: float
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+  values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, *, clip: float,
+  whole: jax.Array | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
   """The critic's squared error, clipped around its old values as in PPO: the larger of both errors counts.
 
     L = 1/2 mean max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2)
 
-  All f32[B, T], mask bool[B, T]; mean over all response tokens.
+  All f32[B, T], mask bool[B, T]; mean over all response tokens. `whole`: see `ppo_clip`.
   """
   check(values, "B T"), check(old_values, "B T"), check(returns, "B T"), check(mask, "B T", jnp.bool_)
   near = jnp.clip(values, old_values - clip, old_values + clip)
   free, held = (values - returns) ** 2, (near - returns) ** 2
-  loss = 0.5 * masked_mean(jnp.where(held > free, held, free), mask)  # a tie takes the free branch, undivided
+  loss = 0.5 * share_mean(jnp.where(held > free, held, free), mask, whole)  # a tie takes the free branch, undivided
   metrics = {
     "critic/loss": loss,
     "critic/clip_fraction": masked_mean((held > free).astype(values.dtype), mask),

@@ -22,7 +22,7 @@ from flax import struct
 from r2m_jax import advantages, losses
 from r2m_jax.config import kl_estimator
 from r2m_jax.ops import TokenStats, aggregate, masked_mean, masked_sum, masked_whiten
-from r2m_jax.types import Experience
+from r2m_jax.types import Experience, Sequences
 
 KL_OF_LOGPROBS = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}
 
@@ -89,9 +89,10 @@ def make_advantages(config) -> Callable[..., Targets]:
 
 
 def make_objective(config, vocab_size: int) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
-  """Builds `objective(stats, batch, beta) -> (loss, metrics)`: eq. 2 for one minibatch.
+  """Builds `objective(stats, batch, beta, whole=None) -> (loss, metrics)`: eq. 2 for one minibatch.
 
-  stats are the policy's `TokenStats`, with the exact KL where the estimator is exact; batch is an `Experience`.
+  stats are the policy's `TokenStats`, with the exact KL where the estimator is exact; batch is an `Experience`. Where
+  that is a micro-batch of the minibatch `whole`, the loss is its share of the minibatch's.
   """
   estimator = kl_estimator(config, vocab_size)
   kl_in_loss = config.kl.placement == "loss" or estimator == "exact"
@@ -101,15 +102,20 @@ def make_objective(config, vocab_size: int) -> Callable[..., tuple[jax.Array, di
     ratio=config.ppo.ratio, aggregation=aggregation,
   )  # fmt: skip
 
-  def objective(stats: TokenStats, batch: Experience, beta):
-    sampled = mask = batch.sequences.response_mask
-    if mask_truncated:
-      mask &= batch.sequences.has_eos[:, None]
-    loss, metrics = losses.ppo_clip(stats.logprobs, batch.old_logprobs, batch.advantages, mask, **settings)
+  def counts(sequences: Sequences):  # bool[B, T]: the tokens in the loss
+    ended = sequences.has_eos[:, None] if mask_truncated else True
+    return sequences.response_mask & ended
+
+  def objective(stats: TokenStats, batch: Experience, beta, whole: Experience | None = None):
+    sampled, mask = batch.sequences.response_mask, counts(batch.sequences)
+    whole = mask if whole is None else counts(whole.sequences)
+    loss, metrics = losses.ppo_clip(
+      stats.logprobs, batch.old_logprobs, batch.advantages, mask, whole=whole, **settings
+    )
     metrics["policy/objective"] = loss
     if kl_in_loss:
       kl = stats.kl if estimator == "exact" else KL_OF_LOGPROBS[estimator](stats.logprobs, batch.ref_logprobs)
-      metrics["policy/kl_loss"] = aggregate(kl, mask, aggregation)
+      metrics["policy/kl_loss"] = aggregate(kl, mask, aggregation, whole)
       loss = loss + beta * metrics["policy/kl_loss"]
     metrics["policy/loss"] = loss
     reported = stats.kl if estimator == "exact" else losses.kl_k3(stats.logprobs, batch.ref_logprobs)

@@ -40,23 +40,35 @@ def masked_whiten(x: jax.Array, mask: jax.Array, eps: float = 1e-8) -> jax.Array
 AGGREGATIONS = ("sequence_sum", "sequence_mean", "token_mean", "constant")
 
 
-def aggregate(x: jax.Array, mask: jax.Array, how: str) -> jax.Array:
-  """Reduces a per-token loss [B, T] to a scalar.
+def share_mean(x: jax.Array, mask: jax.Array, whole: jax.Array | None = None) -> jax.Array:
+  """The share that these rows have in the mean over all True tokens of a minibatch.
+
+  Sum over True, divided by the count of True in `whole`, the minibatch's mask; None: these rows are all of it.
+  """
+  return masked_sum(x, mask) / jnp.maximum((mask if whole is None else whole).sum(), 1)
+
+
+def aggregate(x: jax.Array, mask: jax.Array, how: str, whole: jax.Array | None = None) -> jax.Array:
+  """Reduces a per-token loss [B, T] to a scalar, or to the share that these rows have in it.
 
   sequence_sum   mean over rows of the sum over tokens (the sequence-level objective of RLOO)
   sequence_mean  mean over rows of the mean over tokens (GRPO)
   token_mean     sum over all tokens / number of all tokens
   constant       sum over all tokens / (B * T) (Dr. GRPO)
+
+  `whole` is the mask of the minibatch that these rows are a part of, whose rows and tokens are counted; None: they are
+  all of it. Shares add up to the minibatch's value.
   """
   check(x, "B T"), check(mask, "B T", jnp.bool_)
+  whole = mask if whole is None else whole
   if how == "sequence_sum":
-    return masked_sum(x, mask, -1).mean()
+    return masked_sum(x, mask, -1).sum() / len(whole)
   if how == "sequence_mean":
-    return masked_mean(x, mask, -1).mean()
+    return masked_mean(x, mask, -1).sum() / len(whole)
   if how == "token_mean":
-    return masked_mean(x, mask)
+    return share_mean(x, mask, whole)
   if how == "constant":
-    return masked_sum(x, mask) / x.size
+    return masked_sum(x, mask) / whole.size
   raise ValueError(f"loss aggregation is {how!r}; choose one of {AGGREGATIONS}")
 
 

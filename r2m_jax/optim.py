@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from r2m_jax.minibatch import join_rows, split_rows
+from r2m_jax.ops import at_least_f32
 from r2m_jax.schedules import learning_rate
+from r2m_jax.sharding import lay_parameters, lay_rows
 
 
 def make_optimizer(config, total_updates: int) -> optax.GradientTransformation:
@@ -25,8 +28,35 @@ def make_optimizer(config, total_updates: int) -> optax.GradientTransformation:
   return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update) if config.max_grad_norm else update
 
 
-def descend(tx: optax.GradientTransformation, loss: Callable, params, opt, *args):
+def gradient(loss: Callable, params, *args, parts: int = 1):
+  """(value, aux, gradient) of loss(params, *args) -> (value, aux), from `parts` micro-batches one after another.
+
+  With more than one, the first of args is a tree of rows, `loss` gives the share that the rows it sees have in the
+  value of all (what it divides by, it counts over all), and every leaf of aux has these rows as its leading axis.
+  Shares and gradients are summed in at least float32, so any number of parts gives the same numbers up to rounding.
+  """
+  compute = jax.value_and_grad(loss, has_aux=True)
+  if parts == 1:
+    (value, aux), grads = compute(params, *args)
+    return value, aux, lay_parameters(grads)
+
+  def add(total, rows):
+    (value, aux), grads = compute(params, jax.tree.map(lay_rows, rows), *args[1:])
+    value, grads = jax.tree.map(lambda old, new: old + new.astype(old.dtype), total, (value, grads))
+    return (value, lay_parameters(grads)), aux
+
+  micro = split_rows(args[0], parts)
+  first = jax.tree.map(lambda x: x[0], micro)
+  value = jax.eval_shape(lambda *args: loss(*args)[0], params, first, *args[1:])
+  zeros = jax.tree.map(lambda x: at_least_f32(jnp.zeros(x.shape, x.dtype)), (value, params))
+  (value, grads), aux = jax.lax.scan(add, (zeros[0], lay_parameters(zeros[1])), micro)
+  return value, join_rows(aux), grads
+
+
+def descend(tx: optax.GradientTransformation, loss: Callable, params, opt, *args, parts: int = 1):
   """One update of params on loss(params, *args) -> (loss, aux), unless a number is not finite.
+
+  The gradient comes from `parts` micro-batches; see `gradient`.
 
   Where the loss or the gradient's norm is NaN or infinite, params and opt stay bit for bit what they were. The branch
   is in the same program and needs no memory of its own: choosing element by element would keep what it chooses from.
@@ -34,7 +64,7 @@ def descend(tx: optax.GradientTransformation, loss: Callable, params, opt, *args
   Returns:
     params', opt', loss f32[], aux, {"grad_norm": f32[] before clipping, "skipped": f32[] 1 where nothing was changed}.
   """
-  (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params, *args)
+  value, aux, grads = gradient(loss, params, *args, parts=parts)
   norm = optax.tree.norm(grads)
   good = jnp.isfinite(value) & jnp.isfinite(norm)
 

@@ -16,7 +16,7 @@ from r2m_jax.metrics import Metrics, progress
 from r2m_jax.models.reward import member_scores, read_rte
 from r2m_jax.ops import combine, masked_mean, predicts_response, token_stats
 from r2m_jax.optim import descend, make_optimizer
-from r2m_jax.sharding import place_batch, shardings
+from r2m_jax.sharding import on_mesh, place_batch, shardings
 from r2m_jax.step import Defs, make_score
 from r2m_jax.variants import States
 
@@ -120,13 +120,14 @@ def fit(
       slower than it was when `total` was measured.
   """
   extra = () if frozen is None else (frozen,)
-  opt_shardings = shardings(jax.eval_shape(tx.init, state), jax.tree.leaves(state_shardings)[0].mesh)
+  mesh = jax.tree.leaves(state_shardings)[0].mesh
+  opt_shardings = shardings(jax.eval_shape(tx.init, state), mesh)
 
   def update(state, opt, batch, *extra):
     state, opt, loss, aux, done = descend(tx, loss_fn, state, opt, batch, *extra)
     return state, opt, {"loss": loss, **done, **aux}
 
-  update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(state_shardings, opt_shardings, None))
+  update = jax.jit(on_mesh(mesh, update), donate_argnums=(0, 1), out_shardings=(state_shardings, opt_shardings, None))
   opt, bad, saved = jax.jit(tx.init, out_shardings=opt_shardings)(state), 0, time.monotonic()
   partial = checkpoint.open_checkpoints(workdir / PARTIAL / stage, last=1)
   start = checkpoint.newest(partial) or 0

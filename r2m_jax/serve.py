@@ -65,17 +65,17 @@ def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]
   settings, size = config.generate, batch_size(config, config.generate, len(prompts), mesh)
   T, tokenizer = settings.max_new_tokens, policy.tokenizer
 
-  @jax.jit
   def draw(state, prompts):
     model = nnx.merge(policy.graphdef, state)
     sequences = generate(
       model, prompts, jax.random.key(config.seed), 0, group_size=1, max_new_tokens=T, eos_ids=tokenizer.eos_ids,
-      temperature=settings.temperature, pad_id=tokenizer.pad_id, constrain=sharding.constrain_batch(mesh),
+      temperature=settings.temperature, pad_id=tokenizer.pad_id,
     )  # fmt: skip
     # at temperature 0 the log-probabilities are those of the unscaled logits
     temperature, chunk = settings.temperature or 1.0, config.logits_chunk or CHUNK
     return sequences, read_feedback(model, sequences, temperature=temperature, layer=-1, chunk=chunk).logprobs
 
+  draw = jax.jit(sharding.on_mesh(mesh, draw))
   results: list[dict] = [{}] * len(prompts)
   with progress(-(-len(prompts) // size), "generate") as bar:
     for index in batches([len(p) for p in prompts], size):

@@ -4,14 +4,17 @@ Axes: `data` splits the batch, `fsdp` splits the batch and the parameters, `tens
 One device is a 1 x 1 x 1 mesh; the same code runs on a pod.
 """
 
+import functools
 import re
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+ROWS = ("data", "fsdp")  # what an axis of rows is split over
+BATCH = P(ROWS)
 LARGE = 2**20  # elements; a parameter this large must match a rule
 
 # (path pattern, spec of the trailing axes). Leading axes that a spec does not name (the layer axis) stay whole.
@@ -58,6 +61,12 @@ def path_name(path) -> str:
   return "/".join(k for k in keys if k != "value")
 
 
+def fitted(shape: tuple[int, ...], spec, mesh) -> P:
+  """The spec without what does not divide its dimension: that is left whole."""
+  size = lambda axes: int(np.prod([mesh.shape[a] for a in (axes if isinstance(axes, tuple) else (axes,))]))
+  return P(*(axes if axes and n % size(axes) == 0 else None for axes, n in zip(spec, shape)))
+
+
 def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   """The PartitionSpec of one parameter. An axis that does not divide its dimension is left whole.
 
@@ -65,8 +74,7 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
   """
   for pattern, spec in RULES:
     if re.search(pattern, name) and len(shape) >= len(spec):
-      spec = (None,) * (len(shape) - len(spec)) + tuple(spec)
-      return P(*(a if a and n % mesh.shape[a] == 0 else None for a, n in zip(spec, shape)))
+      return fitted(shape, (None,) * (len(shape) - len(spec)) + tuple(spec), mesh)
   if int(np.prod(shape)) >= LARGE and mesh.size > 1:
     raise ValueError(f"no sharding rule matches the parameter {name} of shape {shape}; add one to sharding.RULES")
   return P()
@@ -79,9 +87,40 @@ def shardings(tree, mesh: Mesh):
   )
 
 
-def constrain_batch(mesh: Mesh):
-  """A function that lays the leading axis of an array over data and fsdp."""
-  return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
+def on_mesh(mesh: Mesh, f: Callable) -> Callable:
+  """f, traced with `mesh` around it: what `lay`, `lay_rows` and `lay_parameters` inside it refer to."""
+
+  @functools.wraps(f)
+  def traced(*args, **kwargs):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return f(*args, **kwargs)
+
+  return traced
+
+
+def mesh_around():
+  """The mesh of `on_mesh`; None where there is none, or where it is a single device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def lay(x: jax.Array, *spec) -> jax.Array:
+  """x with its leading axes split over the mesh's as `spec` says, the others whole. Without a mesh around: x."""
+  mesh = mesh_around()
+  return x if mesh is None else jax.lax.with_sharding_constraint(x, fitted(x.shape, spec, mesh))
+
+
+def lay_rows(x: jax.Array) -> jax.Array:
+  """x with its leading axis, rows, over data and fsdp."""
+  return lay(x, ROWS)
+
+
+def lay_parameters(tree):
+  """A tree of parameters, or of their gradients or moments, as the table above says."""
+  mesh = mesh_around()
+  if mesh is None:
+    return tree
+  return jax.tree_util.tree_map_with_path(lambda path, x: lay(x, *spec_for(path_name(path), x.shape, mesh)), tree)
 
 
 def place_batch(batch, layout: NamedSharding):

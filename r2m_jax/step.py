@@ -9,6 +9,7 @@ What differs between estimators is in `objective`, what differs between variants
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,7 @@ from jax.sharding import Mesh
 from r2m_jax import losses
 from r2m_jax.config import kl_estimator
 from r2m_jax.generate import generate
+from r2m_jax.minibatch import deal_orders, map_rows, put_rows, take_rows
 from r2m_jax.models.critic import read_values
 from r2m_jax.models.reward import member_scores, read_reward_states
 from r2m_jax.models.transformer import Transformer
@@ -30,7 +32,7 @@ from r2m_jax.objective import KL_OF_LOGPROBS, make_advantages, make_objective, s
 from r2m_jax.ops import Truncation, combine, masked_mean, masked_sum, predicts_response, token_stats
 from r2m_jax.optim import descend
 from r2m_jax.schedules import kl_weight, omega
-from r2m_jax.sharding import constrain_batch
+from r2m_jax.sharding import lay_rows, on_mesh
 from r2m_jax.types import Experience, Feedback, Judged, Pairs, Prompts, Sequences, TrainState
 from r2m_jax.variants import VARIANTS, States, feed_back, other_rows
 
@@ -91,14 +93,22 @@ def make_read(config) -> Callable[..., tuple[Feedback, Feedback]]:
   Where sampling is truncated, the reference is normalised over the tokens that the policy may sample.
   """
   settings = sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=config.logits_chunk)
-  needs_support = truncated(config)
+  needs_support, parts = truncated(config), parts_of(config)
 
-  def read(policy: Transformer, ref: Transformer, sequences: Sequences) -> tuple[Feedback, Feedback]:
+  def read_rows(policy: Transformer, ref: Transformer, sequences: Sequences) -> tuple[Feedback, Feedback]:
     old = read_feedback(policy, sequences, **settings)
     support = (policy.logits, old.last_hidden) if needs_support else None
     return old, read_feedback(ref, sequences, **settings, support=support)
 
+  def read(policy: Transformer, ref: Transformer, sequences: Sequences) -> tuple[Feedback, Feedback]:
+    return map_rows(functools.partial(read_rows, policy, ref), parts, sequences)
+
   return read
+
+
+def parts_of(config) -> int:
+  """Into how many parts passes without a gradient take the rows of a step: as many rows at a time as an update does."""
+  return config.ppo.minibatches * config.ppo.accumulation
 
 
 def measured_kl(old: Feedback, ref: Feedback, sequences: Sequences) -> jax.Array:
@@ -132,14 +142,16 @@ def make_judge(defs: Defs, config) -> Callable[..., tuple[Judged, States]]:
   old and ref are what policy and reference say of the sequences, of which the first `sampled` are samples and the rest
   the greedy rows of "remax". Also returns the backbone's own states.
   """
-  variant, score = VARIANTS[config.variant], make_score(defs, config)
+  variant, score, parts = VARIANTS[config.variant], make_score(defs, config), parts_of(config)
+  own_states = variant.feedback == "own_states"
   together = dict(how=config.reward.combine, variance_weight=config.reward.variance_weight)
 
   def judge(
     state: TrainState, w, sequences: Sequences, old: Feedback, ref: Feedback, reward_tokens, reward_mask, *, sampled
   ):
     backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
-    rte, hidden = read_reward_states(backbone, reward_tokens, reward_mask)
+    states_of = functools.partial(read_reward_states, backbone, keep=own_states)
+    rte, hidden = map_rows(states_of, parts, reward_tokens, reward_mask)
     own, mask = States(hidden, reward_mask), sequences.token_mask
     states = feed_back(
       variant.feedback, States(old.hidden, mask), States(ref.hidden, mask), own, step_key(state, KEY_NOISE),
@@ -170,25 +182,31 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
   advantages_of, objective = make_advantages(config), make_objective(config, defs.vocab_size)
   estimator, kl_in_reward = kl_estimator(config, defs.vocab_size), config.kl.placement == "reward"
   exact, draw = estimator == "exact", sampling(config) | dict(chunk=config.logits_chunk)
-  epochs, minibatches, layer = config.ppo.epochs, config.ppo.minibatches, config.r2m.feedback_layer
+  epochs, minibatches, accumulation = config.ppo.epochs, config.ppo.minibatches, config.ppo.accumulation
+  layer, parts = config.r2m.feedback_layer, parts_of(config)
   alpha, gre_eps = config.r2m.alpha if variant.alpha is None else variant.alpha, config.r2m.gre_eps
   controller, shaping, average = config.kl.controller, config.shaping, config.r2m.average
   toward = dict(target=config.kl.target, horizon=config.kl.horizon)
-  constrain = constrain_batch(mesh)
 
-  def policy_loss(policy_state, ref_state, batch: Experience, beta):
-    """Eq. 2: the clipped objective minus beta * KL(policy || reference). Also returns the refreshed h."""
+  def policy_loss(policy_state, batch: Experience, ref_state, beta, whole: Experience):
+    """Eq. 2: the clipped objective minus beta * KL(policy || reference); of a micro-batch, its share of the `whole`.
+
+    Also returns what the policy says of these rows and their refreshed h.
+    """
     policy, T = defs.open_policy(policy_state, ref_state), batch.sequences.response_mask.shape[1]
     out = policy(batch.sequences.tokens, batch.sequences.token_mask, feedback_layer=layer)
     ref = (defs.open_ref(ref_state).logits, batch.ref_hidden) if exact else None
     last_hidden, tokens = predicts_response(out.hidden, T), batch.sequences.tokens[:, -T:]
-    loss, metrics = objective(token_stats(policy.logits, last_hidden, tokens, ref=ref, **draw), batch, beta)
-    return loss, (metrics, out.feedback)
+    stats = token_stats(policy.logits, last_hidden, tokens, ref=ref, **draw)
+    return objective(stats, batch, beta, whole)[0], (stats, out.feedback)
 
-  def critic_loss(critic, batch: Experience):
+  def critic_loss(critic, batch: Experience, whole: Experience):
     values = open_values(critic, batch.sequences)
-    clip = config.critic.value_clip
-    return losses.value_clip(values, batch.old_values, batch.returns, batch.sequences.response_mask, clip=clip)
+    return squared_error(values, batch, whole.sequences.response_mask)[0], values
+
+  def squared_error(values, batch: Experience, whole=None):
+    mask, clip = batch.sequences.response_mask, config.critic.value_clip
+    return losses.value_clip(values, batch.old_values, batch.returns, mask, clip=clip, whole=whole)
 
   def open_values(critic, sequences: Sequences):
     backbone, head = nnx.merge(defs.critic_backbone, critic["backbone"]), nnx.merge(defs.critic_head, critic["head"])
@@ -198,32 +216,27 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
     """Scans epochs x minibatches over policy and critic: the new states, metrics [updates], and h', which falls out of
     the last epoch."""
     rows = experience.advantages.shape[0]
-    per_batch = rows // minibatches
 
-    def orders(epoch_key):  # [minibatches, rows / minibatches]; the natural order where there is only one
-      rows_in_order = jnp.arange(rows)
-      order = jax.random.permutation(epoch_key, rows_in_order) if minibatches > 1 else rows_in_order
-      return order.reshape(minibatches, per_batch)
-
-    def update(carry, index):
+    def update(carry, order):
       policy, opt, critic, critic_opt, hidden = carry
-      batch = experience
-      if minibatches > 1:
-        batch = jax.tree.map(lambda x: constrain(x[index]), experience)
-      policy, opt, _, (metrics, new_hidden), done = descend(
-        defs.policy_tx, policy_loss, policy, opt, state.ref, batch, beta
-      )
-      hidden = constrain(hidden.at[index].set(new_hidden)) if minibatches > 1 else new_hidden
-      metrics |= {f"policy/{name}": value for name, value in done.items()}
+      batch = take_rows(experience, order, minibatches) if minibatches > 1 else experience
+      policy, opt, _, (stats, new_hidden), done = descend(
+        defs.policy_tx, functools.partial(policy_loss, whole=batch), policy, opt, batch, state.ref, beta,
+        parts=accumulation,
+      )  # fmt: skip
+      hidden = put_rows(hidden, order, minibatches, new_hidden) if minibatches > 1 else new_hidden
+      metrics = objective(stats, batch, beta)[1] | {f"policy/{name}": value for name, value in done.items()}
       if algorithm == "ppo":
-        critic, critic_opt, _, critic_metrics, done = descend(defs.critic_tx, critic_loss, critic, critic_opt, batch)
-        metrics |= critic_metrics | {f"critic/{name}": value for name, value in done.items()}
+        critic, critic_opt, _, values, done = descend(
+          defs.critic_tx, functools.partial(critic_loss, whole=batch), critic, critic_opt, batch, parts=accumulation
+        )
+        metrics |= squared_error(values, batch)[1] | {f"critic/{name}": value for name, value in done.items()}
       return (policy, opt, critic, critic_opt, hidden), metrics
 
     keys = jax.random.split(step_key(state, KEY_SHUFFLE), epochs)
-    index = jax.vmap(orders)(keys).reshape(epochs * minibatches, per_batch)
+    orders = jax.vmap(lambda key: deal_orders(key, rows, minibatches))(keys)
     carry = (state.policy, state.policy_opt, state.critic, state.critic_opt, hidden)
-    return jax.lax.scan(update, carry, index)
+    return jax.lax.scan(update, carry, orders.reshape(epochs * minibatches, -1))
 
   def update_reward(state: TrainState, judged: Judged, states: States, w, labelled):
     """One step on GREBT (eq. 7) for cross-attention and phi, with rte and h' as data.
@@ -269,7 +282,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
   ):  # fmt: skip
     rows = len(sequences.tokens)
     sampled = rows * K // (K + 1) if algorithm == "remax" else rows
-    first_rows = lambda tree: jax.tree.map(lambda x: constrain(x[:sampled]), tree) if sampled < rows else tree
+    first_rows = lambda tree: jax.tree.map(lambda x: lay_rows(x[:sampled]), tree) if sampled < rows else tree
 
     policy, ref_policy = defs.open_policy(state.policy, state.ref), defs.open_ref(state.ref)
     old, ref = read(policy, ref_policy, sequences)
@@ -284,11 +297,15 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
     mask, T = sequences.response_mask, sequences.response_mask.shape[1]
     token_kl = jnp.zeros_like(old.logprobs)
     if kl_in_reward and exact:
-      reference = (ref_policy.logits, ref.last_hidden)
-      token_kl = token_stats(policy.logits, old.last_hidden, sequences.tokens[:, -T:], ref=reference, **draw).kl
+      token_kl = map_rows(
+        lambda h, ref_h, tokens: token_stats(policy.logits, h, tokens, ref=(ref_policy.logits, ref_h), **draw).kl,
+        parts, old.last_hidden, ref.last_hidden, sequences.tokens[:, -T:],
+      )  # fmt: skip
     elif kl_in_reward:
       token_kl = KL_OF_LOGPROBS[estimator](old.logprobs, ref.logprobs)
-    values = open_values(state.critic, sequences) if algorithm == "ppo" else None
+    values = None
+    if algorithm == "ppo":
+      values = map_rows(functools.partial(open_values, state.critic), parts, sequences)
     targets = advantages_of(scores, token_kl, mask, beta, greedy_scores=greedy_scores, values=values)
     experience = Experience(
       sequences=sequences,
@@ -354,7 +371,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
     )
     return state, StepOutput(metrics=metrics, sequences=sequences, judged=judged)
 
-  return learn
+  return on_mesh(mesh, learn)
 
 
 def sampling(config) -> dict:
@@ -379,13 +396,13 @@ def make_rollout(defs: Defs, config, mesh: Mesh, eos_ids: tuple[int, ...], pad_i
     greedy_rows=config.algorithm == "remax",
     eos_ids=tuple(eos_ids),
     pad_id=pad_id,
-    constrain=constrain_batch(mesh),
+    waves=config.rollout.waves,
   )
 
   def rollout(state: TrainState, prompts: Prompts) -> Sequences:
     return generate(defs.open_policy(state.policy, state.ref), prompts, state.key, state.step, **settings)
 
-  return rollout
+  return on_mesh(mesh, rollout)
 
 
 def uses_labels(config) -> bool:

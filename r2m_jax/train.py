@@ -12,7 +12,7 @@ import numpy as np
 from r2m_jax import checkpoint, loop, sharding
 from r2m_jax.build import KEY_TABLE, Build, abstract, build, init_policy, init_reward_model, initial_state
 from r2m_jax.checks import check_model, check_step_zero
-from r2m_jax.config import FREE, ConfigError, check_batch, difference
+from r2m_jax.config import ConfigError, check_batch, difference, fixed
 from r2m_jax.generate import generate
 from r2m_jax.lab import goldtask
 from r2m_jax.lab.labels import gold_labeller
@@ -224,7 +224,6 @@ def claim(config, workdir: Path) -> None:
 def fixed_difference(path: Path, new: dict) -> list[str]:
   """What differs between a config.json and this config, of the settings that say what is computed."""
   saved = json.loads(path.read_text(encoding="utf-8"))
-  fixed = lambda config: {name: value for name, value in config.items() if name not in FREE}
   return difference(fixed(saved), fixed(new))
 
 

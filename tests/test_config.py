@@ -11,7 +11,7 @@ from absl import flags
 
 from configs import default, quickstart
 from r2m_jax import main
-from r2m_jax.config import ConfigError, check_batch, check_config, check_fields, difference, kl_estimator
+from r2m_jax.config import ConfigError, check_batch, check_config, check_fields, difference, identity, kl_estimator
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -88,6 +88,10 @@ def test_refusals_name_field_value_and_fix(field, value, fix):
   (dict(mesh=(4, 1, 2), sft__batch_size=6), r"config.sft.batch_size is 6, .* 4 .* such as 8"),
   (dict(ppo__minibatches=3), r"config.ppo.minibatches is 3: 128 trajectories .* use a divisor of 128"),
   (dict(ppo__minibatches=64, mesh=(4, 1, 1)), r"config.ppo.minibatches is 64: 128 .* 4 data x fsdp .* divisor of 32"),
+  (dict(ppo__minibatches=2, ppo__accumulation=3), r"config.ppo.accumulation is 3: the 64 .* divisor of 64"),
+  (dict(ppo__accumulation=16, mesh=(16, 1, 1)), r"config.ppo.accumulation is 16: the 128 .* over 16 .* divisor of 8"),
+  (dict(rollout__waves=3), r"config.rollout.waves is 3: 16 prompts .* use a divisor of 16"),
+  (dict(rollout__waves=8, mesh=(2, 2, 1)), r"config.rollout.waves is 8: 16 prompts .* over 4 data x fsdp .* of 4"),
   (dict(policy__arch__num_kv_heads=3), r"config.policy.arch: .*num_kv_heads=3: must divide num_heads=4"),
   (dict(policy__arch__norm="batch"), r"config.policy.arch: .*norm='batch': use 'rms' or 'layer'"),
   (dict(policy__arch__num_layers=0), r"config.policy.arch: .*num_layers=0: give a positive integer"),
@@ -100,6 +104,7 @@ def test_refusals_of_values_that_do_not_fit_together(changes, words):
 @pytest.mark.parametrize("changes", [
   {}, dict(rollout__group_size=2), dict(r2m__omega_min=0.0), dict(r2m__omega_min=1.0), dict(r2m__alpha=0.0),
   dict(r2m__num_heads=4), dict(r2m__feedback_layer=-2), dict(r2m__feedback_layer=1), dict(ppo__minibatches=128),
+  dict(ppo__minibatches=2, ppo__accumulation=64), dict(rollout__waves=16), dict(rollout__waves=4, mesh=(2, 2, 1)),
   dict(mesh=(-1, 1, 1), rollout__prompts=3), dict(mesh=(2, 2, 2)), dict(mesh=(1, 1, 3)), dict(kl__beta=0.0),
   dict(variant=""), dict(seed=0), dict(lab__seeds=(7,)), dict(policy__max_grad_norm=0.0),
 ])  # fmt: skip
@@ -224,3 +229,10 @@ def test_a_mistake_on_the_command_line_is_one_line(answers, name):
 def test_other_mistakes(monkeypatch, argv, error, answer):
   monkeypatch.chdir(ROOT)
   assert main.command_line_mistake(["main.py", *argv], error) == answer
+
+
+def test_what_only_memory_depends_on_is_no_part_of_a_run_s_identity():
+  same = dict(ppo__accumulation=4, rollout__waves=2, remat="full", logits_chunk=64, mesh=(2, 1, 1))
+  assert identity(config_with(**same)) == identity(default.get_config())
+  for changes in (dict(ppo__minibatches=4), dict(rollout__temperature=0.5), dict(r2m__alpha=0.5)):
+    assert identity(config_with(**changes)) != identity(default.get_config())

@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import PartitionSpec as P
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.reward import RewardHead
-from r2m_jax.sharding import LARGE, constrain_batch, make_mesh, mesh_shape, path_name, shardings, spec_for
+from r2m_jax.sharding import LARGE, lay_rows, make_mesh, mesh_shape, on_mesh, path_name, shardings, spec_for
 
 needs_eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 
@@ -132,8 +132,8 @@ def test_path_name_leaves_out_nnx_wrapping():
 
 
 @needs_eight
-def test_constrain_batch_splits_rows_over_data_and_fsdp():
+def test_lay_rows_splits_rows_over_data_and_fsdp():
   mesh = make_mesh((2, 2, 2))
-  out = jax.jit(constrain_batch(mesh))(jnp.zeros((8, 3)))
+  out = jax.jit(on_mesh(mesh, lay_rows))(jax.device_put(jnp.zeros((8, 3)), NamedSharding(mesh, P())))
   assert {shard.data.shape for shard in out.addressable_shards} == {(2, 3)}
   assert len({str(shard.index) for shard in out.addressable_shards}) == 4  # tensor holds copies

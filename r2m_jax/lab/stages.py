@@ -16,7 +16,7 @@ from r2m_jax.models.reward import member_scores, read_rte
 from r2m_jax.ops import combine
 from r2m_jax.optim import make_optimizer
 from r2m_jax.pretrain import fit, fit_warm_head, reward_loss, sft_loss
-from r2m_jax.sharding import constrain_batch, shardings
+from r2m_jax.sharding import on_mesh, shardings
 from r2m_jax.types import Prompts, Sequences
 
 STREAM_PAIRS, STREAM_HELDOUT, STREAM_RL, STREAM_TABLE = range(1, 5)  # of prompts; stream 0 is the demonstrations'
@@ -27,7 +27,6 @@ CHUNK = 64  # prompts sampled at a time
 def sampler(policy_def, mesh, *, group_size: int, max_new_tokens: int, temperature: float):
   """Builds the jitted `draw(policy, prompts, key) -> Sequences`; one program for all that sample alike."""
 
-  @jax.jit
   def draw(policy, prompts, key):
     return generate(
       nnx.merge(policy_def, policy),
@@ -39,10 +38,9 @@ def sampler(policy_def, mesh, *, group_size: int, max_new_tokens: int, temperatu
       temperature=temperature,
       eos_ids=(goldtask.EOS,),
       pad_id=goldtask.PAD,
-      constrain=constrain_batch(mesh),
     )
 
-  return draw
+  return jax.jit(on_mesh(mesh, draw))
 
 
 def sample(config, built: Build, policy, prompts: Prompts, *, group_size: int, purpose: int) -> Sequences:

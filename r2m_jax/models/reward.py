@@ -18,7 +18,9 @@ def last_token(hidden: jax.Array, mask: jax.Array) -> jax.Array:
   return jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]
 
 
-def read_reward_states(backbone: Transformer, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+def read_reward_states(
+  backbone: Transformer, tokens: jax.Array, mask: jax.Array, keep: bool = True
+) -> tuple[jax.Array, jax.Array]:
   """The backbone's one pass: (reward token embedding H_last, last-layer states over all tokens).
 
   H_last is the last-layer state at the last real token.
@@ -26,17 +28,18 @@ def read_reward_states(backbone: Transformer, tokens: jax.Array, mask: jax.Array
   Args:
     tokens: i32[B, L] in the reward model's own vocabulary.
     mask: bool[B, L], True on real tokens.
+    keep: False leaves the states over all tokens out: they are as large as all the policy feedback.
 
   Returns:
-    At least float32 [B, Dr], and [B, L, Dr].
+    At least float32 [B, Dr], and [B, L, Dr], or [B, L, 0] where they are not kept.
   """
   hidden = backbone(tokens, mask).hidden
-  return at_least_f32(last_token(hidden, mask)), hidden
+  return at_least_f32(last_token(hidden, mask)), hidden if keep else hidden[..., :0]
 
 
 def read_rte(backbone: Transformer, tokens: jax.Array, mask: jax.Array) -> jax.Array:
   """Reward token embedding H_last, at least f32[B, Dr]; see `read_reward_states`."""
-  return read_reward_states(backbone, tokens, mask)[0]
+  return read_reward_states(backbone, tokens, mask, keep=False)[0]
 
 
 def member_scores(phi: nnx.Linear, h: jax.Array) -> jax.Array:

@@ -1,0 +1,68 @@
+"""Rows of a batch in minibatches, micro-batches and parts, such that no row leaves the device that holds it.
+
+Rows are split over devices in blocks. So whatever takes some rows of all takes a share of every block: part i of n is
+rows i, i + n, i + 2n, ..., and a minibatch is one row of every run of M neighbours. What comes out does not depend on
+the mesh.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from r2m_jax.sharding import ROWS, lay_rows, mesh_around
+
+
+def split_rows(tree, parts: int):
+  """[B, ...] -> [parts, B / parts, ...]: part i has the rows i, i + parts, i + 2 parts, ..."""
+  return jax.tree.map(lambda x: runs_of(x, parts).swapaxes(0, 1), tree)
+
+
+def join_rows(tree):
+  """Undoes `split_rows`."""
+  return jax.tree.map(lambda x: lay_rows(x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])), tree)
+
+
+def map_rows(f: Callable, parts: int, *trees):
+  """f(*trees) over parts of the rows, one after another: its temporaries exist for one part at a time.
+
+  Every leaf of the arguments and of the result has the rows as its leading axis. Where the rows do not split into
+  `parts` equal ones over the mesh, it is the next larger number into which they do.
+  """
+  rows = len(jax.tree.leaves(trees)[0])
+  mesh = mesh_around()
+  shards = 1 if mesh is None else mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
+  whole = rows // shards if rows % shards == 0 else rows
+  parts = next(n for n in range(min(parts, whole), whole + 1) if whole % n == 0)
+  if parts == 1:
+    return f(*trees)
+  return join_rows(jax.lax.map(lambda part: f(*jax.tree.map(lay_rows, part)), split_rows(trees, parts)))
+
+
+def deal_orders(key: jax.Array, rows: int, minibatches: int) -> jax.Array:
+  """Deals every run of `minibatches` neighbouring rows out at random, one to each minibatch.
+
+  So the responses to one prompt are spread over the minibatches evenly.
+
+  Returns:
+    i32[minibatches, rows / minibatches]: which row of each run belongs to a minibatch.
+  """
+  runs = jnp.broadcast_to(jnp.arange(minibatches), (rows // minibatches, minibatches))
+  return jax.random.permutation(key, runs, axis=1, independent=True).T
+
+
+def runs_of(x: jax.Array, length: int) -> jax.Array:
+  """[B, ...] -> [B / length, length, ...]: neighbouring rows together."""
+  return x.reshape(len(x) // length, length, *x.shape[1:])
+
+
+def take_rows(tree, order: jax.Array, minibatches: int):
+  """The rows of one minibatch; `order` is a row of `deal_orders`.   [B, ...] -> [B / minibatches, ...]."""
+  take = jax.vmap(lambda run, i: run[i])
+  return jax.tree.map(lambda x: lay_rows(take(runs_of(x, minibatches), order)), tree)
+
+
+def put_rows(x: jax.Array, order: jax.Array, minibatches: int, new: jax.Array) -> jax.Array:
+  """x [B, ...] with the rows of one minibatch replaced by new [B / minibatches, ...]; see `take_rows`."""
+  put = jax.vmap(lambda run, i, row: run.at[i].set(row))
+  return lay_rows(put(runs_of(x, minibatches), order, new).reshape(x.shape))
