@@ -39,8 +39,7 @@ def build(
   """Allocates nothing. The architectures are those given, or the config's with `vocab_size` for both models."""
   arch = arch or ArchConfig(vocab_size=vocab_size, **config.policy.arch)
   reward_arch = reward_arch or arch.replace(lm_head=False)
-  rows = NamedSharding(mesh, sharding.BATCH)
-  kwargs = model_kwargs(config) | dict(rows=rows)
+  kwargs = model_kwargs(config)
   lora = lora_of(config)
   critic = {}
   if config.algorithm == "ppo":
@@ -62,7 +61,7 @@ def build(
     base=transformer.abstract(arch, **kwargs)[0] if lora else None,
     **critic,
   )
-  return Build(mesh, arch, reward_arch, defs, rows, lora)
+  return Build(mesh, arch, reward_arch, defs, NamedSharding(mesh, sharding.BATCH), lora)
 
 
 def lora_of(config) -> adapters.LoraConfig | None:

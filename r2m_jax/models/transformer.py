@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
-from jax.sharding import NamedSharding
 
 from r2m_jax.models.arch import ArchConfig, RopeScaling
+from r2m_jax.sharding import lay, lay_rows
 
 ACTIVATIONS = {
   "silu": jax.nn.silu,
@@ -196,18 +196,15 @@ def residual_init(arch: ArchConfig):
 class Transformer(nnx.Module):
   """A decoder as `arch` describes it. `dtype` computes (None: whatever the parameters are in), `param_dtype` stores.
 
-  `adapt(block, rngs)` may add parameters to a block before the layers are stacked; see models.lora. `rows` lays the
-  batch over a mesh, at each layer anew: the partitioner would else follow the embedding table's layout, which splits
-  features, and give every device all rows. A batch that it does not divide is left alone.
+  `adapt(block, rngs)` may add parameters to a block before the layers are stacked; see models.lora.
   """
 
   def __init__(
-    self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat="none", adapt=None,
-    rows: NamedSharding | None = None,
-  ):  # fmt: skip
+    self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat="none", adapt=None
+  ):
     if remat not in REMAT:
       raise ValueError(f"{remat=} is unknown; use one of {sorted(REMAT)}")
-    self.arch, self.dtype, self.remat, self.rows = arch, dtype, remat, rows
+    self.arch, self.dtype, self.remat = arch, dtype, remat
     d, vocab, small = arch.hidden_size, arch.vocab_size, nnx.initializers.normal(0.02)
     self.embed = nnx.Embed(vocab, d, embedding_init=small, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
@@ -264,7 +261,7 @@ class Transformer(nnx.Module):
 
     def body(carry, xs):
       x, kv, tapped = carry
-      x = self._by_rows(x)
+      x = lay_rows(x)  # else the partitioner follows the embedding table, which splits features: all rows everywhere
       state, layer, kind = xs
       table = tables if kind is None else jax.tree.map(lambda t: t[kind], tables)
 
@@ -287,15 +284,10 @@ class Transformer(nnx.Module):
     carry = (x, None if cache is None else (cache.k, cache.v), None if tap is None else x)
     xs = (stacked, jnp.arange(arch.num_layers), kinds)
     (x, kv, tapped), _ = jax.lax.scan(REMAT[self.remat](body), carry, xs)
-    hidden = self._by_rows(self.final_norm(x))
+    hidden = lay_rows(self.final_norm(x))
     if cache is not None:
       cache = cache.replace(k=kv[0], v=kv[1])
     return Output(hidden=hidden, feedback=hidden if tap is None else tapped, cache=cache)
-
-  def _by_rows(self, x):
-    """x [B, ...] laid over the mesh by its leading axis."""
-    split = 1 if self.rows is None else math.prod(self.rows.mesh.shape[axis] for axis in self.rows.spec[0])
-    return x if split == 1 or x.shape[0] % split else jax.lax.with_sharding_constraint(x, self.rows)
 
   def _tables(self, keys, slot, length):
     """What layers read besides x: rotation and visibility, for each kind of layer (full, sliding) the model has.
@@ -329,11 +321,14 @@ class Transformer(nnx.Module):
     return Cache(k=empty(), v=empty(), mask=jnp.zeros((batch, length), bool))
 
   def unembedding(self) -> jax.Array:
-    """The vocabulary head as one array [D, V], in the compute dtype; `final_softcap` is not in it."""
+    """The vocabulary head as one array [D, V], in the compute dtype; `final_softcap` is not in it.
+
+    Whole over fsdp: what reads it in a loop over slices of tokens gathers it, and adds up its gradient, once.
+    """
     if not self.arch.lm_head:
       raise ValueError("this model has no vocabulary head (ArchConfig.lm_head=False): it is a reward model's backbone")
     kernel = self.lm_head.kernel[...] if self.arch.untied_head else self.embed.embedding[...].T
-    return kernel.astype(self.compute_dtype)
+    return lay(kernel.astype(self.compute_dtype), None, "tensor")
 
   def logits(self, hidden: jax.Array) -> jax.Array:
     """hidden [..., D] -> logits [..., V], at least float32, soft-capped where the family does."""
