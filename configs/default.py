@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
   # what to run
   config.task = "r2m"  # how far to go: "sft", "reward" or "r2m" run the pipeline up to there; "lab" compares seeds
   # "generate" and "score" use a folder's model on JSON lines; "export" writes a checkpoint as Hugging Face folders
-  # "replay" makes one sample of a run again
+  # "replay" makes one sample of a run again; "plan" says whether a run fits a machine
   config.algorithm = "rloo"  # "rloo", "grpo", "reinforce++", "remax" or "ppo" (with a critic)
   config.variant = "r2m"  # variants.VARIANTS; "" runs each of config.arms, side by side from the same checkpoints
   config.arms = ("vanilla", "scaled", "r2m")
@@ -237,6 +237,16 @@ def get_config() -> ConfigDict:
   config.replay.step = 0  # RL step, as in metrics.jsonl
   config.replay.prompt = 0  # its place among the step's prompts
   config.replay.sample = 0  # which of the K responses to it
+
+  # whether the run fits a machine, without it (task = "plan"); config.mesh is used where it covers the chips
+  config.plan = ConfigDict()
+  config.plan.topology = ""  # v5p:2x2x4 and the like, gpu:h100x8, cpu:1; "auto": the smallest slice of each TPU
+  config.plan.policy = ""  # a shape by name (plan/sizes.py), where policy.path is no folder here
+  config.plan.reward = ""  # the same for reward.path
+  config.plan.prompt_length = 0  # tokens of a padded prompt; 0: those of data.max_prompt_length
+  config.plan.reward_length = 0  # tokens of the reward model's padded input; 0: those of prompt and response
+  config.plan.layers = 0  # at most so many layers of each model, for a quick look; 0: all
+  config.plan.compare = "vanilla"  # variant that the run's own is weighed against; "": none
 
   # several seeds, one after another (task = "lab")
   config.lab = ConfigDict()

@@ -14,13 +14,13 @@ from r2m_jax.ops import AGGREGATIONS, COMBINE
 from r2m_jax.schedules import KL_CONTROLLERS, OMEGA_SCHEDULES
 from r2m_jax.variants import VARIANTS
 
-TASKS = ("tokenizer", "sft", "reward", "r2m", "scratch", "lab", "generate", "score", "export", "replay")
+TASKS = ("tokenizer", "sft", "reward", "r2m", "scratch", "lab", "generate", "score", "export", "replay", "plan")
 ALGORITHMS = ("rloo", "grpo", "reinforce++", "remax", "ppo")
 ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
 # settings that a run may change from one start to the next: they say how far, where and how often, not what is computed
 FREE = (
-  "task", "mesh", "log", "checkpoint", "guard", "replay", "export", "generate", "score", "remat", "logits_chunk",
+  "task", "mesh", "log", "checkpoint", "guard", "replay", "export", "generate", "score", "plan", "remat", "logits_chunk",
   "ppo.accumulation", "rollout.waves",
 )  # fmt: skip
 SECRET = re.compile(r"hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|AKIA[0-9A-Z]{16}|://[^/\s]+:[^/\s]+@")
@@ -76,6 +76,7 @@ def check_config(config: ConfigDict) -> None:
   one_of("reward.combine", COMBINE)
   one_of("checkpoint.best_mode", ("max", "min"))
   one_of("replay.arm", ("", *VARIANTS))
+  one_of("plan.compare", ("", *VARIANTS))
   need(config.guard.spike > 1, "guard.spike", "must be above 1, such as 10")
 
   for field in (
@@ -92,7 +93,7 @@ def check_config(config: ConfigDict) -> None:
     "kl.beta", "generate.temperature", "reward.max_length", "lora.rank", "rollout.top_k", "rollout.repetition_stop",
     "ppo.clip_eps_high", "critic.value_clip", "shaping.clip", "shaping.missing_eos_penalty", "shaping.length_penalty",
     "reward.variance_weight", "reward.sum_to_zero", "checkpoint.keep_every", "checkpoint.keep_best", "replay.step",
-    "replay.prompt", "replay.sample",
+    "replay.prompt", "replay.sample", "plan.prompt_length", "plan.reward_length", "plan.layers",
   ):  # fmt: skip
     at_least(field, 0)
   need(config.rollout.group_size >= 2, "rollout.group_size", "R2M compares K >= 2 responses per prompt")
@@ -151,6 +152,7 @@ def check_config(config: ConfigDict) -> None:
     "generate": ("policy.path", "generate.input", "generate.output"),
     "score": ("reward.path", "score.input", "score.output"),
     "export": ("export.checkpoint", "export.out"),
+    "plan": ("plan.topology",),
   }
   for field in files.get(config.task, ()):
     need(_get(config, field) != "", field, f"task={config.task} needs it; pass --config.{field}=...")

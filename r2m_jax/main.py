@@ -95,6 +95,10 @@ def main(argv):
   logging.set_verbosity(logging.FATAL)  # checkpointing is chatty otherwise; its errors are raised, and told in one line
   try:
     check_config(config)
+    if config.task == "plan":
+      from r2m_jax.plan import run as plan
+
+      sys.exit(0 if plan.run(config, Path(WORKDIR.value)) else 1)
     import jax  # after the checks: a config that cannot run is refused before any device is touched
 
     if config.dtype == "float64":

@@ -48,7 +48,6 @@ FLOORS = {
   "r2m_jax.pretrain": 4,
   "r2m_jax.lab": 4,
   "r2m_jax.checks": 4,
-  "r2m_jax.plan": 4,
   "r2m_jax.train": 5,
   "r2m_jax.folders": 5,
   "r2m_jax.card": 5,
@@ -62,6 +61,7 @@ FLOORS = {
   "r2m_jax.replay": 6,
   "r2m_jax.finetune": 8,
   "r2m_jax.scratch": 9,
+  "r2m_jax.plan": 9,
   "r2m_jax.main": 10,
 }
 # (importer, imported) on one floor that are allowed; files of one package may import each other besides.

@@ -1,0 +1,48 @@
+"""What would make a run fit: each knob's effect on bytes per chip, by the counted memory (`memory.estimate`)."""
+
+from r2m_jax.plan import memory
+from r2m_jax.plan.chips import GIB
+from r2m_jax.plan.report import total
+from r2m_jax.plan.sizes import Sizes
+from r2m_jax.plan.work import Layout
+
+
+def changed(config, changes: dict):
+  """A copy of the config with dotted fields set."""
+  copy = config.copy_and_resolve_references()
+  with copy.unlocked():
+    copy.update_from_flattened_dict(changes)
+  return copy
+
+
+def candidates(config, sizes: Sizes, layout: Layout) -> list[tuple[str, dict]]:
+  """(how it is given, {field: value}) of settings that may make a run smaller."""
+  rows = sizes.prompts * config.rollout.group_size // (layout.shards * config.ppo.minibatches)
+  prompts = sizes.prompts // layout.shards
+  found = []
+  for field, now, most in (
+    ("ppo.accumulation", config.ppo.accumulation, rows), ("rollout.waves", config.rollout.waves, prompts)
+  ):  # fmt: skip
+    larger = [n for n in range(now + 1, most + 1) if most % n == 0]
+    found += [(f"--config.{field}={n}", {field: n}) for n in larger[:1] + larger[-1:]]
+  if config.remat != "full":
+    found.append(("--config.remat=full", {"remat": "full"}))
+  if config.param_dtype == "float32":
+    found.append(("--config.param_dtype=bfloat16", {"param_dtype": "bfloat16"}))
+  return list(dict(found=found)["found"])
+
+
+def suggestions(config, sizes: Sizes, layout: Layout) -> list[tuple[str, float]]:
+  """(knob, GiB per chip that it saves at the peak), the most first; more chips are among them."""
+  shapes = memory.state_shapes(config, sizes)
+  peak = lambda config, shapes, layout: max(map(total, memory.estimate(config, sizes, shapes, layout).values()))
+  now, saved = peak(config, shapes, layout), []
+  for name, changes in candidates(config, sizes, layout):
+    other = changed(config, changes)
+    own = memory.state_shapes(other, sizes) if "param_dtype" in changes else shapes
+    saved.append((name, (now - peak(other, own, layout)) / GIB))
+  larger = Layout(layout.data, layout.fsdp * 2, layout.tensor)
+  if sizes.prompts % larger.shards:
+    larger = Layout(layout.data, layout.fsdp, layout.tensor * 2)
+  saved.append((f"twice the chips ({larger.chips})", (now - peak(config, shapes, larger)) / GIB))
+  return sorted((x for x in saved if x[1] > 0.005), key=lambda x: -x[1])

@@ -1,0 +1,292 @@
+"""task = plan: one topology, or the smallest slice of each generation of TPU on which the run fits."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import signal
+from importlib import metadata
+
+import r2m_jax
+from r2m_jax import sharding
+from r2m_jax.config import ConfigError
+from r2m_jax.metrics import write_atomic
+from r2m_jax.plan import knobs, memory, programs, report
+from r2m_jax.plan.chips import GIB, TPUS, Topology, parse_topology, slices_of
+from r2m_jax.plan.sizes import Sizes, sizes_of
+from r2m_jax.plan.work import ROLLOUT, Layout, phases_of
+
+# of the config, what no compiled program depends on
+ELSEWHERE = ("task", "plan", "log", "checkpoint", "guard", "replay", "export", "generate", "score", "scratch", "lab",
+             "tokenizer", "data", "sft", "arms", "seed", "budget", "mesh")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What was found for one topology. Bytes are those of one chip."""
+
+  topology: str
+  mesh: tuple[int, int, int]
+  compiled: bool  # or counted alone
+  fits: bool
+  memory: dict[str, dict[str, float]]  # {program: {kind: bytes}}
+  collectives: dict[str, dict[str, float]]  # {program: {kind: bytes sent by a chip}}
+  seconds: dict[str, float]  # least time of each program
+  refused: str = ""  # what the compiler said where it would not even compile the program
+
+  @property
+  def peak(self) -> float:
+    return max(map(report.total, self.memory.values()))
+
+
+def run(config, workdir: pathlib.Path) -> bool:
+  """Prints the plan, writes WORKDIR/plan.json and plan.txt; whether the run fits."""
+  for number in (signal.SIGINT, signal.SIGTERM):  # a compiler cannot be asked to stop; what it had finished is kept
+    signal.signal(number, signal.SIG_DFL)
+  lines: list[str] = []
+
+  def say(*more: str):
+    lines.extend(more)
+    print(*more, sep="\n", flush=True)
+
+  name = config.plan.topology
+  topology = None if name == "auto" else topology_of(name)
+  programs.prepare_environment(topology or slices_of(TPUS[0])[0])
+  sizes = sizes_of(config)
+  say(describe(config, sizes))
+  if topology is None:
+    plans = find_smallest(config, sizes, say)
+    fits = any(plan.fits for plan in plans)
+  else:
+    plan = make_plan(config, sizes, topology, layout_for(config, sizes, topology))
+    plans, fits = [plan], plan.fits
+    say(*show(config, sizes, topology, plan))
+  workdir.mkdir(parents=True, exist_ok=True)
+  write_atomic(workdir / "plan.json", json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
+  write_atomic(workdir / "plan.txt", "\n".join(lines) + "\n")
+  return fits
+
+
+def topology_of(name: str) -> Topology:
+  try:
+    return parse_topology(name)
+  except ValueError as error:
+    raise ConfigError(f"config.plan.topology is {name!r}: {error}") from None
+
+
+def describe(config, sizes: Sizes) -> str:
+  arch, reward = sizes.arch, sizes.reward_arch
+  shape = lambda a: f"{a.family} {a.num_layers} x {a.hidden_size}"
+  return (
+    f"plan     {config.algorithm}, variant {config.variant or 'arms'}: {sizes.prompts} prompts x "
+    f"{config.rollout.group_size} responses; {sizes.prompt_length} + {sizes.response_length} tokens, "
+    f"{sizes.reward_length} for the reward model\n"
+    f"models   policy {shape(arch)}, reward {shape(reward)}; {config.dtype}, parameters {config.param_dtype}; "
+    f"remat {config.remat}, accumulation {config.ppo.accumulation}, waves {config.rollout.waves}, "
+    f"logits_chunk {config.logits_chunk}"
+  )
+
+
+# ---- meshes ----
+
+
+def layouts(config, sizes: Sizes, chips: int) -> list[Layout]:
+  """The meshes over so many chips on which the run's rows split and its heads divide."""
+  given = tuple(config.mesh)
+  if -1 not in given and given[0] * given[1] * given[2] == chips:
+    return [Layout(*given)]
+  parts = config.ppo.minibatches * config.ppo.accumulation
+  heads = (sizes.arch.num_kv_heads, sizes.reward_arch.num_kv_heads)
+  rows = sizes.prompts * config.rollout.group_size
+  found = []
+  for tensor in (n for n in range(1, chips + 1) if chips % n == 0 and all(h % n == 0 for h in heads)):
+    shards = chips // tensor
+    if sizes.prompts % (shards * config.rollout.waves) == 0 and rows % (shards * parts) == 0:
+      found.append(Layout(1, shards, tensor))
+  return found
+
+
+def layout_for(config, sizes: Sizes, topology: Topology, shapes=None) -> Layout:
+  """The fastest of those that fit by the count, else the one that needs least. Raises ConfigError where none splits."""
+  found = layouts(config, sizes, topology.count)
+  if not found:
+    raise ConfigError(
+      f"config.plan.topology is {topology.name!r}: {sizes.prompts} prompts in {config.rollout.waves} waves and "
+      f"{config.ppo.minibatches * config.ppo.accumulation} parts do not split over {topology.count} chips; change "
+      "rollout.prompts, rollout.waves or ppo.accumulation, or give config.mesh"
+    )
+  shapes = shapes or memory.state_shapes(config, sizes)
+  peak = {l: max(map(report.total, memory.estimate(config, sizes, shapes, l).values())) for l in found}
+  fitting = [layout for layout in found if peak[layout] <= topology.chip.memory]
+  if not fitting:
+    return min(found, key=peak.get)
+  return min(fitting, key=lambda layout: sum(expected_seconds(config, sizes, topology, layout).values()))
+
+
+def expected_links(config, sizes: Sizes, layout: Layout) -> dict[str, float]:
+  """{program: bytes out of a chip} by the count."""
+  links = {"rollout": 0.0, "learn": 0.0}
+  for phase in phases_of(config, sizes, layout):
+    links["rollout" if phase.name in ROLLOUT else "learn"] += phase.links
+  return links
+
+
+def expected_seconds(config, sizes: Sizes, topology: Topology, layout: Layout) -> dict[str, float]:
+  links = expected_links(config, sizes, layout)
+  return {p: t for p, (t, _) in report.times(phases_of(config, sizes, layout), links, topology).items()}
+
+
+# ---- one topology ----
+
+
+def make_plan(config, sizes: Sizes, topology: Topology, layout: Layout) -> Plan:
+  """Compiles both programs, or counts them where there is no compiler."""
+  mesh_sizes, phases = (layout.data, layout.fsdp, layout.tensor), phases_of(config, sizes, layout)
+  shapes = memory.state_shapes(config, sizes)
+  counted = memory.estimate(config, sizes, shapes, layout)
+  if not topology.compiles:
+    links = {p: {"all": size} for p, size in expected_links(config, sizes, layout).items()}
+    seconds = {p: t for p, (t, _) in report.times(phases, expected_links(config, sizes, layout), topology).items()}
+    fits = max(map(report.total, counted.values())) <= topology.chip.memory
+    return Plan(topology.name, mesh_sizes, False, fits, counted, links, seconds)
+  found, refused = {}, ""
+  for which in ("rollout", "learn"):
+    found[which] = result = cached(which, config, sizes, topology, layout)
+    if "exceeded" in result:
+      refused = f"{which}: {result['exceeded']}"
+  kinds = {which: by_kind(result, counted[which], shapes, layout) for which, result in found.items()}
+  collectives = {which: result.get("collectives", {}) for which, result in found.items()}
+  sums = {which: sum(value.values()) for which, value in collectives.items()}
+  seconds = {p: t for p, (t, _) in report.times(phases, sums, topology).items()}
+  fits = not refused and max(map(report.total, kinds.values())) <= topology.chip.memory
+  return Plan(topology.name, mesh_sizes, True, fits, kinds, collectives, seconds, refused)
+
+
+def by_kind(result: dict, counted: dict[str, float], shapes, layout: Layout) -> dict[str, float]:
+  """Bytes of one program on a chip: the state by kind, of the compiler's temporaries those that have a name, the rest."""
+  state = {kind: float(size) for kind, size in memory.state_on(shapes, layout).items()}
+  if "exceeded" in result:
+    rest = max(0.0, result["needed"])
+  else:
+    rest = result["arguments"] + result["temporaries"] + result["results"] + result["code"] - sum(state.values())
+  named = {}
+  for kind in ("KV cache", "feedback"):
+    named[kind] = min(counted[kind], max(0.0, rest))
+    rest -= named[kind]
+  return state | named | {"temporaries": max(0.0, rest)}
+
+
+def cached(which: str, config, sizes: Sizes, topology: Topology, layout: Layout) -> dict:
+  """`programs.compile_program`, or what it said the last time for the same config, library and compiler."""
+  folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "r2m_jax" / "plans"
+  settings = {k: v for k, v in json.loads(config.to_json()).items() if k not in ELSEWHERE}
+  if which == "rollout":  # the same for every variant
+    settings = {k: v for k, v in settings.items() if k not in ("variant", "r2m")}
+  key = [which, settings, dataclasses.asdict(sizes), topology.name, dataclasses.asdict(layout), fingerprint()]
+  path = folder / (hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32] + ".json")
+  if path.exists():
+    return json.loads(path.read_text(encoding="utf-8"))
+  devices = programs.devices_of(topology)
+  mesh = sharding.make_mesh((layout.data, layout.fsdp, layout.tensor), devices)
+  result = programs.compile_program(which, config, sizes, topology, mesh)
+  folder.mkdir(parents=True, exist_ok=True)
+  write_atomic(path, json.dumps(result))
+  return result
+
+
+def fingerprint() -> list[str]:
+  """What a plan depends on besides the config: the library's own source and the compiler."""
+  source, root = hashlib.sha256(), pathlib.Path(r2m_jax.__file__).parent
+  for file in sorted([*root.glob("*.py"), *root.glob("models/*.py"), root / "plan/programs.py", root / "plan/hlo.py"]):
+    source.update(file.read_bytes())
+  versions = []
+  for package in ("jax", "jaxlib", "libtpu", "flax", "optax"):
+    try:
+      versions.append(f"{package} {metadata.version(package)}")
+    except metadata.PackageNotFoundError:
+      versions.append(f"{package} none")
+  return [source.hexdigest(), *versions]
+
+
+def show(config, sizes: Sizes, topology: Topology, plan: Plan) -> list[str]:
+  """The whole plan as lines."""
+  layout, chip = Layout(*plan.mesh), topology.chip
+  phases = phases_of(config, sizes, layout)
+  how = "compiled for it" if plan.compiled else "counted: there is no compiler for it here"
+  lines = [
+    f"topology {topology.name}: {topology.count} chips of {chip.memory / GIB:.2f} GiB, {chip.flops / 1e12:.0f} TFLOP/s, "
+    f"{chip.memory_rate / 1e9:.0f} GB/s, links {chip.link_rate / 1e9:.0f} GB/s; {how}",
+    f"mesh     (data, fsdp, tensor) = {plan.mesh}: --config.mesh='{plan.mesh}'", "",
+    *report.memory_lines(plan.memory, topology), "", *report.phase_lines(phases, topology), "",
+  ]  # fmt: skip
+  if all(plan.collectives.values()):
+    sums = {p: sum(kinds.values()) for p, kinds in plan.collectives.items()}
+    lines += [*report.link_lines(plan.collectives, topology), ""]
+    for program, (seconds, bound) in report.times(phases, sums, topology).items():
+      lines.append(f"{program:8} at least {seconds:.2f} s, bound by {report.BINDING[bound]}")
+    lines.append(f"step     at least {sum(plan.seconds.values()):.2f} s; {config.steps} steps at least "
+                 f"{config.steps * sum(plan.seconds.values()) / 3600:.2f} h")  # fmt: skip
+  if config.plan.compare and config.variant != config.plan.compare and plan.compiled and not plan.refused:
+    lines += ["", *share(config, sizes, topology, plan)]
+  return lines + ["", *verdict(config, sizes, topology, plan)]
+
+
+def share(config, sizes: Sizes, topology: Topology, plan: Plan) -> list[str]:
+  """What the variant costs beside config.plan.compare."""
+  base, layout = config.plan.compare, Layout(*plan.mesh)
+  plain_config = knobs.changed(config, {"variant": base})
+  plain = make_plan(plain_config, sizes, topology, layout)
+  if plain.refused:
+    return [f"share    {base} does not compile either: {plain.refused}"]
+  quantities = lambda config, plan: {
+    "PFLOPs of a step": sum(phase.flops for phase in phases_of(config, sizes, layout)),
+    "GiB per chip at the peak": plan.peak,
+    "GiB per chip without reward model": plan.peak - plan.memory["learn"]["reward model"],
+    "GiB sent per chip in a step": sum(sum(kinds.values()) for kinds in plan.collectives.values()),
+  }
+  return report.share_lines(quantities(config, plan), quantities(plain_config, plain), config.variant, base)
+
+
+def verdict(config, sizes: Sizes, topology: Topology, plan: Plan) -> list[str]:
+  limit = topology.chip.memory
+  if plan.fits:
+    return [f"fits     {report.gib(plan.peak)} of {report.gib(limit)} GiB per chip at the peak"]
+  over = (plan.peak - limit) / GIB
+  lines = [f"DOES NOT FIT: {report.gib(plan.peak)} GiB per chip at the peak, {over:.2f} more than there are"]
+  if plan.refused:
+    lines.append(f"  the compiler refused {plan.refused}")
+  for knob, saved in knobs.suggestions(config, sizes, Layout(*plan.mesh)):
+    lines.append(f"  {knob} saves about {saved:.2f} GiB" + (": enough" if saved > over else ""))
+  return lines
+
+
+# ---- the smallest slices ----
+
+
+def find_smallest(config, sizes: Sizes, say) -> list[Plan]:
+  """For each generation the smallest slice that fits by the count, compiled; where that was wrong, the next larger."""
+  shapes, found = memory.state_shapes(config, sizes), []
+  say("")
+  for chip in TPUS:
+    best = None
+    for topology in slices_of(chip):
+      if not layouts(config, sizes, topology.count):
+        continue
+      layout = layout_for(config, sizes, topology, shapes)
+      counted = max(map(report.total, memory.estimate(config, sizes, shapes, layout).values()))
+      if counted > chip.memory:
+        continue
+      plan = make_plan(config, sizes, topology, layout)
+      found.append(plan)
+      if plan.fits:
+        best = plan
+        break
+      why = plan.refused or f"it needs {report.gib(plan.peak)} of {report.gib(chip.memory)} GiB"
+      say(f"  {topology.name}: the count said {report.gib(counted)} GiB, the compiler says no: {why}; going on")
+    if best is None:
+      say(f"  {chip.name:4} no slice up to {chip.slices[-1]} fits")
+    else:
+      say(f"  {best.topology:10} mesh {best.mesh!s:12} {report.gib(best.peak):>6} of {report.gib(chip.memory)} GiB per "
+          f"chip, a step at least {sum(best.seconds.values()):.1f} s")  # fmt: skip
+  return found
