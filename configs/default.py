@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
   config.param_dtype = "float32"
   config.mesh = (1, 1, 1)  # devices along (data, fsdp, tensor); one of them may be -1
   config.remat = "none"  # "none", "full" or "dots": what the backward pass computes again
-  config.logits_chunk = 0  # tokens of a row whose logits exist at a time; 0 is all of them
+  config.logits_chunk = 2**21  # logits of a row (tokens x vocabulary) that exist at a time; 0: all. See token_stats
 
   # sampling
   config.rollout = ConfigDict()

@@ -16,7 +16,6 @@ def get_config():
   config = default.get_config()
   config.steps = 100
   config.remat = "full"
-  config.logits_chunk = 64
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 16, 8, 256
   config.rollout.temperature = 0.7
   config.policy.lr, config.r2m.lr = 1e-6, 1e-6

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from r2m_jax.models.transformer import Transformer
-from r2m_jax.ops import token_stats
+from r2m_jax.logprobs import token_stats
 from r2m_jax.step import read_feedback
 from r2m_jax.types import Sequences
 
@@ -54,7 +54,7 @@ def check_model(graphdef, state, *, vocab_size: int, dtype: str, temperature: fl
 
     _, hidden = jax.lax.scan(decode, out.cache, jnp.arange(prompt, prompt + response - 1, dtype=jnp.int32))
     hidden = jnp.concatenate([out.hidden[:, -1:], jnp.moveaxis(hidden, 0, 1)], 1)
-    return token_stats(model.logits, hidden, tokens[:, prompt:], temperature=temperature).logprobs
+    return token_stats(model.head, hidden, tokens[:, prompt:], temperature=temperature).logprobs
 
   programs = jax.jit(lambda s: (full(s, tokens, mask), full(s, padded_tokens, padded_mask), cached(s, tokens, mask)))
   plain, padded, decoded = (np.asarray(x, np.float64) for x in programs(state))

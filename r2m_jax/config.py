@@ -83,7 +83,8 @@ def check_config(config: ConfigDict) -> None:
     "steps", "rollout.prompts", "rollout.max_new_tokens", "ppo.epochs", "ppo.minibatches", "ppo.accumulation",
     "rollout.waves", "r2m.attention_dim", "r2m.num_heads",
     "sft.steps", "sft.batch_size", "sft.examples", "reward.pairs", "reward.epochs", "scratch.lm.steps",
-    "scratch.lm.batch_size", "scratch.samples", "reward.batch_size", "reward.heldout_pairs", "log.checkpoint_every", "log.samples", "data.max_prompt_length",
+    "scratch.lm.batch_size", "scratch.samples", "reward.batch_size", "reward.heldout_pairs",
+    "log.checkpoint_every", "log.samples", "data.max_prompt_length",
     "data.max_response_length", "generate.max_new_tokens", "generate.batch_size", "score.batch_size", "kl.horizon",
     "reward.ensemble", "r2m.warm_epochs", "checkpoint.keep_last", "guard.max_skipped",
   ):  # fmt: skip

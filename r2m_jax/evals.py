@@ -8,8 +8,9 @@ import numpy as np
 from flax import nnx
 
 from r2m_jax.folders import Policy
-from r2m_jax.ops import predicts_response, token_stats
-from r2m_jax.serve import CHUNK, batch_size, batches
+from r2m_jax.logprobs import token_stats
+from r2m_jax.ops import predicts_response
+from r2m_jax.serve import batch_size, batches
 from r2m_jax.text import pad_left
 
 RESAMPLES = 2000  # of a bootstrap
@@ -50,8 +51,7 @@ def response_logprobs(config, policy: Policy, rows: Sequence[tuple[list[int], li
   def read(state, tokens, mask):
     model, T = nnx.merge(policy.graphdef, state), tokens.shape[1] - 1
     hidden = predicts_response(model(tokens, mask).hidden, T)
-    chunk = config.logits_chunk or CHUNK
-    return token_stats(model.logits, hidden, tokens[:, 1:], temperature=1.0, chunk=chunk).logprobs
+    return token_stats(model.head, hidden, tokens[:, 1:], temperature=1.0, chunk=config.logits_chunk).logprobs
 
   results: list[np.ndarray] = [np.zeros(0)] * len(rows)
   for index in batches([len(p) + len(r) for p, r in rows], batch_size(config, config.score, len(rows), mesh)):

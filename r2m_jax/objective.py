@@ -21,7 +21,8 @@ from flax import struct
 
 from r2m_jax import advantages, losses
 from r2m_jax.config import kl_estimator
-from r2m_jax.ops import TokenStats, aggregate, masked_mean, masked_sum, masked_whiten
+from r2m_jax.logprobs import TokenStats
+from r2m_jax.ops import aggregate, masked_mean, masked_sum, masked_whiten
 from r2m_jax.types import Experience, Sequences
 
 KL_OF_LOGPROBS = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}

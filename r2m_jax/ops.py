@@ -1,11 +1,9 @@
-"""Array helpers shared by losses, models and the step: shape checks, masked reductions, token log-probabilities."""
+"""Array helpers shared by losses, models and the step: shape checks, masked reductions, truncation."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 
 def check(x: jax.Array, axes: str, kind: type = jnp.floating) -> jax.Array:
@@ -118,79 +116,3 @@ def kept(logits: jax.Array, truncation: Truncation) -> jax.Array:
   if truncation.min_p > 0:
     keep &= logits >= logits.max(-1, keepdims=True) + jnp.log(truncation.min_p)
   return keep
-
-
-@struct.dataclass
-class TokenStats:
-  """Of the distribution each token was drawn from, at the rollout temperature. All [B, T], at least float32."""
-
-  logprobs: jax.Array
-  entropy: jax.Array  # nats
-  kl: jax.Array  # exact KL(policy || reference) over the vocabulary, nats; zero where there is no reference
-
-
-def token_stats(
-  logits_fn: Callable[[jax.Array], jax.Array],
-  hidden: jax.Array,
-  tokens: jax.Array,
-  *,
-  temperature: float,
-  truncation: Truncation = Truncation(),
-  ref: tuple[Callable[[jax.Array], jax.Array], jax.Array] | None = None,
-  support: tuple[Callable[[jax.Array], jax.Array], jax.Array] | None = None,
-  chunk: int = 0,
-) -> TokenStats:
-  """Log-probability and entropy of each token, and the exact KL to a reference where one is given.
-
-  The one function behind old, new and reference log-probabilities: called with the same weights it gives the same
-  numbers, which is what makes the importance ratio 1 before the first update.
-
-  Args:
-    logits_fn: hidden [..., D] -> logits [..., V].
-    hidden: [B, T, D], what the language-model head reads to predict each token.
-    tokens: i32[B, T].
-    temperature: divides the logits, as in sampling.
-    truncation: as in sampling; probabilities are those among the kept tokens. The given token is always one of them,
-      so that a policy that has moved since the sampling has a finite log-probability for it.
-    ref: the reference's logits_fn and its hidden [B, T, Dref]; it is normalised over the same kept tokens.
-    support: logits_fn and hidden of the model whose distribution decides which tokens are kept; None: this one.
-    chunk: tokens of each row per slice, so that logits are [B, chunk, V] and are made again in the backward pass;
-      0 takes all of T at once.
-  """
-  check(hidden, "B T D"), check(tokens, "B T", jnp.integer)
-  other = ref or support  # the reference is never read together with another model's support
-  if ref is not None and support is not None:
-    raise ValueError("token_stats takes a reference or another model's support, not both")
-
-  def scaled(logits_fn, hidden):
-    return at_least_f32(logits_fn(hidden)) / temperature
-
-  def slice_stats(hidden, tokens, other_hidden):
-    logits = scaled(logits_fn, hidden)
-    inside = lambda x: x
-    if truncation != Truncation():
-      keep = kept(scaled(support[0], other_hidden) if support else logits, truncation)
-      keep |= jnp.arange(logits.shape[-1]) == tokens[..., None]
-      inside = lambda x: jnp.where(keep, x, jnp.finfo(x.dtype).min)
-    logp = jax.nn.log_softmax(inside(logits))
-    p = jnp.exp(logp)
-    kl = jnp.zeros(tokens.shape, logp.dtype)
-    if ref is not None:
-      ref_logp = jax.nn.log_softmax(inside(scaled(ref[0], other_hidden)))
-      kl = (p * (logp - ref_logp)).sum(-1)
-    logprobs = jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
-    return TokenStats(logprobs=logprobs, entropy=-(p * logp).sum(-1), kl=kl)
-
-  length = tokens.shape[1]
-  other_hidden = hidden[:, :, :0] if other is None else other[1]
-  if not 0 < chunk < length:
-    return slice_stats(hidden, tokens, other_hidden)
-  count = -(-length // chunk)
-
-  def split(x):  # [B, T, ...] -> [count, B, chunk, ...], the last slice padded
-    x = jnp.pad(x, ((0, 0), (0, count * chunk - length)) + ((0, 0),) * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
-
-  body = jax.checkpoint(lambda xs: slice_stats(*xs), prevent_cse=False)
-  stats = jax.lax.map(body, (split(hidden), split(tokens), split(other_hidden)))
-  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length], stats)

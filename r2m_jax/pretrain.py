@@ -11,10 +11,11 @@ import optax
 from flax import nnx
 
 from r2m_jax import checkpoint, loop
+from r2m_jax.logprobs import token_stats
 from r2m_jax.losses import bradley_terry
 from r2m_jax.metrics import Metrics, progress
 from r2m_jax.models.reward import member_scores, read_rte
-from r2m_jax.ops import combine, masked_mean, predicts_response, token_stats
+from r2m_jax.ops import combine, masked_mean, predicts_response
 from r2m_jax.optim import descend, make_optimizer
 from r2m_jax.sharding import on_mesh, place_batch, shardings
 from r2m_jax.step import Defs, make_score
@@ -38,7 +39,7 @@ def sft_loss(graphdef, *, chunk: int = 0) -> Callable:
     model, mask = nnx.merge(graphdef, state), batch["response_mask"]
     T = mask.shape[1]
     hidden = predicts_response(model(batch["tokens"], batch["token_mask"]).hidden, T)
-    stats = token_stats(model.logits, hidden, batch["tokens"][:, -T:], temperature=1.0, chunk=chunk)
+    stats = token_stats(model.head, hidden, batch["tokens"][:, -T:], temperature=1.0, chunk=chunk)
     return -masked_mean(stats.logprobs, mask), {}
 
   return loss

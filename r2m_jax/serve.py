@@ -22,8 +22,6 @@ from r2m_jax.models.reward import read_rte
 from r2m_jax.step import read_feedback
 from r2m_jax.text import Tokenizer, as_prompts, each_row, pad_left, responses_of
 
-CHUNK = 64  # response tokens of a row whose logits exist at a time, where config.logits_chunk does not say
-
 
 def run(config) -> None:
   """`config.task`: "generate" or "score"."""
@@ -72,8 +70,8 @@ def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]
       temperature=settings.temperature, pad_id=tokenizer.pad_id,
     )  # fmt: skip
     # at temperature 0 the log-probabilities are those of the unscaled logits
-    temperature, chunk = settings.temperature or 1.0, config.logits_chunk or CHUNK
-    return sequences, read_feedback(model, sequences, temperature=temperature, layer=-1, chunk=chunk).logprobs
+    reading = dict(temperature=settings.temperature or 1.0, layer=-1, chunk=config.logits_chunk)
+    return sequences, read_feedback(model, sequences, **reading).logprobs
 
   draw = jax.jit(sharding.on_mesh(mesh, draw))
   results: list[dict] = [{}] * len(prompts)

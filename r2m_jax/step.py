@@ -24,12 +24,13 @@ from jax.sharding import Mesh
 from r2m_jax import losses
 from r2m_jax.config import kl_estimator
 from r2m_jax.generate import generate
+from r2m_jax.logprobs import token_stats
 from r2m_jax.minibatch import deal_orders, map_rows, put_rows, take_rows
 from r2m_jax.models.critic import read_values
 from r2m_jax.models.reward import member_scores, read_reward_states
 from r2m_jax.models.transformer import Transformer
 from r2m_jax.objective import KL_OF_LOGPROBS, make_advantages, make_objective, shape_scores
-from r2m_jax.ops import Truncation, combine, masked_mean, masked_sum, predicts_response, token_stats
+from r2m_jax.ops import Truncation, combine, masked_mean, masked_sum, predicts_response
 from r2m_jax.optim import descend
 from r2m_jax.schedules import kl_weight, omega
 from r2m_jax.sharding import lay_rows, on_mesh
@@ -81,7 +82,7 @@ def read_feedback(
   out = model(sequences.tokens, sequences.token_mask, feedback_layer=layer)
   last_hidden = predicts_response(out.hidden, T)
   stats = token_stats(
-    model.logits, last_hidden, sequences.tokens[:, -T:],
+    model.head, last_hidden, sequences.tokens[:, -T:],
     temperature=temperature, truncation=truncation, support=support, chunk=chunk,
   )  # fmt: skip
   return Feedback(logprobs=stats.logprobs, entropy=stats.entropy, hidden=out.feedback, last_hidden=last_hidden)
@@ -97,7 +98,7 @@ def make_read(config) -> Callable[..., tuple[Feedback, Feedback]]:
 
   def read_rows(policy: Transformer, ref: Transformer, sequences: Sequences) -> tuple[Feedback, Feedback]:
     old = read_feedback(policy, sequences, **settings)
-    support = (policy.logits, old.last_hidden) if needs_support else None
+    support = (policy.head, old.last_hidden) if needs_support else None
     return old, read_feedback(ref, sequences, **settings, support=support)
 
   def read(policy: Transformer, ref: Transformer, sequences: Sequences) -> tuple[Feedback, Feedback]:
@@ -195,9 +196,9 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
     """
     policy, T = defs.open_policy(policy_state, ref_state), batch.sequences.response_mask.shape[1]
     out = policy(batch.sequences.tokens, batch.sequences.token_mask, feedback_layer=layer)
-    ref = (defs.open_ref(ref_state).logits, batch.ref_hidden) if exact else None
+    ref = (defs.open_ref(ref_state).head, batch.ref_hidden) if exact else None
     last_hidden, tokens = predicts_response(out.hidden, T), batch.sequences.tokens[:, -T:]
-    stats = token_stats(policy.logits, last_hidden, tokens, ref=ref, **draw)
+    stats = token_stats(policy.head, last_hidden, tokens, ref=ref, **draw)
     return objective(stats, batch, beta, whole)[0], (stats, out.feedback)
 
   def critic_loss(critic, batch: Experience, whole: Experience):
@@ -298,7 +299,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
     token_kl = jnp.zeros_like(old.logprobs)
     if kl_in_reward and exact:
       token_kl = map_rows(
-        lambda h, ref_h, tokens: token_stats(policy.logits, h, tokens, ref=(ref_policy.logits, ref_h), **draw).kl,
+        lambda h, ref_h, tokens: token_stats(policy.head, h, tokens, ref=(ref_policy.head, ref_h), **draw).kl,
         parts, old.last_hidden, ref.last_hidden, sequences.tokens[:, -T:],
       )  # fmt: skip
     elif kl_in_reward:

@@ -20,8 +20,9 @@ from r2m_jax import config as rules
 from r2m_jax.checks import RATIO_BOUND
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.generate import sample_token
+from r2m_jax.logprobs import token_stats
 from r2m_jax.objective import KL_OF_LOGPROBS, make_advantages, make_objective
-from r2m_jax.ops import Truncation, token_stats
+from r2m_jax.ops import Truncation
 from r2m_jax.types import Experience, Sequences
 
 TOLERANCE = dict(rtol=0, atol=1e-9)  # rounding of float64 leaves about 1e-15

@@ -58,9 +58,10 @@ from configs import default
 from r2m_jax import advantages, losses, ops
 from r2m_jax.config import ConfigError, check_config, kl_estimator
 from r2m_jax.lab import goldtask
+from r2m_jax.logprobs import TokenStats, token_stats
 from r2m_jax.models.reward import read_rte
 from r2m_jax.objective import make_advantages, make_objective, shape_scores
-from r2m_jax.ops import TokenStats, Truncation, predicts_response, token_stats
+from r2m_jax.ops import Truncation, predicts_response
 from r2m_jax.prepare import pair_ids, select
 from r2m_jax.step import make_learn, make_read, make_rollout
 from r2m_jax.text import Renderer, TextError, load_tokenizer, responses_of

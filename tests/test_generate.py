@@ -11,9 +11,10 @@ from flax import nnx
 from scipy.stats import chi2
 
 from r2m_jax.generate import generate, sample_keys, sample_token
+from r2m_jax.logprobs import token_stats
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
-from r2m_jax.ops import predicts_response, token_stats
+from r2m_jax.ops import predicts_response
 from r2m_jax.types import Prompts
 
 VOCAB, TAU, T = 6, 0.7, 8

@@ -18,7 +18,7 @@ NAMES = (
 )  # fmt: skip
 CASES = {
   "r2m_rloo": {},
-  "vanilla_grpo": dict(variant="vanilla", algorithm="grpo", ppo__minibatches=2, kl__estimator="k2", logits_chunk=3),
+  "vanilla_grpo": dict(variant="vanilla", algorithm="grpo", ppo__minibatches=2, kl__estimator="k2", logits_chunk=200),
 }
 
 

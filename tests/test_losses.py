@@ -9,6 +9,7 @@ import oracles
 import pytest
 
 from r2m_jax import advantages, losses, ops
+from r2m_jax.logprobs import token_stats
 
 EPS = 1e-4  # inside the root of eq. 6
 ROOT_EPS = EPS**0.5
@@ -172,7 +173,7 @@ def stats(table, reference):
   """The library's numbers for all 25 sequences."""
   at = np.stack([np.zeros(len(SEQUENCES), int), 1 + SEQUENCES[:, 0]], 1)
   own = lambda x: x
-  return ops.token_stats(own, jnp.asarray(table)[at], SEQUENCES, temperature=TAU, ref=(own, jnp.asarray(reference)[at]))
+  return token_stats(own, jnp.asarray(table)[at], SEQUENCES, temperature=TAU, ref=(own, jnp.asarray(reference)[at]))
 
 
 def expected(per_token, probabilities):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
+from r2m_jax.logprobs import Head, softcap
 from r2m_jax.models.arch import ArchConfig, RopeScaling
 from r2m_jax.sharding import lay, lay_rows
 
@@ -57,11 +58,6 @@ class Output:
 def at_least_float32(dtype) -> jnp.dtype:
   """Where bfloat16 would not do: norms, softmax, rotations, logits. float64 stays float64."""
   return jnp.promote_types(dtype, jnp.float32)
-
-
-def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-  """cap * tanh(x / cap), or x where cap is None."""
-  return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class Norm(nnx.Module):
@@ -330,10 +326,14 @@ class Transformer(nnx.Module):
     kernel = self.lm_head.kernel[...] if self.arch.untied_head else self.embed.embedding[...].T
     return lay(kernel.astype(self.compute_dtype), None, "tensor")
 
+  @property
+  def head(self) -> Head:
+    """What predicts tokens from `Output.hidden`, soft-capped where the family does."""
+    return Head(self.unembedding(), self.arch.final_softcap)
+
   def logits(self, hidden: jax.Array) -> jax.Array:
-    """hidden [..., D] -> logits [..., V], at least float32, soft-capped where the family does."""
-    wide = at_least_float32(self.compute_dtype)
-    return softcap(jnp.matmul(hidden, self.unembedding(), preferred_element_type=wide), self.arch.final_softcap)
+    """hidden [..., D] -> logits [..., V], at least float32."""
+    return self.head(hidden)
 
 
 def init(arch: ArchConfig, key: jax.Array, **kwargs) -> tuple[Any, nnx.State]:
