@@ -69,6 +69,7 @@ def descend(tx: optax.GradientTransformation, loss: Callable, params, opt, *args
   good = jnp.isfinite(value) & jnp.isfinite(norm)
 
   def update(params, opt, grads):
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
     updates, opt = tx.update(grads, opt, params)
     return optax.apply_updates(params, updates), opt
 

@@ -1,0 +1,43 @@
+"""What the paper's three experiments (arXiv 2601.22664) share, and the words that choose an estimator and a variant."""
+
+from configs import default
+from r2m_jax.variants import VARIANTS
+
+ESTIMATORS = ("rloo", "grpo")
+
+
+def get_config(words: str):
+  """The shared settings; `words` as in `grpo`, `rloo,vanilla` or `r2m_untrained`. RLOO + R2M where it does not say."""
+  config = default.get_config()
+  for word in filter(None, words.split(",")):
+    if word in ESTIMATORS:
+      config.algorithm = word
+    elif word in VARIANTS:
+      config.variant = word
+    else:
+      raise ValueError(f"{word!r} is unknown; use {', '.join(ESTIMATORS)}, or a variant: {', '.join(VARIANTS)}")
+  if config.algorithm == "grpo":
+    config.ppo.aggregation = "sequence_mean"
+
+  config.dtype, config.param_dtype, config.remat = "bfloat16", "bfloat16", "full"
+  config.mesh = (1, -1, 1)
+  config.ppo.epochs = 2
+  config.ppo.clip_eps = 0.2  # ours: the paper gives neither this nor beta
+  config.kl.beta = 0.05
+  config.rollout.temperature = 0.7  # and neither top-k nor top-p
+  config.r2m.omega_schedule, config.r2m.alpha, config.r2m.attention_dim = "cosine", 0.3, 2048
+  return config
+
+
+def dialogue(words: str):
+  """UltraFeedback, 64 prompts x 8 responses of up to 512 tokens, judged by Skywork's 8B reward model."""
+  config = get_config(words)
+  config.data.name = "hf:HuggingFaceH4/ultrafeedback_binarized"
+  config.data.split = "train_prefs"
+  config.data.max_chosen_length = 512
+  config.steps = 100
+  config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 64, 8, 512
+  config.sft.batch_size = config.reward.batch_size = 64
+  config.reward.path, config.plan.reward = "Skywork/Skywork-Reward-V2-Llama-3.1-8B", "llama3.1-8b"
+  config.r2m.lr = 1e-6
+  return config
