@@ -69,17 +69,15 @@ def logits_flops(arch: ArchConfig, positions: int) -> float:
   return 2 * positions * vocabulary(arch)
 
 
-def head_flops(config, sizes: Sizes, passes: int) -> float:
-  """Cross-attention and phi over all rows, `passes` times the work of a forward pass (eqs. 3 and 4)."""
-  width, rows, reward = config.r2m.attention_dim, sizes.rows, sizes.reward_arch.hidden_size
+def head_flops(config, sizes: Sizes) -> float:
+  """One forward pass of cross-attention and phi over all rows (eqs. 3 and 4), whose keys and values are never made."""
+  rows, reward, width = sizes.rows, sizes.reward_arch.hidden_size, config.r2m.attention_dim
+  phi = 2 * rows * reward * config.reward.ensemble
   if not reads_feedback(config):
-    return passes * 2 * rows * reward * config.reward.ensemble
+    return phi
   own = VARIANTS[config.variant].feedback == "own_states"
   fed, length = (reward, sizes.reward_length) if own else (sizes.arch.hidden_size, sizes.length)
-  keys_and_values = 2 * 2 * rows * length * fed * width
-  attention = 2 * 2 * rows * length * width
-  query_and_out = 2 * 2 * rows * reward * width
-  return passes * (keys_and_values + attention + query_and_out + 2 * rows * reward * config.reward.ensemble)
+  return phi + 4 * rows * (reward * width + fed * width + config.r2m.num_heads * length * fed)
 
 
 def phases_of(config, sizes: Sizes, layout: Layout) -> list[Phase]:
@@ -214,12 +212,12 @@ class _Count:
     )
 
   def reward_head(self) -> Phase:
-    """Annotation, and the update on refreshed feedback, whose gradient reaches the weights alone."""
+    """Annotation, and the update on refreshed feedback: forward, and backward to weights and to what they multiply."""
     config, s = self.config, self.sizes
-    passes = 1 + (2 if VARIANTS[config.variant].trained else 0)
-    flops = head_flops(config, s, passes)
-    width, tokens = config.r2m.attention_dim, s.rows * s.length / self.layout.shards
-    read = passes * tokens * (s.arch.hidden_size * self.width + 2 * 2 * width * 4) * reads_feedback(config)
-    weights = 2 * (s.arch.hidden_size + s.reward_arch.hidden_size) * width * 4 * reads_feedback(config)
+    passes = 1 + (3 if VARIANTS[config.variant].trained else 0)
+    tokens, width, fed = s.rows * s.length / self.layout.shards, config.r2m.attention_dim, reads_feedback(config)
+    # h is read for the logits and again for the sum, and once more each in the backward pass
+    moved = (2 + 2 * VARIANTS[config.variant].trained) * tokens * s.arch.hidden_size * self.width * fed
+    weights = 2 * (s.arch.hidden_size + s.reward_arch.hidden_size) * width * 4 * fed
     links = passes * weights * (self.layout.fsdp - 1) / self.layout.fsdp / self.layout.tensor
-    return Phase("reward head", flops, read + passes * weights, links)
+    return Phase("reward head", passes * head_flops(config, s), moved + passes * weights, links)
