@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 
 from r2m_jax.minibatch import map_rows
-from r2m_jax.models.transformer import Transformer
+from r2m_jax.models.transformer import Transformer, lay_cache, lay_states
 from r2m_jax.ops import Truncation, at_least_f32, kept
-from r2m_jax.sharding import lay_rows
+from r2m_jax.sharding import ROWS, lay, lay_rows
 from r2m_jax.types import Prompts, Sequences
 
 
@@ -102,7 +102,7 @@ def sample(
   truncation, repetition_stop, greedy_rows,
 ) -> Sequences:  # fmt: skip
   """One wave of `generate`."""
-  prompt_length = prompts.tokens.shape[1]
+  prompts, prompt_length = jax.tree.map(lay_rows, prompts), prompts.tokens.shape[1]
   loop_fits = 2 * repetition_stop <= max_new_tokens
   keys = sample_keys(key, step, prompts.example_id, group_size)
   repeat = lambda x, axis=0: jnp.repeat(x, group_size, axis)
@@ -112,12 +112,12 @@ def sample(
   cache = model.init_cache(prompts.tokens.shape[0], prompt_length + max_new_tokens)
   out = model(prompts.tokens, prompts.mask, cache=cache, cache_index=0)
   cache = out.cache.replace(
-    k=repeat(out.cache.k, 1), v=repeat(out.cache.v, 1), mask=lay_rows(repeat(out.cache.mask))
+    k=lay_cache(repeat(out.cache.k, 1)), v=lay_cache(repeat(out.cache.v, 1)), mask=lay_rows(repeat(out.cache.mask))
   )
-  hidden = lay_rows(repeat(out.hidden[:, -1]))
+  hidden = lay_states(repeat(out.hidden[:, -1:]))[:, 0]
 
   def draw(t, hidden, stopped):
-    logits = model.logits(hidden)
+    logits = lay(model.logits(hidden), ROWS, "tensor")
     at = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
     token = sample_token(at, logits[: len(keys)], temperature, truncation)
     if greedy_rows:

@@ -85,6 +85,8 @@ class RewardHead(nnx.Module):
   def attention_weights(self, rte: jax.Array, h: jax.Array, mask: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(d)) of eq. 3, one query per trajectory.
 
+    With a single query, q (h W_k)^T is (q W_k^T) h^T: keys [B, S, d] are never made, nor values in `cross_attend`.
+
     Args:
       rte: f32[B, Dr].
       h: [B, S, Dp] policy feedback.
@@ -95,8 +97,8 @@ class RewardHead(nnx.Module):
     """
     check(rte, "B D"), check(h, "B S D"), check(mask, "B S", jnp.bool_)
     q = self._heads(self.wq(rte))
-    k = self._heads(self.wk(at_least_f32(h)))
-    logits = jnp.einsum("bnd,bsnd->bns", q, k) * q.shape[-1] ** -0.5
+    q = jnp.einsum("bnd,pnd->bnp", q, self._heads(self.wk.kernel[...]))
+    logits = jnp.einsum("bnp,bsp->bns", q, at_least_f32(h)) * (self.wk.kernel.shape[1] // self.num_heads) ** -0.5
     return jax.nn.softmax(jnp.where(mask[:, None], logits, jnp.finfo(logits.dtype).min))
 
   def cross_attend(self, rte: jax.Array, h: jax.Array, mask: jax.Array) -> jax.Array:
@@ -105,8 +107,8 @@ class RewardHead(nnx.Module):
     Shapes as in `attention_weights`; returns f32[B, Dr].
     """
     weights = self.attention_weights(rte, h, mask)
-    v = self._heads(self.wv(at_least_f32(h)))
-    read = jnp.einsum("bns,bsnd->bnd", weights, v)
+    read = jnp.einsum("bns,bsp->bnp", weights, at_least_f32(h))
+    read = jnp.einsum("bnp,pnd->bnd", read, self._heads(self.wv.kernel[...]))
     return self.wo(read.reshape(*read.shape[:-2], -1))
 
   def fuse(self, rte: jax.Array, h_hat: jax.Array, omega: jax.Array) -> jax.Array:

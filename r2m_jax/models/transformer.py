@@ -21,7 +21,7 @@ from flax import nnx, struct
 
 from r2m_jax.logprobs import Head, softcap
 from r2m_jax.models.arch import ArchConfig, RopeScaling
-from r2m_jax.sharding import lay, lay_rows
+from r2m_jax.sharding import ROWS, lay, lay_rows
 
 ACTIVATIONS = {
   "silu": jax.nn.silu,
@@ -53,6 +53,20 @@ class Output:
   hidden: jax.Array  # [B, L, D]    after the final norm: what the language-model head reads
   feedback: jax.Array  # [B, L, D]  `hidden`, or the residual stream after `feedback_layer`
   cache: Cache | None
+
+
+def lay_states(x: jax.Array) -> jax.Array:
+  """The residual stream [B, L, D] over the mesh.
+
+  Rows over data and fsdp: a pass over many tokens brings the weights of one layer at a time to the rows. While decoding
+  a row is one token and smaller than the weights: these stay, and fsdp splits D as it splits them.
+  """
+  return lay_rows(x) if x.shape[1] > 1 else lay(x, "data", None, "fsdp")
+
+
+def lay_cache(x: jax.Array) -> jax.Array:
+  """Keys or values [N, B, KV, S, Dh] over the mesh: rows over data and fsdp, heads over tensor where they split."""
+  return lay(x, None, ROWS, "tensor")
 
 
 def at_least_float32(dtype) -> jnp.dtype:
@@ -136,7 +150,7 @@ class Attention(nnx.Module):
   def __call__(self, x, table, store):
     """x [B, L, D]; table (cos, sin, mask) of this layer; store(k, v) -> (keys, values to attend over, cache)."""
     arch, (cos, sin, mask) = self.arch, table
-    heads = lambda y: y.reshape(*y.shape[:2], -1, arch.head_dim).swapaxes(1, 2)
+    heads = lambda y: lay(y.reshape(*y.shape[:2], -1, arch.head_dim).swapaxes(1, 2), ROWS, "tensor")
     q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
     if arch.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
@@ -249,7 +263,7 @@ class Transformer(nnx.Module):
       cache = cache.replace(mask=jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, slot, 1))
     keys = mask if fresh else cache.mask  # bool[B, S]
     tables, kinds = self._tables(keys, slot, length)
-    x = jnp.take(self.embed.embedding[...], tokens, axis=0).astype(self.compute_dtype)
+    x = self._embedded(tokens)
     if arch.embed_scale != 1.0:
       x = x * jnp.asarray(arch.embed_scale, x.dtype)
 
@@ -257,7 +271,6 @@ class Transformer(nnx.Module):
 
     def body(carry, xs):
       x, kv, tapped = carry
-      x = lay_rows(x)  # else the partitioner follows the embedding table, which splits features: all rows everywhere
       state, layer, kind = xs
       table = tables if kind is None else jax.tree.map(lambda t: t[kind], tables)
 
@@ -270,9 +283,11 @@ class Transformer(nnx.Module):
           kv,
           (k, v),
         )
+        new = jax.tree.map(lay_cache, new)
         return (k, v, new) if fresh else (new[0][layer], new[1][layer], new)
 
       x, kv = nnx.merge(blocks, state)(x, table, store)
+      x = lay_states(x)
       if tap is not None:
         tapped = jnp.where(layer == tap, x, tapped)
       return (x, kv, tapped), None
@@ -280,10 +295,16 @@ class Transformer(nnx.Module):
     carry = (x, None if cache is None else (cache.k, cache.v), None if tap is None else x)
     xs = (stacked, jnp.arange(arch.num_layers), kinds)
     (x, kv, tapped), _ = jax.lax.scan(REMAT[self.remat](body), carry, xs)
-    hidden = lay_rows(self.final_norm(x))
+    hidden = self.final_norm(x)
     if cache is not None:
       cache = cache.replace(k=kv[0], v=kv[1])
     return Output(hidden=hidden, feedback=hidden if tap is None else tapped, cache=cache)
+
+  def _embedded(self, tokens):
+    """i32[B, L] -> [B, L, D]. Devices that share the embedding's columns look up their own and exchange rows for them:
+    of the embedding nothing moves."""
+    x = jnp.take(self.embed.embedding[...], lay(tokens, "data"), axis=0).astype(self.compute_dtype)
+    return lay_states(lay(x, "data", None, "fsdp"))
 
   def _tables(self, keys, slot, length):
     """What layers read besides x: rotation and visibility, for each kind of layer (full, sliding) the model has.
@@ -313,18 +334,15 @@ class Transformer(nnx.Module):
     """An empty cache of `length` slots for `batch` rows, in the compute dtype."""
     arch = self.arch
     shape = (arch.num_layers, batch, arch.num_kv_heads, length, arch.head_dim)
-    empty = lambda: jnp.zeros(shape, self.compute_dtype)
-    return Cache(k=empty(), v=empty(), mask=jnp.zeros((batch, length), bool))
+    empty = lambda: lay_cache(jnp.zeros(shape, self.compute_dtype))
+    return Cache(k=empty(), v=empty(), mask=lay_rows(jnp.zeros((batch, length), bool)))
 
   def unembedding(self) -> jax.Array:
-    """The vocabulary head as one array [D, V], in the compute dtype; `final_softcap` is not in it.
-
-    Whole over fsdp: what reads it in a loop over slices of tokens gathers it, and adds up its gradient, once.
-    """
+    """The vocabulary head as one array [D, V], in the compute dtype; `final_softcap` is not in it."""
     if not self.arch.lm_head:
       raise ValueError("this model has no vocabulary head (ArchConfig.lm_head=False): it is a reward model's backbone")
     kernel = self.lm_head.kernel[...] if self.arch.untied_head else self.embed.embedding[...].T
-    return lay(kernel.astype(self.compute_dtype), None, "tensor")
+    return kernel.astype(self.compute_dtype)
 
   @property
   def head(self) -> Head:
