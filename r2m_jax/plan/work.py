@@ -140,13 +140,23 @@ class _Count:
     s, arch, waves = self.sizes, self.sizes.arch, self.config.rollout.waves
     tokens = s.response_length - 1  # the first one comes with the prefill
     cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * s.rows * s.length * self.width / self.layout.chips
-    one = self.pass_bytes(arch, s.rows, 1, s.length, waves) + self.logit_bytes(arch, 3 * s.rows, waves) + cache
+    one = self.pass_bytes(arch, s.rows, 1, s.length, waves) / self.layout.fsdp + self.logit_bytes(arch, 3 * s.rows, waves) + cache
     return Phase(
       "decode",
       tokens * (blocks_flops(arch, s.rows, 1, s.length) + logits_flops(arch, s.rows)),
       tokens * one,
-      tokens * (self.gathered(arch, waves) + self.reduced(arch, s.rows, 1, 1)),
+      tokens * self.decode_links(),
     )
+
+  def decode_links(self) -> float:
+    """Bytes out of a chip for one token of every row: weights stay, sums over fsdp and tensor are completed."""
+    arch, layout = self.sizes.arch, self.layout
+    rows, fsdp, tensor = self.sizes.rows / layout.data, layout.fsdp, layout.tensor
+    heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    wide = (heads + 2 * kv + (2 if arch.gated_mlp else 1) * arch.intermediate_size) / tensor
+    over_fsdp = 2 * (fsdp - 1) / fsdp * (arch.num_layers * wide * self.width + arch.vocab_size / tensor * 4)
+    over_tensor = 2 * (tensor - 1) / tensor * arch.num_layers * 2 * arch.hidden_size / fsdp * self.width
+    return rows * (over_fsdp + over_tensor)
 
   def feedback(self, name: str) -> Phase:
     s, arch = self.sizes, self.sizes.arch
@@ -176,8 +186,10 @@ class _Count:
     rows, epochs, parts = self.trained_rows(), config.ppo.epochs, self.parts
     chunked = 0 < config.logits_chunk < s.response_length
     positions = rows * s.response_length
-    # forward, twice as much backward, and once more what the backward pass computes again
+    # forward, twice as much backward, and once more what the backward pass computes again: all but a layer's last sums
+    last = 2 * arch.hidden_size * (arch.intermediate_size + arch.parallel_residual * arch.num_heads * arch.head_dim)
     layers = blocks_flops(arch, rows, s.length, s.length) * (3 + self.recompute)
+    layers -= self.recompute * rows * s.length * arch.num_layers * last
     logits = logits_flops(arch, positions) * (3 + chunked)
     if kl_estimator(config, arch.vocab_size) == "exact":
       logits += logits_flops(arch, positions) * (1 + chunked)  # of the reference, which has no gradient
