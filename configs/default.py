@@ -15,6 +15,7 @@ def optimizer(lr: float) -> ConfigDict:
   config.adam_eps = 1e-5  # not 1e-8: a gradient that is rounding noise must not become a full-sized step
   config.weight_decay = 0.0
   config.max_grad_norm = 1.0  # clip by global norm; 0 does not clip
+  config.moment_dtype = "float32"  # of Adam's moments, "float32" (or wider, as the parameters) or "bfloat16"
   return config
 
 

@@ -115,6 +115,7 @@ def check_config(config: ConfigDict) -> None:
   for section in OPTIMIZER_SECTIONS:
     one_of(f"{section}.optimizer", ("adamw", "sgd"))
     one_of(f"{section}.lr_schedule", ("constant", "linear", "cosine"))
+    one_of(f"{section}.moment_dtype", ("float32", "bfloat16"))
     for name in ("lr", "warmup_steps", "adam_eps", "weight_decay", "max_grad_norm"):
       at_least(f"{section}.{name}", 0)
     need(_get(config, f"{section}.lr") < float("inf"), f"{section}.lr", "must be a finite number, such as 1e-4")
