@@ -15,6 +15,7 @@ def optimizer(lr: float) -> ConfigDict:
   config.adam_eps = 1e-5  # not 1e-8: a gradient that is rounding noise must not become a full-sized step
   config.weight_decay = 0.0
   config.max_grad_norm = 1.0  # clip by global norm; 0 does not clip
+  config.moment_dtype = "float32"  # of Adam's moments, "float32" (or wider, as the parameters) or "bfloat16"
   return config
 
 
@@ -52,6 +53,8 @@ def get_config() -> ConfigDict:
   config.param_dtype = "float32"
   config.mesh = (1, 1, 1)  # devices along (data, fsdp, tensor); one of them may be -1
   config.remat = "none"  # "none", "full" or "dots": what the backward pass computes again
+  config.attention = "auto"  # of passes over whole rows: "xla", "dot_product" (cuDNN on GPUs), "splash" (on TPUs), or
+  # "auto" by the devices
   config.logits_chunk = 2**21  # logits of a row (tokens x vocabulary) that exist at a time; 0: all. See token_stats
 
   # sampling

@@ -39,7 +39,7 @@ def build(
   """Allocates nothing. The architectures are those given, or the config's with `vocab_size` for both models."""
   arch = arch or ArchConfig(vocab_size=vocab_size, **config.policy.arch)
   reward_arch = reward_arch or arch.replace(lm_head=False)
-  kwargs = model_kwargs(config)
+  kwargs = model_kwargs(config, mesh)
   lora = lora_of(config)
   critic = {}
   if config.algorithm == "ppo":
@@ -91,8 +91,10 @@ def make_value_head(config, arch: ArchConfig) -> nnx.Linear:
   return nnx.Linear(arch.hidden_size, 1, kernel_init=zeros, param_dtype=dtype, rngs=nnx.Rngs(0))
 
 
-def model_kwargs(config) -> dict:
-  return dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype), remat=config.remat)
+def model_kwargs(config, mesh: Mesh) -> dict:
+  attention = config.attention, mesh.devices.flat[0].platform
+  dtypes = dict(dtype=jnp.dtype(config.dtype), param_dtype=jnp.dtype(config.param_dtype))
+  return dict(**dtypes, remat=config.remat, attention=attention)
 
 
 def abstract(make, mesh: Mesh, *args):
@@ -113,7 +115,7 @@ def place(make, mesh: Mesh, *args, donate: tuple[int, ...] = ()):
 
 def init_policy(config, built: Build, key: jax.Array):
   """Random weights of the policy, made on their shards."""
-  return place(lambda key: transformer.init(built.arch, key, **model_kwargs(config))[1], built.mesh, key)
+  return place(lambda key: transformer.init(built.arch, key, **model_kwargs(config, built.mesh))[1], built.mesh, key)
 
 
 def init_reward_model(config, built: Build, policy, key: jax.Array):
@@ -145,7 +147,7 @@ def init_critic(config, built: Build, policy, reward_backbone, phi):
 def init_adapters(config, built: Build, mesh: Mesh):
   """Fresh adapters of `built.lora`, on their shards."""
   key = jax.random.fold_in(jax.random.key(config.seed), KEY_INIT)
-  return adapters.init(built.arch, built.lora, key, mesh, **model_kwargs(config))
+  return adapters.init(built.arch, built.lora, key, mesh, **model_kwargs(config, mesh))
 
 
 def initial_state(config, built: Build, policy, reward_backbone, phi, *, donate: bool = False) -> TrainState:
@@ -177,7 +179,7 @@ def state_maker(config, built: Build):
       critic_opt = defs.critic_tx.init(critic)
     if built.lora:
       init_key = jax.random.fold_in(key, KEY_INIT)
-      policy = adapters.init(built.arch, built.lora, init_key, **model_kwargs(config))
+      policy = adapters.init(built.arch, built.lora, init_key, **model_kwargs(config, built.mesh))
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       key=key,

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from r2m_jax.advantages import NORMS
 from r2m_jax.losses import RATIOS
 from r2m_jax.models.arch import ArchConfig
+from r2m_jax.models.attention import ATTENTION, choose
 from r2m_jax.ops import AGGREGATIONS, COMBINE
 from r2m_jax.schedules import KL_CONTROLLERS, OMEGA_SCHEDULES
 from r2m_jax.variants import VARIANTS
@@ -58,6 +59,7 @@ def check_config(config: ConfigDict) -> None:
   for field in ("dtype", "param_dtype"):
     one_of(field, DTYPES)
   one_of("remat", ("none", "full", "dots"))
+  one_of("attention", ATTENTION)
   one_of("ppo.aggregation", AGGREGATIONS)
   one_of("ppo.ratio", RATIOS)
   one_of("ppo.advantage_norm", NORMS)
@@ -116,6 +118,7 @@ def check_config(config: ConfigDict) -> None:
   for section in OPTIMIZER_SECTIONS:
     one_of(f"{section}.optimizer", ("adamw", "sgd"))
     one_of(f"{section}.lr_schedule", ("constant", "linear", "cosine"))
+    one_of(f"{section}.moment_dtype", ("float32", "bfloat16"))
     for name in ("lr", "warmup_steps", "adam_eps", "weight_decay", "max_grad_norm"):
       at_least(f"{section}.{name}", 0)
     need(_get(config, f"{section}.lr") < float("inf"), f"{section}.lr", "must be a finite number, such as 1e-4")
@@ -143,6 +146,10 @@ def check_config(config: ConfigDict) -> None:
     arch = ArchConfig(vocab_size=64, **config.policy.arch)
   except ValueError as error:
     raise ConfigError(f"config.policy.arch: {error}") from None
+  try:
+    choose(config.attention, "cpu", arch, config.dtype)
+  except ValueError as error:
+    raise ConfigError(error) from None
   layers = arch.num_layers
   tapped = config.r2m.feedback_layer
   if not config.policy.path:  # else the folder says how many layers there are

@@ -1,15 +1,24 @@
-"""Optimizers: an optax chain from a config section, and one update that refuses numbers that are not finite."""
+"""Optimizers: an optax chain from a config section, and one update that refuses numbers that are not finite.
 
+Every update is computed in at least float32, whatever parameters and moments are stored in. What is stored in bfloat16
+is rounded at random, up or down with the probabilities that make the rounding right on average: bfloat16 keeps 8 bits,
+and an update of 1e-6 to a weight of 1e-2 would never survive rounding to the nearest. Weights that are kept exactly are
+`param_dtype` float32 with `dtype` bfloat16, at twice the memory.
+"""
+
+import zlib
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from r2m_jax.minibatch import join_rows, split_rows
 from r2m_jax.ops import at_least_f32
 from r2m_jax.schedules import learning_rate
-from r2m_jax.sharding import lay_parameters, lay_rows
+from r2m_jax.sharding import lay_parameters, lay_rows, path_name
 
 
 def make_optimizer(config, total_updates: int) -> optax.GradientTransformation:
@@ -17,7 +26,7 @@ def make_optimizer(config, total_updates: int) -> optax.GradientTransformation:
 
   Args:
     config: a section with `optimizer`, `lr`, `lr_schedule`, `warmup_steps`, `b1`, `b2`, `adam_eps`, `weight_decay`,
-      `max_grad_norm` (0 does not clip).
+      `max_grad_norm` (0 does not clip), `moment_dtype`.
     total_updates: length of the schedule, in optimizer updates.
   """
   lr = learning_rate(config.lr_schedule, config.lr, total_updates, config.warmup_steps)
@@ -25,7 +34,77 @@ def make_optimizer(config, total_updates: int) -> optax.GradientTransformation:
     update = optax.sgd(lr)
   else:
     update = optax.adamw(lr, b1=config.b1, b2=config.b2, eps=config.adam_eps, weight_decay=config.weight_decay)
-  return optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update) if config.max_grad_norm else update
+  tx = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update) if config.max_grad_norm else update
+  return keep_moments(tx, jnp.dtype(config.moment_dtype))
+
+
+class Kept(NamedTuple):
+  """State of `keep_moments`."""
+
+  count: jax.Array  # i32[], updates so far: what the rounding of each depends on
+  inner: Any
+
+
+def wide(tree):
+  """Floating-point leaves in at least float32."""
+  return jax.tree.map(lambda x: at_least_f32(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def keep_moments(tx: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
+  """`tx`, computed in at least float32, its moments stored in `dtype`; "float32" is float32 or whatever is wider."""
+  narrow = dtype == jnp.bfloat16
+
+  def init(params):
+    return Kept(jnp.zeros((), jnp.int32), stored(tx.init(wide(params)), jnp.int32(0)))
+
+  def stored(state, count):
+    return round_tree(state, jax.tree.map(lambda x: dtype if x.ndim else x.dtype, state), count) if narrow else state
+
+  def update(grads, state, params):
+    updates, inner = tx.update(wide(grads), wide(state.inner) if narrow else state.inner, wide(params))
+    return updates, Kept(state.count + 1, stored(inner, state.count))
+
+  return optax.GradientTransformation(init, update)
+
+
+def round_tree(tree, dtypes, count: jax.Array):
+  """Leaves in their `dtypes`; those that go from float32 to bfloat16 are rounded at random, by leaf and `count`."""
+
+  def rounded(path, x, dtype):
+    if (x.dtype, dtype) == (jnp.float32, jnp.bfloat16):
+      return round_at_random(x, count.astype(jnp.uint32) ^ jnp.uint32(zlib.crc32(path_name(path).encode())))
+    return x.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(rounded, tree, dtypes)
+
+
+def round_at_random(x: jax.Array, seed: jax.Array) -> jax.Array:
+  """f32 -> bf16, one of the two neighbours, with expectation x; a number that bfloat16 has stays itself.
+
+  The noise is a hash of the element's place and `seed`, u32[]: element by element, so that it needs no memory and is
+  the same on every mesh.
+  """
+  place = jnp.zeros(x.shape, jnp.uint32)
+  for axis in range(x.ndim):
+    stride = int(np.prod(x.shape[axis + 1 :])) % 2**32
+    place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
+  noise = _hash(place ^ _hash(seed)) >> 16
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise  # carries into the upper half as often as the lower says
+  rounded = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+  return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+
+
+def _hash(x: jax.Array) -> jax.Array:
+  """An invertible mixing of 32 bits (the finaliser of MurmurHash3)."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
+
+
+def apply_updates(params, updates, count: jax.Array):
+  """params + updates, summed in at least float32 and stored as params are; see `round_at_random`."""
+  summed = jax.tree.map(lambda p, u: at_least_f32(p) + u, params, updates)
+  return round_tree(summed, jax.tree.map(lambda p: p.dtype, params), count)
 
 
 def gradient(loss: Callable, params, *args, parts: int = 1):
@@ -65,13 +144,12 @@ def descend(tx: optax.GradientTransformation, loss: Callable, params, opt, *args
     params', opt', loss f32[], aux, {"grad_norm": f32[] before clipping, "skipped": f32[] 1 where nothing was changed}.
   """
   value, aux, grads = gradient(loss, params, *args, parts=parts)
-  norm = optax.tree.norm(grads)
+  norm = optax.tree.norm(wide(grads))
   good = jnp.isfinite(value) & jnp.isfinite(norm)
 
   def update(params, opt, grads):
-    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-    updates, opt = tx.update(grads, opt, params)
-    return optax.apply_updates(params, updates), opt
+    updates, new = tx.update(grads, opt, params)
+    return apply_updates(params, updates, opt.count if isinstance(opt, Kept) else jnp.int32(0)), new
 
   params, opt = jax.lax.cond(good, update, lambda params, opt, grads: (params, opt), params, opt, grads)
   return params, opt, value, aux, {"grad_norm": norm, "skipped": 1 - good.astype(norm.dtype)}

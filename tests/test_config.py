@@ -61,6 +61,7 @@ REFUSALS = [  # field, value, the fix
   ("replay.step", -1, "at least 0"),
   ("sft.b2", 1.0, r"in \[0, 1\)"),
   ("reward.optimizer", "adam", "'adamw', 'sgd'"),
+  ("policy.moment_dtype", "float16", "'float32', 'bfloat16'"),
   ("r2m.lr_schedule", "exponential", "'constant', 'linear', 'cosine'"),
   ("reward.label_flip", 2.0, r"in \[0, 1\]"),
   ("sft.batch_size", 99999, "not exceed sft.examples"),

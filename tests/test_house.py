@@ -19,6 +19,7 @@ FLOORS = {
   "r2m_jax.types": 0,
   "r2m_jax.ops": 0,
   "r2m_jax.models.arch": 0,
+  "r2m_jax.models.attention": 0,
   "r2m_jax.logprobs": 0,
   "r2m_jax.losses": 1,
   "r2m_jax.advantages": 1,
@@ -69,6 +70,9 @@ FLOORS = {
 SAME_FLOOR = {
   ("r2m_jax.logprobs", "r2m_jax.ops"),
   ("r2m_jax.logprobs", "r2m_jax.sharding"),
+  ("r2m_jax.models.attention", "r2m_jax.logprobs"),
+  ("r2m_jax.models.attention", "r2m_jax.models.arch"),
+  ("r2m_jax.models.attention", "r2m_jax.sharding"),
   ("r2m_jax.report", "r2m_jax.metrics"),
   ("r2m_jax.checkpoint", "r2m_jax.metrics"),
   ("r2m_jax.objective", "r2m_jax.config"),

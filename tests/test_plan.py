@@ -64,7 +64,7 @@ def counted_and_real(config) -> dict[str, tuple[float, float]]:
   prompts, judged = programs.arguments(sizes, built)
   rollout = jax.make_jaxpr(make_rollout(built.defs, config, mesh, (1,), 0))(state, prompts)
   learn = jax.make_jaxpr(make_learn(built.defs, config, mesh))(state, *judged)
-  phases = phases_of(config, sizes, Layout(1, 1, 1))
+  phases = phases_of(config, sizes, Layout(1, 1, 1), "cpu")
   count = lambda inside: sum(phase.flops for phase in phases if (phase.name in ROLLOUT) == inside)
   trips = config.rollout.max_new_tokens - 1
   return {"rollout": (count(True), products(rollout.jaxpr, trips)), "learn": (count(False), products(learn.jaxpr, 1))}

@@ -59,7 +59,7 @@ def test_warmup_as_long_as_the_run():
 def section(**changes):
   return ConfigDict({
     "optimizer": "sgd", "lr": 0.1, "lr_schedule": "linear", "warmup_steps": 0, "b1": 0.9, "b2": 0.99, "adam_eps": 1e-8,
-    "weight_decay": 0.0, "max_grad_norm": 0.0, **changes,
+    "weight_decay": 0.0, "max_grad_norm": 0.0, "moment_dtype": "float32", **changes,
   })  # fmt: skip
 
 

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
-from r2m_jax.logprobs import Head, softcap
+from r2m_jax.logprobs import Head
 from r2m_jax.models.arch import ArchConfig, RopeScaling
+from r2m_jax.models.attention import BLOCK, Seen, attend, choose, dot_product, splash_attend
 from r2m_jax.sharding import ROWS, lay, lay_rows
 
 ACTIVATIONS = {
@@ -117,26 +118,11 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return turned if rest.shape[-1] == 0 else jnp.concatenate([turned, rest], -1)
 
 
-def attend(q, k, v, mask, *, scale: float, cap: float | None) -> jax.Array:
-  """softmax(cap(scale q k^T)) v, the softmax in at least float32; a query that may see nothing gives a finite mean.
-
-  q [B, H, L, Dh], k and v [B, KV, S, Dh], mask bool[B, 1, L, S] -> [B, H, L, Dh]. Query head h reads key head
-  h // (H / KV).
-  """
-  batch, heads, length, dim = q.shape
-  wide = at_least_float32(q.dtype)
-  q = q.reshape(batch, k.shape[1], -1, dim)  # the queries that share a key head, heads before tokens
-  logits = softcap(jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=wide) * scale, cap)
-  logits = jnp.where(mask, logits.reshape(batch, heads, length, -1), -0.5 * jnp.finfo(wide).max)
-  weights = jax.nn.softmax(logits, -1).astype(v.dtype).reshape(*q.shape[:3], -1)
-  return jnp.matmul(weights, v).reshape(batch, heads, length, dim)
-
-
 class Attention(nnx.Module):
   """Grouped-query attention with rotary positions."""
 
-  def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
-    self.arch = arch
+  def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype, param_dtype, attention="xla"):
+    self.arch, self.attention = arch, attention
     linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
     d, q, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     self.q = linear(d, q, use_bias=arch.qkv_bias)
@@ -148,14 +134,22 @@ class Attention(nnx.Module):
       self.k_norm = Norm(arch.head_dim, arch, param_dtype=param_dtype, kind="rms")
 
   def __call__(self, x, table, store):
-    """x [B, L, D]; table (cos, sin, mask) of this layer; store(k, v) -> (keys, values to attend over, cache)."""
-    arch, (cos, sin, mask) = self.arch, table
+    """x [B, L, D]; table (cos, sin, seen) of this layer; store(k, v) -> (keys, values to attend over, cache)."""
+    arch, (cos, sin, seen) = self.arch, table
     heads = lambda y: lay(y.reshape(*y.shape[:2], -1, arch.head_dim).swapaxes(1, 2), ROWS, "tensor")
     q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
     if arch.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     k, v, cache = store(rotate(k, cos, sin), v)
-    y = attend(rotate(q, cos, sin), k, v, mask, scale=arch.query_scale, cap=arch.attn_softcap)
+    q, scale, cap = rotate(q, cos, sin), arch.query_scale, arch.attn_softcap
+    if isinstance(seen, Seen):
+      interpret = self.attention == "interpreted"
+      y = splash_attend(q, k, v, seen, scale=scale, cap=cap, window=arch.sliding_window, interpret=interpret)
+    elif self.attention in ("dot_product", "cudnn") and q.shape[2] > 1:
+      implementation = "cudnn" if self.attention == "cudnn" else "xla"
+      y = dot_product(q, k, v, seen, scale=scale, implementation=implementation)
+    else:
+      y = attend(q, k, v, seen, scale=scale, cap=cap)
     return self.o(y.swapaxes(1, 2).reshape(*x.shape[:2], -1)), cache
 
 
@@ -179,11 +173,11 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
   """Attention and MLP, each added to the residual stream."""
 
-  def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
+  def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype, param_dtype, attention="xla"):
     self.arch = arch
     norm = functools.partial(Norm, arch.hidden_size, arch, param_dtype=param_dtype)
     self.attn_norm, self.mlp_norm = norm(), norm()
-    self.attn = Attention(arch, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+    self.attn = Attention(arch, rngs=rngs, dtype=dtype, param_dtype=param_dtype, attention=attention)
     self.mlp = MLP(arch, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
     if arch.post_norms:
       self.attn_post_norm, self.mlp_post_norm = norm(), norm()
@@ -206,22 +200,24 @@ def residual_init(arch: ArchConfig):
 class Transformer(nnx.Module):
   """A decoder as `arch` describes it. `dtype` computes (None: whatever the parameters are in), `param_dtype` stores.
 
-  `adapt(block, rngs)` may add parameters to a block before the layers are stacked; see models.lora.
+  `attention`: what `models.attention.choose` chooses by, (config.attention, platform); decoding is "xla" always. `adapt(block, rngs)` may add parameters to a block before the layers are stacked; see models.lora.
   """
 
   def __init__(
-    self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat="none", adapt=None
-  ):
+    self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat="none", adapt=None,
+    attention=("auto", "cpu"),
+  ):  # fmt: skip
     if remat not in REMAT:
       raise ValueError(f"{remat=} is unknown; use one of {sorted(REMAT)}")
     self.arch, self.dtype, self.remat = arch, dtype, remat
+    self.attention = attention = choose(*attention, arch, param_dtype if dtype is None else dtype)
     d, vocab, small = arch.hidden_size, arch.vocab_size, nnx.initializers.normal(0.02)
     self.embed = nnx.Embed(vocab, d, embedding_init=small, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
     @nnx.split_rngs(splits=arch.num_layers)
     @nnx.vmap(in_axes=0, out_axes=0)
     def stack(rngs):
-      block = Block(arch, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+      block = Block(arch, rngs=rngs, dtype=dtype, param_dtype=param_dtype, attention=attention)
       return block if adapt is None else adapt(block, rngs)
 
     self.layers = stack(rngs)
@@ -262,7 +258,8 @@ class Transformer(nnx.Module):
     if cache is not None:
       cache = cache.replace(mask=jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, slot, 1))
     keys = mask if fresh else cache.mask  # bool[B, S]
-    tables, kinds = self._tables(keys, slot, length)
+    in_blocks = self.attention in ("splash", "interpreted") and fresh and length >= BLOCK
+    tables, kinds = self._tables(keys, slot, length, in_blocks)
     x = self._embedded(tokens)
     if arch.embed_scale != 1.0:
       x = x * jnp.asarray(arch.embed_scale, x.dtype)
@@ -306,11 +303,11 @@ class Transformer(nnx.Module):
     x = jnp.take(self.embed.embedding[...], lay(tokens, "data"), axis=0).astype(self.compute_dtype)
     return lay_states(lay(x, "data", None, "fsdp"))
 
-  def _tables(self, keys, slot, length):
+  def _tables(self, keys, slot, length, in_blocks):
     """What layers read besides x: rotation and visibility, for each kind of layer (full, sliding) the model has.
 
     keys bool[B, S] -> ((cos [B, 1, L, R], sin, mask bool[B, 1, L, S]), None) where all layers are of one kind, else
-    the same stacked over the two kinds, and kinds i32[N].
+    the same stacked over the two kinds, and kinds i32[N]. `in_blocks`: a `Seen` in place of the mask.
     """
     arch, wide = self.arch, at_least_float32(self.compute_dtype)
     at = jnp.maximum(jnp.cumsum(keys, 1, dtype=jnp.int32) - 1, 0)  # position of each key
@@ -322,6 +319,8 @@ class Transformer(nnx.Module):
       local = slides and arch.rope_local_theta is not None
       theta, scaling = (arch.rope_local_theta, None) if local else (arch.rope_theta, arch.rope_scaling)
       angle = here[:, None, :, None] * rotary_frequencies(arch.rotary_dim, theta, scaling).astype(wide)
+      if in_blocks:
+        return jnp.cos(angle), jnp.sin(angle), Seen(keys, slides)
       visible = seen & (here[:, :, None] - at[:, None, :] < arch.sliding_window) if slides else seen
       return jnp.cos(angle), jnp.sin(angle), visible[:, None]
 

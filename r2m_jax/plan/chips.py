@@ -49,9 +49,14 @@ class Topology:
   count: int  # chips
 
   @property
+  def platform(self) -> str:
+    """As jax names it."""
+    return "tpu" if self.chip in TPUS else "gpu" if self.chip in GPUS else "cpu"
+
+  @property
   def compiles(self) -> bool:
     """Whether there is a compiler for it here; else its plan is counted, not compiled."""
-    return not self.name.startswith("gpu:")
+    return self.platform != "gpu"
 
 
 def parse_topology(name: str) -> Topology:

@@ -29,17 +29,21 @@ def candidates(config, sizes: Sizes, layout: Layout) -> list[tuple[str, dict]]:
     found.append(("--config.remat=full", {"remat": "full"}))
   if config.param_dtype == "float32":
     found.append(("--config.param_dtype=bfloat16", {"param_dtype": "bfloat16"}))
-  return list(dict(found=found)["found"])
+  if config.policy.moment_dtype == "float32":
+    found.append(("--config.policy.moment_dtype=bfloat16", {"policy.moment_dtype": "bfloat16"}))
+  chunk = config.logits_chunk or sizes.response_length * sizes.arch.vocab_size
+  found.append((f"--config.logits_chunk={chunk // 4}", {"logits_chunk": chunk // 4}))
+  return found
 
 
-def suggestions(config, sizes: Sizes, layout: Layout) -> list[tuple[str, float]]:
+def suggestions(config, sizes: Sizes, layout: Layout, platform: str) -> list[tuple[str, float]]:
   """(knob, GiB per chip that it saves at the peak), the most first; more chips are among them."""
   shapes = memory.state_shapes(config, sizes)
-  peak = lambda config, shapes, layout: max(map(total, memory.estimate(config, sizes, shapes, layout).values()))
+  peak = lambda config, shapes, layout: max(map(total, memory.estimate(config, sizes, shapes, layout, platform).values()))
   now, saved = peak(config, shapes, layout), []
   for name, changes in candidates(config, sizes, layout):
     other = changed(config, changes)
-    own = memory.state_shapes(other, sizes) if "param_dtype" in changes else shapes
+    own = memory.state_shapes(other, sizes) if changes.keys() & {"param_dtype", "policy.moment_dtype"} else shapes
     saved.append((name, (now - peak(other, own, layout)) / GIB))
   larger = Layout(layout.data, layout.fsdp * 2, layout.tensor)
   if sizes.prompts % larger.shards:

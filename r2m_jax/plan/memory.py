@@ -12,13 +12,13 @@ from jax.sharding import AbstractMesh
 from r2m_jax import build, sharding
 from r2m_jax.plan.programs import STATE_KINDS, abstract_state
 from r2m_jax.plan.sizes import Sizes, reads_feedback
-from r2m_jax.plan.work import Layout, layer_weights, vocabulary
+from r2m_jax.plan.work import Layout, fused_attention, layer_weights, vocabulary
 from r2m_jax.variants import VARIANTS
 
 
 def state_shapes(config, sizes: Sizes) -> list[tuple[str, str, tuple[int, ...], int]]:
   """(kind, parameter's name, shape, bytes of a number) of every array of the TrainState."""
-  mesh = AbstractMesh((1, 1, 1), sharding.AXES)
+  mesh = sharding.make_mesh((1, 1, 1))
   built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
   state, rows = abstract_state(config, built), []
   for field, kind in STATE_KINDS.items():
@@ -66,7 +66,7 @@ def rollout_temporaries(config, sizes: Sizes, layout: Layout) -> float:
   return logits + gathered + prefill
 
 
-def learn_temporaries(config, sizes: Sizes, layout: Layout) -> float:
+def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool) -> float:
   """Beside feedback: the gradient, and the largest of the policy's backward pass, a reward pass and the head's update."""
   arch, width, stored = sizes.arch, jnp.dtype(config.dtype).itemsize, jnp.dtype(config.param_dtype).itemsize
   tensor, parts = layout.tensor, config.ppo.minibatches * config.ppo.accumulation
@@ -76,27 +76,28 @@ def learn_temporaries(config, sizes: Sizes, layout: Layout) -> float:
   gradient = numbers / (layout.fsdp * tensor) * (4 if config.ppo.accumulation > 1 else stored)
 
   def layer(arch, length, backward):
-    squares = (2 + backward) * 4 * arch.num_heads * length * length
+    squares = 0 if fused else (2 + backward) * 4 * arch.num_heads * length * length
     wide = (2 + backward) * (2 if arch.gated_mlp else 1) * length * arch.intermediate_size * 4 / 2
     gathered = 2 * layer_weights(arch) * width * (layout.fsdp > 1)
     return (rows * (squares + wide) + gathered) / tensor
 
   saved = {
-    "none": 10 * arch.hidden_size + 4 * arch.intermediate_size + arch.num_heads * sizes.length * 3,
+    "none": 10 * arch.hidden_size + 4 * arch.intermediate_size + arch.num_heads * sizes.length * 3 * (not fused),
     "full": arch.hidden_size,
   }
   kept = rows * sizes.length * arch.num_layers * width * saved.get(config.remat, 6 * arch.hidden_size)
-  chunk = config.logits_chunk if 0 < config.logits_chunk < sizes.response_length else sizes.response_length
-  logits = 4 * rows * chunk * arch.vocab_size * 4 / tensor
-  table = vocabulary(arch) * (width + 4) / tensor * (layout.fsdp > 1)  # gathered, and its gradient before it is split
+  every = sizes.response_length * arch.vocab_size
+  logits = 4 * rows * (min(config.logits_chunk, every) if config.logits_chunk else every) * 4 / tensor
+  table = vocabulary(arch) * (width + 4) / (tensor * layout.fsdp)  # laid out by parts, and its gradient
   backward = kept + table + max(layer(arch, sizes.length, True), logits)
   reward = layer(sizes.reward_arch, sizes.reward_length, False)
   head = 4 * own_rows * sizes.length * config.r2m.attention_dim * 4 / tensor * reads_feedback(config)
   return max(gradient + backward, reward, head)
 
 
-def estimate(config, sizes: Sizes, shapes, layout: Layout) -> dict[str, dict[str, float]]:
+def estimate(config, sizes: Sizes, shapes, layout: Layout, platform: str) -> dict[str, dict[str, float]]:
   """{program: {kind: bytes on a chip}} without a compiler."""
+  fused = fused_attention(config, sizes.arch, platform)
   state = state_on(shapes, layout)
   shared = {kind: float(size) for kind, size in state.items()}
   return {
@@ -106,6 +107,6 @@ def estimate(config, sizes: Sizes, shapes, layout: Layout) -> dict[str, dict[str
     },
     "learn": shared | {
       "KV cache": 0.0, "feedback": feedback_bytes(config, sizes, layout),
-      "temporaries": learn_temporaries(config, sizes, layout),
+      "temporaries": learn_temporaries(config, sizes, layout, fused),
     },
   }  # fmt: skip

@@ -87,7 +87,7 @@ class quiet:
 
 def abstract_state(config, built: build.Build):
   """The run's first TrainState as shapes, dtypes and shardings."""
-  kwargs = build.model_kwargs(config)
+  kwargs = build.model_kwargs(config, built.mesh)
   key = jax.eval_shape(lambda: jax.random.key(0))
   model = lambda arch: jax.eval_shape(lambda key: transformer.init(arch, key, **kwargs)[1], key)
   phi = jax.eval_shape(
@@ -148,11 +148,10 @@ def compile_program(which: str, config, sizes: Sizes, topology: Topology, mesh: 
       out_shardings=(layout, None),
     )  # fmt: skip
     given = (state, *judged)
-  platform = "cpu" if topology.chip.name == "cpu" else "tpu"
   began = time.perf_counter()
   with progress(f"{which} for {topology.name}{note}"):
     traced = jitted.trace(*given)
-    lowered = traced.lower(lowering_platforms=(platform,))
+    lowered = traced.lower(lowering_platforms=(topology.platform,))
     try:
       with quiet():
         compiled = lowered.compile()

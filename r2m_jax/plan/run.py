@@ -117,24 +117,24 @@ def layout_for(config, sizes: Sizes, topology: Topology, shapes=None) -> Layout:
       "rollout.prompts, rollout.waves or ppo.accumulation, or give config.mesh"
     )
   shapes = shapes or memory.state_shapes(config, sizes)
-  peak = {l: max(map(report.total, memory.estimate(config, sizes, shapes, l).values())) for l in found}
+  peak = {l: max(map(report.total, memory.estimate(config, sizes, shapes, l, topology.platform).values())) for l in found}
   fitting = [layout for layout in found if peak[layout] <= topology.chip.memory]
   if not fitting:
     return min(found, key=peak.get)
   return min(fitting, key=lambda layout: sum(expected_seconds(config, sizes, topology, layout).values()))
 
 
-def expected_links(config, sizes: Sizes, layout: Layout) -> dict[str, float]:
+def expected_links(config, sizes: Sizes, topology: Topology, layout: Layout) -> dict[str, float]:
   """{program: bytes out of a chip} by the count."""
   links = {"rollout": 0.0, "learn": 0.0}
-  for phase in phases_of(config, sizes, layout):
+  for phase in phases_of(config, sizes, layout, topology.platform):
     links["rollout" if phase.name in ROLLOUT else "learn"] += phase.links
   return links
 
 
 def expected_seconds(config, sizes: Sizes, topology: Topology, layout: Layout) -> dict[str, float]:
-  links = expected_links(config, sizes, layout)
-  return {p: t for p, (t, _) in report.times(phases_of(config, sizes, layout), links, topology).items()}
+  links = expected_links(config, sizes, topology, layout)
+  return {p: t for p, (t, _) in report.times(phases_of(config, sizes, layout, topology.platform), links, topology).items()}
 
 
 # ---- one topology ----
@@ -142,12 +142,12 @@ def expected_seconds(config, sizes: Sizes, topology: Topology, layout: Layout) -
 
 def make_plan(config, sizes: Sizes, topology: Topology, layout: Layout) -> Plan:
   """Compiles both programs, or counts them where there is no compiler."""
-  mesh_sizes, phases = (layout.data, layout.fsdp, layout.tensor), phases_of(config, sizes, layout)
+  mesh_sizes, phases = (layout.data, layout.fsdp, layout.tensor), phases_of(config, sizes, layout, topology.platform)
   shapes = memory.state_shapes(config, sizes)
-  counted = memory.estimate(config, sizes, shapes, layout)
+  counted = memory.estimate(config, sizes, shapes, layout, topology.platform)
   if not topology.compiles:
-    links = {p: {"all": size} for p, size in expected_links(config, sizes, layout).items()}
-    seconds = {p: t for p, (t, _) in report.times(phases, expected_links(config, sizes, layout), topology).items()}
+    links = {p: {"all": size} for p, size in expected_links(config, sizes, topology, layout).items()}
+    seconds = {p: t for p, (t, _) in report.times(phases, expected_links(config, sizes, topology, layout), topology).items()}
     fits = max(map(report.total, counted.values())) <= topology.chip.memory
     return Plan(topology.name, mesh_sizes, False, fits, counted, links, seconds)
   found, refused = {}, ""
@@ -212,7 +212,7 @@ def fingerprint() -> list[str]:
 def show(config, sizes: Sizes, topology: Topology, plan: Plan) -> list[str]:
   """The whole plan as lines."""
   layout, chip = Layout(*plan.mesh), topology.chip
-  phases = phases_of(config, sizes, layout)
+  phases = phases_of(config, sizes, layout, topology.platform)
   how = "compiled for it" if plan.compiled else "counted: there is no compiler for it here"
   lines = [
     f"topology {topology.name}: {topology.count} chips of {chip.memory / GIB:.2f} GiB, {chip.flops / 1e12:.0f} TFLOP/s, "
@@ -240,7 +240,7 @@ def share(config, sizes: Sizes, topology: Topology, plan: Plan) -> list[str]:
   if plain.refused:
     return [f"share    {base} does not compile either: {plain.refused}"]
   quantities = lambda config, plan: {
-    "PFLOPs of a step": sum(phase.flops for phase in phases_of(config, sizes, layout)),
+    "PFLOPs of a step": sum(phase.flops for phase in phases_of(config, sizes, layout, topology.platform)),
     "GiB per chip at the peak": plan.peak,
     "GiB per chip without reward model": plan.peak - plan.memory["learn"]["reward model"],
     "GiB sent per chip in a step": sum(sum(kinds.values()) for kinds in plan.collectives.values()),
@@ -256,7 +256,7 @@ def verdict(config, sizes: Sizes, topology: Topology, plan: Plan) -> list[str]:
   lines = [f"DOES NOT FIT: {report.gib(plan.peak)} GiB per chip at the peak, {over:.2f} more than there are"]
   if plan.refused:
     lines.append(f"  the compiler refused {plan.refused}")
-  for knob, saved in knobs.suggestions(config, sizes, Layout(*plan.mesh)):
+  for knob, saved in knobs.suggestions(config, sizes, Layout(*plan.mesh), topology.platform):
     lines.append(f"  {knob} saves about {saved:.2f} GiB" + (": enough" if saved > over else ""))
   return lines
 
@@ -274,7 +274,7 @@ def find_smallest(config, sizes: Sizes, say) -> list[Plan]:
       if not layouts(config, sizes, topology.count):
         continue
       layout = layout_for(config, sizes, topology, shapes)
-      counted = max(map(report.total, memory.estimate(config, sizes, shapes, layout).values()))
+      counted = max(map(report.total, memory.estimate(config, sizes, shapes, layout, topology.platform).values()))
       if counted > chip.memory:
         continue
       plan = make_plan(config, sizes, topology, layout)

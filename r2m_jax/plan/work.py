@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from r2m_jax.config import kl_estimator
 from r2m_jax.models.arch import ArchConfig
+from r2m_jax.models.attention import choose
 from r2m_jax.plan.sizes import Sizes, reads_feedback
 from r2m_jax.variants import VARIANTS
 
@@ -59,10 +60,15 @@ def vocabulary(arch: ArchConfig) -> int:
   return arch.hidden_size * arch.vocab_size
 
 
-def blocks_flops(arch: ArchConfig, rows: int, length: int, keys: int) -> float:
-  """One forward pass through all layers, no logits."""
-  attention = 4 * keys * arch.num_heads * arch.head_dim
-  return rows * length * arch.num_layers * (2 * layer_weights(arch) + attention)
+def fused_attention(config, arch: ArchConfig, platform: str) -> bool:
+  """Whether passes over whole rows use a kernel that keeps no squares of logits and leaves out what causality masks."""
+  return choose(config.attention, platform, arch, config.dtype) in ("splash", "cudnn")
+
+
+def blocks_flops(arch: ArchConfig, rows: int, length: int, keys: int, attention: float = 1.0) -> float:
+  """One forward pass through all layers, no logits; `attention` is the share of the square that is computed."""
+  squares = 4 * keys * arch.num_heads * arch.head_dim * attention
+  return rows * length * arch.num_layers * (2 * layer_weights(arch) + squares)
 
 
 def logits_flops(arch: ArchConfig, positions: int) -> float:
@@ -80,9 +86,9 @@ def head_flops(config, sizes: Sizes) -> float:
   return phi + 4 * rows * (reward * width + fed * width + config.r2m.num_heads * length * fed)
 
 
-def phases_of(config, sizes: Sizes, layout: Layout) -> list[Phase]:
+def phases_of(config, sizes: Sizes, layout: Layout, platform: str) -> list[Phase]:
   """The step's phases in order; the first ones are the rollout's (`ROLLOUT`), the others learn's."""
-  count = _Count(config, sizes, layout)
+  count = _Count(config, sizes, layout, platform)
   phases = [count.prefill(), count.decode(), count.feedback("feedback and log-probs"), count.feedback("reference")]
   phases += [count.backbone(), count.policy_update()]
   if config.algorithm == "ppo":
@@ -91,18 +97,24 @@ def phases_of(config, sizes: Sizes, layout: Layout) -> list[Phase]:
 
 
 class _Count:
-  def __init__(self, config, sizes: Sizes, layout: Layout):
+  def __init__(self, config, sizes: Sizes, layout: Layout, platform: str):
     self.config, self.sizes, self.layout = config, sizes, layout
+    self.fused = {arch: fused_attention(config, arch, platform) for arch in (sizes.arch, sizes.reward_arch)}
     self.width = jnp.dtype(config.dtype).itemsize  # bytes of a number in the computation
     self.stored = jnp.dtype(config.param_dtype).itemsize  # bytes of a parameter
     self.recompute = 0 if config.remat == "none" else 1
+
+  def blocks(self, arch: ArchConfig, rows: int, length: int) -> float:
+    """FLOPs of a forward pass over whole rows; a kernel that leaves out masked blocks computes half the square."""
+    return blocks_flops(arch, rows, length, length, 0.5 if self.fused[arch] else 1.0)
 
   def pass_bytes(self, arch: ArchConfig, rows: int, length: int, keys: int, parts: int) -> float:
     """Memory traffic of one forward pass on a chip: weights once a part, every product's input and output once."""
     tensor = self.layout.tensor
     heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     streams = 6 * arch.hidden_size + 2 * (2 * heads + 2 * kv + (3 if arch.gated_mlp else 2) * arch.intermediate_size)
-    squares = 3 * 4 * arch.num_heads * keys  # float32 logits written, read for the softmax, weights read
+    # float32 logits written, read for the softmax, weights read
+    squares = 0 if self.fused[arch] and length > 1 else 3 * 4 * arch.num_heads * keys
     tokens = rows * length / self.layout.shards
     weights = parts * arch.num_layers * layer_weights(arch) * self.width / tensor
     return weights + tokens * arch.num_layers * (streams * self.width + squares) / tensor
@@ -131,7 +143,7 @@ class _Count:
     s, arch, waves = self.sizes, self.sizes.arch, self.config.rollout.waves
     return Phase(
       "prefill",
-      blocks_flops(arch, s.prompts, s.prompt_length, s.prompt_length) + logits_flops(arch, s.rows),
+      self.blocks(arch, s.prompts, s.prompt_length) + logits_flops(arch, s.rows),
       self.pass_bytes(arch, s.prompts, s.prompt_length, s.prompt_length, waves) + self.logit_bytes(arch, s.rows, waves),
       self.gathered(arch, waves) + self.reduced(arch, s.prompts, s.prompt_length, 1),
     )
@@ -162,7 +174,7 @@ class _Count:
     s, arch = self.sizes, self.sizes.arch
     return Phase(
       name,
-      blocks_flops(arch, s.rows, s.length, s.length) + logits_flops(arch, s.rows * s.response_length),
+      self.blocks(arch, s.rows, s.length) + logits_flops(arch, s.rows * s.response_length),
       self.pass_bytes(arch, s.rows, s.length, s.length, self.parts)
       + self.logit_bytes(arch, s.rows * s.response_length, self.parts),
       self.gathered(arch, self.parts) + self.reduced(arch, s.rows, s.length, 1),
@@ -172,7 +184,7 @@ class _Count:
     s, arch = self.sizes, self.sizes.reward_arch
     return Phase(
       "reward backbone",
-      blocks_flops(arch, s.rows, s.reward_length, s.reward_length),
+      self.blocks(arch, s.rows, s.reward_length),
       self.pass_bytes(arch, s.rows, s.reward_length, s.reward_length, self.parts),
       self.gathered(arch, self.parts, logits=False) + self.reduced(arch, s.rows, s.reward_length, 1),
     )
@@ -184,18 +196,19 @@ class _Count:
   def policy_update(self) -> Phase:
     s, arch, config = self.sizes, self.sizes.arch, self.config
     rows, epochs, parts = self.trained_rows(), config.ppo.epochs, self.parts
-    chunked = 0 < config.logits_chunk < s.response_length
+    chunked = 0 < config.logits_chunk < s.response_length * arch.vocab_size
     positions = rows * s.response_length
     # forward, twice as much backward, and once more what the backward pass computes again: all but a layer's last sums
     last = 2 * arch.hidden_size * (arch.intermediate_size + arch.parallel_residual * arch.num_heads * arch.head_dim)
-    layers = blocks_flops(arch, rows, s.length, s.length) * (3 + self.recompute)
+    layers = self.blocks(arch, rows, s.length) * (3 + self.recompute)
     layers -= self.recompute * rows * s.length * arch.num_layers * last
     logits = logits_flops(arch, positions) * (3 + chunked)
     if kl_estimator(config, arch.vocab_size) == "exact":
       logits += logits_flops(arch, positions) * (1 + chunked)  # of the reference, which has no gradient
     numbers = arch.num_layers * layer_weights(arch) + vocabulary(arch) * (2 if arch.untied_head else 1)
     own = numbers / (self.layout.fsdp * self.layout.tensor)
-    adam = own * 6 * self.stored  # parameter, gradient and two moments read, parameter and moments written
+    moment = jnp.dtype(config.policy.moment_dtype).itemsize
+    adam = own * (2 * self.stored + 4 + 4 * moment)  # parameter and moments read and written, gradient read
     reduction = numbers * self.stored / self.layout.tensor * (self.layout.fsdp - 1) / self.layout.fsdp * parts
     reduction += 2 * own * self.stored * (self.layout.data - 1) / self.layout.data
     return Phase(
@@ -217,7 +230,7 @@ class _Count:
     passes = 1 + config.ppo.epochs * (3 + self.recompute)
     return Phase(
       "critic",
-      passes * (blocks_flops(arch, rows, s.length, s.length) + 2 * rows * s.length * arch.hidden_size),
+      passes * (self.blocks(arch, rows, s.length) + 2 * rows * s.length * arch.hidden_size),
       passes * self.pass_bytes(arch, rows, s.length, s.length, self.parts),
       self.gathered(arch, self.parts * (1 + 3 * config.ppo.epochs), logits=False)
       + self.reduced(arch, rows, s.length, passes),
