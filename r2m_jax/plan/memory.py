@@ -91,7 +91,7 @@ def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool) -> floa
   table = vocabulary(arch) * (width + 4) / (tensor * layout.fsdp)  # laid out by parts, and its gradient
   backward = kept + table + max(layer(arch, sizes.length, True), logits)
   reward = layer(sizes.reward_arch, sizes.reward_length, False)
-  head = 4 * own_rows * sizes.length * config.r2m.attention_dim * 4 / tensor * reads_feedback(config)
+  head = 4 * own_rows * sizes.length * arch.hidden_size * reads_feedback(config)  # h in float32
   return max(gradient + backward, reward, head)
 
 
