@@ -79,3 +79,285 @@ def counted_and_real(config) -> dict[str, tuple[float, float]]:
 def test_counted_flops_are_the_programs_products(changes):
   for program, (counted, real) in counted_and_real(small.config(**changes)).items():
     assert counted == pytest.approx(real, rel=0.02), program
+
+
+# ---- collectives ----
+
+
+def collectives(f, *args):
+  """`hlo.collective_bytes` of f, compiled for this process's eight CPU devices."""
+  return hlo.collective_bytes(jax.jit(f).lower(*args).compile().as_text())
+
+
+def on_eight(shape, *spec):
+  mesh = sharding.make_mesh((1, 8, 1))
+  return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec))), mesh
+
+
+def test_collectives_by_hand():
+  """An array of 64 x 16 float32 is 4,096 bytes; of eight chips each sends 7/8 of it, twice for a sum."""
+  x, mesh = on_eight((64, 16), "fsdp")
+  whole = NamedSharding(mesh, P())
+  gather = lambda x: jax.lax.with_sharding_constraint(jnp.sin(x), whole)
+  found = collectives(gather, x)
+  assert found["all-gather"] == 4096 * 7 / 8 and sum(found.values()) == found["all-gather"]
+  total = collectives(lambda x: jax.lax.with_sharding_constraint(x.sum(0), whole), x)
+  assert total["all-reduce"] == 2 * 16 * 4 * 7 / 8
+
+
+def test_collectives_in_loops_count_as_often_as_they_run():
+  x, mesh = on_eight((64, 16), "fsdp")
+  split, whole = x.sharding, NamedSharding(mesh, P())
+  lay = jax.lax.with_sharding_constraint
+
+  def once(x):
+    return lay(lay(jnp.sin(x), whole) * 2, split)
+
+  def scanned(x):
+    return jax.lax.scan(lambda x, _: (once(x), None), x, length=5)[0]
+
+  def nested(x):
+    return jax.lax.scan(lambda x, _: (scanned(x), None), x, length=3)[0]
+
+  def decoded(x):  # stops early where it may: the limit counts
+    return jax.lax.while_loop(lambda c: (c[0] < 7) & (c[1][0, 0] < 9), lambda c: (c[0] + 1, once(c[1])), (0, x))[1]
+
+  one = 4096 * 7 / 8
+  for f, times in ((once, 1), (scanned, 5), (nested, 15), (decoded, 7)):
+    assert collectives(f, x)["all-gather"] == times * one, f.__name__
+
+
+# lines as the TPU's compiler writes them
+TPU_HLO = """HloModule jit_f, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%a, %b)
+}
+
+%piece.1 (p: bf16[1,128,64]) -> bf16[1,2048,64] {
+  %p = bf16[1,128,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %g.1 = bf16[1,2048,64]{2,1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=mesh['axis_0'=16] {'axis_0'}, dimensions={1}
+}
+
+%piece.2 (p: bf16[1,128,64]) -> bf16[1,2048,64] {
+  %p.2 = bf16[1,128,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %g.2 = bf16[1,2048,64]{2,1,0:T(8,128)(2,1)} all-gather(%p.2), channel_id=7, replica_groups=mesh['axis_0'=16] {'axis_0'}, dimensions={1}
+}
+
+%all-reduce-scatter.3 (q: f32[32,64]) -> f32[8,64] {
+  %q = f32[32,64]{1,0:T(8,128)} parameter(0)
+  ROOT %r = f32[32,64]{1,0:T(8,128)} all-reduce(%q), channel_id=9, replica_groups=[4,4]<=[16], to_apply=%add
+}
+
+%body (s: (s32[], bf16[1,128,64])) -> (s32[], bf16[1,128,64]) {
+  %s = (s32[]{:T(128)}, bf16[1,128,64]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=0
+  %x = bf16[1,128,64]{2,1,0:T(8,128)(2,1)} get-tuple-element(%s), index=1
+  %f.1 = bf16[1,2048,64]{2,1,0:T(8,128)(2,1)} fusion(%x), kind=kOutput, calls=%piece.1
+  %f.2 = bf16[1,2048,64]{2,1,0:T(8,128)(2,1)} fusion(%x), kind=kOutput, calls=%piece.2
+  ROOT %t = (s32[]{:T(128)}, bf16[1,128,64]{2,1,0:T(8,128)(2,1)}) tuple(%i, %x)
+}
+
+%cond (s: (s32[], bf16[1,128,64])) -> pred[] {
+  %s.2 = (s32[]{:T(128)}, bf16[1,128,64]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %limit = s32[]{:T(128)} constant(36)
+  %i.2 = s32[]{:T(128)} get-tuple-element(%s.2), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%i.2, %limit), direction=LT
+}
+
+ENTRY %main (x: bf16[1,128,64], q: f32[32,64]) -> f32[8,64] {
+  %x.3 = bf16[1,128,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %q.3 = f32[32,64]{1,0:T(8,128)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %start = (s32[]{:T(128)}, bf16[1,128,64]{2,1,0:T(8,128)(2,1)}) tuple(%zero, %x.3)
+  %while.1 = (s32[]{:T(128)}, bf16[1,128,64]{2,1,0:T(8,128)(2,1)}) while(%start), condition=%cond, body=%body
+  %send = (f32[32,64]{1,0:T(8,128)}, f32[32,64]{1,0:T(8,128)}) collective-permute-start(%q.3), channel_id=11, source_target_pairs={{0,1},{1,0}}
+  ROOT %out = f32[8,64]{1,0:T(8,128)} fusion(%q.3), kind=kCustom, calls=%all-reduce-scatter.3
+}
+"""  # noqa: E501
+
+
+def test_collectives_as_the_tpu_compiler_writes_them():
+  """Pieces of one channel once, 36 layers, a scattered sum by its fusion's name, a start by its larger half."""
+  found = hlo.collective_bytes(TPU_HLO)
+  assert found["all-gather"] == 36 * 2048 * 64 * 2 * 15 / 16
+  assert found["reduce-scatter"] == 32 * 64 * 4 * 3 / 4
+  assert found["collective-permute"] == 32 * 64 * 4
+  assert found["all-reduce"] == found["all-to-all"] == 0
+
+
+def test_a_loop_whose_length_cannot_be_read_is_an_error():
+  with pytest.raises(ValueError, match="length of a loop"):
+    hlo.collective_bytes(TPU_HLO.replace("constant(36)", "parameter(1)"))
+
+
+# ---- configs, chips, meshes ----
+
+
+@pytest.mark.parametrize("name", PAPER)
+@pytest.mark.parametrize("words", ["", "rloo", "grpo", "grpo,vanilla", "r2m_untrained", "rloo,noise", "iterative_head"])
+def test_paper_configs_pass(name, words):
+  config = PAPER[name].get_config(words)
+  check_config(config)
+  assert config.algorithm == ("grpo" if "grpo" in words else "rloo")
+  expected = [word for word in words.split(",") if word not in ("", "rloo", "grpo")]
+  assert config.variant == (expected[0] if expected else "r2m")
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_paper_configs_refuse_unknown_words(name):
+  with pytest.raises(ValueError, match="'gpro' is unknown; use rloo, grpo, or a variant: vanilla, r2m"):
+    PAPER[name].get_config("gpro")
+
+
+def test_paper_settings():
+  """Table of settings, as the paper gives them."""
+  rows = {
+    "qwen": (64, 8, 100, 512, 6e-6, 1e-6, 0.7), "llama": (64, 8, 100, 512, 1e-6, 1e-6, 0.6),
+    "pythia": (2048, 4, 122, 50, 3e-6, 5e-7, 0.6),
+  }  # fmt: skip
+  for name, (n, K, steps, length, lr, head_lr, floor) in rows.items():
+    c = PAPER[name].get_config()
+    assert (c.rollout.prompts, c.rollout.group_size, c.steps, c.rollout.max_new_tokens) == (n, K, steps, length)
+    assert (c.policy.lr, c.r2m.lr, c.r2m.omega_min) == (lr, head_lr, floor)
+    assert (c.rollout.temperature, c.rollout.top_k, c.rollout.top_p, c.ppo.epochs) == (0.7, 0, 1.0, 2)
+    assert (c.r2m.alpha, c.r2m.attention_dim, c.kl.beta, c.ppo.clip_eps) == (0.3, 2048, 0.05, 0.2)
+  assert PAPER["qwen"].get_config().data.max_chosen_length == PAPER["llama"].get_config().data.max_chosen_length == 512
+
+
+def parameters(arch) -> int:
+  from r2m_jax.models import transformer
+
+  return sum(math.prod(x.shape) for x in jax.tree.leaves(transformer.abstract(arch)[1]))
+
+
+def test_shapes_have_the_published_numbers_of_parameters():
+  published = {"qwen2.5-0.5b": 0.494e9, "qwen2.5-3b": 3.086e9, "llama3-8b": 8.030e9, "llama3.1-8b": 8.030e9,
+               "pythia-2.8b": 2.775e9}  # fmt: skip
+  assert set(published) == set(ARCHS)
+  for name, count in published.items():
+    assert parameters(ARCHS[name]) == pytest.approx(count, rel=1e-3), name
+
+
+@pytest.mark.parametrize("name, count", [
+  ("v4:2x2x2", 8), ("v5e:4x8", 32), ("v5p:2x2x4", 16), ("v6e:16x16", 256), ("gpu:h100x8", 8), ("cpu:1", 1),
+])
+def test_topologies(name, count):
+  assert parse_topology(name).count == count
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e:4x4x4", "v7x:2x2", "gpu:b200x8", "gpu:h100", "cpu:0", "v5p:4x4"])
+def test_unknown_topologies_are_refused(name):
+  with pytest.raises(ConfigError, match=f"config.plan.topology is '{name}': choose such as v4:2x2x4, .*auto"):
+    run.topology_of(name)
+
+
+def test_slices_grow():
+  for chip in TPUS:
+    counts = [topology.count for topology in slices_of(chip)]
+    assert counts == sorted(set(counts)) and counts[0] == 4 and counts[-1] == 256
+  assert all(chip.flops > 1e14 and chip.memory > 10 * GIB for chip in (*TPUS, *GPUS))
+
+
+def test_state_bytes_are_those_of_the_shards():
+  """The count by names and specs against what each device of eight really holds."""
+  config = small.config(mesh=(1, 4, 2), policy__arch__hidden_size=64)
+  sizes = sizes_of(config)
+  built, state = small.start(config, mesh=(1, 4, 2))
+  device = jax.devices()[0]
+  held = sum(s.data.nbytes for x in jax.tree.leaves(state) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+             for s in x.addressable_shards if s.device == device)  # fmt: skip
+  counted = sum(memory.state_on(memory.state_shapes(config, sizes), Layout(1, 4, 2)).values())
+  assert counted == pytest.approx(held, abs=16)  # step, beta and omega
+
+
+@pytest.mark.parametrize("changes", [
+  dict(ppo__accumulation=2), dict(rollout__waves=2), dict(remat="full"), dict(param_dtype="bfloat16"),
+], ids=str)  # fmt: skip
+def test_knobs_save_memory(changes):
+  config = small.config(remat="none", logits_chunk=0)
+  sizes = sizes_of(config)
+  peak = lambda config: {
+    p: report.total(kinds) for p, kinds in
+    memory.estimate(config, sizes, memory.state_shapes(config, sizes), Layout(1, 1, 1), "cpu").items()
+  }  # fmt: skip
+  before = peak(config)
+  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+  after = peak(config)
+  assert min(after[p] - before[p] for p in before) < 0 and max(after[p] - before[p] for p in before) <= 0
+
+
+# ---- whole plans, by the command line ----
+
+
+def plan(tmp_path, config: str, *settings: str):
+  """(finished process, plan.json or None) of task=plan, with a cache of its own."""
+  command = [sys.executable, "-m", "r2m_jax.main", f"--config={config}", f"--workdir={tmp_path / 'run'}",
+             "--config.task=plan", *(f"--config.{setting}" for setting in settings)]  # fmt: skip
+  env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XLA_FLAGS": ""}
+  env.pop("JAX_PLATFORMS", None)  # the planner sets what it needs
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, check=False)
+  path = tmp_path / "run/plan.json"
+  return done, json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+QWEN = "configs/ultrafeedback_qwen2_5_3b.py"
+
+
+def test_gpu_plan_is_counted(tmp_path):
+  done, plans = plan(tmp_path, QWEN, "plan.topology=gpu:h100x8")
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert "counted: there is no compiler" in done.stdout and "fits" in done.stdout
+  assert not plans[0]["compiled"] and plans[0]["fits"] and np.prod(plans[0]["mesh"]) == 8
+  assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["plan.json", "plan.txt"]
+
+
+def test_a_plan_that_does_not_fit_says_by_how_much_and_what_helps(tmp_path):
+  done, plans = plan(tmp_path, QWEN, "plan.topology=gpu:a100x1", "ppo.accumulation=1", "remat=none")
+  assert done.returncode == 1 and not plans[0]["fits"]
+  assert "DOES NOT FIT" in done.stdout and "more than there are" in done.stdout
+  helps = [line for line in done.stdout.splitlines() if " saves about " in line]
+  saved = [float(line.split(" saves about ")[1].split()[0]) for line in helps]
+  assert saved == sorted(saved, reverse=True) and any("ppo.accumulation" in line for line in helps)
+  assert any("twice the chips" in line for line in helps)
+
+
+def test_cpu_plan_is_compiled_and_kept(tmp_path):
+  settings = ("plan.topology=cpu:2", "plan.compare=vanilla", "variant=r2m")
+  done, plans = plan(tmp_path, "configs/quickstart.py:test", *settings)
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert plans[0]["compiled"] and "compiled learn for cpu:2" in done.stderr
+  assert "PFLOPs of a step" in done.stdout  # what R2M costs beside plain RLOO
+  again, same = plan(tmp_path, "configs/quickstart.py:test", *settings)
+  assert again.returncode == 0 and "compiled" not in again.stderr and same == plans
+
+
+def test_an_architecture_that_is_not_here_is_refused(tmp_path):
+  done, _ = plan(tmp_path, QWEN, "plan.topology=gpu:h100x8", "plan.policy=")
+  assert done.returncode == 2 and "downloads nothing" in done.stderr and "qwen2.5-3b" in done.stderr
+
+
+def test_no_tpu_compiler_is_told_in_one_line(monkeypatch):
+  monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(ConfigError, match="compiler is not installed; pip install"):
+    programs.devices_of(parse_topology("v5e:2x2"))
+
+
+def have_tpu_compiler() -> bool:
+  return programs.importlib.util.find_spec("libtpu") is not None
+
+
+@pytest.mark.skipif(not have_tpu_compiler(), reason="libtpu is not installed: pip install 'r2m_jax[plan]'")
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+def test_tpu_plan_of_full_widths(tmp_path, topology):
+  """Two layers of the 3B policy and of the 8B reward model, by the real compiler."""
+  done, plans = plan(
+    tmp_path, QWEN, f"plan.topology={topology}", "plan.layers=2", "plan.compare=", "rollout.prompts=8",
+    "rollout.group_size=2", "rollout.max_new_tokens=128", "plan.prompt_length=128", "ppo.accumulation=2",
+  )  # fmt: skip
+  assert done.returncode == 0, done.stdout + done.stderr
+  found = plans[0]
+  assert found["compiled"] and found["fits"] and np.prod(found["mesh"]) == 4
+  assert all(sum(kinds.values()) > 0 for kinds in found["collectives"].values())
