@@ -138,12 +138,12 @@ TPU_HLO = """HloModule jit_f, is_scheduled=true
 
 %piece.1 (p: bf16[1,128,64]) -> bf16[1,2048,64] {
   %p = bf16[1,128,64]{2,1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %g.1 = bf16[1,2048,64]{2,1,0:T(8,128)(2,1)} all-gather(%p), channel_id=7, replica_groups=mesh['axis_0'=16] {'axis_0'}, dimensions={1}
+  ROOT %g.1 = bf16[1,2048,64]{2,1,0:T(8,128)} all-gather(%p), channel_id=7, replica_groups=mesh['a'=16] {'a'}
 }
 
 %piece.2 (p: bf16[1,128,64]) -> bf16[1,2048,64] {
   %p.2 = bf16[1,128,64]{2,1,0:T(8,128)(2,1)} parameter(0)
-  ROOT %g.2 = bf16[1,2048,64]{2,1,0:T(8,128)(2,1)} all-gather(%p.2), channel_id=7, replica_groups=mesh['axis_0'=16] {'axis_0'}, dimensions={1}
+  ROOT %g.2 = bf16[1,2048,64]{2,1,0:T(8,128)} all-gather(%p.2), channel_id=7, replica_groups=mesh['a'=16] {'a'}
 }
 
 %all-reduce-scatter.3 (q: f32[32,64]) -> f32[8,64] {
@@ -173,10 +173,10 @@ ENTRY %main (x: bf16[1,128,64], q: f32[32,64]) -> f32[8,64] {
   %zero = s32[]{:T(128)} constant(0)
   %start = (s32[]{:T(128)}, bf16[1,128,64]{2,1,0:T(8,128)(2,1)}) tuple(%zero, %x.3)
   %while.1 = (s32[]{:T(128)}, bf16[1,128,64]{2,1,0:T(8,128)(2,1)}) while(%start), condition=%cond, body=%body
-  %send = (f32[32,64]{1,0:T(8,128)}, f32[32,64]{1,0:T(8,128)}) collective-permute-start(%q.3), channel_id=11, source_target_pairs={{0,1},{1,0}}
+  %send = (f32[32,64]{1,0}, f32[32,64]{1,0}) collective-permute-start(%q.3), channel_id=11, source_target_pairs={{0,1}}
   ROOT %out = f32[8,64]{1,0:T(8,128)} fusion(%q.3), kind=kCustom, calls=%all-reduce-scatter.3
 }
-"""  # noqa: E501
+"""
 
 
 def test_collectives_as_the_tpu_compiler_writes_them():

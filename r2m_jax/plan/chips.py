@@ -32,11 +32,11 @@ TPUS = (
   Chip("v5p", 459e12, 95.74 * GIB, 2765e9, 600e9, CUBE),
   Chip("v6e", 918e12, 31.25 * GIB, 1638e9, 448e9, SQUARE),
 )
-# memory of a GPU: 95% of what the sheet says, less what the driver and NCCL take
+# memory of a GPU: 95% of what it reports as free; the rest goes to libraries and fragments
 GPUS = (
-  Chip("a100", 312e12, 0.95 * 80e9, 2039e9, 300e9),
-  Chip("h100", 989e12, 0.95 * 80e9, 3350e9, 450e9),
-  Chip("h200", 989e12, 0.95 * 141e9, 4800e9, 450e9),
+  Chip("a100", 312e12, 0.95 * 79 * GIB, 2039e9, 300e9),
+  Chip("h100", 989e12, 0.95 * 79 * GIB, 3350e9, 450e9),
+  Chip("h200", 989e12, 0.95 * 140 * GIB, 4800e9, 450e9),
 )
 # a host's processor, only so that a plan for it can be compared with what a run on it takes
 CPU = Chip("cpu", 4e11, math.inf, 40e9, 10e9)

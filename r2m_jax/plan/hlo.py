@@ -1,8 +1,8 @@
 """What a compiled program sends over the links: collectives of its HLO, each as often as its loops run it.
 
 A compiler's own cost analysis counts the body of a loop once. Here the trip count of every `while` is read from its
-condition (a comparison of the counter with a constant), so that a scan over layers counts them all and the decoding loop
-its full length: a run whose rows all end earlier sends less.
+condition (a comparison of the counter with a constant), so that a scan over layers counts them all and the decoding
+loop its full length: a run whose rows all end earlier sends less.
 """
 
 import collections
@@ -28,8 +28,8 @@ def collective_bytes(text: str) -> dict[str, float]:
   By the ring algorithms, over n chips of a group: all-gather (n - 1) / n of the gathered array, reduce-scatter the same
   of the array before, all-reduce twice that, all-to-all (n - 1) / n of its array, collective-permute its array.
 
-  Pieces of one asynchronous collective in several fusions have one channel and are counted once. Raises ValueError where
-  a loop's length cannot be read.
+  Pieces of one asynchronous collective in several fusions have one channel and are counted once. Raises ValueError
+  where a loop's length cannot be read.
   """
   computations, entry = parse(text)
   times = executions(computations, entry)

@@ -39,7 +39,8 @@ def candidates(config, sizes: Sizes, layout: Layout) -> list[tuple[str, dict]]:
 def suggestions(config, sizes: Sizes, layout: Layout, platform: str) -> list[tuple[str, float]]:
   """(knob, GiB per chip that it saves at the peak), the most first; more chips are among them."""
   shapes = memory.state_shapes(config, sizes)
-  peak = lambda config, shapes, layout: max(map(total, memory.estimate(config, sizes, shapes, layout, platform).values()))
+  kinds = lambda config, shapes, layout: memory.estimate(config, sizes, shapes, layout, platform).values()
+  peak = lambda *args: max(map(total, kinds(*args)))
   now, saved = peak(config, shapes, layout), []
   for name, changes in candidates(config, sizes, layout):
     other = changed(config, changes)

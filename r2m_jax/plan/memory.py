@@ -67,7 +67,7 @@ def rollout_temporaries(config, sizes: Sizes, layout: Layout) -> float:
 
 
 def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool) -> float:
-  """Beside feedback: the gradient, and the largest of the policy's backward pass, a reward pass and the head's update."""
+  """Beside feedback: the gradient with the policy's backward pass, or a reward pass, or the head's update."""
   arch, width, stored = sizes.arch, jnp.dtype(config.dtype).itemsize, jnp.dtype(config.param_dtype).itemsize
   tensor, parts = layout.tensor, config.ppo.minibatches * config.ppo.accumulation
   own_rows = sizes.rows / layout.shards

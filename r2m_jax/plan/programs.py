@@ -5,12 +5,16 @@ lies on a chip while one of them runs is the whole TrainState, the program's oth
 results that do not take an argument's place.
 """
 
+import hashlib
 import importlib.util
+import json
 import os
+import pathlib
 import re
 import sys
 import threading
 import time
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -21,6 +25,7 @@ from jax.sharding import Mesh
 
 from r2m_jax import build, sharding
 from r2m_jax.config import ConfigError
+from r2m_jax.metrics import write_atomic
 from r2m_jax.models import transformer
 from r2m_jax.plan import hlo
 from r2m_jax.plan.chips import Topology
@@ -28,6 +33,7 @@ from r2m_jax.plan.sizes import Sizes
 from r2m_jax.step import make_learn, make_rollout
 from r2m_jax.types import Prompts, Sequences
 
+KEPT_FORMAT = "1"  # of the cache's files; another number where what is read from a compiled program changes
 STATE_KINDS = {  # of TrainState's fields; a step's number and key weigh nothing
   "policy": "parameters", "policy_opt": "optimizer", "critic": "parameters", "critic_opt": "optimizer",
   "ref": "reference", "reward_backbone": "reward model", "reward_frozen": "reward model",
@@ -126,13 +132,15 @@ def state_bytes(state) -> dict[str, int]:
 # ---- compiling ----
 
 
-def compile_program(which: str, config, sizes: Sizes, topology: Topology, mesh: Mesh, note: str = "") -> dict[str, Any]:
+def compile_program(which: str, config, sizes: Sizes, topology: Topology, mesh: Mesh) -> dict[str, Any]:
   """What the compiler says of "rollout" or "learn" on a mesh of the topology's devices, as plain numbers.
+
+  What it said before of the same program (the same StableHLO), topology and compiler is read from the user's cache.
 
   Returns:
     Bytes on a chip: `arguments` (all, the state among them), `temporaries`, `results` (those in memory of their own),
-    `code`; `collectives`, bytes that a chip sends by kind; `seconds` it took; or `exceeded`, what the compiler said where
-    the program alone needs more memory than the chip has, with `needed` bytes.
+    `code`; `collectives`, bytes that a chip sends by kind; `seconds` it took; or `exceeded`, what the compiler said
+    where the program alone needs more memory than the chip has, with `needed` bytes.
   """
   built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
   state = abstract_state(config, built)
@@ -148,10 +156,12 @@ def compile_program(which: str, config, sizes: Sizes, topology: Topology, mesh: 
       out_shardings=(layout, None),
     )  # fmt: skip
     given = (state, *judged)
-  began = time.perf_counter()
-  with progress(f"{which} for {topology.name}{note}"):
-    traced = jitted.trace(*given)
-    lowered = traced.lower(lowering_platforms=(topology.platform,))
+  lowered = jitted.trace(*given).lower(lowering_platforms=(topology.platform,))
+  path = kept_at(lowered.as_text(), topology)
+  if path.exists():
+    return json.loads(path.read_text(encoding="utf-8"))
+  resident, began = {"arguments": bytes_on_chip(given)}, time.perf_counter()
+  with progress(f"{which} for {topology.name}"):
     try:
       with quiet():
         compiled = lowered.compile()
@@ -159,17 +169,32 @@ def compile_program(which: str, config, sizes: Sizes, topology: Topology, mesh: 
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       message = str(error).splitlines()[0]
-      return {"exceeded": message, "needed": needed_bytes(message), "seconds": time.perf_counter() - began}
-  memory = compiled.memory_analysis()
-  resident = bytes_on_chip(given[1:])
-  return {
-    "arguments": bytes_on_chip(state) + resident,
-    "temporaries": memory.temp_size_in_bytes,
-    "results": max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
-    "code": memory.generated_code_size_in_bytes,
-    "collectives": hlo.collective_bytes(compiled.as_text()),
-    "seconds": time.perf_counter() - began,
-  }
+      found = {"exceeded": message, "needed": needed_bytes(message)}
+    else:
+      memory = compiled.memory_analysis()
+      found = {
+        "temporaries": memory.temp_size_in_bytes,
+        "results": max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
+        "code": memory.generated_code_size_in_bytes,
+        "collectives": hlo.collective_bytes(compiled.as_text()),
+      }
+  found |= resident | {"seconds": time.perf_counter() - began}
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_atomic(path, json.dumps(found))
+  return found
+
+
+def kept_at(program: str, topology: Topology) -> pathlib.Path:
+  """The file of a program's plan in the user's cache."""
+  versions = []
+  for package in ("jax", "jaxlib", "libtpu"):
+    try:
+      versions.append(f"{package} {metadata.version(package)}")
+    except metadata.PackageNotFoundError:
+      versions.append(f"{package} none")
+  key = hashlib.sha256("\n".join([program, topology.name, KEPT_FORMAT, *versions]).encode()).hexdigest()[:32]
+  folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+  return folder / "r2m_jax" / "plans" / f"{key}.json"
 
 
 def needed_bytes(message: str) -> float:

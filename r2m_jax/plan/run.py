@@ -1,14 +1,10 @@
 """task = plan: one topology, or the smallest slice of each generation of TPU on which the run fits."""
 
 import dataclasses
-import hashlib
 import json
-import os
 import pathlib
 import signal
-from importlib import metadata
 
-import r2m_jax
 from r2m_jax import sharding
 from r2m_jax.config import ConfigError
 from r2m_jax.metrics import write_atomic
@@ -16,10 +12,6 @@ from r2m_jax.plan import knobs, memory, programs, report
 from r2m_jax.plan.chips import GIB, TPUS, Topology, parse_topology, slices_of
 from r2m_jax.plan.sizes import Sizes, sizes_of
 from r2m_jax.plan.work import ROLLOUT, Layout, phases_of
-
-# of the config, what no compiled program depends on
-ELSEWHERE = ("task", "plan", "log", "checkpoint", "guard", "replay", "export", "generate", "score", "scratch", "lab",
-             "tokenizer", "data", "sft", "arms", "seed", "budget", "mesh")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +109,16 @@ def layout_for(config, sizes: Sizes, topology: Topology, shapes=None) -> Layout:
       "rollout.prompts, rollout.waves or ppo.accumulation, or give config.mesh"
     )
   shapes = shapes or memory.state_shapes(config, sizes)
-  peak = {l: max(map(report.total, memory.estimate(config, sizes, shapes, l, topology.platform).values())) for l in found}
+  peak = {layout: counted_peak(config, sizes, shapes, layout, topology) for layout in found}
   fitting = [layout for layout in found if peak[layout] <= topology.chip.memory]
   if not fitting:
     return min(found, key=peak.get)
   return min(fitting, key=lambda layout: sum(expected_seconds(config, sizes, topology, layout).values()))
+
+
+def counted_peak(config, sizes: Sizes, shapes, layout: Layout, topology: Topology) -> float:
+  """Bytes per chip by the count, of the program that needs more."""
+  return max(map(report.total, memory.estimate(config, sizes, shapes, layout, topology.platform).values()))
 
 
 def expected_links(config, sizes: Sizes, topology: Topology, layout: Layout) -> dict[str, float]:
@@ -133,8 +130,8 @@ def expected_links(config, sizes: Sizes, topology: Topology, layout: Layout) -> 
 
 
 def expected_seconds(config, sizes: Sizes, topology: Topology, layout: Layout) -> dict[str, float]:
-  links = expected_links(config, sizes, topology, layout)
-  return {p: t for p, (t, _) in report.times(phases_of(config, sizes, layout, topology.platform), links, topology).items()}
+  phases, links = phases_of(config, sizes, layout, topology.platform), expected_links(config, sizes, topology, layout)
+  return {program: seconds for program, (seconds, _) in report.times(phases, links, topology).items()}
 
 
 # ---- one topology ----
@@ -142,17 +139,19 @@ def expected_seconds(config, sizes: Sizes, topology: Topology, layout: Layout) -
 
 def make_plan(config, sizes: Sizes, topology: Topology, layout: Layout) -> Plan:
   """Compiles both programs, or counts them where there is no compiler."""
-  mesh_sizes, phases = (layout.data, layout.fsdp, layout.tensor), phases_of(config, sizes, layout, topology.platform)
+  mesh_sizes = layout.data, layout.fsdp, layout.tensor
+  phases = phases_of(config, sizes, layout, topology.platform)
   shapes = memory.state_shapes(config, sizes)
   counted = memory.estimate(config, sizes, shapes, layout, topology.platform)
   if not topology.compiles:
-    links = {p: {"all": size} for p, size in expected_links(config, sizes, topology, layout).items()}
-    seconds = {p: t for p, (t, _) in report.times(phases, expected_links(config, sizes, topology, layout), topology).items()}
+    links = {program: {"all": size} for program, size in expected_links(config, sizes, topology, layout).items()}
+    seconds = expected_seconds(config, sizes, topology, layout)
     fits = max(map(report.total, counted.values())) <= topology.chip.memory
     return Plan(topology.name, mesh_sizes, False, fits, counted, links, seconds)
+  mesh = sharding.make_mesh(mesh_sizes, programs.devices_of(topology))
   found, refused = {}, ""
   for which in ("rollout", "learn"):
-    found[which] = result = cached(which, config, sizes, topology, layout)
+    found[which] = result = programs.compile_program(which, config, sizes, topology, mesh)
     if "exceeded" in result:
       refused = f"{which}: {result['exceeded']}"
   kinds = {which: by_kind(result, counted[which], shapes, layout) for which, result in found.items()}
@@ -164,7 +163,7 @@ def make_plan(config, sizes: Sizes, topology: Topology, layout: Layout) -> Plan:
 
 
 def by_kind(result: dict, counted: dict[str, float], shapes, layout: Layout) -> dict[str, float]:
-  """Bytes of one program on a chip: the state by kind, of the compiler's temporaries those that have a name, the rest."""
+  """Bytes of one program on a chip: the state by kind, of the compiler's temporaries what has a name, and the rest."""
   state = {kind: float(size) for kind, size in memory.state_on(shapes, layout).items()}
   if "exceeded" in result:
     rest = max(0.0, result["needed"])
@@ -177,46 +176,14 @@ def by_kind(result: dict, counted: dict[str, float], shapes, layout: Layout) -> 
   return state | named | {"temporaries": max(0.0, rest)}
 
 
-def cached(which: str, config, sizes: Sizes, topology: Topology, layout: Layout) -> dict:
-  """`programs.compile_program`, or what it said the last time for the same config, library and compiler."""
-  folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "r2m_jax" / "plans"
-  settings = {k: v for k, v in json.loads(config.to_json()).items() if k not in ELSEWHERE}
-  if which == "rollout":  # the same for every variant
-    settings = {k: v for k, v in settings.items() if k not in ("variant", "r2m")}
-  key = [which, settings, dataclasses.asdict(sizes), topology.name, dataclasses.asdict(layout), fingerprint()]
-  path = folder / (hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32] + ".json")
-  if path.exists():
-    return json.loads(path.read_text(encoding="utf-8"))
-  devices = programs.devices_of(topology)
-  mesh = sharding.make_mesh((layout.data, layout.fsdp, layout.tensor), devices)
-  result = programs.compile_program(which, config, sizes, topology, mesh)
-  folder.mkdir(parents=True, exist_ok=True)
-  write_atomic(path, json.dumps(result))
-  return result
-
-
-def fingerprint() -> list[str]:
-  """What a plan depends on besides the config: the library's own source and the compiler."""
-  source, root = hashlib.sha256(), pathlib.Path(r2m_jax.__file__).parent
-  for file in sorted([*root.glob("*.py"), *root.glob("models/*.py"), root / "plan/programs.py", root / "plan/hlo.py"]):
-    source.update(file.read_bytes())
-  versions = []
-  for package in ("jax", "jaxlib", "libtpu", "flax", "optax"):
-    try:
-      versions.append(f"{package} {metadata.version(package)}")
-    except metadata.PackageNotFoundError:
-      versions.append(f"{package} none")
-  return [source.hexdigest(), *versions]
-
-
 def show(config, sizes: Sizes, topology: Topology, plan: Plan) -> list[str]:
   """The whole plan as lines."""
   layout, chip = Layout(*plan.mesh), topology.chip
   phases = phases_of(config, sizes, layout, topology.platform)
   how = "compiled for it" if plan.compiled else "counted: there is no compiler for it here"
+  rates = f"{chip.flops / 1e12:.0f} TFLOP/s, {chip.memory_rate / 1e9:.0f} GB/s, links {chip.link_rate / 1e9:.0f} GB/s"
   lines = [
-    f"topology {topology.name}: {topology.count} chips of {chip.memory / GIB:.2f} GiB, {chip.flops / 1e12:.0f} TFLOP/s, "
-    f"{chip.memory_rate / 1e9:.0f} GB/s, links {chip.link_rate / 1e9:.0f} GB/s; {how}",
+    f"topology {topology.name}: {topology.count} chips of {chip.memory / GIB:.2f} GiB, {rates}; {how}",
     f"mesh     (data, fsdp, tensor) = {plan.mesh}: --config.mesh='{plan.mesh}'", "",
     *report.memory_lines(plan.memory, topology), "", *report.phase_lines(phases, topology), "",
   ]  # fmt: skip
@@ -274,7 +241,7 @@ def find_smallest(config, sizes: Sizes, say) -> list[Plan]:
       if not layouts(config, sizes, topology.count):
         continue
       layout = layout_for(config, sizes, topology, shapes)
-      counted = max(map(report.total, memory.estimate(config, sizes, shapes, layout, topology.platform).values()))
+      counted = counted_peak(config, sizes, shapes, layout, topology)
       if counted > chip.memory:
         continue
       plan = make_plan(config, sizes, topology, layout)

@@ -1,8 +1,9 @@
 """FLOPs and bytes that a step moves, phase by phase, counted from the shapes.
 
-A multiply-add is two FLOPs. Matrix products alone are counted, with what the program really computes: attention over the
-full square of positions (masks hide, they do not save), recomputation in the backward pass, decoding over every slot of
-the cache. `tests/test_plan.py` holds these sums against the products in the program's own jaxpr.
+A multiply-add is two FLOPs. Matrix products alone are counted, with what the program really computes: attention over
+the full square of positions (masks hide, they do not save) unless a kernel leaves masked blocks out, recomputation in
+the backward pass, decoding over every slot of the cache. `tests/test_plan.py` holds these sums against the products in
+the program's own jaxpr.
 """
 
 import dataclasses
@@ -152,7 +153,8 @@ class _Count:
     s, arch, waves = self.sizes, self.sizes.arch, self.config.rollout.waves
     tokens = s.response_length - 1  # the first one comes with the prefill
     cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * s.rows * s.length * self.width / self.layout.chips
-    one = self.pass_bytes(arch, s.rows, 1, s.length, waves) / self.layout.fsdp + self.logit_bytes(arch, 3 * s.rows, waves) + cache
+    layers, logits = self.pass_bytes(arch, s.rows, 1, s.length, waves), self.logit_bytes(arch, 3 * s.rows, waves)
+    one = layers / self.layout.fsdp + logits + cache
     return Phase(
       "decode",
       tokens * (blocks_flops(arch, s.rows, 1, s.length) + logits_flops(arch, s.rows)),
