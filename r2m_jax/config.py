@@ -22,7 +22,7 @@ DTYPES = ("float32", "bfloat16", "float64")
 # settings that a run may change from one start to the next: they say how far, where and how often, not what is computed
 FREE = (
   "task", "mesh", "log", "checkpoint", "guard", "replay", "export", "generate", "score", "remat", "logits_chunk",
-  "ppo.accumulation", "rollout.waves",
+  "attention", "ppo.accumulation", "rollout.waves",
 )  # fmt: skip
 SECRET = re.compile(r"hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|AKIA[0-9A-Z]{16}|://[^/\s]+:[^/\s]+@")
 OPTIMIZER_SECTIONS = ("policy", "critic", "r2m", "sft", "reward", "scratch.lm")
