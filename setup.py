@@ -43,7 +43,9 @@ EXTRAS = {
   "test": [
     "pytest>=9.2.0,<10", "pytest-xdist>=3.8.0,<4", "hypothesis>=6.170.15,<7", "torch==2.13.0", "peft>=0.21.2,<1",
     *NOTEBOOK,
+    f"jax[tpu]{JAX}",  # its compiler, which runs without a TPU
   ],
+  "plan": [f"jax[tpu]{JAX}"],
   "tpu": [f"jax[tpu]{JAX}"],
   "cuda": [f"jax[cuda12]{JAX}"],
 }

@@ -21,7 +21,7 @@ ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
 # settings that a run may change from one start to the next: they say how far, where and how often, not what is computed
 FREE = (
-  "task", "mesh", "log", "checkpoint", "guard", "replay", "export", "generate", "score", "plan", "remat",
+  "task", "mesh", "log", "checkpoint", "guard", "replay", "export", "generate", "score", "plan", "remat", "attention",
   "logits_chunk", "ppo.accumulation", "rollout.waves",
 )  # fmt: skip
 SECRET = re.compile(r"hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|AKIA[0-9A-Z]{16}|://[^/\s]+:[^/\s]+@")

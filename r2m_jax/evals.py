@@ -3,7 +3,6 @@
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 
@@ -11,6 +10,7 @@ from r2m_jax.folders import Policy
 from r2m_jax.logprobs import token_stats
 from r2m_jax.ops import predicts_response
 from r2m_jax.serve import batch_size, batches
+from r2m_jax.sharding import jit_on
 from r2m_jax.text import pad_left
 
 RESAMPLES = 2000  # of a bootstrap
@@ -47,7 +47,7 @@ def wins(chosen: Sequence[float], rejected: Sequence[float]) -> np.ndarray:
 def response_logprobs(config, policy: Policy, rows: Sequence[tuple[list[int], list[int]]], mesh) -> list[np.ndarray]:
   """Log-probability of every response token at temperature 1, for rows of (prompt ids, response ids). f32[n] each."""
 
-  @jax.jit
+  @jit_on(mesh)
   def read(state, tokens, mask):
     model, T = nnx.merge(policy.graphdef, state), tokens.shape[1] - 1
     hidden = predicts_response(model(tokens, mask).hidden, T)

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import functools
+import importlib.util
 import os
 import re
 import sys
@@ -18,6 +19,16 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as c
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the report")
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.ENOENT, errno.ESTALE)
 flags.mark_flags_as_required(["config", "workdir"])
+
+
+def leave_absent_tpu_alone() -> None:
+  """Has JAX not look for a TPU where libtpu is installed and no TPU is: it would print alarms, and may wait for one."""
+  import jax
+
+  chips = [*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*")]
+  gpus = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("kfd")]
+  if jax.config.jax_platforms is None and not chips and not gpus and importlib.util.find_spec("libtpu"):
+    jax.config.update("jax_platforms", "cpu")
 
 
 def keep_freed_memory() -> None:
@@ -101,6 +112,7 @@ def main(argv):
       sys.exit(0 if plan.run(config, Path(WORKDIR.value)) else 1)
     import jax  # after the checks: a config that cannot run is refused before any device is touched
 
+    leave_absent_tpu_alone()
     if config.dtype == "float64":
       jax.config.update("jax_enable_x64", True)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "r2m_jax" / "jax"

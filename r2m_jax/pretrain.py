@@ -17,7 +17,7 @@ from r2m_jax.metrics import Metrics, progress
 from r2m_jax.models.reward import member_scores, read_rte
 from r2m_jax.ops import combine, masked_mean, predicts_response
 from r2m_jax.optim import descend, make_optimizer
-from r2m_jax.sharding import on_mesh, place_batch, shardings
+from r2m_jax.sharding import jit_on, on_mesh, place_batch, shardings
 from r2m_jax.step import Defs, make_score
 from r2m_jax.variants import States
 
@@ -203,7 +203,7 @@ def steps_within(
   comes on top of the budget.
   """
   began, extra = time.perf_counter(), () if frozen is None else (frozen,)
-  grads = jax.jit(jax.grad(loss_fn, has_aux=True))
+  grads = jit_on(batch_sharding.mesh)(jax.grad(loss_fn, has_aux=True))
   batch_of, count = {}, {}
   for batch in itertools.islice(batches, PROBED):
     shape = tuple(x.shape for x in jax.tree.leaves(batch))

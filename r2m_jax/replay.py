@@ -131,7 +131,7 @@ def make_parts(config, built):
   read, judge, omega_at = make_read(config), make_judge(built.defs, config), make_omega(config)
   defs, feedback = built.defs, VARIANTS[config.variant].feedback
 
-  @jax.jit
+  @sharding.jit_on(built.mesh)
   def parts(state, sequences):
     old, ref = read(defs.open_policy(state.policy, state.ref), defs.open_ref(state.ref), sequences)
     w = omega_at(state.step, measured_kl(old, ref, sequences))

@@ -63,6 +63,7 @@ def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]
   settings, size = config.generate, batch_size(config, config.generate, len(prompts), mesh)
   T, tokenizer = settings.max_new_tokens, policy.tokenizer
 
+  @sharding.jit_on(mesh)
   def draw(state, prompts):
     model = nnx.merge(policy.graphdef, state)
     sequences = generate(
@@ -73,7 +74,6 @@ def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]
     reading = dict(temperature=settings.temperature or 1.0, layer=-1, chunk=config.logits_chunk)
     return sequences, read_feedback(model, sequences, **reading).logprobs
 
-  draw = jax.jit(sharding.on_mesh(mesh, draw))
   results: list[dict] = [{}] * len(prompts)
   with progress(-(-len(prompts) // size), "generate") as bar:
     for index in batches([len(p) for p in prompts], size):
@@ -130,11 +130,11 @@ def score(config, reward: RewardModel, policy: Policy | None, rows: list[dict], 
       f"{config.policy.path} have {policy.arch.hidden_size}: give the policy it was trained with"
     )
 
-  @jax.jit
+  @sharding.jit_on(mesh)
   def plain(backbone, phi, tokens, mask):
     return phi_score(phi, read_rte(nnx.merge(reward.graphdef, backbone), tokens, mask))
 
-  @jax.jit
+  @sharding.jit_on(mesh)
   def fused(backbone, head, policy_state, tokens, mask, policy_tokens, policy_mask):
     rte = read_rte(nnx.merge(reward.graphdef, backbone), tokens, mask)
     model = nnx.merge(policy.graphdef, policy_state)

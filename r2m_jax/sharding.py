@@ -98,6 +98,11 @@ def on_mesh(mesh: Mesh, f: Callable) -> Callable:
   return traced
 
 
+def jit_on(mesh: Mesh) -> Callable[[Callable], Callable]:
+  """`jax.jit` of `on_mesh`, as a decorator: for whatever runs a model."""
+  return lambda f: jax.jit(on_mesh(mesh, f))
+
+
 def mesh_around():
   """The mesh of `on_mesh`; None where there is none, or where it is a single device."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -150,7 +150,7 @@ def make_table(config, built: Build):
   prompts = goldtask.prompts(config.seed, STREAM_TABLE, 0, count)
   read, judge, omega_at = make_read(config), make_judge(built.defs, config), make_omega(config)
 
-  @jax.jit
+  @sharding.jit_on(built.mesh)
   def sample(state):
     key = jax.random.fold_in(state.key, KEY_TABLE)
     sequences = generate(

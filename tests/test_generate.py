@@ -18,7 +18,7 @@ from r2m_jax.ops import predicts_response
 from r2m_jax.types import Prompts
 
 VOCAB, TAU, T = 6, 0.7, 8
-OPTIONS = ("group_size", "T", "temperature", "eos_ids", "pad_id", "repetition_stop", "greedy_rows")
+OPTIONS = ("group_size", "T", "temperature", "eos_ids", "pad_id", "repetition_stop", "greedy_rows", "waves")
 ARCH = ArchConfig(vocab_size=VOCAB, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=32)
 
 
@@ -105,6 +105,20 @@ def test_a_row_can_be_drawn_again_alone(model):
   np.testing.assert_array_equal(fewer.tokens, everything.tokens[4:6])
   turned = draw(*model, jax.tree.map(lambda x: x[::-1], prompts))
   np.testing.assert_array_equal(turned.tokens.reshape(3, 4, -1)[::-1].reshape(12, -1), everything.tokens)
+
+
+@pytest.mark.parametrize("greedy_rows", [False, True])
+def test_waves_draw_the_same_tokens(model, greedy_rows):
+  """Prompts in groups one after another, greedy rows behind all samples; the cache holds one group."""
+  prompts = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), notes())
+  prompts = prompts.replace(example_id=np.arange(6, dtype=np.int32))
+  whole = draw(*model, prompts, greedy_rows=greedy_rows)
+  assert not whole.has_eos.all() and whole.has_eos.any()
+  for waves in (2, 3, 6):
+    jax.tree.map(np.testing.assert_array_equal, draw(*model, prompts, greedy_rows=greedy_rows, waves=waves), whole)
+  text = draw.lower(*model, prompts, waves=3).compile().as_text()
+  shape = lambda rows: f"f32[2,{rows},1,{4 + T},8]"  # [N, B, KV, S, Dh]
+  assert shape(8) in text and shape(24) not in text
 
 
 def test_steps_prompts_and_samples_differ(model):

@@ -1,7 +1,7 @@
 """One device against eight, and accumulated gradients against whole ones: the same tokens, losses, gradients, updates.
 
   ./launch/test.sh tests/test_mesh.py               the settings of COVER
-  ./launch/test.sh -m long tests/test_mesh.py       all 90: every mesh of eight, 1, 2, 4 micro-batches, 1, 2, 4 minibatches
+  ./launch/test.sh -m long tests/test_mesh.py       all 90: every mesh of eight, 1, 2, 4 micro-batches and minibatches
 """
 
 import dataclasses
@@ -97,13 +97,13 @@ def learned(mesh, accumulation, minibatches, algorithm="rloo", **changes):
   return found | {f"metric {name}": np.asarray(x, np.float64) for name, x in out.metrics.items()}
 
 
-def agree(got, want):
+def agree(got, want, atol=0.0):
   """Every number within 1e-5 relative, an array by its norm; within 1e-6 where it is zero."""
   assert set(got) == set(want)
   errors = {}
   for name, value in want.items():
     size = np.linalg.norm(value)
-    bound = ZERO if size < ZERO else RTOL * size
+    bound = ZERO if size < ZERO else RTOL * size + atol
     if name.endswith("_deviation"):  # maxima of rounding errors themselves, of numbers near 1
       bound = 2 * RTOL
     errors[name] = np.linalg.norm(got[name] - value) / bound
@@ -163,7 +163,8 @@ def test_accumulation_with_a_critic_and_other_denominators():
   assert not sequences.has_eos.all() and sequences.has_eos.any() and np.ptp(sequences.response_mask.sum(1)) > 0
   whole = learned((1, 1, 1), 1, 2, "ppo", **changes)
   assert any(name.startswith("critic/") for name in whole)
-  agree(learned((1, 1, 1), 4, 2, "ppo", **changes), whole)
+  # advantages are whitened: their mean, in the loss, is a sum of terms near 1 that cancel
+  agree(learned((1, 1, 1), 4, 2, "ppo", **changes), whole, atol=ZERO)
 
 
 def test_uneven_batch_is_refused_before_any_device_work():

@@ -1,12 +1,16 @@
-"""Mesh shapes, and the layout of every parameter there is."""
+"""Mesh shapes, the layout of every parameter there is, and what the compiled step makes of it."""
+
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from r2m_jax.lab import goldtask
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.reward import RewardHead
@@ -137,3 +141,42 @@ def test_lay_rows_splits_rows_over_data_and_fsdp():
   out = jax.jit(on_mesh(mesh, lay_rows))(jax.device_put(jnp.zeros((8, 3)), NamedSharding(mesh, P())))
   assert {shard.data.shape for shard in out.addressable_shards} == {(2, 3)}
   assert len({str(shard.index) for shard in out.addressable_shards}) == 4  # tensor holds copies
+
+
+def shapes_in(text):
+  """Dimensions of every array that a compiled program makes, with the line that does."""
+  for line in text.split("\n"):
+    if found := re.match(r"\s*(ROOT )?%?[\w.-]+ = (\(?.*?) [\w-]+\(", line):
+      yield from ((tuple(map(int, dims.split(","))), line) for dims in re.findall(r"\[([\d,]+)\]", found[2]))
+
+
+@needs_eight
+def test_the_compiled_step_keeps_caches_states_and_weights_split():
+  """On 2 x 2 x 2 devices a device holds a quarter of the rows and half of the heads, and gathers a layer at a time.
+
+  Numbers are chosen so that a shape tells what an array is: N 3 layers, D 48, Dh 12, L 3 + 10 tokens, F 80.
+  """
+  N, D, F, DIM, T, KV, V = 3, 48, 80, 12, 10, 2, goldtask.VOCAB_SIZE
+  cfg = small.config(
+    remat="full", rollout__max_new_tokens=T, ppo__accumulation=2, logits_chunk=V * T // 4, policy__arch__num_layers=N,
+    policy__arch__hidden_size=D, policy__arch__intermediate_size=F, policy__arch__num_heads=4, r2m__attention_dim=40,
+  )  # fmt: skip
+  built, state = small.start(cfg, (2, 2, 2))
+  prompts = small.prompts(cfg, 0)
+  L, rows = prompts.tokens.shape[1] + T, cfg.rollout.prompts * cfg.rollout.group_size
+  text = small.step_of(cfg, built, state).lower(state, prompts).compile().as_text()
+  shapes = list(shapes_in(text))
+  assert {(N, rows // 4, KV // 2, L, DIM), (rows // 4, L, D), (V // 2, D // 2)} <= {shape for shape, _ in shapes}
+  for shape, line in shapes:
+    others = int(np.prod(shape)) // (L * D)
+    if shape[-2:] == (L, D):  # hidden states; N of them are what the backward pass saves
+      assert others <= (N if shape[0] == N else 1) * rows // 4, line
+    if shape[-2:] == (L, DIM):  # queries, keys, values, and the cache
+      assert int(np.prod(shape[:-2])) <= max(N * rows // 4 * KV // 2, rows // 4 * 4 // 2), line
+    if {D, F} <= set(shape):  # a whole layer may exist, split over tensor alone; all layers of it may not
+      assert False, line
+    if {D, F // 2} <= set(shape):
+      assert int(np.prod(shape)) <= D * F // 2, line
+  gathers = [(shape, line) for shape, line in shapes if " all-gather(" in line]
+  assert any({D, F // 2} == set(shape) for shape, _ in gathers)
+  assert not [line for shape, line in gathers if shape[0] == N or (len(shape) == 3 and shape[-1] in (D, F, F // 2))]

@@ -16,7 +16,7 @@ from r2m_jax.models.reward import member_scores, read_rte
 from r2m_jax.ops import combine
 from r2m_jax.optim import make_optimizer
 from r2m_jax.pretrain import fit, fit_warm_head, reward_loss, sft_loss
-from r2m_jax.sharding import on_mesh, shardings
+from r2m_jax.sharding import jit_on, shardings
 from r2m_jax.types import Prompts, Sequences
 
 STREAM_PAIRS, STREAM_HELDOUT, STREAM_RL, STREAM_TABLE = range(1, 5)  # of prompts; stream 0 is the demonstrations'
@@ -27,6 +27,7 @@ CHUNK = 64  # prompts sampled at a time
 def sampler(policy_def, mesh, *, group_size: int, max_new_tokens: int, temperature: float):
   """Builds the jitted `draw(policy, prompts, key) -> Sequences`; one program for all that sample alike."""
 
+  @jit_on(mesh)
   def draw(policy, prompts, key):
     return generate(
       nnx.merge(policy_def, policy),
@@ -40,7 +41,7 @@ def sampler(policy_def, mesh, *, group_size: int, max_new_tokens: int, temperatu
       pad_id=goldtask.PAD,
     )
 
-  return jax.jit(on_mesh(mesh, draw))
+  return draw
 
 
 def sample(config, built: Build, policy, prompts: Prompts, *, group_size: int, purpose: int) -> Sequences:
@@ -160,7 +161,7 @@ def fit_pairs(config, built: Build, workdir: Path, policy, start, train: dict[st
     batch_sharding=built.rows,
   )
 
-  @jax.jit
+  @jit_on(built.mesh)
   def members(model, tokens, mask):
     rte = read_rte(nnx.merge(built.defs.reward_backbone, model["backbone"]), tokens, mask)
     return member_scores(nnx.merge(built.defs.phi, model["phi"]), rte)

@@ -1,14 +1,13 @@
 """Attention of a full pass three ways: plain XLA, `jax.nn.dot_product_attention`, and the Pallas splash kernel of TPUs.
 
-`attend` is the reference: any dtype, any mask, the logits [B, H, L, S] in memory. It is also what decodes. The other two
-compute the same for a pass over whole rows; what a padding token attends to is nobody's business and differs.
+`attend` is the reference: any dtype, any mask, the logits [B, H, L, S] in memory. It is also what decodes. The other
+two compute the same for a pass over whole rows, but for padding, whose states nothing reads and which differ.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import PartitionSpec as P
 
 from r2m_jax.logprobs import softcap
@@ -92,6 +91,8 @@ def splash_attend(
 
   q [B, H, L, Dh], k and v [B, KV, L, Dh] in float32 or bfloat16. Lengths are rounded up to whole blocks.
   """
+  from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds  # half a second: where it is used alone
+
   length = q.shape[2]
   fill = -length % BLOCK
   padded = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, fill), (0, 0)))
@@ -103,7 +104,7 @@ def splash_attend(
   def local(slides, q, k, v, segments):
     def run(slides):
       kernel = splash_kernel(q.shape[1], q.shape[2], window if slides else None, cap, interpret)
-      return jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
+      return jax.vmap(kernel)(q, k, v, SegmentIds(segments, segments))
 
     if isinstance(seen.slides, bool):
       return run(seen.slides)
@@ -120,6 +121,8 @@ def splash_attend(
 
 def splash_kernel(heads: int, length: int, window: int | None, cap: float | None, interpret: bool):
   """The kernel for [heads, length, Dh] of one row."""
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
   shape, block = (length, length), next(b for b in (LARGEST_BLOCK, 384, 256, BLOCK) if length % b == 0)
   mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
   names = "q kv kv_compute q_dkv kv_dkv kv_dkv_compute q_dq kv_dq"

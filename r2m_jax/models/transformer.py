@@ -200,7 +200,8 @@ def residual_init(arch: ArchConfig):
 class Transformer(nnx.Module):
   """A decoder as `arch` describes it. `dtype` computes (None: whatever the parameters are in), `param_dtype` stores.
 
-  `attention`: what `models.attention.choose` chooses by, (config.attention, platform); decoding is "xla" always. `adapt(block, rngs)` may add parameters to a block before the layers are stacked; see models.lora.
+  `attention` is what `models.attention.choose` chooses by, (config.attention, platform); decoding is always "xla".
+  `adapt(block, rngs)` may add parameters to a block before the layers are stacked; see models.lora.
   """
 
   def __init__(
