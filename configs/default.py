@@ -244,6 +244,7 @@ def get_config() -> ConfigDict:
   # whether the run fits a machine, without it (task = "plan"); config.mesh is used where it covers the chips
   config.plan = ConfigDict()
   config.plan.topology = ""  # v5p:2x2x4 and the like, gpu:h100x8, cpu:1; "auto": the smallest slice of each TPU
+  config.plan.generations = ("v4", "v5e", "v5p", "v6e")  # which TPUs "auto" tries
   config.plan.policy = ""  # a shape by name (plan/sizes.py), where policy.path is no folder here
   config.plan.reward = ""  # the same for reward.path
   config.plan.prompt_length = 0  # tokens of a padded prompt; 0: those of data.max_prompt_length

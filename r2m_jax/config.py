@@ -79,6 +79,8 @@ def check_config(config: ConfigDict) -> None:
   one_of("checkpoint.best_mode", ("max", "min"))
   one_of("replay.arm", ("", *VARIANTS))
   one_of("plan.compare", ("", *VARIANTS))
+  generations = ("v4", "v5e", "v5p", "v6e")
+  need(set(config.plan.generations) <= set(generations), "plan.generations", f"choose from {', '.join(generations)}")
   need(config.guard.spike > 1, "guard.spike", "must be above 1, such as 10")
 
   for field in (

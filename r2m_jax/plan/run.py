@@ -235,7 +235,7 @@ def find_smallest(config, sizes: Sizes, say) -> list[Plan]:
   """For each generation the smallest slice that fits by the count, compiled; where that was wrong, the next larger."""
   shapes, found = memory.state_shapes(config, sizes), []
   say("")
-  for chip in TPUS:
+  for chip in (chip for chip in TPUS if chip.name in config.plan.generations):
     best = None
     for topology in slices_of(chip):
       if not layouts(config, sizes, topology.count):

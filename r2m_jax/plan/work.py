@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from r2m_jax.config import kl_estimator
 from r2m_jax.models.arch import ArchConfig
-from r2m_jax.models.attention import choose
+from r2m_jax.models.attention import BLOCK, choose
 from r2m_jax.plan.sizes import Sizes, reads_feedback
 from r2m_jax.variants import VARIANTS
 
@@ -107,7 +107,11 @@ class _Count:
 
   def blocks(self, arch: ArchConfig, rows: int, length: int) -> float:
     """FLOPs of a forward pass over whole rows; a kernel that leaves out masked blocks computes half the square."""
-    return blocks_flops(arch, rows, length, length, 0.5 if self.fused[arch] else 1.0)
+    return blocks_flops(arch, rows, length, length, 0.5 if self.kernel(arch, length) else 1.0)
+
+  def kernel(self, arch: ArchConfig, length: int) -> bool:
+    """Whether rows of this length go through the kernel."""
+    return self.fused[arch] and length >= BLOCK
 
   def pass_bytes(self, arch: ArchConfig, rows: int, length: int, keys: int, parts: int) -> float:
     """Memory traffic of one forward pass on a chip: weights once a part, every product's input and output once."""
@@ -115,7 +119,7 @@ class _Count:
     heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     streams = 6 * arch.hidden_size + 2 * (2 * heads + 2 * kv + (3 if arch.gated_mlp else 2) * arch.intermediate_size)
     # float32 logits written, read for the softmax, weights read
-    squares = 0 if self.fused[arch] and length > 1 else 3 * 4 * arch.num_heads * keys
+    squares = 0 if self.kernel(arch, length) else 3 * 4 * arch.num_heads * keys
     tokens = rows * length / self.layout.shards
     weights = parts * arch.num_layers * layer_weights(arch) * self.width / tensor
     return weights + tokens * arch.num_layers * (streams * self.width + squares) / tensor
