@@ -42,12 +42,18 @@ def suggestions(config, sizes: Sizes, layout: Layout, platform: str) -> list[tup
   kinds = lambda config, shapes, layout: memory.estimate(config, sizes, shapes, layout, platform).values()
   peak = lambda *args: max(map(total, kinds(*args)))
   now, saved = peak(config, shapes, layout), []
+  everything: dict = {}
   for name, changes in candidates(config, sizes, layout):
+    everything |= changes  # of one field the last, which saves most
     other = changed(config, changes)
     own = memory.state_shapes(other, sizes) if changes.keys() & {"param_dtype", "policy.moment_dtype"} else shapes
     saved.append((name, (now - peak(other, own, layout)) / GIB))
+  other = changed(config, everything)
+  saved.append(("all of these settings", (now - peak(other, memory.state_shapes(other, sizes), layout)) / GIB))
   larger = Layout(layout.data, layout.fsdp * 2, layout.tensor)
   if sizes.prompts % larger.shards:
-    larger = Layout(layout.data, layout.fsdp, layout.tensor * 2)
+    other = changed(config, everything)
+  saved.append(("all of these settings", (now - peak(other, memory.state_shapes(other, sizes), layout)) / GIB))
+  larger = Layout(layout.data, layout.fsdp, layout.tensor * 2)
   saved.append((f"twice the chips ({larger.chips})", (now - peak(config, shapes, larger)) / GIB))
   return sorted((x for x in saved if x[1] > 0.005), key=lambda x: -x[1])

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 from r2m_jax import build, sharding
 from r2m_jax.plan.programs import STATE_KINDS, abstract_state
 from r2m_jax.plan.sizes import Sizes, reads_feedback
-from r2m_jax.plan.work import Layout, fused_attention, layer_weights, vocabulary
+from r2m_jax.plan.work import Layout, fused_attention, layer_weights, trained_numbers, vocabulary
 from r2m_jax.variants import VARIANTS
 
 
@@ -72,8 +72,7 @@ def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool) -> floa
   tensor, parts = layout.tensor, config.ppo.minibatches * config.ppo.accumulation
   own_rows = sizes.rows / layout.shards
   rows = max(1.0, own_rows / parts)
-  numbers = arch.num_layers * layer_weights(arch) + vocabulary(arch) * (2 if arch.untied_head else 1)
-  gradient = numbers / (layout.fsdp * tensor) * (4 if config.ppo.accumulation > 1 else stored)
+  gradient = trained_numbers(config, arch) / (layout.fsdp * tensor) * (4 if config.ppo.accumulation > 1 else stored)
 
   def layer(arch, length, backward):
     squares = 0 if fused else (2 + backward) * 4 * arch.num_heads * length * length

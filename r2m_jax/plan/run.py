@@ -45,6 +45,8 @@ def run(config, workdir: pathlib.Path) -> bool:
   name = config.plan.topology
   topology = None if name == "auto" else topology_of(name)
   programs.prepare_environment(topology or slices_of(TPUS[0])[0])
+  if not config.variant:  # the arms are run one after another
+    config = knobs.changed(config, {"variant": config.arms[-1]})
   sizes = sizes_of(config)
   say(describe(config, sizes))
   if topology is None:
@@ -71,7 +73,7 @@ def describe(config, sizes: Sizes) -> str:
   arch, reward = sizes.arch, sizes.reward_arch
   shape = lambda a: f"{a.family} {a.num_layers} x {a.hidden_size}"
   return (
-    f"plan     {config.algorithm}, variant {config.variant or 'arms'}: {sizes.prompts} prompts x "
+    f"plan     {config.algorithm}, variant {config.variant}: {sizes.prompts} prompts x "
     f"{config.rollout.group_size} responses; {sizes.prompt_length} + {sizes.response_length} tokens, "
     f"{sizes.reward_length} for the reward model\n"
     f"models   policy {shape(arch)}, reward {shape(reward)}; {config.dtype}, parameters {config.param_dtype}; "

@@ -87,6 +87,12 @@ def head_flops(config, sizes: Sizes) -> float:
   return phi + 4 * rows * (reward * width + fed * width + config.r2m.num_heads * length * fed)
 
 
+def trained_numbers(config, arch: ArchConfig) -> int:
+  """Numbers that have a gradient; those of adapters are next to nothing."""
+  tables = 2 if arch.untied_head else 1
+  return 0 if config.lora.rank else arch.num_layers * layer_weights(arch) + vocabulary(arch) * tables
+
+
 def phases_of(config, sizes: Sizes, layout: Layout, platform: str) -> list[Phase]:
   """The step's phases in order; the first ones are the rollout's (`ROLLOUT`), the others learn's."""
   count = _Count(config, sizes, layout, platform)
@@ -206,12 +212,13 @@ class _Count:
     positions = rows * s.response_length
     # forward, twice as much backward, and once more what the backward pass computes again: all but a layer's last sums
     last = 2 * arch.hidden_size * (arch.intermediate_size + arch.parallel_residual * arch.num_heads * arch.head_dim)
-    layers = self.blocks(arch, rows, s.length) * (3 + self.recompute)
+    backward = 1 if config.lora.rank else 2  # frozen weights have no gradient; products of the adapters are left out
+    layers = self.blocks(arch, rows, s.length) * (1 + backward + self.recompute)
     layers -= self.recompute * rows * s.length * arch.num_layers * last
-    logits = logits_flops(arch, positions) * (3 + chunked)
+    logits = logits_flops(arch, positions) * (1 + backward + chunked)
     if kl_estimator(config, arch.vocab_size) == "exact":
       logits += logits_flops(arch, positions) * (1 + chunked)  # of the reference, which has no gradient
-    numbers = arch.num_layers * layer_weights(arch) + vocabulary(arch) * (2 if arch.untied_head else 1)
+    numbers = trained_numbers(config, arch)
     own = numbers / (self.layout.fsdp * self.layout.tensor)
     moment = jnp.dtype(config.policy.moment_dtype).itemsize
     adam = own * (2 * self.stored + 4 + 4 * moment)  # parameter and moments read and written, gradient read
