@@ -49,11 +49,10 @@ def suggestions(config, sizes: Sizes, layout: Layout, platform: str) -> list[tup
     own = memory.state_shapes(other, sizes) if changes.keys() & {"param_dtype", "policy.moment_dtype"} else shapes
     saved.append((name, (now - peak(other, own, layout)) / GIB))
   other = changed(config, everything)
-  saved.append(("all of these settings", (now - peak(other, memory.state_shapes(other, sizes), layout)) / GIB))
+  together = peak(other, memory.state_shapes(other, sizes), layout)
+  saved.append(("every setting named here, together,", (now - together) / GIB))
   larger = Layout(layout.data, layout.fsdp * 2, layout.tensor)
   if sizes.prompts % larger.shards:
-    other = changed(config, everything)
-  saved.append(("all of these settings", (now - peak(other, memory.state_shapes(other, sizes), layout)) / GIB))
-  larger = Layout(layout.data, layout.fsdp, layout.tensor * 2)
+    larger = Layout(layout.data, layout.fsdp, layout.tensor * 2)
   saved.append((f"twice the chips ({larger.chips})", (now - peak(config, shapes, larger)) / GIB))
   return sorted((x for x in saved if x[1] > 0.005), key=lambda x: -x[1])
