@@ -117,6 +117,7 @@ def load_pretrained(
   dtype=jnp.float32,
   param_dtype=jnp.float32,
   remat: str = "none",
+  attention: tuple[str, str] = ("auto", "cpu"),
   lm_head: bool | None = None,
 ) -> Pretrained:
   """Reads a causal language model or a sequence classifier.
@@ -124,7 +125,7 @@ def load_pretrained(
   Args:
     source: a folder, or a name on the Hugging Face hub.
     mesh: lays each parameter out by `sharding.RULES`; each shard is read from disk alone. None: the default device.
-    dtype, param_dtype, remat: as for `Transformer`.
+    dtype, param_dtype, remat, attention: as for `Transformer`.
     lm_head: None keeps what the folder has; False leaves the vocabulary head out (a reward model from a policy).
   """
   folder = fetch(source)
@@ -132,7 +133,9 @@ def load_pretrained(
   files = Files(folder)
   score_name = f"{SCORE}.weight"
   arch = arch.replace(lm_head=score_name not in files.shapes if lm_head is None else lm_head)
-  graphdef, shapes = transformer.abstract(arch, dtype=dtype, param_dtype=param_dtype, remat=remat)
+  graphdef, shapes = transformer.abstract(
+    arch, dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention
+  )
   flat = [(sharding.path_name(path), x.shape) for path, x in jax.tree_util.tree_flatten_with_path(shapes)[0]]
   files.check({path: shape for path, shape in flat}, arch)
 
