@@ -17,9 +17,9 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from configs import tldr_pythia_2_8b, ultrafeedback_llama3_8b, ultrafeedback_qwen2_5_3b
 from r2m_jax import build, sharding
 from r2m_jax.config import ConfigError, check_config
-from r2m_jax.plan import hlo, knobs, memory, programs, report, run
+from r2m_jax.plan import hlo, memory, programs, report, run
 from r2m_jax.plan.chips import GIB, GPUS, TPUS, parse_topology, slices_of
-from r2m_jax.plan.sizes import ARCHS, Sizes, sizes_of
+from r2m_jax.plan.sizes import ARCHS, sizes_of
 from r2m_jax.plan.work import ROLLOUT, Layout, phases_of
 from r2m_jax.step import make_learn, make_rollout
 from tests import small
@@ -61,7 +61,7 @@ def counted_and_real(config) -> dict[str, tuple[float, float]]:
   mesh = sharding.make_mesh((1, 1, 1))
   built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
   state = programs.abstract_state(config, built)
-  prompts, judged = programs.arguments(sizes, built)
+  prompts, judged = programs.arguments(config, sizes, built)
   rollout = jax.make_jaxpr(make_rollout(built.defs, config, mesh, (1,), 0))(state, prompts)
   learn = jax.make_jaxpr(make_learn(built.defs, config, mesh))(state, *judged)
   phases = phases_of(config, sizes, Layout(1, 1, 1), "cpu")

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from r2m_jax import build, sharding
 from r2m_jax.config import ConfigError
@@ -30,8 +30,8 @@ from r2m_jax.models import transformer
 from r2m_jax.plan import hlo
 from r2m_jax.plan.chips import Topology
 from r2m_jax.plan.sizes import Sizes
-from r2m_jax.step import make_learn, make_rollout
-from r2m_jax.types import Prompts, Sequences
+from r2m_jax.step import make_learn, make_rollout, pairs_per_step, uses_labels
+from r2m_jax.types import Pairs, Prompts, Sequences
 
 KEPT_FORMAT = "1"  # of the cache's files; another number where what is read from a compiled program changes
 STATE_KINDS = {  # of TrainState's fields; a step's number and key weigh nothing
@@ -103,14 +103,22 @@ def abstract_state(config, built: build.Build):
   return build.abstract(make, built.mesh, key, model(built.arch), model(built.reward_arch), phi)
 
 
-def arguments(sizes: Sizes, built: build.Build) -> tuple[Prompts, tuple]:
+def arguments(config, sizes: Sizes, built: build.Build) -> tuple[Prompts, tuple]:
   """(prompts of rollout, arguments of learn after the state): shapes and shardings."""
   make = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=built.rows)
   P, B, Lp, T, L = sizes.prompts, sizes.rows, sizes.prompt_length, sizes.response_length, sizes.length
   prompts = Prompts(make((P, Lp), jnp.int32), make((P, Lp), bool), make((P,), jnp.int32))
   sequences = Sequences(make((B, L), jnp.int32), make((B, L), bool), make((B, T), bool), make((B,), bool))
   reward = make((B, sizes.reward_length), jnp.int32), make((B, sizes.reward_length), bool)
-  return prompts, (sequences, *reward)
+  if not uses_labels(config):
+    return prompts, (sequences, *reward)
+  whole, m, own = NamedSharding(built.mesh, PartitionSpec()), pairs_per_step(config), sizes.reward_length
+  make = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+  pairs = Pairs(
+    make((2 * m, L), jnp.int32), make((2 * m, L), bool), make((2 * m, own), jnp.int32), make((2 * m, own), bool),
+    make((m,), jnp.float32),
+  )  # fmt: skip
+  return prompts, (sequences, *reward, pairs)
 
 
 def bytes_on_chip(tree) -> int:
@@ -119,14 +127,6 @@ def bytes_on_chip(tree) -> int:
     int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
     for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
   )  # fmt: skip
-
-
-def state_bytes(state) -> dict[str, int]:
-  """Bytes of a TrainState on one chip, by kind."""
-  total: dict[str, int] = {}
-  for field, kind in STATE_KINDS.items():
-    total[kind] = total.get(kind, 0) + bytes_on_chip(getattr(state, field))
-  return total
 
 
 # ---- compiling ----
@@ -144,7 +144,7 @@ def compile_program(which: str, config, sizes: Sizes, topology: Topology, mesh: 
   """
   built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
   state = abstract_state(config, built)
-  prompts, judged = arguments(sizes, built)
+  prompts, judged = arguments(config, sizes, built)
   if which == "rollout":
     vocab = sizes.arch.vocab_size
     jitted = jax.jit(make_rollout(built.defs, config, mesh, (vocab - 1,), vocab - 1), out_shardings=built.rows)
@@ -152,7 +152,7 @@ def compile_program(which: str, config, sizes: Sizes, topology: Topology, mesh: 
   else:
     layout = sharding.shardings(state, mesh)
     jitted = jax.jit(
-      make_learn(built.defs, config, mesh), donate_argnums=0, in_shardings=(layout,) + (None,) * 3,
+      make_learn(built.defs, config, mesh), donate_argnums=0, in_shardings=(layout,) + (None,) * len(judged),
       out_shardings=(layout, None),
     )  # fmt: skip
     given = (state, *judged)
