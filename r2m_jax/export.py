@@ -159,7 +159,8 @@ def push(folder: Path, name: str) -> None:
 def run(config) -> None:
   """Exports `config.export.checkpoint` into `config.export.out`."""
   workdir, stage, step = find_checkpoint(Path(config.export.checkpoint).expanduser().absolute())
-  config = run_config(config, workdir)
+  lora_export, config = config.lora.export, run_config(config, workdir, mine=("export", "mesh"))
+  config.lora.export = lora_export
   out, mesh = Path(config.export.out).expanduser(), mesh_of(config)
   print(f"export   {'/'.join(stage)} of {workdir}{'' if step is None else f', step {step}'}")
   if not (config.policy.path or config.reward.path):
@@ -219,15 +220,14 @@ def find_checkpoint(path: Path) -> tuple[Path, tuple[str, str], int | None]:
   return workdir, stages[0], None if step is None else int(step)
 
 
-def run_config(config, workdir: Path):
-  """The config of the run in `workdir`, with this call's export section, mesh and lora.export."""
+def run_config(config, workdir: Path, *, mine: tuple[str, ...]):
+  """The config of the run in `workdir`, with the steps that its budget gave, and this call's sections `mine`."""
   saved = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
   result = config.copy_and_resolve_references()
   try:
-    result.update({key: value for key, value in saved.items() if key not in ("export", "mesh")})
+    result.update({key: value for key, value in saved.items() if key not in mine})
   except (KeyError, TypeError, AttributeError) as error:
     raise FolderError(f"{workdir / 'config.json'} is not a config of this version: {error}") from None
-  result.lora.export = config.lora.export
   if (workdir / BUDGETS).exists():
     result.steps = json.loads((workdir / BUDGETS).read_text(encoding="utf-8")).get("rl", result.steps)
   return result

@@ -21,7 +21,7 @@ from r2m_jax.data.batches import Stream
 from r2m_jax.folders import RENDERER, FolderError, Policy, RewardModel
 from r2m_jax.folders import describe_reward, load_policy, load_reward, mesh_of, reward_start
 from r2m_jax.lab.stages import epochs_of_rows
-from r2m_jax.metrics import append_samples, read_metrics, write_atomic
+from r2m_jax.metrics import append_samples, read_json, read_metrics, write_atomic
 from r2m_jax.models import lora
 from r2m_jax.optim import make_optimizer
 from r2m_jax.prepare import PromptData, batch_of, enough, judged_pairs, judgments_labeller, packed_lines, pairs
@@ -53,7 +53,7 @@ def run(config, workdir: Path) -> None:
 def budgeted(workdir: Path, stage: str, seconds: float, measure) -> int:
   """The steps that a budget of seconds gives, measured once in a workdir."""
   path = workdir / export.BUDGETS
-  saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  saved = read_json(path) if path.exists() else {}
   if stage not in saved:
     saved[stage] = measure(seconds)
     write_atomic(path, json.dumps(saved))
@@ -136,8 +136,9 @@ def hold_contract(workdir: Path, renderer: Renderer) -> None:
   """The renderer's contract lies with the run's checkpoints; a run that goes on with another one is refused."""
   path = workdir / RENDERER
   if path.exists():
-    renderer.require(json.loads(path.read_text(encoding="utf-8")), workdir)
-  write_atomic(path, json.dumps(renderer.contract, indent=2))
+    renderer.require(read_json(path), workdir)
+  else:
+    write_atomic(path, json.dumps(renderer.contract, indent=2))
 
 
 # ---- r2m ----
@@ -171,7 +172,7 @@ def run_r2m(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
   if config.budget:
     probed = with_variant(config, arms[-1])
     probe = build_lora(probed, mesh, arch=policy.arch, reward_arch=reward.arch)
-    measure = lambda seconds: rl_steps_within(seconds, probed, probe, policy, reward, data)
+    measure = lambda seconds: rl_steps_within(seconds, probed, probe, policy, reward, data, workdir)
     config = with_variant(config, config.variant)
     config.steps = budgeted(workdir, "rl", config.budget, measure)
   for i, variant in enumerate(arms):
@@ -181,10 +182,12 @@ def run_r2m(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
     run_arm(arm, built, workdir, policy, reward, data, folder, donate=last)
 
 
-def rl_steps_within(seconds: float, config, built: Build, policy: Policy, reward: RewardModel, data) -> int:
+def rl_steps_within(
+  seconds: float, config, built: Build, policy: Policy, reward: RewardModel, data, workdir: Path
+) -> int:
   """How many RL steps take about `seconds`, compiling apart, from three steps timed here; prints the rate."""
   state, times = start_state(config, built, policy, reward, donate=False), []
-  labeller = labeller_of(config, policy, reward)
+  labeller = labeller_of(config, policy, reward, workdir)
   step = make_two_part_step(config, built, policy, reward, sharding.shardings(state, built.mesh), labeller)
   for t in range(3):
     began, index = time.perf_counter(), data.order[t]
@@ -197,9 +200,9 @@ def rl_steps_within(seconds: float, config, built: Build, policy: Policy, reward
   return steps
 
 
-def labeller_of(config, policy: Policy, reward: RewardModel) -> Labeller | None:
+def labeller_of(config, policy: Policy, reward: RewardModel, workdir: Path) -> Labeller | None:
   """What orders the pairs of the reward update from the file of judgments, where the run asks for real labels."""
-  return judgments_labeller(config, judged_pairs(config, policy, reward)) if uses_labels(config) else None
+  return judgments_labeller(config, judged_pairs(config, policy, reward, workdir)) if uses_labels(config) else None
 
 
 def make_two_part_step(config, built: Build, policy: Policy, reward: RewardModel, layout, labeller=None):
@@ -241,8 +244,9 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
   state, fresh = loop.resume(config, checkpoints, state, data=rows_are)
   if int(state.step) < config.steps:
     if VARIANTS[arm].start == "head" and fresh:
-      state = warm_start(config, built, workdir, state, judged_pairs(config, policy, reward))
-    step = make_two_part_step(config, built, policy, reward, layout, labeller_of(config, policy, reward))
+      state = warm_start(config, built, workdir, state, judged_pairs(config, policy, reward, workdir))
+    labeller = labeller_of(config, policy, reward, workdir)
+    step = make_two_part_step(config, built, policy, reward, layout, labeller)
     # a step takes one batch: the saved step is where the data goes on
     order = Timed(Stream(data.order, start=int(state.step)))
 

@@ -113,6 +113,7 @@ def run(config, workdir: Path) -> None:
   from r2m_jax.checkpoint import CheckpointError
   from r2m_jax.data.jsonl import DataError
   from r2m_jax.folders import FolderError
+  from r2m_jax.metrics import DamagedFile
   from r2m_jax.text import TextError
 
   try:
@@ -136,7 +137,7 @@ def run(config, workdir: Path) -> None:
   except loop.Interrupted as signal:
     print(f"stopped by {signal}: the same command goes on from what is saved", file=sys.stderr)
     sys.exit(loop.RESUME)
-  except (CheckpointError, loop.Diverged) as error:
+  except (CheckpointError, DamagedFile, loop.Diverged) as error:
     stop(error, status=1)
   except OSError as error:
     if error.errno not in DISK:

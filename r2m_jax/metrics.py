@@ -36,6 +36,21 @@ def write_atomic(path, data):
     raise
 
 
+class DamagedFile(ValueError):
+  """A file of a workdir that is not what a run writes; the message says which and what to do."""
+
+
+def read_json(path):
+  """The object in a JSON file of a workdir. Raises DamagedFile where there is none in it."""
+  try:
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+  except (ValueError, RecursionError) as error:
+    raise DamagedFile(f"{path} is damaged: {error}; bring it back from a copy, or choose another --workdir") from None
+  if not isinstance(found, dict):
+    raise DamagedFile(f"{path} is damaged: it holds no object; bring it back from a copy, or choose another --workdir")
+  return found
+
+
 def read_jsonl(path):
   """The rows of a JSON-lines file; [] where there is none. A last line cut by a crash is left out."""
   path = Path(path)
@@ -51,7 +66,9 @@ def read_jsonl(path):
     except ValueError as error:
       if number == len(lines):  # no newline after it: the write was cut
         break
-      raise ValueError(f"{path}:{number} is not JSON: {line[:80]!r}") from error
+      raise DamagedFile(
+        f"{path}:{number} is not JSON: {line[:80]!r}; take the line out, or bring the file back from a copy"
+      ) from error
   return rows
 
 

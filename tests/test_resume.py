@@ -399,6 +399,8 @@ def test_any_sample_is_made_again_token_for_token(tmp_path, monkeypatch, capsys)
     assert found["example_id"] == prompt + step * cfg.rollout.prompts
     assert len(found["logprobs"]) == len(found["tokens"]) and max(found["logprobs"]) <= 0
     np.testing.assert_allclose(np.sum(found["attention"], -1), 1, rtol=1e-5)
+    fused = found["omega"] * found["own"][0] + (1 - found["omega"]) * found["read"][0]  # eq. 4
+    assert fused == pytest.approx(found["reward"], abs=1e-5) and len(found["states"]) == len(found["attention"][0])
     shown = capsys.readouterr().out
     assert "metrics of the step against metrics.jsonl: largest difference 0.0e+00" in shown, shown
   assert files() == before
