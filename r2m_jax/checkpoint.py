@@ -15,9 +15,9 @@ from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as keep
 
+from r2m_jax import hosts
 from r2m_jax.metrics import write_atomic
 
 MANIFEST = "manifest.json"
@@ -53,7 +53,7 @@ class Checkpoints(ocp.CheckpointManager):
 
   def _sign(self) -> None:
     """All files are written and none is at its final place yet."""
-    if jax.process_index() == 0:
+    if hosts.first():
       folder = self.folder / f"{self.facts['step']}{UNFINISHED}"
       write_atomic(folder / MANIFEST, json.dumps(self.facts | {"files": digests(folder)}, indent=1))
 
@@ -96,7 +96,7 @@ def wait(checkpoints: Checkpoints) -> None:
 def newest(checkpoints: Checkpoints) -> int | None:
   """Step of the newest sound checkpoint, None where there is none. Damaged ones are reported and set aside."""
   wait(checkpoints)
-  if jax.process_index() == 0:
+  if hosts.first():
     for left in checkpoints.folder.glob(f"*{UNFINISHED}"):
       print(f"resume   {left} was never finished: removed")
       shutil.rmtree(left, ignore_errors=True)
@@ -106,8 +106,7 @@ def newest(checkpoints: Checkpoints) -> int | None:
         break
       print(f"resume   checkpoint {checkpoints.folder / str(step)} is damaged: {problem}; the one before is used")
       set_aside(checkpoints.folder / str(step))
-  if jax.process_count() > 1:  # the others wait until the first has looked
-    multihost_utils.sync_global_devices("checkpoints are checked")
+  hosts.meet()  # the others wait until the first has looked
   checkpoints.reload()
   step = checkpoints.latest_step()
   if step is not None:

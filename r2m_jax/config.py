@@ -8,6 +8,7 @@ import re
 from ml_collections import ConfigDict
 
 from r2m_jax.advantages import NORMS
+from r2m_jax.hosts import HostsError, addresses
 from r2m_jax.losses import RATIOS
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.ops import AGGREGATIONS, COMBINE
@@ -19,7 +20,7 @@ ALGORITHMS = ("rloo", "grpo", "reinforce++", "remax", "ppo")
 ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
 # settings that a run may change from one start to the next: they say how far, where and how often, not what is computed
-FREE = ("task", "mesh", "log", "checkpoint", "guard", "replay", "export", "generate", "score")
+FREE = ("task", "mesh", "log", "checkpoint", "guard", "replay", "export", "generate", "score", "hosts")
 SECRET = re.compile(r"hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|AKIA[0-9A-Z]{16}|://[^/\s]+:[^/\s]+@")
 OPTIMIZER_SECTIONS = ("policy", "critic", "r2m", "sft", "reward", "scratch.lm")
 
@@ -81,7 +82,8 @@ def check_config(config: ConfigDict) -> None:
     "scratch.lm.steps", "scratch.lm.batch_size", "scratch.samples",
     "reward.batch_size", "reward.heldout_pairs", "log.checkpoint_every", "log.samples", "data.max_prompt_length",
     "data.max_response_length", "generate.max_new_tokens", "generate.batch_size", "score.batch_size", "kl.horizon",
-    "reward.ensemble", "r2m.warm_epochs", "checkpoint.keep_last", "guard.max_skipped",
+    "reward.ensemble", "r2m.warm_epochs", "checkpoint.keep_last", "guard.max_skipped", "hosts.start_timeout",
+    "hosts.heartbeat_timeout", "hosts.end_timeout",
   ):  # fmt: skip
     at_least(field, 1)
   for field in (
@@ -166,6 +168,10 @@ def check_config(config: ConfigDict) -> None:
     "as 'r2m' or 'iterative_head'",
   )  # fmt: skip
   need(config.reward.batch_size <= config.reward.pairs, "reward.batch_size", "must not exceed reward.pairs")
+  try:
+    addresses(config.hosts)
+  except HostsError as error:
+    raise ConfigError(error) from None
   mesh = tuple(config.mesh)
   need(
     len(mesh) == 3 and all(isinstance(m, int) and (m > 0 or m == -1) for m in mesh) and mesh.count(-1) <= 1,

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from r2m_jax import checkpoint, parity
+from r2m_jax import checkpoint, hosts, parity
 from r2m_jax.build import build, init_adapters, initial_state, lora_of
 from r2m_jax.card import write_card
 from r2m_jax.folders import (
@@ -43,11 +43,15 @@ def new_folder(out: Path) -> Iterator[Path]:
   if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in models):
     raise FolderError(f"{out} is not empty and holds no model; give a new folder")
   part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
-  for left in (part, old):
-    shutil.rmtree(left, ignore_errors=True)
+  if hosts.first():
+    for left in (part, old):
+      shutil.rmtree(left, ignore_errors=True)
+  hosts.meet()
   yield part
-  if jax.process_index() != 0:
-    return
+  hosts.on_first(lambda: replace(out, part, old))
+
+
+def replace(out: Path, part: Path, old: Path) -> None:
   if out.exists():
     out.rename(old)
   part.rename(out)
@@ -66,14 +70,15 @@ def write_policy(out: Path, config, policy: Policy, state: nnx.State, workdir: P
     if peft:
       save_peft(folder, policy.arch, state, lora, config.policy.path)
       for file in (file for pattern in TOKENIZER_FILES for file in policy.folder.glob(pattern)):
-        shutil.copyfile(file, folder / file.name)
+        if hosts.first():
+          shutil.copyfile(file, folder / file.name)
     else:
       weights = state if lora is None else merged(state, base, lora)
       save_pretrained(folder, policy.arch, weights, tokenizer_folder=policy.folder)
       ends = {"eos_token_id": list(policy.tokenizer.eos_ids), "pad_token_id": policy.tokenizer.pad_id}
-      if jax.process_index() == 0 and not (folder / "generation_config.json").exists():
+      if hosts.first() and not (folder / "generation_config.json").exists():
         (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
-    if jax.process_index() == 0:
+    if hosts.first():
       write_card(folder, config, workdir, kind="adapters" if peft else "policy", bases=bases)
   finish(config, out, "policy", None if peft else lambda: parity.policy_gap(out))
 
@@ -91,12 +96,13 @@ def write_reward(out: Path, config, reward: RewardModel, backbone, phi, workdir:
   with new_folder(out) as folder:
     bias = reward.has_bias or bool(np.abs(np.asarray(phi["bias"][...])).max() > 0)
     save_pretrained(folder, reward.arch, backbone, score=score_of(phi, bias=bias), tokenizer_folder=reward.folder)
-    if jax.process_index() == 0:
+    tensors = None if head is None else head_tensors(head[1])
+    if hosts.first():
       if contract:
         (folder / RENDERER).write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
       if head is not None:
         (folder / HEAD_CONFIG).write_text(json.dumps(dataclasses.asdict(head[0]), indent=2) + "\n", encoding="utf-8")
-        save_file(head_tensors(head[1]), folder / HEAD_WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
         shutil.copyfile(HEAD_MODULE, folder / HEAD_MODULE.name)
       rule = "its chat template" if contract and contract["template_sha256"] else "the text prompt + ' ' + response"
       kind = "reward" if head is None else "r2m_reward"
@@ -128,7 +134,7 @@ def write_run(out: Path, config, policy: Policy, reward: RewardModel, state, wor
 
 def finish(config, out: Path, what: str, gap) -> None:
   """Says how far transformers is from ours on the written folder, and uploads it where asked to."""
-  if jax.process_index() != 0:
+  if not hosts.first():
     return
   print(f"export   {what} in {out}")
   if config.export.check and gap is None:

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from r2m_jax import sharding
+from r2m_jax import hosts, sharding
 from r2m_jax.build import model_kwargs
 from r2m_jax.config import ConfigError
 from r2m_jax.models.arch import ArchConfig
@@ -133,6 +133,7 @@ def reward_start(reward: RewardModel, mesh):
   phi = reward.phi
   if phi is None:
     phi = nnx.state(nnx.Linear(reward.arch.hidden_size, 1, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0)))
+    phi = hosts.put(jax.device_get(phi), sharding.shardings(phi, mesh))
   state = {"backbone": reward.state, "phi": phi}
   return jax.device_put(state, sharding.shardings(state, mesh))
 
@@ -207,10 +208,10 @@ def load_head(folder: pathlib.Path) -> tuple[HeadConfig, nnx.State] | None:
 
 
 def head_tensors(head: nnx.State) -> dict[str, np.ndarray]:
-  """The head's weights by name, linears as [out, in], float32."""
+  """The head's weights by name, linears as [out, in], float32. All processes must ask."""
   tensors = {}
   for path, x in jax.tree_util.tree_flatten_with_path(head)[0]:
     module, leaf = sharding.path_name(path).split("/")
-    x = np.asarray(x, np.float32)
+    x = np.asarray(hosts.fetch(x), np.float32)
     tensors[f"{module}.{'bias' if leaf == 'bias' else 'weight'}"] = np.ascontiguousarray(x.T if leaf == "kernel" else x)
   return tensors

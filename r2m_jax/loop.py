@@ -14,9 +14,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from r2m_jax import checkpoint
+from r2m_jax import checkpoint, hosts
 from r2m_jax.checkpoint import CheckpointError, Checkpoints
 from r2m_jax.config import identity
 from r2m_jax.metrics import Metrics, plain, progress, read_jsonl, write_atomic
@@ -67,19 +66,20 @@ def signals_end_the_run() -> Iterator[None]:
 def at_hand() -> Iterator[Callable[[], bool]]:
   """Holds signals back. Gives `asked()`, whether one came to any process; raises Interrupted at the end if so."""
   global _at_hand
+  stopping = False
 
   def asked() -> bool:
-    if jax.process_count() == 1:
-      return bool(_received)
-    return bool(multihost_utils.process_allgather(np.asarray(bool(_received))).any())  # all stop after the same step
+    nonlocal stopping
+    stopping = hosts.any_of(_received)  # all stop after the same step
+    return stopping
 
   _at_hand = True
   try:
     yield asked
   finally:
     _at_hand = False
-  if _received:
-    raise Interrupted(signal.Signals(_received[0]).name)
+  if _received or stopping:
+    raise Interrupted(signal.Signals(_received[0]).name if _received else "a signal to another process")
 
 
 # ---- the loop ----

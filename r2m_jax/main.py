@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import functools
+import json
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from r2m_jax import hosts
 from r2m_jax.config import ConfigError, check_config, check_fields
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/quickstart.py", lock_config=True)
@@ -102,9 +104,12 @@ def main(argv):
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "r2m_jax" / "jax"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    run(config, Path(WORKDIR.value))
-  except ConfigError as error:
+    with hosts.together(config.hosts):
+      run(config, Path(WORKDIR.value))
+  except (ConfigError, hosts.HostsError) as error:
     stop(error)
+  except hosts.Elsewhere:
+    sys.exit(1)
 
 
 def run(config, workdir: Path) -> None:
@@ -116,6 +121,8 @@ def run(config, workdir: Path) -> None:
   from r2m_jax.metrics import DamagedFile
   from r2m_jax.text import TextError
 
+  given = {name: value for name, value in json.loads(config.to_json()).items() if name != "hosts"}
+  hosts.require_same([given, str(workdir)], "what they were given; start the same command on every host")
   try:
     with loop.signals_end_the_run():
       if config.task in ("generate", "score"):
@@ -138,6 +145,7 @@ def run(config, workdir: Path) -> None:
     print(f"stopped by {signal}: the same command goes on from what is saved", file=sys.stderr)
     sys.exit(loop.RESUME)
   except (CheckpointError, DamagedFile, loop.Diverged) as error:
+    hosts.end_if_lost(error)
     stop(error, status=1)
   except OSError as error:
     if error.errno not in DISK:

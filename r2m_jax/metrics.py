@@ -1,7 +1,7 @@
 """What a run leaves on disk while it trains: metrics.jsonl, samples.jsonl, TensorBoard events and a progress line.
 
 A row of metrics.jsonl is {"stage", "arm", "step", "seconds", **scalars}, one JSON object a line. This file knows no
-model, no config and no other file of the package. One process writes a work directory at a time.
+model and no config. Of the processes of a run the first alone writes: here, not where something is written.
 """
 
 import contextlib
@@ -15,6 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from r2m_jax import hosts
+
 ROW_KEYS = ("stage", "arm", "step", "seconds")
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no such numbers: kept as strings
 
@@ -24,6 +26,8 @@ _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has n
 
 def write_atomic(path, data):
   """Writes str or bytes so that a reader sees the old file or the new one, never a part."""
+  if not hosts.first():
+    return
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -124,13 +128,13 @@ class Metrics:
   """The log of one stage of one arm: metrics.jsonl, and the same scalars under tensorboard/.
 
   from_step is 0 for a fresh start, or the step a resumed run does next: older rows at or past it are dropped, so every
-  step appears once. enabled is False on all hosts but the first.
+  step appears once.
   """
 
   def __init__(self, workdir, stage, arm="", *, from_step, enabled=True):
-    self.stage, self.arm, self.enabled = stage, arm, enabled
+    self.stage, self.arm, self.enabled = stage, arm, enabled and hosts.first()
     self._file = self._events = None
-    if not enabled:
+    if not self.enabled:
       return
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -204,6 +208,7 @@ class Progress:
     self.total, self.label, self.unit, self.n = total, label, unit, initial
     self._out = out or sys.stderr
     self._bar = None
+    enabled = enabled and hosts.first()
     self._lines = enabled and not self._out.isatty()
     if enabled and not self._lines:
       self._bar = tqdm(total=total, desc=label, unit=unit, initial=initial, file=self._out, dynamic_ncols=True)

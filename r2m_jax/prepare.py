@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from r2m_jax import hosts
 from r2m_jax.config import ConfigError
 from r2m_jax.data.batches import group_by_length, pack, row_batches
 from r2m_jax.data.jsonl import DataError
@@ -42,7 +42,7 @@ def row_stream(config, rows: list[dict], batch_size: int, *, lengths=None):
   """(dataset of row numbers, padded length of each row) for one stage.
 
   Args:
-    lengths: of the rows in tokens, to group them by; None leaves them in one group, with all rows for every process.
+    lengths: of the rows in tokens, to group them by; None leaves them in one group.
   """
   parts = [row["part"] for row in rows]
   weights = tuple(config.data.weights)
@@ -53,8 +53,7 @@ def row_stream(config, rows: list[dict], batch_size: int, *, lengths=None):
   used = sorted(set(parts))  # a name whose rows were all dropped is no source
   parts = [used.index(part) for part in parts]
   weights = [weights[part] for part in used] if weights else ()
-  shard = (jax.process_index(), jax.process_count()) if lengths is not None else (0, 1)
-  return row_batches(parts, batch_size, seed=config.seed, weights=weights, groups=groups, shard=shard), groups
+  return row_batches(parts, batch_size, seed=config.seed, weights=weights, groups=groups), groups
 
 
 def hold(workdir: Path, stage: str, rows: list[dict], ids: list, field: str = "data.name") -> None:
@@ -68,6 +67,7 @@ def hold(workdir: Path, stage: str, rows: list[dict], ids: list, field: str = "d
   for row, one in zip(rows, ids):
     files.setdefault(row["where"].rpartition(":")[0], []).append(one)
   found = {"rows": len(ids), "sha256": fingerprint(ids)}
+  hosts.require_same(found, f"the rows that config.{field} gives; let every host read the same files")
   found |= {"files": {file: {"rows": len(mine), "sha256": fingerprint(mine)} for file, mine in files.items()}}
   if not path.exists():
     write_atomic(path, json.dumps(found))
@@ -80,8 +80,8 @@ def hold(workdir: Path, stage: str, rows: list[dict], ids: list, field: str = "d
   changed = next((file for file in [*then, *now] if then.get(file) != now.get(file)), None)
   where = "" if changed is None else f" ({changed} gave {count(then, changed)} rows then, {count(now, changed)} now)"
   raise ConfigError(
-    f"config.{field} gives {found['rows']} rows that are not the {saved.get('rows')} with which {workdir} began{where}; "
-    "give it the files it had and the same command goes on, or choose another --workdir"
+    f"config.{field} gives {found['rows']} rows that are not the {saved.get('rows')} with which {workdir} began"
+    f"{where}; give it the files it had and the same command goes on, or choose another --workdir"
   )
 
 
@@ -143,8 +143,12 @@ def packed_lines(config, policy: Policy, workdir: Path, name: str):
   print(f"data     {len(texts)} of {len(rows)} dialogues for {name} make {len(lines)} lines of {length} tokens")
   enough(len(lines), "sft.batch_size", config.sft.batch_size)
   dataset, _ = row_stream(config, [{"part": 0}] * len(lines), config.sft.batch_size, lengths=[length] * len(lines))
-  full = np.ones((config.sft.batch_size // jax.process_count(), length), bool)
-  return dataset, lambda batch: {"tokens": lines[batch], "token_mask": full, "response_mask": full[:, 1:]}
+
+  def collate(batch):
+    full = np.ones((len(batch), length), bool)
+    return {"tokens": lines[batch], "token_mask": full, "response_mask": full[:, 1:]}
+
+  return dataset, collate
 
 
 # ---- reward ----

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from r2m_jax import checkpoint, loop
+from r2m_jax import checkpoint, hosts, loop
 from r2m_jax.losses import bradley_terry
 from r2m_jax.metrics import Metrics, progress
 from r2m_jax.models.reward import member_scores, read_rte
 from r2m_jax.ops import combine, masked_mean, predicts_response, token_stats
 from r2m_jax.optim import descend, make_optimizer
-from r2m_jax.sharding import place_batch, shardings
+from r2m_jax.sharding import shardings
 from r2m_jax.step import Defs, make_score
 from r2m_jax.variants import States
 
@@ -111,8 +111,9 @@ def fit(
 ):
   """Minimises loss_fn over `total` batches and returns the state; it is donated. Logs to stage `stage` of the workdir.
 
-  `data/wait` is the share of the time since the row before that was spent waiting for the next batch. What a signal or
-  the clock makes it save lies in WORKDIR/partial, from where it goes on, until the stage is done.
+  Every process gives its own rows of a batch (`hosts.rows_of`). `data/wait` is the share of the time since the row
+  before that was spent waiting for the next batch. What a signal or the clock makes it save lies in WORKDIR/partial,
+  from where it goes on, until the stage is done.
 
   Args:
     frozen: a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
@@ -137,8 +138,9 @@ def fit(
   with loop.at_hand() as asked, checkpoint.finished(partial), Metrics(workdir, stage, from_step=start) as log:
     with progress(total, stage, initial=start) as bar:
       for i, batch in enumerate(batches, start):
-        state, opt, metrics = update(state, opt, place_batch(batch, batch_sharding), *extra)
-        late = budget and began and time.perf_counter() - began > LATE * budget
+        state, opt, metrics = update(state, opt, hosts.place(batch, batch_sharding), *extra)
+        turn = jax.process_count() == 1 or i % LOG_EVERY == 0  # the processes agree where the device is waited for
+        late = turn and hosts.any_of(budget and began and time.perf_counter() - began > LATE * budget)
         if i % LOG_EVERY == 0 or i == total - 1 or late:
           metrics = {k: float(v) for k, v in metrics.items()}
           log.log(i, metrics | {"data/wait": batches.waiting_share()})
@@ -147,7 +149,8 @@ def fit(
           if bad == BAD_ROWS:
             raise loop.Diverged(f"{stage}: updates up to {i} are skipped, loss {metrics['loss']}: lower {stage}'s lr")
         bar.update(**({"loss": metrics["loss"]} if isinstance(metrics["loss"], float) else {}))
-        if (stop := asked()) or time.monotonic() - saved > SAVE_SECONDS:
+        stop = turn and asked()
+        if stop or turn and hosts.any_of(time.monotonic() - saved > SAVE_SECONDS):
           checkpoint.save(partial, i + 1, (state, opt))
           saved = time.monotonic()
         if late:
@@ -209,7 +212,7 @@ def steps_within(
     batch_of.setdefault(shape, batch)
   total = 0.0
   for shape, batch in batch_of.items():
-    batch = place_batch(batch, batch_sharding)
+    batch = hosts.place(batch, batch_sharding)
     jax.block_until_ready(grads(state, batch, *extra))
     start = time.perf_counter()
     jax.block_until_ready([grads(state, batch, *extra) for _ in range(2)])

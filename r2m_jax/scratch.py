@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from r2m_jax import finetune, prepare, serve, tokenizer
+from r2m_jax import finetune, hosts, prepare, serve, tokenizer
 from r2m_jax.build import build
 from r2m_jax.config import check_batch, check_config
 from r2m_jax.data.jsonl import DataError
@@ -60,7 +60,7 @@ def run(config, workdir: Path) -> None:
     tables = measure(of("r2m", names.prompts, **models), workdir, mesh, {"lm": lm, "sft": sft}, outs)
     write_atomic(workdir / TABLES, json.dumps(tables))
     record(workdir, "measurements", began)
-  finish(config, workdir)
+  hosts.on_first(lambda: finish(config, workdir))
 
 
 def require_data(config) -> None:

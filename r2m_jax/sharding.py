@@ -48,6 +48,11 @@ def make_mesh(sizes: tuple[int, ...], devices=None) -> Mesh:
   """A (data, fsdp, tensor) mesh over the first devices that it needs."""
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(sizes, len(devices))
+  if jax.process_count() > 1 and np.prod(shape) < len(devices):
+    raise ValueError(
+      f"config.mesh is {shape}: with {jax.process_count()} processes it must cover all {len(devices)} devices, such as "
+      "(-1, 1, 1)"
+    )
   # Auto axes: under Explicit ones an ordinary gather raises
   return jax.make_mesh(shape, AXES, devices=devices[: int(np.prod(shape))], axis_types=(AxisType.Auto,) * 3)
 
@@ -82,10 +87,3 @@ def shardings(tree, mesh: Mesh):
 def constrain_batch(mesh: Mesh):
   """A function that lays the leading axis of an array over data and fsdp."""
   return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
-
-
-def place_batch(batch, layout: NamedSharding):
-  """Host arrays on the devices of `layout`. With several processes each gives its own rows of the whole batch."""
-  if jax.process_count() == 1:
-    return jax.device_put(batch, layout)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout, x), batch)

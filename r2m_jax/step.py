@@ -20,7 +20,7 @@ import optax
 from flax import nnx, struct
 from jax.sharding import Mesh
 
-from r2m_jax import losses
+from r2m_jax import hosts, losses
 from r2m_jax.config import kl_estimator
 from r2m_jax.generate import generate
 from r2m_jax.models.critic import read_values
@@ -435,7 +435,7 @@ def make_step(
 
   def labelled_step(state: TrainState, prompts: Prompts) -> tuple[TrainState, StepOutput]:
     number, sequences = int(state.step), rollout(state, prompts)
-    pairs = labeller(jax.device_get(sequences), number)
+    pairs = labeller(hosts.fetch(sequences), number)
     return learn(state, sequences, sequences.tokens, sequences.token_mask, pairs)
 
   return labelled_step

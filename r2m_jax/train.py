@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r2m_jax import checkpoint, loop, sharding
+from r2m_jax import checkpoint, hosts, loop, sharding
 from r2m_jax.build import KEY_TABLE, Build, abstract, build, init_policy, init_reward_model, initial_state
 from r2m_jax.checks import check_model, check_step_zero
 from r2m_jax.config import FREE, ConfigError, check_batch, difference
@@ -76,9 +76,15 @@ def run_once(config, workdir: Path) -> None:
           workdir, "reward_golden", reward_like, lambda: fit_golden(arm, built, workdir, policy, reward)
         )
       run_arm(arm, built, workdir, policy, start)
-  report = write_report(workdir, title=f"R2M: {config.task}, {config.algorithm}, seed {config.seed}")
+  title = f"R2M: {config.task}, {config.algorithm}, seed {config.seed}"
+  hosts.on_first(lambda: conclude(workdir, title, f"figures  {workdir / 'figures'}"))
+
+
+def conclude(workdir: Path, title: str, *lines: str) -> None:
+  """Writes the report and prints the summary and where things are."""
+  report = write_report(workdir, title=title)
   print(format_summary(summary_table(read_metrics(workdir))))
-  print(f"report   {report}\nfigures  {workdir / 'figures'}\nmetrics  {workdir / 'metrics.jsonl'}")
+  print("\n".join([f"report   {report}", *lines, f"metrics  {workdir / 'metrics.jsonl'}"]))
 
 
 def run_arm(config, built: Build, workdir: Path, policy, reward) -> None:
@@ -102,8 +108,8 @@ def run_arm(config, built: Build, workdir: Path, policy, reward) -> None:
 
   def advance(state, t: int):
     prompts = rl_prompts(config, t)
-    state, out = step(state, prompts)
-    out = jax.device_get(out)
+    state, out = step(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
+    out = hosts.fetch(out)
     metrics = out.metrics | gold_metrics(out, config.rollout.group_size)
     if t == 0:
       check_step_zero(metrics, config.dtype, truncated=truncated(config))
@@ -162,7 +168,7 @@ def make_table(config, built: Build):
     return sequences, judge(state, w, sequences, old, ref, sequences.tokens, sequences.token_mask, sampled=count)[0]
 
   def table(state, when: str) -> list[dict]:
-    sequences, judged = jax.device_get(sample(state))
+    sequences, judged = hosts.fetch(sample(state))
     gold, width = goldtask.gold(sequences), sequences.response_mask.shape[1]
     return [
       {
@@ -202,8 +208,15 @@ def with_variant(config, variant: str):
 def claim(config, workdir: Path) -> None:
   """Records the config in the workdir; refuses a workdir that another config has used, so nothing saved is lost.
 
-  A new workdir with config.checkpoint.fork_from first takes over what that run has saved, and says what differs.
+  A new workdir with config.checkpoint.fork_from first takes over what that run has saved, and says what differs. With
+  several processes the first one does it, and all must see the workdir.
   """
+  hosts.on_first(lambda: claim_alone(config, workdir))
+  hosts.require_shared(workdir)
+
+
+def claim_alone(config, workdir: Path) -> None:
+  """What the first process does of `claim`."""
   path, new, fork = workdir / "config.json", json.loads(config.to_json()), config.checkpoint.fork_from
   try:
     if path.exists():
@@ -262,5 +275,6 @@ def stage(workdir: Path, name: str, like, make):
   result = make()
   checkpoint.save(checkpoints, 0, result)
   checkpoint.wait(checkpoints)
-  shutil.rmtree(workdir / PARTIAL / name, ignore_errors=True)
+  if hosts.first():
+    shutil.rmtree(workdir / PARTIAL / name, ignore_errors=True)
   return result

@@ -23,6 +23,7 @@ FLOORS = {
   "r2m_jax.advantages": 1,
   "r2m_jax.schedules": 1,
   "r2m_jax.sharding": 1,
+  "r2m_jax.hosts": 1,
   "r2m_jax.summary": 1,
   "r2m_jax.variants": 1,
   "r2m_jax.models.transformer": 1,

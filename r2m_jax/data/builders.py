@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
+from r2m_jax import hosts
 from r2m_jax.data.files import Record, find_files, read_file
 from r2m_jax.data.jsonl import DataError
 from r2m_jax.data.rows import BadRows, good_rows, hub_files, of_split
@@ -116,7 +117,9 @@ def records(name: str, data) -> Iterator[Record]:
   try:
     if base in BUILDERS:
       builder = BUILDERS[base](root=data.root, max_bad_share=data.max_bad_share, config=part or None, **kwargs)
-      builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+      downloads = tfds.download.DownloadConfig(try_download_gcs=False)
+      hosts.on_first(lambda: builder.download_and_prepare(download_config=downloads))
+      builder.download_and_prepare(download_config=downloads)  # there already, or a disk of this host's own
     else:
       builder = tfds.builder(name, file_format="array_record", **kwargs)
     source = builder.as_data_source(split=split)
