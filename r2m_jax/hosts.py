@@ -100,14 +100,19 @@ def together(settings) -> Iterator[None]:
   Raises:
     HostsError: the others did not come.
   """
-  if not _join(settings):
-    yield
-    return
-  with _told_when_lost(settings.heartbeat_timeout):
+  with contextlib.ExitStack() as stack:
+    on_abort = stack.enter_context(_last_words())
+    on_abort(f"error: {_missing(settings)}", 2)
+    if not _join(settings):
+      stack.close()
+      yield
+      return
+    silence = settings.heartbeat_timeout
+    on_abort(_lost(f"killed, its host gone, or no sign of life for {silence} s (config.hosts.heartbeat_timeout)"), LOST)
     try:
-      with contextlib.ExitStack() as stack:
+      with contextlib.ExitStack() as quiet:
         if not first():
-          stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+          quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
         yield
       meet()  # the first may still be writing its report
     except jax.errors.JaxRuntimeError as error:
@@ -141,48 +146,57 @@ def _join(settings) -> bool:
       return False  # no cluster
     raise HostsError(f"config.hosts: {error}") from None
   except (RuntimeError, OSError, KeyError) as error:
-    what = "the other processes" if given is None else f"{given[1]} processes at {given[0]}"
-    raise HostsError(
-      f"{what} did not come together ({' '.join(str(error).split())[:300]}): start the same command on every host "
-      f"within config.hosts.start_timeout = {settings.start_timeout} seconds, let them reach one another, or give "
-      f"config.hosts.coordinator={ALONE} for one process alone"
-    ) from error
+    raise HostsError(f"{_missing(settings)} ({' '.join(str(error).split())[:300]})") from error
   return jax.process_count() > 1
 
 
+def _missing(settings) -> str:
+  given = addresses(settings)
+  what = "the other processes" if given is None else f"{given[1]} processes at {given[0]}"
+  return (
+    f"{what} did not come together: start the same command on every host within config.hosts.start_timeout = "
+    f"{settings.start_timeout} seconds, let them reach one another, or give config.hosts.coordinator={ALONE} for one "
+    "process alone"
+  )
+
+
+def _lost(how: str) -> str:
+  return (
+    f"error: process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()} ends, because another "
+    f"process was lost: {how}. Its own output says why. The same command on every host goes on from what is saved."
+  )
+
+
 @contextlib.contextmanager
-def _told_when_lost(seconds: int) -> Iterator[None]:
-  """JAX aborts a process whose peers are gone. In here that abort says what happened and ends with `LOST`."""
+def _last_words() -> Iterator[Callable[[str, int], None]]:
+  """JAX aborts a process whose peers are gone or never come. In here such an abort says what was set as (words, status)
+  with the function that this gives."""
+  words, status = b"", LOST
 
   @ctypes.CFUNCTYPE(None, ctypes.c_int)
   def aborted(number):
     del number
-    how = f"killed, its host gone, or no sign of life for {seconds} s (config.hosts.heartbeat_timeout)"
-    os.write(2, lost_message(how).encode())
-    os._exit(LOST)
+    os.write(2, words)
+    os._exit(status)
+
+  def on_abort(text: str, code: int) -> None:
+    nonlocal words, status
+    words, status = f"\n{text}\n".encode(), code
 
   libc = ctypes.CDLL(None)
   libc.signal.restype, libc.signal.argtypes = ctypes.c_void_p, [ctypes.c_int, ctypes.c_void_p]
   before = libc.signal(signal.SIGABRT, ctypes.cast(aborted, ctypes.c_void_p))
   try:
-    yield
+    yield on_abort
   finally:
     libc.signal(signal.SIGABRT, before)
-
-
-def lost_message(how: str) -> str:
-  return (
-    f"\nerror: process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()} ends, because another "
-    f"process was lost: {how}. Its own output says why. The same command on every host goes on from what is saved.\n"
-  )
 
 
 def end_if_lost(error: BaseException | None) -> None:
   """Ends the program with status `LOST` where an error, or what caused it, is that another process is gone."""
   while error is not None and jax.process_count() > 1:
     if isinstance(error, jax.errors.JaxRuntimeError) and GONE.search(str(error)):
-      how = f"killed or its host gone ({' '.join(str(error).split())[:200]})"
-      print(lost_message(how), file=sys.stderr, flush=True)
+      print(_lost(f"killed or its host gone ({' '.join(str(error).split())[:200]})"), file=sys.stderr, flush=True)
       os._exit(LOST)  # not sys.exit, which would wait for the one that is gone
     error = error.__cause__ or error.__context__
 

@@ -114,6 +114,8 @@ def main(argv):
 
 def run(config, workdir: Path) -> None:
   """The task: a tokenizer, batch use of a folder, an export, a replay, a run on text, or the gold task."""
+  import jax
+
   from r2m_jax import export, finetune, loop, replay, scratch, serve, tokenizer, train
   from r2m_jax.checkpoint import CheckpointError
   from r2m_jax.data.jsonl import DataError
@@ -130,6 +132,8 @@ def run(config, workdir: Path) -> None:
       elif config.task == "export":
         export.run(config)
       elif config.task == "replay":
+        if jax.process_count() > 1:
+          raise ConfigError(f"config.task is 'replay': one process makes it; add --config.hosts.coordinator={hosts.ALONE}")
         replay.run(config, workdir)
       elif config.task == "tokenizer":
         tokenizer.run(config, workdir)
