@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
@@ -115,8 +116,10 @@ def together(settings) -> Iterator[None]:
           quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
         yield
       meet()  # the first may still be writing its report
-    except jax.errors.JaxRuntimeError as error:
+    except BaseException as error:
       end_if_lost(error)
+      told = isinstance(error, SystemExit)
+      on_abort("" if told else traceback.format_exc(), error.code if told and isinstance(error.code, int) else 1)
       raise
     finally:
       with contextlib.suppress(RuntimeError):  # another one left without a word: nothing more to wait for

@@ -108,8 +108,6 @@ def main(argv):
       run(config, Path(WORKDIR.value))
   except (ConfigError, hosts.HostsError) as error:
     stop(error)
-  except hosts.Elsewhere:
-    sys.exit(1)
 
 
 def run(config, workdir: Path) -> None:
@@ -123,9 +121,9 @@ def run(config, workdir: Path) -> None:
   from r2m_jax.metrics import DamagedFile
   from r2m_jax.text import TextError
 
-  given = {name: value for name, value in json.loads(config.to_json()).items() if name != "hosts"}
-  hosts.require_same([given, str(workdir)], "what they were given; start the same command on every host")
   try:
+    given = {name: value for name, value in json.loads(config.to_json()).items() if name != "hosts"}
+    hosts.require_same([given, str(workdir)], "what they were given; start the same command on every host")
     with loop.signals_end_the_run():
       if config.task in ("generate", "score"):
         serve.run(config)
@@ -133,7 +131,7 @@ def run(config, workdir: Path) -> None:
         export.run(config)
       elif config.task == "replay":
         if jax.process_count() > 1:
-          raise ConfigError(f"config.task is 'replay': one process makes it; add --config.hosts.coordinator={hosts.ALONE}")
+          raise ConfigError(f"config.task is 'replay': for one process; add --config.hosts.coordinator={hosts.ALONE}")
         replay.run(config, workdir)
       elif config.task == "tokenizer":
         tokenizer.run(config, workdir)
@@ -143,8 +141,10 @@ def run(config, workdir: Path) -> None:
         finetune.run(config, workdir)
       else:
         train.run(config, workdir)
-  except (DataError, FolderError, TextError) as error:
+  except (ConfigError, DataError, FolderError, TextError, hosts.HostsError) as error:
     stop(error)
+  except hosts.Elsewhere:
+    sys.exit(1)
   except loop.Interrupted as signal:
     print(f"stopped by {signal}: the same command goes on from what is saved", file=sys.stderr)
     sys.exit(loop.RESUME)

@@ -1,4 +1,7 @@
-"""Several processes: two of four devices equal one of eight, checkpoints move between them, a lost one ends the rest."""
+"""Several processes: two of four devices equal one of eight, checkpoints move between them, a lost one ends the other.
+
+The slower checks are behind `long`: ./launch/test.sh -m long tests/test_hosts.py
+"""
 
 import hashlib
 import json
@@ -177,7 +180,7 @@ def folder_arguments(root: pathlib.Path, **changes) -> list[str]:
     "log.samples": 7, "export.check": False, "policy.lr": 1e-3, "r2m.lr": 1e-2, "log.checkpoint_every": 1, "seed": 3,
     "score.batch_size": 4, "generate.batch_size": 4, "generate.max_new_tokens": 5, "generate.temperature": 0.7,
   } | changes  # fmt: skip
-  return ["--config=configs/default.py", *(f"--config.{name}={value}" for name, value in settings.items())]
+  return [f"--config={ROOT}/configs/default.py", *(f"--config.{name}={value}" for name, value in settings.items())]
 
 
 @pytest.fixture(scope="module")
