@@ -13,6 +13,7 @@ import secrets
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -110,6 +111,7 @@ def together(settings) -> Iterator[None]:
       return
     silence = settings.heartbeat_timeout
     on_abort(_lost(f"killed, its host gone, or no sign of life for {silence} s (config.hosts.heartbeat_timeout)"), LOST)
+    status = 0
     try:
       with contextlib.ExitStack() as quiet:
         if not first():
@@ -119,11 +121,15 @@ def together(settings) -> Iterator[None]:
     except BaseException as error:
       end_if_lost(error)
       told = isinstance(error, SystemExit)
-      on_abort("" if told else traceback.format_exc(), error.code if told and isinstance(error.code, int) else 1)
+      status = error.code if told and isinstance(error.code, int) else 1
+      on_abort("" if told else traceback.format_exc(), status)
       raise
     finally:
+      late = threading.Timer(settings.end_timeout + 10, os._exit, [status])  # whatever holds the others up
+      late.start()
       with contextlib.suppress(RuntimeError):  # another one left without a word: nothing more to wait for
         jax.distributed.shutdown()
+      late.cancel()
 
 
 def _join(settings) -> bool:
