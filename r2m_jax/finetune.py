@@ -240,8 +240,11 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
   checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
   state = start_state(config, built, policy, reward, donate=donate)
   layout = sharding.shardings(state, built.mesh)
-  rows_are = loop.fingerprint(data.ids)
-  state, fresh = loop.resume(config, checkpoints, state, data=rows_are)
+  began = dict(
+    data=loop.fingerprint(data.ids),
+    models=checkpoint.fingerprint((state.ref, state.reward_backbone, state.reward_frozen)),
+  )
+  state, fresh = loop.resume(config, checkpoints, state, **began)
   if int(state.step) < config.steps:
     if VARIANTS[arm].start == "head" and fresh:
       state = warm_start(config, built, workdir, state, judged_pairs(config, policy, reward, workdir))
@@ -264,7 +267,7 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
       shown = dict(reward=metrics["reward/used"], kl=metrics["kl"])
       return state, output, prompts.example_id, metrics, shown
 
-    state = loop.run_steps(config, workdir, checkpoints, state, advance, data=rows_are)
+    state = loop.run_steps(config, workdir, checkpoints, state, advance, **began)
   export.write_run(out, config, policy, reward, state, workdir)
 
 

@@ -213,11 +213,14 @@ class Progress:
   def update(self, n=1, **live):
     """n more units are done; live values are shown beside the speed."""
     self.n += n
-    if self._bar is not None:
-      self._bar.set_postfix({name: _short(value) for name, value in live.items()}, refresh=False)
-      self._bar.update(n)
-    elif self._lines:
-      self._line(live)
+    try:
+      if self._bar is not None:
+        self._bar.set_postfix({name: _short(value) for name, value in live.items()}, refresh=False)
+        self._bar.update(n)
+      elif self._lines:
+        self._line(live)
+    except (OSError, ValueError):  # the terminal is gone, the pipe closed: a run does not stop for that
+      self._bar, self._lines = None, False
 
   def _line(self, live):
     now = time.monotonic()
@@ -240,7 +243,8 @@ class Progress:
 
   def close(self):
     if self._bar is not None:
-      self._bar.close()
+      with contextlib.suppress(OSError, ValueError):
+        self._bar.close()
 
   def __enter__(self):
     return self
