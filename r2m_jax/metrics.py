@@ -74,8 +74,21 @@ def read_jsonl(path):
 
 def read_metrics(workdir):
   """The rows of metrics.jsonl, with "nan", "inf" and "-inf" as floats again."""
-  rows = read_jsonl(Path(workdir) / "metrics.jsonl")
+  rows = _rows(workdir)
   return [{k: v if k in ROW_KEYS or not isinstance(v, str) else _NONFINITE[v] for k, v in row.items()} for row in rows]
+
+
+def _rows(workdir):
+  """The rows of metrics.jsonl as they are stored, each with the types that `Metrics` writes."""
+  path = Path(workdir) / "metrics.jsonl"
+  number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
+  scalar = lambda x: number(x) or isinstance(x, str) and x in _NONFINITE
+  for row in (rows := read_jsonl(path)):
+    good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("stage", "arm"))
+    good = good and isinstance(row.get("step"), int) and number(row.get("seconds"))
+    if not good or not all(key in ROW_KEYS or scalar(x) for key, x in row.items()):
+      raise DamagedFile(f"{path} has a row that no run writes: {str(row)[:120]}; take it out, or bring the file back")
+  return rows
 
 
 def _dump(row):
@@ -88,7 +101,7 @@ def truncate(workdir, stage, arm, from_step):
   Returns the seconds that the last row left had, so that a resumed stage counts on from there.
   """
   path = Path(workdir) / "metrics.jsonl"
-  rows = read_jsonl(path)
+  rows = _rows(workdir)
   ours = [row for row in rows if (row["stage"], row["arm"]) == (stage, arm)]
   dropped = {id(row) for row in ours if row["step"] >= from_step}
   if path.exists():
@@ -206,7 +219,8 @@ class Progress:
     self._bar = None
     self._lines = enabled and not self._out.isatty()
     if enabled and not self._lines:
-      self._bar = tqdm(total=total, desc=label, unit=unit, initial=initial, file=self._out, dynamic_ncols=True)
+      with contextlib.suppress(OSError, ValueError):
+        self._bar = tqdm(total=total, desc=label, unit=unit, initial=initial, file=self._out, dynamic_ncols=True)
     self._first = None  # (n, time) after the first update: the speed leaves out compilation
     self._printed = (initial, time.monotonic())
 
