@@ -100,6 +100,7 @@ def check_config(config: ConfigDict) -> None:
     "replay.prompt", "replay.sample",
   ):  # fmt: skip
     at_least(field, 0)
+  at_least("replay.example_id", -1)
   need(config.rollout.group_size >= 2, "rollout.group_size", "R2M compares K >= 2 responses per prompt")
   need(config.rollout.temperature > 0, "rollout.temperature", "must be above 0: greedy samples have no log-probability")
   for field in ("r2m.omega_min", "r2m.alpha", "reward.label_flip", "data.max_bad_share"):

@@ -81,8 +81,8 @@ def hold(workdir: Path, stage: str, rows: list[dict], ids: list, field: str = "d
     before, after = (files[changed]["rows"] if changed in files else "no" for files in (then, now))
     where = f" ({changed} gave {before} rows then, {'others' if before == after else after} now)"
   raise ConfigError(
-    f"config.{field} gives {found['rows']} rows that are not the {saved.get('rows')} with which {workdir} began{where}; "
-    "give it the files it had and the same command goes on, or choose another --workdir"
+    f"config.{field} gives {found['rows']} rows that are not the {saved.get('rows')} with which {workdir} began"
+    f"{where}; give it the files it had and the same command goes on, or choose another --workdir"
   )
 
 

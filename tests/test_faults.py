@@ -1,4 +1,4 @@
-"""Faults from outside: rows and models that change under a run, other people's names and folders, secrets, dead pipes."""
+"""Faults from outside: rows and models that change under a run, names that lead elsewhere, secrets, dead pipes."""
 
 import gzip
 import io
@@ -182,7 +182,8 @@ def test_a_fingerprint_is_that_of_the_bits(dtype):
     x = np.random.default_rng(0).normal(size=(16, 24)).astype(dtype) * 5
     on = lambda x, *spec: jax.device_put(x, jax.NamedSharding(make_mesh((2, 2, 2)), jax.P(*spec)))
     want = checkpoint.fingerprint({"a": jnp.asarray(x)})
-    assert want == checkpoint.fingerprint({"a": on(x, "data", "fsdp")}) == checkpoint.fingerprint({"a": on(x, "tensor")})
+    for spec in (("data", "fsdp"), ("tensor",), ()):
+      assert checkpoint.fingerprint({"a": on(x, *spec)}) == want
     flipped, swapped = x.copy(), x.copy()
     flipped.view(np.uint8).flat[77] ^= 1
     swapped[[3, 4]] = swapped[[4, 3]]
@@ -308,7 +309,9 @@ def test_archives_and_pickles_are_not_opened(name, tmp_path):
     load(data, "pair")
 
 
-@pytest.mark.parametrize("source", ["../nowhere", "a/../b", "..a/b", "a/b/c", "/nowhere", "~/nowhere", "a\x00b", "https://x/y"])
+@pytest.mark.parametrize("source", [
+  "../nowhere", "a/../b", "..a/b", "a/b/c", "/nowhere", "~/nowhere", "a\x00b", "https://x/y"
+])  # fmt: skip
 def test_names_of_models_that_lead_elsewhere_are_refused(source):
   with pytest.raises(FolderError, match="config.policy.path is"):
     load_policy(source, default.get_config())

@@ -1,4 +1,4 @@
-"""Two hundred damaged inputs in one process: each is used as it is or refused in one line of ours, and nothing is written.
+"""Two hundred damaged inputs in one process: each is used or refused in one line of ours, and nothing is written.
 
 Files of rows, folders of models, exported reward models, workdirs and checkpoints, each valid until a few bytes or one
 value of its JSON are others. What is still accepted is held to what it promises.
@@ -86,7 +86,8 @@ def of_file(draw, name: str, content: bytes) -> bytes:
 
 def fuzz(examples: int):
   return lambda test: settings(
-    max_examples=examples, deadline=None, derandomize=True, database=None, phases=[Phase.generate], report_multiple_bugs=False, suppress_health_check=list(HealthCheck)
+    max_examples=examples, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
+    report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
   )(given(st.data())(test))
 
 
@@ -136,7 +137,8 @@ def rows(tmp_path_factory):
 
 @fuzz(70)
 def test_files_of_rows(rows, tmp_path_factory, draw):
-  folder, need = tmp_path_factory.getbasetemp() / "fuzz_rows", draw.draw(st.sampled_from(["pair", "prompt", "response"]))
+  folder = tmp_path_factory.getbasetemp() / "fuzz_rows"
+  need = draw.draw(st.sampled_from(["pair", "prompt", "response"]))
   name, _ = damaged(draw, rows, folder, ["a.jsonl", "a.jsonl", "b.jsonl.gz", "c.parquet"])
 
   def use():

@@ -403,6 +403,11 @@ def test_any_sample_is_made_again_token_for_token(tmp_path, monkeypatch, capsys)
     shown = capsys.readouterr().out
     assert "metrics of the step against metrics.jsonl: largest difference 0.0e+00" in shown, shown
   assert files() == before
+  by_id = settings(task="replay", replay__step=3, replay__example_id=cfg.rollout.prompts * 3)
+  assert replay.run(by_id, tmp_path) == found  # as skipped.jsonl names it
+  by_id.replay.example_id = 0
+  with pytest.raises(ConfigError, match=r"config.replay.example_id is 0: the prompts of step 3 are \[24, "):
+    replay.run(by_id, tmp_path)
   with pytest.raises(ConfigError, match="config.replay.sample is 4: the run has 4, counted from 0"):
     replay.run(settings(task="replay", replay__sample=4), tmp_path)
   with pytest.raises(ConfigError, match="config.replay.arm is 'vanilla': .* has r2m"):

@@ -175,7 +175,7 @@ def test_rl_goes_on_from_its_checkpoint(finished, tmp_path):
 def test_data_that_changed_is_refused(finished, tmp_path):
   _, workdir, _ = finished
   rows = [{"where": f"sft.jsonl:{i}"} for i in range(3)]
-  with pytest.raises(ConfigError, match="gives 3 rows that are not the .* with which .* began .*gave .* rows then, no now"):
+  with pytest.raises(ConfigError, match="gives 3 rows that are not the .* with which .* began .* rows then, no now"):
     prepare.hold(workdir, "sft", rows, [([i],) for i in range(3)])
 
 
@@ -186,7 +186,8 @@ def test_a_sample_of_each_arm_is_made_again(finished, arm, capsys):
   for step, when in ((0, "before"), (1, "after")):
     found = replay.run(config("", task="replay", replay__arm=arm, replay__step=step), workdir)
     mine = [row for row in read_jsonl(workdir / "samples.jsonl") if (row["arm"], row["when"]) == (arm, when)]
-    (row,) = [row for row in mine if row["prompt"] == found["prompt_text"] and row["response"] == found["response_text"]]
+    same = lambda row: (row["prompt"], row["response"]) == (found["prompt_text"], found["response_text"])
+    (row,) = filter(same, mine)
     assert (row["reward"], row["frozen"], row["length"]) == (found["reward"], found["frozen"], len(found["tokens"]))
     assert (found["attention"] is None) == (arm == "vanilla")
     shown = capsys.readouterr().out

@@ -147,8 +147,8 @@ def unreadable(name: str, split: str, folder, error: Exception) -> DataError:
   """What to say of a prepared data set whose files are not what was written."""
   reason = " ".join(str(error).split())[:300]
   return DataError(
-    f"tfds:{name}, split {split!r}, cannot be read: {reason}; its files lie in {folder}: bring them back from a copy, or "
-    "delete that folder and it is prepared again"
+    f"tfds:{name}, split {split!r}, cannot be read: {reason}; its files lie in {folder}: bring them back from a copy, "
+    "or delete that folder and it is prepared again"
   )
 
 

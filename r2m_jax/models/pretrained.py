@@ -186,7 +186,8 @@ def read_arch(file: pathlib.Path) -> ArchConfig:
   try:
     return ArchConfig.from_hf(read_json(file))
   except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
-    raise PretrainedError(f"{file} does not describe a model ({type(error).__name__}: {error}); copy it again") from None
+    kind = type(error).__name__
+    raise PretrainedError(f"{file} does not describe a model ({kind}: {error}); copy it again") from None
 
 
 def default_sharding() -> SingleDeviceSharding:
