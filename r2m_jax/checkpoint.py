@@ -136,6 +136,17 @@ def facts_of(checkpoints: Checkpoints, step: int) -> dict:
   return read_json(checkpoints.folder / str(step) / MANIFEST)
 
 
+def require(checkpoints: Checkpoints, step: int, **facts: str) -> None:
+  """Raises CheckpointError where `save` was given other facts than these, such as models=, a fingerprint."""
+  saved = facts_of(checkpoints, step)
+  for what, here in facts.items():
+    if saved.get(what, here) != here:
+      raise CheckpointError(
+        f"{checkpoints.folder / str(step)} is of other {what} than this run's; give it what wrote the checkpoint, or "
+        "fork: --workdir=NEW --config.checkpoint.fork_from=OLD"
+      )
+
+
 @contextlib.contextmanager
 def finished(checkpoints: Checkpoints):
   """Ends with the last save in its place, whatever ended the block; the block's own error goes first."""

@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from r2m_jax import checkpoint, parity
+from r2m_jax import checkpoint, loop, parity
 from r2m_jax.build import build, init_adapters, initial_state, lora_of
 from r2m_jax.card import write_card
 from r2m_jax.folders import (
@@ -173,11 +173,14 @@ def run(config) -> None:
   if checkpoint.newest(manager) is None or step not in (None, *manager.all_steps()):
     raise FolderError(f"{workdir.joinpath(*stage)} holds checkpoints of steps {manager.all_steps()}, not of {step}")
 
+  at = checkpoint.newest(manager) if step is None else step
   if stage == ("stages", "sft"):
     policy = load_policy(config.policy.path, config, mesh)
     config.task = "sft"
     built = build(config, mesh, arch=policy.arch)
     like = init_adapters(config, built, mesh) if built.lora else policy.state
+    if built.lora:
+      checkpoint.require(manager, at, models=checkpoint.fingerprint(policy.state))
     write_policy(out / "policy", config, policy, checkpoint.restore(manager, like, step), workdir, base=policy.state)
     return
   config.task = stage[1] if stage[0] == "stages" else "r2m"
@@ -188,6 +191,7 @@ def run(config) -> None:
     built = build(config, mesh, arch=reward.arch, reward_arch=reward.arch)
     like = reward_start(reward, mesh)
     if built.lora:
+      checkpoint.require(manager, at, models=checkpoint.fingerprint(like["backbone"]))
       like["backbone"] = init_adapters(config, built, mesh)
     model = checkpoint.restore(manager, like, step)
     backbone = merged(model["backbone"], reward.state, built.lora) if built.lora else model["backbone"]
@@ -197,6 +201,8 @@ def run(config) -> None:
   policy = load_policy(config.policy.path, config, mesh)
   built = build(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   like = initial_state(config, built, policy.state, reward.state, reward.phi)
+  if not config.checkpoint.fork_from:
+    checkpoint.require(manager, at, models=loop.models_of(like))
   write_run(out, config, policy, reward, checkpoint.restore(manager, like, step), workdir)
 
 

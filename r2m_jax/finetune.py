@@ -75,7 +75,7 @@ def fit_stage(workdir: Path, name: str, settings, steps: int, built: Build, loss
       budget=settings.budget,
     )  # fmt: skip
 
-  return stage(workdir, name, shapes_of(start), make)
+  return stage(workdir, name, shapes_of(start), make, frozen=frozen)
 
 
 def build_lora(config, mesh, **archs) -> Build:
@@ -240,10 +240,7 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
   checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
   state = start_state(config, built, policy, reward, donate=donate)
   layout = sharding.shardings(state, built.mesh)
-  began = dict(
-    data=loop.fingerprint(data.ids),
-    models=checkpoint.fingerprint((state.ref, state.reward_backbone, state.reward_frozen)),
-  )
+  began = dict(data=loop.fingerprint(data.ids), models=loop.models_of(state))
   state, fresh = loop.resume(config, checkpoints, state, **began)
   if int(state.step) < config.steps:
     if VARIANTS[arm].start == "head" and fresh:
@@ -279,7 +276,7 @@ def warm_start(config, built: Build, workdir: Path, state, arrays: dict[str, np.
   batches = (take_pairs(arrays, rows) for rows in epochs_of_rows(config.seed, count, size, total))
   frozen = {"policy": state.ref, "backbone": state.reward_backbone}
   make = lambda: fit_warm_head(config, built, workdir, state.reward_head, batches, total, frozen=frozen)
-  return warm(state, stage(workdir, "warm_start", shapes_of(state.reward_head), make))
+  return warm(state, stage(workdir, "warm_start", shapes_of(state.reward_head), make, frozen=frozen))
 
 
 def start_state(config, built: Build, policy: Policy, reward: RewardModel, *, donate: bool):

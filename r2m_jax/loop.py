@@ -138,16 +138,16 @@ def resume(config, checkpoints: Checkpoints, state, *, data: str = "", models: s
   step = checkpoint.newest(checkpoints)
   if step is None:
     return state, True
-  facts = checkpoint.facts_of(checkpoints, step)
-  for what, here in (("config", identity(config)), ("data", data), ("models", models)):
-    if facts.get(what, here) != here and not config.checkpoint.fork_from:
-      raise CheckpointError(
-        f"{checkpoints.folder / str(step)} is of other {what} than this run's; give it what wrote the checkpoint, or "
-        "fork: --workdir=NEW --config.checkpoint.fork_from=OLD"
-      )
+  if not config.checkpoint.fork_from:
+    checkpoint.require(checkpoints, step, config=identity(config), data=data, models=models)
   state = checkpoint.restore(checkpoints, state, step)
   print(f"{config.variant}: goes on from step {int(state.step)} of {config.steps}")
   return state, False
+
+
+def models_of(state) -> str:
+  """Fingerprint of what a run only reads: the reference (with adapters, their base) and the reward model."""
+  return checkpoint.fingerprint((state.ref, state.reward_backbone, state.reward_frozen))
 
 
 def fingerprint(rows) -> str:

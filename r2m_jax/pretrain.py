@@ -129,8 +129,10 @@ def fit(
   update = jax.jit(update, donate_argnums=(0, 1), out_shardings=(state_shardings, opt_shardings, None))
   opt, bad, saved = jax.jit(tx.init, out_shardings=opt_shardings)(state), 0, time.monotonic()
   partial = checkpoint.open_checkpoints(workdir / PARTIAL / stage, last=1)
+  facts = {} if frozen is None else {"models": checkpoint.fingerprint(frozen)}
   start = checkpoint.newest(partial) or 0
   if start:
+    checkpoint.require(partial, start, **facts)
     state, opt = checkpoint.restore(partial, (state, opt), start)
     print(f"{stage}: goes on from update {start} of {total}")
   batches, began = Timed(itertools.islice(batches, start, total)), 0.0
@@ -151,7 +153,7 @@ def fit(
             raise loop.Diverged(f"{stage}: updates up to {i} are skipped, loss {metrics['loss']}: lower {stage}'s lr")
         bar.update(**({"loss": metrics["loss"]} if isinstance(metrics["loss"], float) else {}))
         if (stop := asked()) or time.monotonic() - saved > SAVE_SECONDS:
-          checkpoint.save(partial, i + 1, (state, opt))
+          checkpoint.save(partial, i + 1, (state, opt), facts=facts)
           saved = time.monotonic()
         if late:
           print(f"{stage}: ends after {i + 1} of {total} updates, at {LATE} times its budget of {budget:g} s")

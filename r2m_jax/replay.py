@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from r2m_jax import checkpoint, finetune, scratch, sharding
+from r2m_jax import checkpoint, finetune, loop, scratch, sharding
 from r2m_jax.build import Build, abstract, build, initial_state, init_policy, init_reward_model
 from r2m_jax.config import ConfigError
 from r2m_jax.export import run_config
@@ -135,6 +135,8 @@ def state_before(config, again: Again, workdir: Path, t: int):
   saved = checkpoint.open_checkpoints(workdir / "checkpoints" / arm)
   for step in sorted((step for step in saved.all_steps() if step <= t), reverse=True):
     if checkpoint.damage(saved.folder / str(step)) is None:
+      if not config.checkpoint.fork_from:
+        checkpoint.require(saved, step, models=loop.models_of(again.first))
       print(f"replay   step {t} of {arm}, from the checkpoint of step {step}")
       return checkpoint.restore(saved, again.first, step)
   if config.checkpoint.fork_from:

@@ -91,7 +91,7 @@ def run_arm(config, built: Build, workdir: Path, policy, reward) -> None:
   checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
   state = initial_state(config, built, policy, reward["backbone"], reward["phi"])
   layout = sharding.shardings(state, built.mesh)
-  models = checkpoint.fingerprint((state.ref, state.reward_backbone, state.reward_frozen))
+  models = loop.models_of(state)
   state, fresh = loop.resume(config, checkpoints, state, models=models)
   if fresh and VARIANTS[arm].start == "head":
     like = shapes_of(state.reward_head)
@@ -256,19 +256,22 @@ def take_over(old: Path, workdir: Path, new: dict) -> None:
       shutil.copyfile(old / name, workdir / name)
 
 
-def stage(workdir: Path, name: str, like, make):
+def stage(workdir: Path, name: str, like, make, *, frozen=None):
   """The result of a stage: read from the workdir where it was saved before, else made and saved.
 
   Args:
     like: shapes, dtypes and shardings of the result.
     make: () -> the result.
+    frozen: a tree of arrays that the result only works with, such as the base of adapters; held to what it was.
   """
   checkpoints = checkpoint.open_checkpoints(workdir / "stages" / name, last=1)
-  if checkpoint.newest(checkpoints) is not None:
+  facts = {} if frozen is None else {"models": checkpoint.fingerprint(frozen)}
+  if (step := checkpoint.newest(checkpoints)) is not None:
+    checkpoint.require(checkpoints, step, **facts)
     print(f"{name}: done before, read from {workdir / 'stages' / name}")
     return checkpoint.restore(checkpoints, like)
   result = make()
-  checkpoint.save(checkpoints, 0, result)
+  checkpoint.save(checkpoints, 0, result, facts=facts)
   checkpoint.wait(checkpoints)
   shutil.rmtree(workdir / PARTIAL / name, ignore_errors=True)
   return result

@@ -288,10 +288,10 @@ def test_a_fork_starts_from_the_other_run_and_does_not_change_it(tmp_path, capsy
 
 def test_a_fit_goes_on_where_a_signal_stopped_it(tmp_path):
   mesh = sharding.make_mesh((1, 1, 1))
-  loss = lambda w, batch: (((w - batch["x"]) ** 2).mean(), {})
+  loss = lambda w, batch, base: (((w * base - batch["x"]) ** 2).mean(), {})
   start = lambda: jax.device_put({"w": jnp.zeros(3)}, sharding.shardings({"w": jnp.zeros(3)}, mesh))
 
-  def fitted(workdir, stop_at=None):
+  def fitted(workdir, stop_at=None, base=1.0):
     def batches():
       for i in range(25):
         if i == stop_at:
@@ -300,12 +300,15 @@ def test_a_fit_goes_on_where_a_signal_stopped_it(tmp_path):
 
     state = start()
     return pretrain.fit(
-      lambda s, batch: loss(s["w"], batch), state, optax.adam(0.1), batches(), total=25, stage="sft", workdir=workdir,
-      state_shardings=sharding.shardings(state, mesh), batch_sharding=jax.NamedSharding(mesh, sharding.BATCH),
+      lambda s, batch, base: loss(s["w"], batch, base), state, optax.adam(0.1), batches(), total=25, stage="sft",
+      workdir=workdir, state_shardings=sharding.shardings(state, mesh), frozen=jnp.float32(base),
+      batch_sharding=jax.NamedSharding(mesh, sharding.BATCH),
     )  # fmt: skip
 
   with pytest.raises(loop.Interrupted), loop.signals_end_the_run():
     fitted(tmp_path / "cut", stop_at=13)
+  with pytest.raises(checkpoint.CheckpointError, match="partial/sft/14 is of other models than this run's"):
+    fitted(tmp_path / "cut", base=2.0)
   np.testing.assert_array_equal(fitted(tmp_path / "cut")["w"], fitted(tmp_path / "whole")["w"])
   rows = lambda name: [{**row, "seconds": 0, "data/wait": 0} for row in metrics.read_metrics(tmp_path / name)]
   assert rows("cut") == rows("whole")
