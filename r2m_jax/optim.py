@@ -29,9 +29,10 @@ def make_optimizer(config, total_updates: int) -> optax.GradientTransformation:
 def descend(tx: optax.GradientTransformation, loss: Callable, params, opt, *args):
   """One update of params on loss(params, *args) -> (loss, aux), unless a number is not finite.
 
-  Where the loss, the gradient's norm or a number of the updated params or opt is NaN or infinite, params and opt stay
-  bit for bit what they were. The branch is in the same program and needs no memory of its own: choosing element by
-  element would keep what it chooses from, so the update is first made to be looked at alone, and made again if good.
+  Where the loss, the gradient's norm or an updated parameter is NaN or infinite, params and opt stay bit for bit what
+  they were. (Moments of finite gradients with a finite norm are finite.) The branch is in the same program and needs no
+  memory of its own: choosing element by element would keep what it chooses from, so the new parameters are first made
+  to be looked at alone, which is fused into one number, and made again if all are good.
 
   Returns:
     params', opt', loss f32[], aux, {"grad_norm": f32[] before clipping, "skipped": f32[] 1 where nothing was changed}.
@@ -43,7 +44,7 @@ def descend(tx: optax.GradientTransformation, loss: Callable, params, opt, *args
     updates, opt = tx.update(grads, opt, params)
     return optax.apply_updates(params, updates), opt
 
-  numbers = [x for x in jax.tree.leaves(update(params, opt, grads)) if jnp.issubdtype(x.dtype, jnp.floating)]
-  good = functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in (value, norm, *numbers)])
+  numbers = (value, norm, *jax.tree.leaves(update(params, opt, grads)[0]))
+  good = functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in numbers])
   params, opt = jax.lax.cond(good, update, lambda params, opt, grads: (params, opt), params, opt, grads)
   return params, opt, value, aux, {"grad_norm": norm, "skipped": 1 - good.astype(norm.dtype)}
