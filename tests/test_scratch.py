@@ -194,6 +194,15 @@ def test_a_sample_of_each_arm_is_made_again(finished, arm, capsys):
     assert "metrics of the step against metrics.jsonl: largest difference 0.0e+00" in shown, shown
 
 
+def test_replay_takes_the_steps_that_the_budget_gave(finished, tmp_path):
+  _, workdir, _ = finished
+  shutil.copyfile(workdir / "config.json", tmp_path / "config.json")
+  (tmp_path / "checkpoints/r2m").mkdir(parents=True)
+  (tmp_path / "budgets.json").write_text('{"sft": 3, "rl": 7}')
+  found = replay.config_of(config("", task="replay"), tmp_path)
+  assert (found.steps, found.variant, found.policy.path) == (7, "r2m", str(tmp_path / "models/sft"))
+
+
 def test_without_the_data_it_says_what_to_download(tmp_path, capsys):
   with pytest.raises(SystemExit):
     main.run(config(tmp_path), tmp_path / "run")
