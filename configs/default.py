@@ -233,6 +233,7 @@ def get_config() -> ConfigDict:
   config.replay.arm = ""  # variant; "": the only one there is
   config.replay.step = 0  # RL step, as in metrics.jsonl
   config.replay.prompt = 0  # its place among the step's prompts
+  config.replay.example_id = -1  # or its number in the data, as in skipped.jsonl; -1: by its place
   config.replay.sample = 0  # which of the K responses to it
 
   # the processes of one run, one a host; found on TPU slices, GKE, Slurm and Open MPI without any of this

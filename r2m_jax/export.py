@@ -19,13 +19,14 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from r2m_jax import checkpoint, hosts, parity
+from r2m_jax import checkpoint, hosts, loop, parity
 from r2m_jax.build import build, init_adapters, initial_state, lora_of
 from r2m_jax.card import write_card
 from r2m_jax.folders import (
   HEAD_CONFIG, HEAD_WEIGHTS, RENDERER, FolderError, HeadConfig, Policy, RewardModel, head_tensors, load_policy,
   load_reward, mesh_of, reward_start, score_of,
 )  # fmt: skip
+from r2m_jax.metrics import read_json
 from r2m_jax.models.lora import merged
 from r2m_jax.models.peft import save_peft
 from r2m_jax.models.pretrained import TOKENIZER_FILES, save_pretrained
@@ -178,21 +179,25 @@ def run(config) -> None:
   if checkpoint.newest(manager) is None or step not in (None, *manager.all_steps()):
     raise FolderError(f"{workdir.joinpath(*stage)} holds checkpoints of steps {manager.all_steps()}, not of {step}")
 
+  at = checkpoint.newest(manager) if step is None else step
   if stage == ("stages", "sft"):
     policy = load_policy(config.policy.path, config, mesh)
     config.task = "sft"
     built = build(config, mesh, arch=policy.arch)
     like = init_adapters(config, built, mesh) if built.lora else policy.state
+    if built.lora:
+      checkpoint.require(manager, at, models=checkpoint.fingerprint(policy.state))
     write_policy(out / "policy", config, policy, checkpoint.restore(manager, like, step), workdir, base=policy.state)
     return
   config.task = stage[1] if stage[0] == "stages" else "r2m"
   reward = load_reward(config.reward.path or config.policy.path, config, mesh, from_policy=config.task == "reward")
   if (workdir / RENDERER).exists():
-    reward.renderer.require(json.loads((workdir / RENDERER).read_text(encoding="utf-8")), workdir)
+    reward.renderer.require(read_json(workdir / RENDERER), workdir)
   if config.task == "reward":
     built = build(config, mesh, arch=reward.arch, reward_arch=reward.arch)
     like = reward_start(reward, mesh)
     if built.lora:
+      checkpoint.require(manager, at, models=checkpoint.fingerprint(like["backbone"]))
       like["backbone"] = init_adapters(config, built, mesh)
     model = checkpoint.restore(manager, like, step)
     backbone = merged(model["backbone"], reward.state, built.lora) if built.lora else model["backbone"]
@@ -202,6 +207,8 @@ def run(config) -> None:
   policy = load_policy(config.policy.path, config, mesh)
   built = build(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   like = initial_state(config, built, policy.state, reward.state, reward.phi)
+  if not config.checkpoint.fork_from:
+    checkpoint.require(manager, at, models=loop.models_of(like))
   write_run(out, config, policy, reward, checkpoint.restore(manager, like, step), workdir)
 
 
@@ -221,19 +228,19 @@ def find_checkpoint(path: Path) -> tuple[Path, tuple[str, str], int | None]:
     names = ", ".join(str(workdir.joinpath(*stage)) for stage in found) or "nothing"
     raise FolderError(f"config.export.checkpoint is {path}: point at one of {names}")
   step = parts[2] if len(parts) > 2 else None
-  if step is not None and not step.isdigit():
+  if step is not None and not step.isdecimal():
     raise FolderError(f"config.export.checkpoint is {path}: {step!r} is not the number of a step")
   return workdir, stages[0], None if step is None else int(step)
 
 
 def run_config(config, workdir: Path, *, mine: tuple[str, ...]):
   """The config of the run in `workdir`, with the steps that its budget gave, and this call's sections `mine`."""
-  saved = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+  saved = read_json(workdir / "config.json")
   result = config.copy_and_resolve_references()
   try:
     result.update({key: value for key, value in saved.items() if key not in mine})
   except (KeyError, TypeError, AttributeError) as error:
     raise FolderError(f"{workdir / 'config.json'} is not a config of this version: {error}") from None
   if (workdir / BUDGETS).exists():
-    result.steps = json.loads((workdir / BUDGETS).read_text(encoding="utf-8")).get("rl", result.steps)
+    result.steps = read_json(workdir / BUDGETS).get("rl", result.steps)
   return result

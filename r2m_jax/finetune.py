@@ -74,7 +74,7 @@ def fit_stage(workdir: Path, name: str, settings, steps: int, built: Build, loss
       budget=settings.budget,
     )  # fmt: skip
 
-  return stage(workdir, name, shapes_of(start), make)
+  return stage(workdir, name, shapes_of(start), make, frozen=frozen)
 
 
 def build_lora(config, mesh, **archs) -> Build:
@@ -241,8 +241,8 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
   checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
   state = start_state(config, built, policy, reward, donate=donate)
   layout = sharding.shardings(state, built.mesh)
-  rows_are = loop.fingerprint(data.ids)
-  state, fresh = loop.resume(config, checkpoints, state, data=rows_are)
+  began = dict(data=loop.fingerprint(data.ids), models=loop.models_of(state))
+  state, fresh = loop.resume(config, checkpoints, state, **began)
   if int(state.step) < config.steps:
     if VARIANTS[arm].start == "head" and fresh:
       state = warm_start(config, built, workdir, state, judged_pairs(config, policy, reward, workdir))
@@ -266,7 +266,7 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
       shown = dict(reward=metrics["reward/used"], kl=metrics["kl"])
       return state, output, prompts.example_id, metrics, shown
 
-    state = loop.run_steps(config, workdir, checkpoints, state, advance, data=rows_are)
+    state = loop.run_steps(config, workdir, checkpoints, state, advance, **began)
   export.write_run(out, config, policy, reward, state, workdir)
 
 
@@ -279,7 +279,7 @@ def warm_start(config, built: Build, workdir: Path, state, arrays: dict[str, np.
   batches = (hosts.take(take_pairs(arrays, rows), built.rows) for rows in order)
   frozen = {"policy": state.ref, "backbone": state.reward_backbone}
   make = lambda: fit_warm_head(config, built, workdir, state.reward_head, batches, total, frozen=frozen)
-  return warm(state, stage(workdir, "warm_start", shapes_of(state.reward_head), make))
+  return warm(state, stage(workdir, "warm_start", shapes_of(state.reward_head), make, frozen=frozen))
 
 
 def start_state(config, built: Build, policy: Policy, reward: RewardModel, *, donate: bool):

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
@@ -14,11 +15,12 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from r2m_jax import hosts
-from r2m_jax.config import ConfigError, check_config, check_fields
+from r2m_jax.config import ConfigError, check_config, check_fields, redact
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/quickstart.py", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the report")
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.ENOENT, errno.ESTALE)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.ENOENT, errno.ESTALE,
+        errno.EPIPE)  # fmt: skip
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -86,13 +88,19 @@ def command_line_mistake(argv: list[str], error: Exception) -> str | None:
 
 def stop(reason, status: int = 2) -> NoReturn:
   """Ends the program: status 2 for a command that cannot run, 1 for a run that somebody must look after."""
-  print(f"error: {reason}", file=sys.stderr)
+  print(redact(f"error: {reason}"), file=sys.stderr)
   sys.exit(status)
+
+
+def show_traceback(kind, error, trace) -> None:
+  """Python's own, without secrets: for mistakes of the program, which nobody foresaw."""
+  print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def main(argv):
   del argv  # read by parse_flags
   config = CONFIG.value
+  sys.excepthook = show_traceback
   keep_freed_memory()
   logging.set_verbosity(logging.FATAL)  # checkpointing is chatty otherwise; its errors are raised, and told in one line
   try:

@@ -78,8 +78,21 @@ def read_jsonl(path):
 
 def read_metrics(workdir):
   """The rows of metrics.jsonl, with "nan", "inf" and "-inf" as floats again."""
-  rows = read_jsonl(Path(workdir) / "metrics.jsonl")
+  rows = _rows(workdir)
   return [{k: v if k in ROW_KEYS or not isinstance(v, str) else _NONFINITE[v] for k, v in row.items()} for row in rows]
+
+
+def _rows(workdir):
+  """The rows of metrics.jsonl as they are stored, each with the types that `Metrics` writes."""
+  path = Path(workdir) / "metrics.jsonl"
+  number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
+  scalar = lambda x: number(x) or isinstance(x, str) and x in _NONFINITE
+  for row in (rows := read_jsonl(path)):
+    good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("stage", "arm"))
+    good = good and isinstance(row.get("step"), int) and number(row.get("seconds"))
+    if not good or not all(key in ROW_KEYS or scalar(x) for key, x in row.items()):
+      raise DamagedFile(f"{path} has a row that no run writes: {str(row)[:120]}; take it out, or bring the file back")
+  return rows
 
 
 def _dump(row):
@@ -92,7 +105,7 @@ def truncate(workdir, stage, arm, from_step):
   Returns the seconds that the last row left had, so that a resumed stage counts on from there.
   """
   path = Path(workdir) / "metrics.jsonl"
-  rows = read_jsonl(path)
+  rows = _rows(workdir)
   ours = [row for row in rows if (row["stage"], row["arm"]) == (stage, arm)]
   dropped = {id(row) for row in ours if row["step"] >= from_step}
   if path.exists():
@@ -211,18 +224,22 @@ class Progress:
     enabled = enabled and hosts.first()
     self._lines = enabled and not self._out.isatty()
     if enabled and not self._lines:
-      self._bar = tqdm(total=total, desc=label, unit=unit, initial=initial, file=self._out, dynamic_ncols=True)
+      with contextlib.suppress(OSError, ValueError):
+        self._bar = tqdm(total=total, desc=label, unit=unit, initial=initial, file=self._out, dynamic_ncols=True)
     self._first = None  # (n, time) after the first update: the speed leaves out compilation
     self._printed = (initial, time.monotonic())
 
   def update(self, n=1, **live):
     """n more units are done; live values are shown beside the speed."""
     self.n += n
-    if self._bar is not None:
-      self._bar.set_postfix({name: _short(value) for name, value in live.items()}, refresh=False)
-      self._bar.update(n)
-    elif self._lines:
-      self._line(live)
+    try:
+      if self._bar is not None:
+        self._bar.set_postfix({name: _short(value) for name, value in live.items()}, refresh=False)
+        self._bar.update(n)
+      elif self._lines:
+        self._line(live)
+    except (OSError, ValueError):  # the terminal is gone, the pipe closed: a run does not stop for that
+      self._bar, self._lines = None, False
 
   def _line(self, live):
     now = time.monotonic()
@@ -245,7 +262,8 @@ class Progress:
 
   def close(self):
     if self._bar is not None:
-      self._bar.close()
+      with contextlib.suppress(OSError, ValueError):
+        self._bar.close()
 
   def __enter__(self):
     return self

@@ -76,9 +76,10 @@ def hold(workdir: Path, stage: str, rows: list[dict], ids: list, field: str = "d
   if saved.get("sha256") == found["sha256"]:
     return
   then, now = saved.get("files", {}), found["files"]
-  count = lambda files, file: files[file]["rows"] if file in files else "no"
-  changed = next((file for file in [*then, *now] if then.get(file) != now.get(file)), None)
-  where = "" if changed is None else f" ({changed} gave {count(then, changed)} rows then, {count(now, changed)} now)"
+  where, changed = "", next((file for file in [*then, *now] if then.get(file) != now.get(file)), None)
+  if changed is not None:
+    before, after = (files[changed]["rows"] if changed in files else "no" for files in (then, now))
+    where = f" ({changed} gave {before} rows then, {'others' if before == after else after} now)"
   raise ConfigError(
     f"config.{field} gives {found['rows']} rows that are not the {saved.get('rows')} with which {workdir} began"
     f"{where}; give it the files it had and the same command goes on, or choose another --workdir"

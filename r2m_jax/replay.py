@@ -3,9 +3,9 @@
   python -m r2m_jax.main --config=configs/default.py --workdir=RUN --config.task=replay \\
     --config.replay.step=7 --config.replay.prompt=3 --config.replay.sample=0
 
-RUN is a run of the gold-reward task, one from Hugging Face folders, or one of task=scratch. The step is run again by the
-program of the run itself, from the nearest checkpoint before it, so on the same kind of device and mesh every token is
-the one that was drawn. RUN is read and only RUN/replay is written.
+RUN is a run of the gold-reward task, one from Hugging Face folders, or one of task=scratch. The step is run again by
+the program of the run itself, from the nearest checkpoint before it, so on the same kind of device and mesh every token
+is the one that was drawn. RUN is read and only RUN/replay is written.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from r2m_jax import checkpoint, finetune, scratch, sharding
+from r2m_jax import checkpoint, finetune, loop, scratch, sharding
 from r2m_jax.build import Build, abstract, build, initial_state, init_policy, init_reward_model
 from r2m_jax.config import ConfigError
 from r2m_jax.export import run_config
@@ -53,12 +53,18 @@ def run(config, workdir: Path) -> dict:
   """Prints the sample that config.replay names, writes it to WORKDIR/replay and returns it."""
   wanted = config.replay
   config = config_of(config, workdir)
-  t, row = wanted.step, wanted.prompt * config.rollout.group_size + wanted.sample
+  t, place = wanted.step, wanted.prompt
   limits = {"step": config.steps, "prompt": config.rollout.prompts, "sample": config.rollout.group_size}
   for name, limit in limits.items():
     if wanted[name] >= limit:
       raise ConfigError(f"config.replay.{name} is {wanted[name]}: the run has {limit}, counted from 0")
   again = (from_folders if config.policy.path else gold_task)(config, workdir)
+  if wanted.example_id >= 0:
+    ids = [int(i) for i in again.example_ids(t)]
+    if wanted.example_id not in ids:
+      raise ConfigError(f"config.replay.example_id is {wanted.example_id}: the prompts of step {t} are {ids}")
+    place = ids.index(wanted.example_id)
+  row = place * config.rollout.group_size + wanted.sample
   state = state_before(config, again, workdir, t)
   for earlier in range(int(state.step), t):
     state, *_ = again.step(state, earlier)
@@ -70,21 +76,21 @@ def run(config, workdir: Path) -> dict:
   tokens, mask, keep = (x[row] for x in (out.sequences.tokens, out.sequences.token_mask, out.sequences.response_mask))
   reward, frozen, w = out.judged.scores[row], out.judged.scores_frozen[row], float(parts.pop("omega"))
   mine = {name: None if x is None else x[row] for name, x in parts.items()}
-  weights = mine["attention"]
+  weights, listed = mine["attention"], lambda x: [plain(value) for value in x]
   found = {
-    "arm": config.variant, "step": t, "prompt": wanted.prompt, "sample": wanted.sample,
-    "example_id": int(again.example_ids(t)[wanted.prompt]),
+    "arm": config.variant, "step": t, "prompt": place, "sample": wanted.sample,
+    "example_id": int(again.example_ids(t)[place]),
     **again.tell(out.sequences, row),
     "tokens": tokens[-width:][keep].tolist(),
-    "logprobs": mine["logprobs"][keep].tolist(),
-    "ref_logprobs": mine["ref_logprobs"][keep].tolist(),
+    "logprobs": listed(mine["logprobs"][keep]),
+    "ref_logprobs": listed(mine["ref_logprobs"][keep]),
     "states": [again.word(i) for i in tokens[mask].tolist()],  # the policy's, prompt and answer: what attention reads
-    "attention": None if weights is None else weights[:, mask].tolist(),
+    "attention": None if weights is None else [listed(head) for head in weights[:, mask]],
     "omega": w, "reward": plain(reward), "frozen": plain(frozen),
-    **{name: None if mine[name] is None else [plain(x) for x in mine[name]] for name in ("own", "read")},
+    "own": listed(mine["own"]), "read": None if mine["read"] is None else listed(mine["read"]),
   }  # fmt: skip
-  path = workdir / "replay" / f"{config.variant}-{t}-{wanted.prompt}-{wanted.sample}.json"
-  write_atomic(path, json.dumps(found, indent=1))
+  path = workdir / "replay" / f"{config.variant}-{t}-{place}-{wanted.sample}.json"
+  write_atomic(path, json.dumps(found, indent=1, allow_nan=False))
   print(f"prompt   {found['prompt_text']}\nanswer   {found['response_text']}")
   gold = f", gold {found['gold']['gold']:.2f}" if "gold" in found else ""
   print(f"reward   {reward:.4f} (frozen {frozen:.4f}, omega {w:.3f}){gold}")
@@ -129,6 +135,8 @@ def state_before(config, again: Again, workdir: Path, t: int):
   saved = checkpoint.open_checkpoints(workdir / "checkpoints" / arm)
   for step in sorted((step for step in saved.all_steps() if step <= t), reverse=True):
     if checkpoint.damage(saved.folder / str(step)) is None:
+      if not config.checkpoint.fork_from:
+        checkpoint.require(saved, step, models=loop.models_of(again.first))
       print(f"replay   step {t} of {arm}, from the checkpoint of step {step}")
       return checkpoint.restore(saved, again.first, step)
   if config.checkpoint.fork_from:

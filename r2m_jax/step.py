@@ -173,7 +173,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
   epochs, minibatches, layer = config.ppo.epochs, config.ppo.minibatches, config.r2m.feedback_layer
   alpha, gre_eps = config.r2m.alpha if variant.alpha is None else variant.alpha, config.r2m.gre_eps
   controller, shaping, average = config.kl.controller, config.shaping, config.r2m.average
-  toward = dict(target=config.kl.target, horizon=config.kl.horizon)
+  toward, spike = dict(target=config.kl.target, horizon=config.kl.horizon), config.guard.spike
   constrain = constrain_batch(mesh)
 
   def policy_loss(policy_state, ref_state, batch: Experience, beta):
@@ -314,6 +314,11 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       averaged = jax.tree.map(lambda old, new: average * old + (1 - average) * new, averaged, head)
 
     first = {k: v[0] for k, v in updates.items()}  # of the policy that drew the samples
+    norms = (("policy", updates), ("critic", updates), ("r2m", reward_metrics))
+    spikes = sum(
+      (found[f"{of}/grad_norm"] > spike * config[of].max_grad_norm).sum()
+      for of, found in norms if f"{of}/grad_norm" in found and config[of].max_grad_norm
+    )  # fmt: skip
     skipped = sum(updates.pop(name).sum() for name in ("policy/skipped", "critic/skipped") if name in updates)
     skipped += reward_metrics.pop("r2m/skipped", 0)
     metrics = {
@@ -337,9 +342,11 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       **{name: value.mean() for name, value in updates.items() if name.startswith("critic/")},
       **reward_metrics,
       "skipped": skipped,
+      "spikes": jnp.asarray(spikes, judged.scores.dtype),
     }
     if variant.feedback or variant.scaled:
       metrics["r2m/omega"] = w
+    next_omega = omega_at(state.step + 1, kl)
     state = state.replace(
       step=state.step + 1,
       policy=new_policy,
@@ -349,7 +356,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       critic_opt=critic_opt,
       reward_head=head,
       reward_opt=reward_opt,
-      omega=omega_at(state.step + 1, kl),
+      omega=jnp.where(jnp.isfinite(next_omega), next_omega, state.omega),
       reward_average=averaged,
     )
     return state, StepOutput(metrics=metrics, sequences=sequences, judged=judged)

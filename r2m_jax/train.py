@@ -18,11 +18,15 @@ from r2m_jax.lab import goldtask
 from r2m_jax.lab.labels import gold_labeller
 from r2m_jax.lab.stages import STREAM_RL, STREAM_TABLE, fit_golden, fit_head, fit_reward, fit_sft
 from r2m_jax.lab.turnover import BIN, turnover, turnover_table
-from r2m_jax.metrics import append_samples, read_metrics, write_atomic
+from r2m_jax.metrics import append_samples, read_json, read_metrics, write_atomic
 from r2m_jax.pretrain import PARTIAL
 from r2m_jax.report import format_summary, summary_table, write_report
 from r2m_jax.step import make_judge, make_omega, make_read, make_step, measured_kl, sampling, truncated, uses_labels
 from r2m_jax.variants import VARIANTS
+
+
+# of a forked run; what its data and its tables are is found out anew
+TAKEN_OVER = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl", "r2m_renderer.json", "budgets.json")
 
 
 def run(config, workdir: Path) -> None:
@@ -93,7 +97,8 @@ def run_arm(config, built: Build, workdir: Path, policy, reward) -> None:
   checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
   state = initial_state(config, built, policy, reward["backbone"], reward["phi"])
   layout = sharding.shardings(state, built.mesh)
-  state, fresh = loop.resume(config, checkpoints, state)
+  models = loop.models_of(state)
+  state, fresh = loop.resume(config, checkpoints, state, models=models)
   if fresh and VARIANTS[arm].start == "head":
     like = shapes_of(state.reward_head)
     head = stage(
@@ -116,7 +121,7 @@ def run_arm(config, built: Build, workdir: Path, policy, reward) -> None:
     shown = dict(gold=metrics["reward/gold"], frozen=metrics["reward/frozen"], kl=metrics["kl"])
     return state, out, prompts.example_id, metrics, shown
 
-  state = loop.run_steps(config, workdir, checkpoints, state, advance)
+  state = loop.run_steps(config, workdir, checkpoints, state, advance, models=models)
   append_samples(workdir, table(state, "after"))
 
 
@@ -236,7 +241,7 @@ def claim_alone(config, workdir: Path) -> None:
 
 def fixed_difference(path: Path, new: dict) -> list[str]:
   """What differs between a config.json and this config, of the settings that say what is computed."""
-  saved = json.loads(path.read_text(encoding="utf-8"))
+  saved = read_json(path)
   fixed = lambda config: {name: value for name, value in config.items() if name not in FREE}
   return difference(fixed(saved), fixed(new))
 
@@ -247,33 +252,39 @@ def take_over(old: Path, workdir: Path, new: dict) -> None:
     raise ConfigError(f"config.checkpoint.fork_from is {str(old)!r}: there is no config.json, so no run to start from")
   if workdir.exists() and any(workdir.iterdir()):
     raise ConfigError(f"--workdir={workdir} is not empty: a fork needs a new one")
+  if workdir.resolve().is_relative_to(old.resolve()):
+    raise ConfigError(f"--workdir={workdir} lies in {old}, which the fork only reads: give one elsewhere")
   workdir.mkdir(parents=True, exist_ok=True)
   changed = fixed_difference(old / "config.json", new)
   print(f"fork     from {old}" + "".join(f"\n  {line}" for line in changed))
   for kind in ("stages", "checkpoints"):
     for folder in sorted((old / kind).glob("*")):
-      steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
+      steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
       step = next((step for step in steps if checkpoint.damage(folder / str(step)) is None), None)
       if step is not None:
         shutil.copytree(folder / str(step), workdir / kind / folder.name / str(step))
-  for path in old.glob("*.json*"):
-    if path.name != "config.json":
-      shutil.copyfile(path, workdir / path.name)
+  for name in TAKEN_OVER:
+    measured_anew = name == "budgets.json" and any("budget: " in line for line in changed)
+    if (old / name).is_file() and not measured_anew:
+      shutil.copyfile(old / name, workdir / name)
 
 
-def stage(workdir: Path, name: str, like, make):
+def stage(workdir: Path, name: str, like, make, *, frozen=None):
   """The result of a stage: read from the workdir where it was saved before, else made and saved.
 
   Args:
     like: shapes, dtypes and shardings of the result.
     make: () -> the result.
+    frozen: a tree of arrays that the result only works with, such as the base of adapters; held to what it was.
   """
   checkpoints = checkpoint.open_checkpoints(workdir / "stages" / name, last=1)
-  if checkpoint.newest(checkpoints) is not None:
+  facts = {} if frozen is None else {"models": checkpoint.fingerprint(frozen)}
+  if (step := checkpoint.newest(checkpoints)) is not None:
+    checkpoint.require(checkpoints, step, **facts)
     print(f"{name}: done before, read from {workdir / 'stages' / name}")
     return checkpoint.restore(checkpoints, like)
   result = make()
-  checkpoint.save(checkpoints, 0, result)
+  checkpoint.save(checkpoints, 0, result, facts=facts)
   checkpoint.wait(checkpoints)
   if hosts.first():
     shutil.rmtree(workdir / PARTIAL / name, ignore_errors=True)

@@ -185,7 +185,7 @@ def test_r2m_goes_on_and_exports_any_checkpoint(r2m_run, tmp_path, capsys):
 
 
 def test_any_sample_is_made_again(r2m_run, folders, capsys):
-  """From the beginning, and from checkpoints at and before the step. Oracles: what the run saw, transformers, eq. 4."""
+  """From the beginning and from a checkpoint. Oracles: what the run saw, transformers, eq. 4."""
   cfg, workdir, seen = r2m_run
   seen = list(seen)
   kept = lambda: {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.parent.name != "replay"}
@@ -212,10 +212,12 @@ def test_any_sample_is_made_again(r2m_run, folders, capsys):
     shown = capsys.readouterr().out
     assert "metrics of the step against metrics.jsonl: largest difference 0.0e+00" in shown, shown
   assert kept() == before
+  by_id = config(task="replay", replay__step=2, replay__example_id=found["example_id"], replay__sample=1)
+  assert replay.run(by_id, workdir) == found
   rows = pathlib.Path(cfg.data.name).read_bytes()
   try:
     pathlib.Path(cfg.data.name).write_bytes(rows.replace(b"The dog ran", b"The dog sat"))
-    with pytest.raises(ConfigError, match="gives 6 rows that are not the 6 with which .*data.jsonl gave 6 rows then"):
+    with pytest.raises(ConfigError, match="6 rows that are not the 6 .*data.jsonl gave 6 rows then, others now"):
       replay.run(config(task="replay", replay__step=1), workdir)
   finally:
     pathlib.Path(cfg.data.name).write_bytes(rows)
