@@ -176,7 +176,8 @@ def keep_going(tmp_path, program: str, **env):
 
 
 @pytest.mark.parametrize("ends, restarts, status, starts", [
-  ("0", 5, 0, 1), ("75 75 0", 5, 0, 3), ("75 1", 5, 1, 2), ("75 75 75 75", 2, 75, 3), ("2", 5, 2, 1), ("137 0", 5, 0, 2),
+  ("0", 5, 0, 1), ("75 75 0", 5, 0, 3), ("75 1", 5, 1, 2), ("75 75 75 75", 2, 75, 3), ("2", 5, 2, 1),
+  ("137 0", 5, 0, 2),
 ])  # fmt: skip
 def test_a_program_that_asks_is_started_again(tmp_path, ends, restarts, status, starts):
   program = f"echo >>~/starts; set -- {ends}; shift $(($(wc -l <~/starts) - 1)); exit $1"
