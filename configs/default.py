@@ -239,6 +239,7 @@ def get_config() -> ConfigDict:
   config.replay.arm = ""  # variant; "": the only one there is
   config.replay.step = 0  # RL step, as in metrics.jsonl
   config.replay.prompt = 0  # its place among the step's prompts
+  config.replay.example_id = -1  # or its number in the data, as in skipped.jsonl; -1: by its place
   config.replay.sample = 0  # which of the K responses to it
 
   # whether the run fits a machine, without it (task = "plan"); config.mesh is used where it covers the chips
@@ -251,6 +252,15 @@ def get_config() -> ConfigDict:
   config.plan.reward_length = 0  # tokens of the reward model's padded input; 0: those of prompt and response
   config.plan.layers = 0  # at most so many layers of each model, for a quick look; 0: all
   config.plan.compare = "vanilla"  # variant that the run's own is weighed against; "": none
+
+  # the processes of one run, one a host; found on TPU slices, GKE, Slurm and Open MPI without any of this
+  config.hosts = ConfigDict()
+  config.hosts.coordinator = ""  # HOST:PORT of process 0; "": JAX_COORDINATOR_ADDRESS or the cluster says; "none": none
+  config.hosts.processes = 0  # how many in all; 0: JAX_NUM_PROCESSES or the cluster says
+  config.hosts.process = -1  # number of this one, from 0; -1: JAX_PROCESS_ID or the cluster says
+  config.hosts.start_timeout = 300  # seconds in which all must have come
+  config.hosts.heartbeat_timeout = 100  # seconds without a sign of life after which a process counts as lost
+  config.hosts.end_timeout = 30  # seconds that a process which ends waits for the others
 
   # several seeds, one after another (task = "lab")
   config.lab = ConfigDict()

@@ -6,7 +6,13 @@
 #   has_flag NAME ARGS...   true where --NAME or --NAME=value is among ARGS
 #   run_main ARGS...        python -m r2m_jax.main ARGS, from the repository root
 #   pack_tree FILE          the committed tree as FILE (.tar.gz), for another machine
+#   run COMMAND...          runs a command
+#   quoted ARGS...          prints them as a shell reads them
+#   keep_going COMMAND...   runs it again where it ends with 75 ("resume me") or is killed, RESTARTS times at most
 #
+# DRY_RUN=1  nothing is installed, sent or run: each command is printed instead, quoted as a shell reads it
+# KEEP_GOING=1  run_main keeps the program going; SIGTERM or Ctrl-C to the script ends both
+# RESTARTS   how often (default: 100)
 # R2M_VENV   where the environment lives (default: .venv in the repository)
 # R2M_PYTHON the interpreter it is made with (default: the first of python3, python, python3.13 ... that is 3.11 or later)
 
@@ -32,6 +38,7 @@ find_python() {
 
 ensure_venv() {
   local extras=${1:-} sum stamp python
+  if [ -n "${DRY_RUN:-}" ]; then return; fi
   # The stamp says what was installed for: this setup.py, at this place. A later run then needs no network.
   sum=$( (cat "$ROOT/setup.py" && echo "$ROOT") | cksum)
   stamp=$VENV/.r2m-installed-${sum%% *}
@@ -84,12 +91,59 @@ has_flag() {
   return 1
 }
 
+run() {
+  if [ -z "${DRY_RUN:-}" ]; then "$@"; return; fi
+  quoted "$@"
+  echo
+}
+
+quoted() {  # its arguments as a shell reads them
+  local arg space="" mark="'\\''"
+  for arg in "$@"; do
+    case $arg in
+      "" | *[!A-Za-z0-9_./:=,@%+-]*) printf "%s'%s'" "$space" "${arg//\'/$mark}" ;;
+      *) printf '%s%s' "$space" "$arg" ;;
+    esac
+    space=" "
+  done
+}
+
 run_main() {
   cd "$ROOT"
-  exec "$PY" -m r2m_jax.main "$@"
+  set -- "$PY" -m r2m_jax.main "$@"
+  if [ -n "${DRY_RUN:-}" ]; then
+    run "$@"
+  elif [ -n "${KEEP_GOING:-}" ]; then
+    keep_going "$@"
+  else
+    exec "$@"
+  fi
+}
+
+keep_going() {
+  local left=${RESTARTS:-100} status child stopping=""
+  trap 'stopping=1; kill -TERM "$child" 2>/dev/null || true' TERM
+  trap 'stopping=1' INT  # a terminal sends Ctrl-C to the program as well
+  while :; do
+    status=0
+    "$@" &
+    child=$!
+    # a trapped signal ends `wait` before the program has ended
+    while wait "$child" || status=$?; kill -0 "$child" 2>/dev/null; do status=0; done
+    if [ "$status" != 75 ] && [ "$status" -lt 128 ] || [ -n "$stopping" ] || [ "$left" -le 0 ]; then
+      return "$status"
+    fi
+    left=$((left - 1))
+    echo "The program can be resumed (status $status): once more, $left times left" >&2
+    sleep "${RESTART_DELAY:-10}"
+  done
 }
 
 pack_tree() {
+  if [ -n "${DRY_RUN:-}" ]; then
+    run git -C "$ROOT" archive --format=tar.gz --output="$1" HEAD
+    return
+  fi
   if [ -n "$(git -C "$ROOT" status --porcelain)" ]; then
     echo "The working tree has uncommitted changes: what is sent is the last commit, without them." >&2
   fi

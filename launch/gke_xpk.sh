@@ -6,6 +6,10 @@
 #   CLUSTER   the cluster's name, required        TYPE     chips of one slice (xpk's --tpu-type), v5p-32
 #   WORKLOAD  r2m-<date>-<time>                   SLICES   how many slices, 1
 #   IMAGE     python:3.12-slim, any image with Python 3.11 or later; the last commit is laid over it
+#   RESTARTS  how often the pods start again, 100: one lost, preempted (spot nodes) or ended with 75 restarts them all,
+#             and the run goes on from what is saved
+#   GRACE     seconds from a preemption's SIGTERM to the end of a pod, 25
+#   DRY_RUN=1 prints the commands and runs none
 #
 # PROJECT and ZONE default to gcloud's own. Follow it with `xpk workload list`, end it with `xpk workload delete`.
 #
@@ -22,17 +26,21 @@ WORKLOAD=${WORKLOAD:-r2m-$(date +%m%d-%H%M%S)}
 TYPE=${TYPE:-v5p-32}
 SLICES=${SLICES:-1}
 IMAGE=${IMAGE:-python:3.12-slim}
+if ! has_flag config "$@" || ! has_flag workdir "$@"; then
+  echo "usage: CLUSTER=NAME $0 --config=configs/NAME.py --workdir=/data/FOLDER [--config.KNOB=VALUE ...]" >&2
+  exit 2
+fi
 where=()
 if [ -n "${PROJECT:-}" ]; then where+=("--project=$PROJECT"); fi
 if [ -n "${ZONE:-}" ]; then where+=("--zone=$ZONE"); fi
 
 tree=$(mktemp -d)
 trap 'rm -rf "$tree"' EXIT
-pack_tree "$tree.tar.gz"
-tar xzf "$tree.tar.gz" -C "$tree"
-rm "$tree.tar.gz"
-
-xpk workload create \
+pack_tree "$tree/r2m_jax.tar.gz"
+run tar xzf "$tree/r2m_jax.tar.gz" -C "$tree"
+run rm "$tree/r2m_jax.tar.gz"
+run xpk workload create \
   --cluster="$CLUSTER" --workload="$WORKLOAD" --tpu-type="$TYPE" --num-slices="$SLICES" ${where[@]+"${where[@]}"} \
   --base-docker-image="$IMAGE" --script-dir="$tree" \
-  --command="EXTRAS=tpu bash launch/local.sh $(printf '%q ' "$@")"
+  --max-restarts="${RESTARTS:-100}" --restart-on-exit-codes=75 --termination-grace-period-seconds="${GRACE:-25}" \
+  --command="EXTRAS=tpu bash launch/local.sh $(quoted "$@")"

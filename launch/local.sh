@@ -3,6 +3,8 @@
 #
 #   ./launch/local.sh --config=configs/quickstart.py --workdir=runs/mine
 #   EXTRAS=cuda ./launch/local.sh --config=...     install JAX for NVIDIA GPUs first (tpu: for TPUs)
+#   KEEP_GOING=1 ./launch/local.sh --config=...    start it again where it ends with 75, "resume me", or is killed
+#   DRY_RUN=1 ./launch/local.sh --config=...       print the command and run nothing
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -11,6 +13,7 @@ if ! has_flag config "$@" || ! has_flag workdir "$@"; then
   echo "usage: $0 --config=configs/NAME.py --workdir=FOLDER [--config.KNOB=VALUE ...]" >&2
   exit 2
 fi
+if [ -n "${STATUS_FILE:-}" ]; then trap 'echo $? >"$STATUS_FILE"' EXIT; fi  # for whoever looks from outside
 ensure_venv "${EXTRAS:-}"
 fast_env
 run_main "$@"

@@ -14,11 +14,12 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers as keep
 
-from r2m_jax.metrics import write_atomic
+from r2m_jax import hosts
+from r2m_jax.metrics import read_json, write_atomic
 
 MANIFEST = "manifest.json"
 UNSIGNED = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")  # orbax writes the last two at the very end
@@ -53,7 +54,7 @@ class Checkpoints(ocp.CheckpointManager):
 
   def _sign(self) -> None:
     """All files are written and none is at its final place yet."""
-    if jax.process_index() == 0:
+    if hosts.first():
       folder = self.folder / f"{self.facts['step']}{UNFINISHED}"
       write_atomic(folder / MANIFEST, json.dumps(self.facts | {"files": digests(folder)}, indent=1))
 
@@ -96,7 +97,7 @@ def wait(checkpoints: Checkpoints) -> None:
 def newest(checkpoints: Checkpoints) -> int | None:
   """Step of the newest sound checkpoint, None where there is none. Damaged ones are reported and set aside."""
   wait(checkpoints)
-  if jax.process_index() == 0:
+  if hosts.first():
     for left in checkpoints.folder.glob(f"*{UNFINISHED}"):
       print(f"resume   {left} was never finished: removed")
       shutil.rmtree(left, ignore_errors=True)
@@ -106,8 +107,7 @@ def newest(checkpoints: Checkpoints) -> int | None:
         break
       print(f"resume   checkpoint {checkpoints.folder / str(step)} is damaged: {problem}; the one before is used")
       set_aside(checkpoints.folder / str(step))
-  if jax.process_count() > 1:  # the others wait until the first has looked
-    multihost_utils.sync_global_devices("checkpoints are checked")
+  hosts.meet()  # the others wait until the first has looked
   checkpoints.reload()
   step = checkpoints.latest_step()
   if step is not None:
@@ -132,7 +132,18 @@ def restore(checkpoints: Checkpoints, like, step: int | None = None):
 
 def facts_of(checkpoints: Checkpoints, step: int) -> dict:
   """What `save` was given as facts."""
-  return json.loads((checkpoints.folder / str(step) / MANIFEST).read_text(encoding="utf-8"))
+  return read_json(checkpoints.folder / str(step) / MANIFEST)
+
+
+def require(checkpoints: Checkpoints, step: int, **facts: str) -> None:
+  """Raises CheckpointError where `save` was given other facts than these, such as models=, a fingerprint."""
+  saved = facts_of(checkpoints, step)
+  for what, here in facts.items():
+    if saved.get(what, here) != here:
+      raise CheckpointError(
+        f"{checkpoints.folder / str(step)} is of other {what} than this run's; give it what wrote the checkpoint, or "
+        "fork: --workdir=NEW --config.checkpoint.fork_from=OLD"
+      )
 
 
 @contextlib.contextmanager
@@ -148,6 +159,26 @@ def finished(checkpoints: Checkpoints):
 
 
 # ---- manifests ----
+
+
+def fingerprint(tree) -> str:
+  """SHA-256 over a checksum of every array: the same on every mesh, and nothing is gathered. Not against forgery."""
+  found = [(jax.tree_util.keystr(path), x.shape, str(x.dtype), _checksum(x))
+           for path, x in jax.tree_util.tree_leaves_with_path(tree)]  # fmt: skip
+  return hashlib.sha256(repr([(*what, int(sum_)) for *what, sum_ in found]).encode()).hexdigest()
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+  """u32[]: sums of integers do not depend on their order. Each element's bits are mixed with its place."""
+  bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32))
+  bits, place, stride = bits.astype(jnp.uint32), jnp.zeros((), jnp.uint32), 1
+  for axis in reversed(range(bits.ndim)):
+    place = place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
+    stride *= bits.shape[axis]
+  mixed = (bits ^ place * jnp.uint32(0x9E3779B1)) * jnp.uint32(0x85EBCA6B)
+  mixed = (mixed ^ mixed >> 15) * jnp.uint32(0xC2B2AE35)
+  return (mixed ^ mixed >> 13).sum(dtype=jnp.uint32)
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -168,12 +199,14 @@ def digests(folder: Path) -> dict[str, str]:
 def damage(folder: Path) -> str | None:
   """What is wrong with a checkpoint's files; None where they are what was written."""
   try:
-    want = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+    want = read_json(folder / MANIFEST)["files"]
     got = digests(folder)
   except FileNotFoundError:
     return f"it has no {MANIFEST}"
   except (OSError, ValueError, KeyError) as error:
     return f"it cannot be read: {error}"
+  if not isinstance(want, dict):
+    return f"its {MANIFEST} lists no files"
   for what, names in (("is missing", want.keys() - got.keys()), ("was added", got.keys() - want.keys())):
     if names:
       return f"{min(names)} {what}"

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from r2m_jax import hosts
 from r2m_jax.models.transformer import Transformer
 from r2m_jax.logprobs import token_stats
 from r2m_jax.step import read_feedback
@@ -57,7 +58,7 @@ def check_model(graphdef, state, *, vocab_size: int, dtype: str, temperature: fl
     return token_stats(model.head, hidden, tokens[:, prompt:], temperature=temperature).logprobs
 
   programs = jax.jit(lambda s: (full(s, tokens, mask), full(s, padded_tokens, padded_mask), cached(s, tokens, mask)))
-  plain, padded, decoded = (np.asarray(x, np.float64) for x in programs(state))
+  plain, padded, decoded = (np.asarray(x, np.float64) for x in hosts.fetch(programs(state)))
   found = {"padding": np.abs(padded - plain).max(), "cached decoding": np.abs(decoded - plain).max()}
   bound = LOGPROB_BOUND[dtype]
   deviations = ", ".join(f"{name} {value:.1e}" for name, value in found.items())

@@ -3,11 +3,13 @@
 import difflib
 import hashlib
 import json
+import os
 import re
 
 from ml_collections import ConfigDict
 
 from r2m_jax.advantages import NORMS
+from r2m_jax.hosts import HostsError, addresses
 from r2m_jax.losses import RATIOS
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.attention import ATTENTION, choose
@@ -21,10 +23,16 @@ ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
 # settings that a run may change from one start to the next: they say how far, where and how often, not what is computed
 FREE = (
-  "task", "mesh", "log", "checkpoint", "guard", "replay", "export", "generate", "score", "plan", "remat", "attention",
-  "logits_chunk", "ppo.accumulation", "rollout.waves",
+  "task", "mesh", "log", "checkpoint", "guard", "replay", "export", "generate", "score", "plan", "hosts", "remat",
+  "attention", "logits_chunk", "ppo.accumulation", "rollout.waves",
 )  # fmt: skip
-SECRET = re.compile(r"hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|AKIA[0-9A-Z]{16}|://[^/\s]+:[^/\s]+@")
+SECRET = re.compile(
+  r"hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|"
+  r"xox[abprs]-[\w-]{10,}|://[^/\s]+:[^/\s]+@"
+)
+SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.I)  # of environment variables
+HIDDEN = "(hidden)"
+SHORTEST_SECRET = 12  # characters; a shorter value of such a variable is more likely a setting
 OPTIMIZER_SECTIONS = ("policy", "critic", "r2m", "sft", "reward", "scratch.lm")
 
 
@@ -46,7 +54,8 @@ def check_config(config: ConfigDict) -> None:
     need(_get(config, field) >= low, field, f"must be at least {low}")
 
   for field in _fields(config):
-    if isinstance(_get(config, field), str) and SECRET.search(_get(config, field)):
+    value = _get(config, field)
+    if isinstance(value, (str, tuple, list)) and redact(str(value)) != str(value):
       raise ConfigError(
         f"config.{field} looks like it holds a token or a password, which would end in the run's files: give it in the "
         "environment instead, such as HF_TOKEN"
@@ -90,7 +99,8 @@ def check_config(config: ConfigDict) -> None:
     "scratch.lm.batch_size", "scratch.samples", "reward.batch_size", "reward.heldout_pairs",
     "log.checkpoint_every", "log.samples", "data.max_prompt_length",
     "data.max_response_length", "generate.max_new_tokens", "generate.batch_size", "score.batch_size", "kl.horizon",
-    "reward.ensemble", "r2m.warm_epochs", "checkpoint.keep_last", "guard.max_skipped",
+    "reward.ensemble", "r2m.warm_epochs", "checkpoint.keep_last", "guard.max_skipped", "hosts.start_timeout",
+    "hosts.heartbeat_timeout", "hosts.end_timeout",
   ):  # fmt: skip
     at_least(field, 1)
   for field in (
@@ -101,6 +111,7 @@ def check_config(config: ConfigDict) -> None:
     "replay.prompt", "replay.sample", "plan.prompt_length", "plan.reward_length", "plan.layers",
   ):  # fmt: skip
     at_least(field, 0)
+  at_least("replay.example_id", -1)
   need(config.rollout.group_size >= 2, "rollout.group_size", "R2M compares K >= 2 responses per prompt")
   need(config.rollout.temperature > 0, "rollout.temperature", "must be above 0: greedy samples have no log-probability")
   for field in ("r2m.omega_min", "r2m.alpha", "reward.label_flip", "data.max_bad_share"):
@@ -181,6 +192,10 @@ def check_config(config: ConfigDict) -> None:
     "as 'r2m' or 'iterative_head'",
   )  # fmt: skip
   need(config.reward.batch_size <= config.reward.pairs, "reward.batch_size", "must not exceed reward.pairs")
+  try:
+    addresses(config.hosts)
+  except HostsError as error:
+    raise ConfigError(error) from None
   mesh = tuple(config.mesh)
   need(
     len(mesh) == 3 and all(isinstance(m, int) and (m > 0 or m == -1) for m in mesh) and mesh.count(-1) <= 1,
@@ -189,6 +204,14 @@ def check_config(config: ConfigDict) -> None:
   )
   if -1 not in mesh[:2]:
     check_batch(config, mesh)
+
+
+def redact(text: str) -> str:
+  """The text without what looks like a token, and without what the environment holds as one."""
+  for name, value in os.environ.items():
+    if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET and not value.startswith("/"):
+      text = text.replace(value, HIDDEN)
+  return SECRET.sub(HIDDEN, text)
 
 
 def check_folder_run(config: ConfigDict, need) -> None:

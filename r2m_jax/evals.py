@@ -6,10 +6,11 @@ from typing import NamedTuple
 import numpy as np
 from flax import nnx
 
+from r2m_jax import hosts
 from r2m_jax.folders import Policy
 from r2m_jax.logprobs import token_stats
 from r2m_jax.ops import predicts_response
-from r2m_jax.serve import batch_size, batches
+from r2m_jax.serve import batch_size, batches, spread
 from r2m_jax.sharding import jit_on
 from r2m_jax.text import pad_left
 
@@ -56,7 +57,7 @@ def response_logprobs(config, policy: Policy, rows: Sequence[tuple[list[int], li
   results: list[np.ndarray] = [np.zeros(0)] * len(rows)
   for index in batches([len(p) + len(r) for p, r in rows], batch_size(config, config.score, len(rows), mesh)):
     tokens, mask = pad_left([[*rows[i][0], *rows[i][1]] for i in index], policy.tokenizer.pad_id)
-    logprobs = np.asarray(read(policy.state, tokens, mask))
+    logprobs = hosts.fetch(read(policy.state, *spread((tokens, mask), mesh)))
     for row, i in enumerate(index):
       results[i] = logprobs[row, logprobs.shape[1] - len(rows[i][1]) :]
   return results

@@ -14,18 +14,18 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from r2m_jax import checkpoint, parity
+from r2m_jax import checkpoint, hosts, loop, parity
 from r2m_jax.build import build, init_adapters, initial_state, lora_of
 from r2m_jax.card import write_card
 from r2m_jax.folders import (
   HEAD_CONFIG, HEAD_WEIGHTS, RENDERER, FolderError, HeadConfig, Policy, RewardModel, head_tensors, load_policy,
   load_reward, mesh_of, reward_start, score_of,
 )  # fmt: skip
+from r2m_jax.metrics import read_json
 from r2m_jax.models.lora import merged
 from r2m_jax.models.peft import save_peft
 from r2m_jax.models.pretrained import TOKENIZER_FILES, save_pretrained
@@ -43,11 +43,15 @@ def new_folder(out: Path) -> Iterator[Path]:
   if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in models):
     raise FolderError(f"{out} is not empty and holds no model; give a new folder")
   part, old = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.old")
-  for left in (part, old):
-    shutil.rmtree(left, ignore_errors=True)
+  if hosts.first():
+    for left in (part, old):
+      shutil.rmtree(left, ignore_errors=True)
+  hosts.meet()
   yield part
-  if jax.process_index() != 0:
-    return
+  hosts.on_first(lambda: replace(out, part, old))
+
+
+def replace(out: Path, part: Path, old: Path) -> None:
   if out.exists():
     out.rename(old)
   part.rename(out)
@@ -66,14 +70,15 @@ def write_policy(out: Path, config, policy: Policy, state: nnx.State, workdir: P
     if peft:
       save_peft(folder, policy.arch, state, lora, config.policy.path)
       for file in (file for pattern in TOKENIZER_FILES for file in policy.folder.glob(pattern)):
-        shutil.copyfile(file, folder / file.name)
+        if hosts.first():
+          shutil.copyfile(file, folder / file.name)
     else:
       weights = state if lora is None else merged(state, base, lora)
       save_pretrained(folder, policy.arch, weights, tokenizer_folder=policy.folder)
       ends = {"eos_token_id": list(policy.tokenizer.eos_ids), "pad_token_id": policy.tokenizer.pad_id}
-      if jax.process_index() == 0 and not (folder / "generation_config.json").exists():
+      if hosts.first() and not (folder / "generation_config.json").exists():
         (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
-    if jax.process_index() == 0:
+    if hosts.first():
       write_card(folder, config, workdir, kind="adapters" if peft else "policy", bases=bases)
   finish(config, out, "policy", None if peft else lambda: parity.policy_gap(out))
 
@@ -91,12 +96,13 @@ def write_reward(out: Path, config, reward: RewardModel, backbone, phi, workdir:
   with new_folder(out) as folder:
     bias = reward.has_bias or bool(np.abs(np.asarray(phi["bias"][...])).max() > 0)
     save_pretrained(folder, reward.arch, backbone, score=score_of(phi, bias=bias), tokenizer_folder=reward.folder)
-    if jax.process_index() == 0:
+    tensors = None if head is None else head_tensors(head[1])
+    if hosts.first():
       if contract:
         (folder / RENDERER).write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
       if head is not None:
         (folder / HEAD_CONFIG).write_text(json.dumps(dataclasses.asdict(head[0]), indent=2) + "\n", encoding="utf-8")
-        save_file(head_tensors(head[1]), folder / HEAD_WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
         shutil.copyfile(HEAD_MODULE, folder / HEAD_MODULE.name)
       rule = "its chat template" if contract and contract["template_sha256"] else "the text prompt + ' ' + response"
       kind = "reward" if head is None else "r2m_reward"
@@ -128,7 +134,7 @@ def write_run(out: Path, config, policy: Policy, reward: RewardModel, state, wor
 
 def finish(config, out: Path, what: str, gap) -> None:
   """Says how far transformers is from ours on the written folder, and uploads it where asked to."""
-  if jax.process_index() != 0:
+  if not hosts.first():
     return
   print(f"export   {what} in {out}")
   if config.export.check and gap is None:
@@ -159,7 +165,8 @@ def push(folder: Path, name: str) -> None:
 def run(config) -> None:
   """Exports `config.export.checkpoint` into `config.export.out`."""
   workdir, stage, step = find_checkpoint(Path(config.export.checkpoint).expanduser().absolute())
-  config = run_config(config, workdir)
+  lora_export, config = config.lora.export, run_config(config, workdir, mine=("export", "mesh"))
+  config.lora.export = lora_export
   out, mesh = Path(config.export.out).expanduser(), mesh_of(config)
   print(f"export   {'/'.join(stage)} of {workdir}{'' if step is None else f', step {step}'}")
   if not (config.policy.path or config.reward.path):
@@ -171,21 +178,25 @@ def run(config) -> None:
   if checkpoint.newest(manager) is None or step not in (None, *manager.all_steps()):
     raise FolderError(f"{workdir.joinpath(*stage)} holds checkpoints of steps {manager.all_steps()}, not of {step}")
 
+  at = checkpoint.newest(manager) if step is None else step
   if stage == ("stages", "sft"):
     policy = load_policy(config.policy.path, config, mesh)
     config.task = "sft"
     built = build(config, mesh, arch=policy.arch)
     like = init_adapters(config, built, mesh) if built.lora else policy.state
+    if built.lora:
+      checkpoint.require(manager, at, models=checkpoint.fingerprint(policy.state))
     write_policy(out / "policy", config, policy, checkpoint.restore(manager, like, step), workdir, base=policy.state)
     return
   config.task = stage[1] if stage[0] == "stages" else "r2m"
   reward = load_reward(config.reward.path or config.policy.path, config, mesh, from_policy=config.task == "reward")
   if (workdir / RENDERER).exists():
-    reward.renderer.require(json.loads((workdir / RENDERER).read_text(encoding="utf-8")), workdir)
+    reward.renderer.require(read_json(workdir / RENDERER), workdir)
   if config.task == "reward":
     built = build(config, mesh, arch=reward.arch, reward_arch=reward.arch)
     like = reward_start(reward, mesh)
     if built.lora:
+      checkpoint.require(manager, at, models=checkpoint.fingerprint(like["backbone"]))
       like["backbone"] = init_adapters(config, built, mesh)
     model = checkpoint.restore(manager, like, step)
     backbone = merged(model["backbone"], reward.state, built.lora) if built.lora else model["backbone"]
@@ -195,6 +206,8 @@ def run(config) -> None:
   policy = load_policy(config.policy.path, config, mesh)
   built = build(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   like = initial_state(config, built, policy.state, reward.state, reward.phi)
+  if not config.checkpoint.fork_from:
+    checkpoint.require(manager, at, models=loop.models_of(like))
   write_run(out, config, policy, reward, checkpoint.restore(manager, like, step), workdir)
 
 
@@ -214,20 +227,19 @@ def find_checkpoint(path: Path) -> tuple[Path, tuple[str, str], int | None]:
     names = ", ".join(str(workdir.joinpath(*stage)) for stage in found) or "nothing"
     raise FolderError(f"config.export.checkpoint is {path}: point at one of {names}")
   step = parts[2] if len(parts) > 2 else None
-  if step is not None and not step.isdigit():
+  if step is not None and not step.isdecimal():
     raise FolderError(f"config.export.checkpoint is {path}: {step!r} is not the number of a step")
   return workdir, stages[0], None if step is None else int(step)
 
 
-def run_config(config, workdir: Path):
-  """The config of the run in `workdir`, with this call's export section, mesh and lora.export."""
-  saved = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+def run_config(config, workdir: Path, *, mine: tuple[str, ...]):
+  """The config of the run in `workdir`, with the steps that its budget gave, and this call's sections `mine`."""
+  saved = read_json(workdir / "config.json")
   result = config.copy_and_resolve_references()
   try:
-    result.update({key: value for key, value in saved.items() if key not in ("export", "mesh")})
+    result.update({key: value for key, value in saved.items() if key not in mine})
   except (KeyError, TypeError, AttributeError) as error:
     raise FolderError(f"{workdir / 'config.json'} is not a config of this version: {error}") from None
-  result.lora.export = config.lora.export
   if (workdir / BUDGETS).exists():
-    result.steps = json.loads((workdir / BUDGETS).read_text(encoding="utf-8")).get("rl", result.steps)
+    result.steps = read_json(workdir / BUDGETS).get("rl", result.steps)
   return result

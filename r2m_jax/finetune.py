@@ -9,11 +9,10 @@ import time
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from r2m_jax import checkpoint, export, loop, sharding
+from r2m_jax import checkpoint, export, hosts, loop, sharding
 from r2m_jax.build import Build, build, init_adapters, initial_state
 from r2m_jax.checks import check_model, check_step_zero
 from r2m_jax.config import ConfigError, check_batch
@@ -21,16 +20,15 @@ from r2m_jax.data.batches import Stream
 from r2m_jax.folders import RENDERER, FolderError, Policy, RewardModel
 from r2m_jax.folders import describe_reward, load_policy, load_reward, mesh_of, reward_start
 from r2m_jax.lab.stages import epochs_of_rows
-from r2m_jax.metrics import append_samples, read_metrics, write_atomic
+from r2m_jax.metrics import append_samples, read_json, write_atomic
 from r2m_jax.models import lora
 from r2m_jax.optim import make_optimizer
 from r2m_jax.prepare import PromptData, batch_of, enough, judged_pairs, judgments_labeller, packed_lines, pairs
 from r2m_jax.prepare import prompt_data, sft_rows, take_pairs
 from r2m_jax.pretrain import Timed, fit, fit_warm_head, reward_loss, sft_loss, steps_within
-from r2m_jax.report import format_summary, summary_table, write_report
 from r2m_jax.step import Labeller, make_learn, make_rollout, truncated, uses_labels
-from r2m_jax.text import Renderer, responses_of
-from r2m_jax.train import claim, shapes_of, stage, warm, with_variant
+from r2m_jax.text import Renderer, bucket, pad_left, responses_of
+from r2m_jax.train import claim, conclude, shapes_of, stage, warm, with_variant
 from r2m_jax.variants import VARIANTS
 
 
@@ -45,24 +43,24 @@ def run(config, workdir: Path) -> None:
   devices = f"{mesh.size} {jax.devices()[0].platform} device(s) as {dict(mesh.shape)}"
   print(f"r2m_jax  {devices}, {config.dtype}; writes {workdir}")
   tasks[config.task](config, workdir, mesh)
-  report = write_report(workdir, title=f"R2M: {config.task} from {config.policy.path or config.reward.path}")
-  print(format_summary(summary_table(read_metrics(workdir))))
-  print(f"report   {report}\nmetrics  {workdir / 'metrics.jsonl'}\nmodels   {workdir / 'export'}")
+  title = f"R2M: {config.task} from {config.policy.path or config.reward.path}"
+  hosts.on_first(lambda: conclude(workdir, title, f"models   {workdir / 'export'}"))
 
 
 def budgeted(workdir: Path, stage: str, seconds: float, measure) -> int:
   """The steps that a budget of seconds gives, measured once in a workdir."""
   path = workdir / export.BUDGETS
-  saved = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+  saved = hosts.on_first(lambda: read_json(path) if path.exists() else {})
   if stage not in saved:
-    saved[stage] = measure(seconds)
+    saved[stage] = hosts.from_first(measure(seconds))  # every process has measured, each on its own clock
     write_atomic(path, json.dumps(saved))
   return saved[stage]
 
 
 def fit_stage(workdir: Path, name: str, settings, steps: int, built: Build, loss_fn, start, frozen, dataset, collate):
   """`fit` from `start` as the stage `name`, cached; for `steps` updates, or what settings.budget seconds give."""
-  batches = lambda: Stream(dataset, collate)
+  own = dataset.map(lambda rows: hosts.take(rows, built.rows))  # one order, however many processes share the rows
+  batches = lambda: Stream(own, collate)
   if settings.budget:
     probe = dict(batch_sharding=built.rows, frozen=frozen)
     measure = lambda seconds: steps_within(seconds, loss_fn, start, batches(), **probe)
@@ -75,7 +73,7 @@ def fit_stage(workdir: Path, name: str, settings, steps: int, built: Build, loss
       budget=settings.budget,
     )  # fmt: skip
 
-  return stage(workdir, name, shapes_of(start), make)
+  return stage(workdir, name, shapes_of(start), make, frozen=frozen)
 
 
 def build_lora(config, mesh, **archs) -> Build:
@@ -136,8 +134,9 @@ def hold_contract(workdir: Path, renderer: Renderer) -> None:
   """The renderer's contract lies with the run's checkpoints; a run that goes on with another one is refused."""
   path = workdir / RENDERER
   if path.exists():
-    renderer.require(json.loads(path.read_text(encoding="utf-8")), workdir)
-  write_atomic(path, json.dumps(renderer.contract, indent=2))
+    renderer.require(read_json(path), workdir)
+  else:
+    write_atomic(path, json.dumps(renderer.contract, indent=2))
 
 
 # ---- r2m ----
@@ -171,7 +170,7 @@ def run_r2m(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
   if config.budget:
     probed = with_variant(config, arms[-1])
     probe = build_lora(probed, mesh, arch=policy.arch, reward_arch=reward.arch)
-    measure = lambda seconds: rl_steps_within(seconds, probed, probe, policy, reward, data)
+    measure = lambda seconds: rl_steps_within(seconds, probed, probe, policy, reward, data, workdir)
     config = with_variant(config, config.variant)
     config.steps = budgeted(workdir, "rl", config.budget, measure)
   for i, variant in enumerate(arms):
@@ -181,10 +180,12 @@ def run_r2m(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
     run_arm(arm, built, workdir, policy, reward, data, folder, donate=last)
 
 
-def rl_steps_within(seconds: float, config, built: Build, policy: Policy, reward: RewardModel, data) -> int:
+def rl_steps_within(
+  seconds: float, config, built: Build, policy: Policy, reward: RewardModel, data, workdir: Path
+) -> int:
   """How many RL steps take about `seconds`, compiling apart, from three steps timed here; prints the rate."""
   state, times = start_state(config, built, policy, reward, donate=False), []
-  labeller = labeller_of(config, policy, reward)
+  labeller = labeller_of(config, policy, reward, workdir)
   step = make_two_part_step(config, built, policy, reward, sharding.shardings(state, built.mesh), labeller)
   for t in range(3):
     began, index = time.perf_counter(), data.order[t]
@@ -197,9 +198,9 @@ def rl_steps_within(seconds: float, config, built: Build, policy: Policy, reward
   return steps
 
 
-def labeller_of(config, policy: Policy, reward: RewardModel) -> Labeller | None:
+def labeller_of(config, policy: Policy, reward: RewardModel, workdir: Path) -> Labeller | None:
   """What orders the pairs of the reward update from the file of judgments, where the run asks for real labels."""
-  return judgments_labeller(config, judged_pairs(config, policy, reward)) if uses_labels(config) else None
+  return judgments_labeller(config, judged_pairs(config, policy, reward, workdir)) if uses_labels(config) else None
 
 
 def make_two_part_step(config, built: Build, policy: Policy, reward: RewardModel, layout, labeller=None):
@@ -208,7 +209,9 @@ def make_two_part_step(config, built: Build, policy: Policy, reward: RewardModel
   `texts` are the prompts as the rows give them, for the reward model's own rendering.
   """
   K, tokenizer, renderer = config.rollout.group_size, policy.tokenizer, reward.renderer
-  rollout = jax.jit(make_rollout(built.defs, config, built.mesh, tokenizer.eos_ids, tokenizer.pad_id))
+  rollout = jax.jit(
+    make_rollout(built.defs, config, built.mesh, tokenizer.eos_ids, tokenizer.pad_id), out_shardings=built.rows
+  )
   labelled = uses_labels(config)
   learn = jax.jit(
     make_learn(built.defs, config, built.mesh), donate_argnums=0,
@@ -216,16 +219,16 @@ def make_two_part_step(config, built: Build, policy: Policy, reward: RewardModel
   )  # fmt: skip
 
   def step(state, prompts, texts):
-    sequences = rollout(state, prompts)
-    on_host = jax.device_get(sequences)
-    answers, sampled = responses_of(on_host, tokenizer), K * len(texts)  # then the greedy rows of "remax"
-    rows = [
-      (texts[i // K if i < sampled else i - sampled], text, truncated) for i, (text, truncated) in enumerate(answers)
-    ]
-    tokens, mask = renderer.batch(rows)
-    pairs = (labeller(on_host, int(state.step)),) if labelled else ()
-    state, out = learn(state, sequences, tokens, mask, *pairs)
-    return state, out, rows[:sampled]
+    sequences = rollout(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
+    sampled = K * len(texts)  # then the greedy rows of "remax"
+    mine = hosts.rows_of(built.rows, len(sequences.tokens)).tolist()
+    answers = zip(mine, responses_of(hosts.local(sequences), tokenizer))
+    rows = [(texts[i // K if i < sampled else i - sampled], text, truncated) for i, (text, truncated) in answers]
+    ids = [renderer.ids(prompt, text, truncated=truncated) for prompt, text, truncated in rows]
+    tokens, mask = pad_left(ids, renderer.tokenizer.pad_id, hosts.largest(bucket(max(map(len, ids)))))
+    pairs = (labeller(hosts.fetch(sequences), int(state.step)),) if labelled else ()
+    state, out = learn(state, sequences, *hosts.place((tokens, mask), built.rows), *pairs)
+    return state, out, [row for i, row in zip(mine, rows) if i < sampled]
 
   return step
 
@@ -237,12 +240,13 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
   checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
   state = start_state(config, built, policy, reward, donate=donate)
   layout = sharding.shardings(state, built.mesh)
-  rows_are = loop.fingerprint(data.ids)
-  state, fresh = loop.resume(config, checkpoints, state, data=rows_are)
+  began = dict(data=loop.fingerprint(data.ids), models=loop.models_of(state))
+  state, fresh = loop.resume(config, checkpoints, state, **began)
   if int(state.step) < config.steps:
     if VARIANTS[arm].start == "head" and fresh:
-      state = warm_start(config, built, workdir, state, judged_pairs(config, policy, reward))
-    step = make_two_part_step(config, built, policy, reward, layout, labeller_of(config, policy, reward))
+      state = warm_start(config, built, workdir, state, judged_pairs(config, policy, reward, workdir))
+    labeller = labeller_of(config, policy, reward, workdir)
+    step = make_two_part_step(config, built, policy, reward, layout, labeller)
     # a step takes one batch: the saved step is where the data goes on
     order = Timed(Stream(data.order, start=int(state.step)))
 
@@ -250,17 +254,18 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
       index = next(order)
       prompts = batch_of(data, index, policy)
       state, output, rows = step(state, prompts, [data.prompts[i] for i in index])
-      output = jax.device_get(output)
+      output = hosts.fetch(output)
       if t == 0:
         check_step_zero(output.metrics, config.dtype, truncated=truncated(config))
         print(describe_reward(reward, *rows[0]))
       if t in (0, config.steps - 1):
-        append_samples(workdir, samples(config, output, rows, "before" if t == 0 else "after"))
+        texts = [data.prompts[i] for i in index]
+        append_samples(workdir, samples(config, output, texts, policy, "before" if t == 0 else "after"))
       metrics = output.metrics | {"data/wait": order.waiting_share()}
       shown = dict(reward=metrics["reward/used"], kl=metrics["kl"])
       return state, output, prompts.example_id, metrics, shown
 
-    state = loop.run_steps(config, workdir, checkpoints, state, advance, data=rows_are)
+    state = loop.run_steps(config, workdir, checkpoints, state, advance, **began)
   export.write_run(out, config, policy, reward, state, workdir)
 
 
@@ -269,10 +274,11 @@ def warm_start(config, built: Build, workdir: Path, state, arrays: dict[str, np.
   count, size = len(arrays["tokens"]), config.reward.batch_size
   enough(count, "reward.batch_size", size, "r2m.judgments")
   total = config.r2m.warm_epochs * (count // size)
-  batches = (take_pairs(arrays, rows) for rows in epochs_of_rows(config.seed, count, size, total))
+  order = epochs_of_rows(config.seed, count, size, total)
+  batches = (hosts.take(take_pairs(arrays, rows), built.rows) for rows in order)
   frozen = {"policy": state.ref, "backbone": state.reward_backbone}
   make = lambda: fit_warm_head(config, built, workdir, state.reward_head, batches, total, frozen=frozen)
-  return warm(state, stage(workdir, "warm_start", shapes_of(state.reward_head), make))
+  return warm(state, stage(workdir, "warm_start", shapes_of(state.reward_head), make, frozen=frozen))
 
 
 def start_state(config, built: Build, policy: Policy, reward: RewardModel, *, donate: bool):
@@ -289,7 +295,8 @@ def start_state(config, built: Build, policy: Policy, reward: RewardModel, *, do
       f"asks for {wanted}: set config.r2m.attention_dim and num_heads, or give a reward model without a head"
     )
   like = state.reward_head
-  head = jax.tree.map(lambda x, old: jax.device_put(jnp.asarray(x, old.dtype), old.sharding), head, like)
+  put = lambda x, old: hosts.put(np.asarray(x, old.dtype), old.sharding)
+  head = jax.tree.map(put, head, like)
   return state.replace(reward_head=head)
 
 
@@ -298,15 +305,17 @@ def prompt_text(prompt) -> str:
   return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
 
 
-def samples(config, output, rows, when: str) -> list[dict]:
+def samples(config, output, prompts: list, policy: Policy, when: str) -> list[dict]:
   """One row of samples.jsonl for each of the step's first prompts."""
-  K, judged = config.rollout.group_size, output.judged
-  lengths = output.sequences.response_mask.sum(1)
-  shown = range(0, min(config.log.samples * K, len(rows)), K)
+  judged, shown = output.judged, slice(0, config.log.samples * config.rollout.group_size, config.rollout.group_size)
+  sequences = jax.tree.map(lambda x: x[shown], output.sequences)
   return [
     {
-      "arm": config.variant, "when": when, "prompt": prompt_text(rows[i][0]), "response": rows[i][1],
-      "reward": judged.scores[i], "frozen": judged.scores_frozen[i], "length": int(lengths[i]), "truncated": rows[i][2],
+      "arm": config.variant, "when": when, "prompt": prompt_text(prompt), "response": text,
+      "reward": reward, "frozen": frozen, "length": int(mask.sum()), "truncated": truncated,
     }
-    for i in shown
+    for prompt, (text, truncated), reward, frozen, mask in zip(
+      prompts, responses_of(sequences, policy.tokenizer), judged.scores[shown], judged.scores_frozen[shown],
+      sequences.response_mask,
+    )
   ]  # fmt: skip

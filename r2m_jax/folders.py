@@ -8,7 +8,6 @@ A reward model is a sequence classifier. Beside it may lie
 """
 
 import dataclasses
-import json
 import pathlib
 from typing import Any
 
@@ -17,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
-from r2m_jax import sharding
+from r2m_jax import hosts, sharding
 from r2m_jax.build import model_kwargs
 from r2m_jax.config import ConfigError
 from r2m_jax.models.arch import ArchConfig
-from r2m_jax.models.pretrained import Pretrained, Score, fetch, load_pretrained
+from r2m_jax.models.pretrained import Pretrained, PretrainedError, Score, fetch, load_pretrained, read_json
 from r2m_jax.models.reward import RewardHead
 from r2m_jax.text import Renderer, TextError, Tokenizer, load_tokenizer
 
@@ -108,7 +108,7 @@ def load_reward(source: str, config, mesh: Mesh | None = None, *, from_policy: b
     raise FolderError(f"config.reward.path is {source}: it gives {labels} labels; a reward is one number")
   renderer = Renderer(load_tokenizer(folder, model.arch.vocab_size), config.reward.max_length)
   if (folder / RENDERER).exists():
-    renderer.require(json.loads((folder / RENDERER).read_text(encoding="utf-8")), folder)
+    renderer.require(read_object(folder / RENDERER), folder)
   phi = None if model.score is None else phi_state(model.score)
   has_bias = model.score is not None and model.score.bias is not None
   return RewardModel(folder, model.arch, model.graphdef, model.state, phi, has_bias, renderer, load_head(folder))
@@ -124,7 +124,7 @@ def _load(source: str, field: str, config, mesh, **kwargs) -> tuple[pathlib.Path
     return folder, load_pretrained(folder, mesh=mesh, **model_kwargs(config, mesh), **kwargs)
   except TextError:
     raise
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, SafetensorError) as error:
     raise FolderError(f"config.{field} is {source}: {error}") from error
 
 
@@ -133,6 +133,7 @@ def reward_start(reward: RewardModel, mesh):
   phi = reward.phi
   if phi is None:
     phi = nnx.state(nnx.Linear(reward.arch.hidden_size, 1, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0)))
+    phi = hosts.put(jax.device_get(phi), sharding.shardings(phi, mesh))
   state = {"backbone": reward.state, "phi": phi}
   return jax.device_put(state, sharding.shardings(state, mesh))
 
@@ -165,6 +166,14 @@ def score_of(phi: nnx.State, *, bias: bool) -> Score:
   return Score(phi["kernel"][...], phi["bias"][...] if bias else None)
 
 
+def read_object(file: pathlib.Path) -> dict[str, Any]:
+  """The object in a JSON file of a folder."""
+  try:
+    return read_json(file)
+  except PretrainedError as error:
+    raise FolderError(error) from None
+
+
 # ---- the R2M head ----
 
 
@@ -183,15 +192,21 @@ def load_head(folder: pathlib.Path) -> tuple[HeadConfig, nnx.State] | None:
     if (folder / HEAD_WEIGHTS).exists():
       raise FolderError(f"{folder} holds {HEAD_WEIGHTS} without {HEAD_CONFIG}; copy it again")
     return None
-  fields = json.loads((folder / HEAD_CONFIG).read_text(encoding="utf-8"))
-  known = {field.name for field in dataclasses.fields(HeadConfig)}
-  if fields.get("format") != HEAD_FORMAT or not known <= fields.keys():
+  fields = read_object(folder / HEAD_CONFIG)
+  known = {field.name: field.type for field in dataclasses.fields(HeadConfig)}
+  number = lambda name: isinstance(fields.get(name), int | known[name]) and not isinstance(fields[name], bool)
+  sizes = ("policy_hidden_size", "reward_hidden_size", "attention_dim", "num_heads")
+  good = fields.get("format") == HEAD_FORMAT and all(map(number, known)) and 0 <= fields["omega"] <= 1
+  if not good or not all(0 < fields[name] <= 2**31 for name in sizes) or fields["attention_dim"] % fields["num_heads"]:
     wanted = f"format {HEAD_FORMAT} with {', '.join(sorted(known))}"
-    raise FolderError(f"{folder / HEAD_CONFIG} is not of {wanted}: {fields}")
+    raise FolderError(f"{folder / HEAD_CONFIG} is not of {wanted}: {str(fields)[:400]}; copy it again")
   config = HeadConfig(**{name: fields[name] for name in known})
   if not (folder / HEAD_WEIGHTS).exists():
     raise FolderError(f"{folder} holds {HEAD_CONFIG} without {HEAD_WEIGHTS}; copy it again")
-  tensors = load_file(folder / HEAD_WEIGHTS)
+  try:
+    tensors = load_file(folder / HEAD_WEIGHTS)
+  except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+    raise FolderError(f"{folder / HEAD_WEIGHTS} is not a whole safetensors file: {error}; copy it again") from None
   head = abstract_head(config)
 
   def read(path, like):
@@ -207,10 +222,10 @@ def load_head(folder: pathlib.Path) -> tuple[HeadConfig, nnx.State] | None:
 
 
 def head_tensors(head: nnx.State) -> dict[str, np.ndarray]:
-  """The head's weights by name, linears as [out, in], float32."""
+  """The head's weights by name, linears as [out, in], float32. All processes must ask."""
   tensors = {}
   for path, x in jax.tree_util.tree_flatten_with_path(head)[0]:
     module, leaf = sharding.path_name(path).split("/")
-    x = np.asarray(x, np.float32)
+    x = np.asarray(hosts.fetch(x), np.float32)
     tensors[f"{module}.{'bias' if leaf == 'bias' else 'weight'}"] = np.ascontiguousarray(x.T if leaf == "kernel" else x)
   return tensors

@@ -12,18 +12,15 @@ import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
-from r2m_jax import checkpoint
+from r2m_jax import checkpoint, hosts
 from r2m_jax.checkpoint import CheckpointError, Checkpoints
-from r2m_jax.config import identity
+from r2m_jax.config import ConfigError, identity
 from r2m_jax.metrics import Metrics, plain, progress, read_jsonl, write_atomic
 
 RESUME = 75  # exit status of a run that was asked to stop and has saved everything
 SAMPLES_KEPT = "skipped.jsonl"
-NORMS = {"policy/grad_norm": "policy", "critic/grad_norm": "critic", "r2m/grad_norm": "r2m"}  # metric -> section
 
 
 class Interrupted(Exception):
@@ -67,33 +64,36 @@ def signals_end_the_run() -> Iterator[None]:
 def at_hand() -> Iterator[Callable[[], bool]]:
   """Holds signals back. Gives `asked()`, whether one came to any process; raises Interrupted at the end if so."""
   global _at_hand
+  stopping = False
 
   def asked() -> bool:
-    if jax.process_count() == 1:
-      return bool(_received)
-    return bool(multihost_utils.process_allgather(np.asarray(bool(_received))).any())  # all stop after the same step
+    nonlocal stopping
+    stopping = hosts.any_of(_received)  # all stop after the same step
+    return stopping
 
   _at_hand = True
   try:
     yield asked
   finally:
     _at_hand = False
-  if _received:
-    raise Interrupted(signal.Signals(_received[0]).name)
+  if _received or stopping:
+    raise Interrupted(signal.Signals(_received[0]).name if _received else "a signal to another process")
 
 
 # ---- the loop ----
 
 
 def run_steps(
-  config, workdir: Path, checkpoints: Checkpoints, state, advance: Callable, *, data: str = "", cursor=lambda: None
-):
+  config, workdir: Path, checkpoints: Checkpoints, state, advance: Callable, *, data: str = "", models: str = "",
+  cursor=lambda: None,
+):  # fmt: skip
   """Advances `state` to config.steps and returns it: logs every step, saves as config.log and config.checkpoint say.
 
   Args:
     state: a TrainState of any step; it is donated.
     advance: (state, step number) -> (state, StepOutput on the host, example ids i32[P], metrics, values for the bar).
     data: fingerprint of the rows behind the prompts; it lies in every manifest.
+    models: fingerprint of the frozen models: the reference (with adapters, their base) and the reward model.
     cursor: () -> JSON, where a data pipeline stands after the step; `checkpoint.facts_of(...)["cursor"]` gives it back.
       The prompts of this package are a function of the step, and need none.
 
@@ -103,13 +103,15 @@ def run_steps(
     CheckpointError: a save failed, now or in the background.
   """
   start, in_a_row = int(state.step), []
-  facts = {"config": identity(config), "data": data}
+  facts, best = {"config": identity(config), "data": data, "models": models}, config.checkpoint.best_metric
   with at_hand() as asked, checkpoint.finished(checkpoints):
     with Metrics(workdir, "rl", config.variant, from_step=start) as log:
       with progress(config.steps, config.variant, initial=start) as bar:
         for t in range(start, config.steps):
           state, out, example_id, metrics, shown = advance(state, t)
-          log.log(t, metrics | {"spikes": spikes(config, metrics)})
+          if config.checkpoint.keep_best and best not in metrics:
+            raise ConfigError(f"config.checkpoint.best_metric is {best!r}: choose one of {', '.join(sorted(metrics))}")
+          log.log(t, metrics)
           bar.update(**shown)
           stop, last = asked(), t + 1 == config.steps
           in_a_row = [*in_a_row, t] if metrics["skipped"] else []
@@ -120,32 +122,31 @@ def run_steps(
           if last or stop or (t + 1) % config.log.checkpoint_every == 0:
             if not (workdir / "config.json").exists():
               raise CheckpointError(f"{workdir} has vanished: bring it back, or start again with another --workdir")
-            value = metrics.get(config.checkpoint.best_metric)
-            checkpoint.save(checkpoints, t + 1, state, value=value, facts=facts | {"cursor": cursor()})
+            checkpoint.save(checkpoints, t + 1, state, value=metrics.get(best), facts=facts | {"cursor": cursor()})
           if stop:
             break
   return state
 
 
-def resume(config, checkpoints: Checkpoints, state, *, data: str = ""):
+def resume(config, checkpoints: Checkpoints, state, *, data: str = "", models: str = ""):
   """The state of the newest sound checkpoint, or `state` where there is none, and whether it is the latter.
 
   Raises:
-    CheckpointError: the checkpoint is of another config or of other rows.
+    CheckpointError: the checkpoint is of another config, of other rows or of other frozen models.
   """
   step = checkpoint.newest(checkpoints)
   if step is None:
     return state, True
-  facts = checkpoint.facts_of(checkpoints, step)
-  for what, here in (("config", identity(config)), ("data", data)):
-    if facts.get(what, here) != here and not config.checkpoint.fork_from:
-      raise CheckpointError(
-        f"{checkpoints.folder / str(step)} is of other {what} than this run's; give it what wrote the checkpoint, or "
-        "fork: --workdir=NEW --config.checkpoint.fork_from=OLD"
-      )
+  if not config.checkpoint.fork_from:
+    checkpoint.require(checkpoints, step, config=identity(config), data=data, models=models)
   state = checkpoint.restore(checkpoints, state, step)
   print(f"{config.variant}: goes on from step {int(state.step)} of {config.steps}")
   return state, False
+
+
+def models_of(state) -> str:
+  """Fingerprint of what a run only reads: the reference (with adapters, their base) and the reward model."""
+  return checkpoint.fingerprint((state.ref, state.reward_backbone, state.reward_frozen))
 
 
 def fingerprint(rows) -> str:
@@ -154,12 +155,6 @@ def fingerprint(rows) -> str:
 
 
 # ---- numbers that are not finite ----
-
-
-def spikes(config, metrics: dict) -> int:
-  """Gradient norms far above where they are clipped."""
-  limits = {name: config[section].max_grad_norm * config.guard.spike for name, section in NORMS.items()}
-  return sum(bool(metrics[name] > limit) for name, limit in limits.items() if limit and name in metrics)
 
 
 def keep_rows(workdir: Path, arm: str, step: int, out, example_id) -> None:

@@ -4,20 +4,24 @@ import ctypes
 import errno
 import functools
 import importlib.util
+import json
 import os
 import re
 import sys
+import traceback
 from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from r2m_jax.config import ConfigError, check_config, check_fields
+from r2m_jax import hosts
+from r2m_jax.config import ConfigError, check_config, check_fields, redact
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/quickstart.py", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the report")
-DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.ENOENT, errno.ESTALE)
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.ENOENT, errno.ESTALE,
+        errno.EPIPE)  # fmt: skip
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -95,13 +99,19 @@ def command_line_mistake(argv: list[str], error: Exception) -> str | None:
 
 def stop(reason, status: int = 2) -> NoReturn:
   """Ends the program: status 2 for a command that cannot run, 1 for a run that somebody must look after."""
-  print(f"error: {reason}", file=sys.stderr)
+  print(redact(f"error: {reason}"), file=sys.stderr)
   sys.exit(status)
+
+
+def show_traceback(kind, error, trace) -> None:
+  """Python's own, without secrets: for mistakes of the program, which nobody foresaw."""
+  print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def main(argv):
   del argv  # read by parse_flags
   config = CONFIG.value
+  sys.excepthook = show_traceback
   keep_freed_memory()
   logging.set_verbosity(logging.FATAL)  # checkpointing is chatty otherwise; its errors are raised, and told in one line
   try:
@@ -118,26 +128,34 @@ def main(argv):
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "r2m_jax" / "jax"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    run(config, Path(WORKDIR.value))
-  except ConfigError as error:
+    with hosts.together(config.hosts):
+      run(config, Path(WORKDIR.value))
+  except (ConfigError, hosts.HostsError) as error:
     stop(error)
 
 
 def run(config, workdir: Path) -> None:
   """The task: a tokenizer, batch use of a folder, an export, a replay, a run on text, or the gold task."""
+  import jax
+
   from r2m_jax import export, finetune, loop, replay, scratch, serve, tokenizer, train
   from r2m_jax.checkpoint import CheckpointError
   from r2m_jax.data.jsonl import DataError
   from r2m_jax.folders import FolderError
+  from r2m_jax.metrics import DamagedFile
   from r2m_jax.text import TextError
 
   try:
+    given = {name: value for name, value in json.loads(config.to_json()).items() if name != "hosts"}
+    hosts.require_same([given, str(workdir)], "what they were given; start the same command on every host")
     with loop.signals_end_the_run():
       if config.task in ("generate", "score"):
         serve.run(config)
       elif config.task == "export":
         export.run(config)
       elif config.task == "replay":
+        if jax.process_count() > 1:
+          raise ConfigError(f"config.task is 'replay': for one process; add --config.hosts.coordinator={hosts.ALONE}")
         replay.run(config, workdir)
       elif config.task == "tokenizer":
         tokenizer.run(config, workdir)
@@ -147,12 +165,15 @@ def run(config, workdir: Path) -> None:
         finetune.run(config, workdir)
       else:
         train.run(config, workdir)
-  except (DataError, FolderError, TextError) as error:
+  except (ConfigError, DataError, FolderError, TextError, hosts.HostsError) as error:
     stop(error)
+  except hosts.Elsewhere:
+    sys.exit(1)
   except loop.Interrupted as signal:
     print(f"stopped by {signal}: the same command goes on from what is saved", file=sys.stderr)
     sys.exit(loop.RESUME)
-  except (CheckpointError, loop.Diverged) as error:
+  except (CheckpointError, DamagedFile, loop.Diverged) as error:
+    hosts.end_if_lost(error)
     stop(error, status=1)
   except OSError as error:
     if error.errno not in DISK:

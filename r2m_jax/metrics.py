@@ -1,7 +1,7 @@
 """What a run leaves on disk while it trains: metrics.jsonl, samples.jsonl, TensorBoard events and a progress line.
 
 A row of metrics.jsonl is {"stage", "arm", "step", "seconds", **scalars}, one JSON object a line. This file knows no
-model, no config and no other file of the package. One process writes a work directory at a time.
+model and no config. Of the processes of a run the first alone writes: here, not where something is written.
 """
 
 import contextlib
@@ -15,6 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from r2m_jax import hosts
+
 ROW_KEYS = ("stage", "arm", "step", "seconds")
 _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no such numbers: kept as strings
 
@@ -24,6 +26,8 @@ _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has n
 
 def write_atomic(path, data):
   """Writes str or bytes so that a reader sees the old file or the new one, never a part."""
+  if not hosts.first():
+    return
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -34,6 +38,21 @@ def write_atomic(path, data):
     with contextlib.suppress(OSError):
       temp.unlink()
     raise
+
+
+class DamagedFile(ValueError):
+  """A file of a workdir that is not what a run writes; the message says which and what to do."""
+
+
+def read_json(path):
+  """The object in a JSON file of a workdir. Raises DamagedFile where there is none in it."""
+  try:
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+  except (ValueError, RecursionError) as error:
+    raise DamagedFile(f"{path} is damaged: {error}; bring it back from a copy, or choose another --workdir") from None
+  if not isinstance(found, dict):
+    raise DamagedFile(f"{path} is damaged: it holds no object; bring it back from a copy, or choose another --workdir")
+  return found
 
 
 def read_jsonl(path):
@@ -51,14 +70,29 @@ def read_jsonl(path):
     except ValueError as error:
       if number == len(lines):  # no newline after it: the write was cut
         break
-      raise ValueError(f"{path}:{number} is not JSON: {line[:80]!r}") from error
+      raise DamagedFile(
+        f"{path}:{number} is not JSON: {line[:80]!r}; take the line out, or bring the file back from a copy"
+      ) from error
   return rows
 
 
 def read_metrics(workdir):
   """The rows of metrics.jsonl, with "nan", "inf" and "-inf" as floats again."""
-  rows = read_jsonl(Path(workdir) / "metrics.jsonl")
+  rows = _rows(workdir)
   return [{k: v if k in ROW_KEYS or not isinstance(v, str) else _NONFINITE[v] for k, v in row.items()} for row in rows]
+
+
+def _rows(workdir):
+  """The rows of metrics.jsonl as they are stored, each with the types that `Metrics` writes."""
+  path = Path(workdir) / "metrics.jsonl"
+  number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
+  scalar = lambda x: number(x) or isinstance(x, str) and x in _NONFINITE
+  for row in (rows := read_jsonl(path)):
+    good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("stage", "arm"))
+    good = good and isinstance(row.get("step"), int) and number(row.get("seconds"))
+    if not good or not all(key in ROW_KEYS or scalar(x) for key, x in row.items()):
+      raise DamagedFile(f"{path} has a row that no run writes: {str(row)[:120]}; take it out, or bring the file back")
+  return rows
 
 
 def _dump(row):
@@ -71,7 +105,7 @@ def truncate(workdir, stage, arm, from_step):
   Returns the seconds that the last row left had, so that a resumed stage counts on from there.
   """
   path = Path(workdir) / "metrics.jsonl"
-  rows = read_jsonl(path)
+  rows = _rows(workdir)
   ours = [row for row in rows if (row["stage"], row["arm"]) == (stage, arm)]
   dropped = {id(row) for row in ours if row["step"] >= from_step}
   if path.exists():
@@ -107,13 +141,13 @@ class Metrics:
   """The log of one stage of one arm: metrics.jsonl, and the same scalars under tensorboard/.
 
   from_step is 0 for a fresh start, or the step a resumed run does next: older rows at or past it are dropped, so every
-  step appears once. enabled is False on all hosts but the first.
+  step appears once.
   """
 
   def __init__(self, workdir, stage, arm="", *, from_step, enabled=True):
-    self.stage, self.arm, self.enabled = stage, arm, enabled
+    self.stage, self.arm, self.enabled = stage, arm, enabled and hosts.first()
     self._file = self._events = None
-    if not enabled:
+    if not self.enabled:
       return
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -187,20 +221,25 @@ class Progress:
     self.total, self.label, self.unit, self.n = total, label, unit, initial
     self._out = out or sys.stderr
     self._bar = None
+    enabled = enabled and hosts.first()
     self._lines = enabled and not self._out.isatty()
     if enabled and not self._lines:
-      self._bar = tqdm(total=total, desc=label, unit=unit, initial=initial, file=self._out, dynamic_ncols=True)
+      with contextlib.suppress(OSError, ValueError):
+        self._bar = tqdm(total=total, desc=label, unit=unit, initial=initial, file=self._out, dynamic_ncols=True)
     self._first = None  # (n, time) after the first update: the speed leaves out compilation
     self._printed = (initial, time.monotonic())
 
   def update(self, n=1, **live):
     """n more units are done; live values are shown beside the speed."""
     self.n += n
-    if self._bar is not None:
-      self._bar.set_postfix({name: _short(value) for name, value in live.items()}, refresh=False)
-      self._bar.update(n)
-    elif self._lines:
-      self._line(live)
+    try:
+      if self._bar is not None:
+        self._bar.set_postfix({name: _short(value) for name, value in live.items()}, refresh=False)
+        self._bar.update(n)
+      elif self._lines:
+        self._line(live)
+    except (OSError, ValueError):  # the terminal is gone, the pipe closed: a run does not stop for that
+      self._bar, self._lines = None, False
 
   def _line(self, live):
     now = time.monotonic()
@@ -223,7 +262,8 @@ class Progress:
 
   def close(self):
     if self._bar is not None:
-      self._bar.close()
+      with contextlib.suppress(OSError, ValueError):
+        self._bar.close()
 
   def __enter__(self):
     return self

@@ -6,6 +6,7 @@ and an update of 1e-6 to a weight of 1e-2 would never survive rounding to the ne
 `param_dtype` float32 with `dtype` bfloat16, at twice the memory.
 """
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -137,19 +138,22 @@ def descend(tx: optax.GradientTransformation, loss: Callable, params, opt, *args
 
   The gradient comes from `parts` micro-batches; see `gradient`.
 
-  Where the loss or the gradient's norm is NaN or infinite, params and opt stay bit for bit what they were. The branch
-  is in the same program and needs no memory of its own: choosing element by element would keep what it chooses from.
+  Where the loss, the gradient's norm or an updated parameter is NaN or infinite, params and opt stay bit for bit what
+  they were. (Moments of finite gradients with a finite norm are finite.) The branch is in the same program and needs no
+  memory of its own: choosing element by element would keep what it chooses from, so the new parameters are first made
+  to be looked at alone, which is fused into one number, and made again if all are good.
 
   Returns:
     params', opt', loss f32[], aux, {"grad_norm": f32[] before clipping, "skipped": f32[] 1 where nothing was changed}.
   """
   value, aux, grads = gradient(loss, params, *args, parts=parts)
   norm = optax.tree.norm(wide(grads))
-  good = jnp.isfinite(value) & jnp.isfinite(norm)
 
   def update(params, opt, grads):
     updates, new = tx.update(grads, opt, params)
     return apply_updates(params, updates, opt.count if isinstance(opt, Kept) else jnp.int32(0)), new
 
+  numbers = (value, norm, *jax.tree.leaves(update(params, opt, grads)[0]))
+  good = functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in numbers])
   params, opt = jax.lax.cond(good, update, lambda params, opt, grads: (params, opt), params, opt, grads)
   return params, opt, value, aux, {"grad_norm": norm, "skipped": 1 - good.astype(norm.dtype)}

@@ -8,15 +8,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
+from r2m_jax import hosts
 from r2m_jax.config import ConfigError
 from r2m_jax.data.batches import group_by_length, pack, row_batches
 from r2m_jax.data.jsonl import DataError
 from r2m_jax.data.rows import fingerprint, keep, load, too_long
 from r2m_jax.folders import Policy, RewardModel, describe_reward
-from r2m_jax.metrics import write_atomic
+from r2m_jax.metrics import read_json, write_atomic
 from r2m_jax.step import Labeller, pairs_at, pairs_per_step
 from r2m_jax.text import as_prompts, bucket, each_row, pad_left
 from r2m_jax.types import Pairs, Prompts
@@ -38,12 +38,11 @@ def select(config, rows: list[dict], ids: list[tuple[list[int], ...]], what: str
   return keep(rows, reasons, what)
 
 
-def row_stream(config, rows: list[dict], batch_size: int, *, lengths=None, ids, workdir: Path, stage: str):
-  """(dataset of row numbers, padded length of each row) for one stage; holds the stage to the rows it began with.
+def row_stream(config, rows: list[dict], batch_size: int, *, lengths=None):
+  """(dataset of row numbers, padded length of each row) for one stage.
 
   Args:
-    lengths: of the rows in tokens, to group them by; None leaves them in one group, with all rows for every process.
-    ids: one or more lists of ids a row: what the rows must be again when the run goes on.
+    lengths: of the rows in tokens, to group them by; None leaves them in one group.
   """
   parts = [row["part"] for row in rows]
   weights = tuple(config.data.weights)
@@ -54,19 +53,37 @@ def row_stream(config, rows: list[dict], batch_size: int, *, lengths=None, ids, 
   used = sorted(set(parts))  # a name whose rows were all dropped is no source
   parts = [used.index(part) for part in parts]
   weights = [weights[part] for part in used] if weights else ()
-  hold(workdir / f"data_{stage}.json", {"rows": len(ids), "sha256": fingerprint(ids)})
-  shard = (jax.process_index(), jax.process_count()) if lengths is not None else (0, 1)
-  return row_batches(parts, batch_size, seed=config.seed, weights=weights, groups=groups, shard=shard), groups
+  return row_batches(parts, batch_size, seed=config.seed, weights=weights, groups=groups), groups
 
 
-def hold(path: Path, found: dict) -> None:
-  """Writes what a stage reads; where it is there already, it must be the same."""
-  if path.exists() and (saved := json.loads(path.read_text(encoding="utf-8"))) != found:
-    raise ConfigError(
-      f"config.data.name gives {found['rows']} rows that are not the {saved['rows']} with which {path.parent} began; "
-      "give it the files it had, or choose another --workdir"
-    )
-  write_atomic(path, json.dumps(found))
+def hold(workdir: Path, stage: str, rows: list[dict], ids: list, field: str = "data.name") -> None:
+  """Holds a stage to the rows that it began with; says in which file the first of them are others now.
+
+  Args:
+    ids: one or more lists of ids a row: what the rows must be again when the run goes on.
+    field: of the config, which gives the rows.
+  """
+  path, files = workdir / f"data_{stage}.json", {}
+  for row, one in zip(rows, ids):
+    files.setdefault(row["where"].rpartition(":")[0], []).append(one)
+  found = {"rows": len(ids), "sha256": fingerprint(ids)}
+  hosts.require_same(found, f"the rows that config.{field} gives; let every host read the same files")
+  found |= {"files": {file: {"rows": len(mine), "sha256": fingerprint(mine)} for file, mine in files.items()}}
+  if not path.exists():
+    write_atomic(path, json.dumps(found))
+    return
+  saved = read_json(path)
+  if saved.get("sha256") == found["sha256"]:
+    return
+  then, now = saved.get("files", {}), found["files"]
+  where, changed = "", next((file for file in [*then, *now] if then.get(file) != now.get(file)), None)
+  if changed is not None:
+    before, after = (files[changed]["rows"] if changed in files else "no" for files in (then, now))
+    where = f" ({changed} gave {before} rows then, {'others' if before == after else after} now)"
+  raise ConfigError(
+    f"config.{field} gives {found['rows']} rows that are not the {saved.get('rows')} with which {workdir} began"
+    f"{where}; give it the files it had and the same command goes on, or choose another --workdir"
+  )
 
 
 def enough(rows: int, field: str, size: int, source: str = "data.name") -> None:
@@ -92,8 +109,8 @@ def sft_rows(config, policy: Policy, workdir: Path, name: str):
   rows, ids = [rows[i] for i in kept], [(ids[i][0], ids[i][1] + end) for i in kept]
   print(f"response {len(ids[0][1])} tokens: {tokenizer.hf.decode(ids[0][1])!r}")
   widest = bucket(max(len(response) for _, response in ids))
-  dataset, lengths = row_stream(config, rows, config.sft.batch_size, lengths=[len(p) + len(r) for p, r in ids],
-                                ids=ids, workdir=workdir, stage=name)  # fmt: skip
+  hold(workdir, name, rows, ids)
+  dataset, lengths = row_stream(config, rows, config.sft.batch_size, lengths=[len(p) + len(r) for p, r in ids])
 
   def collate(batch):
     length = int(lengths[batch[0]])
@@ -119,16 +136,20 @@ def packed_lines(config, policy: Policy, workdir: Path, name: str):
 
   rows = load(data, "text")
   texts = each_row(rows, whole)
+  hold(workdir, name, rows, [(ids,) for ids in texts])
   if data.unique:
     texts = list({tuple(ids): ids for ids in texts}.values())
   length = data.max_prompt_length + data.max_response_length
   lines = pack([texts[i] for i in np.random.default_rng(config.seed).permutation(len(texts))], length)
   print(f"data     {len(texts)} of {len(rows)} dialogues for {name} make {len(lines)} lines of {length} tokens")
   enough(len(lines), "sft.batch_size", config.sft.batch_size)
-  dataset, _ = row_stream(config, [{"part": 0}] * len(lines), config.sft.batch_size, lengths=[length] * len(lines),
-                          ids=[(line,) for line in lines], workdir=workdir, stage=name)  # fmt: skip
-  full = np.ones((config.sft.batch_size // jax.process_count(), length), bool)
-  return dataset, lambda batch: {"tokens": lines[batch], "token_mask": full, "response_mask": full[:, 1:]}
+  dataset, _ = row_stream(config, [{"part": 0}] * len(lines), config.sft.batch_size, lengths=[length] * len(lines))
+
+  def collate(batch):
+    full = np.ones((len(batch), length), bool)
+    return {"tokens": lines[batch], "token_mask": full, "response_mask": full[:, 1:]}
+
+  return dataset, collate
 
 
 # ---- reward ----
@@ -151,8 +172,8 @@ def pairs(config, reward: RewardModel, workdir: Path):
   print(describe_reward(reward, rows[0]["prompt"], rows[0]["chosen"]))
   rows, ids = pair_ids(config, reward, rows, "reward")
   enough(len(rows), "reward.batch_size", config.reward.batch_size)
-  dataset, lengths = row_stream(config, rows, config.reward.batch_size, lengths=[max(map(len, pair)) for pair in ids],
-                                ids=ids, workdir=workdir, stage="reward")  # fmt: skip
+  hold(workdir, "reward", rows, ids)
+  dataset, lengths = row_stream(config, rows, config.reward.batch_size, lengths=[max(map(len, pair)) for pair in ids])
 
   def collate(batch):
     arrays = {}
@@ -183,7 +204,8 @@ def prompt_data(config, policy: Policy, workdir: Path) -> PromptData:
   kept = select(config, rows, ids, "r2m", [tokenizer.encode(row.get("chosen", ""), special=False) for row in rows])
   enough(len(kept), "rollout.prompts", config.rollout.prompts)
   rows, ids = [rows[i] for i in kept], [ids[i][0] for i in kept]
-  order, _ = row_stream(config, rows, config.rollout.prompts, ids=[(i,) for i in ids], workdir=workdir, stage="r2m")
+  hold(workdir, "r2m", rows, [(i,) for i in ids])
+  order, _ = row_stream(config, rows, config.rollout.prompts)
   return PromptData([row["prompt"] for row in rows], ids, bucket(max(map(len, ids))), order)
 
 
@@ -195,7 +217,7 @@ def batch_of(data: PromptData, index: np.ndarray, policy: Policy) -> Prompts:
 # ---- judgments ----
 
 
-def judged_pairs(config, policy: Policy, reward: RewardModel) -> dict[str, np.ndarray]:
+def judged_pairs(config, policy: Policy, reward: RewardModel, workdir: Path) -> dict[str, np.ndarray]:
   """The judgments of config.r2m.judgments for both models: arrays [N, 2, ...], winner and loser, named as in `Pairs`.
 
   A judged response is complete, so it ends with the policy's ending token, as in supervised training.
@@ -214,6 +236,7 @@ def judged_pairs(config, policy: Policy, reward: RewardModel) -> dict[str, np.nd
 
   limit = config.data.max_prompt_length + config.data.max_response_length
   ids = each_row(rows, encode)
+  hold(workdir, "judgments", rows, [(*mine, *theirs) for mine, theirs in ids], "r2m.judgments")
   kept = [pair for pair in ids if max(map(len, pair[0])) <= limit]
   print(f"labels   {len(kept)} of {len(ids)} judgments in {config.r2m.judgments}; the others exceed {limit} tokens")
   if not kept:

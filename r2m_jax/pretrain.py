@@ -10,21 +10,21 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from r2m_jax import checkpoint, loop
+from r2m_jax import checkpoint, hosts, loop
 from r2m_jax.logprobs import token_stats
 from r2m_jax.losses import bradley_terry
 from r2m_jax.metrics import Metrics, progress
 from r2m_jax.models.reward import member_scores, read_rte
 from r2m_jax.ops import combine, masked_mean, predicts_response
 from r2m_jax.optim import descend, make_optimizer
-from r2m_jax.sharding import jit_on, on_mesh, place_batch, shardings
+from r2m_jax.sharding import jit_on, on_mesh, shardings
 from r2m_jax.step import Defs, make_score
 from r2m_jax.variants import States
 
 LOG_EVERY = 10  # updates; a fetch waits for the device
 LATE = 1.25  # times its budget at which a stage is cut short
 PROBED = 32  # batches whose shapes say how long an update takes on average
-BAD_ROWS = 3  # logged rows in a row whose update was skipped, then the fit stops
+BAD_ROWS = 3  # logged rows in a row with every update skipped, then the fit stops
 SAVE_SECONDS = 300  # between saves of an unfinished fit
 PARTIAL = "partial"  # folder of these
 
@@ -112,8 +112,9 @@ def fit(
 ):
   """Minimises loss_fn over `total` batches and returns the state; it is donated. Logs to stage `stage` of the workdir.
 
-  `data/wait` is the share of the time since the row before that was spent waiting for the next batch. What a signal or
-  the clock makes it save lies in WORKDIR/partial, from where it goes on, until the stage is done.
+  Every process gives its own rows of a batch (`hosts.rows_of`). `data/wait` is the share of the time since the row
+  before that was spent waiting for the next batch. What a signal or the clock makes it save lies in WORKDIR/partial,
+  from where it goes on, until the stage is done.
 
   Args:
     frozen: a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
@@ -131,26 +132,33 @@ def fit(
   update = jax.jit(on_mesh(mesh, update), donate_argnums=(0, 1), out_shardings=(state_shardings, opt_shardings, None))
   opt, bad, saved = jax.jit(tx.init, out_shardings=opt_shardings)(state), 0, time.monotonic()
   partial = checkpoint.open_checkpoints(workdir / PARTIAL / stage, last=1)
+  facts = {} if frozen is None else {"models": checkpoint.fingerprint(frozen)}
   start = checkpoint.newest(partial) or 0
   if start:
+    checkpoint.require(partial, start, **facts)
     state, opt = checkpoint.restore(partial, (state, opt), start)
     print(f"{stage}: goes on from update {start} of {total}")
   batches, began = Timed(itertools.islice(batches, start, total)), 0.0
   with loop.at_hand() as asked, checkpoint.finished(partial), Metrics(workdir, stage, from_step=start) as log:
     with progress(total, stage, initial=start) as bar:
+      skipped, since = 0.0, 0  # updates since the last logged row; the first number stays on the device until then
       for i, batch in enumerate(batches, start):
-        state, opt, metrics = update(state, opt, place_batch(batch, batch_sharding), *extra)
-        late = budget and began and time.perf_counter() - began > LATE * budget
+        state, opt, metrics = update(state, opt, hosts.place(batch, batch_sharding), *extra)
+        skipped, since = skipped + metrics["skipped"], since + 1
+        turn = jax.process_count() == 1 or i % LOG_EVERY == 0  # the processes agree where the device is waited for
+        late = turn and hosts.any_of(budget and began and time.perf_counter() - began > LATE * budget)
         if i % LOG_EVERY == 0 or i == total - 1 or late:
-          metrics = {k: float(v) for k, v in metrics.items()}
+          metrics = {k: float(v) for k, v in metrics.items()} | {"skipped": float(skipped)}
           log.log(i, metrics | {"data/wait": batches.waiting_share()})
           began = began or time.perf_counter()  # the first update compiles, and fetching its loss waited for it
-          bad = bad + 1 if metrics["skipped"] else 0
+          bad = bad + 1 if metrics["skipped"] == since else 0
+          skipped, since = 0.0, 0
           if bad == BAD_ROWS:
             raise loop.Diverged(f"{stage}: updates up to {i} are skipped, loss {metrics['loss']}: lower {stage}'s lr")
         bar.update(**({"loss": metrics["loss"]} if isinstance(metrics["loss"], float) else {}))
-        if (stop := asked()) or time.monotonic() - saved > SAVE_SECONDS:
-          checkpoint.save(partial, i + 1, (state, opt))
+        stop = turn and asked()
+        if stop or turn and hosts.any_of(time.monotonic() - saved > SAVE_SECONDS):
+          checkpoint.save(partial, i + 1, (state, opt), facts=facts)
           saved = time.monotonic()
         if late:
           print(f"{stage}: ends after {i + 1} of {total} updates, at {LATE} times its budget of {budget:g} s")
@@ -211,7 +219,7 @@ def steps_within(
     batch_of.setdefault(shape, batch)
   total = 0.0
   for shape, batch in batch_of.items():
-    batch = place_batch(batch, batch_sharding)
+    batch = hosts.place(batch, batch_sharding)
     jax.block_until_ready(grads(state, batch, *extra))
     start = time.perf_counter()
     jax.block_until_ready([grads(state, batch, *extra) for _ in range(2)])

@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from r2m_jax import finetune, prepare, serve, tokenizer
+from r2m_jax import finetune, hosts, prepare, serve, tokenizer
 from r2m_jax.build import build
 from r2m_jax.config import check_batch, check_config
 from r2m_jax.data.jsonl import DataError
@@ -52,8 +52,7 @@ def run(config, workdir: Path) -> None:
   models, outs = dict(policy__path=str(sft), reward__path=str(reward)), {}
   for arm in names.arms:
     outs[arm] = workdir / "export" / ("" if arm == names.arms[-1] else arm)
-    check = dict(variant=arm, export__check=config.export.check, log__samples=1)
-    settings_rl = of("r2m", names.prompts, **models, **check)
+    settings_rl = arm_config(config, workdir, arm)
     once(workdir, arm, outs[arm] / "reward", lambda _: finetune.run_r2m(settings_rl, workdir, mesh, out=outs[arm]))
 
   if not (workdir / TABLES).exists():
@@ -61,7 +60,7 @@ def run(config, workdir: Path) -> None:
     tables = measure(of("r2m", names.prompts, **models), workdir, mesh, {"lm": lm, "sft": sft}, outs)
     write_atomic(workdir / TABLES, json.dumps(tables))
     record(workdir, "measurements", began)
-  finish(config, workdir)
+  hosts.on_first(lambda: finish(config, workdir))
 
 
 def require_data(config) -> None:
@@ -84,6 +83,15 @@ def derived(config, task: str, data: str, **fields):
   config.task, config.data.name, config.data.weights = task, data, ()
   check_config(config)
   return config
+
+
+def arm_config(config, workdir: Path, arm: str):
+  """The config of RL for one arm, from the models of the stages before it."""
+  models = workdir / "models"
+  return derived(
+    config, "r2m", config.scratch.prompts, policy__path=str(models / "sft"), reward__path=str(models / "reward"),
+    variant=arm, export__check=config.export.check, log__samples=1,
+  )  # fmt: skip
 
 
 def once(workdir: Path, name: str, out: Path, make: Callable[[Path], None]) -> None:

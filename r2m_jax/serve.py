@@ -11,8 +11,9 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
-from r2m_jax import sharding
+from r2m_jax import hosts, sharding
 from r2m_jax.data.jsonl import read_rows, write_rows
 from r2m_jax.folders import FolderError, Policy, RewardModel, abstract_head, describe_reward
 from r2m_jax.folders import load_policy, load_reward, mesh_of, phi_score
@@ -43,6 +44,12 @@ def batch_size(config, section, rows: int, mesh) -> int:
   return -(-min(section.batch_size, rows) // shards) * shards
 
 
+def spread(batch, mesh):
+  """Rows of host arrays over the devices that split a batch."""
+  layout = NamedSharding(mesh, sharding.BATCH)
+  return hosts.place(hosts.take(batch, layout), layout)
+
+
 # ---- generate ----
 
 
@@ -54,7 +61,7 @@ def run_generate(config) -> None:
   print(policy.tokenizer.describe(rows[0]["prompt"]))
   prompts = each_row(rows, lambda row: policy.tokenizer.render(row["prompt"]), settings.input)
   results = sample(config, policy, prompts, mesh)
-  file = write_rows(settings.output, [row | result for row, result in zip(rows, results)])
+  file = hosts.on_first(lambda: str(write_rows(settings.output, [row | more for row, more in zip(rows, results)])))
   print(f"wrote    {len(rows)} rows to {file}; {sum(r['truncated'] for r in results)} cut off at the length limit")
 
 
@@ -78,7 +85,7 @@ def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]
   with progress(-(-len(prompts) // size), "generate") as bar:
     for index in batches([len(p) for p in prompts], size):
       batch = as_prompts([prompts[i] for i in index], tokenizer.pad_id).replace(example_id=index.astype(np.int32))
-      sequences, logprobs = jax.device_get(draw(policy.state, batch))
+      sequences, logprobs = hosts.fetch(draw(policy.state, spread(batch, mesh)))
       texts, lengths = responses_of(sequences, tokenizer), sequences.response_mask.sum(1)
       for row, i in enumerate(index):
         results[i] = {
@@ -110,7 +117,8 @@ def run_score(config) -> None:
     policy = load_policy(config.policy.path, config, mesh)
   print(describe_reward(reward, rows[0]["prompt"], rows[0]["response"], bool(rows[0].get("truncated", False))))
   scores = score(config, reward, policy, rows, mesh)
-  file = write_rows(settings.output, [row | {"score": float(s)} for row, s in zip(rows, scores)])
+  write = lambda: str(write_rows(settings.output, [row | {"score": float(s)} for row, s in zip(rows, scores)]))
+  file = hosts.on_first(write)
   low, high = scores.min(), scores.max()
   print(f"wrote    {len(rows)} scores to {file}, mean {scores.mean():.4f}, from {low:.4f} to {high:.4f}")
 
@@ -152,12 +160,12 @@ def score(config, reward: RewardModel, policy: Policy | None, rows: list[dict], 
   scores, size = np.zeros(len(rows), np.float32), batch_size(config, config.score, len(rows), mesh)
   with progress(-(-len(rows) // size), "score") as bar:
     for index in batches(lengths, size):
-      tokens, mask = pad_left([ids[i] for i in index], reward.renderer.tokenizer.pad_id)
+      tokens, mask = spread(pad_left([ids[i] for i in index], reward.renderer.tokenizer.pad_id), mesh)
       if head_config is None:
         result = plain(reward.state, reward.phi, tokens, mask)
       else:
-        read_tokens, read_mask = pad_left([read[i] for i in index], policy.tokenizer.pad_id)
-        result = fused(reward.state, head_state, policy.state, tokens, mask, read_tokens, read_mask)
-      scores[index] = result
+        fed = spread(pad_left([read[i] for i in index], policy.tokenizer.pad_id), mesh)
+        result = fused(reward.state, head_state, policy.state, tokens, mask, *fed)
+      scores[index] = hosts.fetch(result)
       bar.update()
   return scores

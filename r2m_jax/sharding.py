@@ -51,6 +51,11 @@ def make_mesh(sizes: tuple[int, ...], devices=None) -> Mesh:
   """A (data, fsdp, tensor) mesh over the first devices that it needs."""
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(sizes, len(devices))
+  if jax.process_count() > 1 and np.prod(shape) < len(devices):
+    raise ValueError(
+      f"config.mesh is {shape}: with {jax.process_count()} processes it must cover all {len(devices)} devices, such as "
+      "(-1, 1, 1)"
+    )
   # Auto axes: under Explicit ones an ordinary gather raises
   return jax.make_mesh(shape, AXES, devices=devices[: int(np.prod(shape))], axis_types=(AxisType.Auto,) * 3)
 
@@ -127,9 +132,3 @@ def lay_parameters(tree):
     return tree
   return jax.tree_util.tree_map_with_path(lambda path, x: lay(x, *spec_for(path_name(path), x.shape, mesh)), tree)
 
-
-def place_batch(batch, layout: NamedSharding):
-  """Host arrays on the devices of `layout`. With several processes each gives its own rows of the whole batch."""
-  if jax.process_count() == 1:
-    return jax.device_put(batch, layout)
-  return jax.tree.map(lambda x: jax.make_array_from_process_local_data(layout, x), batch)

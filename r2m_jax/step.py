@@ -21,7 +21,7 @@ import optax
 from flax import nnx, struct
 from jax.sharding import Mesh
 
-from r2m_jax import losses
+from r2m_jax import hosts, losses
 from r2m_jax.config import kl_estimator
 from r2m_jax.generate import generate
 from r2m_jax.logprobs import token_stats
@@ -187,7 +187,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
   layer, parts = config.r2m.feedback_layer, parts_of(config)
   alpha, gre_eps = config.r2m.alpha if variant.alpha is None else variant.alpha, config.r2m.gre_eps
   controller, shaping, average = config.kl.controller, config.shaping, config.r2m.average
-  toward = dict(target=config.kl.target, horizon=config.kl.horizon)
+  toward, spike = dict(target=config.kl.target, horizon=config.kl.horizon), config.guard.spike
 
   def policy_loss(policy_state, batch: Experience, ref_state, beta, whole: Experience):
     """Eq. 2: the clipped objective minus beta * KL(policy || reference); of a micro-batch, its share of the `whole`.
@@ -332,6 +332,11 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       averaged = jax.tree.map(lambda old, new: average * old + (1 - average) * new, averaged, head)
 
     first = {k: v[0] for k, v in updates.items()}  # of the policy that drew the samples
+    norms = (("policy", updates), ("critic", updates), ("r2m", reward_metrics))
+    spikes = sum(
+      (found[f"{of}/grad_norm"] > spike * config[of].max_grad_norm).sum()
+      for of, found in norms if f"{of}/grad_norm" in found and config[of].max_grad_norm
+    )  # fmt: skip
     skipped = sum(updates.pop(name).sum() for name in ("policy/skipped", "critic/skipped") if name in updates)
     skipped += reward_metrics.pop("r2m/skipped", 0)
     metrics = {
@@ -355,9 +360,11 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       **{name: value.mean() for name, value in updates.items() if name.startswith("critic/")},
       **reward_metrics,
       "skipped": skipped,
+      "spikes": jnp.asarray(spikes, judged.scores.dtype),
     }
     if variant.feedback or variant.scaled:
       metrics["r2m/omega"] = w
+    next_omega = omega_at(state.step + 1, kl)
     state = state.replace(
       step=state.step + 1,
       policy=new_policy,
@@ -367,7 +374,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       critic_opt=critic_opt,
       reward_head=head,
       reward_opt=reward_opt,
-      omega=omega_at(state.step + 1, kl),
+      omega=jnp.where(jnp.isfinite(next_omega), next_omega, state.omega),
       reward_average=averaged,
     )
     return state, StepOutput(metrics=metrics, sequences=sequences, judged=judged)
@@ -453,7 +460,7 @@ def make_step(
 
   def labelled_step(state: TrainState, prompts: Prompts) -> tuple[TrainState, StepOutput]:
     number, sequences = int(state.step), rollout(state, prompts)
-    pairs = labeller(jax.device_get(sequences), number)
+    pairs = labeller(hosts.fetch(sequences), number)
     return learn(state, sequences, sequences.tokens, sequences.token_mask, pairs)
 
   return labelled_step

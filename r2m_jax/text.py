@@ -136,8 +136,9 @@ def load_tokenizer(folder: str | pathlib.Path, vocab_size: int | None = None) ->
   folder = pathlib.Path(folder)
   try:
     hf = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-  except (OSError, ValueError, KeyError, ImportError) as error:
-    raise TextError(f"{folder} holds no tokenizer that transformers reads (tokenizer.json): {error}") from None
+  except Exception as error:  # noqa: BLE001  its files are parsed by Rust and Python code that raises all kinds
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+    raise TextError(f"{folder} holds no tokenizer that transformers reads (tokenizer.json): {reason}") from None
   end = _end_of_turn(hf)
   own = [] if hf.eos_token_id is None else [hf.eos_token_id]
   eos_ids = tuple(dict.fromkeys([*_model_eos_ids(folder), *own, *([] if end is None else [end])]))
@@ -163,9 +164,15 @@ def _model_eos_ids(folder: pathlib.Path) -> list[int]:
   """eos_token_id of generation_config.json, or of config.json where that does not say."""
   for name in ("generation_config.json", "config.json"):
     file = folder / name
-    eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.exists() else None
+    try:
+      eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.exists() else None
+    except (ValueError, AttributeError, RecursionError) as error:
+      raise TextError(f"{file} holds no JSON object: {error}; copy it again") from None
+    ids = eos if isinstance(eos, list) else [eos]
+    if eos is not None and not all(isinstance(i, int) and i >= 0 for i in ids):
+      raise TextError(f"{file} has eos_token_id {str(eos)[:80]!r}: give a token's number, or a list of them")
     if eos is not None:
-      return list(eos) if isinstance(eos, list) else [eos]
+      return ids
   return []
 
 
@@ -178,7 +185,7 @@ def _end_of_turn(hf) -> int | None:
   messages, mark = [{"role": "user", "content": "a"}], "answerhere"
   try:
     text = hf.apply_chat_template([*messages, {"role": "assistant", "content": mark}], tokenize=False)
-  except TemplateError as error:
+  except (TemplateError, TypeError, ValueError, AttributeError) as error:  # the last three of what is no template
     source = hf.name_or_path
     raise TextError(f"the chat template of {source} cannot render a question and its answer: {error}") from None
   after = hf(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"] if mark in text else []

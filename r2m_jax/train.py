@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r2m_jax import checkpoint, loop, sharding
+from r2m_jax import checkpoint, hosts, loop, sharding
 from r2m_jax.build import KEY_TABLE, Build, abstract, build, init_policy, init_reward_model, initial_state
 from r2m_jax.checks import check_model, check_step_zero
 from r2m_jax.config import ConfigError, check_batch, difference, fixed
@@ -18,11 +18,15 @@ from r2m_jax.lab import goldtask
 from r2m_jax.lab.labels import gold_labeller
 from r2m_jax.lab.stages import STREAM_RL, STREAM_TABLE, fit_golden, fit_head, fit_reward, fit_sft
 from r2m_jax.lab.turnover import BIN, turnover, turnover_table
-from r2m_jax.metrics import append_samples, read_metrics, write_atomic
+from r2m_jax.metrics import append_samples, read_json, read_metrics, write_atomic
 from r2m_jax.pretrain import PARTIAL
 from r2m_jax.report import format_summary, summary_table, write_report
 from r2m_jax.step import make_judge, make_omega, make_read, make_step, measured_kl, sampling, truncated, uses_labels
 from r2m_jax.variants import VARIANTS
+
+
+# of a forked run; what its data and its tables are is found out anew
+TAKEN_OVER = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl", "r2m_renderer.json", "budgets.json")
 
 
 def run(config, workdir: Path) -> None:
@@ -76,9 +80,15 @@ def run_once(config, workdir: Path) -> None:
           workdir, "reward_golden", reward_like, lambda: fit_golden(arm, built, workdir, policy, reward)
         )
       run_arm(arm, built, workdir, policy, start)
-  report = write_report(workdir, title=f"R2M: {config.task}, {config.algorithm}, seed {config.seed}")
+  title = f"R2M: {config.task}, {config.algorithm}, seed {config.seed}"
+  hosts.on_first(lambda: conclude(workdir, title, f"figures  {workdir / 'figures'}"))
+
+
+def conclude(workdir: Path, title: str, *lines: str) -> None:
+  """Writes the report and prints the summary and where things are."""
+  report = write_report(workdir, title=title)
   print(format_summary(summary_table(read_metrics(workdir))))
-  print(f"report   {report}\nfigures  {workdir / 'figures'}\nmetrics  {workdir / 'metrics.jsonl'}")
+  print("\n".join([f"report   {report}", *lines, f"metrics  {workdir / 'metrics.jsonl'}"]))
 
 
 def run_arm(config, built: Build, workdir: Path, policy, reward) -> None:
@@ -87,7 +97,8 @@ def run_arm(config, built: Build, workdir: Path, policy, reward) -> None:
   checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
   state = initial_state(config, built, policy, reward["backbone"], reward["phi"])
   layout = sharding.shardings(state, built.mesh)
-  state, fresh = loop.resume(config, checkpoints, state)
+  models = loop.models_of(state)
+  state, fresh = loop.resume(config, checkpoints, state, models=models)
   if fresh and VARIANTS[arm].start == "head":
     like = shapes_of(state.reward_head)
     head = stage(
@@ -102,15 +113,15 @@ def run_arm(config, built: Build, workdir: Path, policy, reward) -> None:
 
   def advance(state, t: int):
     prompts = rl_prompts(config, t)
-    state, out = step(state, prompts)
-    out = jax.device_get(out)
+    state, out = step(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
+    out = hosts.fetch(out)
     metrics = out.metrics | gold_metrics(out, config.rollout.group_size)
     if t == 0:
       check_step_zero(metrics, config.dtype, truncated=truncated(config))
     shown = dict(gold=metrics["reward/gold"], frozen=metrics["reward/frozen"], kl=metrics["kl"])
     return state, out, prompts.example_id, metrics, shown
 
-  state = loop.run_steps(config, workdir, checkpoints, state, advance)
+  state = loop.run_steps(config, workdir, checkpoints, state, advance, models=models)
   append_samples(workdir, table(state, "after"))
 
 
@@ -162,7 +173,7 @@ def make_table(config, built: Build):
     return sequences, judge(state, w, sequences, old, ref, sequences.tokens, sequences.token_mask, sampled=count)[0]
 
   def table(state, when: str) -> list[dict]:
-    sequences, judged = jax.device_get(sample(state))
+    sequences, judged = hosts.fetch(sample(state))
     gold, width = goldtask.gold(sequences), sequences.response_mask.shape[1]
     return [
       {
@@ -202,8 +213,15 @@ def with_variant(config, variant: str):
 def claim(config, workdir: Path) -> None:
   """Records the config in the workdir; refuses a workdir that another config has used, so nothing saved is lost.
 
-  A new workdir with config.checkpoint.fork_from first takes over what that run has saved, and says what differs.
+  A new workdir with config.checkpoint.fork_from first takes over what that run has saved, and says what differs. With
+  several processes the first one does it, and all must see the workdir.
   """
+  hosts.on_first(lambda: claim_alone(config, workdir))
+  hosts.require_shared(workdir)
+
+
+def claim_alone(config, workdir: Path) -> None:
+  """What the first process does of `claim`."""
   path, new, fork = workdir / "config.json", json.loads(config.to_json()), config.checkpoint.fork_from
   try:
     if path.exists():
@@ -223,7 +241,7 @@ def claim(config, workdir: Path) -> None:
 
 def fixed_difference(path: Path, new: dict) -> list[str]:
   """What differs between a config.json and this config, of the settings that say what is computed."""
-  saved = json.loads(path.read_text(encoding="utf-8"))
+  saved = read_json(path)
   return difference(fixed(saved), fixed(new))
 
 
@@ -233,33 +251,40 @@ def take_over(old: Path, workdir: Path, new: dict) -> None:
     raise ConfigError(f"config.checkpoint.fork_from is {str(old)!r}: there is no config.json, so no run to start from")
   if workdir.exists() and any(workdir.iterdir()):
     raise ConfigError(f"--workdir={workdir} is not empty: a fork needs a new one")
+  if workdir.resolve().is_relative_to(old.resolve()):
+    raise ConfigError(f"--workdir={workdir} lies in {old}, which the fork only reads: give one elsewhere")
   workdir.mkdir(parents=True, exist_ok=True)
   changed = fixed_difference(old / "config.json", new)
   print(f"fork     from {old}" + "".join(f"\n  {line}" for line in changed))
   for kind in ("stages", "checkpoints"):
     for folder in sorted((old / kind).glob("*")):
-      steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
+      steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
       step = next((step for step in steps if checkpoint.damage(folder / str(step)) is None), None)
       if step is not None:
         shutil.copytree(folder / str(step), workdir / kind / folder.name / str(step))
-  for path in old.glob("*.json*"):
-    if path.name != "config.json":
-      shutil.copyfile(path, workdir / path.name)
+  for name in TAKEN_OVER:
+    measured_anew = name == "budgets.json" and any("budget: " in line for line in changed)
+    if (old / name).is_file() and not measured_anew:
+      shutil.copyfile(old / name, workdir / name)
 
 
-def stage(workdir: Path, name: str, like, make):
+def stage(workdir: Path, name: str, like, make, *, frozen=None):
   """The result of a stage: read from the workdir where it was saved before, else made and saved.
 
   Args:
     like: shapes, dtypes and shardings of the result.
     make: () -> the result.
+    frozen: a tree of arrays that the result only works with, such as the base of adapters; held to what it was.
   """
   checkpoints = checkpoint.open_checkpoints(workdir / "stages" / name, last=1)
-  if checkpoint.newest(checkpoints) is not None:
+  facts = {} if frozen is None else {"models": checkpoint.fingerprint(frozen)}
+  if (step := checkpoint.newest(checkpoints)) is not None:
+    checkpoint.require(checkpoints, step, **facts)
     print(f"{name}: done before, read from {workdir / 'stages' / name}")
     return checkpoint.restore(checkpoints, like)
   result = make()
-  checkpoint.save(checkpoints, 0, result)
+  checkpoint.save(checkpoints, 0, result, facts=facts)
   checkpoint.wait(checkpoints)
-  shutil.rmtree(workdir / PARTIAL / name, ignore_errors=True)
+  if hosts.first():
+    shutil.rmtree(workdir / PARTIAL / name, ignore_errors=True)
   return result

@@ -19,7 +19,8 @@ BATCHES, KILLS = 40, 10
 
 
 def dataset(shard):
-  return row_batches([0] * 30 + [1] * 11, 4, seed=5, weights=(1.0, 2.0), groups=[8] * 12 + [16] * 29, shard=shard)
+  whole = row_batches([0] * 30 + [1] * 11, 4, seed=5, weights=(1.0, 2.0), groups=[8] * 12 + [16] * 29)
+  return whole.map(lambda rows: rows[shard[0] :: shard[1]])
 
 
 def live(path, shard, pause):

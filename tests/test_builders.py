@@ -1,5 +1,7 @@
 """TFDS data sets without TensorFlow: prepared from local files of several forms, and from a stand-in for the hub."""
 
+import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -55,6 +57,34 @@ def test_tldr_from_local_json_lines(tmp_path):
   got = rows_of("tfds:tldr", "response", tmp_path, root=str(path))
   want = [{"prompt": [USER(f"POST {i}\nTL;DR:")], "response": f" short {i}"} for i in range(4)]
   assert sorted(got, key=lambda row: row["response"]) == want
+
+
+def flip(path):
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", [
+  pathlib.Path.unlink, flip, lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+  lambda path: path.write_bytes(b""), lambda path: path.write_bytes(bytes(range(256)) * 400),
+])  # fmt: skip
+def test_prepared_files_that_are_lost_or_damaged(harm, tmp_path):
+  """One line that names the folder; brought back, or prepared again, the rows are what they were."""
+  stored = [{"prompt": f"POST {i}", "completion": f"short {i}"} for i in range(40)]
+  root = str(lines(tmp_path / "posts.jsonl", stored))
+  want = rows_of("tfds:tldr", "response", tmp_path, root=root)
+  (shard,) = (tmp_path / "tfds/tldr").rglob("*array_record*")
+  kept = shard.read_bytes()
+  harm(shard)
+  with pytest.raises(DataError, match="tfds:tldr, split 'train', cannot be read: .* lie in .*tldr") as refused:
+    rows_of("tfds:tldr", "response", tmp_path)
+  assert "\n" not in str(refused.value)
+  shard.write_bytes(kept)
+  assert rows_of("tfds:tldr", "response", tmp_path) == want
+  harm(shard)
+  shutil.rmtree(shard.parent)
+  assert rows_of("tfds:tldr", "response", tmp_path, root=root) == want
 
 
 def test_what_cannot_be_prepared_is_told_in_one_line(tmp_path, monkeypatch):

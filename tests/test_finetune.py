@@ -13,11 +13,12 @@ import torch
 import transformers
 from test_serve import ASK, config, read, their_scores, write
 
-from r2m_jax import export, finetune, main, parity, serve
+from r2m_jax import export, finetune, main, parity, replay, serve
 from r2m_jax.card import write_card
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.data.jsonl import DataError
 from r2m_jax.folders import HEAD_CONFIG, HEAD_WEIGHTS, RENDERER, FolderError, load_policy, load_reward
+from r2m_jax.metrics import plain
 from r2m_jax.text import TextError
 
 PROMPTS = ["The cat sat on", "What is the sea?", ASK, "rain", "Please write a poem about the sea", "The dog ran"]
@@ -181,6 +182,45 @@ def test_r2m_goes_on_and_exports_any_checkpoint(r2m_run, tmp_path, capsys):
     exporting.export.checkpoint = str(path)
     with pytest.raises(FolderError, match=message):
       export.run(exporting)
+
+
+def test_any_sample_is_made_again(r2m_run, folders, capsys):
+  """From the beginning and from a checkpoint. Oracles: what the run saw, transformers, eq. 4."""
+  cfg, workdir, seen = r2m_run
+  seen = list(seen)
+  kept = lambda: {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.parent.name != "replay"}
+  before, K = kept(), cfg.rollout.group_size
+  hf = transformers.AutoTokenizer.from_pretrained(folders / "policy")
+  model = transformers.AutoModelForCausalLM.from_pretrained(folders / "policy").eval()
+  for step, prompt, sample in ((0, 1, 1), (1, 4, 0), (2, 2, 1)):  # checkpoints are at 2 and 3
+    found = replay.run(config(task="replay", replay__step=step, replay__prompt=prompt, replay__sample=sample), workdir)
+    (out, rows), row = seen[step], prompt * K + sample
+    keep, tokens = out.sequences.response_mask[row], out.sequences.tokens[row]
+    assert found["tokens"] == tokens[-len(keep):][keep].tolist() and found["response_text"] == rows[row][1]
+    assert found["prompt_text"] == finetune.prompt_text(rows[row][0]) and found["truncated"] == rows[row][2]
+    assert (found["reward"], found["frozen"]) == (plain(out.judged.scores[row]), plain(out.judged.scores_frozen[row]))
+    assert found["reward_reads"].startswith("<s><|start|>")
+    fused = found["omega"] * found["own"][0] + (1 - found["omega"]) * found["read"][0]
+    assert fused == pytest.approx(found["reward"], abs=1e-5)
+    np.testing.assert_allclose(np.sum(found["attention"], -1), 1, rtol=1e-5)
+    ids, n = tokens[out.sequences.token_mask[row]], len(found["tokens"])
+    assert np.shape(found["attention"]) == (2, len(ids)) and found["states"] == [hf.decode([i]) for i in ids]
+    with torch.no_grad():  # the reference: the folder's own policy
+      want = model(torch.tensor(ids)[None].long()).logits[0].log_softmax(-1)[-n - 1 : -1]
+    np.testing.assert_allclose(found["ref_logprobs"], want[range(n), found["tokens"]], atol=1e-4)
+    assert (found["logprobs"] == found["ref_logprobs"]) == (step == 0)
+    shown = capsys.readouterr().out
+    assert "metrics of the step against metrics.jsonl: largest difference 0.0e+00" in shown, shown
+  assert kept() == before
+  by_id = config(task="replay", replay__step=2, replay__example_id=found["example_id"], replay__sample=1)
+  assert replay.run(by_id, workdir) == found
+  rows = pathlib.Path(cfg.data.name).read_bytes()
+  try:
+    pathlib.Path(cfg.data.name).write_bytes(rows.replace(b"The dog ran", b"The dog sat"))
+    with pytest.raises(ConfigError, match="6 rows that are not the 6 .*data.jsonl gave 6 rows then, others now"):
+      replay.run(config(task="replay", replay__step=1), workdir)
+  finally:
+    pathlib.Path(cfg.data.name).write_bytes(rows)
 
 
 def test_model_card(r2m_run):

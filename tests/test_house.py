@@ -26,6 +26,7 @@ FLOORS = {
   "r2m_jax.schedules": 1,
   "r2m_jax.sharding": 0,
   "r2m_jax.minibatch": 1,
+  "r2m_jax.hosts": 1,
   "r2m_jax.summary": 1,
   "r2m_jax.variants": 1,
   "r2m_jax.models.transformer": 1,
@@ -60,11 +61,11 @@ FLOORS = {
   "r2m_jax.prepare": 6,
   "r2m_jax.tokenizer": 8,
   "r2m_jax.evals": 7,
-  "r2m_jax.replay": 6,
   "r2m_jax.finetune": 8,
   "r2m_jax.scratch": 9,
   "r2m_jax.plan": 9,
-  "r2m_jax.main": 10,
+  "r2m_jax.replay": 10,
+  "r2m_jax.main": 11,
 }
 # (importer, imported) on one floor that are allowed; files of one package may import each other besides.
 SAME_FLOOR = {

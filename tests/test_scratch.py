@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from configs import real_small
-from r2m_jax import evals, finetune, main, prepare, pretrain, scratch, tokenizer
+from r2m_jax import evals, finetune, main, prepare, pretrain, replay, scratch, tokenizer
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.data.jsonl import DataError
 from r2m_jax.folders import load_policy, load_reward
@@ -174,8 +174,33 @@ def test_rl_goes_on_from_its_checkpoint(finished, tmp_path):
 
 def test_data_that_changed_is_refused(finished, tmp_path):
   _, workdir, _ = finished
-  with pytest.raises(ConfigError, match="gives 3 rows that are not the .* with which .* began"):
-    prepare.hold(workdir / "data_sft.json", {"rows": 3, "sha256": "other"})
+  rows = [{"where": f"sft.jsonl:{i}"} for i in range(3)]
+  with pytest.raises(ConfigError, match="gives 3 rows that are not the .* with which .* began .* rows then, no now"):
+    prepare.hold(workdir, "sft", rows, [([i],) for i in range(3)])
+
+
+@pytest.mark.parametrize("arm", ["vanilla", "r2m"])
+def test_a_sample_of_each_arm_is_made_again(finished, arm, capsys):
+  """The first and last steps' samples lie in samples.jsonl, and their metrics in metrics.jsonl."""
+  _, workdir, _ = finished
+  for step, when in ((0, "before"), (1, "after")):
+    found = replay.run(config("", task="replay", replay__arm=arm, replay__step=step), workdir)
+    mine = [row for row in read_jsonl(workdir / "samples.jsonl") if (row["arm"], row["when"]) == (arm, when)]
+    same = lambda row: (row["prompt"], row["response"]) == (found["prompt_text"], found["response_text"])
+    (row,) = filter(same, mine)
+    assert (row["reward"], row["frozen"], row["length"]) == (found["reward"], found["frozen"], len(found["tokens"]))
+    assert (found["attention"] is None) == (arm == "vanilla")
+    shown = capsys.readouterr().out
+    assert "metrics of the step against metrics.jsonl: largest difference 0.0e+00" in shown, shown
+
+
+def test_replay_takes_the_steps_that_the_budget_gave(finished, tmp_path):
+  _, workdir, _ = finished
+  shutil.copyfile(workdir / "config.json", tmp_path / "config.json")
+  (tmp_path / "checkpoints/r2m").mkdir(parents=True)
+  (tmp_path / "budgets.json").write_text('{"sft": 3, "rl": 7}')
+  found = replay.config_of(config("", task="replay"), tmp_path)
+  assert (found.steps, found.variant, found.policy.path) == (7, "r2m", str(tmp_path / "models/sft"))
 
 
 def test_without_the_data_it_says_what_to_download(tmp_path, capsys):

@@ -1,7 +1,7 @@
-"""Rows to batches without end, by grain: shuffled anew each epoch, mixed by weight, split over processes, resumable.
+"""Rows to batches without end, by grain: shuffled anew each epoch, mixed by weight, resumable.
 
-The order is a function of the seed, the rows and the process alone. Batch number t can be asked for directly, so the
-state of a stream is the number of batches taken.
+The order is a function of the seed and the rows alone; processes share the rows of a batch. Batch number t can be asked
+for directly, so the state of a stream is the number of batches taken.
 """
 
 import time
@@ -16,46 +16,38 @@ READ_AHEAD = 4  # batches made by another thread while a step runs
 
 def row_batches(
   parts: Sequence[int], batch_size: int, *, seed: int, weights: Sequence[float] = (),
-  groups: Sequence[int] = (), shard: tuple[int, int] = (0, 1),
+  groups: Sequence[int] = (),
 ) -> grain.MapDataset:  # fmt: skip
-  """Batches of row numbers, each i64[batch_size / processes]; batch t is `[t]`.
+  """Batches of row numbers, each i64[batch_size]; batch t is `[t]`.
 
-  Every process has its own share of the rows and sees each of them once an epoch, in a new order each time. With
-  weights, an epoch is one source's own: a heavier source comes round more often.
+  Each row comes once an epoch, in a new order each time. With weights, an epoch is one source's own: a heavier source
+  comes round more often.
 
   Args:
     parts: which source each row is from, from 0.
-    batch_size: rows of a batch over all processes.
     weights: of the sources; () takes each as often as it has rows.
-    groups: rows of different groups do not share a batch (see `group_by_length`); () is one group. All processes have
-      the same group at the same t.
-    shard: (this process, processes).
+    groups: rows of different groups do not share a batch (see `group_by_length`); () is one group.
   """
-  index, count = shard
   parts, groups = np.asarray(parts), np.asarray(groups if len(groups) else np.zeros(len(parts)))
   sizes = np.bincount(parts)
   weights = np.asarray(weights, float) if len(weights) else sizes.astype(float)
   if len(weights) != len(sizes):
     raise ValueError(f"{len(weights)} weights for {len(sizes)} sources with rows")
-  if batch_size % count:
-    raise ValueError(f"a batch of {batch_size} rows does not split over {count} processes")
   streams, shares = [], []
   for group in np.unique(groups):
     sources, odds = [], []
     for part in range(len(sizes)):
       rows = np.flatnonzero((parts == part) & (groups == group))
       odds.append(weights[part] * len(rows) / max(sizes[part], 1))
-      if len(mine := rows[index::count]):
+      if len(rows):
         one = int(np.random.SeedSequence([seed, int(group), part]).generate_state(1)[0])
-        order = grain.MapDataset.source(mine).seed(one).shuffle().repeat(None, reseed_each_epoch=True)
+        order = grain.MapDataset.source(rows).seed(one).shuffle().repeat(None, reseed_each_epoch=True)
         sources.append((order, odds[-1]))
     sources = [source for source in sources if source[1] > 0]
     if sum(odds) == 0:
       continue
-    if not sources:
-      raise ValueError(f"fewer rows than the {count} processes")
     mixed = grain.MapDataset.mix(*zip(*sources)) if len(sources) > 1 else sources[0][0]
-    streams.append(mixed.batch(batch_size // count, drop_remainder=True, batch_fn=np.asarray))
+    streams.append(mixed.batch(batch_size, drop_remainder=True, batch_fn=np.asarray))
     shares.append(sum(odds))
   return grain.MapDataset.mix(streams, shares) if len(streams) > 1 else streams[0]
 

@@ -9,15 +9,20 @@ of the forms of data/forms.py, else from the hub. Afterwards it is read from con
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import tensorflow_datasets as tfds
 
+from r2m_jax import hosts
 from r2m_jax.data.files import Record, find_files, read_file
 from r2m_jax.data.jsonl import DataError
 from r2m_jax.data.rows import BadRows, good_rows, hub_files, of_split
+
+NAME = re.compile(r"\w+(/\w[\w.-]*)?(:\d+\.\d+\.\d+)?")  # no path, no address, no code from elsewhere
+
 
 @dataclasses.dataclass
 class Source(tfds.core.BuilderConfig):
@@ -111,12 +116,16 @@ def records(name: str, data) -> Iterator[Record]:
   Args:
     data: config.data: root, split, tfds_dir, max_bad_share.
   """
+  if not NAME.fullmatch(name) or ".." in name:
+    raise DataError(f"config.data.name is tfds:{name}: give tfds:NAME, tfds:NAME/CONFIG or either with :1.0.0 after it")
   (base, _, part), split = name.partition("/"), data.split
   kwargs = dict(data_dir=data.tfds_dir or None)
   try:
     if base in BUILDERS:
       builder = BUILDERS[base](root=data.root, max_bad_share=data.max_bad_share, config=part or None, **kwargs)
-      builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+      downloads = tfds.download.DownloadConfig(try_download_gcs=False)
+      hosts.on_first(lambda: builder.download_and_prepare(download_config=downloads))
+      builder.download_and_prepare(download_config=downloads)  # there already, or a disk of this host's own
     else:
       builder = tfds.builder(name, file_format="array_record", **kwargs)
     source = builder.as_data_source(split=split)
@@ -125,8 +134,25 @@ def records(name: str, data) -> Iterator[Record]:
   except Exception as error:  # noqa: BLE001  TFDS raises many kinds: each is a mistake of the name, split or folder
     reason = " ".join(str(error).split())[:300]
     raise DataError(f"tfds:{name}, split {split!r}, cannot be read: {reason}") from None
-  for number in range(len(source)):
-    yield Record(_plain(source[number]), f"tfds:{name}/{split}", number + 1)
+  try:
+    count = len(source)
+  except Exception as error:  # noqa: BLE001  array_record opens its files here
+    raise unreadable(name, split, builder.data_dir, error) from None
+  for number in range(count):
+    try:
+      value = _plain(source[number])
+    except Exception as error:  # noqa: BLE001  a file that is cut, flipped or gone; each comes as an error of its own
+      raise unreadable(name, split, builder.data_dir, error) from None
+    yield Record(value, f"tfds:{name}/{split}", number + 1)
+
+
+def unreadable(name: str, split: str, folder, error: Exception) -> DataError:
+  """What to say of a prepared data set whose files are not what was written."""
+  reason = " ".join(str(error).split())[:300]
+  return DataError(
+    f"tfds:{name}, split {split!r}, cannot be read: {reason}; its files lie in {folder}: bring them back from a copy, "
+    "or delete that folder and it is prepared again"
+  )
 
 
 def _plain(value):

@@ -15,13 +15,17 @@ def read_rows(path: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
   file = pathlib.Path(path).expanduser()
   if not path or not file.is_file():
     raise DataError(f"there is no file {path!r} from {pathlib.Path.cwd()}; give JSON lines with {', '.join(fields)}")
+  try:
+    text = file.read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise DataError(f"{file} cannot be read as UTF-8 text: {error}; give JSON lines with {', '.join(fields)}") from None
   rows = []
-  for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+  for number, line in enumerate(text.split("\n"), 1):
     if not line.strip():
       continue
     try:
       row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
       raise DataError(f"{file}:{number} is not JSON: {error}") from None
     if not isinstance(row, dict):
       raise DataError(f"{file}:{number} is a {type(row).__name__}, not an object with {', '.join(fields)}")

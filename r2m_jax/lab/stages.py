@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from r2m_jax import hosts
 from r2m_jax.build import KEY_INIT, KEY_PAIRS, Build, init_policy, init_reward_model
 from r2m_jax.generate import generate
 from r2m_jax.lab import goldtask
@@ -56,7 +57,7 @@ def sample(config, built: Build, policy, prompts: Prompts, *, group_size: int, p
   if count % CHUNK:  # one shape, one compile: the last chunk is filled up with the first rows
     prompts = jax.tree.map(lambda x: np.concatenate([x, np.resize(x, (-count % CHUNK, *x.shape[1:]))]), prompts)
   chunks = [
-    jax.device_get(draw(policy, jax.tree.map(lambda x: x[i : i + CHUNK], prompts), key))
+    hosts.fetch(draw(policy, jax.tree.map(lambda x: x[i : i + CHUNK], prompts), key))
     for i in range(0, count, CHUNK)
   ]
   return jax.tree.map(lambda *x: np.concatenate(x)[: count * group_size], *chunks)
@@ -72,6 +73,7 @@ def fit_sft(config, built: Build, workdir: Path):
 
   def batches():
     for rows in epochs_of_rows(config.seed, len(tokens), settings.batch_size, settings.steps):
+      rows = hosts.take(rows, built.rows)
       yield {"tokens": tokens[rows], "token_mask": token_mask[rows], "response_mask": response_mask[rows]}
 
   policy = init_policy(config, built, jax.random.fold_in(jax.random.key(config.seed), KEY_INIT))
@@ -147,6 +149,7 @@ def fit_pairs(config, built: Build, workdir: Path, policy, start, train: dict[st
 
   def batches():
     for rows in epochs_of_rows(config.seed, count, settings.batch_size, steps):
+      rows = hosts.take(rows, built.rows)
       yield ordered(train, rows) | ({"weight": weight[rows]} if settings.ensemble > 1 else {})
 
   model = fit(
@@ -166,7 +169,8 @@ def fit_pairs(config, built: Build, workdir: Path, policy, start, train: dict[st
     rte = read_rte(nnx.merge(built.defs.reward_backbone, model["backbone"]), tokens, mask)
     return member_scores(nnx.merge(built.defs.phi, model["phi"]), rte)
 
-  scores = np.stack([members(model, heldout["tokens"][:, i], heldout["mask"][:, i]) for i in (0, 1)], 1)  # [N, 2, M]
+  sides = [members(model, heldout["tokens"][:, i], heldout["mask"][:, i]) for i in (0, 1)]
+  scores = np.stack(hosts.fetch(sides), 1)  # [N, 2, M]
   scale, phi = 1 / np.maximum(scores.std((0, 1)), 1e-6), model["phi"]
   phi["kernel"][...] *= scale
   phi["bias"][...] = (phi["bias"][...] - scores.mean((0, 1))) * scale
@@ -195,7 +199,8 @@ def fit_head(config, built: Build, workdir: Path, policy, reward, head):
       pair = ordered(train, rows)
       tokens = np.concatenate([pair["chosen"], pair["rejected"]])
       mask = np.concatenate([pair["chosen_mask"], pair["rejected_mask"]])
-      yield {"tokens": tokens, "token_mask": mask, "reward_tokens": tokens, "reward_mask": mask}
+      batch = {"tokens": tokens, "token_mask": mask, "reward_tokens": tokens, "reward_mask": mask}
+      yield hosts.take(batch, built.rows)
 
   return fit_warm_head(
     config, built, workdir, head, batches(), steps, frozen={"policy": policy, "backbone": reward["backbone"]}

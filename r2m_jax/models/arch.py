@@ -5,6 +5,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
+MOST_LAYERS = 10_000  # a number far beyond any model is a damaged file
+
+
+def whole(value) -> int:
+  """A whole number as it is, anything else as 0."""
+  return value if isinstance(value, int) and not isinstance(value, bool) else 0
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
   """How rotary frequencies are stretched beyond the pretraining length."""
@@ -70,6 +78,8 @@ class ArchConfig:
   max_positions: int = 2048  # what the model was trained for, tokens; only written to disk
 
   def __post_init__(self):
+    if whole(self.num_layers) > MOST_LAYERS:
+      raise ValueError(f"ArchConfig.num_layers={self.num_layers!r}: give {MOST_LAYERS} at most")
     for field, follow in FOLLOWS.items():
       if getattr(self, field) is None:
         object.__setattr__(self, field, follow(self))
@@ -85,7 +95,7 @@ class ArchConfig:
 
     for field in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
                   "intermediate_size", "max_positions"):  # fmt: skip
-      need(isinstance(getattr(self, field), int) and getattr(self, field) > 0, field, "give a positive integer")
+      need(0 < whole(getattr(self, field)) <= 2**31, field, "give a positive integer")
     need(self.num_heads % self.num_kv_heads == 0, "num_kv_heads", f"must divide num_heads={self.num_heads}")
     need(self.norm in ("rms", "layer"), "norm", "use 'rms' or 'layer'")
     need(self.norm_eps > 0, "norm_eps", "must be positive, for example 1e-6")

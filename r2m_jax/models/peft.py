@@ -15,7 +15,7 @@ from r2m_jax.models.pretrained import gather, name_of
 
 
 def save_peft(folder: pathlib.Path, arch: ArchConfig, adapters: nnx.State, lora: LoraConfig, base: str) -> None:
-  """Writes the adapters of a causal language model.
+  """Writes the adapters of a causal language model. With several processes all must call; the first one writes.
 
   A linear that is fused on disk (GPT-NeoX's query_key_value) gets one adapter of the ranks of its parts together:
   their A stacked, their B in the rows that belong to each part.
@@ -53,6 +53,8 @@ def save_peft(folder: pathlib.Path, arch: ArchConfig, adapters: nnx.State, lora:
     "target_modules": sorted(short.values()),
     "rank_pattern": other, "alpha_pattern": {name: rank * lora.scale for name, rank in other.items()},
   }  # fmt: skip
+  if jax.process_index() != 0:
+    return
   folder.mkdir(parents=True, exist_ok=True)
   (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
   save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

@@ -129,7 +129,7 @@ def load_pretrained(
     lm_head: None keeps what the folder has; False leaves the vocabulary head out (a reward model from a policy).
   """
   folder = fetch(source)
-  arch = ArchConfig.from_hf(read_json(folder / "config.json"))
+  arch = read_arch(folder / "config.json")
   files = Files(folder)
   score_name = f"{SCORE}.weight"
   arch = arch.replace(lm_head=score_name not in files.shapes if lm_head is None else lm_head)
@@ -176,9 +176,21 @@ def fetch(source: str | pathlib.Path) -> pathlib.Path:
 def read_json(file: pathlib.Path) -> dict[str, Any]:
   """The object in a JSON file."""
   try:
-    return json.loads(file.read_text(encoding="utf-8"))
-  except ValueError as error:
+    found = json.loads(file.read_text(encoding="utf-8"))
+  except (ValueError, RecursionError) as error:
     raise PretrainedError(f"{file} is not JSON: {error}; copy it again") from None
+  if not isinstance(found, dict):
+    raise PretrainedError(f"{file} holds no JSON object; copy it again")
+  return found
+
+
+def read_arch(file: pathlib.Path) -> ArchConfig:
+  """The architecture in a config.json, with a value of a wrong type told as a mistake of the file."""
+  try:
+    return ArchConfig.from_hf(read_json(file))
+  except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+    kind = type(error).__name__
+    raise PretrainedError(f"{file} does not describe a model ({kind}: {error}); copy it again") from None
 
 
 def default_sharding() -> SingleDeviceSharding:
@@ -190,7 +202,7 @@ def header(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
   try:
     with safe_open(file, "np") as opened:
       return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
-  except SafetensorError as error:
+  except (SafetensorError, OSError) as error:
     raise PretrainedError(f"{file} is not a whole safetensors file: {error}; copy it again") from None
 
 
@@ -223,7 +235,9 @@ class Files:
 
   def __init__(self, folder: pathlib.Path):
     if (folder / INDEX).exists():
-      self.where = read_json(folder / INDEX)["weight_map"]
+      self.where = read_json(folder / INDEX).get("weight_map")
+      if not isinstance(self.where, dict) or not all(isinstance(file, str) for file in self.where.values()):
+        raise PretrainedError(f"{folder / INDEX} has no weight_map of tensors to files; copy it again")
     elif (folder / WEIGHTS).exists():
       self.where = dict.fromkeys(header(folder / WEIGHTS), WEIGHTS)
     elif list(folder.glob("pytorch_model*.bin")):

@@ -1,0 +1,209 @@
+"""launch/: every dry run prints what would be run, quoted so that a shell gives it back; restarts on status 75."""
+
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+ARGS = ["--config=configs/quickstart.py", "--workdir=/mnt/a b/run", "--config.mesh=(-1, 1, 1)",
+        "--config.data.name=it's \"$HOME\" \\ `x`"]  # fmt: skip
+TOOLS = "bash env cat cksum date dirname git mkdir mktemp rm sed seq sleep setsid nohup tar"
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+  """An environment whose PATH has no gcloud, xpk, srun or scontrol."""
+  folder = tmp_path_factory.mktemp("bin")
+  for tool in TOOLS.split():
+    (folder / tool).symlink_to(shutil.which(tool))
+  return {"PATH": str(folder), "HOME": str(folder), "DRY_RUN": "1"}
+
+
+def dry(script, *arguments, **env) -> list[list[str]]:
+  """What a dry run prints, as a shell splits it."""
+  command = [shutil.which("bash"), str(ROOT / "launch" / script), *arguments]
+  result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60)
+  assert result.returncode == 0, result.stderr
+  return [shlex.split(line) for line in result.stdout.splitlines() if line]
+
+
+def flag(command: list[str], name: str) -> str:
+  """The value of --name=value; it must be there once."""
+  (found,) = [part.partition("=")[2] for part in command if part.startswith(f"--{name}=")]
+  return found
+
+
+def reaches(command: str, tmp_path, environ: dict) -> tuple[list[str], dict[str, str]]:
+  """Runs a command that would be run elsewhere, with a stub for launch/local.sh; the arguments and settings it got."""
+  stub = tmp_path / "r2m_jax" / "launch" / "local.sh"
+  stub.parent.mkdir(parents=True)
+  stub.write_text(
+    '#!/usr/bin/env bash\nprintf "%s\\0" "$@" >"$HOME/got.part"\nenv >"$HOME/env"; mv "$HOME/got.part" "$HOME/got"\n'
+  )
+  stub.chmod(0o755)
+  (tmp_path / "launch").symlink_to(stub.parent)  # xpk starts in the tree itself
+  env = environ | {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+  subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, check=True, timeout=60, stdin=subprocess.DEVNULL)
+  until = time.monotonic() + 20
+  while not (tmp_path / "got").exists() and time.monotonic() < until:
+    time.sleep(0.05)  # it was started in the background
+  got = (tmp_path / "got").read_text().split("\0")[:-1]
+  return got, dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
+
+
+def test_one_gpu(bare):
+  for script in ("one_gpu.sh", "local.sh"):
+    (command,) = dry(script, *ARGS, **bare)
+    assert command[0].endswith("/bin/python") and command[1:] == ["-m", "r2m_jax.main", *ARGS]
+
+
+def test_slurm(bare):
+  step, again = dry("slurm_gpu.sbatch", *ARGS, **bare, SLURM_GPUS_ON_NODE="4", SLURM_JOB_ID="17")
+  assert step[:3] == ["env", "JAX_LOCAL_DEVICE_IDS=0,1,2,3", "srun"] and "--kill-on-bad-exit=1" in step
+  assert step[-len(ARGS) - 2 :] == ["-m", "r2m_jax.main", *ARGS]
+  assert again == ["scontrol", "requeue", "17"]
+  head = (ROOT / "launch/slurm_gpu.sbatch").read_text()
+  for wanted in ("--requeue", "--signal=TERM@120", "--ntasks-per-node=1", "--open-mode=append"):
+    assert re.search(rf"^#SBATCH {wanted}", head, re.M), wanted
+
+
+@pytest.mark.parametrize("status, count, requeued", [
+  (75, 0, True), (137, 3, True), (75, 100, False), (1, 0, False), (2, 0, False), (0, 0, False),
+])  # fmt: skip
+def test_slurm_queues_what_asks_to_be_resumed_again(tmp_path, status, count, requeued):
+  """With an srun that ends with `status`: only a run that can go on is queued again, and not for ever."""
+  tree = tmp_path / "tree"
+  shutil.copytree(ROOT / "launch", tree / "launch")
+  env = (tree / "launch/env.sh").read_text().replace("ensure_venv() {", "ensure_venv() {\n  return")
+  (tree / "launch/env.sh").write_text(env)
+  for name, body in (("srun", f"exit {status}"), ("scontrol", 'echo "$@" >>"$HOME/said"')):
+    (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+    (tmp_path / name).chmod(0o755)
+  env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "SLURM_SUBMIT_DIR": str(tree),
+         "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": str(count)}  # fmt: skip
+  result = subprocess.run(["bash", str(tree / "launch/slurm_gpu.sbatch"), *ARGS], env=env, capture_output=True)
+  assert result.returncode == status
+  said = (tmp_path / "said").read_text() if (tmp_path / "said").exists() else ""
+  assert said == ("requeue 17\n" if requeued else "")
+
+
+def test_gke(bare, tmp_path):
+  *before, command = dry("gke_xpk.sh", *ARGS, **bare, CLUSTER="tpus", TYPE="v5e-16", SLICES="2", PROJECT="mine")
+  assert [line[0] for line in before] == ["git", "tar", "rm"] and "archive" in before[0]
+  assert command[:3] == ["xpk", "workload", "create"]
+  wanted = {"cluster": "tpus", "tpu-type": "v5e-16", "num-slices": "2", "project": "mine", "max-restarts": "100",
+            "restart-on-exit-codes": "75", "termination-grace-period-seconds": "25"}  # fmt: skip
+  assert {name: flag(command, name) for name in wanted} == wanted
+  got, environ = reaches(flag(command, "command"), tmp_path, {})
+  assert got == ARGS and environ["EXTRAS"] == "tpu"
+
+
+TPU = dict(TPU="r2m", ZONE="us-east5-a", TYPE="v6e-16", IMAGE="v2-alpha-tpuv6e")
+
+
+def test_tpu_vm_create_and_delete(bare):
+  create, look = dry("tpu_vm.sh", "create", "--reserved", **bare, **TPU, SPOT="1", PROJECT="mine")
+  assert create[:6] == ["gcloud", "compute", "tpus", "queued-resources", "create", "r2m"]
+  assert {"--spot", "--reserved", "--project=mine", "--zone=us-east5-a"} <= set(create)
+  assert flag(create, "node-id") == "r2m" and flag(create, "accelerator-type") == "v6e-16"
+  assert look[4:6] == ["describe", "r2m"] and flag(look, "format") == "value(state.state)"
+  (plain, _) = dry("tpu_vm.sh", "create", **bare, **TPU)
+  assert "--spot" not in plain
+  (delete,) = dry("tpu_vm.sh", "delete", **bare, **TPU)
+  assert delete[3:6] == ["queued-resources", "delete", "r2m"] and "--force" in delete
+
+
+def test_tpu_vm_start_reaches_the_program_on_every_worker(bare, tmp_path):
+  (start,) = dry("tpu_vm.sh", "start", *ARGS, **bare, **TPU)
+  assert start[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "r2m"] and flag(start, "worker") == "all"
+  got, environ = reaches(flag(start, "command"), tmp_path, {})
+  assert got == ARGS
+  wanted = {"EXTRAS": "tpu", "KEEP_GOING": "1", "RESTARTS": "100", "STATUS_FILE": f"{tmp_path}/r2m.status"}
+  assert {name: environ[name] for name in wanted} == wanted
+  assert (tmp_path / "r2m.pid").read_text().strip().isdigit()
+  (stop,) = dry("tpu_vm.sh", "stop", **bare, **TPU)
+  sleeping = subprocess.Popen(["sleep", "60"])
+  (tmp_path / "r2m.pid").write_text(str(sleeping.pid))
+  subprocess.run(["bash", "-c", flag(stop, "command")], env={"HOME": str(tmp_path)}, check=True)
+  assert sleeping.wait(10) == -signal.SIGTERM and flag(stop, "worker") == "all"
+
+
+def test_tpu_vm_keep_makes_the_slice_again_and_asks_how_the_run_is(bare, tmp_path):
+  lines = dry("tpu_vm.sh", "keep", *ARGS, **bare, **TPU, SPOT="1")
+  kinds = [line[4] if line[0] == "gcloud" else line[0] for line in lines]
+  assert kinds == ["delete", "create", "describe", "git", "scp", "ssh", "ssh", "ssh"]
+  assert "--spot" in lines[1] and "ensure_venv tpu" in flag(lines[5], "command")
+  ask = flag(lines[7], "command")
+  answer = lambda: subprocess.run(["bash", "-c", ask], env={"HOME": str(tmp_path)}, capture_output=True, text=True)
+  assert answer().stdout == "none\n"
+  (tmp_path / "r2m.pid").write_text(str(os.getpid()))
+  assert answer().stdout == "running\n"
+  (tmp_path / "r2m.status").write_text("75\n")
+  assert answer().stdout == "75\n"
+
+
+def test_tpu_vm_keep_survives_a_preemption(tmp_path):
+  """A gcloud that loses the slice once: it is deleted, asked for and started again; then the run ends with 0."""
+  (tmp_path / "gcloud").write_text("""#!/usr/bin/env bash
+    echo "$4" >>"$HOME/said"
+    count=$(grep -c -x describe "$HOME/said")
+    case "$4:$*" in
+      describe:*) case $count in 1) exit 1 ;; 4) echo SUSPENDED ;; *) echo ACTIVE ;; esac ;;
+      ssh:*r2m.status*cat*) [ "$count" -ge 6 ] && echo 0 || echo running ;;
+    esac
+  """)
+  (tmp_path / "gcloud").chmod(0o755)
+  env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "POLL": "0.05", **TPU, "SPOT": "1"}
+  script = [str(ROOT / "launch/tpu_vm.sh"), "keep", *ARGS]
+  result = subprocess.run(script, env=env, capture_output=True, text=True, timeout=60)
+  assert result.returncode == 0, result.stderr
+  said = (tmp_path / "said").read_text().split()
+  assert said.count("create") == 2 and said.count("delete") == 2 and said.count("scp") == 2, said
+
+
+def keep_going(tmp_path, program: str, **env):
+  """`keep_going` of env.sh around a bash program; the process."""
+  script = f'source "{ROOT}/launch/env.sh"; keep_going bash -c "$PROGRAM"'
+  env = os.environ | {"PROGRAM": program, "HOME": str(tmp_path), "RESTART_DELAY": "0"} | env
+  return subprocess.Popen(["bash", "-euo", "pipefail", "-c", script], env=env, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("ends, restarts, status, starts", [
+  ("0", 5, 0, 1), ("75 75 0", 5, 0, 3), ("75 1", 5, 1, 2), ("75 75 75 75", 2, 75, 3), ("2", 5, 2, 1),
+  ("137 0", 5, 0, 2),
+])  # fmt: skip
+def test_a_program_that_asks_is_started_again(tmp_path, ends, restarts, status, starts):
+  program = f"echo >>~/starts; set -- {ends}; shift $(($(wc -l <~/starts) - 1)); exit $1"
+  run = keep_going(tmp_path, program, RESTARTS=str(restarts))
+  assert run.wait(30) == status and (tmp_path / "starts").read_text().count("\n") == starts
+
+
+def test_a_signal_to_the_script_reaches_the_program_and_is_no_reason_to_start_again(tmp_path):
+  program = "trap 'sleep 0.3; echo saved >~/saved; exit 75' TERM; echo >>~/starts; while :; do sleep 0.05; done"
+  run = keep_going(tmp_path, program)
+  while not (tmp_path / "starts").exists():
+    time.sleep(0.02)
+  run.terminate()
+  assert run.wait(30) == 75 and (tmp_path / "saved").exists()  # it waited for the end
+  assert (tmp_path / "starts").read_text() == "\n"
+
+
+def test_a_dry_run_needs_a_config_and_a_workdir(bare):
+  for script, *action in (["gke_xpk.sh"], ["tpu_vm.sh", "start"], ["tpu_vm.sh", "keep"], ["one_gpu.sh"]):
+    command = [shutil.which("bash"), str(ROOT / "launch" / script), *action, "--config=x"]
+    result = subprocess.run(command, capture_output=True, text=True, env=bare | {"CLUSTER": "c"})
+    assert result.returncode == 2 and "--workdir=" in result.stderr
+
+
+def test_the_page_names_every_script():
+  page = (ROOT / "launch/README.md").read_text()
+  for script in (path.name for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch")):
+    assert script in page, script
+  assert len(page.splitlines()) <= 90
