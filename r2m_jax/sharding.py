@@ -80,7 +80,9 @@ def shardings(tree, mesh: Mesh):
 
 
 def constrain_batch(mesh: Mesh):
-  """A function that lays the leading axis of an array over data and fsdp."""
+  """A function that lays the leading axis of an array over data and fsdp; one device has nothing to lay out."""
+  if mesh.size == 1:
+    return lambda x: x
   return lambda x: jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
 
 
