@@ -322,7 +322,7 @@ def table_html(table):
 
 
 def figure_html(heading, caption, images, arms=(), styles=None, *, whole=False):
-  """A section of png images, with a key to the arms where there are several; `whole`: one below the other, full width."""
+  """A section of png images, with a key to the arms where there are several; `whole`: at full width."""
   keys = "".join(f"<span>{_key(arm, styles)}</span>" for arm in arms) if len(arms) > 1 else ""
   panels = "".join(f'<img alt="{_text(heading)}, panel {i}" src="data:image/png;base64,'
                    f'{base64.b64encode(image).decode()}">' for i, image in enumerate(images, 1))

@@ -97,7 +97,7 @@ def tables(config, found: Results, facts: dict[int, dict]) -> list[dict]:
     rows = [[label(key), *(span(find(found, key[0], name, key[1]), 3) for name in show)] for key in drift]
     sections.append(dict(title="Scores under drifting feedback", head=["arm", "states alone", "its spread",
                          "score in all", "own samples: gain through own states"], rows=rows,
-                         note="Means of the second half of the steps; one unit is the proxy's deviation at first."))  # fmt: skip
+                         note="Means of the second half of the steps; the proxy's deviation at the start is 1."))
   rows = [[label(key), *(span(getattr(fit[kind], part)) for kind in stats.KINDS for part in ("a", "b", "turn")),
            *(f"{fit[kind].r2:.2f}" for kind in stats.KINDS)] for key, fit in found.fits.items()]  # fmt: skip
   sections.append(dict(title="Turn-over", rows=rows, head=["arm", "d(a - b d): a", "b", "turns at d",

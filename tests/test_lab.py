@@ -1,0 +1,219 @@
+"""The laboratory at its smallest: replicas against single runs, a killed grid against an unbroken one, what it leaves."""
+
+import csv
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import small
+
+from configs import lab as lab_config
+from configs import quickstart
+from r2m_jax import train
+from r2m_jax.config import ConfigError, arms_of, check_config
+from r2m_jax.lab import goldtask, grid, together
+from r2m_jax.lab.table import curves_of, read_table
+from r2m_jax.metrics import read_metrics
+from r2m_jax.step import make_score
+from r2m_jax.variants import States
+
+LABELS = "r2m.labels r2m.labels=preference r2m.label_budget=0.2"
+# what a moved rounding error may do; sums over 32 rows of numbers near 1
+CLOSE = dict(rtol=2e-3, atol=2e-4)
+
+
+def settings(**overrides):
+  cfg = quickstart.get_config("test")
+  cfg.task = "lab"
+  cfg.lab.arms, cfg.lab.seeds, cfg.lab.kls, cfg.lab.stops = ("vanilla", LABELS), (0, 1), (0.001,), (0.001,)
+  cfg.sft.steps, cfg.reward.pairs = 10, 64
+  for name, value in overrides.items():
+    cfg.update_from_flattened_dict({name.replace("__", "."): value})
+  return cfg
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+  """(workdir, {(arm, step): sequences of both seeds}) of an unbroken grid, and what it printed."""
+  workdir, seen, original = tmp_path_factory.mktemp("lab"), [], grid.gold_metrics
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(grid, "gold_metrics", lambda out, K: seen.append(out.sequences) or original(out, K))
+    grid.run(settings(), workdir)
+  return workdir, seen
+
+
+def columns(workdir, arm):
+  return read_table(workdir / "table" / f"{arm}.parquet")[0]
+
+
+def test_a_replica_is_the_run_of_its_seed(ended, tmp_path, monkeypatch):
+  """Seed 1 of both arms alone, through train.run: the same tokens at every step, and metrics within rounding."""
+  workdir, seen = ended
+  cfg = settings(task="r2m", seed=1)
+  cfg.arms, cfg.r2m.labels, cfg.r2m.label_budget = ("vanilla", "r2m"), "preference", 0.2
+  alone, original = [], train.gold_metrics
+  monkeypatch.setattr(train, "gold_metrics", lambda out, K: alone.append(out.sequences) or original(out, K))
+  train.run(cfg, tmp_path)
+  assert len(alone) == 2 * cfg.steps and len(seen) == 2 * len(alone)
+  for one, both in zip(alone, seen[1::2]):
+    np.testing.assert_array_equal(one.tokens, both.tokens)
+  rows = [row for row in read_metrics(tmp_path) if row["stage"] == "rl"]
+  for arm, name in (("vanilla", "vanilla"), ("r2m", "r2m.labels")):
+    mine = curves_of(columns(workdir, name))[1.0].metrics
+    for row in (row for row in rows if row["arm"] == arm):
+      for metric in ("reward/gold", "reward/used", "reward/frozen", "kl", "length", "entropy", "policy/grad_norm"):
+        np.testing.assert_allclose(mine[metric][1, row["step"]], row[metric], **CLOSE, err_msg=f"{arm} {metric}")
+  assert np.abs(np.diff(curves_of(columns(workdir, "vanilla"))[1.0].metrics["reward/gold"], axis=0)).min() > 1e-3
+
+
+def test_killed_and_started_again_it_gives_the_same_table(ended, tmp_path, monkeypatch):
+  """Killed in the second arm at step 3 of 4, with a checkpoint at 2; what is done is read, nothing is run twice."""
+  workdir, _ = ended
+  shutil.copytree(workdir / "stages", tmp_path / "stages")
+  for name in ("best_of_n.parquet", "config.json"):
+    shutil.copyfile(workdir / name, tmp_path / name)
+  steps, original = [], grid.gold_metrics
+
+  def dies(out, group_size):
+    steps.append(1)
+    if len(steps) == 15:
+      raise KeyboardInterrupt
+    return original(out, group_size)
+
+  monkeypatch.setattr(grid, "gold_metrics", dies)
+  with pytest.raises(KeyboardInterrupt):
+    grid.run(settings(), tmp_path)
+  assert [path.name for path in (tmp_path / "table").iterdir()] == ["vanilla.parquet"]
+  steps.clear()
+  monkeypatch.setattr(grid, "gold_metrics", lambda out, K: steps.append(1) or original(out, K))
+  grid.run(settings(), tmp_path)
+  assert len(steps) == 2 * 2  # two steps of two seeds, of the second arm alone
+  for arm in ("vanilla", "r2m.labels"):
+    assert (tmp_path / "table" / f"{arm}.parquet").read_bytes() == (workdir / "table" / f"{arm}.parquet").read_bytes()
+  assert not list((tmp_path / "partial").iterdir())
+  monkeypatch.setattr(grid, "starts_of", None)  # nothing is left to do: a start would fail
+  grid.run(settings(), tmp_path)
+
+
+def test_what_it_leaves(ended):
+  workdir, _ = ended
+  with open(workdir / "summary.csv", newline="") as file:
+    rows = list(csv.DictReader(file))
+  found = {(row["arm"], row["measure"], row["against"]): row for row in rows}
+  curves = {arm: curves_of(columns(workdir, arm))[1.0].metrics for arm in ("vanilla", "r2m.labels")}
+  last = {arm: metrics["reward/gold"][:, -1] for arm, metrics in curves.items()}  # windows of one of four steps
+  for arm, gold in last.items():
+    assert float(found[arm, "final", ""]["value"]) == pytest.approx(gold.mean(), rel=1e-4)
+    assert float(found[arm, "peak", ""]["value"]) == pytest.approx(curves[arm]["reward/gold"].max(1).mean(), rel=1e-4)
+  difference = found["r2m.labels", "final", "vanilla"]
+  gap = last["r2m.labels"] - last["vanilla"]
+  assert float(difference["value"]) == pytest.approx(gap.mean(), abs=1e-5) and difference["seeds"] == "2"
+  assert float(difference["low"]) == pytest.approx(gap.min(), abs=1e-5)  # of two seeds the interval is their range
+  assert {"stop_step", "final"} <= {row["measure"] for row in rows if "stopped" in row["arm"]}
+  assert float(found["best_of_n", "proxy_n_32", ""]["value"]) > float(found["best_of_n", "proxy_n_1", ""]["value"])
+  assert "r2m/omega" in curves["r2m.labels"] and "r2m/omega" not in curves["vanilla"]
+  drift = curves["r2m.labels"]["drift/fixed_states"]
+  np.testing.assert_array_equal(np.isfinite(drift), [[True, False, True, False]] * 2)  # every second step
+  page = (workdir / "report.html").read_text(encoding="utf-8")
+  assert page.count("data:image/png;base64") == 5 and "Turn-over" in page
+  assert len(list((workdir / "figures").glob("*.png"))) == 5
+  assert "vanilla: over-optimised on" in (workdir / "seeds.txt").read_text()
+
+
+def test_other_settings_under_the_same_name_are_refused(ended):
+  with pytest.raises(ConfigError, match=r"'r2m.labels' with other settings; .* such as r2m.labels.new"):
+    grid.run(settings(lab__arms=("vanilla", LABELS + " kl.beta=0.5")), ended[0])
+
+
+def test_more_seeds_and_weights_run_what_is_missing(ended):
+  workdir, _ = ended
+  arm = arms_of(settings())["vanilla"]
+  wanted = [(seed, factor) for factor in (1.0, 2.0) for seed in (0, 1, 2)]
+  assert grid.missing_of(workdir, "vanilla", arm, wanted) == [(2, 1.0), (0, 2.0), (1, 2.0), (2, 2.0)]
+
+
+@pytest.mark.parametrize("arms, message", [
+  (("other",), "must start with a variant"),
+  (("vanilla", "vanilla kl.beta=0.1"), "has a name that another arm has"),
+  (("vanilla.x kl.bta=0.1",), r"did you mean config.kl.beta\?"),
+  (("vanilla.x kl.beta",), "give FIELD=VALUE"),
+  (("vanilla.x seed=3",), "of a field that says what is computed"),
+  (("vanilla.x log.samples=3",), "of a field that says what is computed"),
+  (("vanilla.x kl.beta=much",), "'kl.beta=much'"),
+  (("r2m.x kl.controller=adaptiv",), r"r2m.x: config.kl.controller is 'adaptiv'"),
+  (("vanilla.x kl.placement=reward",), "must be 'exact'"),
+  (("vanilla.x r2m.labels=preference",), "never updates the reward"),
+])  # fmt: skip
+def test_arms_that_cannot_run_are_refused(arms, message):
+  with pytest.raises(ConfigError, match=message):
+    check_config(settings(lab__arms=arms))
+
+
+@pytest.mark.parametrize("field, value, message", [
+  ("lab.seeds", (), r"such as \(0, 1, 2\)"),
+  ("lab.seeds", ("x",), r"such as \(0, 1, 2\)"),
+  ("lab.seeds", (1, 1), "each seed may appear once"),
+  ("lab.betas", (), "above 0"),
+  ("lab.kls", (0.0,), "above 0"),
+  ("lab.probe_every", 0, "at least 1"),
+  ("mesh", (2, 1, 1), "splits seeds over the devices"),
+])  # fmt: skip
+def test_settings_that_cannot_work_are_refused(field, value, message):
+  with pytest.raises(ConfigError, match=rf"config\.{field} is .*{message}"):
+    check_config(settings(**{field.replace(".", "__"): value}))
+
+
+@pytest.mark.parametrize("size", ["", "sweep", "tune", "test"])
+def test_the_laboratorys_configs_can_run(size):
+  cfg = lab_config.get_config(size)
+  check_config(cfg)
+  arms = arms_of(cfg)
+  if size == "":
+    from r2m_jax.variants import VARIANTS
+
+    assert set(VARIANTS) <= set(arms) and len(cfg.lab.seeds) >= 10
+    assert {"r2m.whitened", "scaled.grpo", "vanilla.hold", "iterative_head.eight_percent"} <= set(arms)
+  if size == "tune":
+    assert not set(cfg.lab.seeds) & set(lab_config.get_config().lab.seeds)
+    per_arm = [sum(name.split(".")[0] == arm for name in arms) for arm in lab_config.VARIANTS]
+    assert set(per_arm) == {4}  # the same budget for every arm
+
+
+def test_seeds_share_out_over_the_devices():
+  assert [together.seeds_mesh(n).size for n in (1, 2, 6, 7, 8, 9, 10, 11)] == [1, 2, 6, 7, 8, 3, 5, 1]
+
+
+def test_drift_against_single_scores():
+  """The probe of two replicas against the head called on one response after another."""
+  cfg = small.config(variant="r2m")
+  built, state = small.start(cfg)
+  policy = jax.tree.map(lambda x: x.sharding, state.policy)
+  states = [state.replace(policy=jax.device_put(small.perturb(state.policy, seed, 0.3), policy)) for seed in (5, 6)]
+  mesh = together.seeds_mesh(2)
+  stacked = together.spread(together.stack(states), mesh)
+  fix, probe = grid.make_probe(cfg, built, mesh)
+  prompts = together.stack([goldtask.prompts(seed, 6, 0, 3) for seed in (5, 6)])
+  fixed = fix(stacked, prompts)
+  found = jax.device_get(probe(stacked, stacked.reward_head, fixed, fixed))
+  score = make_score(built.defs, cfg)
+  for i, one in enumerate(states):
+    sequences, changes = together.pick(jax.device_get(fixed), i), []
+    for row in range(3):
+      tokens, mask = sequences.tokens[[row]], sequences.token_mask[[row]]
+      backbone = built.defs.reward_backbone
+      from flax import nnx
+
+      from r2m_jax.models.reward import read_rte
+
+      rte = read_rte(nnx.merge(backbone, one.reward_backbone), tokens, mask)
+      of = lambda weights: States(nnx.merge(built.defs.policy, weights)(tokens, mask, feedback_layer=-1).feedback, mask)
+      now, before = (score(one.reward_head, rte, of(w), cfg.r2m.omega_min) for w in (one.policy, one.ref))
+      changes.append(float(now[0, 0] - before[0, 0]))
+    np.testing.assert_allclose(found["drift/fixed_states"][i], np.mean(changes), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found["drift/fixed_states_std"][i], np.std(changes), rtol=1e-3, atol=1e-5)
+    assert abs(np.mean(changes)) > 1e-3
+  still = together.spread(together.stack([state, state]), mesh)  # the reference itself: nothing has moved
+  found = jax.device_get(probe(still, still.reward_head, fixed, fixed))
+  np.testing.assert_allclose(found["drift/fixed_states"], 0, atol=1e-6)
+  np.testing.assert_allclose(found["drift/own_states"], 0, atol=1e-6)
