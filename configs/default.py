@@ -240,6 +240,7 @@ def get_config() -> ConfigDict:
   config.lab.arms = ("vanilla", "scaled", "r2m")  # "VARIANT[.NAME] [FIELD=VALUE ...]"; those of `variant` "" alone
   config.lab.seeds = (0, 1, 2, 3, 4)
   config.lab.betas = (1.0,)  # KL weights, as multiples of the arm's own kl.beta
+  config.lab.together = 10  # runs in one program at a time: what memory allows
   config.lab.kls = (2.0, 4.0)  # nats a sequence, where gold is compared at equal KL
   config.lab.stops = (2.0, 4.0)  # nats a sequence, KLs at which the baseline would be stopped early
   config.lab.baseline = "vanilla"  # each arm is paired with it, or with BASELINE.NAME where there is such an arm

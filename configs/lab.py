@@ -75,4 +75,5 @@ def get_config(size: str = ""):
     config.lab.seeds = (0, 1)
     config.lab.betas, config.lab.kls, config.lab.stops = (1.0, 4.0), (0.005, 0.02), (0.01,)
     config.log.checkpoint_every = 2
+    config.steps, config.policy.lr = 12, 3e-3
   return config

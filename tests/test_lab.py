@@ -27,7 +27,8 @@ def settings(**overrides):
   cfg = quickstart.get_config("test")
   cfg.task = "lab"
   cfg.lab.arms, cfg.lab.seeds, cfg.lab.kls, cfg.lab.stops = ("vanilla", LABELS), (0, 1), (0.001,), (0.001,)
-  cfg.sft.steps, cfg.reward.pairs = 10, 64
+  cfg.lab.together, cfg.sft.steps, cfg.reward.pairs = 2, 10, 64
+  cfg.policy.lr, cfg.r2m.lr = 3e-3, 1e-2  # so that four steps lead somewhere
   for name, value in overrides.items():
     cfg.update_from_flattened_dict({name.replace("__", "."): value})
   return cfg

@@ -34,10 +34,18 @@ def rendered(figure) -> bytes:
   return png(Image.fromarray(np.asarray(drawn.buffer_rgba())).convert("RGB"))
 
 
+def root(kl):
+  """sqrt(KL); what rounding leaves below zero is zero."""
+  return np.sqrt(np.maximum(kl, 0))
+
+
 def band(values: np.ndarray) -> np.ndarray:
   """Mean and interval over seeds of window means at each step: f64[S, T] -> f64[3, T']."""
-  means = np.stack([window_means(row) for row in values])
-  return np.array([stats.interval(column)[:3] for column in means.T]).T
+  means, count = np.stack([window_means(row) for row in values]), len(values)
+  if count < 2:
+    return np.repeat(means, 3, 0)
+  drawn = stats.resampled(count)[:2000] @ means / count
+  return np.concatenate([means.mean(0)[None], np.quantile(drawn, stats.levels(count), axis=0)])
 
 
 def only_factor(results: Results, arm: str) -> float:
@@ -79,11 +87,11 @@ def frontier(config, results: Results):
   for i, name in enumerate(shown):
     curves = results.curves[name][only_factor(results, name)].metrics
     way = [np.stack([window_means(row) for row in curves[key]]).mean(0) for key in ("kl", "reward/gold")]
-    axes[0, 0].plot(np.sqrt(way[0]), way[1], label=name, lw=1.5, ms=5, markevery=max(1, len(way[0]) // 7), **style(i))
+    axes[0, 0].plot(root(way[0]), way[1], label=name, lw=1.5, ms=5, markevery=max(1, len(way[0]) // 7), **style(i))
     ends = []
     for factor in sorted(results.curves[name]):
       found = results.values[name, factor]
-      ends.append((np.sqrt(stats.interval(found["kl_final"])[0]), *stats.interval(found["final"])[:3]))
+      ends.append((root(stats.interval(found["kl_final"])[0]), *stats.interval(found["final"])[:3]))
     x, y, low, high = np.array(ends).T
     axes[0, 1].errorbar(x, y, [y - low, high - y], label=name, lw=1.3, ms=6, capsize=2, **style(i))
   dress(axes[0, 0], "On the way, at the arm's own KL weight (means over seeds)", ROOT_KL, "gold")
@@ -136,13 +144,13 @@ def best_of_n(config, results: Results):
   base = config.lab.baseline
   if base in results.curves:
     factor = only_factor(results, base)
-    curves = results.curves[base][factor].metrics
+    seeds, curves = results.curves[base][factor].seeds, results.curves[base][factor].metrics
     way = {key: np.stack([window_means(row) for row in curves[key]]) for key in ("kl", "reward/gold", "reward/frozen")}
-    x = np.sqrt(way["kl"].mean(0))
+    way["reward/gold"] -= np.array([[results.sft_gold[seed]] for seed in seeds])  # the proxy's mean there is 0
+    x = root(way["kl"].mean(0))
     for label, key, mark, dash, colour in (("gold", "reward/gold", "s", "-", INK),
                                            ("proxy", "reward/frozen", "o", ":", "#D55E00")):  # fmt: skip
-      change = (way[key] - way[key][:, :1]).mean(0)
-      axes[0, 1].plot(x, change, marker=mark, ls=dash, color=colour, label=label, markevery=max(1, len(x) // 9),
+      axes[0, 1].plot(x, way[key].mean(0), marker=mark, ls=dash, color=colour, label=label, markevery=max(1, len(x) // 9),
                       mfc=colour if mark == "s" else "white")  # fmt: skip
     panels.append((axes[0, 1], x, (base, factor), "rl", "d (a - b log d)"))
   for axis, x, key, kind, formula in panels:
@@ -151,7 +159,7 @@ def best_of_n(config, results: Results):
     axis.plot(at, curve, color="#0072B2", ls="--", lw=1.4, label=f"fit of gold: {formula}, R² {fit.r2:.2f}")
     axis.legend(frameon=False, fontsize=8.5)
   dress(axes[0, 0], "Best of n by the proxy", ROOT_KL, "change from the supervised policy")
-  dress(axes[0, 1], f"RL: {base}", ROOT_KL, "change from the start")
+  dress(axes[0, 1], f"RL: {base}", ROOT_KL, "change from the supervised policy")
   return figure
 
 

@@ -40,7 +40,7 @@ BEST_GROUP = 16  # samples of a prompt drawn at a time
 
 
 def run(config, workdir: Path) -> None:
-  """Runs what is not in the table yet, an arm after another, and draws the report after the last."""
+  """Runs what is not in the table yet, an arm after another, and draws the report of all that is in it."""
   arms = arms_of(config)
   claim(config, workdir)
   wanted = [(seed, factor) for factor in config.lab.betas for seed in config.lab.seeds]
@@ -57,12 +57,13 @@ def run(config, workdir: Path) -> None:
     if not missing:
       print(f"{where} done before", flush=True)
       continue
-    columns = run_arm(name, arm, missing, workdir)
     path = workdir / "table" / f"{name}.parquet"
-    if path.exists():
-      columns = table.joined(table.read_table(path)[0], columns)
-    table.write_table(path, columns, identity(arm))
-    shutil.rmtree(partial_of(workdir, name, arm, missing), ignore_errors=True)
+    for part in (missing[n : n + config.lab.together] for n in range(0, len(missing), config.lab.together)):
+      columns = run_arm(name, arm, part, workdir)
+      if path.exists():
+        columns = table.joined(table.read_table(path)[0], columns)
+      table.write_table(path, columns, identity(arm))
+      shutil.rmtree(partial_of(workdir, name, arm, part), ignore_errors=True)
     found, _ = report.read(config, arms, workdir, proxies)
     results.write_summary(workdir / "summary.csv", found)
     seconds = time.monotonic() - began

@@ -39,6 +39,7 @@ class Results(NamedTuple):
   fits: dict[tuple[str, float], dict[str, stats.Fit]]  # -> kind of curve -> fit
   best: dict[str, np.ndarray]  # columns of best_of_n.parquet; {} where there is none
   rows: list[dict]
+  sft_gold: dict[int, float]  # of each seed's supervised policy
 
 
 def gold_measures(config) -> list[str]:
@@ -135,15 +136,15 @@ def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Resul
         rows.append(dict(zip(FIELDS, ("best_of_n", "", "", f"{name}_n_{n}", "", *stats.interval(best[name][:, i])))))
     gain = best["gold"] - best["gold"][:, :1]
     fits["best_of_n", 1.0] = {kind: stats.fit_turnover(best["kl"], gain, kind) for kind in stats.KINDS}
-  return Results(curves, values, fits, best, rows)
+  return Results(curves, values, fits, best, rows, sft_gold)
 
 
 def write_summary(path: Path, results: Results) -> None:
-  """The rows as CSV, six digits each: small enough to be committed."""
+  """The rows as CSV, five digits each: small enough to be committed."""
   text = io.StringIO()
   writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
   writer.writeheader()
-  short = lambda x: f"{x:.6g}" if isinstance(x, float) else x
+  short = lambda x: f"{x:.5g}" if isinstance(x, float) else x
   writer.writerows({name: short(value) for name, value in row.items()} for row in results.rows)
   write_atomic(path, text.getvalue())
 

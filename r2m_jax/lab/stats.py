@@ -128,8 +128,15 @@ def fit_turnover(kl: np.ndarray, gain: np.ndarray, kind: str, seed: int = 0) -> 
     targets.append(columns.T @ values[keep])
     squares.append([keep.sum(), values[keep].sum(), (values[keep] ** 2).sum()])
   products, targets, squares = map(np.array, (products, targets, squares))
-  solve = lambda weight: (np.linalg.pinv(np.tensordot(weight, products, 1)) @ (weight @ targets)[..., None])[..., 0]
-  best = solve(np.ones(len(kl)))  # [2]
+
+  def solve(weight):  # f64[..., S] -> the two coefficients, f64[..., 2]: Cramer's rule
+    matrix, right = np.tensordot(weight, products, 1), weight @ targets
+    (p, q), (_, r) = np.moveaxis(matrix, (-2, -1), (0, 1))
+    numerators = r * right[..., 0] - q * right[..., 1], p * right[..., 1] - q * right[..., 0]
+    with np.errstate(divide="ignore", invalid="ignore"):  # all points at one KL: nothing to fit, NaN
+      return np.stack(numerators, -1) / (p * r - q * q)[..., None]
+
+  best = solve(np.ones(len(kl)))
   number, total, square = squares.sum(0)
   residual = square - 2 * best @ targets.sum(0) + best @ products.sum(0) @ best
   drawn = solve(resampled(len(kl), seed)[:2000]) if len(kl) > 1 else np.zeros((0, 2))

@@ -73,6 +73,7 @@ def curves_of(columns: dict) -> dict[float, Curves]:
 
 
 def read_arms(workdir: Path, names) -> dict[str, dict[float, Curves]]:
-  """name -> factor -> curves, of the arms that are finished, in the order of `names`."""
-  paths = {name: Path(workdir) / "table" / f"{name}.parquet" for name in names}
-  return {name: curves_of(read_table(path)[0]) for name, path in paths.items() if path.exists()}
+  """name -> factor -> curves of every arm in the table, those of `names` first and in their order."""
+  paths = {path.name.removesuffix(".parquet"): path for path in sorted((Path(workdir) / "table").glob("*.parquet"))}
+  order = [name for name in names if name in paths] + [name for name in paths if name not in names]
+  return {name: curves_of(read_table(paths[name])[0]) for name in order}
