@@ -1,4 +1,4 @@
-"""The laboratory at its smallest: replicas against single runs, a killed grid against an unbroken one, what it leaves."""
+"""The laboratory at its smallest: replicas against single runs, a killed grid against an unbroken one, its output."""
 
 import csv
 import shutil
@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import small
+from flax import nnx
 
 from configs import lab as lab_config
 from configs import quickstart
@@ -15,8 +16,9 @@ from r2m_jax.config import ConfigError, arms_of, check_config
 from r2m_jax.lab import goldtask, grid, together
 from r2m_jax.lab.table import curves_of, read_table
 from r2m_jax.metrics import read_metrics
+from r2m_jax.models.reward import read_rte
 from r2m_jax.step import make_score
-from r2m_jax.variants import States
+from r2m_jax.variants import VARIANTS, States
 
 LABELS = "r2m.labels r2m.labels=preference r2m.label_budget=0.2"
 # what a moved rounding error may do; sums over 32 rows of numbers near 1
@@ -171,8 +173,6 @@ def test_the_laboratorys_configs_can_run(size):
   check_config(cfg)
   arms = arms_of(cfg)
   if size == "":
-    from r2m_jax.variants import VARIANTS
-
     assert set(VARIANTS) <= set(arms) and len(cfg.lab.seeds) >= 10
     assert {"r2m.whitened", "scaled.grpo", "vanilla.hold", "iterative_head.eight_percent"} <= set(arms)
   if size == "tune":
@@ -202,12 +202,7 @@ def test_drift_against_single_scores():
     sequences, changes = together.pick(jax.device_get(fixed), i), []
     for row in range(3):
       tokens, mask = sequences.tokens[[row]], sequences.token_mask[[row]]
-      backbone = built.defs.reward_backbone
-      from flax import nnx
-
-      from r2m_jax.models.reward import read_rte
-
-      rte = read_rte(nnx.merge(backbone, one.reward_backbone), tokens, mask)
+      rte = read_rte(nnx.merge(built.defs.reward_backbone, one.reward_backbone), tokens, mask)
       of = lambda weights: States(nnx.merge(built.defs.policy, weights)(tokens, mask, feedback_layer=-1).feedback, mask)
       now, before = (score(one.reward_head, rte, of(w), cfg.r2m.omega_min) for w in (one.policy, one.ref))
       changes.append(float(now[0, 0] - before[0, 0]))

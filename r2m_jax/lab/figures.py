@@ -10,6 +10,7 @@ from r2m_jax.summary import window_means
 MARKS, DASHES = "os^DvPX*", ("-", "--", "-.", ":")
 INK, GREY = "#1c2127", "#767676"
 MOST = 8  # arms in one panel
+OF = {"gold": dict(marker="s", ls="-", color=INK), "proxy": dict(marker="o", ls=":", color="#D55E00", mfc="white")}
 
 
 def style(i: int) -> dict:
@@ -135,11 +136,9 @@ def best_of_n(config, results: Results):
   d = np.sqrt(results.best["kl"][0])
   gain = results.best["gold"] - results.best["gold"][:, :1]
   shift = results.best["proxy"] - results.best["proxy"][:, :1]
-  marks = (("gold", gain, "s", "-", INK), ("proxy", shift, "o", ":", "#D55E00"))
-  for label, values, mark, dash, colour in marks:
+  for label, values in (("gold", gain), ("proxy", shift)):
     mean, low, high = np.array([stats.interval(column)[:3] for column in values.T]).T
-    axes[0, 0].errorbar(d, mean, [mean - low, high - mean], marker=mark, ls=dash, color=colour, capsize=2, label=label,
-                        mfc=colour if mark == "s" else "white")  # fmt: skip
+    axes[0, 0].errorbar(d, mean, [mean - low, high - mean], capsize=2, label=label, **OF[label])
   panels = [(axes[0, 0], d, ("best_of_n", 1.0), "bon", "d (a - b d)")]
   base = config.lab.baseline
   if base in results.curves:
@@ -148,10 +147,8 @@ def best_of_n(config, results: Results):
     way = {key: np.stack([window_means(row) for row in curves[key]]) for key in ("kl", "reward/gold", "reward/frozen")}
     way["reward/gold"] -= np.array([[results.sft_gold[seed]] for seed in seeds])  # the proxy's mean there is 0
     x = root(way["kl"].mean(0))
-    for label, key, mark, dash, colour in (("gold", "reward/gold", "s", "-", INK),
-                                           ("proxy", "reward/frozen", "o", ":", "#D55E00")):  # fmt: skip
-      axes[0, 1].plot(x, way[key].mean(0), marker=mark, ls=dash, color=colour, label=label, markevery=max(1, len(x) // 9),
-                      mfc=colour if mark == "s" else "white")  # fmt: skip
+    for label, key in (("gold", "reward/gold"), ("proxy", "reward/frozen")):
+      axes[0, 1].plot(x, way[key].mean(0), label=label, markevery=max(1, len(x) // 9), **OF[label])
     panels.append((axes[0, 1], x, (base, factor), "rl", "d (a - b log d)"))
   for axis, x, key, kind, formula in panels:
     fit, at = results.fits[key][kind], np.linspace(max(x.max() * 1e-3, 1e-6), x.max(), 200)
