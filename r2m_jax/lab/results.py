@@ -39,6 +39,7 @@ class Results(NamedTuple):
   fits: dict[tuple[str, float], dict[str, stats.Fit]]  # -> kind of curve -> fit
   best: dict[str, np.ndarray]  # columns of best_of_n.parquet; {} where there is none
   rows: list[dict]
+  found: dict[tuple, stats.Interval]  # (arm, factor, measure, against) -> the numbers of a row
   sft_gold: dict[int, float]  # of each seed's supervised policy
 
 
@@ -136,7 +137,9 @@ def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Resul
         rows.append(dict(zip(FIELDS, ("best_of_n", "", "", f"{name}_n_{n}", "", *stats.interval(best[name][:, i])))))
     gain = best["gold"] - best["gold"][:, :1]
     fits["best_of_n", 1.0] = {kind: stats.fit_turnover(best["kl"], gain, kind) for kind in stats.KINDS}
-  return Results(curves, values, fits, best, rows, sft_gold)
+  place = lambda row: (row["arm"], row["factor"], row["measure"], row["against"])
+  found = {place(row): stats.Interval(*(row[name] for name in FIELDS[5:])) for row in rows}
+  return Results(curves, values, fits, best, rows, found, sft_gold)
 
 
 def write_summary(path: Path, results: Results) -> None:
@@ -151,7 +154,4 @@ def write_summary(path: Path, results: Results) -> None:
 
 def find(results: Results, arm: str, measure: str, factor: float = 1.0, against: str = "") -> stats.Interval | None:
   """The interval of a row; None where there is none."""
-  for row in results.rows:
-    if (row["arm"], row["measure"], row["against"]) == (arm, measure, against) and row["factor"] in (factor, ""):
-      return stats.Interval(*(row[name] for name in ("value", "low", "high", "seeds")))
-  return None
+  return results.found.get((arm, factor, measure, against))

@@ -140,18 +140,19 @@ def fit_turnover(kl: np.ndarray, gain: np.ndarray, kind: str, seed: int = 0) -> 
   number, total, square = squares.sum(0)
   residual = square - 2 * best @ targets.sum(0) + best @ products.sum(0) @ best
   drawn = solve(resampled(len(kl), seed)[:2000]) if len(kl) > 1 else np.zeros((0, 2))
-  of = lambda name, pick: Interval(float(pick(best)), *_ends([pick(row) for row in drawn], len(kl)), len(kl))
+  of = lambda value, values: Interval(float(value), *_ends(values, len(kl)), len(kl))
   return Fit(
-    of("a", lambda x: x[0]), of("b", lambda x: x[1]), of("turn", lambda x: turn(*x, kind)),
+    of(best[0], drawn[:, 0]), of(best[1], drawn[:, 1]), of(turn(*best, kind), turn(*drawn.T, kind)),
     float(1 - residual / max(square - total**2 / number, 1e-300)),
   )  # fmt: skip
 
 
-def turn(a: float, b: float, kind: str) -> float:
-  """sqrt(KL) of the peak of d (a - b f(d)): a / 2b, or exp(a / b - 1); NaN where the curve has none."""
-  if b <= 0 or (kind == "bon" and a <= 0):
-    return np.nan
-  return a / (2 * b) if kind == "bon" else float(np.exp(min(a / b - 1, 700)))
+def turn(a, b, kind: str) -> np.ndarray:
+  """sqrt(KL) of the peak of d (a - b f(d)): a / 2b, or exp(a / b - 1); NaN where the curve has none. Of arrays too."""
+  ratio = np.divide(a, b, out=np.full(np.shape(b), np.nan), where=np.greater(b, 0))
+  if kind == "bon":
+    return np.where(ratio > 0, ratio / 2, np.nan)
+  return np.exp(np.minimum(ratio - 1, 700))
 
 
 def _ends(values, count: int) -> tuple[float, float]:
