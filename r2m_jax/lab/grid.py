@@ -36,7 +36,7 @@ from r2m_jax.train import claim, gold_metrics, rl_prompts, shapes_of, warm
 from r2m_jax.variants import VARIANTS
 
 KEY_PROBE = 2**31 - 10  # of the fixed responses
-BEST_GROUP = 16  # samples of a prompt drawn at a time
+BEST_GROUP = 2  # samples of a prompt drawn at a time: by the program that draws preferences
 
 
 def run(config, workdir: Path) -> None:
