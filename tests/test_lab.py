@@ -216,3 +216,21 @@ def test_drift_against_single_scores():
   found = jax.device_get(probe(still, still.reward_head, fixed, fixed))
   for name in ("drift/fixed_states", "drift/fixed_states_std", "drift/own_states"):
     np.testing.assert_allclose(found[name], 0, atol=1e-6)
+
+
+@pytest.mark.long
+def test_arms_with_starts_of_their_own(ended, tmp_path):
+  """Golden pairs, a fitted head and an ensemble, two seeds each; what the arms share is fitted once."""
+  shutil.copytree(ended[0] / "stages", tmp_path / "stages")
+  shutil.copyfile(ended[0] / "best_of_n.parquet", tmp_path / "best_of_n.parquet")
+  arms = ("pretrained_rm", "warm_start", "vanilla.ensemble reward.ensemble=3", "vanilla.min reward.ensemble=3 "
+          "reward.combine=min", "noise")  # fmt: skip
+  grid.run(settings(lab__arms=arms, steps=2, r2m__warm_epochs=2), tmp_path)
+  made = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "stages").iterdir())
+  assert made == ["reward", "reward", "reward_golden", "sft", "warm_start"]
+  gold = {text.split()[0]: curves_of(columns(tmp_path, text.split()[0]))[1.0].metrics["reward/gold"] for text in arms}
+  assert all(np.isfinite(values).all() and values.shape == (2, 2) for values in gold.values())
+  for name, values in gold.items():  # all arms of a seed start from one policy and draw the same samples
+    np.testing.assert_array_equal(values[:, 0], gold["noise"][:, 0], err_msg=name)
+  used = curves_of(columns(tmp_path, "vanilla.min"))[1.0].metrics["reward/used"]
+  assert (used[:, 0] < curves_of(columns(tmp_path, "vanilla.ensemble"))[1.0].metrics["reward/used"][:, 0]).all()
