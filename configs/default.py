@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
   config = ConfigDict()
 
   # what to run
-  config.task = "r2m"  # how far to go: "sft", "reward" or "r2m" run the pipeline up to there; "lab" compares seeds
+  config.task = "r2m"  # how far to go: "sft", "reward" or "r2m" run the pipeline up to there; "lab" compares arms
   # "generate" and "score" use a folder's model on JSON lines; "export" writes a checkpoint as Hugging Face folders
   # "replay" makes one sample of a run again; "plan" says whether a run fits a machine
   config.algorithm = "rloo"  # "rloo", "grpo", "reinforce++", "remax" or "ppo" (with a critic)
@@ -262,7 +262,18 @@ def get_config() -> ConfigDict:
   config.hosts.heartbeat_timeout = 100  # seconds without a sign of life after which a process counts as lost
   config.hosts.end_timeout = 30  # seconds that a process which ends waits for the others
 
-  # several seeds, one after another (task = "lab")
+  # arms x seeds x KL weights on the gold-reward task, all of an arm in one program (task = "lab"); see docs/lab.md
   config.lab = ConfigDict()
+  config.lab.arms = ("vanilla", "scaled", "r2m")  # "VARIANT[.NAME] [FIELD=VALUE ...]"; those of `variant` "" alone
   config.lab.seeds = (0, 1, 2, 3, 4)
+  config.lab.betas = (1.0,)  # KL weights, as multiples of the arm's own kl.beta
+  config.lab.together = 10  # runs in one program at a time: what memory allows
+  config.lab.kls = (2.0, 4.0)  # nats a sequence, where gold is compared at equal KL
+  config.lab.stops = (2.0, 4.0)  # nats a sequence, KLs at which the baseline would be stopped early
+  config.lab.baseline = "vanilla"  # each arm is paired with it, or with BASELINE.NAME where there is such an arm
+  config.lab.control = "scaled"  # the same, for a second comparison; "": none
+  config.lab.probe_every = 10  # RL steps between scores of fixed responses under the feedback of the day
+  config.lab.probe_prompts = 32
+  config.lab.best_prompts = 64
+  config.lab.best_samples = 256  # of each, from which best-of-n is estimated
   return config

@@ -4,7 +4,7 @@
   python -m r2m_jax.main --config=configs/quickstart.py:test --workdir=/tmp/smallest   # the same job in seconds
 
 Expect: in `vanilla` the gold reward rises, peaks and falls while the proxy goes on rising. The seed was picked because
-its fall is clear; `--config.task=lab` shows seeds 0 to 4.
+its fall is clear; `--config.task=lab` shows seeds 0 to 4 of each arm, and configs/lab.py is the whole laboratory.
 """
 
 from configs import default
@@ -27,4 +27,6 @@ def get_config(size: str = ""):
     config.reward.pairs, config.reward.epochs, config.reward.heldout_pairs = 128, 1, 64
     config.log.samples, config.log.checkpoint_every = 4, 2
     config.lab.seeds = (0, 1)
+    config.lab.probe_every, config.lab.probe_prompts = 2, 4
+    config.lab.best_prompts, config.lab.best_samples = 4, 32
   return config

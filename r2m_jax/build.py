@@ -1,6 +1,7 @@
 """From a config to the static definitions, the mesh and the run's first TrainState."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -150,22 +151,8 @@ def init_adapters(config, built: Build, mesh: Mesh):
   return adapters.init(built.arch, built.lora, key, mesh, **model_kwargs(config, mesh))
 
 
-def initial_state(config, built: Build, policy, reward_backbone, phi, *, donate: bool = False) -> TrainState:
-  """The run's first TrainState, laid over the mesh. Every part is a buffer of its own: the step donates them all.
-
-  Args:
-    policy: state of the starting policy; the reference is a copy of it. With adapters it is the reference itself, and
-      the adapters alone are the policy's state.
-    reward_backbone, phi: state of the fitted reward model; phi also stays as the frozen score head.
-    donate: the arguments must not be used again; a copy less at the start.
-  """
-  given = (policy, reward_backbone, phi)
-  make = state_maker(config, built)
-  return place(make, built.mesh, jax.random.key(config.seed), *given, donate=(1, 2) if donate else ())
-
-
-def state_maker(config, built: Build):
-  """Builds `make(key, policy, reward_backbone, phi) -> TrainState`; see `initial_state`."""
+def make_first_state(config, built: Build) -> Callable[..., TrainState]:
+  """Builds `make(key, policy, reward_backbone, phi) -> TrainState`, see `initial_state`; key is the run's."""
   defs = built.defs
 
   def make(key, policy, reward_backbone, phi):
@@ -198,3 +185,17 @@ def state_maker(config, built: Build):
     )
 
   return make
+
+
+def initial_state(config, built: Build, policy, reward_backbone, phi, *, donate: bool = False) -> TrainState:
+  """The run's first TrainState, laid over the mesh. Every part is a buffer of its own: the step donates them all.
+
+  Args:
+    policy: state of the starting policy; the reference is a copy of it. With adapters it is the reference itself, and
+      the adapters alone are the policy's state.
+    reward_backbone, phi: state of the fitted reward model; phi also stays as the frozen score head.
+    donate: the arguments must not be used again; a copy less at the start.
+  """
+  make = make_first_state(config, built)
+  given = (policy, reward_backbone, phi)
+  return place(make, built.mesh, jax.random.key(config.seed), *given, donate=(1, 2) if donate else ())

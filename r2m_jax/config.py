@@ -1,5 +1,6 @@
 """Checks a config before any device work: every refusal names the field, its value and the fix."""
 
+import ast
 import difflib
 import hashlib
 import json
@@ -23,8 +24,8 @@ ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
 # settings that a run may change from one start to the next: they say how far, where and how often, not what is computed
 FREE = (
-  "task", "mesh", "log", "checkpoint", "guard", "replay", "export", "generate", "score", "plan", "hosts", "remat",
-  "attention", "logits_chunk", "ppo.accumulation", "rollout.waves",
+  "task", "mesh", "log", "checkpoint", "guard", "replay", "export", "generate", "score", "plan", "hosts", "lab",
+  "remat", "attention", "logits_chunk", "ppo.accumulation", "rollout.waves",
 )  # fmt: skip
 SECRET = re.compile(
   r"hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|"
@@ -33,6 +34,7 @@ SECRET = re.compile(
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.I)  # of environment variables
 HIDDEN = "(hidden)"
 SHORTEST_SECRET = 12  # characters; a shorter value of such a variable is more likely a setting
+LAB_VOCAB = 64  # entries of the gold-reward task's vocabulary
 OPTIMIZER_SECTIONS = ("policy", "critic", "r2m", "sft", "reward", "scratch.lm")
 
 
@@ -142,11 +144,6 @@ def check_config(config: ConfigDict) -> None:
     "r2m.num_heads",
     f"must divide r2m.attention_dim = {config.r2m.attention_dim}",
   )
-  need(
-    len(config.lab.seeds) > 0 and all(isinstance(seed, int) and seed >= 0 for seed in config.lab.seeds),
-    "lab.seeds",
-    "give whole numbers from 0 on, such as (0, 1, 2)",
-  )
   sources, weights = [name for name in config.data.name.split(",") if name.strip()], tuple(config.data.weights)
   good = all(isinstance(w, (int, float)) and w >= 0 for w in weights) and (not weights or sum(weights) > 0)
   need(not weights or len(weights) == len(sources), "data.weights", f"give one for each of {len(sources)} names, or ()")
@@ -167,6 +164,8 @@ def check_config(config: ConfigDict) -> None:
   tapped = config.r2m.feedback_layer
   if not config.policy.path:  # else the folder says how many layers there are
     need(-layers <= tapped < layers, "r2m.feedback_layer", f"the policy has {layers} layers; -1 is the last")
+  if config.task == "lab":
+    check_lab(config, need)
   files = {
     "tokenizer": ("data.name",),
     "scratch": ("scratch.corpus", "scratch.sft", "scratch.pairs", "scratch.prompts"),
@@ -204,6 +203,65 @@ def check_config(config: ConfigDict) -> None:
   )
   if -1 not in mesh[:2]:
     check_batch(config, mesh)
+
+
+def check_lab(config: ConfigDict, need) -> None:
+  """Every arm and what they are compared by."""
+  lab = config.lab
+  need(
+    len(lab.seeds) > 0 and all(isinstance(seed, int) and seed >= 0 for seed in lab.seeds), "lab.seeds",
+    "give whole numbers from 0 on, such as (0, 1, 2)",
+  )  # fmt: skip
+  need(len(set(lab.seeds)) == len(lab.seeds), "lab.seeds", "each seed may appear once")
+  for field in ("lab.betas", "lab.kls", "lab.stops"):
+    values = _get(config, field)
+    good = all(isinstance(x, (int, float)) and x > 0 for x in values) and len(set(values)) == len(values)
+    need(good and (field != "lab.betas" or values), field, "give numbers above 0, each once, such as (1.0,)")
+  for field in ("lab.together", "lab.probe_every", "lab.probe_prompts", "lab.best_prompts", "lab.best_samples"):
+    need(_get(config, field) >= 1, field, "must be at least 1")
+  need(tuple(config.mesh) == (1, 1, 1), "mesh", "the laboratory splits seeds over the devices, not one seed: (1, 1, 1)")
+  for name, arm in arms_of(config).items():
+    try:
+      check_config(arm)
+      if kl_estimator(arm, LAB_VOCAB) != "exact":
+        raise ConfigError("config.kl.estimator must be 'exact': the laboratory's KL is that over the vocabulary")
+    except ConfigError as error:
+      raise ConfigError(f"config.lab.arms: {name}: {error}") from None
+
+
+def arms_of(config: ConfigDict) -> dict[str, ConfigDict]:
+  """The laboratory's arms by name, each with the config that it runs. Where config.variant is set, that one alone.
+
+  An arm is "VARIANT[.NAME] [FIELD=VALUE ...]", such as "r2m.whitened ppo.whiten_advantages=True".
+
+  Raises:
+    ConfigError: an arm cannot be read.
+  """
+  arms = {}
+  for text in (config.variant,) if config.variant else config.lab.arms:
+    name, *changes = text.split() or [""]
+    arm = config.copy_and_resolve_references()
+    arm.task, arm.variant, arm.seed = "r2m", name.split(".")[0], 0
+
+    def refuse(reason, text=text):
+      raise ConfigError(f"config.lab.arms: {text!r} {reason}")
+
+    if arm.variant not in VARIANTS or not re.fullmatch(r"[\w.-]+", name):
+      refuse(f"must start with a variant, such as 'r2m' or 'r2m.mine': choose from {', '.join(VARIANTS)}")
+    if name in arms:
+      refuse("has a name that another arm has: add .SOMETHING to it")
+    for change in changes:
+      field, equals, value = change.partition("=")
+      if not equals or field.split(".")[0] in (*FREE, "seed", "variant", "arms"):
+        refuse(f"has {change!r}: give FIELD=VALUE, of a field that says what is computed")
+      try:
+        check_fields(arm, [field])
+        value = value if isinstance(_get(arm, field), str) else ast.literal_eval(value)
+        arm.update_from_flattened_dict({field: value})
+      except (ValueError, SyntaxError, TypeError) as error:
+        refuse(f"has {change!r}: {error}")
+    arms[name] = arm
+  return arms
 
 
 def redact(text: str) -> str:

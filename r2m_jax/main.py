@@ -128,6 +128,8 @@ def main(argv):
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "r2m_jax" / "jax"
     jax.config.update("jax_compilation_cache_dir", str(cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if config.task == "lab" and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+      jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)  # seeds side by side, a core each
     with hosts.together(config.hosts):
       run(config, Path(WORKDIR.value))
   except (ConfigError, hosts.HostsError) as error:
@@ -139,6 +141,7 @@ def run(config, workdir: Path) -> None:
   import jax
 
   from r2m_jax import export, finetune, loop, replay, scratch, serve, tokenizer, train
+  from r2m_jax.lab import grid
   from r2m_jax.checkpoint import CheckpointError
   from r2m_jax.data.jsonl import DataError
   from r2m_jax.folders import FolderError
@@ -163,6 +166,8 @@ def run(config, workdir: Path) -> None:
         scratch.run(config, workdir)
       elif config.policy.path or config.reward.path:
         finetune.run(config, workdir)
+      elif config.task == "lab":
+        grid.run(config, workdir)
       else:
         train.run(config, workdir)
   except (ConfigError, DataError, FolderError, TextError, hosts.HostsError) as error:

@@ -100,14 +100,15 @@ def draw_figure(rows, x, panels, styles, matched_kl=None):
   canvas = FigureCanvasAgg(figure)
   canvas.draw()
   image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-  return _png(image), [_png(image.crop(box)) for box in boxes]
+  return png(image), [png(image.crop(box)) for box in boxes]
 
 
 def _arms_with(rows, panels):
   return list(dict.fromkeys(row["arm"] for row in rows if any(panel[0] in row for panel in panels)))
 
 
-def _png(image):
+def png(image):
+  """Bytes of a Pillow image, with few colours."""
   data = io.BytesIO()
   image.quantize(128).save(data, "png")
   return data.getvalue()
@@ -134,6 +135,11 @@ def _draw_panel(axes, rows, arms, x, panel, styles, matched_kl):
     axes.axhline(reference, color="#777", lw=1, ls=":")
   if x != STEP and matched_kl is not None:
     axes.axvline(math.sqrt(max(matched_kl, 0)), color="#777", lw=1, ls=":")
+  dress(axes, title, x, label)
+
+
+def dress(axes, title, x, label):
+  """A panel's title, labels, grid and spines."""
   axes.set_title(title, fontsize=11, loc="left", fontweight="bold", color="#222")
   axes.set_xlabel(x, fontsize=9.5, color="#444")
   axes.set_ylabel(label, fontsize=9.5, color="#444")
@@ -172,6 +178,7 @@ th:first-child,td:first-child,.text{text-align:left}
 .keys{display:flex;flex-wrap:wrap;gap:4px 20px;font-size:.88rem;margin:6px 0}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:10px;margin:8px 0}
 .panels img{width:100%;max-width:560px;display:block;background:#fff;border:1px solid var(--line);border-radius:10px}
+.panels.whole{grid-template-columns:1fr}.panels.whole img{max-width:none}
 @media(prefers-color-scheme:dark){.panels img{filter:brightness(.9)}}
 td.text{white-space:pre-wrap;overflow-wrap:anywhere;width:60%;min-width:260px;font-size:.88rem}
 .tall{max-height:22em;overflow:auto}
@@ -211,23 +218,28 @@ def write_report(workdir, *, title, notes=(), tables=(), config=None):
   parts = [f"<h1>{_text(title)}</h1>", f'<p class="soft">{_text(describe(rows))}</p>', _headline(table, notes)]
   if table:
     parts.append(_summary_html(table, styles))
-  parts += [_table_html(table) for table in tables]
+  parts += [table_html(table) for table in tables]
   named = [row if row["stage"] == "rl" else _with_stage(row) for row in rows]
   for name, heading, x, caption, panels in FIGURES:
     drawn = draw_figure(named, x, panels, styles, table[0]["matched_kl"] if table else None)
     if drawn:
       write_atomic(workdir / "figures" / f"{name}.png", drawn[0])
-      parts.append(_figure_html(heading, caption, drawn[1], _arms_with(named, panels), styles))
+      parts.append(figure_html(heading, caption, drawn[1], _arms_with(named, panels), styles))
   parts.append(_samples_html(samples, styles))
   if config is not None:
     shown = json.dumps(config.to_dict() if hasattr(config, "to_dict") else config, indent=2, default=str)
     parts.append(f'<details class="card"><summary>Configuration</summary><pre>{_text(shown)}</pre></details>')
+  return write_page(workdir / "report.html", title, parts)
+
+
+def write_page(path, title, parts):
+  """Writes a self-contained page of HTML parts in the report's style; returns its path."""
   page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
           '<meta name="viewport" content="width=device-width,initial-scale=1">'
           f'<meta name="color-scheme" content="light dark"><style>{STYLE}</style></head>\n<body><main>\n'
           + "\n".join(filter(None, parts)) + f"\n</main><script>{SCRIPT}</script></body></html>\n")
-  write_atomic(workdir / "report.html", page)
-  return workdir / "report.html"
+  write_atomic(path, page)
+  return path
 
 
 def _with_stage(row):
@@ -267,11 +279,12 @@ def _headline(table, notes):
   if cases:
     care.insert(1, "scaled is the control for the shrinking of the reward by ω: where r2m does not beat it, the "
                    "effect is not due to the policy feedback.")
-  care = f'<div class="care"><b>Read with care</b>{_list(care)}</div>' if care else ""
-  return f'<div class="card lead"><b>What this run shows</b>{_list(points)}{care}</div>'
+  care = f'<div class="care"><b>Read with care</b>{bullets(care)}</div>' if care else ""
+  return f'<div class="card lead"><b>What this run shows</b>{bullets(points)}{care}</div>'
 
 
-def _list(texts):
+def bullets(texts):
+  """An HTML list of sentences."""
   return "<ul>" + "".join(f"<li>{_text(text)}</li>" for text in texts) + "</ul>"
 
 
@@ -300,19 +313,21 @@ def _summary_html(table, styles):
           + f'</tr></thead><tbody>{"".join(lines)}</tbody></table></div><p class="soft">{note}</p></div>')
 
 
-def _table_html(table):
+def table_html(table):
+  """A section from a dict of title, head, rows (lists of text) and note."""
   head = "".join(f"<th>{_text(name)}</th>" for name in table["head"])
   body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in table["rows"])
   return (f'<section><h2>{_text(table["title"])}</h2><div class="card"><div class="wide"><table><thead><tr>{head}</tr>'
           f'</thead><tbody>{body}</tbody></table></div><p class="soft">{_text(table["note"])}</p></div></section>')
 
 
-def _figure_html(heading, caption, images, arms, styles):
+def figure_html(heading, caption, images, arms=(), styles=None, *, whole=False):
+  """A section of png images, with a key to the arms where there are several; `whole`: at full width."""
   keys = "".join(f"<span>{_key(arm, styles)}</span>" for arm in arms) if len(arms) > 1 else ""
   panels = "".join(f'<img alt="{_text(heading)}, panel {i}" src="data:image/png;base64,'
                    f'{base64.b64encode(image).decode()}">' for i, image in enumerate(images, 1))
   return (f'<section><h2>{_text(heading)}</h2><p class="soft">{_text(caption)}</p><div class="keys">{keys}</div>'
-          f'<div class="panels">{panels}</div></section>')
+          f'<div class="panels{" whole" * whole}">{panels}</div></section>')
 
 
 def _samples_html(samples, styles):

@@ -99,7 +99,11 @@ def _summarise(arm, rows):
 
 def _value_at_kl(rows, name, target):
   """Linear interpolation of the window means of `name` where those of the KL first reach the target; None if never."""
-  _, kl, values = series(rows, "kl", name)
+  return value_at(*series(rows, "kl", name)[1:], target)
+
+
+def value_at(kl, values, target):
+  """Linear interpolation of the window means of `values` where those of `kl` first reach the target; None if never."""
   kl, values = window_means(kl), window_means(values)
   reached = np.flatnonzero(kl >= target * (1 - 1e-9))
   if not len(reached) or (reached[0] == 0 and kl[0] > target * (1 + 1e-9)):

@@ -16,8 +16,7 @@ from r2m_jax.config import ConfigError, check_batch, difference, fixed
 from r2m_jax.generate import generate
 from r2m_jax.lab import goldtask
 from r2m_jax.lab.labels import gold_labeller
-from r2m_jax.lab.stages import STREAM_RL, STREAM_TABLE, fit_golden, fit_head, fit_reward, fit_sft
-from r2m_jax.lab.turnover import BIN, turnover, turnover_table
+from r2m_jax.lab.stages import STREAM_RL, STREAM_TABLE, do, fit_golden, fit_reward, fit_sft, head_job
 from r2m_jax.metrics import append_samples, read_json, read_metrics, write_atomic
 from r2m_jax.pretrain import PARTIAL
 from r2m_jax.report import format_summary, summary_table, write_report
@@ -30,25 +29,6 @@ TAKEN_OVER = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl", "r2m_renderer.j
 
 
 def run(config, workdir: Path) -> None:
-  """`task = "lab"`: the whole pipeline for each seed, and what the gold reward did. Else one run."""
-  if config.task != "lab":
-    return run_once(config, workdir)
-  found = []
-  for seed in config.lab.seeds:
-    one = config.copy_and_resolve_references()
-    one.seed, one.task = seed, "r2m"
-    folder = workdir / f"seed_{seed}"
-    run_once(one, folder)
-    rows = [row for row in read_metrics(folder) if row["stage"] == "rl"]
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-      gold, proxy = ([row[f"reward/{name}"] for row in rows if row["arm"] == arm] for name in ("gold", "frozen"))
-      found.append({"arm": arm, "seed": seed, "turnover": turnover(gold, proxy)})
-  table = turnover_table(found)
-  write_atomic(workdir / "seeds.txt", table + "\n")
-  print(f"\nGold reward, means over {BIN}-step bins\n{table}\ntable    {workdir / 'seeds.txt'}")
-
-
-def run_once(config, workdir: Path) -> None:
   """Runs the pipeline up to `config.task` and writes the report."""
   try:
     mesh = sharding.make_mesh(tuple(config.mesh))
@@ -102,7 +82,8 @@ def run_arm(config, built: Build, workdir: Path, policy, reward) -> None:
   if fresh and VARIANTS[arm].start == "head":
     like = shapes_of(state.reward_head)
     head = stage(
-      workdir, "warm_start", like, lambda: fit_head(config, built, workdir, policy, reward, state.reward_head)
+      workdir, "warm_start", like,
+      lambda: do(head_job(config, built, policy, reward, state.reward_head), built, workdir),
     )
     state = warm(state, head)
   if int(state.step) == config.steps:

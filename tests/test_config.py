@@ -65,8 +65,6 @@ REFUSALS = [  # field, value, the fix
   ("r2m.lr_schedule", "exponential", "'constant', 'linear', 'cosine'"),
   ("reward.label_flip", 2.0, r"in \[0, 1\]"),
   ("sft.batch_size", 99999, "not exceed sft.examples"),
-  ("lab.seeds", ("x",), r"such as \(0, 1, 2\)"),
-  ("lab.seeds", (), r"such as \(0, 1, 2\)"),
   ("mesh", (-1, -1, 1), r"at most one of them -1, such as \(-1, 1, 1\)"),
   ("mesh", (0, 1, 1), "three sizes"),
   ("mesh", (8, 1), "three sizes"),

@@ -52,6 +52,7 @@ FLOORS = {
   "r2m_jax.lab": 4,
   "r2m_jax.checks": 4,
   "r2m_jax.train": 5,
+  "r2m_jax.lab.grid": 6,
   "r2m_jax.folders": 5,
   "r2m_jax.card": 5,
   "r2m_jax.r2m_head": 0,

@@ -117,13 +117,6 @@ def test_claim_shows_what_differs(tmp_path):
     train.claim(cfg, tmp_path)
 
 
-def test_lab_runs_the_seeds_and_prints_their_table(tmp_path, capsys):
-  cfg = quickstart.get_config("test")
-  cfg.task, cfg.variant, cfg.steps, cfg.lab.seeds = "lab", "vanilla", 2, (3,)
-  train.run(cfg, tmp_path)
-  assert "over-optimised on" in capsys.readouterr().out and (tmp_path / "seeds.txt").exists()
-
-
 @pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
 def test_what_is_fitted_before_rl(tmp_path, mesh):
   """Golden pairs, a warm start and gold labels, on one device and on eight."""

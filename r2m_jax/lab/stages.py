@@ -1,11 +1,14 @@
 """What comes before RL on the gold-reward task: supervised start, noisy preferences, the proxy reward model."""
 
 import functools
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from r2m_jax import hosts
@@ -16,11 +19,14 @@ from r2m_jax.metrics import Metrics
 from r2m_jax.models.reward import member_scores, read_rte
 from r2m_jax.ops import combine
 from r2m_jax.optim import make_optimizer
-from r2m_jax.pretrain import fit, fit_warm_head, reward_loss, sft_loss
+from r2m_jax.pretrain import fit, head_loss, reward_loss, sft_loss
 from r2m_jax.sharding import jit_on, shardings
+from r2m_jax.step import make_score
 from r2m_jax.types import Prompts, Sequences
 
-STREAM_PAIRS, STREAM_HELDOUT, STREAM_RL, STREAM_TABLE = range(1, 5)  # of prompts; stream 0 is the demonstrations'
+# of prompts; stream 0 is the demonstrations', 5 that of labels.STREAM_LABELS
+STREAM_PAIRS, STREAM_HELDOUT, STREAM_RL, STREAM_TABLE = range(1, 5)
+STREAM_PROBE, STREAM_BEST = 6, 7
 CHUNK = 64  # prompts sampled at a time
 
 
@@ -63,8 +69,28 @@ def sample(config, built: Build, policy, prompts: Prompts, *, group_size: int, p
   return jax.tree.map(lambda *x: np.concatenate(x)[: count * group_size], *chunks)
 
 
-def fit_sft(config, built: Build, workdir: Path):
-  """Trains the policy from nothing on imperfect demonstrations; returns its state."""
+class Job(NamedTuple):
+  """One fit, as `pretrain.fit` needs it; `start` is used up."""
+
+  stage: str
+  loss: Callable
+  start: Any
+  tx: optax.GradientTransformation
+  batches: Iterable[dict]
+  total: int  # updates
+  frozen: Any = None
+
+
+def do(job: Job, built: Build, workdir: Path):
+  """The state that a job ends with."""
+  return fit(
+    job.loss, job.start, job.tx, job.batches, total=job.total, stage=job.stage, workdir=workdir, frozen=job.frozen,
+    state_shardings=shardings(job.start, built.mesh), batch_sharding=built.rows,
+  )  # fmt: skip
+
+
+def sft_job(config, built: Build) -> Job:
+  """The policy, from nothing, on imperfect demonstrations."""
   settings = config.sft
   notes, responses, lengths = goldtask.demonstrations(config.seed, settings.examples, config.rollout.max_new_tokens)
   tokens = np.concatenate([notes.tokens, responses], 1)
@@ -77,30 +103,25 @@ def fit_sft(config, built: Build, workdir: Path):
       yield {"tokens": tokens[rows], "token_mask": token_mask[rows], "response_mask": response_mask[rows]}
 
   policy = init_policy(config, built, jax.random.fold_in(jax.random.key(config.seed), KEY_INIT))
-  return fit(
-    sft_loss(built.defs.policy, chunk=config.logits_chunk),
-    policy,
-    make_optimizer(settings, settings.steps),
-    batches(),
-    total=settings.steps,
-    stage="sft",
-    workdir=workdir,
-    state_shardings=shardings(policy, built.mesh),
-    batch_sharding=built.rows,
-  )
+  loss = sft_loss(built.defs.policy, chunk=config.logits_chunk)
+  return Job("sft", loss, policy, make_optimizer(settings, settings.steps), batches(), settings.steps)
 
 
-def fit_reward(config, built: Build, workdir: Path, policy):
-  """Fits the proxy reward model on noisy preferences over the policy's own samples; returns {"backbone", "phi"}.
+def fit_sft(config, built: Build, workdir: Path):
+  """Trains the policy; returns its state."""
+  return do(sft_job(config, built), built, workdir)
+
+
+def reward_job(config, built: Build, policy) -> Job:
+  """The proxy reward model {"backbone", "phi"} on noisy preferences over the policy's own samples.
 
   An ensemble's heads see each pair with a weight of their own (the Bayesian bootstrap).
   """
-  train = noisy_preferences(config, built, policy)
   start = init_reward_model(config, built, policy, jax.random.key(config.seed))
-  return fit_pairs(config, built, workdir, policy, start, train, stage="reward")
+  return pairs_job("reward", config, built, start, noisy_preferences(config, built, policy))
 
 
-def fit_golden(config, built: Build, workdir: Path, policy, reward):
+def golden_job(config, built: Build, policy, reward) -> Job:
   """The proxy, trained on by golden pairs of the same prompts as RL: the paper's "pretrained RM"."""
   settings = config.reward
   steps = -(-settings.pairs // config.rollout.prompts)
@@ -108,8 +129,25 @@ def fit_golden(config, built: Build, workdir: Path, policy, reward):
   prompts = jax.tree.map(lambda *x: np.concatenate(x)[: settings.pairs], *batches)
   train = preferences(config, built, policy, STREAM_RL, prompts)
   train["a_wins"] = train["gold"][:, 0] >= train["gold"][:, 1]
-  start = jax.tree.map(jnp.copy, reward)
-  return fit_pairs(config, built, workdir, policy, start, train, stage="reward_golden")
+  return pairs_job("reward_golden", config, built, jax.tree.map(jnp.copy, reward), train)
+
+
+def fit_reward(config, built: Build, workdir: Path, policy, job: Job | None = None):
+  """Does a job on pairs, `reward_job` by default; returns the reward model at scale, see `standardise`."""
+  job = job or reward_job(config, built, policy)
+  model, found = standardise(config, built, policy, do(job, built, workdir))
+  with Metrics(workdir, job.stage, from_step=job.total) as log:
+    log.log(job.total, found)
+  print(
+    f"{job.stage:<8} held-out accuracy {found['heldout_accuracy']:.3f} on {config.reward.heldout_pairs} pairs with "
+    f"clean gold labels; gold of the supervised policy {found['gold_of_sft']:.2f}"
+  )
+  return model
+
+
+def fit_golden(config, built: Build, workdir: Path, policy, reward):
+  """Does `golden_job`; returns the reward model at scale."""
+  return fit_reward(config, built, workdir, policy, golden_job(config, built, policy, reward))
 
 
 def noisy_preferences(config, built: Build, policy) -> dict[str, np.ndarray]:
@@ -133,17 +171,9 @@ def ordered(train: dict[str, np.ndarray], rows) -> dict[str, np.ndarray]:
   }  # fmt: skip
 
 
-def fit_pairs(config, built: Build, workdir: Path, policy, start, train: dict[str, np.ndarray], *, stage: str):
-  """Bradley-Terry on `train`, from the reward model `start`, which is used up.
-
-  Each head is then centred and scaled to mean 0 and standard deviation 1 on held-out samples of the same policy, so
-  that arms and seeds start on one scale. Logs the accuracy against clean gold labels.
-  """
+def pairs_job(stage: str, config, built: Build, start, train: dict[str, np.ndarray]) -> Job:
+  """Bradley-Terry on `train`, from the reward model `start`."""
   settings, count = config.reward, len(train["tokens"])
-  heldout = preferences(
-    config, built, policy, STREAM_HELDOUT, goldtask.prompts(config.seed, STREAM_HELDOUT, 0, settings.heldout_pairs)
-  )
-  chosen = np.where(heldout["gold"][:, 0] >= heldout["gold"][:, 1], 0, 1)
   steps = settings.epochs * (count // settings.batch_size)
   weight = np.random.default_rng([config.seed, 4]).exponential(size=(count, settings.ensemble)).astype(np.float32)
 
@@ -152,23 +182,22 @@ def fit_pairs(config, built: Build, workdir: Path, policy, start, train: dict[st
       rows = hosts.take(rows, built.rows)
       yield ordered(train, rows) | ({"weight": weight[rows]} if settings.ensemble > 1 else {})
 
-  model = fit(
-    reward_loss(built.defs.reward_backbone, built.defs.phi, sum_to_zero=settings.sum_to_zero),
-    start,
-    make_optimizer(settings, steps),
-    batches(),
-    total=steps,
-    stage=stage,
-    workdir=workdir,
-    state_shardings=shardings(start, built.mesh),
-    batch_sharding=built.rows,
+  loss = reward_loss(built.defs.reward_backbone, built.defs.phi, sum_to_zero=settings.sum_to_zero)
+  return Job(stage, loss, start, make_optimizer(settings, steps), batches(), steps)
+
+
+def standardise(config, built: Build, policy, model) -> tuple[dict, dict[str, float]]:
+  """Centres and scales each head of a fitted reward model to mean 0 and standard deviation 1 on held-out samples of
+  the same policy, so that arms and seeds start on one scale.
+
+  Returns the model and {"heldout_accuracy": against clean gold labels, "gold_of_sft": mean gold of those samples}.
+  """
+  settings = config.reward
+  heldout = preferences(
+    config, built, policy, STREAM_HELDOUT, goldtask.prompts(config.seed, STREAM_HELDOUT, 0, settings.heldout_pairs)
   )
-
-  @jit_on(built.mesh)
-  def members(model, tokens, mask):
-    rte = read_rte(nnx.merge(built.defs.reward_backbone, model["backbone"]), tokens, mask)
-    return member_scores(nnx.merge(built.defs.phi, model["phi"]), rte)
-
+  chosen = np.where(heldout["gold"][:, 0] >= heldout["gold"][:, 1], 0, 1)
+  members = scorer(built.defs.reward_backbone, built.defs.phi, built.mesh)
   sides = [members(model, heldout["tokens"][:, i], heldout["mask"][:, i]) for i in (0, 1)]
   scores = np.stack(hosts.fetch(sides), 1)  # [N, 2, M]
   scale, phi = 1 / np.maximum(scores.std((0, 1)), 1e-6), model["phi"]
@@ -179,18 +208,24 @@ def fit_pairs(config, built: Build, workdir: Path, policy, start, train: dict[st
   rows = np.arange(len(scores))
   gap = combined[rows, chosen] - combined[rows, 1 - chosen]
   accuracy = np.where(gap == 0, 0.5, gap > 0).mean()
-  with Metrics(workdir, stage, from_step=steps) as log:
-    log.log(steps, {"heldout_accuracy": accuracy, "gold_of_sft": heldout["gold"].mean()})
-  print(
-    f"{stage:<8} held-out accuracy {accuracy:.3f} on {len(scores)} pairs with clean gold labels; "
-    f"gold of the supervised policy {heldout['gold'].mean():.2f}"
-  )
-  return model
+  return model, {"heldout_accuracy": float(accuracy), "gold_of_sft": float(heldout["gold"].mean())}
 
 
-def fit_head(config, built: Build, workdir: Path, policy, reward, head):
-  """A warm start: cross-attention and phi, `head`, fitted on the proxy's own preferences with the supervised policy's
-  states, at omega's floor. It is used up."""
+@functools.cache
+def scorer(backbone_def, phi_def, mesh):
+  """Builds the jitted `members(model, tokens, mask) -> f32[B, M]`: what each head says of rows."""
+
+  @jit_on(mesh)
+  def members(model, tokens, mask):
+    rte = read_rte(nnx.merge(backbone_def, model["backbone"]), tokens, mask)
+    return member_scores(nnx.merge(phi_def, model["phi"]), rte)
+
+  return members
+
+
+def head_job(config, built: Build, policy, reward, head) -> Job:
+  """A warm start: cross-attention and phi, `head`, on the proxy's own preferences with the supervised policy's states,
+  at omega's floor."""
   settings, train = config.reward, noisy_preferences(config, built, policy)
   steps = config.r2m.warm_epochs * (settings.pairs // settings.batch_size)
 
@@ -202,9 +237,11 @@ def fit_head(config, built: Build, workdir: Path, policy, reward, head):
       batch = {"tokens": tokens, "token_mask": mask, "reward_tokens": tokens, "reward_mask": mask}
       yield hosts.take(batch, built.rows)
 
-  return fit_warm_head(
-    config, built, workdir, head, batches(), steps, frozen={"policy": policy, "backbone": reward["backbone"]}
+  loss = head_loss(
+    built.defs, make_score(built.defs, config), layer=config.r2m.feedback_layer, omega=config.r2m.omega_min
   )
+  frozen = {"policy": policy, "backbone": reward["backbone"]}
+  return Job("warm_start", loss, head, make_optimizer(config.r2m, steps), batches(), steps, frozen)
 
 
 def preferences(config, built: Build, policy, stream: int, prompts: Prompts) -> dict[str, np.ndarray]:

@@ -99,7 +99,7 @@ def abstract_state(config, built: build.Build):
   phi = jax.eval_shape(
     lambda key: nnx.state(build.make_head(config, built.arch, built.reward_arch, key).phi), key
   )
-  make = build.state_maker(config, built)
+  make = build.make_first_state(config, built)
   return build.abstract(make, built.mesh, key, model(built.arch), model(built.reward_arch), phi)
 
 

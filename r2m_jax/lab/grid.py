@@ -1,0 +1,349 @@
+"""task = "lab": arms x seeds x KL weights on the gold-reward task, every replica of an arm in one program.
+
+The step is that of `step.py`, vmapped. A replica is one seed at one KL weight; alone it would be `train.run` with that
+seed. WORKDIR/table has an arm's rows once it has ended, WORKDIR/partial what is unfinished. See docs/lab.md.
+"""
+
+import functools
+import hashlib
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r2m_jax import checkpoint, loop
+from r2m_jax.build import Build, abstract, build, init_policy, init_reward_model, make_first_state
+from r2m_jax.checks import check_step_zero
+from r2m_jax.config import ConfigError, arms_of, identity
+from r2m_jax.generate import generate
+from r2m_jax.lab import goldtask, report, results, stats, table
+from r2m_jax.lab.labels import gold_labeller
+from r2m_jax.lab.stages import STREAM_BEST, STREAM_PROBE, golden_job, head_job, reward_job, sample, scorer, sft_job
+from r2m_jax.lab.stages import standardise
+from r2m_jax.lab.together import fit_together, pick, seeds_mesh, spread, stack, together
+from r2m_jax.metrics import progress
+from r2m_jax.ops import combine
+from r2m_jax.pretrain import PARTIAL
+from r2m_jax.sharding import make_mesh
+from r2m_jax.step import make_judge, make_learn, make_omega, make_read, make_rollout, measured_kl, sampling, truncated
+from r2m_jax.step import uses_labels
+from r2m_jax.train import claim, gold_metrics, rl_prompts, shapes_of, warm
+from r2m_jax.variants import VARIANTS
+
+KEY_PROBE = 2**31 - 10  # of the fixed responses
+BEST_GROUP = 2  # samples of a prompt drawn at a time: by the program that draws preferences
+
+
+def run(config, workdir: Path) -> None:
+  """Runs what is not in the table yet, an arm after another, and draws the report of all that is in it."""
+  arms = arms_of(config)
+  claim(config, workdir)
+  wanted = [(seed, factor) for factor in config.lab.betas for seed in config.lab.seeds]
+  for name, arm in arms.items():  # before anything is computed
+    missing_of(workdir, name, arm, wanted)
+  device = jax.devices()[0]
+  print(f"r2m_jax  lab: {len(arms)} arms x {len(config.lab.seeds)} seeds x {len(config.lab.betas)} KL weights on "
+        f"{len(jax.devices())} {device.platform} device(s); writes {workdir}", flush=True)  # fmt: skip
+  best_of_n(with_seed(config, 0), config.lab.seeds, workdir)
+  proxies = workdir / "stages" / stage_name("reward", config)
+  for i, (name, arm) in enumerate(arms.items(), 1):
+    where, began = f"[{i}/{len(arms)}] {name:<26}", time.monotonic()
+    missing = missing_of(workdir, name, arm, wanted)
+    if not missing:
+      print(f"{where} done before", flush=True)
+      continue
+    path = workdir / "table" / f"{name}.parquet"
+    for part in (missing[n : n + config.lab.together] for n in range(0, len(missing), config.lab.together)):
+      columns = run_arm(name, arm, part, workdir)
+      if path.exists():
+        columns = table.joined(table.read_table(path)[0], columns)
+      table.write_table(path, columns, identity(arm))
+      shutil.rmtree(partial_of(workdir, name, arm, part), ignore_errors=True)
+    found, _ = report.read(config, arms, workdir, proxies)
+    results.write_summary(workdir / "summary.csv", found)
+    seconds = time.monotonic() - began
+    print(f"{where} {len(missing)} runs, {seconds:.0f} s  {report.line(config, found, name)}", flush=True)
+  found, facts = report.read(config, arms, workdir, proxies)
+  results.write_summary(workdir / "summary.csv", found)
+  print(report.write(config, found, facts, workdir))
+
+
+def missing_of(workdir: Path, name: str, arm, wanted: list) -> list[tuple[int, float]]:
+  """The (seed, factor) of `wanted` that the table does not have.
+
+  Raises:
+    ConfigError: the table has the arm's name for other settings.
+  """
+  path = workdir / "table" / f"{name}.parquet"
+  if not path.exists():
+    return wanted
+  columns, of = table.read_table(path)
+  if of != identity(arm):
+    raise ConfigError(
+      f"config.lab.arms: {path} has {name!r} with other settings; give the new one another name, such as {name}.new"
+    )
+  done = set(zip(columns["seed"].tolist(), columns["factor"].tolist()))
+  return [pair for pair in wanted if pair not in done]
+
+
+def partial_of(workdir: Path, name: str, arm, replicas: list) -> Path:
+  return workdir / PARTIAL / f"{name}-{short(identity(arm), replicas)}"
+
+
+def short(*parts) -> str:
+  return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def with_seed(config, seed: int):
+  config = config.copy_and_resolve_references()
+  config.seed = seed
+  return config
+
+
+# ---- before RL ----
+
+
+def stage_name(stage: str, config) -> str:
+  """A stage's name with a fingerprint of all that its result depends on, so that arms share what is the same."""
+  read = json.loads(config.to_json())
+  parts = {name: read[name] for name in ("dtype", "param_dtype", "remat", "logits_chunk", "rollout", "sft")}
+  parts["arch"] = read["policy"]["arch"]
+  if stage != "sft":  # how heads are combined changes none of them
+    parts["reward"] = {k: v for k, v in read["reward"].items() if k not in ("combine", "variance_weight")}
+  if stage == "warm_start":
+    parts["r2m"] = read["r2m"]
+  return f"{stage}-{short(parts)}"
+
+
+def fitted(workdir: Path, name: str, seeds, like, make) -> dict[int, object]:
+  """{seed: result} of a stage. Those not saved yet are made together: make(seeds, scratch folder) -> [(result, facts)].
+
+  Args:
+    like: shapes, dtypes and shardings of one result.
+  """
+  kept = {seed: checkpoint.open_checkpoints(workdir / "stages" / name / f"seed_{seed}", last=1) for seed in seeds}
+  missing = [seed for seed, checkpoints in kept.items() if checkpoint.newest(checkpoints) is None]
+  if missing:
+    began, scratch = time.monotonic(), workdir / PARTIAL / f"{name}-{short(missing)}"
+    for seed, (result, facts) in zip(missing, make(missing, scratch)):
+      checkpoint.save(kept[seed], 0, result, facts={"found": facts})
+      checkpoint.wait(kept[seed])
+    shutil.rmtree(scratch, ignore_errors=True)
+    print(f"{name}: seeds {', '.join(map(str, missing))}, {time.monotonic() - began:.0f} s", flush=True)
+  return {seed: checkpoint.restore(checkpoints, like) for seed, checkpoints in kept.items()}
+
+
+def starts_of(config, seeds, workdir: Path) -> tuple[Build, dict, dict, dict]:
+  """(build, {seed: policy}, {seed: reward model}, {seed: warm head} or None): what an arm's RL starts from."""
+  built = build(config, make_mesh((1, 1, 1), jax.devices()[:1]), vocab_size=goldtask.VOCAB_SIZE)
+  configs, key = {seed: with_seed(config, seed) for seed in seeds}, jax.random.key(0)
+
+  head_of = jax.jit(lambda key, *start: make_first_state(config, built)(key, *start).reward_head)
+  first_head = lambda seed: head_of(
+    jax.random.key(seed), policies[seed], rewards[seed]["backbone"], rewards[seed]["phi"]
+  )  # fmt: skip
+
+  def fit_sft(missing, scratch):
+    jobs = [sft_job(configs[seed], built) for seed in missing]
+    return [(policy, {}) for policy in fit_together(jobs, built, scratch)]
+
+  def fit_pairs(job_of, missing, scratch):
+    models = fit_together([job_of(seed) for seed in missing], built, scratch)
+    return [standardise(configs[seed], built, policies[seed], model) for seed, model in zip(missing, models)]
+
+  def fit_heads(missing, scratch):
+    jobs = [head_job(configs[s], built, policies[s], rewards[s], first_head(s)) for s in missing]
+    return [(head, {}) for head in fit_together(jobs, built, scratch)]
+
+  policy_like = abstract(functools.partial(init_policy, config, built), built.mesh, key)
+  policies = fitted(workdir, stage_name("sft", config), seeds, policy_like, fit_sft)
+  reward_like = abstract(functools.partial(init_reward_model, config, built), built.mesh, policy_like, key)
+  rewards = fitted(
+    workdir, stage_name("reward", config), seeds, reward_like,
+    functools.partial(fit_pairs, lambda seed: reward_job(configs[seed], built, policies[seed])),
+  )  # fmt: skip
+  start, heads = VARIANTS[config.variant].start if config.variant else "", None
+  if start == "golden":
+    golden = lambda seed: golden_job(configs[seed], built, policies[seed], rewards[seed])
+    rewards = fitted(
+      workdir, stage_name("reward_golden", config), seeds, reward_like, functools.partial(fit_pairs, golden)
+    )
+  if start == "head":
+    heads = fitted(workdir, stage_name("warm_start", config), seeds, shapes_of(first_head(seeds[0])), fit_heads)
+  return built, policies, rewards, heads
+
+
+def best_of_n(config, seeds, workdir: Path) -> None:
+  """Best-of-n of the supervised policy by the proxy, a row for each seed and n: WORKDIR/best_of_n.parquet."""
+  path, lab = workdir / "best_of_n.parquet", config.lab
+  columns = table.read_table(path)[0] if path.exists() else None
+  missing = [seed for seed in seeds if columns is None or seed not in columns["seed"]]
+  if not missing:
+    return
+  config.variant = "vanilla"
+  built, policies, rewards, _ = starts_of(config, tuple(missing), workdir)
+  groups = -(-lab.best_samples // BEST_GROUP)
+  count, members = groups * BEST_GROUP, scorer(built.defs.reward_backbone, built.defs.phi, built.mesh)
+  sizes = [2**i for i in range(count.bit_length()) if 2**i <= count]
+  for seed in missing:
+    notes = goldtask.prompts(seed, STREAM_BEST, 0, lab.best_prompts)
+    prompts = jax.tree.map(lambda x: np.repeat(x, groups, 0), notes)  # each with groups x BEST_GROUP samples
+    prompts = prompts.replace(example_id=np.arange(len(prompts.tokens), dtype=np.int32) + STREAM_BEST * 2**24)
+    drawn = sample(with_seed(config, seed), built, policies[seed], prompts, group_size=BEST_GROUP, purpose=KEY_PROBE)
+    rows = lambda x: [x[i : i + 1024] for i in range(0, len(x), 1024)]
+    scores = np.concatenate([
+      combine(members(rewards[seed], *part), config.reward.combine, config.reward.variance_weight)
+      for part in zip(rows(drawn.tokens), rows(drawn.token_mask))
+    ])  # fmt: skip
+    proxy, gold = (np.asarray(x, float).reshape(-1, count) for x in (scores, goldtask.gold(drawn).gold))
+    mean = lambda values, n: np.mean([stats.best_of(*pair, n) for pair in zip(proxy, values)])
+    new = {"seed": np.full(len(sizes), seed), "n": np.array(sizes), "kl": stats.best_of_kl(sizes)}
+    new |= {name: np.array([mean(x, n) for n in sizes]) for name, x in (("gold", gold), ("proxy", proxy))}
+    columns = new if columns is None else table.joined(columns, new)
+  table.write_table(path, columns)
+
+
+# ---- RL ----
+
+
+def first_states(config, built: Build, mesh, replicas, policies, rewards, heads):
+  """The first TrainState of every replica, stacked and spread over the mesh."""
+  seeds = [seed for seed, _ in replicas]
+  stacked = lambda values: spread(stack([values[seed] for seed in seeds]), mesh)
+  reward = stacked(rewards)
+  make, keys = make_first_state(config, built), {seed: jax.random.key(seed) for seed in seeds}
+  state = together(make, mesh)(stacked(keys), stacked(policies), reward["backbone"], reward["phi"])
+  if heads:
+    state = warm(state, stacked(heads))
+  factors = spread(jnp.asarray([factor for _, factor in replicas], state.beta.dtype), mesh)
+  return state.replace(beta=state.beta * factors)
+
+
+def make_together_step(config, built: Build, mesh, configs: list):
+  """`step(states, prompts, number) -> (states, outputs)` of all replicas, each with its own config's labels."""
+  rollout = make_rollout(built.defs, config, built.mesh, (goldtask.EOS,), goldtask.PAD)
+  learn = make_learn(built.defs, config, built.mesh)
+
+  def whole(state, prompts):
+    sequences = rollout(state, prompts)
+    return learn(state, sequences, sequences.tokens, sequences.token_mask)
+
+  if not uses_labels(config):
+    whole = together(whole, mesh, donate=(0,))
+    return lambda states, prompts, number: whole(states, prompts)
+  labellers = [gold_labeller(one) for one in configs]
+  rollout, learn = together(rollout, mesh), together(learn, mesh, donate=(0,))
+
+  def labelled(states, prompts, number):
+    sequences = rollout(states, prompts)
+    on_host = jax.device_get(sequences)
+    pairs = stack([label(pick(on_host, i), number) for i, label in enumerate(labellers)])
+    return learn(states, sequences, sequences.tokens, sequences.token_mask, pairs)
+
+  return labelled
+
+
+def make_probe(config, built: Build, mesh):
+  """Builds `(fix, probe)`: fixed responses of the policy at the start, and how feedback moves the scores of responses.
+
+  fix(state, prompts) -> Sequences. probe(state, first head, fixed, samples of the step) -> f32 metrics:
+
+    drift/fixed_states      mean change of the fixed responses' score by the first head at omega's floor, as the
+                            reference's states give way to the policy's: nothing else differs
+    drift/fixed_states_std  its deviation over the responses; what is common to all of them moves no advantage
+    drift/fixed_score       mean change of their score in all: head, omega and states, against the start
+    drift/own_states        mean score of the step's own samples by today's head with the policy's states, less that
+                            with the reference's over the same tokens: what the policy gains through states it writes
+  """
+  read, judge, omega_at = make_read(config), make_judge(built.defs, config), make_omega(config)
+  floor = config.r2m.omega_min
+  settings = dict(group_size=1, max_new_tokens=config.rollout.max_new_tokens, eos_ids=(goldtask.EOS,),
+                  pad_id=goldtask.PAD, **sampling(config))  # fmt: skip
+
+  def fix(state, prompts):
+    key = jax.random.fold_in(state.key, KEY_PROBE)
+    return generate(built.defs.open_policy(state.policy, state.ref), prompts, key, 0, **settings)
+
+  def probe(state, first_head, fixed, samples):
+    def scores(sequences, head, w, feedback):
+      policy, ref = built.defs.open_policy(state.policy, state.ref), built.defs.open_ref(state.ref)
+      old, of_ref = read(policy, ref, sequences)
+      if w is None:
+        w = omega_at(state.step, measured_kl(old, of_ref, sequences))
+      given = state.replace(reward_head=head, reward_average=None)
+      judged, _ = judge(
+        given, w, sequences, old if feedback else of_ref, of_ref, sequences.tokens, sequences.token_mask,
+        sampled=len(sequences.tokens),
+      )  # fmt: skip
+      return judged
+
+    head = state.reward_head if state.reward_average is None else state.reward_average
+    w = jnp.asarray(floor, state.omega.dtype)
+    before, now = (scores(fixed, first_head, w, feedback).scores for feedback in (False, True))
+    today, own, own_ref = (scores(*of) for of in ((fixed, head, None, True), (samples, head, None, True),
+                                                  (samples, head, None, False)))  # fmt: skip
+    return {
+      "drift/fixed_states": (now - before).mean(),
+      "drift/fixed_states_std": (now - before).std(),
+      "drift/fixed_score": (today.scores - today.scores_frozen).mean(),
+      "drift/own_states": (own.scores - own_ref.scores).mean(),
+    }
+
+  return together(fix, mesh), together(probe, mesh)
+
+
+def run_arm(name: str, config, replicas: list[tuple[int, float]], workdir: Path) -> dict:
+  """All replicas of an arm, from where they were left; returns their rows as columns."""
+  seeds = tuple(dict.fromkeys(seed for seed, _ in replicas))
+  built, policies, rewards, heads = starts_of(config, seeds, workdir)
+  mesh, configs = seeds_mesh(len(replicas)), [with_seed(config, seed) for seed, _ in replicas]
+  states = first_states(config, built, mesh, replicas, policies, rewards, heads)
+  step, probing = make_together_step(config, built, mesh, configs), VARIANTS[config.variant].feedback != ""
+  if probing:
+    fix, probe = make_probe(config, built, mesh)
+    count = config.lab.probe_prompts
+    fixed = fix(states, stack([goldtask.prompts(one.seed, STREAM_PROBE, 0, count) for one in configs]))
+    first_head = jax.tree.map(jnp.copy, states.reward_head)
+
+  folder = partial_of(workdir, name, config, replicas)
+  checkpoints = checkpoint.open_checkpoints(folder, config.checkpoint)
+  start, names, log = checkpoint.newest(checkpoints) or 0, None, None
+  if start:
+    names = checkpoint.facts_of(checkpoints, start)["names"]
+    log = np.zeros((config.steps, len(replicas), len(names)), np.float32)
+    saved = checkpoint.restore(checkpoints, {"states": states, "log": log}, start)
+    states, log = saved["states"], np.array(saved["log"])
+    print(f"{name}: goes on from step {start} of {config.steps}", flush=True)
+
+  with loop.at_hand() as asked, checkpoint.finished(checkpoints):
+    with progress(config.steps, name, initial=start, enabled=sys.stderr.isatty()) as bar:
+      for t in range(start, config.steps):
+        states, out = step(states, stack([rl_prompts(one, t) for one in configs]), t)
+        drift = {}
+        if probing and t % config.lab.probe_every == 0:
+          drift = jax.device_get(probe(states, first_head, fixed, out.sequences))
+        out = jax.device_get(out)
+        rows = []
+        for i in range(len(replicas)):
+          one = pick(out, i)
+          rows.append(one.metrics | gold_metrics(one, config.rollout.group_size) | pick(drift, i))
+        if t == 0:
+          worst = {key: max(row[key] for row in rows) for key in out.metrics}
+          check_step_zero(worst, config.dtype, truncated=truncated(config))
+          names = list(rows[0])
+          log = np.full((config.steps, len(replicas), len(names)), np.nan, np.float32)
+        for i, row in enumerate(rows):
+          log[t, i] = [np.nan if row.get(key) is None else row[key] for key in names]
+        bar.update(gold=np.mean([row["reward/gold"] for row in rows]))
+        last, stop = t + 1 == config.steps, asked()
+        if stop or (not last and (t + 1) % config.log.checkpoint_every == 0):
+          checkpoint.save(checkpoints, t + 1, {"states": states, "log": log}, facts={"names": names})
+        if stop:
+          break
+  betas = [config.kl.beta * factor for _, factor in replicas]
+  return table.arm_columns(name, [(*replica, beta) for replica, beta in zip(replicas, betas)], names, log)

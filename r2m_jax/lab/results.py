@@ -1,0 +1,157 @@
+"""From the laboratory's table to summary numbers: one value a seed for each measure, then means and paired differences.
+
+A row of summary.csv is a measure of an arm at one KL weight, with its 95% interval over seeds; where `against` names
+another arm it is the mean difference over the seeds that both have.
+"""
+
+import csv
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from r2m_jax.lab import stats
+from r2m_jax.lab.table import Curves, read_arms, read_table
+from r2m_jax.metrics import write_atomic
+from r2m_jax.summary import window_of
+
+FIELDS = ("arm", "beta", "factor", "measure", "against", "value", "low", "high", "seeds")
+# measure -> metric whose last window it is
+FINAL = {
+  "final": "reward/gold", "frozen_final": "reward/frozen", "used_final": "reward/used", "kl_final": "kl",
+  "length_final": "length", "truncated_final": "truncated", "repetition_final": "repetition",
+  "entropy_final": "entropy", "coverage_final": "gold/coverage", "hallucinated_final": "gold/hallucinated",
+}  # fmt: skip
+# measure -> metric of which it is the mean over the second half of the steps, where there are values
+LATE = {
+  "within_corr": "reward/within_corr", "used_std": "reward/used_std", "pair_disagreement": "r2m/pair_disagreement",
+  "fixed_states": "drift/fixed_states", "fixed_states_std": "drift/fixed_states_std",
+  "fixed_score": "drift/fixed_score", "own_states": "drift/own_states",
+}  # fmt: skip
+
+
+class Results(NamedTuple):
+  """All that is finished."""
+
+  curves: dict[str, dict[float, Curves]]  # arm -> factor of the KL weight -> curves
+  values: dict[tuple[str, float], dict[str, np.ndarray]]  # (arm, factor) -> measure -> f64[S]
+  fits: dict[tuple[str, float], dict[str, stats.Fit]]  # -> kind of curve -> fit
+  best: dict[str, np.ndarray]  # columns of best_of_n.parquet; {} where there is none
+  rows: list[dict]
+  found: dict[tuple, stats.Interval]  # (arm, factor, measure, against) -> the numbers of a row
+  sft_gold: dict[int, float]  # of each seed's supervised policy
+
+
+def gold_measures(config) -> list[str]:
+  """The measures that are compared between arms."""
+  return ["final", "peak", "area", *(at_kl("gold", target) for target in config.lab.kls)]
+
+
+def at_kl(name: str, target: float) -> str:
+  return f"{name}_at_kl_{target:g}"
+
+
+def stop_name(config, target: float) -> str:
+  return f"{config.lab.baseline}.stopped_at_kl_{target:g}"
+
+
+def measures(config, curves: Curves) -> dict[str, np.ndarray]:
+  """Every measure of one arm at one KL weight, f64[S] each."""
+  metrics, gold = curves.metrics, curves.metrics["reward/gold"]
+  steps = gold.shape[1]
+  found = stats.outline(gold)._asdict() | {"lost": stats.outline(gold).peak - stats.outline(gold).final}
+  found |= {name: stats.outline(metrics[key]).final for name, key in FINAL.items()}
+  for name, key in LATE.items():
+    if key in metrics and np.isfinite(half := metrics[key][:, steps // 2 :]).any():
+      found[name] = np.array([row[np.isfinite(row)].mean() if np.isfinite(row).any() else np.nan for row in half])
+  for target in config.lab.kls:
+    for name in ("gold", "frozen"):
+      found[at_kl(name, target)] = stats.matched(metrics["kl"], metrics[f"reward/{name}"], target)
+  frozen, width = metrics["reward/frozen"], window_of(steps)
+  peak = np.round(found["peak_step"] - (width - 1) / 2).astype(int)
+  found["frozen_rise"] = found["frozen_final"] - [row[i : i + width].mean() for row, i in zip(frozen, peak)]
+  return found | {"skipped": metrics["skipped"].sum(1)}
+
+
+def stopped_measures(config, curves: Curves, target: float) -> dict[str, np.ndarray]:
+  """What early stopping at a KL keeps of a run."""
+  kl = curves.metrics["kl"]
+  found = {name: stats.stopped(kl, curves.metrics[key], target)[0] for name, key in FINAL.items()}
+  return found | {"stop_step": stats.stopped(kl, kl, target)[1].astype(float)}
+
+
+def rival(name: str, lead: str, known) -> str | None:
+  """The arm that `name` is paired with: LEAD with the same suffix where that is known, else LEAD; None: nobody."""
+  suffix = name.partition(".")[2]
+  return next((arm for arm in (f"{lead}.{suffix}", lead) if lead and arm in known and arm != name), None)
+
+
+def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Results:
+  """Reads the table.
+
+  Args:
+    arms: names, in the order in which they are shown.
+    sft_gold: gold of each seed's supervised policy on held-out prompts, where the fitted curves start.
+  """
+  workdir, lab = Path(workdir), config.lab
+  curves = read_arms(workdir, arms)
+  values, fits, beta, seeds = {}, {}, {}, {}
+  for name, by_factor in curves.items():
+    for factor, mine in by_factor.items():
+      key = (name, factor)
+      values[key], beta[key], seeds[key] = measures(config, mine), mine.beta, mine.seeds
+      gain = mine.metrics["reward/gold"] - np.array([[sft_gold[seed]] for seed in mine.seeds])
+      fits[key] = {kind: stats.fit_turnover(mine.metrics["kl"], gain, kind) for kind in stats.KINDS}
+      if name == lab.baseline:
+        for target in lab.stops:
+          key = (stop_name(config, target), factor)
+          values[key], beta[key], seeds[key] = stopped_measures(config, mine, target), mine.beta, mine.seeds
+  rows = []
+  for key, found in values.items():
+    add = lambda measure, against, x, key=key: rows.append(
+      dict(zip(FIELDS, (key[0], beta[key], key[1], measure, against, *x)))
+    )
+    for measure, per_seed in found.items():
+      add(measure, "", stats.interval(per_seed))
+    for kind, fit in fits.get(key, {}).items():
+      for part in ("a", "b", "turn"):
+        add(f"fit_{kind}_{part}", "", getattr(fit, part))
+      add(f"fit_{kind}_r2", "", (fit.r2, np.nan, np.nan, len(seeds[key])))
+    for lead in dict.fromkeys((lab.baseline, lab.control)):
+      other = rival(key[0], lead, curves)
+      other = (other, key[1] if (other, key[1]) in values else 1.0)
+      if other not in values:
+        continue
+      both = [seed for seed in seeds[key] if seed in seeds[other]]
+      for measure in gold_measures(config):
+        if measure in found and both:
+          pair = (values[k][measure][[seeds[k].index(seed) for seed in both]] for k in (key, other))
+          add(measure, other[0], stats.paired(*pair))
+  path = workdir / "best_of_n.parquet"
+  best = read_table(path)[0] if path.exists() else {}
+  if best:
+    best = {name: column.reshape(-1, len(np.unique(best["n"]))) for name, column in best.items()}
+    for i, n in enumerate(best["n"][0]):
+      for name in ("gold", "proxy"):
+        rows.append(dict(zip(FIELDS, ("best_of_n", "", "", f"{name}_n_{n}", "", *stats.interval(best[name][:, i])))))
+    gain = best["gold"] - best["gold"][:, :1]
+    fits["best_of_n", 1.0] = {kind: stats.fit_turnover(best["kl"], gain, kind) for kind in stats.KINDS}
+  place = lambda row: (row["arm"], row["factor"], row["measure"], row["against"])
+  found = {place(row): stats.Interval(*(row[name] for name in FIELDS[5:])) for row in rows}
+  return Results(curves, values, fits, best, rows, found, sft_gold)
+
+
+def write_summary(path: Path, results: Results) -> None:
+  """The rows as CSV, five digits each: small enough to be committed."""
+  text = io.StringIO()
+  writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
+  writer.writeheader()
+  short = lambda x: f"{x:.5g}" if isinstance(x, float) else x
+  writer.writerows({name: short(value) for name, value in row.items()} for row in results.rows)
+  write_atomic(path, text.getvalue())
+
+
+def find(results: Results, arm: str, measure: str, factor: float = 1.0, against: str = "") -> stats.Interval | None:
+  """The interval of a row; None where there is none."""
+  return results.found.get((arm, factor, measure, against))

@@ -1,0 +1,191 @@
+"""The laboratory's statistics: plain NumPy on arrays of shape [seeds, steps], no files, no JAX.
+
+Intervals are over seeds, since a seed is what is independent: each has its own supervised policy, preferences, reward
+model, prompts and samples. A value that a seed does not have is NaN; it is left out and the count says so.
+"""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats as distributions  # jax brings it
+
+from r2m_jax.summary import value_at, window_means, window_of
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+
+
+class Interval(NamedTuple):
+  value: float
+  low: float
+  high: float
+  count: int  # seeds
+
+
+# ---- intervals ----
+
+
+@functools.cache
+def resampled(count: int, seed: int = 0) -> np.ndarray:
+  """Bootstrap draws as weights: how often each of `count` seeds is in each resample.   -> f64[RESAMPLES, count]."""
+  drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
+  return np.stack([(drawn == i).sum(1) for i in range(count)], 1).astype(float)
+
+
+def levels(count: int) -> tuple[float, float]:
+  """Quantiles of the bootstrap distribution that are the ends of a 95% interval.
+
+  With few seeds the plain percentile interval is too short. The levels are widened so that for Normal data it has the
+  length of the t interval: Hesterberg, What Teachers Should Know About the Bootstrap (2015), section 5.2.
+  """
+  tail = (1 - LEVEL) / 2
+  widened = distributions.norm.cdf(np.sqrt(count / (count - 1)) * distributions.t.ppf(tail, count - 1))
+  return float(widened), float(1 - widened)
+
+
+def interval(values, seed: int = 0) -> Interval:
+  """The mean of f64[S] values, one a seed, with its 95% bootstrap interval; NaN for its ends from fewer than two."""
+  values = np.asarray(values, float)
+  values = values[np.isfinite(values)]
+  count = len(values)
+  if count < 2:
+    return Interval(float(values.mean()) if count else np.nan, np.nan, np.nan, count)
+  means = resampled(count, seed) @ values / count
+  return Interval(float(values.mean()), *map(float, np.quantile(means, levels(count))), count)
+
+
+def paired(values, baseline, seed: int = 0) -> Interval:
+  """The mean difference of f64[S] values of the same seeds, over the seeds that have both."""
+  return interval(np.asarray(values, float) - np.asarray(baseline, float), seed)
+
+
+# ---- what a curve of gold does ----
+
+
+class Outline(NamedTuple):
+  """Of each seed, f64[S]; means over windows of a tenth of the steps, as in summary.summary_table."""
+
+  start: np.ndarray  # first window
+  peak: np.ndarray  # highest window
+  peak_step: np.ndarray  # the middle of it
+  final: np.ndarray  # last window
+  area: np.ndarray  # mean over all steps
+
+
+def outline(gold: np.ndarray) -> Outline:
+  """Of f64[S, T]."""
+  means = np.stack([window_means(row) for row in gold])
+  width = window_of(gold.shape[1])
+  return Outline(
+    means[:, 0], means.max(1), means.argmax(1) + (width - 1) / 2, means[:, -1], gold.mean(1)
+  )  # fmt: skip
+
+
+def matched(kl: np.ndarray, values: np.ndarray, target: float) -> np.ndarray:
+  """`values` where each seed's KL first reaches the target, nats; NaN where it never does.   f64[S, T] -> f64[S]."""
+  found = [value_at(*pair, target) for pair in zip(kl, values)]
+  return np.array([np.nan if value is None else value for value in found])
+
+
+def stopped(kl: np.ndarray, values: np.ndarray, target: float) -> tuple[np.ndarray, np.ndarray]:
+  """Early stopping: a run ends after its first step whose measured KL is at the target or above.
+
+  The policy that is kept draws the next step's samples, so its value is read there: those samples had no part in the
+  decision. A run that is never stopped keeps its last step.   f64[S, T] -> (value f64[S], step i64[S]).
+  """
+  over, last = kl >= target, kl.shape[1] - 1
+  step = np.where(over.any(1), np.minimum(over.argmax(1) + 1, last), last)
+  return values[np.arange(len(values)), step], step
+
+
+# ---- turn-over, Gao, Schulman and Hilton (arXiv 2210.10760) ----
+
+KINDS = {"bon": lambda d: d, "rl": np.log}  # gold - gold at the start = d (a - b f(d)), d = sqrt(KL)
+
+
+class Fit(NamedTuple):
+  a: Interval
+  b: Interval
+  turn: Interval  # sqrt(KL) at which the fitted curve peaks; NaN where it never does
+  r2: float
+
+
+def fit_turnover(kl: np.ndarray, gain: np.ndarray, kind: str, seed: int = 0) -> Fit:
+  """Least squares of gain = d (a - b f(d)) over all points of all seeds, with intervals over seeds.
+
+  Args:
+    kl: f64[S, T], nats; points at 0 say nothing and are left out.
+    gain: f64[S, T], gold less that of the policy at the start.
+    kind: "bon", f(d) = d, or "rl", f(d) = log d.
+  """
+  products, targets, squares = [], [], []
+  for row, values in zip(kl, gain):
+    keep = (row > 0) & np.isfinite(values)
+    d = np.sqrt(row[keep])
+    columns = np.stack([d, -d * KINDS[kind](d)], 1)
+    products.append(columns.T @ columns)
+    targets.append(columns.T @ values[keep])
+    squares.append([keep.sum(), values[keep].sum(), (values[keep] ** 2).sum()])
+  products, targets, squares = map(np.array, (products, targets, squares))
+
+  def solve(weight):  # f64[..., S] -> the two coefficients, f64[..., 2]: Cramer's rule
+    matrix, right = np.tensordot(weight, products, 1), weight @ targets
+    (p, q), (_, r) = np.moveaxis(matrix, (-2, -1), (0, 1))
+    numerators = r * right[..., 0] - q * right[..., 1], p * right[..., 1] - q * right[..., 0]
+    with np.errstate(divide="ignore", invalid="ignore"):  # all points at one KL: nothing to fit, NaN
+      return np.stack(numerators, -1) / (p * r - q * q)[..., None]
+
+  best = solve(np.ones(len(kl)))
+  number, total, square = squares.sum(0)
+  residual = square - 2 * best @ targets.sum(0) + best @ products.sum(0) @ best
+  drawn = solve(resampled(len(kl), seed)[:2000]) if len(kl) > 1 else np.zeros((0, 2))
+  of = lambda value, values: Interval(float(value), *_ends(values, len(kl)), len(kl))
+  return Fit(
+    of(best[0], drawn[:, 0]), of(best[1], drawn[:, 1]), of(turn(*best, kind), turn(*drawn.T, kind)),
+    float(1 - residual / max(square - total**2 / number, 1e-300)),
+  )  # fmt: skip
+
+
+def turn(a, b, kind: str) -> np.ndarray:
+  """sqrt(KL) of the peak of d (a - b f(d)): a / 2b, or exp(a / b - 1); NaN where the curve has none. Of arrays too."""
+  ratio = np.divide(a, b, out=np.full(np.shape(b), np.nan), where=np.greater(b, 0))
+  if kind == "bon":
+    return np.where(ratio > 0, ratio / 2, np.nan)
+  return np.exp(np.minimum(ratio - 1, 700))
+
+
+def _ends(values, count: int) -> tuple[float, float]:
+  """Ends of the interval of bootstrapped values; NaN where more than the tail of them is NaN."""
+  values = np.asarray(values, float)
+  if count < 2 or np.isnan(values).mean() > (1 - LEVEL) / 2:
+    return np.nan, np.nan
+  low, high = np.nanquantile(values, levels(count))
+  return float(low), float(high)
+
+
+# ---- best of n ----
+
+
+def best_of(proxy: np.ndarray, values: np.ndarray, n: int) -> float:
+  """Expected value of the response with the highest proxy among n of N drawn without replacement: unbiased for n fresh
+  samples, from every subset of the N at once.
+
+    sum_i C(i - 1, n - 1) / C(N, n) * value_(i), i = 1 .. N in ascending order of the proxy
+
+  Among responses that tie, each is as likely to be taken.   f64[N], f64[N], 1 <= n <= N.
+  """
+  order = np.argsort(proxy, kind="stable")
+  proxy, values, count = np.asarray(proxy)[order], np.asarray(values, float)[order], len(proxy)
+  weight = np.zeros(count)
+  weight[-1] = n / count
+  for i in range(count - 1, n - 1, -1):  # C(i - 1, n - 1) from C(i, n - 1)
+    weight[i - 1] = weight[i] * (i - n + 1) / i
+  _, tie = np.unique(proxy, return_inverse=True)
+  return float((np.bincount(tie, weight) * np.bincount(tie, values) / np.bincount(tie)).sum())
+
+
+def best_of_kl(n) -> np.ndarray:
+  """KL of best-of-n from the policy, nats: log n - (n - 1) / n (exact without ties)."""
+  n = np.asarray(n, float)
+  return np.log(n) - (n - 1) / n
