@@ -345,6 +345,15 @@ def test_no_tpu_compiler_is_told_in_one_line(monkeypatch):
     programs.devices_of(parse_topology("v5e:2x2"))
 
 
+@pytest.mark.parametrize("message, temporaries", [
+  ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (34.26G) exceeds "
+   "available HBM (15.75G).", 34.26),
+  ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G.", 17.5),
+])  # fmt: skip
+def test_what_a_refusal_says(message, temporaries):
+  assert programs.refused_temporaries(message, 3 * GIB) == pytest.approx(temporaries * GIB)
+
+
 def have_tpu_compiler() -> bool:
   return programs.importlib.util.find_spec("libtpu") is not None
 

@@ -157,7 +157,7 @@ def make_plan(config, sizes: Sizes, topology: Topology, layout: Layout) -> Plan:
     if "exceeded" in result:
       refused = f"{which}: {result['exceeded']}"
   kinds = {which: by_kind(result, counted[which], shapes, layout) for which, result in found.items()}
-  collectives = {which: result.get("collectives", {}) for which, result in found.items()}
+  collectives = {which: result["collectives"] for which, result in found.items()}
   sums = {which: sum(value.values()) for which, value in collectives.items()}
   seconds = {p: t for p, (t, _) in report.times(phases, sums, topology).items()}
   fits = not refused and max(map(report.total, kinds.values())) <= topology.chip.memory
@@ -167,10 +167,7 @@ def make_plan(config, sizes: Sizes, topology: Topology, layout: Layout) -> Plan:
 def by_kind(result: dict, counted: dict[str, float], shapes, layout: Layout) -> dict[str, float]:
   """Bytes of one program on a chip: the state by kind, of the compiler's temporaries what has a name, and the rest."""
   state = {kind: float(size) for kind, size in memory.state_on(shapes, layout).items()}
-  if "exceeded" in result:
-    rest = max(0.0, result["needed"])
-  else:
-    rest = result["arguments"] + result["temporaries"] + result["results"] + result["code"] - sum(state.values())
+  rest = sum(result[part] for part in ("arguments", "temporaries", "results", "code")) - sum(state.values())
   named = {}
   for kind in ("KV cache", "feedback"):
     named[kind] = min(counted[kind], max(0.0, rest))
