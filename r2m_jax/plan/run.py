@@ -152,10 +152,11 @@ def make_plan(config, sizes: Sizes, topology: Topology, layout: Layout) -> Plan:
     return Plan(topology.name, mesh_sizes, False, fits, counted, links, seconds)
   mesh = sharding.make_mesh(mesh_sizes, programs.devices_of(topology))
   found, refused = {}, ""
-  for which in ("rollout", "learn"):
+  for which in ("learn", "rollout"):  # the larger one first
     found[which] = result = programs.compile_program(which, config, sizes, topology, mesh)
     if "exceeded" in result:
       refused = f"{which}: {result['exceeded']}"
+  found = {which: found[which] for which in ("rollout", "learn")}
   kinds = {which: by_kind(result, counted[which], shapes, layout) for which, result in found.items()}
   collectives = {which: result["collectives"] for which, result in found.items()}
   sums = {which: sum(value.values()) for which, value in collectives.items()}
