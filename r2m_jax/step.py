@@ -35,7 +35,7 @@ from r2m_jax.optim import descend
 from r2m_jax.schedules import kl_weight, omega
 from r2m_jax.sharding import lay_rows, on_mesh
 from r2m_jax.types import Experience, Feedback, Judged, Pairs, Prompts, Sequences, TrainState
-from r2m_jax.variants import VARIANTS, States, feed_back, other_rows
+from r2m_jax.variants import READS_POLICY, VARIANTS, States, feed_back, other_rows
 
 # what a step's key is for
 KEY_SHUFFLE, KEY_NOISE, KEY_REFRESHED_NOISE, KEY_PAIR_NOISE = range(2**31 - 1, 2**31 - 5, -1)
@@ -91,15 +91,18 @@ def read_feedback(
 def make_read(config) -> Callable[..., tuple[Feedback, Feedback]]:
   """Builds `read(policy, ref, sequences)`: `read_feedback` of both models with the config's settings.
 
-  Where sampling is truncated, the reference is normalised over the tokens that the policy may sample.
+  Where sampling is truncated, the reference is normalised over the tokens that the policy may sample. States that the
+  config's variant and KL do not read have width 0: nothing is as large as they are.
   """
   settings = sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=config.logits_chunk)
-  needs_support, parts = truncated(config), parts_of(config)
+  needs_support, parts, kind = truncated(config), parts_of(config), VARIANTS[config.variant].feedback
 
   def read_rows(policy: Transformer, ref: Transformer, sequences: Sequences) -> tuple[Feedback, Feedback]:
     old = read_feedback(policy, sequences, **settings)
     support = (policy.head, old.last_hidden) if needs_support else None
-    return old, read_feedback(ref, sequences, **settings, support=support)
+    reference = read_feedback(ref, sequences, **settings, support=support)
+    exact = kl_estimator(config, policy.arch.vocab_size) == "exact"
+    return old.keep(kind in READS_POLICY, exact), reference.keep(kind == "reference", exact)
 
   def read(policy: Transformer, ref: Transformer, sequences: Sequences) -> tuple[Feedback, Feedback]:
     return map_rows(functools.partial(read_rows, policy, ref), parts, sequences)
@@ -199,7 +202,8 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
     ref = (defs.open_ref(ref_state).head, batch.ref_hidden) if exact else None
     last_hidden, tokens = predicts_response(out.hidden, T), batch.sequences.tokens[:, -T:]
     stats = token_stats(policy.head, last_hidden, tokens, ref=ref, **draw)
-    return objective(stats, batch, beta, whole)[0], (stats, out.feedback)
+    h = out.feedback if variant.feedback in READS_POLICY else out.feedback[..., :0]
+    return objective(stats, batch, beta, whole)[0], (stats, h)
 
   def critic_loss(critic, batch: Experience, whole: Experience):
     values = open_values(critic, batch.sequences)
@@ -312,7 +316,7 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       sequences=sequences,
       old_logprobs=old.logprobs,
       ref_logprobs=ref.logprobs,
-      ref_hidden=ref.last_hidden if exact else ref.last_hidden[..., :0],
+      ref_hidden=ref.last_hidden,
       advantages=targets.advantages,
       old_values=values,
       returns=targets.returns,

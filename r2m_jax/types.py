@@ -45,6 +45,11 @@ class Feedback:
   hidden: jax.Array  # [B, L, Dp]   policy feedback h: last layer after the final norm, or the configured layer
   last_hidden: jax.Array  # [B, T, Dp]   what the language-model head read to predict each response token
 
+  def keep(self, hidden: bool, last_hidden: bool) -> "Feedback":
+    """The same, with width 0 for the states that are not asked for."""
+    width = lambda x, kept: x if kept else x[..., :0]
+    return self.replace(hidden=width(self.hidden, hidden), last_hidden=width(self.last_hidden, last_hidden))
+
 
 @struct.dataclass
 class Judged:

@@ -49,6 +49,9 @@ class States(NamedTuple):
   mask: jax.Array  # bool[B, S], True on real tokens
 
 
+READS_POLICY = ("policy", "noise", "constant", "shuffled")  # kinds of feedback made of the policy's own states
+
+
 def feed_back(kind: str, policy: States, ref: States, own: States, key: jax.Array, *, others) -> States:
   """The states that the reward model reads as policy feedback.
 

@@ -11,7 +11,8 @@ from r2m_jax.lab import goldtask
 from r2m_jax.lab.labels import gold_labeller
 from r2m_jax.objective import shape_scores
 from r2m_jax.ops import combine
-from r2m_jax.step import pairs_at, pairs_per_step
+from r2m_jax.step import make_read, pairs_at, pairs_per_step
+from r2m_jax.types import Sequences
 from r2m_jax.variants import VARIANTS, States, feed_back, other_rows
 
 STEPS = 3
@@ -248,3 +249,23 @@ def test_weighted_bradley_terry():
   np.testing.assert_allclose(losses.bradley_terry(w, l, weight), want, rtol=1e-5)
   np.testing.assert_allclose(losses.bradley_terry(w, l, np.full(5, 2.0)), losses.bradley_terry(w, l), rtol=1e-6)
   assert losses.bradley_terry(w, l, 0 * weight) == 0
+
+
+@pytest.mark.parametrize("variant, policy, reference", [
+  ("r2m", True, False), ("noise", True, False), ("shuffled", True, False), ("vanilla", False, False),
+  ("iterative_head", False, False), ("own_states", False, False), ("reference", False, True),
+])  # fmt: skip
+def test_states_that_nothing_reads_are_not_kept(variant, policy, reference):
+  """They would be the largest arrays of a step: plain RLOO must not pay for them."""
+  cfg = small.config(variant=variant, kl__estimator="k2")
+  built, state = small.start(cfg)
+  rows, T = 4, cfg.rollout.max_new_tokens
+  tokens, mask = jnp.zeros((rows, T + 3), jnp.int32), jnp.ones((rows, T + 3), bool)
+  sequences = Sequences(tokens, mask, mask[:, -T:], mask[:, 0])
+  models = built.defs.open_policy(state.policy, state.ref), built.defs.open_ref(state.ref)
+  old, ref = jax.eval_shape(lambda: make_read(cfg)(*models, sequences))
+  width = built.arch.hidden_size
+  assert (old.hidden.shape[-1], ref.hidden.shape[-1]) == (width * policy, width * reference)
+  assert old.last_hidden.shape[-1] == ref.last_hidden.shape[-1] == 0
+  cfg.kl.estimator = "exact"
+  assert jax.eval_shape(lambda: make_read(cfg)(*models, sequences))[1].last_hidden.shape == (rows, T, width)
