@@ -145,7 +145,7 @@ def make_plan(config, sizes: Sizes, topology: Topology, layout: Layout) -> Plan:
   phases = phases_of(config, sizes, layout, topology.platform)
   shapes = memory.state_shapes(config, sizes)
   counted = memory.estimate(config, sizes, shapes, layout, topology.platform)
-  if not topology.compiles:
+  if not (topology.compiles and config.plan.compile):
     links = {program: {"all": size} for program, size in expected_links(config, sizes, topology, layout).items()}
     seconds = expected_seconds(config, sizes, topology, layout)
     fits = max(map(report.total, counted.values())) <= topology.chip.memory
@@ -176,14 +176,17 @@ def by_kind(result: dict, counted: dict[str, float], shapes, layout: Layout) -> 
   return state | named | {"temporaries": max(0.0, rest)}
 
 
+def how_found(plan: Plan) -> str:
+  return "compiled" if plan.compiled else "counted, not compiled"
+
+
 def show(config, sizes: Sizes, topology: Topology, plan: Plan) -> list[str]:
   """The whole plan as lines."""
   layout, chip = Layout(*plan.mesh), topology.chip
   phases = phases_of(config, sizes, layout, topology.platform)
-  how = "compiled for it" if plan.compiled else "counted: there is no compiler for it here"
   rates = f"{chip.flops / 1e12:.0f} TFLOP/s, {chip.memory_rate / 1e9:.0f} GB/s, links {chip.link_rate / 1e9:.0f} GB/s"
   lines = [
-    f"topology {topology.name}: {topology.count} chips of {chip.memory / GIB:.2f} GiB, {rates}; {how}",
+    f"topology {topology.name}: {topology.count} chips of {chip.memory / GIB:.2f} GiB, {rates}; {how_found(plan)}",
     f"mesh     (data, fsdp, tensor) = {plan.mesh}: --config.mesh='{plan.mesh}'", "",
     *report.memory_lines(plan.memory, topology), "", *report.phase_lines(phases, topology), "",
   ]  # fmt: skip
@@ -255,5 +258,5 @@ def find_smallest(config, sizes: Sizes, say) -> list[Plan]:
       say(f"  {chip.name:4} no slice up to {chip.slices[-1]} fits")
     else:
       say(f"  {best.topology:10} mesh {best.mesh!s:12} {report.gib(best.peak):>6} of {report.gib(chip.memory)} GiB per "
-          f"chip, a step at least {sum(best.seconds.values()):.1f} s")  # fmt: skip
+          f"chip, a step at least {sum(best.seconds.values()):.1f} s; {how_found(best)}")  # fmt: skip
   return found
