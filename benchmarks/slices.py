@@ -1,9 +1,10 @@
 """The table of README: the smallest slice of each generation of TPU on which each of the paper's runs fits.
 
-  python -m benchmarks.slices [--generations=v5e,v5p,v6e]
+  python -m benchmarks.slices [--generations=v5e,v5p,v6e] [--nocompile]
 
 Each is task=plan with plan.topology=auto, at full size: about ten compilations of a few minutes each, kept as they
-come, so that an interrupted table goes on. Prints Markdown; what the plans print goes to standard error.
+come, so that an interrupted table goes on; with --nocompile they are counted, in seconds. Prints Markdown; what the
+plans print goes to standard error.
 """
 
 import json
@@ -18,13 +19,14 @@ from r2m_jax.plan.chips import GIB, parse_topology
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = ("ultrafeedback_qwen2_5_3b", "ultrafeedback_llama3_8b", "tldr_pythia_2_8b")
+COMPILE = flags.DEFINE_bool("compile", True, "Ask the compiler; else the count alone")
 GENERATIONS = flags.DEFINE_list("generations", ["v4", "v5e", "v5p", "v6e"], "Which TPUs")
 
 
 def plans(config: str, generation: str) -> list[dict]:
   with tempfile.TemporaryDirectory() as workdir:
     command = [sys.executable, "-m", "r2m_jax.main", f"--config=configs/{config}.py", f"--workdir={workdir}",
-               "--config.task=plan", "--config.plan.topology=auto",
+               "--config.task=plan", "--config.plan.topology=auto", f"--config.plan.compile={COMPILE.value}",
                f"--config.plan.generations=('{generation}',)"]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False)
     if done.returncode not in (0, 1):

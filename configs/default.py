@@ -250,6 +250,7 @@ def get_config() -> ConfigDict:
   config.plan.reward = ""  # the same for reward.path
   config.plan.prompt_length = 0  # tokens of a padded prompt; 0: those of data.max_prompt_length
   config.plan.reward_length = 0  # tokens of the reward model's padded input; 0: those of prompt and response
+  config.plan.compile = True  # False: count alone, in seconds and without the compiler
   config.plan.layers = 0  # at most so many layers of each model, for a quick look; 0: all
   config.plan.compare = "vanilla"  # variant that the run's own is weighed against; "": none
 

@@ -309,9 +309,27 @@ QWEN = "configs/ultrafeedback_qwen2_5_3b.py"
 def test_gpu_plan_is_counted(tmp_path):
   done, plans = plan(tmp_path, QWEN, "plan.topology=gpu:h100x8")
   assert done.returncode == 0, done.stdout + done.stderr
-  assert "counted: there is no compiler" in done.stdout and "fits" in done.stdout
+  assert "counted, not compiled" in done.stdout and "fits" in done.stdout
   assert not plans[0]["compiled"] and plans[0]["fits"] and np.prod(plans[0]["mesh"]) == 8
   assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["plan.json", "plan.txt"]
+
+
+def test_smallest_slices_by_the_count(tmp_path):
+  """Of each generation, one: the next smaller slice would not hold what the count says."""
+  done, plans = plan(tmp_path, QWEN, "plan.topology=auto", "plan.compile=False")
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert [found["topology"].split(":")[0] for found in plans] == [chip.name for chip in TPUS]
+  config = PAPER["qwen"].get_config()
+  sizes = sizes_of(config)
+  shapes = memory.state_shapes(config, sizes)
+  for one in plans:
+    here = parse_topology(one["topology"])
+    assert one["fits"] and not one["compiled"] and np.prod(one["mesh"]) == here.count
+    smaller = [t for t in slices_of(here.chip) if t.count < here.count]
+    for topology in smaller:
+      found = run.layouts(config, sizes, topology.count)
+      least = min(run.counted_peak(config, sizes, shapes, layout, topology) for layout in found)
+      assert least > here.chip.memory
 
 
 def test_a_plan_that_does_not_fit_says_by_how_much_and_what_helps(tmp_path):
@@ -343,6 +361,15 @@ def test_no_tpu_compiler_is_told_in_one_line(monkeypatch):
   monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ConfigError, match="compiler is not installed; pip install"):
     programs.devices_of(parse_topology("v5e:2x2"))
+
+
+@pytest.mark.parametrize("message, temporaries", [
+  ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (34.26G) exceeds "
+   "available HBM (15.75G).", 34.26),
+  ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G.", 17.5),
+])  # fmt: skip
+def test_what_a_refusal_says(message, temporaries):
+  assert programs.refused_temporaries(message, 3 * GIB) == pytest.approx(temporaries * GIB)
 
 
 def have_tpu_compiler() -> bool:

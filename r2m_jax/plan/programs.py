@@ -139,8 +139,8 @@ def compile_program(which: str, config, sizes: Sizes, topology: Topology, mesh: 
 
   Returns:
     Bytes on a chip: `arguments` (all, the state among them), `temporaries`, `results` (those in memory of their own),
-    `code`; `collectives`, bytes that a chip sends by kind; `seconds` it took; or `exceeded`, what the compiler said
-    where the program alone needs more memory than the chip has, with `needed` bytes.
+    `code`; `collectives`, bytes that a chip sends by kind; `seconds` it took; and `exceeded`, what the compiler said
+    where the program alone needs more memory than the chip has: only the first two are known then.
   """
   built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
   state = abstract_state(config, built)
@@ -169,7 +169,8 @@ def compile_program(which: str, config, sizes: Sizes, topology: Topology, mesh: 
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       message = str(error).splitlines()[0]
-      found = {"exceeded": message, "needed": needed_bytes(message)}
+      temporaries = refused_temporaries(str(error), resident["arguments"])
+      found = {"exceeded": message, "temporaries": temporaries, "results": 0, "code": 0, "collectives": {}}
     else:
       memory = compiled.memory_analysis()
       found = {
@@ -197,11 +198,14 @@ def kept_at(program: str, topology: Topology) -> pathlib.Path:
   return folder / "r2m_jax" / "plans" / f"{key}.json"
 
 
-def needed_bytes(message: str) -> float:
-  """The bytes that a refusal of the compiler says it would need."""
+def refused_temporaries(message: str, arguments: int) -> float:
+  """The temporaries that a compiler's refusal tells of; it names them, or all that the program would use."""
   units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-  sizes = [float(size) * units[unit] for size, unit in re.findall(r"(\d+(?:\.\d+)?)([KMGT])\b", message)]
-  return max(sizes, default=0.0)
+  size = lambda found: float(found[1]) * units[found[2]]
+  if found := re.search(r"temporaries \((\d+(?:\.\d+)?)([KMGT])\)", message):
+    return size(found)
+  found = re.search(r"Used (\d+(?:\.\d+)?)([KMGT]) of", message)
+  return max(0.0, size(found) - arguments) if found else 0.0
 
 
 class progress:

@@ -145,19 +145,20 @@ def make_plan(config, sizes: Sizes, topology: Topology, layout: Layout) -> Plan:
   phases = phases_of(config, sizes, layout, topology.platform)
   shapes = memory.state_shapes(config, sizes)
   counted = memory.estimate(config, sizes, shapes, layout, topology.platform)
-  if not topology.compiles:
+  if not (topology.compiles and config.plan.compile):
     links = {program: {"all": size} for program, size in expected_links(config, sizes, topology, layout).items()}
     seconds = expected_seconds(config, sizes, topology, layout)
     fits = max(map(report.total, counted.values())) <= topology.chip.memory
     return Plan(topology.name, mesh_sizes, False, fits, counted, links, seconds)
   mesh = sharding.make_mesh(mesh_sizes, programs.devices_of(topology))
   found, refused = {}, ""
-  for which in ("rollout", "learn"):
+  for which in ("learn", "rollout"):  # the larger one first
     found[which] = result = programs.compile_program(which, config, sizes, topology, mesh)
     if "exceeded" in result:
       refused = f"{which}: {result['exceeded']}"
+  found = {which: found[which] for which in ("rollout", "learn")}
   kinds = {which: by_kind(result, counted[which], shapes, layout) for which, result in found.items()}
-  collectives = {which: result.get("collectives", {}) for which, result in found.items()}
+  collectives = {which: result["collectives"] for which, result in found.items()}
   sums = {which: sum(value.values()) for which, value in collectives.items()}
   seconds = {p: t for p, (t, _) in report.times(phases, sums, topology).items()}
   fits = not refused and max(map(report.total, kinds.values())) <= topology.chip.memory
@@ -167,10 +168,7 @@ def make_plan(config, sizes: Sizes, topology: Topology, layout: Layout) -> Plan:
 def by_kind(result: dict, counted: dict[str, float], shapes, layout: Layout) -> dict[str, float]:
   """Bytes of one program on a chip: the state by kind, of the compiler's temporaries what has a name, and the rest."""
   state = {kind: float(size) for kind, size in memory.state_on(shapes, layout).items()}
-  if "exceeded" in result:
-    rest = max(0.0, result["needed"])
-  else:
-    rest = result["arguments"] + result["temporaries"] + result["results"] + result["code"] - sum(state.values())
+  rest = sum(result[part] for part in ("arguments", "temporaries", "results", "code")) - sum(state.values())
   named = {}
   for kind in ("KV cache", "feedback"):
     named[kind] = min(counted[kind], max(0.0, rest))
@@ -178,14 +176,17 @@ def by_kind(result: dict, counted: dict[str, float], shapes, layout: Layout) -> 
   return state | named | {"temporaries": max(0.0, rest)}
 
 
+def how_found(plan: Plan) -> str:
+  return "compiled" if plan.compiled else "counted, not compiled"
+
+
 def show(config, sizes: Sizes, topology: Topology, plan: Plan) -> list[str]:
   """The whole plan as lines."""
   layout, chip = Layout(*plan.mesh), topology.chip
   phases = phases_of(config, sizes, layout, topology.platform)
-  how = "compiled for it" if plan.compiled else "counted: there is no compiler for it here"
   rates = f"{chip.flops / 1e12:.0f} TFLOP/s, {chip.memory_rate / 1e9:.0f} GB/s, links {chip.link_rate / 1e9:.0f} GB/s"
   lines = [
-    f"topology {topology.name}: {topology.count} chips of {chip.memory / GIB:.2f} GiB, {rates}; {how}",
+    f"topology {topology.name}: {topology.count} chips of {chip.memory / GIB:.2f} GiB, {rates}; {how_found(plan)}",
     f"mesh     (data, fsdp, tensor) = {plan.mesh}: --config.mesh='{plan.mesh}'", "",
     *report.memory_lines(plan.memory, topology), "", *report.phase_lines(phases, topology), "",
   ]  # fmt: skip
@@ -257,5 +258,5 @@ def find_smallest(config, sizes: Sizes, say) -> list[Plan]:
       say(f"  {chip.name:4} no slice up to {chip.slices[-1]} fits")
     else:
       say(f"  {best.topology:10} mesh {best.mesh!s:12} {report.gib(best.peak):>6} of {report.gib(chip.memory)} GiB per "
-          f"chip, a step at least {sum(best.seconds.values()):.1f} s")  # fmt: skip
+          f"chip, a step at least {sum(best.seconds.values()):.1f} s; {how_found(best)}")  # fmt: skip
   return found
