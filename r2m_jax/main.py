@@ -108,10 +108,16 @@ def show_traceback(kind, error, trace) -> None:
   print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
+def show_unraisable(unraisable) -> None:
+  """Python's own, but for the writes of a failed save, which end after all that waited for them has gone."""
+  if str(unraisable.exc_value) != "Event loop is closed":  # the save's own error is raised, and told in one line
+    show_traceback(type(unraisable.exc_value), unraisable.exc_value, unraisable.exc_traceback)
+
+
 def main(argv):
   del argv  # read by parse_flags
   config = CONFIG.value
-  sys.excepthook = show_traceback
+  sys.excepthook, sys.unraisablehook = show_traceback, show_unraisable
   keep_freed_memory()
   logging.set_verbosity(logging.FATAL)  # checkpointing is chatty otherwise; its errors are raised, and told in one line
   try:

@@ -112,8 +112,9 @@ def compare(workdir: Path, arm: str, t: int, metrics: dict) -> None:
   off = {name: 0.0 if np.array_equal(a, b, equal_nan=True) else abs(a - b) for name, (a, b) in pairs.items()}
   worst = max(off, key=lambda name: np.nan_to_num(off[name], nan=np.inf))
   print(f"check    {len(off)} metrics of the step against metrics.jsonl: largest difference {off[worst]:.1e} ({worst})")
-  if not off[worst] <= MATCHES * max(1, abs(pairs[worst][1])):
-    print("check    so this is NOT the run's sample: give it the run's --config.mesh, kind of device and version")
+  if wrong := [name for name in off if not off[name] <= MATCHES * max(1, abs(pairs[name][1]))]:
+    print(f"check    this is NOT the run's sample, or made by another version: {', '.join(wrong)}; give it the run's "
+          "--config.mesh, kind of device and version")  # fmt: skip
 
 
 def config_of(config, workdir: Path):

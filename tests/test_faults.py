@@ -7,6 +7,7 @@ import os
 import pathlib
 import shutil
 import signal
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -370,6 +371,14 @@ def test_what_the_environment_keeps_secret_is_never_written(monkeypatch, capsys)
   assert redact(f"x {secret}") == f"x {secret}"  # no longer one
   monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
   assert redact("it is false") == "it is false"
+
+
+def test_a_failed_save_leaves_one_line(capsys):
+  for said in ("Event loop is closed", "something else"):
+    main.show_unraisable(SimpleNamespace(
+      exc_type=RuntimeError, exc_value=RuntimeError(said), exc_traceback=None, err_msg=None, object=None
+    ))  # fmt: skip
+  assert "something else" in (shown := capsys.readouterr().err) and "Event loop" not in shown
 
 
 # ---- who listens ----

@@ -153,7 +153,7 @@ def test_files_of_rows(rows, tmp_path_factory, draw):
 def test_input_of_batch_use(rows, tmp_path_factory, draw):
   folder = tmp_path_factory.getbasetemp() / "fuzz_batch"
   damaged(draw, rows, folder, ["a.jsonl"])
-  refused(folder, lambda: read_rows(str(folder / "a.jsonl"), ("prompt", "chosen")))
+  refused(folder, lambda: read_rows(str(folder / "a.jsonl"), ("prompt", "rejected")))
 
 
 # ---- folders of models ----
@@ -209,6 +209,13 @@ def test_folders_of_reward_models(models, tmp_path_factory, draw):
     assert reward.head is None or isinstance(reward.head[0].omega, float)
 
   refused(folder, use)
+
+
+def test_what_is_not_damaged_is_used(rows, models):
+  """Or the refusals above would mean nothing."""
+  assert len(read_rows(str(rows / "a.jsonl"), ("prompt", "rejected"))) == len(load(data(rows / "a.jsonl"), "pair")) == 6
+  assert load_policy(str(models / "policy"), config()).tokenizer.render("The cat")
+  assert load_reward(str(models / "reward"), config()).head[0].omega == 0.7
 
 
 # ---- workdirs and checkpoints ----
