@@ -154,7 +154,7 @@ def _join(settings) -> bool:
     if given is None and "coordinator_address" in str(error):
       return False  # no cluster
     raise HostsError(f"config.hosts: {error}") from None
-  except (RuntimeError, OSError, KeyError) as error:
+  except (RuntimeError, OSError, LookupError, ImportError) as error:
     raise HostsError(f"{_missing(settings)} ({' '.join(str(error).split())[:300]})") from error
   return jax.process_count() > 1
 

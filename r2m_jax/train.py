@@ -94,7 +94,7 @@ def run_arm(config, built: Build, workdir: Path, policy, reward) -> None:
 
   def advance(state, t: int):
     prompts = rl_prompts(config, t)
-    state, out = step(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
+    state, out = step(state, prompts)
     out = hosts.fetch(out)
     metrics = out.metrics | gold_metrics(out, config.rollout.group_size)
     if t == 0:
@@ -112,9 +112,10 @@ def rl_prompts(config, t: int):
 
 
 def make_gold_step(config, built: Build, layout):
-  """`make_step` for the gold-reward task."""
+  """`make_step` for the gold-reward task; every process gives all prompts, as host arrays, and feeds its own."""
   labeller = gold_labeller(config) if uses_labels(config) else None
-  return make_step(built.defs, config, built.mesh, (goldtask.EOS,), goldtask.PAD, layout, labeller)
+  step = make_step(built.defs, config, built.mesh, (goldtask.EOS,), goldtask.PAD, layout, labeller)
+  return lambda state, prompts: step(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
 
 
 def gold_metrics(out, group_size: int) -> dict[str, float]:
