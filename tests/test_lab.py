@@ -162,6 +162,7 @@ def test_arms_that_cannot_run_are_refused(arms, message):
   ("lab.seeds", (1, 1), "each seed may appear once"),
   ("lab.betas", (), "above 0"),
   ("lab.kls", (0.0,), "above 0"),
+  ("lab.kls", (), "above 0"),
   ("lab.probe_every", 0, "at least 1"),
   ("mesh", (2, 1, 1), "splits seeds over the devices"),
 ])  # fmt: skip
