@@ -185,6 +185,13 @@ def test_the_laboratorys_configs_can_run(size):
     assert set(per_arm) == {4}  # the same budget for every arm
 
 
+def test_what_was_chosen_reaches_all_arms_of_a_variant(monkeypatch):
+  monkeypatch.setitem(lab_config.CHOSEN, "r2m", "r2m.lr=3e-4 kl.beta=0.04")
+  arms = arms_of(lab_config.get_config())
+  assert arms["r2m"].r2m.lr == arms["r2m.eight_percent"].r2m.lr == 3e-4 and arms["noise"].r2m.lr == 1e-4
+  assert (arms["r2m"].kl.beta, arms["r2m.grpo"].kl.beta, arms["vanilla"].kl.beta) == (0.04, 0.06, 0.02)
+
+
 def test_seeds_share_out_over_the_devices():
   assert [together.seeds_mesh(n).size for n in (1, 2, 6, 7, 8, 9, 10, 11)] == [1, 2, 6, 7, 8, 3, 5, 1]
 
