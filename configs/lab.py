@@ -38,6 +38,7 @@ SETTINGS = (  # mitigations, and choices that the paper leaves open
   "r2m.average r2m.average=0.9",
   "r2m.middle_layer r2m.feedback_layer=0",
 )
+CHOSEN: dict[str, str] = {}  # variant -> what :tune took, such as "r2m": "r2m.lr=3e-4"; empty: nothing was chosen yet
 BUDGETS = {"half_percent": 0.005, "two_percent": 0.02, "eight_percent": 0.08}  # of all trajectories, in labelled pairs
 CANDIDATES = (3e-5, 1e-4, 3e-4, 1e-3)  # as many for every arm
 SWEEP = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -49,6 +50,13 @@ def labels(steps: int, trajectories: int):
     for variant in ("r2m", "iterative_head"):
       yield f"{variant}.{name} r2m.labels=preference r2m.label_budget={budget}"
     yield f"vanilla.{name}_before reward.pairs={2048 + round(budget * steps * trajectories / 2)}"
+
+
+def chosen(arms):
+  """Each arm with the settings chosen for its variant, before its own."""
+  for text in arms:
+    name, *own = text.split()
+    yield " ".join(filter(None, [name, CHOSEN.get(name.split(".")[0], ""), *own]))
 
 
 def tuned(arms):
@@ -66,11 +74,11 @@ def get_config(size: str = ""):
   config.task = "lab"
   modes = tuple(f"{arm}.{mode} {text}" for mode, text in MODES.items() for arm in TELLING)
   budgets = tuple(labels(config.steps, config.rollout.prompts * config.rollout.group_size))
-  config.lab.arms = VARIANTS + HOLDS + modes + budgets + SETTINGS  # the first ones first: see docs/lab.md
+  config.lab.arms = tuple(chosen(VARIANTS + HOLDS + modes + budgets + SETTINGS))  # the weightiest first
   config.lab.seeds = tuple(range(10))
   config.log.checkpoint_every = 20
   if size == "sweep":
-    config.lab.arms, config.lab.betas = TELLING, SWEEP
+    config.lab.arms, config.lab.betas = tuple(chosen(TELLING)), SWEEP
   if size == "tune":
     config.lab.arms, config.lab.seeds = tuple(tuned(VARIANTS)), tuple(range(100, 104))
   if size == "test":

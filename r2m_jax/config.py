@@ -216,7 +216,7 @@ def check_lab(config: ConfigDict, need) -> None:
   for field in ("lab.betas", "lab.kls", "lab.stops"):
     values = _get(config, field)
     good = all(isinstance(x, (int, float)) and x > 0 for x in values) and len(set(values)) == len(values)
-    need(good and (field != "lab.betas" or values), field, "give numbers above 0, each once, such as (1.0,)")
+    need(good and (field == "lab.stops" or len(values)), field, "give numbers above 0, each once, such as (1.0,)")
   for field in ("lab.together", "lab.probe_every", "lab.probe_prompts", "lab.best_prompts", "lab.best_samples"):
     need(_get(config, field) >= 1, field, "must be at least 1")
   need(tuple(config.mesh) == (1, 1, 1), "mesh", "the laboratory splits seeds over the devices, not one seed: (1, 1, 1)")

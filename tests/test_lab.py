@@ -162,6 +162,7 @@ def test_arms_that_cannot_run_are_refused(arms, message):
   ("lab.seeds", (1, 1), "each seed may appear once"),
   ("lab.betas", (), "above 0"),
   ("lab.kls", (0.0,), "above 0"),
+  ("lab.kls", (), "above 0"),
   ("lab.probe_every", 0, "at least 1"),
   ("mesh", (2, 1, 1), "splits seeds over the devices"),
 ])  # fmt: skip
@@ -182,6 +183,13 @@ def test_the_laboratorys_configs_can_run(size):
     assert not set(cfg.lab.seeds) & set(lab_config.get_config().lab.seeds)
     per_arm = [sum(name.split(".")[0] == arm for name in arms) for arm in lab_config.VARIANTS]
     assert set(per_arm) == {4}  # the same budget for every arm
+
+
+def test_what_was_chosen_reaches_all_arms_of_a_variant(monkeypatch):
+  monkeypatch.setitem(lab_config.CHOSEN, "r2m", "r2m.lr=3e-4 kl.beta=0.04")
+  arms = arms_of(lab_config.get_config())
+  assert arms["r2m"].r2m.lr == arms["r2m.eight_percent"].r2m.lr == 3e-4 and arms["noise"].r2m.lr == 1e-4
+  assert (arms["r2m"].kl.beta, arms["r2m.grpo"].kl.beta, arms["vanilla"].kl.beta) == (0.04, 0.06, 0.02)
 
 
 def test_seeds_share_out_over_the_devices():

@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
+from configs import lab as lab_config
 from r2m_jax.lab import goldtask, results, stats
 from r2m_jax.lab.table import arm_columns, curves_of, joined, read_table, write_table
 from r2m_jax.train import gold_metrics
@@ -194,3 +195,30 @@ def test_arms_are_paired_with_those_of_their_own_kind():
   assert results.rival("r2m.mine", "vanilla", known) == "vanilla"
   assert results.rival("vanilla.hold", "vanilla", known) == "vanilla"
   assert results.rival("vanilla", "vanilla", known) is None and results.rival("r2m", "", known) is None
+
+
+def candidates(**changes):
+  """Results with four candidates of one arm; `changes` are measure -> value of candidates 0 to 3."""
+  usual = {"skipped": 0, "length_start": 8, "length_final": 6, "frozen_at_kl_2": 1, "frozen_final": 1, "final": 0}
+  found = {}
+  for i in range(4):
+    for measure, value in usual.items():
+      count, value = changes.get(measure, {}).get(i, (4, value))
+      found[f"r2m.candidate_{i}", 1.0, measure, ""] = stats.Interval(value, value, value, count)
+  curves = {f"r2m.candidate_{i}": {} for i in range(4)} | {"vanilla": {}}
+  return results.Results(curves, {}, {}, {}, [], found, {})
+
+
+@pytest.mark.parametrize("changes, taken", [
+  ({}, 0),
+  ({"frozen_at_kl_2": {2: (4, 1.5)}}, 2),
+  ({"frozen_at_kl_2": {2: (4, 1.5)}, "final": {0: (4, 9.0)}}, 2),  # gold is not read
+  ({"frozen_at_kl_2": {2: (4, 1.5)}, "skipped": {2: (4, 0.25)}}, 0),
+  ({"frozen_at_kl_2": {2: (4, 1.5)}, "length_final": {2: (4, 3.9)}}, 0),
+  ({"frozen_at_kl_2": {2: (4, 1.5), 1: (3, 1.0)}, "frozen_final": {3: (4, 2.0)}}, 3),  # a seed of 1 never gets there
+  ({"skipped": {i: (4, 1.0) for i in range(4)}}, None),
+])  # fmt: skip
+def test_settings_are_chosen_by_the_rule_of_the_protocol(changes, taken):
+  config = lab_config.get_config("tune")
+  chosen = results.choose(config, candidates(**changes))
+  assert chosen == ({} if taken is None else {"r2m": f"r2m.candidate_{taken}"})

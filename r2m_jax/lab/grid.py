@@ -64,6 +64,7 @@ def run(config, workdir: Path) -> None:
         columns = table.joined(table.read_table(path)[0], columns)
       table.write_table(path, columns, identity(arm))
       shutil.rmtree(partial_of(workdir, name, arm, part), ignore_errors=True)
+    jax.clear_caches()  # no other arm uses this one's programs
     found, _ = report.read(config, arms, workdir, proxies)
     results.write_summary(workdir / "summary.csv", found)
     seconds = time.monotonic() - began

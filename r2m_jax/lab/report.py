@@ -104,6 +104,14 @@ def tables(config, found: Results, facts: dict[int, dict]) -> list[dict]:
                        "d(a - b log d): a", "b", "turns at d", "R²", "R², log"],
                        note="Gold less that of the supervised policy, d = sqrt(KL); over all steps of all seeds, "
                             "intervals over seeds. –: no peak in more than 2.5% of the resamples."))  # fmt: skip
+  chosen = results.choose(config, found)
+  if chosen:
+    show = ("skipped", "length_start", "length_final", at_kl("frozen", lab.kls[0]), "frozen_final")
+    names = [name for name in found.curves if results.CANDIDATE in name]
+    rows = [[name, "taken" if name in chosen.values() else "", *(span(find(found, name, x)) for x in show)]
+            for name in names]  # fmt: skip
+    sections.append(dict(title="Choice of settings", head=["candidate", "", *(x.replace("_", " ") for x in show)],
+                         rows=rows, note="By the rule of the protocol, which reads no gold."))
   if found.best:
     rows = [[str(n), f"{kl:.2f}", *(span(stats.interval(found.best[x][:, i])) for x in ("gold", "proxy"))]
             for i, (n, kl) in enumerate(zip(found.best["n"][0], found.best["kl"][0]))]  # fmt: skip
@@ -143,6 +151,7 @@ def write(config, found: Results, facts: dict[int, dict], workdir: Path) -> str:
   write_atomic(workdir / "seeds.txt", text + "\n")
   lines = text.splitlines()
   shown = lines if len(lines) <= 24 else [line for line in lines if ": over-optimised on " in line]
+  shown += [f"{arm}: takes {name}" for arm, name in results.choose(config, found).items()]
   return "\n".join(["", "Gold reward, means over 12-step bins", *shown, f"report   {page}",
                     f"table    {workdir / 'table'}, in short {workdir / 'summary.csv'}"])  # fmt: skip
 

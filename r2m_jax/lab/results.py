@@ -68,6 +68,7 @@ def measures(config, curves: Curves) -> dict[str, np.ndarray]:
   for target in config.lab.kls:
     for name in ("gold", "frozen"):
       found[at_kl(name, target)] = stats.matched(metrics["kl"], metrics[f"reward/{name}"], target)
+  found["length_start"] = stats.outline(metrics["length"]).start
   frozen, width = metrics["reward/frozen"], window_of(steps)
   peak = np.round(found["peak_step"] - (width - 1) / 2).astype(int)
   found["frozen_rise"] = found["frozen_final"] - [row[i : i + width].mean() for row, i in zip(frozen, peak)]
@@ -155,3 +156,27 @@ def write_summary(path: Path, results: Results) -> None:
 def find(results: Results, arm: str, measure: str, factor: float = 1.0, against: str = "") -> stats.Interval | None:
   """The interval of a row; None where there is none."""
   return results.found.get((arm, factor, measure, against))
+
+
+CANDIDATE = ".candidate_"
+
+
+def choose(config, results: Results) -> dict[str, str]:
+  """Of the candidates of each arm, named ARM.candidate_N, the one that the protocol takes; gold is not read.
+
+  A candidate is out if an update was skipped or its final length is below half of that at the start. Of the rest the
+  one with the highest frozen proxy where the KL reaches the first of config.lab.kls, if all seeds of all of them get
+  there, else with the highest final frozen proxy; on a tie the first. An arm without a candidate left is not in it.
+  """
+  chosen, target = {}, at_kl("frozen", config.lab.kls[0])
+  names = [name for name in results.curves if CANDIDATE in name]
+  value = lambda name, measure: find(results, name, measure)
+  for arm in dict.fromkeys(name.partition(CANDIDATE)[0] for name in names):
+    sound = [
+      name for name in names if name.partition(CANDIDATE)[0] == arm and value(name, "skipped").value == 0
+      and value(name, "length_final").value >= 0.5 * value(name, "length_start").value
+    ]  # fmt: skip
+    whole = all(value(name, target).count == value(name, "final").count for name in sound)
+    if sound:
+      chosen[arm] = max(sound, key=lambda name: value(name, target if whole else "frozen_final").value)
+  return chosen
