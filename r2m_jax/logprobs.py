@@ -32,7 +32,9 @@ class Head:
 
   def __call__(self, hidden: jax.Array) -> jax.Array:
     wide = jnp.promote_types(hidden.dtype, jnp.float32)
-    return softcap(jnp.matmul(hidden, self.kernel, preferred_element_type=wide), self.cap)
+    rows = hidden.reshape(-1, hidden.shape[-1])  # see transformer.as_rows
+    logits = softcap(jnp.matmul(rows, self.kernel, preferred_element_type=wide), self.cap)
+    return logits.reshape(*hidden.shape[:-1], -1)
 
 
 @struct.dataclass
