@@ -31,7 +31,7 @@ from r2m_jax.ops import combine
 from r2m_jax.pretrain import PARTIAL
 from r2m_jax.sharding import make_mesh
 from r2m_jax.step import make_judge, make_learn, make_omega, make_read, make_rollout, measured_kl, sampling, truncated
-from r2m_jax.step import uses_labels
+from r2m_jax.step import read_feedback, uses_labels
 from r2m_jax.train import claim, gold_metrics, rl_prompts, shapes_of, warm
 from r2m_jax.variants import VARIANTS
 
@@ -42,6 +42,8 @@ BEST_GROUP = 2  # samples of a prompt drawn at a time: by the program that draws
 def run(config, workdir: Path) -> None:
   """Runs what is not in the table yet, an arm after another, and draws the report of all that is in it."""
   arms = arms_of(config)
+  if jax.process_count() > 1:
+    raise ConfigError("config.task is 'lab': for one process, over whose devices its seeds are shared out")
   claim(config, workdir)
   wanted = [(seed, factor) for factor in config.lab.betas for seed in config.lab.seeds]
   for name, arm in arms.items():  # before anything is computed
@@ -262,7 +264,7 @@ def make_probe(config, built: Build, mesh):
                             with the reference's over the same tokens: what the policy gains through states it writes
   """
   read, judge, omega_at = make_read(config), make_judge(built.defs, config), make_omega(config)
-  floor = config.r2m.omega_min
+  floor, reading = config.r2m.omega_min, sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=0)
   settings = dict(group_size=1, max_new_tokens=config.rollout.max_new_tokens, eos_ids=(goldtask.EOS,),
                   pad_id=goldtask.PAD, **sampling(config))  # fmt: skip
 
@@ -273,9 +275,9 @@ def make_probe(config, built: Build, mesh):
   def probe(state, first_head, fixed, samples):
     def scores(sequences, head, w, feedback):
       policy, ref = built.defs.open_policy(state.policy, state.ref), built.defs.open_ref(state.ref)
-      old, of_ref = read(policy, ref, sequences)
+      old, of_ref = (read_feedback(model, sequences, **reading) for model in (policy, ref))
       if w is None:
-        w = omega_at(state.step, measured_kl(old, of_ref, sequences))
+        w = omega_at(state.step, measured_kl(*read(policy, ref, sequences), sequences))
       given = state.replace(reward_head=head, reward_average=None)
       judged, _ = judge(
         given, w, sequences, old if feedback else of_ref, of_ref, sequences.tokens, sequences.token_mask,
