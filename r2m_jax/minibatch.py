@@ -13,14 +13,30 @@ import jax.numpy as jnp
 from r2m_jax.sharding import ROWS, lay_rows, mesh_around
 
 
-def split_rows(tree, parts: int):
-  """[B, ...] -> [parts, B / parts, ...]: part i has the rows i, i + parts, i + 2 parts, ..."""
-  return jax.tree.map(lambda x: runs_of(x, parts).swapaxes(0, 1), tree)
+def runs_of(x: jax.Array, length: int) -> jax.Array:
+  """[B, ...] -> [B / length, length, ...]: neighbouring rows together."""
+  return x.reshape(len(x) // length, length, *x.shape[1:])
 
 
-def join_rows(tree):
-  """Undoes `split_rows`."""
-  return jax.tree.map(lambda x: lay_rows(x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])), tree)
+def scan_rows(f: Callable, carry, parts: int, *trees):
+  """`jax.lax.scan` of f(carry, *part) -> (carry, out) over `parts` parts of the rows of `trees`.
+
+  Every leaf of `trees` and of out has rows as its leading axis. Returns (carry, outs of all rows, in their order). They
+  are written into place one part after another; a stack of parts would have to be copied to put its rows in order.
+  """
+  runs = jax.tree.map(lambda x: runs_of(x, parts), trees)
+  part = lambda i: jax.tree.map(lambda x: lay_rows(jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)), runs)
+  empty = lambda x: lay_rows(jnp.zeros((x.shape[0], parts, *x.shape[1:]), x.dtype))
+
+  def step(state, i):
+    carry, outs = state
+    carry, out = f(carry, *part(i))
+    put = lambda x, new: lay_rows(jax.lax.dynamic_update_index_in_dim(x, new, i, 1))
+    return (carry, jax.tree.map(put, outs, out)), None
+
+  outs = jax.tree.map(empty, jax.eval_shape(lambda: f(carry, *part(0))[1]))
+  (carry, outs), _ = jax.lax.scan(step, (carry, outs), jnp.arange(parts))
+  return carry, jax.tree.map(lambda x: lay_rows(x.reshape(x.shape[0] * parts, *x.shape[2:])), outs)
 
 
 def map_rows(f: Callable, parts: int, *trees):
@@ -36,7 +52,7 @@ def map_rows(f: Callable, parts: int, *trees):
   parts = next(n for n in range(min(parts, whole), whole + 1) if whole % n == 0)
   if parts == 1:
     return f(*trees)
-  return join_rows(jax.lax.map(lambda part: f(*jax.tree.map(lay_rows, part)), split_rows(trees, parts)))
+  return scan_rows(lambda _, *part: (None, f(*part)), None, parts, *trees)[1]
 
 
 def deal_orders(key: jax.Array, rows: int, minibatches: int) -> jax.Array:
@@ -49,11 +65,6 @@ def deal_orders(key: jax.Array, rows: int, minibatches: int) -> jax.Array:
   """
   runs = jnp.broadcast_to(jnp.arange(minibatches), (rows // minibatches, minibatches))
   return jax.random.permutation(key, runs, axis=1, independent=True).T
-
-
-def runs_of(x: jax.Array, length: int) -> jax.Array:
-  """[B, ...] -> [B / length, length, ...]: neighbouring rows together."""
-  return x.reshape(len(x) // length, length, *x.shape[1:])
 
 
 def take_rows(tree, order: jax.Array, minibatches: int):

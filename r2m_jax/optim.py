@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from r2m_jax.minibatch import join_rows, split_rows
+from r2m_jax.minibatch import scan_rows
 from r2m_jax.ops import at_least_f32
 from r2m_jax.schedules import learning_rate
-from r2m_jax.sharding import lay_parameters, lay_rows, path_name
+from r2m_jax.sharding import lay_parameters, path_name
 
 
 def make_optimizer(config, total_updates: int) -> optax.GradientTransformation:
@@ -120,16 +120,14 @@ def gradient(loss: Callable, params, *args, parts: int = 1):
     return value, aux, lay_parameters(grads)
 
   def add(total, rows):
-    (value, aux), grads = compute(params, jax.tree.map(lay_rows, rows), *args[1:])
+    (value, aux), grads = compute(params, rows, *args[1:])
     value, grads = jax.tree.map(lambda old, new: old + new.astype(old.dtype), total, (value, grads))
     return (value, lay_parameters(grads)), aux
 
-  micro = split_rows(args[0], parts)
-  first = jax.tree.map(lambda x: x[0], micro)
-  value = jax.eval_shape(lambda *args: loss(*args)[0], params, first, *args[1:])
+  value = jax.eval_shape(lambda *args: loss(*args)[0], params, *args)
   zeros = jax.tree.map(lambda x: at_least_f32(jnp.zeros(x.shape, x.dtype)), (value, params))
-  (value, grads), aux = jax.lax.scan(add, (zeros[0], lay_parameters(zeros[1])), micro)
-  return value, join_rows(aux), grads
+  (value, grads), aux = scan_rows(add, (zeros[0], lay_parameters(zeros[1])), parts, args[0])
+  return value, aux, grads
 
 
 def descend(tx: optax.GradientTransformation, loss: Callable, params, opt, *args, parts: int = 1):

@@ -9,19 +9,21 @@ import pytest
 from jax.sharding import NamedSharding
 
 from r2m_jax import optim
-from r2m_jax.minibatch import deal_orders, join_rows, map_rows, put_rows, split_rows, take_rows
+from r2m_jax.minibatch import deal_orders, map_rows, put_rows, scan_rows, take_rows
 from r2m_jax.ops import AGGREGATIONS, aggregate
-from r2m_jax.sharding import BATCH, make_mesh, on_mesh
+from r2m_jax.sharding import BATCH, lay_rows, make_mesh, on_mesh
 
 X = np.random.default_rng(0).standard_normal((32, 3, 4)).astype(np.float32)
 MOVES = r" (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)\("
 
 
 def test_part_i_of_n_has_every_nth_row_from_i_on():
-  parts = split_rows(X, 4)
+  see = lambda seen, part, tree: (seen.at[tree["i"][0]].set(part), {"x": part, "empty": part[:, :0]})
+  seen, out = scan_rows(see, jnp.zeros((4, 8, 3, 4)), 4, X, {"i": np.arange(32) % 4})
   for i in range(4):
-    np.testing.assert_array_equal(parts[i], X[i::4])
-  np.testing.assert_array_equal(join_rows(parts), X)
+    np.testing.assert_array_equal(seen[i], X[i::4])
+  np.testing.assert_array_equal(out["x"], X)
+  assert out["empty"].shape == (32, 0, 4)
 
 
 @pytest.mark.parametrize("parts, used", [(1, 1), (4, 4), (3, 4), (5, 8), (64, 32)])
@@ -73,7 +75,7 @@ def test_no_row_leaves_its_device():
   found = jax.jit(on_mesh(mesh, inside))
   text = found.lower(x, order).compile().as_text()
   assert not re.findall(MOVES, text), re.findall(MOVES, text)
-  moved = jax.jit(on_mesh(mesh, lambda x: join_rows(split_rows(x, 4)[::-1, ::-1]))).lower(x).compile().as_text()
+  moved = jax.jit(on_mesh(mesh, lambda x: lay_rows(x[::-1]))).lower(x).compile().as_text()
   assert re.findall(MOVES, moved)  # what the check looks for is there where rows do move
   for got, want in zip(found(x, order), inside(X, order)):
     np.testing.assert_allclose(got, want, rtol=1e-6)
