@@ -382,7 +382,8 @@ def test_tpu_plan_of_full_widths(tmp_path, topology):
   """Two layers of the 3B policy and of the 8B reward model, by the real compiler."""
   done, plans = plan(
     tmp_path, QWEN, f"plan.topology={topology}", "plan.layers=2", "plan.compare=", "rollout.prompts=8",
-    "rollout.group_size=2", "rollout.max_new_tokens=128", "plan.prompt_length=128", "ppo.accumulation=2",
+    "rollout.group_size=2", "rollout.max_new_tokens=64", "plan.prompt_length=64", "ppo.accumulation=1",
+    "ppo.epochs=1", "logits_chunk=0", "mesh=(1, 4, 1)",
   )  # fmt: skip
   assert done.returncode == 0, done.stdout + done.stderr
   found = plans[0]

@@ -44,7 +44,7 @@ STATE_KINDS = {  # of TrainState's fields; a step's number and key weigh nothing
 def prepare_environment(topology: Topology) -> None:
   """Everything on the host's processor, with as many devices as a CPU topology asks for. Before jax looks for any."""
   os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
-  os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+  os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3"}  # plans beside plans: no chip is held
   if topology.chip.name == "cpu" and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     count = f"--xla_force_host_platform_device_count={topology.count}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
