@@ -30,10 +30,9 @@ from jax.sharding import NamedSharding
 LOST = 75  # exit status where another process was lost, that of "resume me": the same command goes on
 ALONE = "none"  # config.hosts.coordinator of a process that looks for no others
 PATIENCE = 20.0  # seconds that a shared disk has to show what another machine wrote
-GONE = re.compile(
-  r"gloo|ncclRemote|connection (closed|reset|refused)|socket closed|broken pipe|heartbeat|coordination|unhealthy|"
-  r"barrier|UNAVAILABLE|DEADLINE_EXCEEDED", re.I
-)  # fmt: skip
+# what the runtime says of a process that is gone, and what others, such as orbax, make of it
+GONE = re.compile(r"Gloo|[Bb]arrier|[Hh]eartbeat|coordination service|UNAVAILABLE|DEADLINE_EXCEEDED")
+CUT = re.compile(r"ncclRemote|connection (closed|reset|refused)|socket closed|broken pipe", re.I)  # the runtime alone
 
 
 class HostsError(ValueError):
@@ -204,7 +203,8 @@ def _last_words() -> Iterator[Callable[[str, int], None]]:
 def end_if_lost(error: BaseException | None) -> None:
   """Ends the program with status `LOST` where an error, or what caused it, is that another process is gone."""
   while error is not None and jax.process_count() > 1:
-    if isinstance(error, jax.errors.JaxRuntimeError) and GONE.search(str(error)):
+    of_runtime = isinstance(error, jax.errors.JaxRuntimeError)
+    if GONE.search(str(error)) or of_runtime and CUT.search(str(error)):
       print(_lost(f"killed or its host gone ({' '.join(str(error).split())[:200]})"), file=sys.stderr, flush=True)
       os._exit(LOST)  # not sys.exit, which would wait for the one that is gone
     error = error.__cause__ or error.__context__

@@ -220,6 +220,7 @@ def same_folders(one: pathlib.Path, other: pathlib.Path, names):
     assert files[0] == files[1] and "README.md" in files[0]
 
 
+@pytest.mark.long
 def test_a_run_from_folders_by_two_processes_equals_one(models, tmp_path):
   for name, kind in (("one", ONE), ("two", TWO)):
     folder = tmp_path / name
@@ -316,6 +317,7 @@ def test_a_lost_process_ends_the_other_in_bounded_time(two_processes, tmp_path, 
   assert saved is not None and saved >= 1
 
 
+@pytest.mark.long
 def test_a_signal_to_one_process_ends_both_after_the_same_step(two_processes, tmp_path):
   started = endless(tmp_path / "run", two_processes[0] / "stages")
   started[1].terminate()
@@ -326,6 +328,7 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step(two_processes, tm
   assert checkpoint.newest(checkpoint.open_checkpoints(tmp_path / "run/checkpoints/r2m", last=9)) == last + 1
 
 
+@pytest.mark.long
 def test_mistakes_end_all_of_them(models, tmp_path):
   """A mesh that leaves devices out; a process that does not come; a file that one process does not have."""
   common = folder_arguments(models, mesh="(4, 1, 1)")
