@@ -93,7 +93,10 @@ def shardings(tree, mesh: Mesh):
 
 
 def on_mesh(mesh: Mesh, f: Callable) -> Callable:
-  """f, traced with `mesh` around it: what `lay`, `lay_rows` and `lay_parameters` inside it refer to."""
+  """f, traced with `mesh` around it: what `lay`, `lay_rows` and `lay_parameters` inside it refer to. One device needs
+  none: so it can be mapped over a mesh of another kind."""
+  if mesh.size == 1:
+    return f
 
   @functools.wraps(f)
   def traced(*args, **kwargs):
@@ -109,9 +112,9 @@ def jit_on(mesh: Mesh) -> Callable[[Callable], Callable]:
 
 
 def mesh_around():
-  """The mesh of `on_mesh`; None where there is none, or where it is a single device."""
+  """The mesh of `on_mesh`; None where there is none of ours, or where it is a single device."""
   mesh = jax.sharding.get_abstract_mesh()
-  return None if mesh.empty or mesh.size == 1 else mesh
+  return None if mesh.size == 1 or "data" not in mesh.shape else mesh
 
 
 def lay(x: jax.Array, *spec) -> jax.Array:
