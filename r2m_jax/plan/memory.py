@@ -72,11 +72,11 @@ def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool) -> floa
   tensor, parts = layout.tensor, config.ppo.minibatches * config.ppo.accumulation
   own_rows = sizes.rows / layout.shards
   rows = max(1.0, own_rows / parts)
-  gradient = trained_numbers(config, arch) / (layout.fsdp * tensor) * (4 if config.ppo.accumulation > 1 else stored)
+  gradient = trained_numbers(config, arch) / (layout.fsdp * tensor) * (4 + stored if config.ppo.accumulation > 1 else stored)
 
   def layer(arch, length, backward):
     squares = 0 if fused else (2 + backward) * 4 * arch.num_heads * length * length
-    wide = (2 + backward) * (2 if arch.gated_mlp else 1) * length * arch.intermediate_size * 4 / 2
+    wide = (2 + backward) * (2 if arch.gated_mlp else 1) * length * arch.intermediate_size * 4
     gathered = 2 * layer_weights(arch) * width * (layout.fsdp > 1)
     return (rows * (squares + wide) + gathered) / tensor
 
@@ -84,7 +84,8 @@ def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool) -> floa
     "none": 10 * arch.hidden_size + 4 * arch.intermediate_size + arch.num_heads * sizes.length * 3 * (not fused),
     "full": arch.hidden_size,
   }
-  kept = rows * sizes.length * arch.num_layers * width * saved.get(config.remat, 6 * arch.hidden_size)
+  # twice: what the forward loop writes is laid out anew for the backward loop
+  kept = 2 * rows * sizes.length * arch.num_layers * width * saved.get(config.remat, 6 * arch.hidden_size)
   every = sizes.response_length * arch.vocab_size
   logits = 4 * rows * (min(config.logits_chunk, every) if config.logits_chunk else every) * 4 / tensor
   table = vocabulary(arch) * (width + 4) / (tensor * layout.fsdp)  # laid out by parts, and its gradient
