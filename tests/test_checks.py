@@ -22,7 +22,7 @@ def test_model_passes_and_reports_what_it_measured(capsys):
 def test_positions_that_count_padding_are_caught(monkeypatch):
   built, state = small.start(small.config())
   original = transformer.Transformer._tables
-  ones = lambda self, keys, slot, length: original(self, jax.numpy.ones_like(keys), slot, length)
+  ones = lambda self, keys, *others: original(self, jax.numpy.ones_like(keys), *others)
   monkeypatch.setattr(transformer.Transformer, "_tables", ones)
   with pytest.raises(checks.IdentityError, match="padding changes a log-probability"):
     check(built, state)

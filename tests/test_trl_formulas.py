@@ -17,8 +17,9 @@ import torch
 
 from configs import default
 from r2m_jax import advantages, losses
+from r2m_jax.logprobs import TokenStats
 from r2m_jax.objective import make_advantages, make_objective, shape_scores
-from r2m_jax.ops import TokenStats, masked_whiten
+from r2m_jax.ops import masked_whiten
 from r2m_jax.types import Experience, Sequences
 
 TOLERANCE = dict(rtol=0, atol=1e-6)
