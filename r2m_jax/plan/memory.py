@@ -72,7 +72,8 @@ def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool) -> floa
   tensor, parts = layout.tensor, config.ppo.minibatches * config.ppo.accumulation
   own_rows = sizes.rows / layout.shards
   rows = max(1.0, own_rows / parts)
-  gradient = trained_numbers(config, arch) / (layout.fsdp * tensor) * (4 + stored if config.ppo.accumulation > 1 else stored)
+  held = 4 + stored if config.ppo.accumulation > 1 else stored  # bytes: the sum in float32 and one micro-batch's own
+  gradient = trained_numbers(config, arch) / (layout.fsdp * tensor) * held
 
   def layer(arch, length, backward):
     squares = 0 if fused else (2 + backward) * 4 * arch.num_heads * length * length
