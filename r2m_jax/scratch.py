@@ -32,6 +32,7 @@ TABLES, STAGES = "tables.json", "stages.json"  # of a workdir: what was measured
 
 def run(config, workdir: Path) -> None:
   """All stages; ends with WORKDIR/export/policy and WORKDIR/export/reward, of the last of config.scratch.arms."""
+  workdir = workdir.absolute()  # the stages' configs name folders of it, however it was given
   names, mesh = config.scratch, mesh_of(config)
   check_batch(config, tuple(mesh.shape.values()))
   require_data(config)
