@@ -20,6 +20,12 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
   os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # tests compile more than they compute: 3 x faster
 
+if "xla_cpu_collective_timeout_seconds" not in os.environ["XLA_FLAGS"]:
+  # eight devices meet on fewer cores: on a busy machine one of them may come late, and XLA would abort the process
+  os.environ["XLA_FLAGS"] += "".join(
+    f" --xla_cpu_collective_{name}_seconds=600" for name in ("timeout", "call_terminate_timeout")
+  )
+
 _cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "r2m_jax" / "jax"
 for _name, _value in {
   "JAX_COMPILATION_CACHE_DIR": str(_cache),
