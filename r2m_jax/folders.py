@@ -121,6 +121,7 @@ def _load(source: str, field: str, config, mesh, **kwargs) -> tuple[pathlib.Path
     folder = fetch(source)
     if not (folder / "config.json").exists():
       raise FolderError(f"{folder} holds no config.json; give the folder of a Hugging Face model")
+    mesh = mesh or mesh_of(config)
     return folder, load_pretrained(folder, mesh=mesh, **model_kwargs(config, mesh), **kwargs)
   except TextError:
     raise
