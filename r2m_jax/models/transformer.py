@@ -195,8 +195,8 @@ class Block(nnx.Module):
 
 
 def as_rows(x: jax.Array) -> jax.Array:
-  """[..., D] -> [N, D]: a linear's gradient is then one plain product. Over two leading axes XLA on CPU first transposes
-  the widest operand, which took a quarter of an update."""
+  """[..., D] -> [N, D]: a linear's gradient is then one plain product. Over two leading axes XLA on CPU first
+  transposes the widest operand, which took a quarter of an update."""
   return x.reshape(-1, x.shape[-1])
 
 
