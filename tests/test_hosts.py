@@ -194,7 +194,7 @@ def models(tmp_path_factory):
   rng = np.random.default_rng(0)
   words = "the cat sat on a mat rain sea trees Paris short poem dog ran".split()
   text = lambda low, high: " ".join(rng.choice(words, rng.integers(low, high)))
-  rows = [{"prompt": text(1, 9), "response": text(1, 5), "chosen": text(1, 5), "rejected": text(1, 5)}
+  rows = [{"prompt": text(1, 9), "response": text(1, 5), "chosen": text(1, 5), "rejected": text(5, 8)}
           for _ in range(21)]  # fmt: skip
   fields = {"prompts": ("prompt",), "sft": ("prompt", "response"), "pairs": ("prompt", "chosen", "rejected")}
   for name, wanted in fields.items():
