@@ -16,6 +16,8 @@ import tempfile
 
 from absl import app, flags
 
+from benchmarks import machine
+
 ROOT = pathlib.Path(__file__).parents[1]
 SETTING = flags.DEFINE_list("setting", [], "--config.FIELD=VALUE of both sides, with commas")
 CHILD = flags.DEFINE_bool("child", False, "Run the step in this process")
@@ -35,12 +37,6 @@ def get_config():
   config.r2m.attention_dim = 256
   config.log.checkpoint_every = 1
   return config
-
-
-def status(name: str) -> int:
-  """A line of /proc/self/status, in bytes."""
-  lines = pathlib.Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-  return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def measure(config) -> dict[str, int]:
@@ -72,12 +68,12 @@ def measure(config) -> dict[str, int]:
   like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=built.rows), rollout.out_info)
   learn = learn.lower(state, like, like.tokens, like.token_mask).compile()
   jax.block_until_ready(state)
-  pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak begins anew
-  before = status("VmRSS")
+  machine.reset_peak()
+  before = machine.status("VmRSS")
   sequences = rollout(state, prompts)
   state, output = learn(state, sequences, sequences.tokens, sequences.token_mask)
   jax.block_until_ready((state, output))
-  return {"before": before, "peak": status("VmHWM")}
+  return {"before": before, "peak": machine.status("VmHWM")}
 
 
 def predicted(plan: dict) -> float:
