@@ -89,11 +89,12 @@ class Work:
     self.mesh = sharding.make_mesh((1, 1, 1))
     self.built = build.build(config, self.mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
     self.state = random_state(config, self.built)
-    defs, layout, eos = self.built.defs, sharding.shardings(self.state, self.mesh), (sizes.arch.vocab_size,)
-    make, read, judge = make_rollout(defs, config, self.mesh, eos, 0), make_read(config), make_judge(defs, config)
+    self.eos_ids, self.pad_id = (sizes.arch.vocab_size,), 0
+    defs, layout = self.built.defs, sharding.shardings(self.state, self.mesh)
+    read, judge = make_read(config), make_judge(defs, config)
     self.programs = {
-      "step": make_step(defs, config, self.mesh, eos, 0, layout),
-      "rollout": jax.jit(make, out_shardings=self.built.rows),
+      "step": make_step(defs, config, self.mesh, self.eos_ids, self.pad_id, layout),
+      "rollout": self.rollout_program(config),
       "read": jax.jit(lambda state, sequences: read(
         defs.open_policy(state.policy, state.ref), defs.open_ref(state.ref), sequences)),
       "judge": jax.jit(lambda state, w, sequences, old, ref: judge(
@@ -102,6 +103,11 @@ class Work:
         make_learn(defs, config, self.mesh), donate_argnums=0, in_shardings=(layout, None, None, None),
         out_shardings=(layout, None)),
     }  # fmt: skip
+
+  def rollout_program(self, config):
+    """rollout(state, prompts), jitted, with the lengths of this config."""
+    rollout = make_rollout(self.built.defs, config, self.mesh, self.eos_ids, self.pad_id)
+    return jax.jit(rollout, out_shardings=self.built.rows)
 
   def prompts(self) -> Prompts:
     """New ones at every call."""
