@@ -49,7 +49,7 @@ def main(_):
       work = workload.Work(changed, workload.sizes_of(changed, shape, shape))
       work.step(), work.step()  # compile, and one more
       works[number] = work
-      flops.append(sum(workload.flops(changed, work.sizes, platform).values()))
+      flops.append(sum(workload.counts(changed, work.sizes, platform)[0].values()))
       sizes.append(number)
     times = machine.take_turns({number: work.step for number, work in works.items()}, STEPS.value)
     seconds = [times[number].median for number in sizes]
