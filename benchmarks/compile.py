@@ -2,10 +2,10 @@
 
   python -m benchmarks.compile [--which=configs/quickstart.py]
 
-The run is cut short (2 RL steps of each arm, few of the other stages), which changes no program: the shapes are those of
-the whole. It is started twice with the same cache folder, empty at first. Time is the union of all spans in which JAX
-traces, lowers, compiles or reads its cache, so that what happens side by side counts once. A program counts as one of
-the many where its compilation alone takes over half a second.
+The run is cut short (2 RL steps of each arm, few of the other stages), which changes no program: the shapes are those
+of the whole. It is started twice with the same cache folder, empty at first. Time is the union of all spans in which
+JAX traces, lowers, compiles or reads its cache, so that what happens side by side counts once. A program counts as one
+of the many where its compilation alone takes over half a second.
 """
 
 import json
@@ -61,7 +61,8 @@ def run(folder: pathlib.Path, name: str) -> dict:
   done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False, env=env)
   if done.returncode:
     sys.exit(done.stdout + done.stderr)
-  found = [span for span in json.loads(spans.read_text(encoding="utf-8")) if span[0].startswith("/jax/core/compile/")]
+  seen = json.loads(spans.read_text(encoding="utf-8"))
+  found = [span for span in seen if span[0].startswith("/jax/core/compile/")]
   by = {}
   for event in sorted({span[0] for span in found}):
     by[event.split("/")[-1].removesuffix("_duration")] = union([span[1:3] for span in found if span[0] == event])

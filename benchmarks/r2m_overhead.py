@@ -2,8 +2,8 @@
 
   python -m benchmarks.r2m_overhead --size=small [--steps=5] [--setting=FIELD=VALUE,...]
 
-The two steps take turns in one process, so that a slow spell of the machine falls on both; a round is a ratio. Each peak
-is that of a process of its own, which runs two steps and nothing else.
+The two steps take turns in one process, so that a slow spell of the machine falls on both; a round is a ratio. Each
+peak is that of a process of its own, which runs two steps and nothing else.
 """
 
 import statistics

@@ -58,7 +58,8 @@ def main(_):
   for name in ("step", "rollout", "learn", "read", "judge", "updates"):
     spread = times[name] if name in times else f"{seconds[name]:9.4f}{'':30}"
     shares = flops[name] / seconds[name] / rate, moved[name] / seconds[name] / limits["copy"]
-    print(f"{name:16}  {spread}  {flops[name] / 1e9:9.2f}  {shares[0]:7.1%}  {moved[name] / 1e9:7.2f}  {shares[1]:7.1%}")
+    print(f"{name:16}  {spread}  {flops[name] / 1e9:9.2f}  {shares[0]:7.1%}  "
+          f"{moved[name] / 1e9:7.2f}  {shares[1]:7.1%}")  # fmt: skip
   both = seconds["rollout"] + seconds["learn"]
   print(f"{'rollout + learn':16}  {both:9.4f}   {both / seconds['step'] - 1:+.1%} of the fused step")
   print(f"peak {peak / 1e9:.2f} GB; {times['step'].dropped} rounds dropped since others were busy")
