@@ -2,7 +2,7 @@
 
   python -m benchmarks.cost [--size=tiny] [--steps=5] [--axes=prompts,length,parameters,K] [--setting=FIELD=VALUE,...]
 
-Each axis grows alone, from the given size. log time is fitted on log size by least squares; beside it stand the exponent
+Each axis grows alone, from the given size. log time is fitted on log size by least squares; beside it the exponent
 between the two largest alone, and that of the counted FLOPs, which is above one where attention's share grows. None may
 be worse than linear, attention apart: the lower end of the exponent's interval is at most one, or the FLOPs' exponent
 where that is more.
