@@ -75,7 +75,8 @@ def change(config, settings: list[str]) -> None:
 def sizes_of(config, arch: ArchConfig, reward_arch: ArchConfig) -> Sizes:
   prompts, length = config.rollout.prompts, config.plan.prompt_length
   rows, response = prompts * config.rollout.group_size, config.rollout.max_new_tokens
-  return Sizes(arch, reward_arch.replace(lm_head=False), prompts, rows, length, response, length + response)
+  return Sizes(arch, reward_arch.replace(lm_head=False), prompts, rows, length, response, length + response,
+               same_tokens=True)  # fmt: skip
 
 
 class Work:
@@ -91,17 +92,17 @@ class Work:
     self.state = random_state(config, self.built)
     self.eos_ids, self.pad_id = (sizes.arch.vocab_size,), 0
     defs, layout = self.built.defs, sharding.shardings(self.state, self.mesh)
-    read, judge = make_read(config), make_judge(defs, config)
+    read, judge, group = make_read(config), make_judge(defs, config), config.rollout.group_size
     self.programs = {
       "step": make_step(defs, config, self.mesh, self.eos_ids, self.pad_id, layout),
       "rollout": self.rollout_program(config),
       "read": jax.jit(lambda state, sequences: read(
-        defs.open_policy(state.policy, state.ref), defs.open_ref(state.ref), sequences)),
+        defs.open_policy(state.policy, state.ref), defs.open_ref(state.ref), sequences, group)),
       "judge": jax.jit(lambda state, w, sequences, old, ref: judge(
-        state, w, sequences, old, ref, sequences.tokens, sequences.token_mask, sampled=sizes.rows)[0]),
+        state, w, sequences, old, ref, sequences.tokens, sequences.token_mask, sampled=sizes.rows, group=group)[0]),
       "learn": jax.jit(
-        make_learn(defs, config, self.mesh), donate_argnums=0, in_shardings=(layout, None, None, None),
-        out_shardings=(layout, None)),
+        make_learn(defs, config, self.mesh, same_tokens=True), donate_argnums=0,
+        in_shardings=(layout, None, None, None), out_shardings=(layout, None)),
     }  # fmt: skip
 
   def rollout_program(self, config):
