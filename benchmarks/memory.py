@@ -14,19 +14,18 @@ import subprocess
 import sys
 import tempfile
 
+import jax
 from absl import app, flags
 
-from benchmarks import machine
+from benchmarks import machine, workload
+from configs import default
+from r2m_jax.plan.sizes import sizes_of
 
-ROOT = pathlib.Path(__file__).parents[1]
-SETTING = flags.DEFINE_list("setting", [], "--config.FIELD=VALUE of both sides, with commas")
 CHILD = flags.DEFINE_bool("child", False, "Run the step in this process")
 
 
 def get_config():
   """A step whose temporaries are above 2 GB."""
-  from configs import default
-
   config = default.get_config()
   arch = config.policy.arch
   arch.hidden_size, arch.num_layers, arch.num_heads, arch.num_kv_heads, arch.intermediate_size = 256, 4, 8, 8, 1024
@@ -41,38 +40,16 @@ def get_config():
 
 def measure(config) -> dict[str, int]:
   """Runs one step: {"before", "peak"}, resident bytes."""
-  import jax
-  import numpy as np
-
-  from r2m_jax import build, sharding
-  from r2m_jax.plan.sizes import sizes_of
-  from r2m_jax.step import make_learn, make_rollout
-  from r2m_jax.types import Prompts
-
-  sizes, mesh = sizes_of(config), sharding.make_mesh((1, 1, 1))
-  built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
-  policy = build.init_policy(config, built, jax.random.key(1))
-  reward = build.init_reward_model(config, built, policy, jax.random.key(2))
-  state = build.initial_state(config, built, policy, reward["backbone"], reward["phi"])
-  del policy, reward
-  layout, vocab = sharding.shardings(state, mesh), sizes.arch.vocab_size
-  rollout = jax.jit(make_rollout(built.defs, config, mesh, (vocab - 1,), vocab - 1), out_shardings=built.rows)
-  learn = jax.jit(
-    make_learn(built.defs, config, mesh), donate_argnums=0, in_shardings=(layout,) + (None,) * 3,
-    out_shardings=(layout, None),
-  )  # fmt: skip
-  shape = (sizes.prompts, sizes.prompt_length)
-  tokens = np.random.default_rng(0).integers(0, vocab, shape).astype(np.int32)
-  prompts = jax.device_put(Prompts(tokens, np.ones(shape, bool), np.arange(shape[0], dtype=np.int32)), built.rows)
-  rollout = rollout.lower(state, prompts).compile()
-  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=built.rows), rollout.out_info)
-  learn = learn.lower(state, like, like.tokens, like.token_mask).compile()
-  jax.block_until_ready(state)
+  sizes = sizes_of(config)
+  work = workload.Work(config, sizes)
+  prompts, rollout = work.prompts(), work.programs["rollout"]
+  work.programs["rollout"] = rollout = rollout.lower(work.state, prompts).compile()
+  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=work.built.rows), rollout.out_info)
+  learn = work.programs["learn"].lower(work.state, like, like.tokens, like.token_mask)
+  work.programs["learn"] = learn.compile()
   machine.reset_peak()
   before = machine.status("VmRSS")
-  sequences = rollout(state, prompts)
-  state, output = learn(state, sequences, sequences.tokens, sequences.token_mask)
-  jax.block_until_ready((state, output))
+  work.rollout(), work.learn()
   return {"before": before, "peak": machine.status("VmHWM")}
 
 
@@ -82,32 +59,20 @@ def predicted(plan: dict) -> float:
   return max(sum(kinds.get(kind, 0) for kind in rest) for kinds in plan["memory"].values())
 
 
-def settings() -> list[str]:
-  return [f"--config.{setting}" for setting in SETTING.value]
-
-
 def main(argv):
   del argv
+  settings = workload.SETTING.value
   if CHILD.value:
     config = get_config()
-    for setting in SETTING.value:
-      field, value = setting.split("=", 1)
-      old = config
-      for name in field.split("."):
-        old = old[name]
-      config.update_from_flattened_dict({field: type(old)(json.loads(value)) if not isinstance(old, str) else value})
+    workload.change(config, settings)
     print(json.dumps(measure(config)))
     return
-  child = [sys.executable, "-m", "benchmarks.memory", "--child", f"--setting={','.join(SETTING.value)}"]
-  done = subprocess.run(child, cwd=ROOT, capture_output=True, text=True, check=False)
-  if done.returncode:
-    sys.exit(done.stderr)
-  found = json.loads(done.stdout.splitlines()[-1])
+  found = machine.child("benchmarks.memory", "--child", f"--setting={','.join(settings)}")
   measured = found["peak"] - found["before"]
   with tempfile.TemporaryDirectory() as workdir:
     command = [sys.executable, "-m", "r2m_jax.main", "--config=benchmarks/memory.py", f"--workdir={workdir}",
-               "--config.task=plan", *settings()]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+               "--config.task=plan", *(f"--config.{setting}" for setting in settings)]  # fmt: skip
+    done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
       sys.exit(done.stdout + done.stderr)
     plan = json.loads((pathlib.Path(workdir) / "plan.json").read_text(encoding="utf-8"))[0]

@@ -1,0 +1,98 @@
+"""What the quickstart compiles: how long all of it takes, with an empty cache and with a full one, and which programs.
+
+  python -m benchmarks.compile [--which=configs/quickstart.py] [--most=12]
+
+The run is cut short (2 RL steps of each arm, few of the other stages), which changes no program: the shapes are those of
+the whole. It is started twice with the same cache folder, empty at first. Time is the union of all spans in which JAX
+traces, lowers, compiles or reads its cache, so that what happens side by side counts once. A program counts as one of
+the many where its compilation alone takes over half a second.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from absl import app, flags
+
+from benchmarks import machine
+
+CONFIG = flags.DEFINE_string("which", "configs/quickstart.py", "The config whose run is looked at")
+MOST = flags.DEFINE_integer("most", 12, "Programs in the table")
+RUN = "R2M_BENCHMARK_COMPILE"  # in the environment of the child: where it writes what it saw
+SHORT = ("steps=2", "sft.steps=4", "sft.warmup_steps=1", "reward.epochs=1")
+LONG = 0.5  # seconds
+BOUNDS = {"cold": 45, "warm": 10, "programs": 8}
+COMPILE = "/jax/core/compile/backend_compile_duration"
+
+
+def watch(out: str) -> None:
+  """A run of r2m_jax.main, as the command line has it; writes [event, start, end, program] of all that JAX reports."""
+  import jax.monitoring
+
+  from r2m_jax import main
+
+  spans = []
+  jax.monitoring.register_event_time_span_listener(
+    lambda event, start, end, fun_name="", **_: spans.append((event, start, end, str(fun_name)))
+  )
+  try:
+    app.run(main.main, flags_parser=main.parse_flags)
+  finally:
+    pathlib.Path(out).write_text(json.dumps(spans), encoding="utf-8")
+
+
+def union(spans: list[tuple[float, float]]) -> float:
+  """Seconds that lie in at least one of the spans."""
+  total, until = 0.0, -float("inf")
+  for start, end in sorted(spans):
+    total += max(0.0, end - max(start, until))
+    until = max(until, end)
+  return total
+
+
+def run(folder: pathlib.Path, name: str) -> dict:
+  """{"seconds", "by": {event: seconds}, "programs": [[seconds, name]], longest first} of one run."""
+  command = [sys.executable, "-m", "benchmarks.compile", f"--config={CONFIG.value}", f"--workdir={folder / name}",
+             *(f"--config.{setting}" for setting in SHORT)]  # fmt: skip
+  spans = folder / f"{name}.json"
+  env = os.environ | {RUN: str(spans), "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
+  done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False, env=env)
+  if done.returncode:
+    sys.exit(done.stdout + done.stderr)
+  found = [span for span in json.loads(spans.read_text(encoding="utf-8")) if span[0].startswith("/jax/core/compile/")]
+  by = {}
+  for event in sorted({span[0] for span in found}):
+    by[event.split("/")[-1].removesuffix("_duration")] = union([span[1:3] for span in found if span[0] == event])
+  programs = sorted(([end - start, program] for event, start, end, program in found if event == COMPILE), reverse=True)
+  return {"seconds": union([span[1:3] for span in found]), "by": by, "programs": programs}
+
+
+def main(_):
+  before = machine.Ticks.now()
+  with tempfile.TemporaryDirectory() as folder:
+    found = {name: run(pathlib.Path(folder), name) for name in ("cold", "warm")}
+  busy = machine.others_share(before, machine.Ticks.now(), os.cpu_count() or 1)
+  for name, one in found.items():
+    parts = ", ".join(f"{event} {seconds:.1f}" for event, seconds in one["by"].items())
+    print(f"{name}: {one['seconds']:.1f} s in {len(one['programs'])} programs ({parts})")
+  long = [program for program in found["cold"]["programs"] if program[0] > LONG]
+  print(f"{'seconds':>8}  program, cold")
+  for seconds, program in found["cold"]["programs"][: MOST.value]:
+    print(f"{seconds:8.2f}  {program}")
+  values = {"cold": found["cold"]["seconds"], "warm": found["warm"]["seconds"], "programs": len(long)}
+  sentences = {
+    "cold": "{:.1f} s of compiling with an empty cache, at most {} asked",
+    "warm": "{:.1f} s with a full one, at most {} asked",
+    "programs": f"{{:.0f}} programs take over {LONG} s, at most {{}} asked",
+  }
+  result = {"benchmark": "compile", **values, "busy": busy, "by": {name: one["by"] for name, one in found.items()},
+            "longest": found["cold"]["programs"][: MOST.value]}  # fmt: skip
+  bounds = [(text.format(values[name], BOUNDS[name]), values[name] <= BOUNDS[name]) for name, text in sentences.items()]
+  machine.conclude(result, bounds, busy <= machine.QUIET)
+
+
+if __name__ == "__main__":
+  watch(os.environ[RUN]) if RUN in os.environ else app.run(main)

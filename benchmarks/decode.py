@@ -1,0 +1,53 @@
+"""Decoding against its own limit: the larger of FLOPs at the matrix rate and bytes at the copy bandwidth.
+
+  python -m benchmarks.decode --size=small [--steps=5] [--setting=FIELD=VALUE,...]
+
+Timed is the rollout of all tokens less the rollout of one, which is prefill and first token. FLOPs: every row's layers,
+logits, and attention over the tokens that are there. Bytes: weights once a token, the cache of each row's response, and
+of each prompt once for its K rows. Both are what the work needs, whatever the program does beyond it.
+"""
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+
+from benchmarks import machine, workload
+
+STEPS = flags.DEFINE_integer("steps", 5, "Timed rollouts of each length that others did not disturb")
+
+
+def main(_):
+  machine.set_up()
+  size, settings = workload.SIZE.value, workload.SETTING.value
+  work = workload.of_size(size, settings=settings)
+  program = work.rollout_program(workload.get_config(size, settings=[*settings, "rollout.max_new_tokens=1"]))
+  first = lambda: jax.block_until_ready(program(work.state, work.prompts()))
+  work.rollout(), first()  # compile
+  limits = machine.limits()
+  times = machine.take_turns({"all tokens": work.rollout, "one token": first}, STEPS.value)
+  sizes, dtype = work.sizes, work.config.dtype
+  tokens = sizes.response_length - 1
+  seconds = times["all tokens"].median - times["one token"].median
+  flops, moved = workload.decode_flops(sizes), workload.decode_bytes(sizes, jnp.dtype(dtype).itemsize)
+  by = {f"{dtype} products": flops / limits[dtype], "bandwidth": moved / limits["copy"]}
+  bound_by = max(by, key=by.get)
+  share = by[bound_by] / seconds
+
+  print(machine.show_limits(limits))
+  print(f"{'':10}  {machine.HEADER}")
+  for name, found in times.items():
+    print(f"{name:10}  {found}")
+  print(f"decoding: {1e3 * seconds / tokens:.2f} ms for a token of {sizes.rows} rows, "
+        f"{sizes.rows * tokens / seconds:,.0f} tokens/s")  # fmt: skip
+  for name, least in by.items():
+    print(f"limit by {name}: {1e3 * least / tokens:.2f} ms, {least / seconds:.1%}")
+  result = {"benchmark": "decode", "size": size, "seconds": seconds, "flops": flops, "bytes": moved, "limits": limits,
+            "share": share, "bound_by": bound_by, "busy": times["all tokens"].busy}  # fmt: skip
+  bound = workload.BOUNDS.get(size, {}).get("decode")
+  machine.conclude(result, [
+    (f"decoding runs at {share:.1%} of its limit by {bound_by}, {bound:.0%} asked", share >= bound)
+  ] if bound else [], times["all tokens"].quiet)  # fmt: skip
+
+
+if __name__ == "__main__":
+  app.run(main)

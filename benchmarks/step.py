@@ -1,0 +1,76 @@
+"""A full RL step and its phases: time, FLOPs, share of the machine's matrix rate, peak memory.
+
+  python -m benchmarks.step --size=small [--steps=5] [--variant=vanilla] [--setting=FIELD=VALUE,...]
+
+`step` is the fused program that a run executes. `rollout` and `learn` are programs of the same functions; their sum
+stands beside it. `read` (old and reference log-probs) and `judge` (the reward model's pass) are parts of learn as
+programs of their own, `updates` is what is left of learn. All take turns. The peak is that of the fused step, from the
+start of the process, before anything else has run. With --steps=0 it is all that is measured.
+"""
+
+import json
+
+import jax
+from absl import app, flags
+
+from benchmarks import machine, workload
+
+STEPS = flags.DEFINE_integer("steps", 5, "Timed steps that others did not disturb")
+VARIANT = flags.DEFINE_string("variant", "vanilla", "Plain RLOO, or r2m; see variants.VARIANTS")
+# of plan.work, by program; `updates` has what else there is
+PARTS = {
+  "rollout": ("prefill", "decode"), "read": ("feedback and log-probs", "reference"), "judge": ("reward backbone",)
+}  # fmt: skip
+
+
+def by_program(flops: dict[str, float]) -> dict[str, float]:
+  """FLOPs of each program from those of plan.work's phases."""
+  found = {program: sum(flops[name] for name in names) for program, names in PARTS.items()}
+  found["step"] = sum(flops.values())
+  found["learn"] = found["step"] - found["rollout"]
+  found["updates"] = found["learn"] - found["read"] - found["judge"]
+  return found
+
+
+def main(_):
+  machine.set_up()
+  size = workload.SIZE.value
+  work = workload.of_size(size, VARIANT.value, workload.SETTING.value)
+  for _ in range(2):
+    work.step()
+  peak = machine.peak_memory()
+  result = {"benchmark": "step", "size": size, "variant": VARIANT.value, "peak": peak}
+  if not STEPS.value:
+    print(json.dumps(result))
+    return
+  names = ("rollout", "read", "judge", "learn", "step")
+  for name in names:
+    getattr(work, name)()  # compiles
+  limits = machine.limits()
+  times = machine.take_turns({name: getattr(work, name) for name in names}, STEPS.value)
+  flops = by_program(workload.flops(work.config, work.sizes, jax.devices()[0].platform))
+  seconds = {name: found.median for name, found in times.items()}
+  seconds["updates"] = seconds["learn"] - seconds["read"] - seconds["judge"]
+  rate = limits[work.config.dtype]
+
+  print(machine.show_limits(limits))
+  print(f"{'':16}  {machine.HEADER}  {'GFLOP':>9}  {'share of rate':>13}")
+  for name in ("step", "rollout", "learn", "read", "judge", "updates"):
+    spread = times[name] if name in times else f"{seconds[name]:9.4f}{'':30}"
+    share = flops[name] / seconds[name] / rate
+    print(f"{name:16}  {spread}  {flops[name] / 1e9:9.2f}  {share:13.1%}")
+  both = seconds["rollout"] + seconds["learn"]
+  print(f"{'rollout + learn':16}  {both:9.4f}   {both / seconds['step'] - 1:+.1%} of the fused step")
+  print(f"peak {peak / 1e9:.2f} GB; {times['step'].dropped} rounds dropped since others were busy")
+  share, bound = flops["learn"] / seconds["learn"] / rate, workload.BOUNDS.get(size, {}).get("learn")
+  result |= {
+    "seconds": times["step"].seconds, "busy": times["step"].busy, "limits": limits,
+    "phases": {name: {"seconds": seconds[name], "flops": flops[name]} for name in seconds}, "learn_share": share,
+  }  # fmt: skip
+  machine.conclude(result, [
+    (f"learning runs at {share:.1%} of the {work.config.dtype} matrix rate, {bound:.0%} asked", share >= bound)
+  ] if bound else [], times["step"].quiet)  # fmt: skip
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,97 @@
+"""The benchmarks' own arithmetic, against numbers worked out by hand. No time is measured here."""
+
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks import compile as compiling
+from benchmarks import machine, step, workload
+from benchmarks.machine import Ticks
+
+TINY, WIDTH = workload.POLICIES["tiny"], 4
+
+
+def tiny(**settings):
+  config = workload.get_config("tiny", settings=[f"{name}={value}" for name, value in settings.items()])
+  return config, workload.sizes_of(config, TINY, TINY)
+
+
+def test_share_of_the_others():
+  # 10 s on 2 cores; of 13 s in all, this process had 8
+  assert machine.others_share(Ticks(5.0, 100.0, 50.0), Ticks(15.0, 113.0, 58.0), cores=2) == pytest.approx(0.25)
+  # the two clocks tick apart: never below nothing, never above everything
+  assert machine.others_share(Ticks(0.0, 0.0, 0.0), Ticks(1.0, 1.9, 2.0), cores=2) == 0
+  assert machine.others_share(Ticks(0.0, 0.0, 0.0), Ticks(1.0, 5.0, 0.0), cores=2) == 1
+
+
+def test_busy_ticks_leave_idling_out():
+  assert machine.busy_ticks("cpu  1 2 4 1000 2000 8 16 32 500 500") == 1 + 2 + 4 + 8 + 16 + 32
+
+
+def test_quiet_rounds_are_kept_and_else_the_quietest():
+  assert machine.quietest([0.5, 0.0, 0.1, 0.3], 2, 0.1) == ([1, 2], True)
+  assert machine.quietest([0.5, 0.0, 0.2, 0.3], 2, 0.1) == ([1, 2], False)
+
+
+def test_turns_are_taken_in_rounds():
+  calls = []
+  times = machine.take_turns({name: lambda name=name: calls.append(name) for name in "ab"}, 2, quiet=1.0)
+  assert calls == ["a", "b", "a", "b"]
+  assert [len(found.seconds) for found in times.values()] == [2, 2]
+
+
+def test_exponent_matches_numpy():
+  sizes, values = [1, 2, 4, 8, 16], [3.0, 5.0, 11.0, 19.0, 42.0]
+  slope, half = machine.exponent(sizes, values)
+  fit, covariance = np.polyfit(np.log(sizes), np.log(values), 1, cov=True)
+  assert slope == pytest.approx(fit[0])
+  assert half == pytest.approx(3.182 * math.sqrt(covariance[0, 0]))
+  exact, nothing = machine.exponent([1, 2, 4], [5, 20, 80])
+  assert exact == pytest.approx(2) and nothing == pytest.approx(0, abs=1e-6)
+
+
+def test_decoding_counted_by_hand():
+  _, sizes = tiny(**{"rollout.max_new_tokens": 3, "plan.prompt_length": 5, "rollout.prompts": 2})
+  # q and o 128 x 128, k and v 128 x 64, three matrices 128 x 512; 4 layers; 512 x 128 for the logits
+  weights = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 512) + 512 * 128
+  flops = moved = 0
+  for there in (6, 7):  # tokens that the queries of tokens 2 and 3 see: the prompt, and the first one or two
+    flops += 16 * (2 * weights + 4 * (4 * there * 4 * 32))  # 16 rows; q k' and p v in 4 layers of 4 heads of 32
+    moved += weights + (2 * 4 * 2 * 32) * (2 * 5 + 16 * (there - 5))  # 2 prompts of 5 slots, 16 rows' own
+  assert workload.decode_flops(sizes) == flops
+  assert workload.decode_bytes(sizes, WIDTH) == WIDTH * moved
+
+
+def test_flops_leave_out_what_is_computed_again():
+  plain, sizes = tiny()
+  again, _ = tiny(logits_chunk=512)
+  again.remat = "full"
+  assert workload.flops(plain, sizes, "cpu") == workload.flops(again, sizes, "cpu")
+  assert again.remat == "full"
+
+
+def test_programs_share_out_the_phases():
+  config, sizes = tiny()
+  phases = workload.flops(config, sizes, "cpu")
+  found = step.by_program(phases)
+  assert found["step"] == found["rollout"] + found["learn"] == sum(phases.values())
+  assert found["updates"] == pytest.approx(phases["policy update"] + phases["reward head"])
+
+
+def test_no_token_can_end_a_row():
+  for size, arch in workload.POLICIES.items():
+    assert workload.REWARDS[size].vocab_size == arch.vocab_size
+  work = workload.of_size("tiny", settings=["rollout.prompts=1", "rollout.group_size=2", "rollout.max_new_tokens=4",
+                                            "plan.prompt_length=4"])  # fmt: skip
+  work.rollout()
+  assert np.all(work.sequences.response_mask) and not np.any(work.sequences.has_eos)
+
+
+def test_settings_keep_the_type_of_the_field():
+  config, _ = tiny(**{"kl.beta": 0, "ppo.epochs": 3, "kl.estimator": "k3"})
+  assert (config.kl.beta, type(config.kl.beta), config.ppo.epochs, config.kl.estimator) == (0.0, float, 3, "k3")
+
+
+def test_union_counts_what_happens_together_once():
+  assert compiling.union([(0, 2), (1, 3), (5, 6), (5.2, 5.8)]) == pytest.approx(4)
