@@ -1,4 +1,4 @@
-"""What is asked of r2m_jax beside its peers, what they took on a quiet machine, and what a run's numbers say to both."""
+"""What is asked of r2m_jax beside its peers, what they take on a quiet machine, and what a run's numbers say to it."""
 
 import dataclasses
 import statistics

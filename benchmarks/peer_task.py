@@ -89,6 +89,7 @@ class Watch:
     kept, enough = machine.quietest(self.busy, self.count, machine.QUIET)
     warm = [after.wall - before.wall for before, after in itertools.pairwise(self.ticks[: self.warm + 1])]
     return json.dumps({
-      "peer": peer, "version": version, "seconds": [self.seconds[i] for i in kept], "busy": [self.busy[i] for i in kept],
+      "peer": peer, "version": version,
+      "seconds": [self.seconds[i] for i in kept], "busy": [self.busy[i] for i in kept],
       "dropped": len(self.seconds) - len(kept), "quiet": enough, "warm": warm, "peak": machine.peak_memory(), **more,
     })  # fmt: skip

@@ -77,8 +77,9 @@ def main(size: str, steps: int, most: int) -> None:
       transformers.Qwen2Config(**config.to_dict() | {"num_labels": 1, "_name_or_path": "reward"})
     )
     laps.trainer = trl.RLOOTrainer(
-      model=folder, reward_funcs=reward, args=training(folder, watch.laps), callbacks=[laps], processing_class=tokenizer,
-      train_dataset=datasets.Dataset.from_dict({"prompt": rows}), reward_processing_classes=tokenizer,
+      model=folder, reward_funcs=reward, args=training(folder, watch.laps), callbacks=[laps],
+      train_dataset=datasets.Dataset.from_dict({"prompt": rows}), processing_class=tokenizer,
+      reward_processing_classes=tokenizer,
     )  # fmt: skip
     for model in (laps.trainer.model, laps.trainer.ref_model, reward):
       wrong = {p.dtype for p in model.parameters()} - {torch.float32}

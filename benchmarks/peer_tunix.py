@@ -68,20 +68,21 @@ def make_cluster(shape: dict, tokenizer, rollouts: int) -> rl_cluster.RLCluster:
       max_tokens_to_generate=task.RESPONSE, max_prompt_length=task.LENGTH, temperature=task.TEMPERATURE,
       top_p=1.0, top_k=None,  # anything else sorts the vocabulary for every token
       kv_cache_size=task.LENGTH + task.RESPONSE,  # no slot more than it needs
-      seed=jax.random.key(0),
+      seed=0,  # none means the same samples at every step, and a key is donated at the first
     ),
   )  # fmt: skip
-  with mesh:
+  with jax.set_mesh(mesh):
     policy, reference = make_model(shape, 1), make_model(shape, 1)
     return rl_cluster.RLCluster(actor=policy, reference=reference, tokenizer=tokenizer, cluster_config=config)
 
 
-def batches(vocab_size: int, watch: task.Watch):
+def batches(vocab_size: int, watch: task.Watch, rollout_config):
   """Prompts until the watch has seen enough. The learner asks for the next when all updates on the last are done."""
   for step in range(watch.laps):
     watch.lap()
     if watch.done:
       return
+    rollout_config.seed = step
     yield {"prompts": np.array(task.prompts(vocab_size, step))}
   watch.lap()
 
@@ -96,7 +97,7 @@ def main(size: str, steps: int, most: int) -> None:
       num_generations=task.GROUP, num_iterations=task.EPOCHS, beta=task.BETA, kl_loss_mode="low_var_kl"
     ),
   )  # fmt: skip
-  learner.train(batches(shape["vocab_size"], watch))
+  learner.train(batches(shape["vocab_size"], watch, cluster.cluster_config.rollout_config))
   state = nnx.state(cluster.actor_trainer.model, nnx.Param)
   wrong = {x.dtype for x in jax.tree.leaves(state)} - {jnp.dtype("float32")}
   assert not wrong, f"float32 is asked for, and here is {wrong}"

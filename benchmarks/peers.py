@@ -30,7 +30,9 @@ MOST = flags.DEFINE_integer("most", 3, "How many times as many steps a peer take
 ONLY = flags.DEFINE_multi_enum("only", list(peer_figures.PEERS), list(peer_figures.PEERS), "Peers to run")
 FOLDER = flags.DEFINE_string("environments", "~/.cache/r2m_jax/peers", "Where the peers' environments are, or are made")
 # both cores, no look at a hub or an accelerator, no warning from a tokenizer whose threads are not needed
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {
+  "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"
+}  # fmt: skip
 
 
 def environment(name: str, folder: pathlib.Path) -> pathlib.Path:
@@ -83,13 +85,14 @@ def main(argv):
 
   runs = {name: peer_figures.Run.of(found) for name, found in results.items()}
   mine = runs["r2m_jax"]
-  limits = {kind: max(found["limits"][kind] for found in results["r2m_jax"]) for kind in results["r2m_jax"][0]["limits"]}
+  both = results["r2m_jax"]
+  limits = {kind: max(found["limits"][kind] for found in both) for kind in both[0]["limits"]}
   verdicts = {name: peer_figures.judge(size, mine, peer_figures.PEERS[name], runs[name]) for name in pythons}
-  rate, needed = limits["float32"], results["r2m_jax"][0]["phases"]["step"]["flops"]
+  rate, needed = limits["float32"], both[0]["phases"]["step"]["flops"]
   floor = peer_figures.floor_flops(size) / rate
 
   print(machine.show_limits(limits))
-  print(f"floor: {floor:.2f} s for every matrix product of the peers' step once, {needed / rate:.2f} s for those of ours")
+  print(f"floor: {floor:.2f} s for the matrix products of the peers' step, {needed / rate:.2f} s for those of ours")
   print(f"{'':18}  {peer_figures.HEADER}  {'reference':>9}  {'ratio':>6}  {'asked':>5}")
   show("r2m_jax", mine)
   for name, verdict in verdicts.items():
