@@ -29,10 +29,12 @@ STEPS = flags.DEFINE_integer("steps", 5, "Timed steps of each program; 5 for a f
 MOST = flags.DEFINE_integer("most", 3, "How many times as many steps a peer takes at most, to find quiet ones", 1)
 ONLY = flags.DEFINE_multi_enum("only", list(peer_figures.PEERS), list(peer_figures.PEERS), "Peers to run")
 FOLDER = flags.DEFINE_string("environments", "~/.cache/r2m_jax/peers", "Where the peers' environments are, or are made")
+KEEP = flags.DEFINE_bool("keep_freed_memory", False, "Peers have main.keep_freed_memory too, unlike their references")
 # both cores, no look at a hub or an accelerator, no warning from a tokenizer whose threads are not needed
 ENVIRONMENT = {
   "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"
 }  # fmt: skip
+KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # as main.keep_freed_memory
 
 
 def environment(name: str, folder: pathlib.Path) -> pathlib.Path:
@@ -53,9 +55,8 @@ def environment(name: str, folder: pathlib.Path) -> pathlib.Path:
 def peer(name: str, python: pathlib.Path) -> dict:
   """The result of a peer's process, which has ended; ends this one where it failed."""
   command = [str(python), "-m", peer_figures.PEERS[name].child, SIZE.value, str(STEPS.value), str(MOST.value)]
-  done = subprocess.run(
-    command, cwd=machine.ROOT, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False
-  )
+  env = os.environ | ENVIRONMENT | (KEEP_FREED if KEEP.value else {})
+  done = subprocess.run(command, cwd=machine.ROOT, env=env, capture_output=True, text=True, check=False)
   if done.returncode:
     sys.exit(f"{' '.join(command)} ended with status {done.returncode}\n{done.stdout}\n{done.stderr}")
   return json.loads(done.stdout.splitlines()[-1])
@@ -106,7 +107,8 @@ def main(argv):
           f"{runs[name].peak / 1e9:.2f} GB")  # fmt: skip
   status = peer_figures.status(list(verdicts.values()))
   print(json.dumps({
-    "benchmark": "peers", "size": size, "order": turns, "status": status, "limits": limits, "floor": floor,
+    "benchmark": "peers", "size": size, "keep_freed_memory": KEEP.value,
+    "order": turns, "status": status, "limits": limits, "floor": floor,
     "runs": {name: vars(run) | {"median": run.median} for name, run in runs.items()},
     "verdicts": {name: vars(verdict) | {"held": verdict.held} for name, verdict in verdicts.items()},
     "details": {name: found for name, found in results.items() if name in pythons},
