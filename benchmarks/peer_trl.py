@@ -32,6 +32,7 @@ def training(folder: str, rollouts: int) -> trl.RLOOConfig:
     # all 64 rows in one pass and one update an epoch
     per_device_train_batch_size=task.ROWS, gradient_accumulation_steps=1, num_generations=task.GROUP,
     max_completion_length=task.RESPONSE, temperature=task.TEMPERATURE, num_iterations=task.EPOCHS, beta=task.BETA,
+    cache_implementation="static",  # 5% less time to generate at both sizes; a growing cache is copied at every token
     gradient_checkpointing=False,  # on by default, a fifth slower; the memory is there
     learning_rate=task.LEARNING_RATE, lr_scheduler_type="constant",  # AdamW in its fused form is the default
     max_steps=task.EPOCHS * rollouts,  # TRL's step is an update
