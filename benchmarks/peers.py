@@ -7,7 +7,9 @@ model in float32, 8 prompts x 8 samples, 64 + exactly 64 tokens, temperature 0.7
 update. A step is one rollout with all its updates, as each program does it when left to run; steps during which others
 used more than a tenth of the cores are dropped and made up for, up to --most times as many. Each program has a process
 of its own, and each peer an environment of its own, made at the first run. Ours runs before and after the peers, so
-that a slow spell of the machine does not fall on one of them alone.
+that a slow spell of the machine does not fall on one of them alone. The peers keep glibc's allocator as it comes, as in
+their reference figures; ours tells it to keep what was freed (main.keep_freed_memory), and --keep_freed_memory does the
+same for them: a fifth of TRL's CPU time at small is spent in the kernel, on pages for memory that it freed before.
 
 Exit status: 0 where every bound is held, 1 where one is missed, 2 where a ratio is void.
 """
@@ -65,7 +67,8 @@ def peer(name: str, python: pathlib.Path) -> dict:
 def ours() -> dict:
   """Half the steps; called twice."""
   steps = (STEPS.value + 1) // 2
-  return machine.child("benchmarks.step", f"--size={SIZE.value}", f"--steps={steps}", "--variant=vanilla")
+  found = machine.child("benchmarks.step", f"--size={SIZE.value}", f"--steps={steps}", "--variant=vanilla")
+  return found | {"version": "here"}
 
 
 def show(name: str, run: peer_figures.Run, rest: str = "") -> None:
@@ -101,6 +104,10 @@ def main(argv):
     reference = peer_figures.PEERS[name].reference[size]
     show(name, runs[name], f"  {reference:9.4g}  {verdict.ratio:6.2f}  {verdict.asked:5.3g}  {say}")
   for name, verdict in verdicts.items():
+    its = results[name][0]
+    rest = {key: its[key] for key in ("torch", "transformers", "jax") if key in its}
+    print(f"{its['peer']}: {', '.join(f'{key} {version}' for key, version in rest.items())}; "
+          f"first rollout {its['warm'][0]:.1f} s, {its['dropped']} dropped since others were busy")  # fmt: skip
     if verdict.void:
       print(f"VOID against {name}: {verdict.void}")
     print(f"{'held' if verdict.memory else 'MISSED'}: peak memory {mine.peak / 1e9:.2f} GB, no higher than {name}'s "
