@@ -1,11 +1,11 @@
 """What the quickstart compiles: how long all of it takes, with an empty cache and with a full one, and which programs.
 
-  python -m benchmarks.compile [--which=configs/quickstart.py] [--most=12]
+  python -m benchmarks.compile [--which=configs/quickstart.py]
 
-The run is cut short (2 RL steps of each arm, few of the other stages), which changes no program: the shapes are those of
-the whole. It is started twice with the same cache folder, empty at first. Time is the union of all spans in which JAX
-traces, lowers, compiles or reads its cache, so that what happens side by side counts once. A program counts as one of
-the many where its compilation alone takes over half a second.
+The run is cut short (2 RL steps of each arm, few of the other stages), which changes no program: the shapes are those
+of the whole. It is started twice with the same cache folder, empty at first. Time is the union of all spans in which
+JAX traces, lowers, compiles or reads its cache, so that what happens side by side counts once. A program counts as one
+of the many where its compilation alone takes over half a second.
 """
 
 import json
@@ -20,7 +20,6 @@ from absl import app, flags
 from benchmarks import machine
 
 CONFIG = flags.DEFINE_string("which", "configs/quickstart.py", "The config whose run is looked at")
-MOST = flags.DEFINE_integer("most", 12, "Programs in the table")
 RUN = "R2M_BENCHMARK_COMPILE"  # in the environment of the child: where it writes what it saw
 SHORT = ("steps=2", "sft.steps=4", "sft.warmup_steps=1", "reward.epochs=1")
 LONG = 0.5  # seconds
@@ -62,7 +61,8 @@ def run(folder: pathlib.Path, name: str) -> dict:
   done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False, env=env)
   if done.returncode:
     sys.exit(done.stdout + done.stderr)
-  found = [span for span in json.loads(spans.read_text(encoding="utf-8")) if span[0].startswith("/jax/core/compile/")]
+  seen = json.loads(spans.read_text(encoding="utf-8"))
+  found = [span for span in seen if span[0].startswith("/jax/core/compile/")]
   by = {}
   for event in sorted({span[0] for span in found}):
     by[event.split("/")[-1].removesuffix("_duration")] = union([span[1:3] for span in found if span[0] == event])
@@ -79,8 +79,8 @@ def main(_):
     parts = ", ".join(f"{event} {seconds:.1f}" for event, seconds in one["by"].items())
     print(f"{name}: {one['seconds']:.1f} s in {len(one['programs'])} programs ({parts})")
   long = [program for program in found["cold"]["programs"] if program[0] > LONG]
-  print(f"{'seconds':>8}  program, cold")
-  for seconds, program in found["cold"]["programs"][: MOST.value]:
+  print(f"{'seconds':>8}  program, compiled")
+  for seconds, program in long:
     print(f"{seconds:8.2f}  {program}")
   values = {"cold": found["cold"]["seconds"], "warm": found["warm"]["seconds"], "programs": len(long)}
   sentences = {
@@ -89,7 +89,7 @@ def main(_):
     "programs": f"{{:.0f}} programs take over {LONG} s, at most {{}} asked",
   }
   result = {"benchmark": "compile", **values, "busy": busy, "by": {name: one["by"] for name, one in found.items()},
-            "longest": found["cold"]["programs"][: MOST.value]}  # fmt: skip
+            "longest": long}  # fmt: skip
   bounds = [(text.format(values[name], BOUNDS[name]), values[name] <= BOUNDS[name]) for name, text in sentences.items()]
   machine.conclude(result, bounds, busy <= machine.QUIET)
 

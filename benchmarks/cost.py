@@ -2,9 +2,10 @@
 
   python -m benchmarks.cost [--size=tiny] [--steps=5] [--axes=prompts,length,parameters,K] [--setting=FIELD=VALUE,...]
 
-Each axis grows alone, from the given size. log time is fitted on log size by least squares; beside it the exponent of the
-counted FLOPs, which is above one where attention's share grows. None may be worse than linear, attention apart: the lower
-end of the exponent's interval is at most one, or the FLOPs' exponent where that is more.
+Each axis grows alone, from the given size. log time is fitted on log size by least squares; beside it the exponent
+between the two largest alone, and that of the counted FLOPs, which is above one where attention's share grows. None may
+be worse than linear, attention apart: the lower end of the exponent's interval is at most one, or the FLOPs' exponent
+where that is more.
 """
 
 import jax
@@ -49,16 +50,19 @@ def main(_):
       work = workload.Work(changed, workload.sizes_of(changed, shape, shape))
       work.step(), work.step()  # compile, and one more
       works[number] = work
-      flops.append(sum(workload.flops(changed, work.sizes, platform).values()))
+      flops.append(sum(workload.counts(changed, work.sizes, platform)[0].values()))
       sizes.append(number)
     times = machine.take_turns({number: work.step for number, work in works.items()}, STEPS.value)
     seconds = [times[number].median for number in sizes]
     slope, half = machine.exponent(sizes, seconds)
+    last, _ = machine.exponent(sizes[-2:], seconds[-2:])
     counted, _ = machine.exponent(sizes, flops)
-    print(f"{axis}: time grows as size to the {slope:.2f} ± {half:.2f}, FLOPs to the {counted:.2f}")
+    print(f"{axis}: time grows as size to the {slope:.2f} ± {half:.2f}, at the end to the {last:.2f}; "
+          f"FLOPs to the {counted:.2f}")  # fmt: skip
     for number in sizes:
       print(f"{number:>12,}  {times[number]}")
-    rows[axis] = {"sizes": sizes, "seconds": seconds, "exponent": slope, "half_width": half, "flops": counted}
+    rows[axis] = {"sizes": sizes, "seconds": seconds, "exponent": slope, "half_width": half, "last": last,
+                  "flops": counted}  # fmt: skip
     allowed = max(1.0, counted)
     bounds.append((f"{axis}: exponent {slope:.2f} ± {half:.2f}, at most {allowed:.2f} asked", slope - half <= allowed))
     quiet &= all(found.quiet for found in times.values())

@@ -1,4 +1,4 @@
-"""What a measurement needs to know of the machine: how busy the others are, resident memory, and what it can do at most.
+"""What a measurement must know of the machine: how busy the others are, resident memory, and the most that it can do.
 
 Only the standard library at import: a child process may look at its memory before it loads anything.
 """

@@ -1,6 +1,6 @@
 """Does the plan's memory hold? A real step on this host's CPU: peak resident memory against what task=plan says.
 
-  python -m benchmarks.memory [--config=benchmarks/memory.py:rows=128,layers=4] ...
+  python -m benchmarks.memory [--setting=FIELD=VALUE,...]
 
 The step runs in a process of its own, from random weights: both programs are compiled, the state is made, the peak is
 reset, then rollout and learn run once. Measured is the peak minus what was resident just before the step. Predicted is

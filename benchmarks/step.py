@@ -1,4 +1,4 @@
-"""A full RL step and its phases: time, FLOPs, share of the machine's matrix rate, peak memory.
+"""A full RL step and its phases: time, shares of the machine's matrix rate and of its bandwidth, peak memory.
 
   python -m benchmarks.step --size=small [--steps=5] [--variant=vanilla] [--setting=FIELD=VALUE,...]
 
@@ -23,10 +23,10 @@ PARTS = {
 }  # fmt: skip
 
 
-def by_program(flops: dict[str, float]) -> dict[str, float]:
-  """FLOPs of each program from those of plan.work's phases."""
-  found = {program: sum(flops[name] for name in names) for program, names in PARTS.items()}
-  found["step"] = sum(flops.values())
+def by_program(phases: dict[str, float]) -> dict[str, float]:
+  """FLOPs or bytes of each program from those of plan.work's phases."""
+  found = {program: sum(phases[name] for name in names) for program, names in PARTS.items()}
+  found["step"] = sum(phases.values())
   found["learn"] = found["step"] - found["rollout"]
   found["updates"] = found["learn"] - found["read"] - found["judge"]
   return found
@@ -48,24 +48,26 @@ def main(_):
     getattr(work, name)()  # compiles
   limits = machine.limits()
   times = machine.take_turns({name: getattr(work, name) for name in names}, STEPS.value)
-  flops = by_program(workload.flops(work.config, work.sizes, jax.devices()[0].platform))
+  flops, moved = map(by_program, workload.counts(work.config, work.sizes, jax.devices()[0].platform))
   seconds = {name: found.median for name, found in times.items()}
   seconds["updates"] = seconds["learn"] - seconds["read"] - seconds["judge"]
   rate = limits[work.config.dtype]
 
   print(machine.show_limits(limits))
-  print(f"{'':16}  {machine.HEADER}  {'GFLOP':>9}  {'share of rate':>13}")
+  print(f"{'':16}  {machine.HEADER}  {'GFLOP':>9}  {'of rate':>7}  {'GB':>7}  {'of copy':>7}")
   for name in ("step", "rollout", "learn", "read", "judge", "updates"):
     spread = times[name] if name in times else f"{seconds[name]:9.4f}{'':30}"
-    share = flops[name] / seconds[name] / rate
-    print(f"{name:16}  {spread}  {flops[name] / 1e9:9.2f}  {share:13.1%}")
+    shares = flops[name] / seconds[name] / rate, moved[name] / seconds[name] / limits["copy"]
+    print(f"{name:16}  {spread}  {flops[name] / 1e9:9.2f}  {shares[0]:7.1%}  "
+          f"{moved[name] / 1e9:7.2f}  {shares[1]:7.1%}")  # fmt: skip
   both = seconds["rollout"] + seconds["learn"]
   print(f"{'rollout + learn':16}  {both:9.4f}   {both / seconds['step'] - 1:+.1%} of the fused step")
   print(f"peak {peak / 1e9:.2f} GB; {times['step'].dropped} rounds dropped since others were busy")
   share, bound = flops["learn"] / seconds["learn"] / rate, workload.BOUNDS.get(size, {}).get("learn")
   result |= {
     "seconds": times["step"].seconds, "busy": times["step"].busy, "limits": limits,
-    "phases": {name: {"seconds": seconds[name], "flops": flops[name]} for name in seconds}, "learn_share": share,
+    "phases": {name: {"seconds": seconds[name], "flops": flops[name], "bytes": moved[name]} for name in seconds},
+    "learn_share": share,
   }  # fmt: skip
   machine.conclude(result, [
     (f"learning runs at {share:.1%} of the {work.config.dtype} matrix rate, {bound:.0%} asked", share >= bound)

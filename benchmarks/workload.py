@@ -154,11 +154,12 @@ def random_state(config, built):
 # ---- what it takes ----
 
 
-def flops(config, sizes: Sizes, platform: str) -> dict[str, float]:
-  """FLOPs that a step needs, by phase as in plan.work: what a backward pass computes again is left out."""
+def counts(config, sizes: Sizes, platform: str) -> tuple[dict[str, float], dict[str, float]]:
+  """(FLOPs, bytes moved) of a step by phase, as in plan.work, without what a backward pass computes again."""
   config = config.copy_and_resolve_references()
   config.remat, config.logits_chunk = "none", 0
-  return {phase.name: phase.flops for phase in phases_of(config, sizes, Layout(1, 1, 1), platform)}
+  phases = phases_of(config, sizes, Layout(1, 1, 1), platform)
+  return {phase.name: phase.flops for phase in phases}, {phase.name: phase.moved for phase in phases}
 
 
 def decode_flops(sizes: Sizes) -> float:

@@ -3,16 +3,17 @@
   python -m r2m_jax.main --config=configs/real_small.py --config.data.root=DATA --workdir=runs/real_small
 
 DATA has preferences/ and prompts/ with files of JSON lines or parquet, named as below; without them the command says
-what to download. The budgets make it about 35 minutes on two cores, and the same command goes on where it stopped.
+what to download. The budgets make it about 45 minutes on two cores, and the same command goes on where it stopped.
 
 What the budgets buy depends on what else the machine does, and on two cores it is little: replies without sense, and
 a reward model hardly better than the rule that the longer reply wins. The point is that every part works on real
-lengths and real noise. Two cores shared with five other jobs (load 6 to 13): 63 minutes in all, 17 of them
-measurements; held-out perplexity 308 (293 to 325) after 292 updates of language modelling and 301 (284 to 319) after
-39 of SFT; accuracy 57.5% (53.2 to 61.4) over all validation pairs, on no set clearly above the length rule, 57.2%
-with feedback before RL and 57.1% after; 13 RL steps an arm took the frozen reward on held-out prompts from 0.07
-(-0.01 to 0.16) to 0.44 (0.39 to 0.49) for vanilla and 0.40 (0.35 to 0.45) for r2m, mostly by replies that run into
-the limit (42% to 91%). With more time, raise the budgets.
+lengths and real noise. Two cores shared with small jobs of lower priority: 47.7 minutes in all, 6 of them measurements;
+held-out perplexity 203 (191 to 214) after 505 updates of language modelling and 185 (174 to 197) after 174 of SFT;
+accuracy 54.0% (50.0 to 58.0) over all validation pairs after 337 updates, on no set clearly above the length rule but
+UltraFeedback's 25 pairs, 54.2% with feedback before RL and 53.3% (49.5 to 57.2) after; 40 RL steps an arm took the
+frozen reward on held-out prompts from -0.60 (-0.70 to -0.50) to 0.46 (0.39 to 0.53) for vanilla and 0.49 (0.43 to
+0.55) for r2m at a KL of 7.8 and 7.9 nats, mostly by replies that run into the limit (92% of both, 41% before). With
+more time, raise the budgets.
 """
 
 from configs import default

@@ -10,12 +10,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from r2m_jax.sharding import ROWS, lay_rows, mesh_around
+from r2m_jax.sharding import lay_rows, row_shards
 
 
 def runs_of(x: jax.Array, length: int) -> jax.Array:
   """[B, ...] -> [B / length, length, ...]: neighbouring rows together."""
   return x.reshape(len(x) // length, length, *x.shape[1:])
+
+
+def neighbours(group: int, stride: int) -> int:
+  """How many of `group` neighbouring rows stay neighbours where one row of every `stride` is taken."""
+  return group // stride if group % stride == 0 else 1
 
 
 def scan_rows(f: Callable, carry, parts: int, *trees):
@@ -45,9 +50,7 @@ def map_rows(f: Callable, parts: int, *trees):
   Every leaf of the arguments and of the result has the rows as its leading axis. Where the rows do not split into
   `parts` equal ones over the mesh, it is the next larger number into which they do.
   """
-  rows = len(jax.tree.leaves(trees)[0])
-  mesh = mesh_around()
-  shards = 1 if mesh is None else mesh.shape[ROWS[0]] * mesh.shape[ROWS[1]]
+  rows, shards = len(jax.tree.leaves(trees)[0]), row_shards()
   whole = rows // shards if rows % shards == 0 else rows
   parts = next(n for n in range(min(parts, whole), whole + 1) if whole % n == 0)
   if parts == 1:

@@ -117,6 +117,12 @@ def mesh_around():
   return None if mesh.size == 1 or "data" not in mesh.shape else mesh
 
 
+def row_shards() -> int:
+  """Over how many devices `lay_rows` splits rows."""
+  mesh = mesh_around()
+  return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def lay(x: jax.Array, *spec) -> jax.Array:
   """x with its leading axes split over the mesh's as `spec` says, the others whole. Without a mesh around: x."""
   mesh = mesh_around()

@@ -25,7 +25,8 @@ from r2m_jax import hosts, losses
 from r2m_jax.config import kl_estimator
 from r2m_jax.generate import generate
 from r2m_jax.logprobs import token_stats
-from r2m_jax.minibatch import deal_orders, map_rows, put_rows, take_rows
+from r2m_jax.minibatch import deal_orders, map_rows, neighbours, put_rows, take_rows
+from r2m_jax.models.attention import Shared
 from r2m_jax.models.critic import read_values
 from r2m_jax.models.reward import member_scores, read_reward_states
 from r2m_jax.models.transformer import Transformer
@@ -75,11 +76,11 @@ class StepOutput:
 
 def read_feedback(
   model: Transformer, sequences: Sequences, *, temperature: float, layer: int, chunk: int,
-  truncation: Truncation = Truncation(), support=None,
+  truncation: Truncation = Truncation(), support=None, shared: Shared | None = None,
 ) -> Feedback:  # fmt: skip
   """One forward pass: log-probabilities of the sampled tokens, and the hidden states that the reward model reads."""
   T = sequences.response_mask.shape[1]
-  out = model(sequences.tokens, sequences.token_mask, feedback_layer=layer)
+  out = model(sequences.tokens, sequences.token_mask, feedback_layer=layer, shared=shared)
   last_hidden = predicts_response(out.hidden, T)
   stats = token_stats(
     model.head, last_hidden, sequences.tokens[:, -T:],
@@ -89,25 +90,34 @@ def read_feedback(
 
 
 def make_read(config) -> Callable[..., tuple[Feedback, Feedback]]:
-  """Builds `read(policy, ref, sequences)`: `read_feedback` of both models with the config's settings.
+  """Builds `read(policy, ref, sequences, group=1)`: `read_feedback` of both models with the config's settings.
 
+  `group` neighbouring rows have one prompt, which is computed once for as many as go through a model together.
   Where sampling is truncated, the reference is normalised over the tokens that the policy may sample. States that the
   config's variant and KL do not read have width 0: nothing is as large as they are.
   """
   settings = sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=config.logits_chunk)
   needs_support, parts, kind = truncated(config), parts_of(config), VARIANTS[config.variant].feedback
 
-  def read_rows(policy: Transformer, ref: Transformer, sequences: Sequences) -> tuple[Feedback, Feedback]:
-    old = read_feedback(policy, sequences, **settings)
+  def read_rows(policy, ref, shared_of, sequences: Sequences) -> tuple[Feedback, Feedback]:
+    shared = shared_of(sequences.tokens)
+    old = read_feedback(policy, sequences, **settings, shared=shared)
     support = (policy.head, old.last_hidden) if needs_support else None
-    reference = read_feedback(ref, sequences, **settings, support=support)
+    reference = read_feedback(ref, sequences, **settings, support=support, shared=shared)
     exact = kl_estimator(config, policy.arch.vocab_size) == "exact"
     return old.keep(kind in READS_POLICY, exact), reference.keep(kind == "reference", exact)
 
-  def read(policy: Transformer, ref: Transformer, sequences: Sequences) -> tuple[Feedback, Feedback]:
-    return map_rows(functools.partial(read_rows, policy, ref), parts, sequences)
+  def read(policy: Transformer, ref: Transformer, sequences: Sequences, group=1) -> tuple[Feedback, Feedback]:
+    shared_of = functools.partial(shared_prompts, group, sequences)
+    return map_rows(functools.partial(read_rows, policy, ref, shared_of), parts, sequences)
 
   return read
+
+
+def shared_prompts(group: int, whole: Sequences, tokens: jax.Array) -> Shared:
+  """What rows of `tokens`, an equal share of `whole`, have in common: `group` neighbours of `whole` have one prompt."""
+  columns = whole.tokens.shape[1] - whole.response_mask.shape[1]
+  return Shared(columns, neighbours(group, len(whole.tokens) // len(tokens)))
 
 
 def parts_of(config) -> int:
@@ -144,17 +154,20 @@ def make_judge(defs: Defs, config) -> Callable[..., tuple[Judged, States]]:
   """Builds `judge(state, w, sequences, old, ref, reward_tokens, reward_mask)`: annotate (algorithm 1, step 2).
 
   old and ref are what policy and reference say of the sequences, of which the first `sampled` are samples and the rest
-  the greedy rows of "remax". Also returns the backbone's own states.
+  the greedy rows of "remax". `group` as in `make_read`, where the reward model reads the very tokens of the policy.
+  Also returns the backbone's own states.
   """
   variant, score, parts = VARIANTS[config.variant], make_score(defs, config), parts_of(config)
   own_states = variant.feedback == "own_states"
   together = dict(how=config.reward.combine, variance_weight=config.reward.variance_weight)
 
   def judge(
-    state: TrainState, w, sequences: Sequences, old: Feedback, ref: Feedback, reward_tokens, reward_mask, *, sampled
-  ):
+    state: TrainState, w, sequences: Sequences, old: Feedback, ref: Feedback, reward_tokens, reward_mask, *, sampled,
+    group=1,
+  ):  # fmt: skip
     backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
-    states_of = functools.partial(read_reward_states, backbone, keep=own_states)
+    shared_of = functools.partial(shared_prompts, group, sequences)
+    states_of = lambda tokens, mask: read_reward_states(backbone, tokens, mask, own_states, shared_of(tokens))
     rte, hidden = map_rows(states_of, parts, reward_tokens, reward_mask)
     own, mask = States(hidden, reward_mask), sequences.token_mask
     states = feed_back(
@@ -173,12 +186,14 @@ def step_key(state: TrainState, purpose: int) -> jax.Array:
   return jax.random.fold_in(jax.random.fold_in(state.key, state.step), purpose)
 
 
-def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState, StepOutput]]:
+def make_learn(
+  defs: Defs, config, mesh: Mesh, *, same_tokens: bool = False
+) -> Callable[..., tuple[TrainState, StepOutput]]:
   """Builds `learn(state, sequences, reward_tokens, reward_mask, pairs=None)`, not yet jitted.
 
   With algorithm "remax" the greedy response to each prompt follows the sampled ones as P more rows. `pairs` are the
-  step's labels where config.r2m.labels is "preference". Reads the config once; a missing knob fails here and not in
-  the middle of a run.
+  step's labels where config.r2m.labels is "preference". `same_tokens`: the reward model's rows are the policy's. Reads
+  the config once; a missing knob fails here and not in the middle of a run.
   """
   variant, algorithm, K = VARIANTS[config.variant], config.algorithm, config.rollout.group_size
   read, omega_at = make_read(config), make_omega(config)
@@ -192,13 +207,17 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
   controller, shaping, average = config.kl.controller, config.shaping, config.r2m.average
   toward, spike = dict(target=config.kl.target, horizon=config.kl.horizon), config.guard.spike
 
+  def shared_in(batch: Experience, whole: Experience) -> Shared:
+    return shared_prompts(neighbours(K, minibatches), whole.sequences, batch.advantages)
+
   def policy_loss(policy_state, batch: Experience, ref_state, beta, whole: Experience):
     """Eq. 2: the clipped objective minus beta * KL(policy || reference); of a micro-batch, its share of the `whole`.
 
     Also returns what the policy says of these rows and their refreshed h.
     """
     policy, T = defs.open_policy(policy_state, ref_state), batch.sequences.response_mask.shape[1]
-    out = policy(batch.sequences.tokens, batch.sequences.token_mask, feedback_layer=layer)
+    shared = shared_in(batch, whole)
+    out = policy(batch.sequences.tokens, batch.sequences.token_mask, feedback_layer=layer, shared=shared)
     ref = (defs.open_ref(ref_state).head, batch.ref_hidden) if exact else None
     last_hidden, tokens = predicts_response(out.hidden, T), batch.sequences.tokens[:, -T:]
     stats = token_stats(policy.head, last_hidden, tokens, ref=ref, **draw)
@@ -206,16 +225,16 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
     return objective(stats, batch, beta, whole)[0], (stats, h)
 
   def critic_loss(critic, batch: Experience, whole: Experience):
-    values = open_values(critic, batch.sequences)
+    values = open_values(critic, batch.sequences, shared_in(batch, whole))
     return squared_error(values, batch, whole.sequences.response_mask)[0], values
 
   def squared_error(values, batch: Experience, whole=None):
     mask, clip = batch.sequences.response_mask, config.critic.value_clip
     return losses.value_clip(values, batch.old_values, batch.returns, mask, clip=clip, whole=whole)
 
-  def open_values(critic, sequences: Sequences):
+  def open_values(critic, sequences: Sequences, shared: Shared):
     backbone, head = nnx.merge(defs.critic_backbone, critic["backbone"]), nnx.merge(defs.critic_head, critic["head"])
-    return read_values(backbone, head, sequences)
+    return read_values(backbone, head, sequences, shared)
 
   def update_policy(state: TrainState, experience: Experience, hidden, beta):
     """Scans epochs x minibatches over policy and critic: the new states, metrics [updates], and h', which falls out of
@@ -287,14 +306,17 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
   ):  # fmt: skip
     rows = len(sequences.tokens)
     sampled = rows * K // (K + 1) if algorithm == "remax" else rows
+    group = K if sampled == rows else 1  # greedy rows do not lie beside the samples of their prompt
     first_rows = lambda tree: jax.tree.map(lambda x: lay_rows(x[:sampled]), tree) if sampled < rows else tree
 
     policy, ref_policy = defs.open_policy(state.policy, state.ref), defs.open_ref(state.ref)
-    old, ref = read(policy, ref_policy, sequences)
+    old, ref = read(policy, ref_policy, sequences, group)
     kl = measured_kl(*first_rows((old, ref, sequences)))
     w = omega_at(state.step, kl)
     beta, next_beta = kl_weight(controller, state.beta, kl, **toward)
-    judged, own = judge(state, w, sequences, old, ref, reward_tokens, reward_mask, sampled=sampled)
+    judged, own = judge(
+      state, w, sequences, old, ref, reward_tokens, reward_mask, sampled=sampled, group=group if same_tokens else 1
+    )
     scores = shape_scores(judged.scores, sequences.response_mask.sum(-1), sequences.has_eos, shaping)
     greedy_scores = scores[sampled:] if algorithm == "remax" else None
     scores, judged, own, old, ref, sequences = first_rows((scores, judged, own, old, ref, sequences))
@@ -310,7 +332,8 @@ def make_learn(defs: Defs, config, mesh: Mesh) -> Callable[..., tuple[TrainState
       token_kl = KL_OF_LOGPROBS[estimator](old.logprobs, ref.logprobs)
     values = None
     if algorithm == "ppo":
-      values = map_rows(functools.partial(open_values, state.critic), parts, sequences)
+      values_of = lambda part: open_values(state.critic, part, shared_prompts(K, sequences, part.tokens))
+      values = map_rows(values_of, parts, sequences)
     targets = advantages_of(scores, token_kl, mask, beta, greedy_scores=greedy_scores, values=values)
     experience = Experience(
       sequences=sequences,
@@ -447,7 +470,8 @@ def make_step(
   the host labels some of the samples in between, labeller(sequences on the host, step number) -> Pairs, and the two
   parts are two programs.
   """
-  rollout, learn = make_rollout(defs, config, mesh, eos_ids, pad_id), make_learn(defs, config, mesh)
+  rollout = make_rollout(defs, config, mesh, eos_ids, pad_id)
+  learn = make_learn(defs, config, mesh, same_tokens=True)
   jit_learn = lambda f, args: jax.jit(
     f, donate_argnums=0, in_shardings=(state_shardings,) + (None,) * args, out_shardings=(state_shardings, None)
   )

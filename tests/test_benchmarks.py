@@ -67,13 +67,13 @@ def test_flops_leave_out_what_is_computed_again():
   plain, sizes = tiny()
   again, _ = tiny(logits_chunk=512)
   again.remat = "full"
-  assert workload.flops(plain, sizes, "cpu") == workload.flops(again, sizes, "cpu")
+  assert workload.counts(plain, sizes, "cpu") == workload.counts(again, sizes, "cpu")
   assert again.remat == "full"
 
 
 def test_programs_share_out_the_phases():
   config, sizes = tiny()
-  phases = workload.flops(config, sizes, "cpu")
+  phases, _ = workload.counts(config, sizes, "cpu")
   found = step.by_program(phases)
   assert found["step"] == found["rollout"] + found["learn"] == sum(phases.values())
   assert found["updates"] == pytest.approx(phases["policy update"] + phases["reward head"])

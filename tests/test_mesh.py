@@ -83,7 +83,7 @@ def learned(mesh, accumulation, minibatches, algorithm="rloo", **changes):
   cfg = config(accumulation, minibatches, algorithm=algorithm, **changes)
   built, state = start(mesh, minibatches, algorithm)
   layout = sharding.shardings(state, built.mesh)
-  learn = make_learn(built.defs, cfg, built.mesh)
+  learn = make_learn(built.defs, cfg, built.mesh, same_tokens=True)
   learn = jax.jit(learn, in_shardings=(layout, None, None, None), out_shardings=(layout, None))
   sequences = sampled((1, 1, 1))
   after, out = learn(state, sequences, sequences.tokens, sequences.token_mask)

@@ -63,7 +63,7 @@ def counted_and_real(config) -> dict[str, tuple[float, float]]:
   state = programs.abstract_state(config, built)
   prompts, judged = programs.arguments(config, sizes, built)
   rollout = jax.make_jaxpr(make_rollout(built.defs, config, mesh, (1,), 0))(state, prompts)
-  learn = jax.make_jaxpr(make_learn(built.defs, config, mesh))(state, *judged)
+  learn = jax.make_jaxpr(make_learn(built.defs, config, mesh, same_tokens=sizes.same_tokens))(state, *judged)
   phases = phases_of(config, sizes, Layout(1, 1, 1), "cpu")
   count = lambda inside: sum(phase.flops for phase in phases if (phase.name in ROLLOUT) == inside)
   trips = config.rollout.max_new_tokens - 1
@@ -71,7 +71,8 @@ def counted_and_real(config) -> dict[str, tuple[float, float]]:
 
 
 @pytest.mark.parametrize("changes", [
-  {}, dict(variant="vanilla"), dict(remat="full"), dict(ppo__accumulation=2, rollout__waves=2),
+  {}, dict(rollout__group_size=8, ppo__minibatches=2), dict(variant="vanilla"), dict(remat="full"),
+  dict(ppo__accumulation=2, rollout__waves=2),
   dict(remat="full", logits_chunk=64), dict(kl__estimator="k2"), dict(kl__estimator="k2", logits_chunk=64),
   dict(variant="own_states", r2m__num_heads=2), dict(algorithm="remax"), dict(algorithm="ppo"),
   dict(policy__arch__gated_mlp=False, policy__arch__num_kv_heads=1), dict(ppo__minibatches=2, ppo__epochs=3),

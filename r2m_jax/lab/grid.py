@@ -230,7 +230,7 @@ def first_states(config, built: Build, mesh, replicas, policies, rewards, heads)
 def make_together_step(config, built: Build, mesh, configs: list):
   """`step(states, prompts, number) -> (states, outputs)` of all replicas, each with its own config's labels."""
   rollout = make_rollout(built.defs, config, built.mesh, (goldtask.EOS,), goldtask.PAD)
-  learn = make_learn(built.defs, config, built.mesh)
+  learn = make_learn(built.defs, config, built.mesh, same_tokens=True)
 
   def whole(state, prompts):
     sequences = rollout(state, prompts)

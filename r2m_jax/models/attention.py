@@ -2,8 +2,11 @@
 
 `attend` is the reference: any dtype, any mask, the logits [B, H, L, S] in memory. It is also what decodes. The other
 two compute the same for a pass over whole rows, but for padding, whose states nothing reads and which differ.
+
+Rows that begin alike, the responses to one prompt, can share that beginning: see `Shared`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from r2m_jax.logprobs import softcap
 from r2m_jax.models.arch import ArchConfig
-from r2m_jax.sharding import ROWS, fitted, mesh_around
+from r2m_jax.sharding import ROWS, fitted, lay, mesh_around
 
 ATTENTION = ("auto", "xla", "dot_product", "splash")
 BLOCK = 128  # tokens; what the splash kernel takes at least, and rounds lengths up to
@@ -24,6 +27,57 @@ class Seen(NamedTuple):
 
   keys: jax.Array  # bool[B, S], True on real tokens, which lie side by side in each row
   slides: bool | jax.Array  # whether the layer is one with a sliding window
+
+
+class Shared(NamedTuple):
+  """Rows in runs of `copies` neighbours whose first `length` columns are the same, padding included: one prompt and
+  its responses. A run is one line: its prompt once, then the rest of each row. G runs, N = length + copies * rest."""
+
+  length: int
+  copies: int
+
+  def pack(self, x: jax.Array) -> jax.Array:
+    """[B, L, ...] -> [G, N, ...]."""
+    runs = x.reshape(len(x) // self.copies, self.copies, *x.shape[1:])
+    rest = runs[:, :, self.length :]
+    return jnp.concatenate([runs[:, 0, : self.length], rest.reshape(len(runs), -1, *x.shape[2:])], 1)
+
+  def unpack(self, x: jax.Array) -> jax.Array:
+    """[G, N, ...] -> [B, L, ...]."""
+    prompt, rest = x[:, : self.length], x[:, self.length :]
+    rest = rest.reshape(len(x) * self.copies, -1, *x.shape[2:])
+    return jnp.concatenate([jnp.repeat(prompt, self.copies, 0), rest], 1)
+
+  def masks(self, visible: jax.Array) -> "SharedMask":
+    """bool[B, 1, L, L] of the rows -> what a prompt's and what a response's tokens see."""
+    return SharedMask(visible[:: self.copies, :, : self.length, : self.length], visible[:, :, self.length :])
+
+
+class SharedMask(NamedTuple):
+  """The mask of rows that share a prompt."""
+
+  prompt: jax.Array  # bool[G, 1, length, length]
+  rest: jax.Array  # bool[B, 1, L - length, L]
+
+
+def attend_shared(attend: Callable, q, k, v, seen: SharedMask) -> jax.Array:
+  """`attend(q, k, v, mask)` of runs packed by `Shared`: the prompts among themselves, then the responses over both.
+
+  q [G, H, N, Dh], k and v [G, KV, N, Dh] -> [G, H, N, Dh].
+  """
+  length, copies = seen.prompt.shape[2], len(seen.rest) // len(q)
+  prompt = lambda x: x[:, :, :length]
+  rows = lambda x: lay(x.reshape(-1, *x.shape[2:]), ROWS, "tensor")  # [G, copies, ...] -> [B, ...]
+
+  def rest(x):
+    runs, heads, dim = len(x), x.shape[1], x.shape[3]
+    return rows(x[:, :, length:].reshape(runs, heads, copies, -1, dim).swapaxes(1, 2))
+
+  whole = lambda x: jnp.concatenate([rows(jnp.stack([prompt(x)] * copies, 1)), rest(x)], 2)
+  of_prompt = attend(prompt(q), prompt(k), prompt(v), seen.prompt)
+  of_rest = attend(rest(q), whole(k), whole(v), seen.rest)
+  of_rest = of_rest.reshape(len(q), copies, *of_rest.shape[1:]).swapaxes(1, 2)
+  return jnp.concatenate([of_prompt, of_rest.reshape(*of_prompt.shape[:2], -1, q.shape[3])], 2)
 
 
 def choose(how: str, platform: str, arch: ArchConfig, dtype) -> str:

@@ -4,13 +4,16 @@ import jax
 
 from flax import nnx
 
+from r2m_jax.models.attention import Shared
 from r2m_jax.models.transformer import Transformer
 from r2m_jax.ops import at_least_f32, predicts_response
 from r2m_jax.types import Sequences
 
 
-def read_values(backbone: Transformer, head: nnx.Linear, sequences: Sequences) -> jax.Array:
+def read_values(
+  backbone: Transformer, head: nnx.Linear, sequences: Sequences, shared: Shared | None = None
+) -> jax.Array:
   """V(s_t) before each response token, from the state that predicts it: at least f32[B, T]."""
-  hidden = backbone(sequences.tokens, sequences.token_mask).hidden
+  hidden = backbone(sequences.tokens, sequences.token_mask, shared=shared).hidden
   hidden = at_least_f32(predicts_response(hidden, sequences.response_mask.shape[1]))
   return head(hidden)[..., 0]

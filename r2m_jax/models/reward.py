@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from r2m_jax.models.attention import Shared
 from r2m_jax.models.transformer import Transformer
 from r2m_jax.ops import at_least_f32, check, combine
 
@@ -19,7 +20,7 @@ def last_token(hidden: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def read_reward_states(
-  backbone: Transformer, tokens: jax.Array, mask: jax.Array, keep: bool = True
+  backbone: Transformer, tokens: jax.Array, mask: jax.Array, keep: bool = True, shared: Shared | None = None
 ) -> tuple[jax.Array, jax.Array]:
   """The backbone's one pass: (reward token embedding H_last, last-layer states over all tokens).
 
@@ -29,11 +30,12 @@ def read_reward_states(
     tokens: i32[B, L] in the reward model's own vocabulary.
     mask: bool[B, L], True on real tokens.
     keep: False leaves the states over all tokens out: they are as large as all the policy feedback.
+    shared: which rows begin alike, if any.
 
   Returns:
     At least float32 [B, Dr], and [B, L, Dr], or [B, L, 0] where they are not kept.
   """
-  hidden = backbone(tokens, mask).hidden
+  hidden = backbone(tokens, mask, shared=shared).hidden
   return at_least_f32(last_token(hidden, mask)), hidden if keep else hidden[..., :0]
 
 

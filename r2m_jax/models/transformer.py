@@ -21,8 +21,9 @@ from flax import nnx, struct
 
 from r2m_jax.logprobs import Head
 from r2m_jax.models.arch import ArchConfig, RopeScaling
-from r2m_jax.models.attention import BLOCK, Seen, attend, choose, dot_product, splash_attend
-from r2m_jax.sharding import ROWS, lay, lay_rows
+from r2m_jax.models.attention import BLOCK, Seen, Shared, SharedMask, attend, attend_shared, choose, dot_product
+from r2m_jax.models.attention import splash_attend
+from r2m_jax.sharding import ROWS, lay, lay_rows, row_shards
 
 ACTIVATIONS = {
   "silu": jax.nn.silu,
@@ -142,16 +143,20 @@ class Attention(nnx.Module):
     if arch.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     k, v, cache = store(rotate(k, cos, sin), v)
-    q, scale, cap = rotate(q, cos, sin), arch.query_scale, arch.attn_softcap
+    q = rotate(q, cos, sin)
+    y = attend_shared(self.mix, q, k, v, seen) if isinstance(seen, SharedMask) else self.mix(q, k, v, seen)
+    return self.o(y.swapaxes(1, 2).reshape(len(rows), -1)).reshape(x.shape), cache
+
+  def mix(self, q, k, v, seen):
+    """q [B, H, L, Dh], k and v [B, KV, S, Dh] -> [B, H, L, Dh], by the implementation that fits the call."""
+    scale, cap, window = self.arch.query_scale, self.arch.attn_softcap, self.arch.sliding_window
     if isinstance(seen, Seen):
       interpret = self.attention == "interpreted"
-      y = splash_attend(q, k, v, seen, scale=scale, cap=cap, window=arch.sliding_window, interpret=interpret)
-    elif self.attention in ("dot_product", "cudnn") and q.shape[2] > 1:
+      return splash_attend(q, k, v, seen, scale=scale, cap=cap, window=window, interpret=interpret)
+    if self.attention in ("dot_product", "cudnn") and q.shape[2] > 1:
       implementation = "cudnn" if self.attention == "cudnn" else "xla"
-      y = dot_product(q, k, v, seen, scale=scale, implementation=implementation)
-    else:
-      y = attend(q, k, v, seen, scale=scale, cap=cap)
-    return self.o(y.swapaxes(1, 2).reshape(len(rows), -1)).reshape(x.shape), cache
+      return dot_product(q, k, v, seen, scale=scale, implementation=implementation)
+    return attend(q, k, v, seen, scale=scale, cap=cap)
 
 
 class MLP(nnx.Module):
@@ -248,13 +253,15 @@ class Transformer(nnx.Module):
     cache: Cache | None = None,
     cache_index: int | jax.Array | None = None,
     feedback_layer: int = -1,
+    shared: Shared | None = None,
   ) -> Output:
     """tokens i32[B, L], mask bool[B, L] -> Output.
 
     A token's position is the number of real tokens before it, so padding on either side changes nothing. With a
     cache, tokens go to slots cache_index .. cache_index + L - 1 and see every real token in a slot up to their own
     (prefill: pass the Python int 0, and no empty slot is read). `feedback_layer` -1 taps `hidden`; i >= 0, or negative
-    from the end, taps the residual stream after layer i.
+    from the end, taps the residual stream after layer i. `shared` says which rows begin alike: what they share is
+    computed once, where there is no cache, the kernel takes masks and the runs split over the mesh. Same results.
     """
     arch, length = self.arch, tokens.shape[1]
     if not -arch.num_layers <= feedback_layer < arch.num_layers:
@@ -268,8 +275,12 @@ class Transformer(nnx.Module):
       cache = cache.replace(mask=jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, slot, 1))
     keys = mask if fresh else cache.mask  # bool[B, S]
     in_blocks = self.attention in ("splash", "interpreted") and fresh and length >= BLOCK
-    tables, kinds = self._tables(keys, slot, length, in_blocks)
-    x = self._embedded(tokens)
+    if cache is not None or in_blocks or shared is not None and len(tokens) % (shared.copies * row_shards()):
+      shared = None
+    if shared is not None and shared.copies == 1:
+      shared = None
+    tables, kinds = self._tables(keys, slot, length, in_blocks, shared)
+    x = self._embedded(tokens if shared is None else shared.pack(tokens))
     if arch.embed_scale != 1.0:
       x = x * jnp.asarray(arch.embed_scale, x.dtype)
 
@@ -304,7 +315,9 @@ class Transformer(nnx.Module):
     hidden = self.final_norm(x)
     if cache is not None:
       cache = cache.replace(k=kv[0], v=kv[1])
-    return Output(hidden=hidden, feedback=hidden if tap is None else tapped, cache=cache)
+    rows = (lambda x: x) if shared is None else (lambda x: lay_states(shared.unpack(x)))
+    hidden = rows(hidden)
+    return Output(hidden=hidden, feedback=hidden if tap is None else rows(tapped), cache=cache)
 
   def _embedded(self, tokens):
     """i32[B, L] -> [B, L, D]. Devices that share the embedding's columns look up their own and exchange rows for them:
@@ -312,11 +325,12 @@ class Transformer(nnx.Module):
     x = jnp.take(self.embed.embedding[...], lay(tokens, "data"), axis=0).astype(self.compute_dtype)
     return lay_states(lay(x, "data", None, "fsdp"))
 
-  def _tables(self, keys, slot, length, in_blocks):
+  def _tables(self, keys, slot, length, in_blocks, shared):
     """What layers read besides x: rotation and visibility, for each kind of layer (full, sliding) the model has.
 
     keys bool[B, S] -> ((cos [B, 1, L, R], sin, mask bool[B, 1, L, S]), None) where all layers are of one kind, else
-    the same stacked over the two kinds, and kinds i32[N]. `in_blocks`: a `Seen` in place of the mask.
+    the same stacked over the two kinds, and kinds i32[N]. `in_blocks`: a `Seen` in place of the mask; `shared`: a
+    `SharedMask`, and rotations of the packed positions.
     """
     arch, wide = self.arch, at_least_float32(self.compute_dtype)
     at = jnp.maximum(jnp.cumsum(keys, 1, dtype=jnp.int32) - 1, 0)  # position of each key
@@ -327,11 +341,13 @@ class Transformer(nnx.Module):
     def table(slides):
       local = slides and arch.rope_local_theta is not None
       theta, scaling = (arch.rope_local_theta, None) if local else (arch.rope_theta, arch.rope_scaling)
-      angle = here[:, None, :, None] * rotary_frequencies(arch.rotary_dim, theta, scaling).astype(wide)
+      packed = here if shared is None else shared.pack(here)
+      angle = packed[:, None, :, None] * rotary_frequencies(arch.rotary_dim, theta, scaling).astype(wide)
       if in_blocks:
         return jnp.cos(angle), jnp.sin(angle), Seen(keys, slides)
       visible = seen & (here[:, :, None] - at[:, None, :] < arch.sliding_window) if slides else seen
-      return jnp.cos(angle), jnp.sin(angle), visible[:, None]
+      visible = visible[:, None] if shared is None else shared.masks(visible[:, None])
+      return jnp.cos(angle), jnp.sin(angle), visible
 
     slides = [i in arch.sliding_layers for i in range(arch.num_layers)]
     if all(slides) or not any(slides):

@@ -152,8 +152,8 @@ def compile_program(which: str, config, sizes: Sizes, topology: Topology, mesh: 
   else:
     layout = sharding.shardings(state, mesh)
     jitted = jax.jit(
-      make_learn(built.defs, config, mesh), donate_argnums=0, in_shardings=(layout,) + (None,) * len(judged),
-      out_shardings=(layout, None),
+      make_learn(built.defs, config, mesh, same_tokens=sizes.same_tokens), donate_argnums=0,
+      in_shardings=(layout,) + (None,) * len(judged), out_shardings=(layout, None),
     )  # fmt: skip
     given = (state, *judged)
   lowered = jitted.trace(*given).lower(lowering_platforms=(topology.platform,))

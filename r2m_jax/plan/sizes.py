@@ -47,6 +47,7 @@ class Sizes:
   prompt_length: int  # Lp, padded
   response_length: int  # T
   reward_length: int  # tokens of the reward model's padded input
+  same_tokens: bool  # the reward model's rows are the policy's
 
   @property
   def length(self) -> int:
@@ -74,7 +75,7 @@ def sizes_of(config) -> Sizes:
   greedy = prompts if config.algorithm == "remax" else 0
   return Sizes(
     arch, reward_arch.replace(lm_head=False), prompts, prompts * config.rollout.group_size + greedy, prompt, response,
-    config.plan.reward_length or own,
+    config.plan.reward_length or own, not from_text,
   )  # fmt: skip
 
 

@@ -1,9 +1,9 @@
 """FLOPs and bytes that a step moves, phase by phase, counted from the shapes.
 
 A multiply-add is two FLOPs. Matrix products alone are counted, with what the program really computes: attention over
-the full square of positions (masks hide, they do not save) unless a kernel leaves masked blocks out, recomputation in
-the backward pass, decoding over every slot of the cache. `tests/test_plan.py` holds these sums against the products in
-the program's own jaxpr.
+the full square of positions (masks hide, they do not save) unless a kernel leaves masked blocks out, a prompt once for
+those of its responses that go through together, recomputation in the backward pass, decoding over every slot of the
+cache. `tests/test_plan.py` holds these sums against the products in the program's own jaxpr.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from r2m_jax.config import kl_estimator
+from r2m_jax.minibatch import neighbours
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.attention import BLOCK, choose
 from r2m_jax.plan.sizes import Sizes, reads_feedback
@@ -111,24 +112,33 @@ class _Count:
     self.stored = jnp.dtype(config.param_dtype).itemsize  # bytes of a parameter
     self.recompute = 0 if config.remat == "none" else 1
 
-  def blocks(self, arch: ArchConfig, rows: int, length: int) -> float:
+  def spans(self, arch: ArchConfig, rows: int, length: int, group: int = 1) -> list[tuple[float, int, int]]:
+    """(rows, tokens of each, keys that these see) of a pass over whole rows, `group` neighbours with one prompt."""
+    copies = neighbours(group, self.parts)
+    if copies == 1 or self.kernel(arch, length) or rows % (self.parts * copies * self.layout.shards):
+      return [(rows, length, length)]
+    prompt, response = self.sizes.prompt_length, self.sizes.response_length
+    return [(rows / copies, prompt, prompt), (rows, response, length)]
+
+  def blocks(self, arch: ArchConfig, rows: int, length: int, group: int = 1) -> float:
     """FLOPs of a forward pass over whole rows; a kernel that leaves out masked blocks computes half the square."""
-    return blocks_flops(arch, rows, length, length, 0.5 if self.kernel(arch, length) else 1.0)
+    half = 0.5 if self.kernel(arch, length) else 1.0
+    return sum(blocks_flops(arch, *span, half) for span in self.spans(arch, rows, length, group))
 
   def kernel(self, arch: ArchConfig, length: int) -> bool:
     """Whether rows of this length go through the kernel."""
     return self.fused[arch] and length >= BLOCK
 
-  def pass_bytes(self, arch: ArchConfig, rows: int, length: int, keys: int, parts: int) -> float:
+  def pass_bytes(self, arch: ArchConfig, spans, parts: int) -> float:
     """Memory traffic of one forward pass on a chip: weights once a part, every product's input and output once."""
     tensor = self.layout.tensor
     heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     streams = 6 * arch.hidden_size + 2 * (2 * heads + 2 * kv + (3 if arch.gated_mlp else 2) * arch.intermediate_size)
     # float32 logits written, read for the softmax, weights read
-    squares = 0 if self.kernel(arch, length) else 3 * 4 * arch.num_heads * keys
-    tokens = rows * length / self.layout.shards
+    squares = lambda length, keys: 0 if self.kernel(arch, length) else 3 * 4 * arch.num_heads * keys
+    moved = sum(rows * length * (streams * self.width + squares(length, keys)) for rows, length, keys in spans)
     weights = parts * arch.num_layers * layer_weights(arch) * self.width / tensor
-    return weights + tokens * arch.num_layers * (streams * self.width + squares) / tensor
+    return weights + moved * arch.num_layers / self.layout.shards / tensor
 
   def logit_bytes(self, arch: ArchConfig, positions: int, parts: int) -> float:
     """Unembedding once a part, and float32 logits written and read once."""
@@ -140,30 +150,36 @@ class _Count:
     numbers = arch.num_layers * layer_weights(arch) + vocabulary(arch) * logits
     return passes * numbers * self.stored / self.layout.tensor * (self.layout.fsdp - 1) / self.layout.fsdp
 
-  def reduced(self, arch: ArchConfig, rows: int, length: int, passes: float) -> float:
+  def reduced(self, arch: ArchConfig, spans, passes: float) -> float:
     """Bytes out of a chip for adding partial sums over `tensor`, twice a layer."""
     tensor = self.layout.tensor
-    tokens = rows * length / self.layout.shards
+    tokens = sum(rows * length for rows, length, _ in spans) / self.layout.shards
     return passes * 2 * 2 * (tensor - 1) / tensor * tokens * arch.num_layers * arch.hidden_size * self.width
 
   @property
   def parts(self) -> int:
     return self.config.ppo.minibatches * self.config.ppo.accumulation
 
+  @property
+  def group(self) -> int:
+    """Neighbouring rows of one prompt in passes without a gradient; none beside the greedy rows of "remax"."""
+    return self.config.rollout.group_size if self.trained_rows() == self.sizes.rows else 1
+
   def prefill(self) -> Phase:
     s, arch, waves = self.sizes, self.sizes.arch, self.config.rollout.waves
+    spans = [(s.prompts, s.prompt_length, s.prompt_length)]
     return Phase(
       "prefill",
       self.blocks(arch, s.prompts, s.prompt_length) + logits_flops(arch, s.rows),
-      self.pass_bytes(arch, s.prompts, s.prompt_length, s.prompt_length, waves) + self.logit_bytes(arch, s.rows, waves),
-      self.gathered(arch, waves) + self.reduced(arch, s.prompts, s.prompt_length, 1),
+      self.pass_bytes(arch, spans, waves) + self.logit_bytes(arch, s.rows, waves),
+      self.gathered(arch, waves) + self.reduced(arch, spans, 1),
     )
 
   def decode(self) -> Phase:
     s, arch, waves = self.sizes, self.sizes.arch, self.config.rollout.waves
     tokens = s.response_length - 1  # the first one comes with the prefill
     cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * s.rows * s.length * self.width / self.layout.chips
-    layers, logits = self.pass_bytes(arch, s.rows, 1, s.length, waves), self.logit_bytes(arch, 3 * s.rows, waves)
+    layers, logits = self.pass_bytes(arch, [(s.rows, 1, s.length)], waves), self.logit_bytes(arch, 3 * s.rows, waves)
     one = layers / self.layout.fsdp + logits + cache
     return Phase(
       "decode",
@@ -183,22 +199,24 @@ class _Count:
     return rows * (over_fsdp + over_tensor)
 
   def feedback(self, name: str) -> Phase:
-    s, arch = self.sizes, self.sizes.arch
+    s, arch, positions = self.sizes, self.sizes.arch, self.sizes.rows * self.sizes.response_length
+    spans = self.spans(arch, s.rows, s.length, self.group)
     return Phase(
       name,
-      self.blocks(arch, s.rows, s.length) + logits_flops(arch, s.rows * s.response_length),
-      self.pass_bytes(arch, s.rows, s.length, s.length, self.parts)
-      + self.logit_bytes(arch, s.rows * s.response_length, self.parts),
-      self.gathered(arch, self.parts) + self.reduced(arch, s.rows, s.length, 1),
+      self.blocks(arch, s.rows, s.length, self.group) + logits_flops(arch, positions),
+      self.pass_bytes(arch, spans, self.parts) + self.logit_bytes(arch, positions, self.parts),
+      self.gathered(arch, self.parts) + self.reduced(arch, spans, 1),
     )
 
   def backbone(self) -> Phase:
     s, arch = self.sizes, self.sizes.reward_arch
+    group = self.group if s.same_tokens else 1
+    spans = self.spans(arch, s.rows, s.reward_length, group)
     return Phase(
       "reward backbone",
-      self.blocks(arch, s.rows, s.reward_length),
-      self.pass_bytes(arch, s.rows, s.reward_length, s.reward_length, self.parts),
-      self.gathered(arch, self.parts, logits=False) + self.reduced(arch, s.rows, s.reward_length, 1),
+      self.blocks(arch, s.rows, s.reward_length, group),
+      self.pass_bytes(arch, spans, self.parts),
+      self.gathered(arch, self.parts, logits=False) + self.reduced(arch, spans, 1),
     )
 
   def trained_rows(self) -> int:
@@ -213,8 +231,9 @@ class _Count:
     # forward, twice as much backward, and once more what the backward pass computes again: all but a layer's last sums
     last = 2 * arch.hidden_size * (arch.intermediate_size + arch.parallel_residual * arch.num_heads * arch.head_dim)
     backward = 1 if config.lora.rank else 2  # frozen weights have no gradient; products of the adapters are left out
-    layers = self.blocks(arch, rows, s.length) * (1 + backward + self.recompute)
-    layers -= self.recompute * rows * s.length * arch.num_layers * last
+    spans = self.spans(arch, rows, s.length, config.rollout.group_size)
+    layers = self.blocks(arch, rows, s.length, config.rollout.group_size) * (1 + backward + self.recompute)
+    layers -= self.recompute * sum(rows * length for rows, length, _ in spans) * arch.num_layers * last
     logits = logits_flops(arch, positions) * (1 + backward + chunked)
     if kl_estimator(config, arch.vocab_size) == "exact":
       logits += logits_flops(arch, positions) * (1 + chunked)  # of the reference, which has no gradient
@@ -228,11 +247,11 @@ class _Count:
       "policy update",
       epochs * (layers + logits),
       epochs * (
-        (3 + self.recompute) * self.pass_bytes(arch, rows, s.length, s.length, parts)
+        (3 + self.recompute) * self.pass_bytes(arch, spans, parts)
         + (3 + chunked) * self.logit_bytes(arch, positions, parts) + config.ppo.minibatches * adam
       ),
       epochs * (
-        self.gathered(arch, 2 * parts) + reduction + self.reduced(arch, rows, s.length, 3 + self.recompute)
+        self.gathered(arch, 2 * parts) + reduction + self.reduced(arch, spans, 3 + self.recompute)
       ),
     )  # fmt: skip
 
@@ -240,13 +259,13 @@ class _Count:
     """PPO's: one pass for the old values, epochs of updates."""
     s, config, rows = self.sizes, self.config, self.trained_rows()
     arch = s.reward_arch if config.critic.init == "reward" else s.arch
-    passes = 1 + config.ppo.epochs * (3 + self.recompute)
+    passes, group = 1 + config.ppo.epochs * (3 + self.recompute), config.rollout.group_size
+    spans = self.spans(arch, rows, s.length, group)
     return Phase(
       "critic",
-      passes * (self.blocks(arch, rows, s.length) + 2 * rows * s.length * arch.hidden_size),
-      passes * self.pass_bytes(arch, rows, s.length, s.length, self.parts),
-      self.gathered(arch, self.parts * (1 + 3 * config.ppo.epochs), logits=False)
-      + self.reduced(arch, rows, s.length, passes),
+      passes * (self.blocks(arch, rows, s.length, group) + 2 * rows * s.length * arch.hidden_size),
+      passes * self.pass_bytes(arch, spans, self.parts),
+      self.gathered(arch, self.parts * (1 + 3 * config.ppo.epochs), logits=False) + self.reduced(arch, spans, passes),
     )
 
   def reward_head(self) -> Phase:
