@@ -1,0 +1,95 @@
+"""The work that peers.py gives to TRL and to tunix, and the watch it holds by them.
+
+Their own processes import it, in environments without r2m_jax: only the standard library and numpy at import.
+"""
+
+import itertools
+import json
+import os
+
+import numpy as np
+
+from benchmarks import machine
+
+# Qwen2 shapes, the policy's, the reference's and the reward model's alike; vocabulary projection untied
+SIZES = {
+  "tiny": dict(vocab_size=512, hidden_size=128, layers=4, heads=4, kv_heads=2, intermediate_size=512),
+  "small": dict(vocab_size=32000, hidden_size=512, layers=8, heads=8, kv_heads=4, intermediate_size=2048),
+}
+ROPE_THETA, NORM_EPS = 1e6, 1e-6
+PROMPTS, GROUP, LENGTH, RESPONSE = 8, 8, 64, 64  # prompts, samples of each, tokens of a prompt and of a response
+ROWS = PROMPTS * GROUP
+TEMPERATURE, EPOCHS, BETA, LEARNING_RATE = 0.7, 2, 0.05, 1e-6
+WIDTH = 6  # characters of a token's text
+
+
+def word(token: int) -> str:
+  return f"t{token:0{WIDTH - 1}d}"
+
+
+def prompts(vocab_size: int, step: int) -> list[str]:
+  """Random tokens as text, new ones at every step."""
+  tokens = np.random.default_rng(step).integers(0, vocab_size, (PROMPTS, LENGTH))
+  return ["".join(map(word, row)) for row in tokens]
+
+
+def make_tokenizer(vocab_size: int):
+  """A fast tokenizer whose text gives back exactly the tokens it came from, also where two texts are joined.
+
+  What ends a row and what pads lie outside the models' vocabulary: no row ends before its last token, and no peer
+  pays for forbidding one. An unknown word raises, since there is no token for it.
+  """
+  from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+  from transformers import PreTrainedTokenizerFast
+
+  words = {word(token): token for token in range(vocab_size)} | {"<eos>": vocab_size, "<pad>": vocab_size + 1}
+  found = Tokenizer(models.WordLevel(words))
+  found.pre_tokenizer = pre_tokenizers.Split(Regex(f"t[0-9]{{{WIDTH - 1}}}"), "isolated")
+  found.decoder = decoders.Fuse()
+  found = PreTrainedTokenizerFast(tokenizer_object=found, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+  texts = prompts(vocab_size, 0)
+  check_length("a prompt", map(len, found(text=texts)["input_ids"]), LENGTH)
+  assert found.batch_decode(found(text=texts)["input_ids"]) == texts, "text and tokens do not give each other back"
+  return found
+
+
+def check_length(what: str, lengths, asked: int) -> None:
+  """Ends the process where the work is not the one that is asked for."""
+  if wrong := sorted(set(lengths) - {asked}):
+    raise SystemExit(f"{what} has {wrong} tokens, not {asked}: this would not be the same work")
+
+
+class Watch:
+  """Times rollouts, each with all its updates, until `count` were quiet or `most` times as many have been seen.
+
+  The first `warm` are not counted: programs compile, memory is claimed. What the others had of the cores is measured
+  over the same time as the rollout.
+  """
+
+  def __init__(self, count: int, most: int, warm: int = 1):
+    self.count, self.warm = count, warm
+    self.laps = warm + most * count  # at most
+    self.seconds, self.busy, self.ticks = [], [], []
+
+  def lap(self) -> None:
+    """The end of one and the start of the next; the first call is only a start."""
+    self.ticks.append(machine.Ticks.now())
+    if len(self.ticks) > self.warm + 1:
+      before, after = self.ticks[-2:]
+      self.seconds.append(after.wall - before.wall)
+      self.busy.append(machine.others_share(before, after, os.cpu_count() or 1))
+
+  @property
+  def done(self) -> bool:
+    quiet = sum(busy <= machine.QUIET for busy in self.busy)
+    return quiet >= self.count or len(self.ticks) > self.laps
+
+  def result(self, peer: str, version: str, **more) -> str:
+    """One JSON line for peers.py."""
+    kept, enough = machine.quietest(self.busy, self.count, machine.QUIET)
+    warm = [after.wall - before.wall for before, after in itertools.pairwise(self.ticks[: self.warm + 1])]
+    return json.dumps({
+      "peer": peer, "version": version,
+      "seconds": [self.seconds[i] for i in kept], "busy": [self.busy[i] for i in kept],
+      "dropped": len(self.seconds) - len(kept), "quiet": enough, "warm": warm, "peak": machine.peak_memory(), **more,
+    })  # fmt: skip

@@ -1,0 +1,94 @@
+"""One child of peers.py: the same work in TRL's RLOOTrainer. Runs in TRL's own environment, without r2m_jax.
+
+  PEERS/trl/bin/python -m benchmarks.peer_trl SIZE STEPS MOST
+"""
+
+import os
+import sys
+import tempfile
+
+import datasets
+import torch
+import transformers
+import trl
+
+from benchmarks import peer_task as task
+
+
+def model_config(shape: dict, tokenizer) -> transformers.Qwen2Config:
+  return transformers.Qwen2Config(
+    vocab_size=shape["vocab_size"], hidden_size=shape["hidden_size"], num_hidden_layers=shape["layers"],
+    num_attention_heads=shape["heads"], num_key_value_heads=shape["kv_heads"],
+    intermediate_size=shape["intermediate_size"], tie_word_embeddings=False, max_position_embeddings=1024,
+    rope_parameters={"rope_type": "default", "rope_theta": task.ROPE_THETA}, rms_norm_eps=task.NORM_EPS,
+    bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+  )  # fmt: skip
+
+
+def training(folder: str, rollouts: int) -> trl.RLOOConfig:
+  """TRL's defaults, but where another choice is the same work in less time."""
+  return trl.RLOOConfig(
+    output_dir=folder, use_cpu=True, seed=0, bf16=False,
+    # all 64 rows in one pass and one update an epoch
+    per_device_train_batch_size=task.ROWS, gradient_accumulation_steps=1, num_generations=task.GROUP,
+    max_completion_length=task.RESPONSE, temperature=task.TEMPERATURE, num_iterations=task.EPOCHS, beta=task.BETA,
+    cache_implementation="static",  # 5% less time to generate at both sizes; a growing cache is copied at every token
+    gradient_checkpointing=False,  # on by default, a fifth slower; the memory is there
+    learning_rate=task.LEARNING_RATE, lr_scheduler_type="constant",  # AdamW in its fused form is the default
+    max_steps=task.EPOCHS * rollouts,  # TRL's step is an update
+    logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,  # nothing but the work
+    dataloader_pin_memory=False,
+  )  # fmt: skip
+
+
+class Laps(transformers.TrainerCallback):
+  """A lap is one rollout with its updates; ends the run when the watch has seen enough."""
+
+  def __init__(self, watch: task.Watch):
+    self.watch, self.trainer = watch, None
+
+  def on_train_begin(self, args, state, control, **kwargs):
+    self.watch.lap()
+
+  def on_step_end(self, args, state, control, **kwargs):
+    if state.global_step % task.EPOCHS == 0:
+      self.watch.lap()
+      seen = self.trainer._metrics["train"]  # no public way to a rollout's lengths when it is not logged
+      shortest, longest = seen["completions/min_length"], seen["completions/max_length"]
+      if len(shortest) * task.EPOCHS != state.global_step:
+        raise SystemExit(f"{len(shortest)} rollouts for {state.global_step} updates, not one for {task.EPOCHS}")
+      task.check_length("a response", map(int, shortest + longest), task.RESPONSE)
+      control.should_training_stop = self.watch.done
+    return control
+
+
+def main(size: str, steps: int, most: int) -> None:
+  transformers.utils.logging.set_verbosity_error()
+  torch.set_num_threads(os.cpu_count() or 1)
+  torch.manual_seed(0)
+  shape, watch = task.SIZES[size], task.Watch(steps, most)
+  tokenizer = task.make_tokenizer(shape["vocab_size"])
+  config = model_config(shape, tokenizer)
+  laps = Laps(watch)
+  rows = [text for step in range(watch.laps) for text in task.prompts(shape["vocab_size"], step)]
+  with tempfile.TemporaryDirectory() as folder:
+    # the trainer makes the reference from the policy's folder, and cannot from a model without one
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
+    reward = transformers.Qwen2ForSequenceClassification(
+      transformers.Qwen2Config(**config.to_dict() | {"num_labels": 1, "_name_or_path": "reward"})
+    )
+    laps.trainer = trl.RLOOTrainer(
+      model=folder, reward_funcs=reward, args=training(folder, watch.laps), callbacks=[laps],
+      train_dataset=datasets.Dataset.from_dict({"prompt": rows}), processing_class=tokenizer,
+      reward_processing_classes=tokenizer,
+    )  # fmt: skip
+    for model in (laps.trainer.model, laps.trainer.ref_model, reward):
+      wrong = {p.dtype for p in model.parameters()} - {torch.float32}
+      assert not wrong, f"float32 is asked for, and here is {wrong}"
+    laps.trainer.train()
+  print(watch.result("TRL RLOO", trl.__version__, torch=torch.__version__, transformers=transformers.__version__,
+                     parameters=sum(p.numel() for p in laps.trainer.model.parameters())))  # fmt: skip
+
+
+if __name__ == "__main__":
+  main(sys.argv[1], *map(int, sys.argv[2:]))
