@@ -1,5 +1,7 @@
 """Sampling: prefill the prompts once, then decode with a KV cache until every row has ended."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +10,8 @@ from r2m_jax.models.transformer import Transformer, lay_cache, lay_states
 from r2m_jax.ops import Truncation, at_least_f32, kept
 from r2m_jax.sharding import ROWS, lay, lay_rows
 from r2m_jax.types import Prompts, Sequences
+
+GROUPED = 2048  # entries; from here on a vocabulary is drawn from in two parts
 
 
 def sample_keys(key: jax.Array, step: jax.Array, example_id: jax.Array, group_size: int) -> jax.Array:
@@ -26,6 +30,10 @@ def sample_token(
   """Draws from softmax(logits / temperature), truncated, with one key per row; temperature 0 takes the most likely
   token.
 
+  Noise for every entry of a large vocabulary costs as much as its logits. There a group of entries is drawn first, by
+  the sum of its probabilities, and then one of its entries: the same distribution from 64 + V / 64 random numbers.
+  Group g of 64 is entries g, g + 64, ..., so that a head that is split over devices is split alike in every group.
+
   key[B], [B, V] -> i32[B].
   """
   logits = at_least_f32(logits)
@@ -34,7 +42,21 @@ def sample_token(
   logits = logits / temperature
   if truncation != Truncation():
     logits = jnp.where(kept(logits, truncation), logits, -jnp.inf)
-  # float32 noise whatever the model's dtype, so that float64 tests draw the same tokens
+  rows, vocab = logits.shape
+  groups = math.gcd(vocab, 64) if vocab >= GROUPED else 1
+  if groups == 1:
+    return gumbel_argmax(keys, logits)
+  logits = logits.reshape(rows, -1, groups)
+  group = gumbel_argmax(jax.vmap(jax.random.fold_in, (0, None))(keys, 1), jax.nn.logsumexp(logits, 1))
+  inside = jnp.take_along_axis(logits, group[:, None, None], 2)[..., 0]
+  return gumbel_argmax(keys, inside) * groups + group
+
+
+def gumbel_argmax(keys: jax.Array, logits: jax.Array) -> jax.Array:
+  """A draw from softmax(logits): the largest of logits + Gumbel noise.   key[B], [B, N] -> i32[B].
+
+  The noise is float32 whatever the model's dtype, so that float64 tests draw the same tokens.
+  """
   noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[-1:], jnp.float32))(keys)
   return (logits + noise).argmax(-1).astype(jnp.int32)
 
