@@ -129,12 +129,11 @@ def attend(q, k, v, mask, *, scale: float, cap: float | None) -> jax.Array:
 def dot_product(q, k, v, mask, *, scale: float, implementation: str) -> jax.Array:
   """`attend` without a cap by `jax.nn.dot_product_attention`, "xla" or "cudnn"; the latter in bfloat16 or float16."""
   length = q.shape[2]
-  odd = length % 2 if implementation == "cudnn" else 0  # cuDNN's backward pass wants even lengths
-  tokens_first = lambda x: jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, odd), (0, 0), (0, 0)))
-  mask = jnp.pad(mask, ((0, 0), (0, 0), (0, odd), (0, odd)))
-  out = jax.nn.dot_product_attention(
-    *map(tokens_first, (q, k, v)), mask=mask, scale=scale, implementation=implementation
-  )
+  # cuDNN's backward pass wants even lengths
+  odd = [x.shape[2] % 2 if implementation == "cudnn" else 0 for x in (q, k, v)]
+  q, k, v = (jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, n), (0, 0), (0, 0))) for x, n in zip((q, k, v), odd))
+  mask = jnp.pad(mask, ((0, 0), (0, 0), (0, odd[0]), (0, odd[1])))
+  out = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
   return out.swapaxes(1, 2)[:, :, :length]
 
 
