@@ -332,12 +332,12 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step(two_processes, tm
 def test_mistakes_end_all_of_them(models, tmp_path):
   """A mesh that leaves devices out; a process that does not come; a file that one process does not have."""
   common = folder_arguments(models, mesh="(4, 1, 1)")
-  for status, out, err in ended(start("main", *common, f"--workdir={tmp_path / 'w'}", **TWO), timeout=120):
+  for status, out, err in ended(start("main", *common, f"--workdir={tmp_path / 'w'}", **TWO), timeout=300):
     assert status == 2 and "with 2 processes it must cover all 8 devices" in err and "Traceback" not in err, err
   port = free_port()
   alone = start("main", *common, f"--workdir={tmp_path / 'w'}", "--config.hosts.start_timeout=3", port=port, **TWO)
   alone[1].kill()
-  (status, _, err), _ = ended(alone, timeout=120)
+  (status, _, err), _ = ended(alone, timeout=300)
   assert status == 2 and f"2 processes at 127.0.0.1:{port} did not come together" in err, err[-2000:]
   assert "config.hosts.start_timeout = 3 seconds" in err
   assert not (tmp_path / "w").exists()
@@ -346,7 +346,7 @@ def test_mistakes_end_all_of_them(models, tmp_path):
     place.mkdir()
   shutil.copy(models / "prompts.jsonl", places[0])
   own = folder_arguments(models, **{"data.name": "prompts.jsonl", "hosts.end_timeout": 3})
-  (status, _, err), (mine, _, said) = ended(start("main", *own, f"--workdir={tmp_path / 'w'}", cwd=places, **TWO), 120)
+  (status, _, err), (mine, _, said) = ended(start("main", *own, f"--workdir={tmp_path / 'w'}", cwd=places, **TWO), 300)
   assert status == hosts.LOST and "another process was lost" in err, (status, err[-2000:])
   assert mine == 2 and "prompts.jsonl" in said and "Traceback" not in said, (mine, said[-2000:])
 
