@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
@@ -57,7 +58,13 @@ def make_mesh(sizes: tuple[int, ...], devices=None) -> Mesh:
       "(-1, 1, 1)"
     )
   # Auto axes: under Explicit ones an ordinary gather raises
-  return jax.make_mesh(shape, AXES, devices=devices[: int(np.prod(shape))], axis_types=(AxisType.Auto,) * 3)
+  kwargs = dict(axis_types=(AxisType.Auto,) * 3)
+  devices = devices[: int(np.prod(shape))]
+  try:
+    return jax.make_mesh(shape, AXES, devices=devices, **kwargs)
+  except NotImplementedError:  # such as (1, 8, 2) on a 4 x 4 torus: an axis of the mesh takes part of one of the torus
+    split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(split, AXES, **kwargs)
 
 
 def path_name(path) -> str:

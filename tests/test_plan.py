@@ -377,7 +377,29 @@ def have_tpu_compiler() -> bool:
   return programs.importlib.util.find_spec("libtpu") is not None
 
 
-@pytest.mark.skipif(not have_tpu_compiler(), reason="libtpu is not installed: pip install 'r2m_jax[plan]'")
+needs_tpu_compiler = pytest.mark.skipif(
+  not have_tpu_compiler(), reason="libtpu is not installed: pip install 'r2m_jax[plan]'"
+)
+
+MESHES = """
+from r2m_jax import sharding
+from r2m_jax.plan import programs
+from r2m_jax.plan.chips import parse_topology
+for name, shape in (("v6e:4x4", (1, 8, 2)), ("v5p:2x2x4", (2, 4, 2)), ("v5e:4x8", (1, 8, 4))):
+  mesh = sharding.make_mesh(shape, programs.devices_of(parse_topology(name)))
+  assert mesh.devices.shape == shape and mesh.axis_names == sharding.AXES
+  assert len(set(mesh.devices.flat)) == mesh.size
+"""
+
+
+@needs_tpu_compiler
+def test_a_mesh_may_take_a_part_of_an_axis_of_the_torus():
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+  done = subprocess.run([sys.executable, "-c", MESHES], env=env, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stderr[-2000:]
+
+
+@needs_tpu_compiler
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
 def test_tpu_plan_of_full_widths(tmp_path, topology):
   """Two layers of the 3B policy and of the 8B reward model, by the real compiler."""
