@@ -394,7 +394,8 @@ for name, shape in (("v6e:4x4", (1, 8, 2)), ("v5p:2x2x4", (2, 4, 2)), ("v5e:4x8"
 
 @needs_tpu_compiler
 def test_a_mesh_may_take_a_part_of_an_axis_of_the_torus():
-  env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+  own = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+  env = os.environ | own | {"PYTHONPATH": str(ROOT)}
   done = subprocess.run([sys.executable, "-c", MESHES], env=env, capture_output=True, text=True, check=False)
   assert done.returncode == 0, done.stderr[-2000:]
 
