@@ -9,8 +9,8 @@ What the budgets buy depends on what else the machine does, and on two cores it 
 a reward model hardly better than the rule that the longer reply wins. The point is that every part works on real
 lengths and real noise. Two cores shared with small jobs of lower priority: 47.7 minutes in all, 6 of them measurements;
 held-out perplexity 203 (191 to 214) after 505 updates of language modelling and 185 (174 to 197) after 174 of SFT;
-accuracy 54.0% (50.0 to 58.0) over all validation pairs after 337 updates, on no set clearly above the length rule but
-UltraFeedback's 25 pairs, 54.2% with feedback before RL and 53.3% (49.5 to 57.2) after; 40 RL steps an arm took the
+accuracy 54.0% (50.0 to 58.0) over all validation pairs after 337 updates, on no set clearly above the length rule or
+its opposite, 54.2% with feedback before RL and 53.3% (49.5 to 57.2) after; 40 RL steps an arm took the
 frozen reward on held-out prompts from -0.60 (-0.70 to -0.50) to 0.46 (0.39 to 0.53) for vanilla and 0.49 (0.43 to
 0.55) for r2m at a KL of 7.8 and 7.9 nats, mostly by replies that run into the limit (92% of both, 41% before). With
 more time, raise the budgets.
