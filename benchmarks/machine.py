@@ -11,6 +11,7 @@ import pathlib
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -183,6 +184,19 @@ def child(module: str, *args: str, env: dict[str, str] | None = None) -> dict:
   if not done.stdout.strip():
     sys.exit(f"{' '.join(command)} ended with status {done.returncode}\n{done.stderr}")
   return json.loads(done.stdout.splitlines()[-1])
+
+
+def plans(config: str, *settings: str) -> list[dict]:
+  """What task=plan writes for a config's file and `settings`, FIELD=VALUE each; it need not fit. Ends this process
+  where it failed. What it prints goes to standard error."""
+  with tempfile.TemporaryDirectory() as workdir:
+    command = [sys.executable, "-m", "r2m_jax.main", f"--config={config}", f"--workdir={workdir}",
+               "--config.task=plan", *(f"--config.{setting}" for setting in settings)]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False)
+    found = pathlib.Path(workdir) / "plan.json"
+    if not found.exists():
+      sys.exit(f"{' '.join(command)} ended with status {done.returncode}")
+    return json.loads(found.read_text(encoding="utf-8"))
 
 
 def conclude(result: dict, bounds: list[tuple[str, bool]], quiet: bool = True) -> None:

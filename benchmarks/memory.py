@@ -9,10 +9,7 @@ kernel's count of pages, and the compiler's assignment of buffers.
 """
 
 import json
-import pathlib
-import subprocess
 import sys
-import tempfile
 
 import jax
 from absl import app, flags
@@ -69,13 +66,9 @@ def main(argv):
     return
   found = machine.child("benchmarks.memory", "--child", f"--setting={','.join(settings)}")
   measured = found["peak"] - found["before"]
-  with tempfile.TemporaryDirectory() as workdir:
-    command = [sys.executable, "-m", "r2m_jax.main", "--config=benchmarks/memory.py", f"--workdir={workdir}",
-               "--config.task=plan", *(f"--config.{setting}" for setting in settings)]  # fmt: skip
-    done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-      sys.exit(done.stdout + done.stderr)
-    plan = json.loads((pathlib.Path(workdir) / "plan.json").read_text(encoding="utf-8"))[0]
+  plan = machine.plans("benchmarks/memory.py", *settings)[0]
+  if not plan["fits"]:
+    sys.exit("the plan says that it does not fit this host")
   expected = predicted(plan)
   print(f"resident before the step {found['before'] / 1e9:.2f} GB, peak {found['peak'] / 1e9:.2f} GB")
   print(f"step: measured {measured / 1e9:.2f} GB, predicted {expected / 1e9:.2f} GB, "

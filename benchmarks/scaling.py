@@ -7,16 +7,12 @@ are kept, so an interrupted table goes on.
 """
 
 import json
-import pathlib
-import subprocess
-import sys
-import tempfile
 
 from absl import app, flags
 
+from benchmarks import machine
 from r2m_jax.plan.chips import GIB, parse_topology
 
-ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = flags.DEFINE_string("config", "configs/ultrafeedback_qwen2_5_3b.py", "What is scaled")
 SLICES = ["v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"]
 TOPOLOGIES = flags.DEFINE_list("topologies", SLICES, "Smallest first")
@@ -28,17 +24,10 @@ SETTING = flags.DEFINE_list("setting", [], "Further --config.FIELD=VALUE of ever
 def plan(topology, prompts: int) -> dict:
   """plan.json of one topology; it need not fit."""
   mesh = (1, topology.count // TENSOR.value, TENSOR.value)
-  with tempfile.TemporaryDirectory() as workdir:
-    command = [sys.executable, "-m", "r2m_jax.main", f"--config={CONFIG.value}", f"--workdir={workdir}",
-               "--config.task=plan", f"--config.plan.topology={topology.name}", "--config.plan.compare=",
-               f"--config.mesh={mesh}", f"--config.rollout.prompts={prompts}", f"--config.sft.batch_size={prompts}",
-               f"--config.sft.examples={max(prompts, 16384)}", f"--config.reward.batch_size={prompts}",
-               *(f"--config.{setting}" for setting in SETTING.value)]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
-    found = pathlib.Path(workdir) / "plan.json"
-    if not found.exists():
-      sys.exit(f"{topology.name}: the plan failed with status {done.returncode}")
-    return json.loads(found.read_text(encoding="utf-8"))[0]
+  return machine.plans(
+    CONFIG.value, f"plan.topology={topology.name}", "plan.compare=", f"mesh={mesh}", f"rollout.prompts={prompts}",
+    f"sft.batch_size={prompts}", f"sft.examples={max(prompts, 16384)}", f"reward.batch_size={prompts}", *SETTING.value,
+  )[0]  # fmt: skip
 
 
 def main(argv):

@@ -7,32 +7,14 @@ come, so that an interrupted table goes on; with --nocompile they are counted, i
 plans print goes to standard error.
 """
 
-import json
-import pathlib
-import subprocess
-import sys
-import tempfile
-
 from absl import app, flags
 
+from benchmarks import machine
 from r2m_jax.plan.chips import GIB, parse_topology
 
-ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = ("ultrafeedback_qwen2_5_3b", "ultrafeedback_llama3_8b", "tldr_pythia_2_8b")
 COMPILE = flags.DEFINE_bool("compile", True, "Ask the compiler; else the count alone")
 GENERATIONS = flags.DEFINE_list("generations", ["v4", "v5e", "v5p", "v6e"], "Which TPUs")
-
-
-def plans(config: str, generation: str) -> list[dict]:
-  with tempfile.TemporaryDirectory() as workdir:
-    command = [sys.executable, "-m", "r2m_jax.main", f"--config=configs/{config}.py", f"--workdir={workdir}",
-               "--config.task=plan", "--config.plan.topology=auto", f"--config.plan.compile={COMPILE.value}",
-               f"--config.plan.generations=('{generation}',)"]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False)
-    found = pathlib.Path(workdir) / "plan.json"
-    if not found.exists():
-      sys.exit(f"{config} on {generation}: the plan failed with status {done.returncode}")
-    return json.loads(found.read_text(encoding="utf-8"))
 
 
 def cell(found: list[dict]) -> str:
@@ -49,7 +31,8 @@ def main(argv):
   del argv
   print(f"| config | {' | '.join(GENERATIONS.value)} |\n|---|{'---|' * len(GENERATIONS.value)}")
   for config in CONFIGS:
-    cells = [cell(plans(config, generation)) for generation in GENERATIONS.value]
+    file, settings = f"configs/{config}.py", ("plan.topology=auto", f"plan.compile={COMPILE.value}")
+    cells = [cell(machine.plans(file, *settings, f"plan.generations=('{name}',)")) for name in GENERATIONS.value]
     print(f"| `{config}` | {' | '.join(cells)} |", flush=True)
 
 
