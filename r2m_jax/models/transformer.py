@@ -275,10 +275,9 @@ class Transformer(nnx.Module):
       cache = cache.replace(mask=jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, slot, 1))
     keys = mask if fresh else cache.mask  # bool[B, S]
     in_blocks = self.attention in ("splash", "interpreted") and fresh and length >= BLOCK
-    if cache is not None or in_blocks or shared is not None and len(tokens) % (shared.copies * row_shards()):
-      shared = None
-    if shared is not None and shared.copies == 1:
-      shared = None
+    if shared is not None:
+      uneven = len(tokens) % (shared.copies * row_shards())
+      shared = None if cache is not None or in_blocks or uneven or shared.copies == 1 else shared
     tables, kinds = self._tables(keys, slot, length, in_blocks, shared)
     x = self._embedded(tokens if shared is None else shared.pack(tokens))
     if arch.embed_scale != 1.0:
