@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+import pytest
 
 from configs import quickstart
 from r2m_jax import build, sharding
@@ -73,3 +74,18 @@ def run(cfg, steps, mesh=(1, 1, 1)):
     state, out = step(state, prompts(cfg, t))
     outputs.append(jax.device_get(out))
   return outputs, state
+
+
+def interrupt(monkeypatch, module, calls, run):
+  """`run()` until the `calls`th call of module.gold_metrics, which a Ctrl-C interrupts; nothing stays patched."""
+  made, original = [], module.gold_metrics
+
+  def dies(out, group_size):
+    made.append(1)
+    if len(made) == calls:
+      raise KeyboardInterrupt
+    return original(out, group_size)
+
+  with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    patched.setattr(module, "gold_metrics", dies)
+    run()

@@ -79,19 +79,9 @@ def test_killed_and_started_again_it_gives_the_same_table(ended, tmp_path, monke
   shutil.copytree(workdir / "stages", tmp_path / "stages")
   for name in ("best_of_n.parquet", "config.json"):
     shutil.copyfile(workdir / name, tmp_path / name)
-  steps, original = [], grid.gold_metrics
-
-  def dies(out, group_size):
-    steps.append(1)
-    if len(steps) == 15:
-      raise KeyboardInterrupt
-    return original(out, group_size)
-
-  monkeypatch.setattr(grid, "gold_metrics", dies)
-  with pytest.raises(KeyboardInterrupt):
-    grid.run(settings(), tmp_path)
+  small.interrupt(monkeypatch, grid, 15, lambda: grid.run(settings(), tmp_path))
   assert [path.name for path in (tmp_path / "table").iterdir()] == ["vanilla.parquet"]
-  steps.clear()
+  steps, original = [], grid.gold_metrics
   monkeypatch.setattr(grid, "gold_metrics", lambda out, K: steps.append(1) or original(out, K))
   grid.run(settings(), tmp_path)
   assert len(steps) == 2 * 2  # two steps of two seeds, of the second arm alone

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import small
 from jax.sharding import NamedSharding
 
 from configs import quickstart
@@ -88,18 +89,7 @@ def test_interrupted_run_goes_on_and_ends_where_the_unbroken_one_does(smallest_r
   """Stopped after step 2 of 4 (a checkpoint is at 2), continued: the same metrics, step for step."""
   cfg = quickstart.get_config("test")
   cfg.variant = "r2m"
-  steps, original = [], train.gold_metrics
-
-  def dies(out, group_size):
-    steps.append(1)
-    if len(steps) == 4:
-      raise KeyboardInterrupt
-    return original(out, group_size)
-
-  monkeypatch.setattr(train, "gold_metrics", dies)
-  with pytest.raises(KeyboardInterrupt):
-    train.run(cfg, tmp_path)
-  monkeypatch.setattr(train, "gold_metrics", original)
+  small.interrupt(monkeypatch, train, 4, lambda: train.run(cfg, tmp_path))
   train.run(cfg, tmp_path)
   pick = lambda rows: [
     {k: v for k, v in row.items() if k != "seconds"} for row in rows if row["stage"] == "rl" and row["arm"] == "r2m"
