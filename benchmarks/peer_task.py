@@ -15,21 +15,24 @@ from benchmarks import machine
 SIZES = {
   "tiny": dict(vocab_size=512, hidden_size=128, layers=4, heads=4, kv_heads=2, intermediate_size=512),
   "small": dict(vocab_size=32000, hidden_size=512, layers=8, heads=8, kv_heads=4, intermediate_size=2048),
+  # for a GPU, in bfloat16: four times the prompts, eight times the response, tied as the real one is
+  "0.5b": dict(vocab_size=151936, hidden_size=896, layers=24, heads=14, kv_heads=2, intermediate_size=4864),
 }
 ROPE_THETA, NORM_EPS = 1e6, 1e-6
 PROMPTS, GROUP, LENGTH, RESPONSE = 8, 8, 64, 64  # prompts, samples of each, tokens of a prompt and of a response
 ROWS = PROMPTS * GROUP
+ON_GPU = {"0.5b": dict(prompts=32, response=512, parts=8)}  # parts: an update's rows, a part at a time
 TEMPERATURE, EPOCHS, BETA, LEARNING_RATE = 0.7, 2, 0.05, 1e-6
-WIDTH = 6  # characters of a token's text
+WIDTH = 7  # characters of a token's text
 
 
 def word(token: int) -> str:
   return f"t{token:0{WIDTH - 1}d}"
 
 
-def prompts(vocab_size: int, step: int) -> list[str]:
+def prompts(vocab_size: int, step: int, count: int = PROMPTS) -> list[str]:
   """Random tokens as text, new ones at every step."""
-  tokens = np.random.default_rng(step).integers(0, vocab_size, (PROMPTS, LENGTH))
+  tokens = np.random.default_rng(step).integers(0, vocab_size, (count, LENGTH))
   return ["".join(map(word, row)) for row in tokens]
 
 

@@ -36,7 +36,7 @@ KEEP = flags.DEFINE_bool("keep_freed_memory", False, "Peers have main.keep_freed
 ENVIRONMENT = {
   "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"
 }  # fmt: skip
-KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}  # as main.keep_freed_memory
+KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**12)}  # as main.keep_freed_memory
 
 
 def environment(name: str, folder: pathlib.Path) -> pathlib.Path:

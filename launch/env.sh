@@ -79,7 +79,7 @@ fast_env() {
   unset PYTHONDONTWRITEBYTECODE  # the environment is installed without byte code: each start would compile anew
   # glibc gives large freed blocks back to the kernel at once, and JAX on CPU then spends its time getting them again.
   export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
-  export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-8589934592}
+  export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1000000000000}
 }
 
 has_flag() {

@@ -157,8 +157,11 @@ def _split_vocab(kernel, parts):
 
 def _part_logits(hidden, kernel, cap, temperature):
   """[B, T, D], [D, v] -> [B, T, v]. The kernel's rows are gathered here, a part at a time."""
-  logits = Head(lay(kernel, None, "tensor"), cap)(hidden) / temperature
-  return lay(logits, ROWS, None, "tensor")
+  return _of_product(Head(lay(kernel, None, "tensor"))(hidden), cap, temperature)
+
+
+def _of_product(product, cap, temperature):
+  return lay(softcap(product, cap) / temperature, ROWS, None, "tensor")
 
 
 def _entries(i, parts, width, vocab, tokens):
@@ -217,14 +220,19 @@ def _stats_backward(static, saved, gradients):
   def add(total, xs):
     i, kernel, ref_kernel = xs
     real, own = _entries(i, parts, kernel.shape[1], vocab, tokens)
-    l, pull = jax.vjp(lambda h, k: _part_logits(h, k, cap, temperature), hidden, kernel)
+    kernel = lay(kernel, None, "tensor")
+    l, pull = jax.vjp(lambda product: _of_product(product, cap, temperature), Head(kernel)(hidden))
     p = jnp.where(real, jnp.exp(l - lse[..., None]), 0)
     to_l = to_logprob * (own - p) - to_entropy * p * (l - mean[..., None])
     if ref_kernel is not None:
       r = _part_logits(ref_hidden, ref_kernel, ref_cap, temperature)
       to_l += to_kl * p * (l - r - apart[..., None])
-    to_hidden, to_kernel = pull(to_l.astype(l.dtype))
-    return total + to_hidden.astype(total.dtype), lay(to_kernel, "fsdp", "tensor")
+    # products of narrow numbers, summed wide, as in the layers' own gradients
+    (to_product,), rows = pull(to_l.astype(l.dtype)), hidden.reshape(-1, hidden.shape[-1])
+    to_product = to_product.astype(hidden.dtype).reshape(len(rows), -1)
+    to_hidden = jnp.matmul(to_product, kernel.T, preferred_element_type=total.dtype).reshape(total.shape)
+    to_kernel = jnp.matmul(rows.T, to_product, preferred_element_type=total.dtype).astype(kernel.dtype)
+    return total + to_hidden, lay(to_kernel, "fsdp", "tensor")
 
   zero = jnp.zeros(hidden.shape, lse.dtype)
   to_hidden, to_kernels = jax.lax.scan(add, zero, (jnp.arange(parts), kernels, ref_kernels))

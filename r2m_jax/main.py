@@ -41,7 +41,7 @@ def keep_freed_memory() -> None:
     try:
       libc = ctypes.CDLL("libc.so.6")
       libc.mallopt(-4, 0)  # M_MMAP_MAX
-      libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD, bytes
+      libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
     except (OSError, AttributeError):
       pass  # another C library: slower, not wrong
 

@@ -17,8 +17,9 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
   _flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={DEVICES}"]
   os.environ["XLA_FLAGS"] = " ".join(_flags).strip()
 
-if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
-  os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"  # tests compile more than they compute: 3 x faster
+if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:  # tests compile more than they compute
+  # a third of the time, and half of that again without an MLIR pipeline for each fusion
+  os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 if "xla_cpu_collective_timeout_seconds" not in os.environ["XLA_FLAGS"]:
   # eight devices meet on fewer cores: on a busy machine one of them may come late, and XLA would abort the process
@@ -31,6 +32,7 @@ for _name, _value in {
   "JAX_COMPILATION_CACHE_DIR": str(_cache),
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+  "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",  # one program at a time: eight devices share few cores
   "HF_HUB_OFFLINE": "1",  # a test that needs a hub is a mistake: fail at once, not after a timeout
   "TRANSFORMERS_OFFLINE": "1",
   "TOKENIZERS_PARALLELISM": "false",

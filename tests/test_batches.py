@@ -85,7 +85,7 @@ def test_a_stream_goes_on_from_its_state(start):
 def test_killed_at_random_batches_it_gives_what_an_unbroken_run_gives(processes):
   command = [sys.executable, str(ROOT / "tests/kill_stream.py"), str(processes)]
   env = os.environ | {"PYTHONPATH": str(ROOT)}
-  result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=120)
+  result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env, timeout=600)
   assert result.returncode == 0, result.stderr
   kills = json.loads(result.stdout)
   unbroken = [taken(dataset((i, processes)), BATCHES) for i in range(processes)]

@@ -60,7 +60,7 @@ def test_runs_at_the_smallest_size(notebook, smallest_run, tmp_path, monkeypatch
   monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
 
   nbclient.NotebookClient(
-    notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    notebook, timeout=2400, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
   ).execute()
 
   outputs = {cell.id: cell.outputs for cell in code_cells(notebook)}

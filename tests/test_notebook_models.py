@@ -31,7 +31,7 @@ def test_runs_on_tiny_models(tmp_path, monkeypatch):
   monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
   notebook = nbformat.read(NOTEBOOK, as_version=4)
   nbclient.NotebookClient(
-    notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    notebook, timeout=2400, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
   ).execute()
   shown = {cell.id: "".join(o.text for o in cell.outputs if o.output_type == "stream") for cell in code_cells(notebook)}
   assert "<|im_start|>user" in shown["run"] and "<|start|>assistant<|stop|>" in shown["run"]

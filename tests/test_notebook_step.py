@@ -30,7 +30,7 @@ def run(notebook, folder, monkeypatch):
   monkeypatch.delenv("MPLBACKEND", raising=False)  # the kernel's own, which puts figures into the outputs
   monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
   nbclient.NotebookClient(
-    notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    notebook, timeout=2400, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
   ).execute()
   return {cell.id: cell.outputs for cell in code_cells(notebook)}
 

@@ -57,14 +57,17 @@ def test_the_work_is_that_of_workload():
   from benchmarks import workload
 
   for size, shape in peer_task.SIZES.items():
+    on_gpu = peer_task.ON_GPU.get(size)
     config, arch = workload.get_config(size), workload.POLICIES[size]
     assert shape == dict(
       vocab_size=arch.vocab_size, hidden_size=arch.hidden_size, layers=arch.num_layers, heads=arch.num_heads,
       kv_heads=arch.num_kv_heads, intermediate_size=arch.intermediate_size)  # fmt: skip
-    assert arch.untied_head and arch.qkv_bias and arch.rope_theta == peer_task.ROPE_THETA
+    assert arch.untied_head == (on_gpu is None) and arch.qkv_bias and arch.rope_theta == peer_task.ROPE_THETA
     rollout = config.rollout
-    assert (rollout.prompts, rollout.group_size) == (peer_task.PROMPTS, peer_task.GROUP)
-    assert (config.plan.prompt_length, rollout.max_new_tokens) == (peer_task.LENGTH, peer_task.RESPONSE)
+    work = on_gpu or dict(prompts=peer_task.PROMPTS, response=peer_task.RESPONSE, parts=1)
+    assert (rollout.prompts, rollout.group_size) == (work["prompts"], peer_task.GROUP)
+    assert (config.plan.prompt_length, rollout.max_new_tokens) == (peer_task.LENGTH, work["response"])
+    assert config.ppo.accumulation == work["parts"]
     assert (rollout.temperature, config.ppo.epochs) == (peer_task.TEMPERATURE, peer_task.EPOCHS)
     assert (config.kl.beta, config.policy.lr) == (peer_task.BETA, peer_task.LEARNING_RATE)
 
