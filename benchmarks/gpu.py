@@ -2,10 +2,10 @@
 
   python -m benchmarks.gpu --size=0.5b [--steps=5] [--r2m_steps=5] [--setting=FIELD=VALUE,...]
 
-The work is workload.py's for a GPU: bfloat16, 32 prompts x 8, 512 new tokens. The same figures as step.py, decode.py and
-r2m_overhead.py give, from five programs in one process, since an hour of such a card costs more than one of a laptop.
-R2M's step is run after plain RLOO's state is freed, so that a peak is of one alone. --steps=0 and --r2m_steps=0 each leave
-out a half.
+The work is workload.py's for a GPU: bfloat16, 32 prompts x 8, 512 new tokens. The same figures as step.py, decode.py
+and r2m_overhead.py give, from five programs in one process, since an hour of such a card costs more than one of a
+laptop. R2M's step is run after plain RLOO's state is freed, so that a peak is of one alone. --steps=0 and --r2m_steps=0
+each leave out a half.
 """
 
 import os
@@ -54,8 +54,8 @@ def phases(work: workload.Work, settings: list[str], limits: dict[str, float]) -
     "decode": decode, "decode_share": least[bound_by] / decode, "decode_bound_by": bound_by,
   }  # fmt: skip
   print(f"learning: {needed / 1e12:.0f} TFLOP, {found['learn_share']:.1%} of the {dtype} matrix rate")
-  print(f"decoding: {1e3 * decode / tokens:.2f} ms for a token of {sizes.rows} rows, {sizes.rows * tokens / decode:,.0f} "
-        f"tokens/s, {found['decode_share']:.1%} of its limit by {bound_by}", flush=True)  # fmt: skip
+  print(f"decoding: {1e3 * decode / tokens:.2f} ms for a token of {sizes.rows} rows, "
+        f"{sizes.rows * tokens / decode:,.0f} tokens/s, {found['decode_share']:.1%} of its limit by {bound_by}", flush=True)  # fmt: skip
   return found
 
 

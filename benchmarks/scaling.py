@@ -1,6 +1,6 @@
 """Weak scaling on paper: what one chip sends in a step as the slice and the batch grow alike, from compiled programs.
 
-  python -m benchmarks.scaling --config=configs/ultrafeedback_qwen2_5_3b.py [--topologies=v5e:4x4,...] [--tensor=2]
+  python -m benchmarks.scaling --config=configs/ultrafeedback_qwen2_5_3b.py [--fsdp=8] [--tensor=2]
 
 Each line is a plan (task=plan) of its own, at full size, with prompts in proportion to the chips; nothing runs. Plans
 are kept, so an interrupted table goes on.
@@ -16,14 +16,17 @@ from r2m_jax.plan.chips import GIB, parse_topology
 CONFIG = flags.DEFINE_string("config", "configs/ultrafeedback_qwen2_5_3b.py", "What is scaled")
 SLICES = ["v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"]
 TOPOLOGIES = flags.DEFINE_list("topologies", SLICES, "Smallest first")
-TENSOR = flags.DEFINE_integer("tensor", 2, "Chips along tensor; the others lie along fsdp")
+TENSOR = flags.DEFINE_integer("tensor", 2, "Chips along tensor")
+FSDP = flags.DEFINE_integer("fsdp", 8, "Chips along fsdp; the others lie along data. 0: all others lie along fsdp")
 PROMPTS = flags.DEFINE_integer("prompts", 64, "Prompts of a step on the first topology")
 SETTING = flags.DEFINE_list("setting", [], "Further --config.FIELD=VALUE of every plan, with commas")
 
 
 def plan(topology, prompts: int) -> dict:
   """plan.json of one topology; it need not fit."""
-  mesh = (1, topology.count // TENSOR.value, TENSOR.value)
+  shards = topology.count // TENSOR.value
+  fsdp = FSDP.value or shards
+  mesh = (shards // fsdp, fsdp, TENSOR.value)
   return machine.plans(
     CONFIG.value, f"plan.topology={topology.name}", "plan.compare=", f"mesh={mesh}", f"rollout.prompts={prompts}",
     f"sft.batch_size={prompts}", f"sft.examples={max(prompts, 16384)}", f"reward.batch_size={prompts}", *SETTING.value,

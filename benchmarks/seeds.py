@@ -6,12 +6,11 @@ Random weights, and so responses as long as they may be. The same step as the la
 devices (on a CPU each core is one), and the run's own program for one seed, on one device that all cores serve.
 """
 
-import functools
 import os
 
 import jax
-import numpy as np
 from absl import app, flags
+from flax import nnx
 
 from benchmarks import machine
 from configs import quickstart
@@ -30,18 +29,16 @@ VARIANT = flags.DEFINE_string("variant", "r2m", "See variants.VARIANTS")
 
 def main(_):
   machine.set_up()
-  if jax.config.jax_platforms == "cpu" or not os.path.exists("/dev/nvidia0"):
-    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)  # as r2m_jax.main has it for the laboratory
+  jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)  # as r2m_jax.main has it for the laboratory
   config, seeds = quickstart.get_config(), range(SEEDS.value)
   config.variant = VARIANT.value
   built = build.build(config, sharding.make_mesh((1, 1, 1), jax.devices()[:1]), vocab_size=goldtask.VOCAB_SIZE)
-  kwargs = build.model_kwargs(config, built.mesh)
   policies = {seed: build.init_policy(config, built, jax.random.key(seed)) for seed in seeds}
-  rewards = {seed: random_reward(config, built, kwargs, seed) for seed in seeds}
+  rewards = {seed: random_reward(config, built, seed) for seed in seeds}
   configs, mesh = [with_seed(config, seed) for seed in seeds], seeds_mesh(SEEDS.value)
   together = make_together_step(config, built, mesh, configs)
   states = first_states(config, built, mesh, [(seed, 1.0) for seed in seeds], policies, rewards, None)
-  one = first_of(config, built, policies[0], rewards[0])
+  one = build.initial_state(config, built, policies[0], rewards[0]["backbone"], rewards[0]["phi"])
   layout = sharding.shardings(one, built.mesh)
   alone = make_step(built.defs, config, built.mesh, (goldtask.EOS,), goldtask.PAD, layout)
   number = 0
@@ -72,18 +69,11 @@ def main(_):
                    all(found.quiet for found in times.values()))  # fmt: skip
 
 
-def random_reward(config, built, kwargs, seed: int):
-  key = jax.random.key(1000 + seed)
-  from flax import nnx
-
-  return {
-    "backbone": transformer.init(built.reward_arch, key, **kwargs)[1],
-    "phi": nnx.state(build.make_head(config, built.arch, built.reward_arch, key).phi),
-  }
-
-
-def first_of(config, built, policy, reward):
-  return build.initial_state(config, built, policy, reward["backbone"], reward["phi"])
+def random_reward(config, built, seed: int):
+  """A reward model, as {"backbone", "phi"}."""
+  key, kwargs = jax.random.key(1000 + seed), build.model_kwargs(config, built.mesh)
+  phi = build.make_head(config, built.arch, built.reward_arch, key).phi
+  return {"backbone": transformer.init(built.reward_arch, key, **kwargs)[1], "phi": nnx.state(phi)}
 
 
 if __name__ == "__main__":

@@ -127,8 +127,7 @@ def group_reward_entropy(rewards: jax.Array, *, eps: float) -> jax.Array:
   """
   check(rewards, "P K")
   tied = rewards.max(-1, keepdims=True) == rewards.min(-1, keepdims=True)
-  rewards = jnp.where(tied, jax.lax.stop_gradient(rewards), rewards)
-  centred = rewards - rewards.mean(-1, keepdims=True)
+  centred = jnp.where(tied, 0, rewards - rewards.mean(-1, keepdims=True))
   z = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + eps)
   logp = jax.nn.log_softmax(z)
   return -(jnp.exp(logp) * logp).sum(-1).mean()

@@ -14,6 +14,9 @@ from r2m_jax.plan.sizes import Sizes, sizes_of
 from r2m_jax.plan.work import ROLLOUT, Layout, phases_of
 
 
+ROOM = 0.9  # of a chip's memory, by the count
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
   """What was found for one topology. Bytes are those of one chip."""
@@ -97,12 +100,16 @@ def layouts(config, sizes: Sizes, chips: int) -> list[Layout]:
   for tensor in (n for n in range(1, chips + 1) if chips % n == 0 and all(h % n == 0 for h in heads)):
     shards = chips // tensor
     if sizes.prompts % (shards * config.rollout.waves) == 0 and rows % (shards * parts) == 0:
-      found.append(Layout(1, shards, tensor))
+      found += [Layout(shards // fsdp, fsdp, tensor) for fsdp in range(1, shards + 1) if shards % fsdp == 0]
   return found
 
 
 def layout_for(config, sizes: Sizes, topology: Topology, shapes=None) -> Layout:
-  """The fastest of those that fit by the count, else the one that needs least. Raises ConfigError where none splits."""
+  """The fastest of those that fit by the count with a tenth to spare, else the one that needs least.
+
+  The count is not exact, and copies of the weights along data are only for where there is room. Raises ConfigError
+  where none splits.
+  """
   found = layouts(config, sizes, topology.count)
   if not found:
     raise ConfigError(
@@ -112,7 +119,7 @@ def layout_for(config, sizes: Sizes, topology: Topology, shapes=None) -> Layout:
     )
   shapes = shapes or memory.state_shapes(config, sizes)
   peak = {layout: counted_peak(config, sizes, shapes, layout, topology) for layout in found}
-  fitting = [layout for layout in found if peak[layout] <= topology.chip.memory]
+  fitting = [layout for layout in found if peak[layout] <= ROOM * topology.chip.memory]
   if not fitting:
     return min(found, key=peak.get)
   return min(fitting, key=lambda layout: sum(expected_seconds(config, sizes, topology, layout).values()))
