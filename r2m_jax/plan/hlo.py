@@ -28,12 +28,13 @@ def collective_bytes(text: str) -> dict[str, float]:
   By the ring algorithms, over n chips of a group: all-gather (n - 1) / n of the gathered array, reduce-scatter the same
   of the array before, all-reduce twice that, all-to-all (n - 1) / n of its array, collective-permute its array.
 
-  Pieces of one asynchronous collective in several fusions have one channel and are counted once. Raises ValueError
-  where a loop's length cannot be read.
+  Pieces of one asynchronous collective in several fusions have one channel and are counted once: as often as the
+  rarest of them runs, since what lies between its start and its end may be a loop. Raises ValueError where a loop's
+  length cannot be read.
   """
   computations, entry = parse(text)
   times = executions(computations, entry)
-  best = {}
+  found = {}  # of each collective (kind, how often it runs, bytes it sends)
   for name, lines in computations.items():
     for instruction, rest in lines:
       operation = OPERATION.search(rest)
@@ -43,10 +44,11 @@ def collective_bytes(text: str) -> dict[str, float]:
       channel = re.search(r"channel_id=(\d+)", rest)
       sent = sent_bytes(kind, rest, operation.start(), scattered="all-reduce-scatter" in name)
       key = (kind, channel[1] if channel else f"{name}/{instruction}")
-      best[key] = max(best.get(key, (0, ""))[0], times[name] * sent[0]), sent[1]
+      _, often, most = found.get(key, ("", times[name], 0.0))
+      found[key] = sent[1], min(often, times[name]), max(most, sent[0])
   total = collections.Counter(dict.fromkeys(KINDS, 0.0))
-  for amount, kind in best.values():
-    total[kind] += amount
+  for kind, often, amount in found.values():
+    total[kind] += often * amount
   return dict(total)
 
 
@@ -103,10 +105,26 @@ def trip_count(computations, loop: str) -> int:
         if limits := [constants[name] for name in operands if name in constants]:
           return max(limits)
     if compared and compared.lastindex == 2:
-      limits = [constants[name] for name in re.findall(r"%?([\w.\-]+)(?:,|$)", compared[1]) if name in constants]
-      if limits:
-        return limits[0] + (compared[2] in ("LE", "GE"))
+      operands = re.findall(r"%?([\w.\-]+)(?:,|$)", compared[1])
+      if limits := [constants[name] for name in operands if name in constants]:
+        length = limits[0] + (compared[2] in ("LE", "GE"))
+        return -(-length // counter_step(computations, loop, next((lines[x] for x in operands if x in lines), "")))
   raise ValueError(f"the length of a loop cannot be read from its condition {condition}")
+
+
+def counter_step(computations, loop: str, counter: str) -> int:
+  """What a loop adds to its counter, which the condition reads as `counter`: 1 unless the body plainly says more, as
+  that of an unrolled loop does."""
+  index, body = re.search(r"get-tuple-element\(.*index=(\d+)", counter), re.search(r"body=%?([\w.\-]+)", loop)
+  lines = computations.get(body[1], []) if body else []
+  results = re.search(r"\btuple\((.*)\)", lines[-1][1]) if lines else None  # the last line is the root
+  if not (index and results):
+    return 1
+  lines = dict(lines)
+  added = re.search(r"\badd\((.*?)\)", lines.get(re.findall(r"%([\w.\-]+)", results[1])[int(index[1])], ""))
+  values = [lines.get(name, "") for name in re.findall(r"%([\w.\-]+)", added[1])] if added else []
+  steps = [int(value[1]) for text in values if (value := re.search(r"\bconstant\((\d+)\)", text))]
+  return steps[0] if steps and steps[0] > 0 else 1
 
 
 def sent_bytes(kind: str, rest: str, at: int, scattered: bool = False) -> tuple[float, str]:

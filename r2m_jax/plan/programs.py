@@ -33,7 +33,7 @@ from r2m_jax.plan.sizes import Sizes
 from r2m_jax.step import make_learn, make_rollout, pairs_per_step, uses_labels
 from r2m_jax.types import Pairs, Prompts, Sequences
 
-KEPT_FORMAT = "1"  # of the cache's files; another number where what is read from a compiled program changes
+KEPT_FORMAT = "2"  # of the cache's files; another number where what is read from a compiled program changes
 STATE_KINDS = {  # of TrainState's fields; a step's number and key weigh nothing
   "policy": "parameters", "policy_opt": "optimizer", "critic": "parameters", "critic_opt": "optimizer",
   "ref": "reference", "reward_backbone": "reward model", "reward_frozen": "reward model",
