@@ -14,6 +14,7 @@ import pytest
 from jax.extend import core
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from benchmarks import workload
 from configs import tldr_pythia_2_8b, ultrafeedback_llama3_8b, ultrafeedback_qwen2_5_3b
 from r2m_jax import build, sharding
 from r2m_jax.config import ConfigError, check_config
@@ -147,6 +148,30 @@ TPU_HLO = """HloModule jit_f, is_scheduled=true
   ROOT %g.2 = bf16[1,2048,64]{2,1,0:T(8,128)} all-gather(%p.2), channel_id=7, replica_groups=mesh['a'=16] {'a'}
 }
 
+%piece.3 (p: bf16[1,128,64]) -> bf16[1,2048,64] {
+  %p.3 = bf16[1,128,64]{2,1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %g.3 = bf16[1,2048,64]{2,1,0:T(8,128)} all-gather(%p.3), channel_id=7, replica_groups=mesh['a'=16] {'a'}
+}
+
+%unrolled (u: (u32[], bf16[1,128,64])) -> (u32[], bf16[1,128,64]) {
+  %u = (u32[]{:T(128)}, bf16[1,128,64]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %two = u32[]{:T(128)} constant(2)
+  %j = u32[]{:T(128)} get-tuple-element(%u), index=0
+  %y = bf16[1,128,64]{2,1,0:T(8,128)(2,1)} get-tuple-element(%u), index=1
+  %next = u32[]{:T(128)} add(%j, %two)
+  %f.3 = bf16[1,2048,64]{2,1,0:T(8,128)(2,1)} fusion(%y), kind=kOutput, calls=%piece.3
+  %s.3 = (bf16[1,128,64]{2,1,0}, bf16[1,128,64]{2,1,0}) collective-permute-start(%y), channel_id=12
+  %d.3 = bf16[1,128,64]{2,1,0} collective-permute-done(%s.3)
+  ROOT %t.3 = (u32[]{:T(128)}, bf16[1,128,64]{2,1,0:T(8,128)(2,1)}) tuple(%next, %d.3)
+}
+
+%before_four (u: (u32[], bf16[1,128,64])) -> pred[] {
+  %u.2 = (u32[]{:T(128)}, bf16[1,128,64]{2,1,0:T(8,128)(2,1)}) parameter(0)
+  %four = u32[]{:T(128)} constant(4)
+  %j.2 = u32[]{:T(128)} get-tuple-element(%u.2), index=0
+  ROOT %lt.2 = pred[]{:T(512)} compare(%j.2, %four), direction=LT
+}
+
 %all-reduce-scatter.3 (q: f32[32,64]) -> f32[8,64] {
   %q = f32[32,64]{1,0:T(8,128)} parameter(0)
   ROOT %r = f32[32,64]{1,0:T(8,128)} all-reduce(%q), channel_id=9, replica_groups=[4,4]<=[16], to_apply=%add
@@ -157,6 +182,9 @@ TPU_HLO = """HloModule jit_f, is_scheduled=true
   %i = s32[]{:T(128)} get-tuple-element(%s), index=0
   %x = bf16[1,128,64]{2,1,0:T(8,128)(2,1)} get-tuple-element(%s), index=1
   %f.1 = bf16[1,2048,64]{2,1,0:T(8,128)(2,1)} fusion(%x), kind=kOutput, calls=%piece.1
+  %none = u32[]{:T(128)} constant(0)
+  %u.3 = (u32[]{:T(128)}, bf16[1,128,64]{2,1,0:T(8,128)(2,1)}) tuple(%none, %x)
+  %while.2 = (u32[]{:T(128)}, bf16[1,128,64]{2,1,0:T(8,128)(2,1)}) while(%u.3), condition=%before_four, body=%unrolled
   %f.2 = bf16[1,2048,64]{2,1,0:T(8,128)(2,1)} fusion(%x), kind=kOutput, calls=%piece.2
   ROOT %t = (s32[]{:T(128)}, bf16[1,128,64]{2,1,0:T(8,128)(2,1)}) tuple(%i, %x)
 }
@@ -181,11 +209,12 @@ ENTRY %main (x: bf16[1,128,64], q: f32[32,64]) -> f32[8,64] {
 
 
 def test_collectives_as_the_tpu_compiler_writes_them():
-  """Pieces of one channel once, 36 layers, a scattered sum by its fusion's name, a start by its larger half."""
+  """Pieces of one channel once, also where one is in a loop; 36 layers; a loop to 4 by twos; a scattered sum by its
+  fusion's name; a start by its larger half."""
   found = hlo.collective_bytes(TPU_HLO)
   assert found["all-gather"] == 36 * 2048 * 64 * 2 * 15 / 16
   assert found["reduce-scatter"] == 32 * 64 * 4 * 3 / 4
-  assert found["collective-permute"] == 32 * 64 * 4
+  assert found["collective-permute"] == 32 * 64 * 4 + 36 * 2 * 128 * 64 * 2
   assert found["all-reduce"] == found["all-to-all"] == 0
 
 
@@ -305,6 +334,16 @@ def plan(tmp_path, config: str, *settings: str):
 
 
 QWEN = "configs/ultrafeedback_qwen2_5_3b.py"
+
+
+@pytest.mark.parametrize("variant, measured", [("vanilla", 42.3), ("r2m", 42.6)])
+def test_memory_counted_for_a_gpu_against_a_real_one(variant, measured):
+  """GiB at the peak of three steps on an H200, `python -m benchmarks.gpu --size=0.5b`; within 15%."""
+  config = workload.get_config("0.5b", variant)
+  sizes = workload.sizes_of(config, workload.POLICIES["0.5b"], workload.REWARDS["0.5b"])
+  shapes, topology = memory.state_shapes(config, sizes), parse_topology("gpu:h200x1")
+  counted = run.counted_peak(config, sizes, shapes, Layout(1, 1, 1), topology) / GIB
+  assert abs(counted / measured - 1) < 0.15
 
 
 def test_gpu_plan_is_counted(tmp_path):

@@ -66,7 +66,18 @@ def rollout_temporaries(config, sizes: Sizes, layout: Layout) -> float:
   return logits + gathered + prefill
 
 
-def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool) -> float:
+def kept_bytes(config, arch, length: int, fused: bool, platform: str) -> float:
+  """What a layer keeps of a token for the backward pass."""
+  width, hidden, wide = jnp.dtype(config.dtype).itemsize, arch.hidden_size, arch.intermediate_size
+  squares = arch.num_heads * length * 3 * (not fused)
+  if platform == "gpu" and config.remat == "none":  # each norm's input and result in float32, five steps of the MLP
+    return width * (8 * hidden + 5 * wide + squares) + 4 * 4 * hidden
+  kept = {"none": 10 * hidden + 4 * wide + squares, "full": hidden}.get(config.remat, 6 * hidden)
+  # elsewhere twice: what the forward loop writes is laid out anew for the backward loop
+  return (1 if platform == "gpu" else 2) * width * kept
+
+
+def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool, platform: str) -> float:
   """Beside feedback: the gradient with the policy's backward pass, or a reward pass, or the head's update."""
   arch, width, stored = sizes.arch, jnp.dtype(config.dtype).itemsize, jnp.dtype(config.param_dtype).itemsize
   tensor, parts = layout.tensor, config.ppo.minibatches * config.ppo.accumulation
@@ -81,12 +92,7 @@ def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool) -> floa
     gathered = 2 * layer_weights(arch) * width * (layout.fsdp > 1)
     return (rows * (squares + wide) + gathered) / tensor
 
-  saved = {
-    "none": 10 * arch.hidden_size + 4 * arch.intermediate_size + arch.num_heads * sizes.length * 3 * (not fused),
-    "full": arch.hidden_size,
-  }
-  # twice: what the forward loop writes is laid out anew for the backward loop
-  kept = 2 * rows * sizes.length * arch.num_layers * width * saved.get(config.remat, 6 * arch.hidden_size)
+  kept = rows * sizes.length * arch.num_layers * kept_bytes(config, arch, sizes.length, fused, platform)
   every = sizes.response_length * arch.vocab_size
   logits = 4 * rows * (min(config.logits_chunk, every) if config.logits_chunk else every) * 4 / tensor
   table = vocabulary(arch) * (width + 4) / (tensor * layout.fsdp)  # laid out by parts, and its gradient
@@ -108,6 +114,6 @@ def estimate(config, sizes: Sizes, shapes, layout: Layout, platform: str) -> dic
     },
     "learn": shared | {
       "KV cache": 0.0, "feedback": feedback_bytes(config, sizes, layout),
-      "temporaries": learn_temporaries(config, sizes, layout, fused),
+      "temporaries": learn_temporaries(config, sizes, layout, fused, platform),
     },
   }  # fmt: skip
