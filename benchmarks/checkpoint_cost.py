@@ -20,6 +20,7 @@ from configs import quickstart
 from r2m_jax import build, checkpoint, sharding
 from r2m_jax.lab import goldtask
 from r2m_jax.train import make_gold_step, rl_prompts
+from r2m_jax.variants import arm_of
 
 STEPS = flags.DEFINE_integer("steps", 5, "Steps of a block")
 BLOCKS = flags.DEFINE_integer("blocks", 5, "Timed blocks of each setting")
@@ -36,7 +37,7 @@ def main(argv):
   policy = build.init_policy(config, built, jax.random.key(0))
   reward = build.init_reward_model(config, built, policy, jax.random.key(1))
   state = build.initial_state(config, built, policy, reward["backbone"], reward["phi"])
-  step = make_gold_step(config, built, sharding.shardings(state, mesh))
+  step = make_gold_step(config, built)
   size = sum(x.nbytes for x in jax.tree.leaves(state) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
 
   seconds, number = {name: [] for name in SETTINGS}, 0
@@ -49,7 +50,7 @@ def main(argv):
       for name in SETTINGS:
         began = time.perf_counter()
         for _ in range(STEPS.value):
-          state, out = step(state, rl_prompts(config, number))
+          state, out = step(state, rl_prompts(config, number), arm_of(config.variant))
           jax.device_get(out)  # as a run does, which logs every step
           number += 1
           if name in kept:

@@ -55,7 +55,8 @@ def phases(work: workload.Work, settings: list[str], limits: dict[str, float]) -
   }  # fmt: skip
   print(f"learning: {needed / 1e12:.0f} TFLOP, {found['learn_share']:.1%} of the {dtype} matrix rate")
   print(f"decoding: {1e3 * decode / tokens:.2f} ms for a token of {sizes.rows} rows, "
-        f"{sizes.rows * tokens / decode:,.0f} tokens/s, {found['decode_share']:.1%} of its limit by {bound_by}", flush=True)  # fmt: skip
+        f"{sizes.rows * tokens / decode:,.0f} tokens/s, {found['decode_share']:.1%} of its limit by {bound_by}",
+        flush=True)  # fmt: skip
   return found
 
 

@@ -187,7 +187,9 @@ def make_first_state(config, built: Build) -> Callable[..., TrainState]:
   return make
 
 
-def initial_state(config, built: Build, policy, reward_backbone, phi, *, donate: bool = False) -> TrainState:
+def initial_state(
+  config, built: Build, policy, reward_backbone, phi, *, donate: bool = False, make: Callable | None = None
+) -> TrainState:
   """The run's first TrainState, laid over the mesh. Every part is a buffer of its own: the step donates them all.
 
   Args:
@@ -195,7 +197,8 @@ def initial_state(config, built: Build, policy, reward_backbone, phi, *, donate:
       the adapters alone are the policy's state.
     reward_backbone, phi: state of the fitted reward model; phi also stays as the frozen score head.
     donate: the arguments must not be used again; a copy less at the start.
+    make: of `make_first_state`, where several states are to be made by one compiled program.
   """
-  make = make_first_state(config, built)
+  make = make or make_first_state(config, built)
   given = (policy, reward_backbone, phi)
   return place(make, built.mesh, jax.random.key(config.seed), *given, donate=(1, 2) if donate else ())

@@ -36,7 +36,7 @@ from r2m_jax.optim import descend
 from r2m_jax.schedules import kl_weight, omega
 from r2m_jax.sharding import lay_rows, on_mesh
 from r2m_jax.types import Experience, Feedback, Judged, Pairs, Prompts, Sequences, TrainState
-from r2m_jax.variants import READS_POLICY, VARIANTS, States, feed_back, other_rows
+from r2m_jax.variants import READS_POLICY, VARIANTS, Arm, States, feed_back, other_rows
 
 # what a step's key is for
 KEY_SHUFFLE, KEY_NOISE, KEY_REFRESHED_NOISE, KEY_PAIR_NOISE = range(2**31 - 1, 2**31 - 5, -1)
@@ -138,11 +138,13 @@ def make_omega(config) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
 
 def make_score(defs: Defs, config) -> Callable[..., jax.Array]:
-  """Builds `score(head_state, rte, states, w)`: the variant's reward by each head of phi, f32[B, M]."""
+  """Builds `score(head_state, rte, states, w, arm=None)`: the variant's reward or an arm's, by each head, f32[B, M]."""
   variant = VARIANTS[config.variant]
 
-  def score(head_state, rte, states: States, w):
+  def score(head_state, rte, states: States, w, arm: Arm | None = None):
     head = nnx.merge(defs.reward_head, head_state)
+    if arm is not None:
+      return head.members(rte, states.hidden, states.mask, jnp.where(arm.fused, w, 1)) * jnp.where(arm.scaled, w, 1)
     if variant.feedback:
       return head.members(rte, states.hidden, states.mask, w)
     return member_scores(head.phi, rte) * (w if variant.scaled else 1.0)
@@ -151,7 +153,7 @@ def make_score(defs: Defs, config) -> Callable[..., jax.Array]:
 
 
 def make_judge(defs: Defs, config) -> Callable[..., tuple[Judged, States]]:
-  """Builds `judge(state, w, sequences, old, ref, reward_tokens, reward_mask)`: annotate (algorithm 1, step 2).
+  """Builds `judge(state, w, sequences, old, ref, reward_tokens, reward_mask, arm=None)`: annotate (algorithm 1).
 
   old and ref are what policy and reference say of the sequences, of which the first `sampled` are samples and the rest
   the greedy rows of "remax". `group` as in `make_read`, where the reward model reads the very tokens of the policy.
@@ -162,8 +164,8 @@ def make_judge(defs: Defs, config) -> Callable[..., tuple[Judged, States]]:
   together = dict(how=config.reward.combine, variance_weight=config.reward.variance_weight)
 
   def judge(
-    state: TrainState, w, sequences: Sequences, old: Feedback, ref: Feedback, reward_tokens, reward_mask, *, sampled,
-    group=1,
+    state: TrainState, w, sequences: Sequences, old: Feedback, ref: Feedback, reward_tokens, reward_mask,
+    arm: Arm | None = None, *, sampled, group=1,
   ):  # fmt: skip
     backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
     shared_of = functools.partial(shared_prompts, group, sequences)
@@ -175,7 +177,7 @@ def make_judge(defs: Defs, config) -> Callable[..., tuple[Judged, States]]:
       others=other_rows(len(rte), sampled),
     )  # fmt: skip
     head = state.reward_head if state.reward_average is None else state.reward_average
-    scores, frozen = score(head, rte, states, w), member_scores(nnx.merge(defs.phi, state.reward_frozen), rte)
+    scores, frozen = score(head, rte, states, w, arm), member_scores(nnx.merge(defs.phi, state.reward_frozen), rte)
     judged = Judged(rte=rte, scores=combine(scores, **together), scores_frozen=combine(frozen, **together))
     return judged, own
 
@@ -189,7 +191,7 @@ def step_key(state: TrainState, purpose: int) -> jax.Array:
 def make_learn(
   defs: Defs, config, mesh: Mesh, *, same_tokens: bool = False
 ) -> Callable[..., tuple[TrainState, StepOutput]]:
-  """Builds `learn(state, sequences, reward_tokens, reward_mask, pairs=None)`, not yet jitted.
+  """Builds `learn(state, sequences, reward_tokens, reward_mask, pairs=None, arm=None)`, not yet jitted.
 
   With algorithm "remax" the greedy response to each prompt follows the sampled ones as P more rows. `pairs` are the
   step's labels where config.r2m.labels is "preference". `same_tokens`: the reward model's rows are the policy's. Reads
@@ -262,7 +264,7 @@ def make_learn(
     carry = (state.policy, state.policy_opt, state.critic, state.critic_opt, hidden)
     return jax.lax.scan(update, carry, orders.reshape(epochs * minibatches, -1))
 
-  def update_reward(state: TrainState, judged: Judged, states: States, w, labelled):
+  def update_reward(state: TrainState, judged: Judged, states: States, w, labelled, arm):
     """One step on GREBT (eq. 7) for cross-attention and phi, with rte and h' as data.
 
     labelled: (rte, states, weight) of the pairs whose order is known; None: the annotation scores say which of a group
@@ -272,10 +274,10 @@ def make_learn(
     annotations = judged.scores.reshape(-1, K)
 
     def reward_loss(head_state):
-      rewards = score(head_state, rte, states, w)  # [B, M]: each head of an ensemble has a loss of its own
+      rewards = score(head_state, rte, states, w, arm)  # [B, M]: each head of an ensemble has a loss of its own
       pairs = None
       if labelled is not None:
-        winner, loser = jnp.split(score(head_state, *labelled[:2], w), 2)
+        winner, loser = jnp.split(score(head_state, *labelled[:2], w, arm), 2)
         pairs = winner.T, loser.T
       member = lambda rewards, pairs: losses.grebt(
         rewards.reshape(-1, K), annotations, alpha=alpha, eps=gre_eps,
@@ -285,6 +287,9 @@ def make_learn(
       return loss.mean(), {name: value.mean() for name, value in metrics.items()}
 
     head, opt, _, metrics, done = descend(defs.reward_tx, reward_loss, state.reward_head, state.reward_opt)
+    if arm is not None:
+      before = state.reward_head, state.reward_opt, jax.tree.map(jnp.zeros_like, done)
+      head, opt, done = jax.tree.map(lambda new, old: jnp.where(arm.trained, new, old), (head, opt, done), before)
     return head, opt, metrics | {f"r2m/{name}": value for name, value in done.items()}
 
   def read_labelled(state: TrainState, policy_state, pairs: Pairs):
@@ -302,7 +307,7 @@ def make_learn(
 
   def learn(
     state: TrainState, sequences: Sequences, reward_tokens: jax.Array, reward_mask: jax.Array,
-    pairs: Pairs | None = None,
+    pairs: Pairs | None = None, arm: Arm | None = None,
   ):  # fmt: skip
     rows = len(sequences.tokens)
     sampled = rows * K // (K + 1) if algorithm == "remax" else rows
@@ -315,8 +320,9 @@ def make_learn(
     w = omega_at(state.step, kl)
     beta, next_beta = kl_weight(controller, state.beta, kl, **toward)
     judged, own = judge(
-      state, w, sequences, old, ref, reward_tokens, reward_mask, sampled=sampled, group=group if same_tokens else 1
-    )
+      state, w, sequences, old, ref, reward_tokens, reward_mask, arm, sampled=sampled,
+      group=group if same_tokens else 1,
+    )  # fmt: skip
     scores = shape_scores(judged.scores, sequences.response_mask.sum(-1), sequences.has_eos, shaping)
     greedy_scores = scores[sampled:] if algorithm == "remax" else None
     scores, judged, own, old, ref, sequences = first_rows((scores, judged, own, old, ref, sequences))
@@ -353,7 +359,7 @@ def make_learn(
         step_key(state, KEY_REFRESHED_NOISE), others=other_rows(sampled, sampled),
       )  # fmt: skip
       labelled = None if pairs is None else read_labelled(state, new_policy, pairs)
-      head, reward_opt, reward_metrics = update_reward(state, judged, states, w, labelled)
+      head, reward_opt, reward_metrics = update_reward(state, judged, states, w, labelled, arm)
     averaged = state.reward_average
     if averaged is not None:
       averaged = jax.tree.map(lambda old, new: average * old + (1 - average) * new, averaged, head)
@@ -462,13 +468,13 @@ Labeller = Callable[[Sequences, int], Pairs]
 
 def make_step(
   defs: Defs, config, mesh: Mesh, eos_ids: tuple[int, ...], pad_id: int, state_shardings: Any,
-  labeller: Labeller | None = None,
+  labeller: Labeller | None = None, arms: bool = False,
 ):  # fmt: skip
   """The step for a policy and a reward model that share a tokenizer: step(state, prompts) -> (state, output).
 
   One jitted program; the state is donated: the old one must not be used again. With config.r2m.labels "preference"
   the host labels some of the samples in between, labeller(sequences on the host, step number) -> Pairs, and the two
-  parts are two programs.
+  parts are two programs. Without labels, `arms` makes it step(state, prompts, arm), for any `Arm` if it is r2m's.
   """
   rollout = make_rollout(defs, config, mesh, eos_ids, pad_id)
   learn = make_learn(defs, config, mesh, same_tokens=True)
@@ -478,11 +484,11 @@ def make_step(
 
   if not uses_labels(config):
 
-    def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, StepOutput]:
+    def step(state: TrainState, prompts: Prompts, arm: Arm | None = None) -> tuple[TrainState, StepOutput]:
       sequences = rollout(state, prompts)
-      return learn(state, sequences, sequences.tokens, sequences.token_mask)
+      return learn(state, sequences, sequences.tokens, sequences.token_mask, arm=arm)
 
-    return jit_learn(step, 1)
+    return jit_learn(step, 2 if arms else 1)
 
   rollout, learn = jax.jit(rollout), jit_learn(learn, 4)
 

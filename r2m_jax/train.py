@@ -3,7 +3,9 @@
 import functools
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ import numpy as np
 
 from r2m_jax import checkpoint, hosts, loop, sharding
 from r2m_jax.build import KEY_TABLE, Build, abstract, build, init_policy, init_reward_model, initial_state
+from r2m_jax.build import make_first_state
 from r2m_jax.checks import check_model, check_step_zero
 from r2m_jax.config import ConfigError, check_batch, difference, fixed
 from r2m_jax.generate import generate
@@ -21,7 +24,7 @@ from r2m_jax.metrics import append_samples, read_json, read_metrics, write_atomi
 from r2m_jax.pretrain import PARTIAL
 from r2m_jax.report import format_summary, summary_table, write_report
 from r2m_jax.step import make_judge, make_omega, make_read, make_step, measured_kl, sampling, truncated, uses_labels
-from r2m_jax.variants import VARIANTS
+from r2m_jax.variants import VARIANTS, Arm, arm_of, measured
 
 
 # of a forked run; what its data and its tables are is found out anew
@@ -52,14 +55,18 @@ def run(config, workdir: Path) -> None:
         built.defs.policy, policy, vocab_size=built.arch.vocab_size, dtype=config.dtype,
         temperature=config.rollout.temperature,
       )  # fmt: skip
+    programs = {}
     for variant in (config.variant,) if config.variant else config.arms:
       arm = with_variant(config, variant)
-      built, start = build(arm, mesh, vocab_size=goldtask.VOCAB_SIZE), reward
+      kind = program_of(arm)
+      if kind not in programs:
+        programs[kind] = make_programs(with_variant(config, kind), mesh)
+      built, start = programs[kind].built, reward
       if VARIANTS[variant].start == "golden":
         start = stage(
           workdir, "reward_golden", reward_like, lambda: fit_golden(arm, built, workdir, policy, reward)
         )
-      run_arm(arm, built, workdir, policy, start)
+      run_arm(arm, programs[kind], workdir, policy, start)
   title = f"R2M: {config.task}, {config.algorithm}, seed {config.seed}"
   hosts.on_first(lambda: conclude(workdir, title, f"figures  {workdir / 'figures'}"))
 
@@ -71,12 +78,34 @@ def conclude(workdir: Path, title: str, *lines: str) -> None:
   print("\n".join([f"report   {report}", *lines, f"metrics  {workdir / 'metrics.jsonl'}"]))
 
 
-def run_arm(config, built: Build, workdir: Path, policy, reward) -> None:
+class Programs(NamedTuple):
+  """What is compiled once for all arms that share it."""
+
+  built: Build
+  first: Callable  # of build.make_first_state
+  step: Callable  # of make_gold_step
+  sample: Callable  # of make_sampler
+
+
+def program_of(config) -> str:
+  """The variant whose program runs config.variant, "r2m" for all that have an `Arm`: to compile takes longer than many
+  a run of this task, and r2m's reward costs next to nothing. With labels, which not all can use, each has its own."""
+  return config.variant if config.r2m.labels == "preference" or arm_of(config.variant) is None else "r2m"
+
+
+def make_programs(config, mesh) -> Programs:
+  """Nothing is compiled before it is called."""
+  built = build(config, mesh, vocab_size=goldtask.VOCAB_SIZE)
+  first = make_first_state(config, built)
+  return Programs(built, first, make_gold_step(config, built), make_sampler(config, built))
+
+
+def run_arm(config, programs: Programs, workdir: Path, policy, reward) -> None:
   """RL for one variant, from the shared starting policy and reward model or from the arm's newest checkpoint."""
-  arm = config.variant
+  arm, built = config.variant, programs.built
+  shared = arm_of(arm) if program_of(config) == "r2m" else None
   checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
-  state = initial_state(config, built, policy, reward["backbone"], reward["phi"])
-  layout = sharding.shardings(state, built.mesh)
+  state = initial_state(config, built, policy, reward["backbone"], reward["phi"], make=programs.first)
   models = loop.models_of(state)
   state, fresh = loop.resume(config, checkpoints, state, models=models)
   if fresh and VARIANTS[arm].start == "head":
@@ -88,14 +117,15 @@ def run_arm(config, built: Build, workdir: Path, policy, reward) -> None:
     state = warm(state, head)
   if int(state.step) == config.steps:
     return
-  step, table = make_gold_step(config, built, layout), make_table(config, built)
+  table = lambda when: table_rows(arm, when, *hosts.fetch(programs.sample(state, shared)))
   if fresh:
-    append_samples(workdir, table(state, "before"))
+    append_samples(workdir, table("before"))
 
   def advance(state, t: int):
     prompts = rl_prompts(config, t)
-    state, out = step(state, prompts)
+    state, out = programs.step(state, prompts, shared)
     out = hosts.fetch(out)
+    out = out.replace(metrics={name: value for name, value in out.metrics.items() if measured(name, arm)})
     metrics = out.metrics | gold_metrics(out, config.rollout.group_size)
     if t == 0:
       check_step_zero(metrics, config.dtype, truncated=truncated(config))
@@ -103,7 +133,7 @@ def run_arm(config, built: Build, workdir: Path, policy, reward) -> None:
     return state, out, prompts.example_id, metrics, shown
 
   state = loop.run_steps(config, workdir, checkpoints, state, advance, models=models)
-  append_samples(workdir, table(state, "after"))
+  append_samples(workdir, table("after"))
 
 
 def rl_prompts(config, t: int):
@@ -111,11 +141,21 @@ def rl_prompts(config, t: int):
   return goldtask.prompts(config.seed, STREAM_RL, t, config.rollout.prompts)
 
 
-def make_gold_step(config, built: Build, layout):
-  """`make_step` for the gold-reward task; every process gives all prompts, as host arrays, and feeds its own."""
-  labeller = gold_labeller(config) if uses_labels(config) else None
-  step = make_step(built.defs, config, built.mesh, (goldtask.EOS,), goldtask.PAD, layout, labeller)
-  return lambda state, prompts: step(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
+def make_gold_step(config, built: Build):
+  """Builds `step(state, prompts, arm)`: `make_step` for the gold-reward task, with None for variants without an `Arm`.
+
+  Every process gives all prompts, as host arrays, and feeds its own.
+  """
+  labeller, made = gold_labeller(config) if uses_labels(config) else None, []
+
+  def step(state, prompts, arm: Arm | None):
+    if not made:  # the first state says where all others lie
+      ids, layout = ((goldtask.EOS,), goldtask.PAD), sharding.shardings(state, built.mesh)
+      made.append(make_step(built.defs, config, built.mesh, *ids, layout, labeller, arms=labeller is None))
+    given = hosts.place(hosts.take(prompts, built.rows), built.rows)
+    return made[0](state, given, *([arm] if labeller is None else []))
+
+  return step
 
 
 def gold_metrics(out, group_size: int) -> dict[str, float]:
@@ -137,14 +177,14 @@ def gold_metrics(out, group_size: int) -> dict[str, float]:
   }
 
 
-def make_table(config, built: Build):
-  """Builds `table(state, when)`: one sample for each of a few fixed prompts, as rows of samples.jsonl."""
+def make_sampler(config, built: Build):
+  """Builds `sample(state, arm) -> (sequences, judged)`: one sample for each of a few fixed prompts."""
   count = config.log.samples
   prompts = goldtask.prompts(config.seed, STREAM_TABLE, 0, count)
   read, judge, omega_at = make_read(config), make_judge(built.defs, config), make_omega(config)
 
   @sharding.jit_on(built.mesh)
-  def sample(state):
+  def sample(state, arm):
     key = jax.random.fold_in(state.key, KEY_TABLE)
     sequences = generate(
       built.defs.open_policy(state.policy, state.ref), prompts, key, 0, group_size=1, eos_ids=(goldtask.EOS,),
@@ -152,27 +192,29 @@ def make_table(config, built: Build):
     )  # fmt: skip
     old, ref = read(built.defs.open_policy(state.policy, state.ref), built.defs.open_ref(state.ref), sequences)
     w = omega_at(state.step, measured_kl(old, ref, sequences))
-    return sequences, judge(state, w, sequences, old, ref, sequences.tokens, sequences.token_mask, sampled=count)[0]
+    rows = sequences.tokens, sequences.token_mask
+    return sequences, judge(state, w, sequences, old, ref, *rows, arm, sampled=count)[0]
 
-  def table(state, when: str) -> list[dict]:
-    sequences, judged = hosts.fetch(sample(state))
-    gold, width = goldtask.gold(sequences), sequences.response_mask.shape[1]
-    return [
-      {
-        "arm": config.variant,
-        "when": when,
-        "prompt": goldtask.render(sequences.tokens[i, :-width], sequences.token_mask[i, :-width]),
-        "response": goldtask.render(sequences.tokens[i, -width:], sequences.response_mask[i]),
-        "reward": judged.scores[i],
-        "frozen": judged.scores_frozen[i],
-        "gold": gold.gold[i],
-        "length": int(gold.length[i]),
-        "truncated": bool(gold.truncated[i]),
-      }
-      for i in range(count)
-    ]
+  return sample
 
-  return table
+
+def table_rows(arm: str, when: str, sequences, judged) -> list[dict]:
+  """Rows of samples.jsonl."""
+  gold, width = goldtask.gold(sequences), sequences.response_mask.shape[1]
+  return [
+    {
+      "arm": arm,
+      "when": when,
+      "prompt": goldtask.render(sequences.tokens[i, :-width], sequences.token_mask[i, :-width]),
+      "response": goldtask.render(sequences.tokens[i, -width:], sequences.response_mask[i]),
+      "reward": judged.scores[i],
+      "frozen": judged.scores_frozen[i],
+      "gold": gold.gold[i],
+      "length": int(gold.length[i]),
+      "truncated": bool(gold.truncated[i]),
+    }
+    for i in range(len(gold.gold))
+  ]
 
 
 def shapes_of(tree):

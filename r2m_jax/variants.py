@@ -42,6 +42,30 @@ VARIANTS = {
 }
 
 
+class Arm(NamedTuple):
+  """What tells variants apart that can run in one program, that of "r2m", as traced scalars bool[]."""
+
+  fused: jax.Array  # the policy's states are fused into the reward
+  scaled: jax.Array  # omega multiplies it
+  trained: jax.Array  # the head keeps its update
+
+
+def arm_of(name: str) -> Arm | None:
+  """A variant as an `Arm`; None where "r2m" computes nothing of the kind."""
+  variant = VARIANTS[name]
+  if variant.feedback not in ("", "policy") or variant.alpha is not None:
+    return None
+  return Arm(*map(np.bool_, (variant.feedback, variant.scaled, variant.trained)))
+
+
+def measured(metric: str, name: str) -> bool:
+  """Whether a metric of the step means anything for this variant, in whatever program it ran."""
+  variant = VARIANTS[name]
+  if metric == "r2m/omega":
+    return bool(variant.feedback or variant.scaled)
+  return variant.trained or not metric.startswith("r2m/")
+
+
 class States(NamedTuple):
   """Hidden states of one kind over a batch of trajectories."""
 

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import small
 
-from r2m_jax import losses, schedules
+from configs import quickstart
+from r2m_jax import losses, schedules, sharding, train
 from r2m_jax.lab import goldtask
 from r2m_jax.lab.labels import gold_labeller
 from r2m_jax.objective import shape_scores
 from r2m_jax.ops import combine
-from r2m_jax.step import make_read, pairs_at, pairs_per_step
+from r2m_jax.step import make_read, make_step, pairs_at, pairs_per_step
 from r2m_jax.types import Sequences
-from r2m_jax.variants import VARIANTS, States, feed_back, other_rows
+from r2m_jax.variants import VARIANTS, States, arm_of, feed_back, measured, other_rows
 
 STEPS = 3
 ALGORITHMS = {
@@ -94,6 +95,50 @@ def test_eight_devices_equal_one(name):
       if metric.endswith("_deviation"):  # maxima of rounding errors themselves
         bound = dict(atol=2e-5)
       np.testing.assert_allclose(b.metrics[metric], value, **bound, err_msg=f"{metric} of step {t}")
+
+
+SHAREABLE = {name: arm for name in VARIANTS if (arm := arm_of(name)) is not None}
+
+
+@functools.cache
+def shared_step():
+  """(config, step) of the one program of all `SHAREABLE` variants."""
+  cfg = small.config(variant="r2m")
+  built, state = small.start(cfg)
+  layout = sharding.shardings(state, built.mesh)
+  return cfg, make_step(built.defs, cfg, built.mesh, (goldtask.EOS,), goldtask.PAD, layout, arms=True)
+
+
+def test_which_variants_share_a_program():
+  assert set(SHAREABLE) == {
+    "vanilla", "r2m", "r2m_untrained", "iterative_head", "pretrained_rm", "scaled", "warm_start"
+  }  # fmt: skip
+  for name in VARIANTS:
+    config = quickstart.get_config()
+    config.variant = name
+    assert train.program_of(config) == ("r2m" if name in SHAREABLE else name)
+    config.r2m.labels = "preference"
+    assert train.program_of(config) == name
+
+
+@pytest.mark.parametrize("name", ["vanilla", "scaled", "r2m", "iterative_head", "r2m_untrained"])
+def test_an_arm_in_the_shared_program_is_the_variant_in_its_own(name):
+  cfg, step = shared_step()
+  _, state = small.start(cfg)
+  own, wanted = small.run(small.config(variant=name), STEPS)
+  for t in range(STEPS):
+    state, out = step(state, small.prompts(cfg, t), SHAREABLE[name])
+    np.testing.assert_array_equal(out.sequences.tokens, own[t].sequences.tokens)
+    metrics = {metric: value for metric, value in out.metrics.items() if measured(metric, name)}
+    assert set(metrics) == set(own[t].metrics)
+    for metric, value in metrics.items():
+      bound = dict(atol=2e-5) if metric.endswith("_deviation") else dict(rtol=1e-5, atol=1e-6)
+      np.testing.assert_allclose(value, own[t].metrics[metric], **bound, err_msg=f"{metric} of step {t}")
+  assert step._cache_size() == 1  # whatever the arm
+  for a, b in zip(flat(state.reward_head), flat(wanted.reward_head), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-6)
+  trained = not same(state.reward_head, small.start(cfg)[1].reward_head)
+  assert trained == VARIANTS[name].trained
 
 
 def test_every_variant_is_among_the_cases():
