@@ -195,8 +195,8 @@ def test_left_padding_changes_neither_samples_nor_log_probabilities(model):
 
 @pytest.mark.parametrize("truncation", [Truncation(), Truncation(top_k=40), Truncation(top_p=0.7)], ids=str)
 def test_a_large_vocabulary_drawn_in_two_parts_has_the_same_distribution(truncation):
-  """12,000 draws from 2,112 entries; those that are rarer than one in 1,000 count together, by their group."""
-  vocab, draws = 2112, 12_000
+  """30,000 draws from 2,112 entries; those that are rarer than one in 2,000 count together, by their group."""
+  vocab, draws = 2112, 30_000
   assert vocab >= GROUPED and vocab % 64 == 0
   logits = 2 * np.random.default_rng(0).standard_normal(vocab).astype(np.float32)
   p = np.exp(np.where(kept(jnp.asarray(logits / TAU), truncation), logits / TAU, -np.inf).astype(np.float64))
@@ -204,12 +204,12 @@ def test_a_large_vocabulary_drawn_in_two_parts_has_the_same_distribution(truncat
   draw = jax.jit(lambda key: sample_token(jax.random.split(key, 1000), jnp.tile(logits, (1000, 1)), TAU, truncation))
   tokens = np.concatenate([draw(jax.random.key(i)) for i in range(draws // 1000)])
   assert (p[tokens] > 0).all()
-  bins = np.where(p > 1e-3, np.arange(vocab), vocab + np.arange(vocab) % 64)
+  bins = np.where(p > 5e-4, np.arange(vocab), vocab + np.arange(vocab) % 64)
   sums = lambda x: np.bincount(bins, x, vocab + 64)
   counts = sums(np.bincount(tokens, minlength=vocab))
   statistic, bound = chi_square(counts, draws * sums(p))
   assert statistic < bound
-  skewed = p * (1 + 0.3 * np.sin(np.arange(vocab)))  # what would be seen
+  skewed = p * (1 + 0.2 * np.sin(np.arange(vocab)))  # what would be seen
   statistic, bound = chi_square(counts, draws * sums(skewed / skewed.sum()))
   assert statistic > bound
 

@@ -309,7 +309,7 @@ def test_a_lost_process_ends_the_other_in_bounded_time(two_processes, tmp_path, 
   took = time.monotonic() - began
   started[lost].kill()
   err = started[1 - lost].stderr.read()
-  assert status == hosts.LOST and took < 10 * HEARTBEAT, (status, took, err[-2000:])
+  assert status == hosts.LOST and took < 2 * HEARTBEAT + 5, (status, took, err[-2000:])
   assert f"process {1 - lost} of 2 on" in err and "another process was lost: killed" in err
   assert "The same command on every host goes on from what is saved" in err
   print(f"{number.name} to process {lost}: the other ended after {took:.1f} s, heartbeat {HEARTBEAT} s")

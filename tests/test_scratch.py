@@ -147,8 +147,9 @@ def test_a_rerun_goes_on_where_it_stopped(finished, capsys):
   root, workdir, _ = finished
   cfg, export = config(root), workdir / "export/policy/model.safetensors"
   before, stamps = export.read_bytes(), (workdir / "metrics.jsonl").read_bytes()
+  began = time.perf_counter()
   scratch.run(cfg, workdir)
-  assert capsys.readouterr().out.count("done before") == 6
+  assert time.perf_counter() - began < 90 and capsys.readouterr().out.count("done before") == 6
   assert export.read_bytes() == before and (workdir / "metrics.jsonl").read_bytes() == stamps
 
 
@@ -260,11 +261,12 @@ def test_a_budget_is_turned_into_steps_once(finished, tmp_path, capsys):
   assert asked == [7.0]
   cfg = scratch.derived(config(root), "sft", config(root).scratch.sft, policy__path=str(workdir / "models/lm"))
   cfg.sft.budget = 4.0
+  began = time.perf_counter()
   finetune.run_sft(cfg, tmp_path / "run", finetune.mesh_of(cfg))
-  shown = capsys.readouterr().out
+  took, shown = time.perf_counter() - began, capsys.readouterr().out
   steps = json.loads((tmp_path / "run/budgets.json").read_text())["sft"]
   assert f"{steps} updates in a budget of 4 s" in shown and shown.index("rate ") < shown.index("export ")
-  assert read_metrics(tmp_path / "run")[-1]["step"] <= steps - 1 and steps >= 1
+  assert read_metrics(tmp_path / "run")[-1]["step"] <= steps - 1 and took < 120 and steps > 3
 
 
 def test_a_stage_far_behind_its_budget_is_cut_short(tmp_path, capsys):
