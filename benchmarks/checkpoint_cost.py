@@ -37,7 +37,7 @@ def main(argv):
   policy = build.init_policy(config, built, jax.random.key(0))
   reward = build.init_reward_model(config, built, policy, jax.random.key(1))
   state = build.initial_state(config, built, policy, reward["backbone"], reward["phi"])
-  step = make_gold_step(config, built)
+  step = make_gold_step(config, built, sharding.shardings(state, mesh))
   size = sum(x.nbytes for x in jax.tree.leaves(state) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
 
   seconds, number = {name: [] for name in SETTINGS}, 0

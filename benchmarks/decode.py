@@ -29,7 +29,7 @@ def main(_):
   tokens = sizes.response_length - 1
   seconds = times["all tokens"].median - times["one token"].median
   flops, moved = workload.decode_flops(sizes), workload.decode_bytes(sizes, jnp.dtype(dtype).itemsize)
-  by = {f"{dtype} products": flops / limits[dtype], "bandwidth": moved / limits["copy"]}
+  by = workload.decode_limits(sizes, dtype, limits)
   bound_by = max(by, key=by.get)
   share = by[bound_by] / seconds
 

@@ -15,7 +15,6 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # of the card: 
 import time
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 
 from benchmarks import machine, workload
@@ -42,11 +41,8 @@ def phases(work: workload.Work, settings: list[str], limits: dict[str, float]) -
   program = work.rollout_program(workload.get_config(workload.SIZE.value, settings=of_one))
   first = timed("one token", lambda: jax.block_until_ready(program(work.state, work.prompts())), STEPS.value)
   learn = timed("learn", work.learn, STEPS.value)
-  flops, _ = workload.counts(work.config, sizes, "gpu")
-  needed = sum(x for name, x in flops.items() if name not in ("prefill", "decode"))
-  decode = rollout.median - first.median
-  least = {f"{dtype} products": workload.decode_flops(sizes) / limits[dtype],
-           "bandwidth": workload.decode_bytes(sizes, jnp.dtype(dtype).itemsize) / limits["copy"]}  # fmt: skip
+  needed = workload.by_program(workload.counts(work.config, sizes, "gpu")[0])["learn"]
+  decode, least = rollout.median - first.median, workload.decode_limits(sizes, dtype, limits)
   bound_by = max(least, key=least.get)
   found = {
     "rollout": rollout.seconds, "first": first.seconds, "learn": learn.seconds,

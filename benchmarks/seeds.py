@@ -10,7 +10,6 @@ import os
 
 import jax
 from absl import app, flags
-from flax import nnx
 
 from benchmarks import machine
 from configs import quickstart
@@ -18,7 +17,6 @@ from r2m_jax import build, sharding
 from r2m_jax.lab import goldtask
 from r2m_jax.lab.grid import first_states, make_together_step, with_seed
 from r2m_jax.lab.together import seeds_mesh, stack
-from r2m_jax.models import transformer
 from r2m_jax.step import make_step
 from r2m_jax.train import rl_prompts
 
@@ -34,7 +32,7 @@ def main(_):
   config.variant = VARIANT.value
   built = build.build(config, sharding.make_mesh((1, 1, 1), jax.devices()[:1]), vocab_size=goldtask.VOCAB_SIZE)
   policies = {seed: build.init_policy(config, built, jax.random.key(seed)) for seed in seeds}
-  rewards = {seed: random_reward(config, built, seed) for seed in seeds}
+  rewards = {seed: build.init_reward_model(config, built, policies[seed], jax.random.key(seed)) for seed in seeds}
   configs, mesh = [with_seed(config, seed) for seed in seeds], seeds_mesh(SEEDS.value)
   together = make_together_step(config, built, mesh, configs)
   states = first_states(config, built, mesh, [(seed, 1.0) for seed in seeds], policies, rewards, None)
@@ -67,13 +65,6 @@ def main(_):
   result = {"benchmark": "seeds", "seeds": SEEDS.value, "together": many, "alone": single, "ratio": ratio}
   machine.conclude(result, [(f"{ratio:.2f} times as fast as one after another, {asked:.0f} asked", ratio >= asked)],
                    all(found.quiet for found in times.values()))  # fmt: skip
-
-
-def random_reward(config, built, seed: int):
-  """A reward model, as {"backbone", "phi"}."""
-  key, kwargs = jax.random.key(1000 + seed), build.model_kwargs(config, built.mesh)
-  phi = build.make_head(config, built.arch, built.reward_arch, key).phi
-  return {"backbone": transformer.init(built.reward_arch, key, **kwargs)[1], "phi": nnx.state(phi)}
 
 
 if __name__ == "__main__":

@@ -17,19 +17,6 @@ from benchmarks import machine, workload
 
 STEPS = flags.DEFINE_integer("steps", 5, "Timed steps that others did not disturb")
 VARIANT = flags.DEFINE_string("variant", "vanilla", "Plain RLOO, or r2m; see variants.VARIANTS")
-# of plan.work, by program; `updates` has what else there is
-PARTS = {
-  "rollout": ("prefill", "decode"), "read": ("feedback and log-probs", "reference"), "judge": ("reward backbone",)
-}  # fmt: skip
-
-
-def by_program(phases: dict[str, float]) -> dict[str, float]:
-  """FLOPs or bytes of each program from those of plan.work's phases."""
-  found = {program: sum(phases[name] for name in names) for program, names in PARTS.items()}
-  found["step"] = sum(phases.values())
-  found["learn"] = found["step"] - found["rollout"]
-  found["updates"] = found["learn"] - found["read"] - found["judge"]
-  return found
 
 
 def main(_):
@@ -48,7 +35,7 @@ def main(_):
     getattr(work, name)()  # compiles
   limits = machine.limits()
   times = machine.take_turns({name: getattr(work, name) for name in names}, STEPS.value)
-  flops, moved = map(by_program, workload.counts(work.config, work.sizes, jax.devices()[0].platform))
+  flops, moved = map(workload.by_program, workload.counts(work.config, work.sizes, jax.devices()[0].platform))
   seconds = {name: found.median for name, found in times.items()}
   seconds["updates"] = seconds["learn"] - seconds["read"] - seconds["judge"]
   rate = limits[work.config.dtype]

@@ -11,6 +11,7 @@ import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from flax import nnx
@@ -161,6 +162,27 @@ def counts(config, sizes: Sizes, platform: str) -> tuple[dict[str, float], dict[
   config.remat, config.logits_chunk = "none", 0
   phases = phases_of(config, sizes, Layout(1, 1, 1), platform)
   return {phase.name: phase.flops for phase in phases}, {phase.name: phase.moved for phase in phases}
+
+
+# of plan.work, by program; `updates` has what else there is
+PARTS = {
+  "rollout": ("prefill", "decode"), "read": ("feedback and log-probs", "reference"), "judge": ("reward backbone",)
+}  # fmt: skip
+
+
+def by_program(phases: dict[str, float]) -> dict[str, float]:
+  """FLOPs or bytes of each program from those of plan.work's phases."""
+  found = {program: sum(phases[name] for name in names) for program, names in PARTS.items()}
+  found["step"] = sum(phases.values())
+  found["learn"] = found["step"] - found["rollout"]
+  found["updates"] = found["learn"] - found["read"] - found["judge"]
+  return found
+
+
+def decode_limits(sizes: Sizes, dtype: str, limits: dict[str, float]) -> dict[str, float]:
+  """Least seconds of all tokens after the first by what bounds them, on a machine with these `machine.limits()`."""
+  moved = decode_bytes(sizes, jnp.dtype(dtype).itemsize)
+  return {f"{dtype} products": decode_flops(sizes) / limits[dtype], "bandwidth": moved / limits["copy"]}
 
 
 def decode_flops(sizes: Sizes) -> float:

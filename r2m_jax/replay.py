@@ -30,9 +30,9 @@ from r2m_jax.metrics import plain, read_metrics, write_atomic
 from r2m_jax.models.reward import member_scores
 from r2m_jax.prepare import batch_of, prompt_data
 from r2m_jax.step import make_judge, make_omega, make_read, measured_kl
-from r2m_jax.train import make_gold_step, program_of, rl_prompts, shapes_of, warm, with_variant
+from r2m_jax.train import make_gold_step, program_of, rl_prompts, shapes_of, shared_arm, warm, with_variant
 from r2m_jax.types import TrainState
-from r2m_jax.variants import VARIANTS, arm_of
+from r2m_jax.variants import VARIANTS
 
 MATCHES = 1e-5  # a logged metric made again; a rounding error, where the mesh is another than the run's
 
@@ -166,8 +166,8 @@ def gold_task(config, workdir: Path) -> Again:
   reward = abstract(functools.partial(init_reward_model, config, built), built.mesh, policy, key)
   started = stage_of(workdir, "reward_golden" if VARIANTS[config.variant].start == "golden" else "reward", reward)
   first = initial_state(config, built, stage_of(workdir, "sft", policy), started["backbone"], started["phi"])
-  kind = program_of(config)
-  program, arm = make_gold_step(with_variant(config, kind), built), arm_of(config.variant) if kind == "r2m" else None
+  layout, arm = sharding.shardings(first, built.mesh), shared_arm(config)
+  program = make_gold_step(with_variant(config, program_of(config)), built, layout)
 
   def step(state, t: int):
     state, out = program(state, rl_prompts(config, t), arm)

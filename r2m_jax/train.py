@@ -60,7 +60,7 @@ def run(config, workdir: Path) -> None:
       arm = with_variant(config, variant)
       kind = program_of(arm)
       if kind not in programs:
-        programs[kind] = make_programs(with_variant(config, kind), mesh)
+        programs[kind] = make_programs(with_variant(config, kind), mesh, policy, reward)
       built, start = programs[kind].built, reward
       if VARIANTS[variant].start == "golden":
         start = stage(
@@ -87,23 +87,29 @@ class Programs(NamedTuple):
   sample: Callable  # of make_sampler
 
 
+def shared_arm(config) -> Arm | None:
+  """config.variant as an arm of r2m's program: to compile takes longer than many a run of this task, and r2m's reward
+  costs next to nothing. None where it has a program of its own, as all have with labels, which not all can use."""
+  return None if config.r2m.labels == "preference" else arm_of(config.variant)
+
+
 def program_of(config) -> str:
-  """The variant whose program runs config.variant, "r2m" for all that have an `Arm`: to compile takes longer than many
-  a run of this task, and r2m's reward costs next to nothing. With labels, which not all can use, each has its own."""
-  return config.variant if config.r2m.labels == "preference" or arm_of(config.variant) is None else "r2m"
+  """The variant whose program runs config.variant."""
+  return config.variant if shared_arm(config) is None else "r2m"
 
 
-def make_programs(config, mesh) -> Programs:
-  """Nothing is compiled before it is called."""
+def make_programs(config, mesh, policy, reward) -> Programs:
+  """Nothing is compiled before it is called. policy and reward say of what shape the arms start."""
   built = build(config, mesh, vocab_size=goldtask.VOCAB_SIZE)
   first = make_first_state(config, built)
-  return Programs(built, first, make_gold_step(config, built), make_sampler(config, built))
+  state = jax.eval_shape(first, jax.random.key(config.seed), policy, reward["backbone"], reward["phi"])
+  step = make_gold_step(config, built, sharding.shardings(state, mesh))
+  return Programs(built, first, step, make_sampler(config, built))
 
 
 def run_arm(config, programs: Programs, workdir: Path, policy, reward) -> None:
   """RL for one variant, from the shared starting policy and reward model or from the arm's newest checkpoint."""
-  arm, built = config.variant, programs.built
-  shared = arm_of(arm) if program_of(config) == "r2m" else None
+  arm, built, shared = config.variant, programs.built, shared_arm(config)
   checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
   state = initial_state(config, built, policy, reward["backbone"], reward["phi"], make=programs.first)
   models = loop.models_of(state)
@@ -141,21 +147,18 @@ def rl_prompts(config, t: int):
   return goldtask.prompts(config.seed, STREAM_RL, t, config.rollout.prompts)
 
 
-def make_gold_step(config, built: Build):
+def make_gold_step(config, built: Build, layout):
   """Builds `step(state, prompts, arm)`: `make_step` for the gold-reward task, with None for variants without an `Arm`.
 
   Every process gives all prompts, as host arrays, and feeds its own.
   """
-  labeller, made = gold_labeller(config) if uses_labels(config) else None, []
-
-  def step(state, prompts, arm: Arm | None):
-    if not made:  # the first state says where all others lie
-      ids, layout = ((goldtask.EOS,), goldtask.PAD), sharding.shardings(state, built.mesh)
-      made.append(make_step(built.defs, config, built.mesh, *ids, layout, labeller, arms=labeller is None))
-    given = hosts.place(hosts.take(prompts, built.rows), built.rows)
-    return made[0](state, given, *([arm] if labeller is None else []))
-
-  return step
+  own = lambda prompts: hosts.place(hosts.take(prompts, built.rows), built.rows)
+  fixed = built.defs, config, built.mesh, (goldtask.EOS,), goldtask.PAD, layout
+  if uses_labels(config):
+    labelled = make_step(*fixed, gold_labeller(config))
+    return lambda state, prompts, arm: labelled(state, own(prompts))
+  step = make_step(*fixed, arms=True)
+  return lambda state, prompts, arm: step(state, own(prompts), arm)
 
 
 def gold_metrics(out, group_size: int) -> dict[str, float]:

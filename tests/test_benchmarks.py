@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import compile as compiling
-from benchmarks import machine, step, workload
+from benchmarks import machine, workload
 from benchmarks.machine import Ticks
 
 TINY, WIDTH = workload.POLICIES["tiny"], 4
@@ -74,7 +74,7 @@ def test_flops_leave_out_what_is_computed_again():
 def test_programs_share_out_the_phases():
   config, sizes = tiny()
   phases, _ = workload.counts(config, sizes, "cpu")
-  found = step.by_program(phases)
+  found = workload.by_program(phases)
   assert found["step"] == found["rollout"] + found["learn"] == sum(phases.values())
   assert found["updates"] == pytest.approx(phases["policy update"] + phases["reward head"])
 
