@@ -38,7 +38,22 @@ SETTINGS = (  # mitigations, and choices that the paper leaves open
   "r2m.average r2m.average=0.9",
   "r2m.middle_layer r2m.feedback_layer=0",
 )
-CHOSEN: dict[str, str] = {}  # variant -> what :tune took, such as "r2m": "r2m.lr=3e-4"; empty: nothing was chosen yet
+CHOSEN: dict[str, str] = {  # variant -> what :tune took, by the rule in docs/lab.md
+  "vanilla": "kl.beta=0.08",
+  "scaled": "kl.beta=0.01",
+  "r2m": "r2m.lr=0.001",
+  "r2m_untrained": "kl.beta=0.01",
+  "noise": "r2m.lr=0.001",
+  "constant": "r2m.lr=0.001",
+  "no_bt": "r2m.lr=0.0001",
+  "no_gre": "r2m.lr=0.001",
+  "iterative_head": "r2m.lr=0.001",
+  "pretrained_rm": "kl.beta=0.08",
+  "shuffled": "r2m.lr=0.001",
+  "reference": "r2m.lr=0.001",
+  "own_states": "r2m.lr=0.001",
+  "warm_start": "r2m.lr=0.0003",
+}
 BUDGETS = {"half_percent": 0.005, "two_percent": 0.02, "eight_percent": 0.08}  # of all trajectories, in labelled pairs
 CANDIDATES = (3e-5, 1e-4, 3e-4, 1e-3)  # as many for every arm
 SWEEP = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)

@@ -176,10 +176,40 @@ def test_the_laboratorys_configs_can_run(size):
 
 
 def test_what_was_chosen_reaches_all_arms_of_a_variant(monkeypatch):
-  monkeypatch.setitem(lab_config.CHOSEN, "r2m", "r2m.lr=3e-4 kl.beta=0.04")
+  monkeypatch.setattr(lab_config, "CHOSEN", {"r2m": "r2m.lr=3e-4 kl.beta=0.04"})
   arms = arms_of(lab_config.get_config())
   assert arms["r2m"].r2m.lr == arms["r2m.eight_percent"].r2m.lr == 3e-4 and arms["noise"].r2m.lr == 1e-4
   assert (arms["r2m"].kl.beta, arms["r2m.grpo"].kl.beta, arms["vanilla"].kl.beta) == (0.04, 0.06, 0.02)
+
+
+def test_an_arm_that_another_process_is_at_is_left_to_it(ended, tmp_path, monkeypatch, capsys):
+  """Another holds an arm's lock while the rest runs here, then dies: the arm is run here."""
+  for name in ("stages", "table"):
+    shutil.copytree(ended[0] / name, tmp_path / name)
+  shutil.copyfile(ended[0] / "best_of_n.parquet", tmp_path / "best_of_n.parquet")
+  (tmp_path / "table" / "vanilla.parquet").unlink()
+  held, ran = grid.alone(tmp_path, "arm-vanilla"), []
+  held.__enter__()
+  alone = grid.alone
+
+  def released(workdir, what, *, wait=True):  # as the other process dies, this one begins to wait
+    if what == "arm-vanilla" and wait:
+      held.__exit__(None, None, None)
+    return alone(workdir, what, wait=wait)
+
+  def run_arm(name, config, replicas, workdir):
+    ran.append((name, len(replicas)))
+    return read_table(ended[0] / "table" / f"{name}.parquet")[0]
+
+  monkeypatch.setattr(grid, "alone", released)
+  monkeypatch.setattr(grid, "run_arm", run_arm)
+  grid.run(settings(), tmp_path)
+  assert ran == [("vanilla", 2)]
+  printed = capsys.readouterr().out
+  assert "another process is at it" in printed and "done before" in printed
+  assert columns(tmp_path, "vanilla")["seed"].size == 2 * settings().steps
+  with alone(tmp_path, "x") as mine, alone(tmp_path, "x", wait=False) as again:
+    assert mine and not again
 
 
 def test_seeds_share_out_over_the_devices():

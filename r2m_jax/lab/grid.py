@@ -1,9 +1,12 @@
 """task = "lab": arms x seeds x KL weights on the gold-reward task, every replica of an arm in one program.
 
 The step is that of `step.py`, vmapped. A replica is one seed at one KL weight; alone it would be `train.run` with that
-seed. WORKDIR/table has an arm's rows once it has ended, WORKDIR/partial what is unfinished. See docs/lab.md.
+seed. WORKDIR/table has an arm's rows once it has ended, WORKDIR/partial what is unfinished. Processes that are given
+the same command share the arms out. See docs/lab.md.
 """
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -32,8 +35,8 @@ from r2m_jax.pretrain import PARTIAL
 from r2m_jax.sharding import make_mesh
 from r2m_jax.step import make_judge, make_learn, make_omega, make_read, make_rollout, measured_kl, sampling, truncated
 from r2m_jax.step import read_feedback, uses_labels
-from r2m_jax.train import claim, gold_metrics, rl_prompts, shapes_of, warm
-from r2m_jax.variants import VARIANTS
+from r2m_jax.train import claim, gold_metrics, program_of, rl_prompts, shapes_of, shared_arm, warm, with_variant
+from r2m_jax.variants import VARIANTS, measured
 
 KEY_PROBE = 2**31 - 10  # of the fixed responses
 BEST_GROUP = 2  # samples of a prompt drawn at a time: by the program that draws preferences
@@ -53,27 +56,54 @@ def run(config, workdir: Path) -> None:
         f"{len(jax.devices())} {device.platform} device(s); writes {workdir}", flush=True)  # fmt: skip
   best_of_n(with_seed(config, 0), config.lab.seeds, workdir)
   proxies = workdir / "stages" / stage_name("reward", config)
-  for i, (name, arm) in enumerate(arms.items(), 1):
-    where, began = f"[{i}/{len(arms)}] {name:<26}", time.monotonic()
-    missing = missing_of(workdir, name, arm, wanted)
-    if not missing:
-      print(f"{where} done before", flush=True)
-      continue
-    path = workdir / "table" / f"{name}.parquet"
-    for part in (missing[n : n + config.lab.together] for n in range(0, len(missing), config.lab.together)):
-      columns = run_arm(name, arm, part, workdir)
-      if path.exists():
-        columns = table.joined(table.read_table(path)[0], columns)
-      table.write_table(path, columns, identity(arm))
-      shutil.rmtree(partial_of(workdir, name, arm, part), ignore_errors=True)
-    jax.clear_caches()  # no other arm uses this one's programs
-    found, _ = report.read(config, arms, workdir, proxies)
-    results.write_summary(workdir / "summary.csv", found)
-    seconds = time.monotonic() - began
-    print(f"{where} {len(missing)} runs, {seconds:.0f} s  {report.line(config, found, name)}", flush=True)
-  found, facts = report.read(config, arms, workdir, proxies)
-  results.write_summary(workdir / "summary.csv", found)
-  print(report.write(config, found, facts, workdir))
+
+  def conclude(draw):
+    with alone(workdir, "report"):  # of what is finished now; the process that ends last has all of it
+      found, facts = report.read(config, arms, workdir, proxies)
+      results.write_summary(workdir / "summary.csv", found)
+      return draw(found, facts)
+
+  for wait in (False, True):  # first what no other process is at; then what others left, should one have been killed
+    for i, (name, arm) in enumerate(arms.items(), 1):
+      where, began = f"[{i}/{len(arms)}] {name:<26}", time.monotonic()
+      with alone(workdir, f"arm-{name}", wait=wait) as mine:
+        missing = missing_of(workdir, name, arm, wanted) if mine else []
+        for part in (missing[n : n + config.lab.together] for n in range(0, len(missing), config.lab.together)):
+          add_to_table(workdir, name, arm, part)
+      if missing:
+        jax.clear_caches()  # what another arm shares of this one's programs is in the compilation cache
+        text = conclude(lambda found, facts, name=name: report.line(config, found, name))
+        print(f"{where} {len(missing)} runs, {time.monotonic() - began:.0f} s  {text}", flush=True)
+      elif not wait:
+        print(f"{where} {'done before' if mine else 'another process is at it'}", flush=True)
+  print(conclude(lambda found, facts: report.write(config, found, facts, workdir)))
+
+
+@contextlib.contextmanager
+def alone(workdir: Path, what: str, *, wait: bool = True):
+  """Keeps other processes with this workdir from `what` meanwhile; a process that dies keeps nobody from anything.
+
+  Gives True; without `wait` False, and no claim, where another process is at it.
+  """
+  path = workdir / "locks" / what
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open("w") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+      yield False
+    else:
+      yield True
+
+
+def add_to_table(workdir: Path, name: str, arm, replicas: list[tuple[int, float]]) -> None:
+  """Runs some replicas of an arm; their rows join those that WORKDIR/table has of it."""
+  path = workdir / "table" / f"{name}.parquet"
+  columns = run_arm(name, arm, replicas, workdir)
+  if path.exists():
+    columns = table.joined(table.read_table(path)[0], columns)
+  table.write_table(path, columns, identity(arm))
+  shutil.rmtree(partial_of(workdir, name, arm, replicas), ignore_errors=True)
 
 
 def missing_of(workdir: Path, name: str, arm, wanted: list) -> list[tuple[int, float]]:
@@ -130,20 +160,22 @@ def fitted(workdir: Path, name: str, seeds, like, make) -> dict[int, object]:
     like: shapes, dtypes and shardings of one result.
   """
   kept = {seed: checkpoint.open_checkpoints(workdir / "stages" / name / f"seed_{seed}", last=1) for seed in seeds}
-  missing = [seed for seed, checkpoints in kept.items() if checkpoint.newest(checkpoints) is None]
-  if missing:
-    began, scratch = time.monotonic(), workdir / PARTIAL / f"{name}-{short(missing)}"
-    for seed, (result, facts) in zip(missing, make(missing, scratch)):
-      checkpoint.save(kept[seed], 0, result, facts={"found": facts})
-      checkpoint.wait(kept[seed])
-    shutil.rmtree(scratch, ignore_errors=True)
-    print(f"{name}: seeds {', '.join(map(str, missing))}, {time.monotonic() - began:.0f} s", flush=True)
+  with alone(workdir, name):
+    missing = [seed for seed, checkpoints in kept.items() if checkpoint.newest(checkpoints) is None]
+    if missing:
+      began, scratch = time.monotonic(), workdir / PARTIAL / f"{name}-{short(missing)}"
+      for seed, (result, facts) in zip(missing, make(missing, scratch)):
+        checkpoint.save(kept[seed], 0, result, facts={"found": facts})
+        checkpoint.wait(kept[seed])
+      shutil.rmtree(scratch, ignore_errors=True)
+      print(f"{name}: seeds {', '.join(map(str, missing))}, {time.monotonic() - began:.0f} s", flush=True)
   return {seed: checkpoint.restore(checkpoints, like) for seed, checkpoints in kept.items()}
 
 
 def starts_of(config, seeds, workdir: Path) -> tuple[Build, dict, dict, dict]:
-  """(build, {seed: policy}, {seed: reward model}, {seed: warm head} or None): what an arm's RL starts from."""
-  built = build(config, make_mesh((1, 1, 1), jax.devices()[:1]), vocab_size=goldtask.VOCAB_SIZE)
+  """Where an arm's RL starts: (build of its program, {seed: policy}, {seed: reward model}, {seed: head} or None)."""
+  shared = with_variant(config, program_of(config))
+  built = build(shared, make_mesh((1, 1, 1), jax.devices()[:1]), vocab_size=goldtask.VOCAB_SIZE)
   configs, key = {seed: with_seed(config, seed) for seed in seeds}, jax.random.key(0)
 
   head_of = jax.jit(lambda key, *start: make_first_state(config, built)(key, *start).reward_head)
@@ -183,6 +215,11 @@ def starts_of(config, seeds, workdir: Path) -> tuple[Build, dict, dict, dict]:
 
 def best_of_n(config, seeds, workdir: Path) -> None:
   """Best-of-n of the supervised policy by the proxy, a row for each seed and n: WORKDIR/best_of_n.parquet."""
+  with alone(workdir, "best_of_n"):
+    add_best_of_n(config, seeds, workdir)
+
+
+def add_best_of_n(config, seeds, workdir: Path) -> None:
   path, lab = workdir / "best_of_n.parquet", config.lab
   columns = table.read_table(path)[0] if path.exists() else None
   missing = [seed for seed in seeds if columns is None or seed not in columns["seed"]]
@@ -229,16 +266,17 @@ def first_states(config, built: Build, mesh, replicas, policies, rewards, heads)
 
 def make_together_step(config, built: Build, mesh, configs: list):
   """`step(states, prompts, number) -> (states, outputs)` of all replicas, each with its own config's labels."""
-  rollout = make_rollout(built.defs, config, built.mesh, (goldtask.EOS,), goldtask.PAD)
-  learn = make_learn(built.defs, config, built.mesh, same_tokens=True)
+  program, arm = with_variant(config, program_of(config)), shared_arm(config)
+  rollout = make_rollout(built.defs, program, built.mesh, (goldtask.EOS,), goldtask.PAD)
+  learn = make_learn(built.defs, program, built.mesh, same_tokens=True)
 
-  def whole(state, prompts):
+  def whole(state, prompts, arm):
     sequences = rollout(state, prompts)
-    return learn(state, sequences, sequences.tokens, sequences.token_mask)
+    return learn(state, sequences, sequences.tokens, sequences.token_mask, arm=arm)
 
   if not uses_labels(config):
-    whole = together(whole, mesh, donate=(0,))
-    return lambda states, prompts, number: whole(states, prompts)
+    whole, arms = together(whole, mesh, donate=(0,)), arm and stack([arm] * len(configs))
+    return lambda states, prompts, number: whole(states, prompts, arms)
   labellers = [gold_labeller(one) for one in configs]
   rollout, learn = together(rollout, mesh), together(learn, mesh, donate=(0,))
 
@@ -308,7 +346,7 @@ def run_arm(name: str, config, replicas: list[tuple[int, float]], workdir: Path)
   states = first_states(config, built, mesh, replicas, policies, rewards, heads)
   step, probing = make_together_step(config, built, mesh, configs), VARIANTS[config.variant].feedback != ""
   if probing:
-    fix, probe = make_probe(config, built, mesh)
+    fix, probe = make_probe(with_variant(config, program_of(config)), built, mesh)
     count = config.lab.probe_prompts
     fixed = fix(states, stack([goldtask.prompts(one.seed, STREAM_PROBE, 0, count) for one in configs]))
     first_head = jax.tree.map(jnp.copy, states.reward_head)
@@ -334,9 +372,10 @@ def run_arm(name: str, config, replicas: list[tuple[int, float]], workdir: Path)
         rows = []
         for i in range(len(replicas)):
           one = pick(out, i)
-          rows.append(one.metrics | gold_metrics(one, config.rollout.group_size) | pick(drift, i))
+          found = {key: value for key, value in one.metrics.items() if measured(key, config.variant)}
+          rows.append(found | gold_metrics(one, config.rollout.group_size) | pick(drift, i))
         if t == 0:
-          worst = {key: max(row[key] for row in rows) for key in out.metrics}
+          worst = {key: max(row[key] for row in rows) for key in found}
           check_step_zero(worst, config.dtype, truncated=truncated(config))
           names = list(rows[0])
           log = np.full((config.steps, len(replicas), len(names)), np.nan, np.float32)
