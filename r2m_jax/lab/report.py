@@ -8,7 +8,7 @@ import numpy as np
 from r2m_jax import report
 from r2m_jax.checkpoint import MANIFEST
 from r2m_jax.lab import figures, results, stats
-from r2m_jax.lab.results import Results, at_kl, find, gold_measures, rival, stop_name
+from r2m_jax.lab.results import Results, at_kl, at_weight, find, gold_measures, rival, stop_name
 from r2m_jax.lab.turnover import turnover, turnover_table
 from r2m_jax.metrics import write_atomic
 from r2m_jax.summary import number
@@ -83,6 +83,20 @@ def tables(config, found: Results, facts: dict[int, dict]) -> list[dict]:
     sections.append(dict(title=title, head=["arm", "mean", *leads], rows=rows, note=(
       "Means over seeds with 95% intervals; differences are paired by seed, with the arm of the same suffix where "
       "there is one. n: seeds that have the number, where not all do.")))  # fmt: skip
+  beta = {key: found.curves[key[0]][key[1]].beta for key in keys if key[0] in found.curves}
+  rows, lead = [], lab.control or lab.baseline
+  for key in beta:
+    other = rival(key[0], lead, found.curves)
+    against = other and at_weight(other, beta[key])
+    if against and find(found, key[0], "final", key[1], against):
+      measures = [measure for measure in gold_measures(config) if measure != "peak"]
+      rows.append([key[0], f"{beta[key]:g}", other, *(
+        counted(find(found, key[0], measure, key[1], against), len(found.curves[key[0]][key[1]].seeds))
+        for measure in measures)])  # fmt: skip
+  if rows:
+    head = ["arm", "KL weight", "less", "final", "area", *(f"gold at KL {kl:g}" for kl in lab.kls)]
+    sections.append(dict(title="At one KL weight", head=head, rows=rows, note=f"Paired differences from {lead} at the "
+                         "very same KL weight, wherever both were run at it."))  # fmt: skip
   show = ("kl_final", "frozen_final", "used_final", "length_final", "coverage_final", "hallucinated_final",
           "truncated_final", "repetition_final", "entropy_final", "within_corr", "pair_disagreement")  # fmt: skip
   rows = [[label(key), *(span(find(found, key[0], name, key[1])) for name in show)] for key in keys]

@@ -1,7 +1,8 @@
 """From the laboratory's table to summary numbers: one value a seed for each measure, then means and paired differences.
 
 A row of summary.csv is a measure of an arm at one KL weight, with its 95% interval over seeds; where `against` names
-another arm it is the mean difference over the seeds that both have.
+another arm it is the mean difference over the seeds that both have, at the settings chosen for each; "ARM at BETA" is
+that arm at the very KL weight of the row.
 """
 
 import csv
@@ -15,6 +16,7 @@ from r2m_jax.lab import stats
 from r2m_jax.lab.table import Curves, read_arms, read_table
 from r2m_jax.metrics import write_atomic
 from r2m_jax.summary import window_of
+from r2m_jax.variants import VARIANTS
 
 FIELDS = ("arm", "beta", "factor", "measure", "against", "value", "low", "high", "seeds")
 # measure -> metric whose last window it is
@@ -50,6 +52,11 @@ def gold_measures(config) -> list[str]:
 
 def at_kl(name: str, target: float) -> str:
   return f"{name}_at_kl_{target:g}"
+
+
+def at_weight(arm: str, beta: float) -> str:
+  """`against` of a row that compares with `arm` at the same KL weight, whatever the settings chosen for either."""
+  return f"{arm} at {beta:g}"
 
 
 def stop_name(config, target: float) -> str:
@@ -120,15 +127,17 @@ def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Resul
         add(f"fit_{kind}_{part}", "", getattr(fit, part))
       add(f"fit_{kind}_r2", "", (fit.r2, np.nan, np.nan, len(seeds[key])))
     for lead in dict.fromkeys((lab.baseline, lab.control)):
-      other = rival(key[0], lead, curves)
-      other = (other, key[1] if (other, key[1]) in values else 1.0)
-      if other not in values:
-        continue
-      both = [seed for seed in seeds[key] if seed in seeds[other]]
-      for measure in gold_measures(config):
-        if measure in found and both:
-          pair = (values[k][measure][[seeds[k].index(seed) for seed in both]] for k in (key, other))
-          add(measure, other[0], stats.paired(*pair))
+      name = rival(key[0], lead, curves)
+      others = {name: (name, key[1] if (name, key[1]) in values else 1.0)}
+      others |= {at_weight(name, beta[k]): k for k in values if k[0] == name and np.isclose(beta[k], beta[key])}
+      if key == ("r2m", 1.0) and lead == lab.baseline:  # the method less each ablation, placebo and control
+        others |= {variant: (variant, 1.0) for variant in VARIANTS if variant not in ("r2m", lab.control)}
+      for against, other in others.items():
+        both = [seed for seed in seeds[key] if seed in seeds[other]] if other in values else []
+        for measure in gold_measures(config) if both else ():
+          if measure in found:
+            pair = (values[k][measure][[seeds[k].index(seed) for seed in both]] for k in (key, other))
+            add(measure, against, stats.paired(*pair))
   path = workdir / "best_of_n.parquet"
   best = read_table(path)[0] if path.exists() else {}
   if best:
