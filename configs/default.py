@@ -245,7 +245,7 @@ def get_config() -> ConfigDict:
   # the paper's own evidence from the run in WORKDIR (task = "analyse"); docs/analyse.md
   config.analyse = ConfigDict()
   config.analyse.what = ""  # config.PIECES, with commas; "": all that the run has data for
-  config.analyse.prompts = 128  # held-out prompts of the gold-reward task, or pairs of a run on text
+  config.analyse.prompts = 256  # held-out prompts of the gold-reward task, or pairs of a run on text
   config.analyse.samples = 8  # responses to each, on the gold-reward task
   config.analyse.pairs = ""  # held-out rows with chosen and rejected, of a run on text; "": scratch.pairs_val
 

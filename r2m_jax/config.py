@@ -27,8 +27,8 @@ ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
 # settings that a run may change from one start to the next: they say how far, where and how often, not what is computed
 FREE = (
-  "task", "mesh", "log", "checkpoint", "guard", "replay", "analyse", "export", "generate", "score", "plan", "hosts", "lab",
-  "remat", "attention", "logits_chunk", "ppo.accumulation", "rollout.waves",
+  "task", "mesh", "log", "checkpoint", "guard", "replay", "analyse", "export", "generate", "score", "plan", "hosts",
+  "lab", "remat", "attention", "logits_chunk", "ppo.accumulation", "rollout.waves",
 )  # fmt: skip
 SECRET = re.compile(
   r"hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|"

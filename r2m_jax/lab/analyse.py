@@ -1,4 +1,4 @@
-"""`task=analyse`: the paper's own evidence from the checkpoints and metrics of a run; docs/analyse.md defines each piece.
+"""`task=analyse`: the paper's own evidence from the checkpoints and metrics of a run, as docs/analyse.md defines it.
 
   python -m r2m_jax.main --config=configs/quickstart.py --workdir=RUN --config.task=analyse \\
     [--config.analyse.what=similarity,probes]
@@ -105,7 +105,7 @@ def missing(config, workdir: Path, kind: str, curves: Curves) -> dict[str, str]:
     if any(not (workdir / "stages" / stage).is_dir() for stage in ("sft", "reward")):
       reason = "there is no stages/sft with a stages/reward"
       lacks = dict.fromkeys(("similarity", "differences", "hacking", "accuracy", "probes"), reason)
-    elif not any(VARIANTS[arm].feedback or VARIANTS[arm].trained for arm in saved_steps(workdir)):
+    elif not any(VARIANTS[arm].feedback or VARIANTS[arm].trained for arm in saved_steps(config, workdir)):
       lacks["accuracy"] = "no arm in checkpoints/ reads feedback or trains its reward"
   else:
     lacks = dict.fromkeys(("hacking", "probes"), gold_only)
@@ -150,14 +150,15 @@ class GoldReads(NamedTuple):
   judged: list[Judged]
 
 
-def saved_steps(workdir: Path) -> dict[str, list[int]]:
+def saved_steps(config, workdir: Path) -> dict[str, list[int]]:
   """arm -> steps of its sound checkpoints, in order; arms without one are left out."""
   found = {}
   for folder in sorted((workdir / "checkpoints").glob("*")):
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
     if sound := [step for step in steps if checkpoint.damage(folder / str(step)) is None]:
       found[folder.name] = sound
-  return {arm: found[arm] for arm in sorted(found, key=list(VARIANTS).index)}
+  order = [*config.arms, *VARIANTS]
+  return {arm: found[arm] for arm in sorted(found, key=order.index)}
 
 
 def layers_of(count: int) -> dict[str, int]:
@@ -204,7 +205,7 @@ def read_gold(config, workdir: Path, wanted: list[str]) -> GoldReads:
   notes = notes.replace(example_id=notes.example_id + STREAM_ANALYSE * 2**24)  # streams do not share sample keys
   prompt, looks, first_written = np.repeat(np.arange(settings.prompts), K), {}, None
   found = GoldReads([], {}, [])
-  for arm, steps in (saved_steps(workdir) or {"": []}).items():
+  for arm, steps in (saved_steps(config, workdir) or {"": []}).items():
     mine = with_variant(config, arm or config.variant)
     kind, shared = program_of(mine), shared_arm(mine)
     again = replay.gold_task(mine, workdir)
@@ -328,7 +329,7 @@ READS = {"gold": read_gold, "scratch": functools.partial(read_text, kind="scratc
 def similarity(config, workdir, kind, curves, found) -> Found:
   names = ("worse", "better") if kind == "gold" else ("rejected", "chosen")
   rows = evidence.similarity(found.reads, names)
-  return Found(("policy", "layer", "states"), rows, {"": pictures.similarity(rows)})
+  return Found(("policy", "layer"), rows, {"": pictures.similarity(rows)})
 
 
 def differences(config, workdir, kind, curves, found) -> Found:
@@ -362,10 +363,9 @@ def hacking(config, workdir, kind, curves, found) -> Found:
   rows = evidence.hacking(found.reads, found.reads[0])
   drawn = {"": pictures.matrices(found.reads, found.reads[0], config.seed)}
   if found.steps:
-    rows += [Row((row.labels[0], f"step {row.labels[1]}"), *row[1:])
-             for row in evidence.drift(found.steps, found.reads[0].prompt)]  # fmt: skip
+    rows += evidence.drift(found.steps, found.reads[0].prompt)
     drawn["_steps"] = pictures.steps(found.steps)
-  return Found(("policy", "states"), rows, {name: figure for name, figure in drawn.items() if figure is not None})
+  return Found(("policy",), rows, {name: figure for name, figure in drawn.items() if figure is not None})
 
 
 def accuracy(config, workdir, kind, curves, found) -> Found:
@@ -402,17 +402,17 @@ MAKE = {"similarity": similarity, "differences": differences, "dynamics": dynami
 # piece -> (title, caption)
 TITLES = {
   "similarity": ("Similarity by layer (fig. 1)",
-    "Mean cosine over pairs of responses to different prompts. Better and worse: above and below the median gold of the "
-    "prompt. Gap: same label less across. Centred: with the mean of all states taken off, since a common vector alone "
-    "puts every cosine near 1."),
+    "Mean cosine over pairs of responses to different prompts. Better and worse: above and below the median gold of "
+    "the prompt. Gap: same label less across. Centred: with the mean of all states taken off, since a common vector "
+    "alone puts every cosine near 1."),
   "differences": ("Difference of reward against similarity (fig. 2)",
     "Pairs of responses to one prompt. Within prompts: with each prompt's means taken off."),
   "dynamics": ("Loss, reward and KL (fig. 5)", "Means over a tenth of the steps, which start and end are the first and "
     "last of; with several seeds their mean and 95% interval."),
   "noise": ("Feedback against noise (fig. 6)", "Noise has the mean and variance that each feature of the policy's "
     "states has over the batch. With one seed the intervals are of step noise alone: another seed may end elsewhere."),
-  "cost": ("Cost (fig. 7)", "Seconds from one step's log to the next, median and quartiles; on the gold-reward task arms "
-    "that differ in small ways run in r2m's program and cost what it costs. FLOPs are counted from the shapes, matrix "
+  "cost": ("Cost (fig. 7)", "Seconds from one step's log to the next, median and quartiles; on the gold-reward task "
+    "arms that differ in small ways run in r2m's program and cost what it costs. FLOPs are counted from the shapes, matrix "
     "products alone, for a program of the arm's own."),
   "hacking": ("Hacking and sound responses; states across steps (fig. 9, table 5)",
     "Both kinds have a frozen proxy in the upper quarter of the supervised policy's responses; hacking: gold below its "
@@ -424,7 +424,7 @@ TITLES = {
   "ablations": ("Where each arm ends (table 4)", "Means over the last tenth of the steps; intervals over seeds, where "
     "there are several."),
   "probes": ("Linear probes of gold", "Ridge regression on other prompts than those predicted, its penalty chosen on "
-    "those alone. Rank: Spearman's within a prompt, mean over prompts. A row with `less` is the difference of two R²."),
+    "those alone. Rank: Spearman's within a prompt, mean over prompts. With \"less\": the difference of two R²."),
 }  # fmt: skip
 
 

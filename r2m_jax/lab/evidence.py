@@ -73,10 +73,9 @@ def similarity(reads: list[Read], names: tuple[str, str]) -> list[Row]:
   rows = []
   for read in reads:
     for layer, states in read.states.items():
-      for kind, x in (("raw", states), ("centred", centred(states))):
-        found = similarities(x, read.label, read.prompt)
-        measures = f"both {names[0]}", f"both {names[1]}", "across", "gap"
-        rows += [Row((read.name, layer, kind), measure, value) for measure, value in zip(measures, found)]
+      measures = f"both {names[0]}", f"both {names[1]}", "across", "gap"
+      rows += [Row((read.name, layer), *of) for of in zip(measures, similarities(states, read.label, read.prompt))]
+      rows.append(Row((read.name, layer), "gap, centred", similarities(centred(states), read.label, read.prompt).gap))
   return rows
 
 
@@ -204,15 +203,15 @@ def hacking(reads: list[Read], start: Read) -> list[Row]:
     kind = hacks(read, start)
     share = lambda wanted: estimate(lambda s: s[:, 0] / s[:, 1], by_prompt(
       read.prompt, np.stack([kind == wanted, np.ones(len(kind))], -1).astype(float)))  # fmt: skip
-    for how, x in (("raw", read.final), ("centred", centred(read.final))):
-      rows += [Row((read.name, how), "share hacking", share(1)), Row((read.name, how), "share sound", share(0))]
-      measures = "both sound", "both hacking", "across", "gap"
-      rows += [Row((read.name, how), *pair) for pair in zip(measures, similarities(x, kind, read.prompt))]
+    rows += [Row((read.name,), "share hacking", share(1)), Row((read.name,), "share sound", share(0))]
+    measures = "both sound", "both hacking", "across", "gap"
+    rows += [Row((read.name,), *of) for of in zip(measures, similarities(read.final, kind, read.prompt))]
+    rows.append(Row((read.name,), "gap, centred", similarities(centred(read.final), kind, read.prompt).gap))
   return rows
 
 
 def step_matrix(states: dict[int, np.ndarray]) -> np.ndarray:
-  """Mean cosine between one response's states at two steps, over the same responses.   {step: f64[N, D]} -> f64[S, S]."""
+  """Mean cosine between one response's states at two steps, over the same responses: {step: f64[N, D]} -> f64[S, S]."""
   unit = [x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in states.values()]
   return np.array([[(a * b).sum(-1).mean() for b in unit] for a in unit])
 
@@ -225,7 +224,7 @@ def drift(arms: dict[str, dict[int, np.ndarray]], prompt: np.ndarray) -> list[Ro
     for step, x in states.items():
       cosine = (x * first).sum(-1) / np.maximum(np.linalg.norm(x, axis=-1) * np.linalg.norm(first, axis=-1), 1e-12)
       sums = by_prompt(prompt, np.stack([cosine, np.ones(len(cosine))], -1))
-      rows.append(Row((arm, str(step)), "cosine with step 0", estimate(lambda s: s[:, 0] / s[:, 1], sums)))
+      rows.append(Row((arm,), f"step {step} with step 0", estimate(lambda s: s[:, 0] / s[:, 1], sums)))
   return rows
 
 
@@ -244,7 +243,7 @@ class Judged(NamedTuple):
 
 
 def accuracy(judged: list[Judged], prompt: np.ndarray) -> list[Row]:
-  """Table 3: share of pairs of one prompt's responses, gold unequal, that the score orders as gold does; a tie is half."""
+  """Table 3: share of pairs of one prompt's responses, gold unequal, ordered as gold orders them; a tie is half."""
   same = pairs_of_prompts(np.ones((len(prompt), 1)), prompt)
   rows = []
   for one in judged:
@@ -279,7 +278,8 @@ def probing(reads: list[Read], seed: int, progress: Callable[[str], None]) -> li
     for name, features in x.items():
       predicted[name] = probes.probe(features, gold, prompt, seed)
       rows.append(Row((read.name, name), "R²", probes.r_squared(gold, predicted[name], prompt=prompt)))
-      rows.append(Row((read.name, name), "rank, within prompts", probes.rank_correlation(gold, predicted[name], prompt)))
+      rank = probes.rank_correlation(gold, predicted[name], prompt)
+      rows.append(Row((read.name, name), "rank, within prompts", rank))
     mixed = rng.permutation(gold)
     blind = probes.probe(x[POLICY], mixed, prompt, seed)
     rows.append(Row((read.name, SHUFFLED), "R²", probes.r_squared(mixed, blind, prompt=prompt)))
@@ -287,6 +287,6 @@ def probing(reads: list[Read], seed: int, progress: Callable[[str], None]) -> li
     for more, less in (("embedding + policy", EMBEDDING), ("embedding + reference", EMBEDDING),
                        ("embedding + policy", "embedding + reference")):  # fmt: skip
       added = probes.r_squared(gold, predicted[more], predicted[less], prompt=prompt)
-      rows.append(Row((read.name, f"{more}, less {less}"), "R²", added))
+      rows.append(Row((read.name, f"{more}, less {less.removeprefix('reward token ')}"), "R²", added))
     progress(read.name)
   return rows

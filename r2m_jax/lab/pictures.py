@@ -23,20 +23,23 @@ def spans(rows: list[Row]) -> np.ndarray:
 
 
 def similarity(rows: list[Row]):
-  """Fig. 1: a column for each policy, cosine by layer; below, with the common mean taken off."""
+  """Fig. 1: a column for each policy, cosine by layer; below, same label less across."""
   names, layers = (list(dict.fromkeys(row.labels[i] for row in rows)) for i in (0, 1))
-  names, measures = names[:5], list(dict.fromkeys(row.measure for row in rows if row.measure != "gap"))
+  names, measures = names[:5], list(dict.fromkeys(row.measure for row in rows))
   figure, axes = canvas(2.7 * len(names) + 0.6, 5.2, 2, len(names))
+  lines = [measure for measure in measures if not measure.startswith("gap")]
   for j, name in enumerate(names):
-    for i, kind in enumerate(("raw", "centred")):
-      axis = axes[i, j]
-      for m, measure in enumerate(measures):
-        mine = [row for row in rows if row.labels[0] == name and row.labels[2] == kind and row.measure == measure]
-        y, *bars = spans(mine)
-        axis.errorbar(np.arange(len(y)) + 0.06 * (m - 1), y, bars, label=measure, capsize=2, lw=1.4, ms=5, **style(m))
-      dress(axis, name, "layer", "" if j else f"cosine, {kind}")
-      axis.set_xticks(range(len(layers)), layers)
-  legend(figure, axes[0, 0])
+    axes[1, j].axhline(0, color=GREY, lw=1)
+    for m, measure in enumerate(measures):
+      y, *bars = spans([row for row in rows if row.labels[0] == name and row.measure == measure])
+      at = np.arange(len(y)) + 0.06 * (m % 3 - 1)
+      axes[measure not in lines, j].errorbar(at, y, bars, label=measure, capsize=2, lw=1.4, ms=5, **style(m))
+    for i, label in enumerate(("mean cosine", "gap")):
+      dress(axes[i, j], name if i == 0 else "", "layer", "" if j else label)
+      axes[i, j].set_xticks(range(len(layers)), layers)
+  parts = [axis.get_legend_handles_labels() for axis in axes[:, 0]]
+  handles, labels = (parts[0][i] + parts[1][i] for i in (0, 1))
+  figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize=9)
   return figure
 
 
@@ -128,6 +131,7 @@ def cost(rows: list[Row]):
   for axis, measure in zip(axes[0], panels):
     mine = [row for row in rows if row.measure == measure]
     y, *bars = spans(mine)
+    bars = bars if np.any(bars) else None
     drawn = axis.bar(range(len(y)), y, yerr=bars, color="#c9d6e3", edgecolor=INK, capsize=3, lw=1)
     axis.bar_label(drawn, [f"{v:.3g}" for v in y], label_type="center", fontsize=9)
     dress(axis, measure, "", "")

@@ -14,7 +14,7 @@ from r2m_jax.lab.stats import Interval, ends, interval, resampled
 
 RESAMPLES = 2000
 FOLDS, INNER = 5, 4  # of the prompts: to predict rows that no fit saw, and to choose the penalty without them
-PENALTIES = 10.0 ** np.arange(-4, 5)
+PENALTIES = 10.0 ** np.arange(-4, 4.5, 0.5)
 
 
 def weights(count: int) -> np.ndarray:
@@ -61,7 +61,7 @@ class Similarities(NamedTuple):
 def similarities(states: np.ndarray, label: np.ndarray, prompt: np.ndarray) -> Similarities:
   """Mean cosine of pairs by label. A pair is never of one prompt, whose words both would share.
 
-  With unit vectors u, the sum over pairs of prompts p != q is (sum_p u_p)·(sum_q u_q) - sum_p u_p·u_p: no pair is made.
+  With unit vectors u, the sum over pairs of prompts p != q is |sum_p u_p|^2 - sum_p |u_p|^2: no pair is made.
 
   Args:
     states: f64[N, D].
