@@ -60,7 +60,7 @@ def test_probe_finds_what_is_planted_and_nothing_where_labels_are_shuffled():
   x, y, prompt = planted(noise=0.5)  # 1 / 1.25 of the variance is linear
   found = probes.r_squared(y, probes.probe(x, y, prompt), prompt=prompt)
   assert 0.7 < found.value < 0.85 and found.low < 0.8 < found.high
-  assert probes.rank_correlation(y, probes.probe(x, y, prompt), prompt).low > 0.7
+  assert probes.rank_correlation(y, probes.probe(x, y, prompt), prompt).low > 0.6
   shuffled = np.random.default_rng(1).permutation(y)
   nothing = probes.r_squared(shuffled, probes.probe(x, shuffled, prompt), prompt=prompt)
   assert -0.1 < nothing.value < 0.05
@@ -128,7 +128,7 @@ def test_correlation_is_numpys_and_within_prompts_removes_what_a_prompt_shares()
 
 def test_states_by_layer_are_those_of_transformers(tmp_path):
   """Mean over the tokens of the response, by a NumPy loop over the hidden states that torch gives."""
-  model, hf = tiny_text.model("llama", "chatml", tmp_path)
+  model, _ = tiny_text.model("llama3.1", "chatml", tmp_path)
   config = default.get_config()
   config.score.batch_size = 4
   mesh = sharding.make_mesh((1, 1, 1))
@@ -137,7 +137,7 @@ def test_states_by_layer_are_those_of_transformers(tmp_path):
           {"prompt": "What is it?", "chosen": "Paris", "rejected": "the sea and trees"}]  # fmt: skip
   got = analyse.text_states(config, policy, rows, mesh)
   layers = analyse.layers_of(policy.arch.num_layers)
-  assert list(got) == list(layers) and list(layers)[-1] == "final"
+  assert list(got) == list(layers) and list(layers)[-1] == "final" and len(layers) > 1
   sides = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
   for i, (prompt, response) in enumerate(sides):
     before = policy.tokenizer.render(prompt)
@@ -145,10 +145,14 @@ def test_states_by_layer_are_those_of_transformers(tmp_path):
     with torch.no_grad():
       hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
     for name, layer in layers.items():
-      if name != "final" and layer == policy.arch.num_layers - 1:
-        continue  # transformers gives the last layer after the final norm alone
       want = [hidden[-1 if name == "final" else layer + 1][0, t].numpy() for t in range(len(before), len(ids))]
       np.testing.assert_allclose(got[name][i], np.mean(want, 0), rtol=2e-4, atol=2e-5)
+
+
+def test_layers_are_spread_evenly_and_end_with_what_the_head_reads():
+  assert analyse.layers_of(1) == {"final": -1}
+  assert analyse.layers_of(2) == {"1": 0, "final": -1}
+  assert analyse.layers_of(33) == {"1": 0, "9": 8, "17": 16, "24": 23, "32": 31, "final": -1}
 
 
 def test_look_equals_a_loop_over_the_model():

@@ -41,7 +41,7 @@ from r2m_jax.types import Sequences
 from r2m_jax.variants import VARIANTS
 
 KEY_ANALYSE = 2**31 - 11  # of the held-out responses
-MOST_LAYERS = 6  # of a policy, evenly spread, besides what the language-model head reads
+MOST_LAYERS = 5  # of a policy, evenly spread, besides its last; as many as the paper shows
 START = "start"  # the name of the supervised policy
 
 
@@ -162,8 +162,9 @@ def saved_steps(config, workdir: Path) -> dict[str, list[int]]:
 
 
 def layers_of(count: int) -> dict[str, int]:
-  """Name -> number of the layers of a policy that are looked at, counted from 1 by name; "final" is after the norm."""
-  picked = np.unique(np.linspace(0, count - 1, min(count, MOST_LAYERS)).round().astype(int))
+  """Name -> number of the layers of a policy that are looked at, a forward pass each: "final", what the language-model
+  head reads, and of those before the last, by name counted from 1, at most `MOST_LAYERS`."""
+  picked = np.unique(np.linspace(0, count - 2, min(count - 1, MOST_LAYERS)).round().astype(int))
   return {str(layer + 1): int(layer) for layer in picked} | {"final": -1}
 
 
@@ -412,8 +413,8 @@ TITLES = {
   "noise": ("Feedback against noise (fig. 6)", "Noise has the mean and variance that each feature of the policy's "
     "states has over the batch. With one seed the intervals are of step noise alone: another seed may end elsewhere."),
   "cost": ("Cost (fig. 7)", "Seconds from one step's log to the next, median and quartiles; on the gold-reward task "
-    "arms that differ in small ways run in r2m's program and cost what it costs. FLOPs are counted from the shapes, matrix "
-    "products alone, for a program of the arm's own."),
+    "arms that differ in small ways run in r2m's program and cost what it costs. FLOPs are counted from the shapes, "
+    "matrix products alone, for a program of the arm's own."),
   "hacking": ("Hacking and sound responses; states across steps (fig. 9, table 5)",
     "Both kinds have a frozen proxy in the upper quarter of the supervised policy's responses; hacking: gold below its "
     "lower quartile, sound: gold at its median or above. Cosine with step 0: the supervised policy's responses, as the "
@@ -435,7 +436,7 @@ def tables_of(title: str, found: Found) -> list[dict]:
   measures = list(dict.fromkeys(row.measure for row in found.rows))
   lines: dict[tuple, dict] = {}
   for row in found.rows:
-    lines.setdefault(row.labels, {})[row.measure] = span(row.found, 3)
+    lines.setdefault(row.labels, {})[row.measure] = span(row.found, 5 if abs(row.found.value) < 0.01 else 3)
   rows = [[*labels, *(cells.get(measure, "") for measure in measures)] for labels, cells in lines.items()]
   return [{"title": title, "head": [*found.head, *measures], "rows": rows, "note": "95% intervals, unless said."}]
 

@@ -33,7 +33,7 @@ def similarity(rows: list[Row]):
     for m, measure in enumerate(measures):
       y, *bars = spans([row for row in rows if row.labels[0] == name and row.measure == measure])
       at = np.arange(len(y)) + 0.06 * (m % 3 - 1)
-      axes[measure not in lines, j].errorbar(at, y, bars, label=measure, capsize=2, lw=1.4, ms=5, **style(m))
+      axes[int(measure not in lines), j].errorbar(at, y, bars, label=measure, capsize=2, lw=1.4, ms=5, **style(m))
     for i, label in enumerate(("mean cosine", "gap")):
       dress(axes[i, j], name if i == 0 else "", "layer", "" if j else label)
       axes[i, j].set_xticks(range(len(layers)), layers)
