@@ -128,7 +128,7 @@ def missing(config, workdir: Path, kind: str, curves: Curves) -> dict[str, str]:
 def curves_of(workdir: Path, kind: str, config) -> Curves:
   """The logged RL metrics of every arm, f64[seeds, steps]; a laboratory's at its own KL weight."""
   if kind == "lab":
-    arms = read_arms(workdir, config.lab.arms)
+    arms = read_arms(workdir, [arm.split()[0] for arm in config.lab.arms])
     return {arm: (found[1.0] if 1.0 in found else next(iter(found.values()))).metrics for arm, found in arms.items()}
   rows = [row for row in read_metrics(workdir) if row["stage"] == "rl"]
   curves = {}
@@ -409,7 +409,7 @@ TITLES = {
   "differences": ("Difference of reward against similarity (fig. 2)",
     "Pairs of responses to one prompt. Within prompts: with each prompt's means taken off."),
   "dynamics": ("Loss, reward and KL (fig. 5)", "Means over a tenth of the steps, which start and end are the first and "
-    "last of; with several seeds their mean and 95% interval."),
+    "last of; with several seeds their mean and 95% interval. Of more than eight arms the first eight are drawn."),
   "noise": ("Feedback against noise (fig. 6)", "Noise has the mean and variance that each feature of the policy's "
     "states has over the batch. With one seed the intervals are of step noise alone: another seed may end elsewhere."),
   "cost": ("Cost (fig. 7)", "Seconds from one step's log to the next, median and quartiles; on the gold-reward task "
