@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
   # what to run
   config.task = "r2m"  # how far to go: "sft", "reward" or "r2m" run the pipeline up to there; "lab" compares arms
   # "generate" and "score" use a folder's model on JSON lines; "export" writes a checkpoint as Hugging Face folders
-  # "replay" makes one sample of a run again; "plan" says whether a run fits a machine
+  # "replay" makes one sample of a run again; "analyse" draws its evidence; "plan" says whether a run fits a machine
   config.algorithm = "rloo"  # "rloo", "grpo", "reinforce++", "remax" or "ppo" (with a critic)
   config.variant = "r2m"  # variants.VARIANTS; "" runs each of config.arms, side by side from the same checkpoints
   config.arms = ("vanilla", "scaled", "r2m")
@@ -241,6 +241,13 @@ def get_config() -> ConfigDict:
   config.replay.prompt = 0  # its place among the step's prompts
   config.replay.example_id = -1  # or its number in the data, as in skipped.jsonl; -1: by its place
   config.replay.sample = 0  # which of the K responses to it
+
+  # the paper's own evidence from the run in WORKDIR (task = "analyse"); docs/analyse.md
+  config.analyse = ConfigDict()
+  config.analyse.what = ""  # config.PIECES, with commas; "": all that the run has data for
+  config.analyse.prompts = 256  # held-out prompts of the gold-reward task, or pairs of a run on text
+  config.analyse.samples = 8  # responses to each, on the gold-reward task
+  config.analyse.pairs = ""  # held-out rows with chosen and rejected, of a run on text; "": scratch.pairs_val
 
   # whether the run fits a machine, without it (task = "plan"); config.mesh is used where it covers the chips
   config.plan = ConfigDict()

@@ -18,14 +18,17 @@ from r2m_jax.ops import AGGREGATIONS, COMBINE
 from r2m_jax.schedules import KL_CONTROLLERS, OMEGA_SCHEDULES
 from r2m_jax.variants import VARIANTS
 
-TASKS = ("tokenizer", "sft", "reward", "r2m", "scratch", "lab", "generate", "score", "export", "replay", "plan")
+TASKS = ("tokenizer", "sft", "reward", "r2m", "scratch", "lab", "generate", "score", "export", "replay", "analyse",
+         "plan")  # fmt: skip
+# of task=analyse; docs/analyse.md defines them
+PIECES = ("similarity", "differences", "dynamics", "noise", "cost", "hacking", "accuracy", "ablations", "probes")
 ALGORITHMS = ("rloo", "grpo", "reinforce++", "remax", "ppo")
 ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
 # settings that a run may change from one start to the next: they say how far, where and how often, not what is computed
 FREE = (
-  "task", "mesh", "log", "checkpoint", "guard", "replay", "export", "generate", "score", "plan", "hosts", "lab",
-  "remat", "attention", "logits_chunk", "ppo.accumulation", "rollout.waves",
+  "task", "mesh", "log", "checkpoint", "guard", "replay", "analyse", "export", "generate", "score", "plan", "hosts",
+  "lab", "remat", "attention", "logits_chunk", "ppo.accumulation", "rollout.waves",
 )  # fmt: skip
 SECRET = re.compile(
   r"hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|"
@@ -114,6 +117,10 @@ def check_config(config: ConfigDict) -> None:
   ):  # fmt: skip
     at_least(field, 0)
   at_least("replay.example_id", -1)
+  unknown = [name for name in chosen_pieces(config) if name not in PIECES]
+  need(not unknown, "analyse.what", f"{', '.join(unknown)}: choose from {', '.join(PIECES)}, with commas")
+  need(config.analyse.prompts >= 20, "analyse.prompts", "must be at least 20, which probes split into 5 x 4 parts")
+  at_least("analyse.samples", 2)
   need(config.rollout.group_size >= 2, "rollout.group_size", "R2M compares K >= 2 responses per prompt")
   need(config.rollout.temperature > 0, "rollout.temperature", "must be above 0: greedy samples have no log-probability")
   for field in ("r2m.omega_min", "r2m.alpha", "reward.label_flip", "data.max_bad_share"):
@@ -203,6 +210,12 @@ def check_config(config: ConfigDict) -> None:
   )
   if -1 not in mesh[:2]:
     check_batch(config, mesh)
+
+
+def chosen_pieces(config: ConfigDict) -> list[str]:
+  """The names in config.analyse.what, each once and in the order of the report."""
+  given = [name.strip() for name in config.analyse.what.split(",") if name.strip()]
+  return sorted(dict.fromkeys(given), key=lambda name: PIECES.index(name) if name in PIECES else -1)
 
 
 def check_lab(config: ConfigDict, need) -> None:

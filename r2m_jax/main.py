@@ -143,11 +143,11 @@ def main(argv):
 
 
 def run(config, workdir: Path) -> None:
-  """The task: a tokenizer, batch use of a folder, an export, a replay, a run on text, or the gold task."""
+  """The task: a tokenizer, batch use of a folder, an export, a replay, an analysis, a run on text, or the gold task."""
   import jax
 
   from r2m_jax import export, finetune, loop, replay, scratch, serve, tokenizer, train
-  from r2m_jax.lab import grid
+  from r2m_jax.lab import analyse, grid
   from r2m_jax.checkpoint import CheckpointError
   from r2m_jax.data.jsonl import DataError
   from r2m_jax.folders import FolderError
@@ -162,10 +162,11 @@ def run(config, workdir: Path) -> None:
         serve.run(config)
       elif config.task == "export":
         export.run(config)
-      elif config.task == "replay":
+      elif config.task in ("replay", "analyse"):
         if jax.process_count() > 1:
-          raise ConfigError(f"config.task is 'replay': for one process; add --config.hosts.coordinator={hosts.ALONE}")
-        replay.run(config, workdir)
+          alone = f"for one process; add --config.hosts.coordinator={hosts.ALONE}"
+          raise ConfigError(f"config.task is {config.task!r}: {alone}")
+        {"replay": replay.run, "analyse": analyse.run}[config.task](config, workdir)
       elif config.task == "tokenizer":
         tokenizer.run(config, workdir)
       elif config.task == "scratch":

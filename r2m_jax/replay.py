@@ -146,13 +146,19 @@ def state_before(config, again: Again, workdir: Path, t: int):
       "made that step, replay it there"
     )
   print(f"replay   step {t} of {arm}, from the beginning: no checkpoint is at or before it")
-  if VARIANTS[arm].start != "head":
+  return first_of(config, again, workdir)
+
+
+def first_of(config, again: Again, workdir: Path):
+  """The TrainState of step 0, after a warm start where the arm has one."""
+  if VARIANTS[config.variant].start != "head":
     return again.first
   return warm(again.first, stage_of(workdir, "warm_start", shapes_of(again.first.reward_head)))
 
 
 def stage_of(workdir: Path, name: str, like):
-  return checkpoint.restore(checkpoint.open_checkpoints(workdir / "stages" / name), like)
+  """The result of a stage, refused where its files are damaged; nothing is set aside, since the run is only read."""
+  return checkpoint.restore(checkpoint.open_checkpoints(workdir / "stages" / name), like, 0)
 
 
 # ---- what differs between runs ----

@@ -66,7 +66,8 @@ FLOORS = {
   "r2m_jax.scratch": 9,
   "r2m_jax.plan": 9,
   "r2m_jax.replay": 10,
-  "r2m_jax.main": 11,
+  "r2m_jax.lab.analyse": 11,
+  "r2m_jax.main": 12,
 }
 # (importer, imported) on one floor that are allowed; files of one package may import each other besides.
 SAME_FLOOR = {

@@ -22,6 +22,7 @@ from r2m_jax import evals, finetune, main, prepare, pretrain, replay, scratch, t
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.data.jsonl import DataError
 from r2m_jax.folders import load_policy, load_reward
+from r2m_jax.lab import analyse
 from r2m_jax.metrics import read_jsonl, read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -115,6 +116,28 @@ def test_the_report_has_what_was_asked_for(finished):
   held = {(s["prompt"], s["when"]) for s in samples if s["arm"] == "vanilla"} & {
     (s["prompt"], s["when"]) for s in samples if s["arm"] == "r2m"}  # fmt: skip
   assert len(held) >= 4  # the same held-out prompts before and after, in both arms
+
+
+def test_analyse_reads_held_out_pairs_and_changes_nothing(finished):
+  root, workdir, _ = finished
+  files = lambda: {path: path.read_bytes() for path in sorted(workdir.rglob("*"))
+                   if path.is_file() and "analysis" not in path.relative_to(workdir).parts}  # fmt: skip
+  before, settings = files(), config(root, task="analyse", analyse__prompts=20)
+  found = analyse.run(settings, workdir)
+  assert files() == before
+  assert list(found) == ["similarity", "differences", "dynamics", "cost", "accuracy", "ablations"]
+  assert {row.labels for row in found["differences"].rows} == {
+    *((name, "frozen reward") for name in ("start", "vanilla", "r2m")), ("r2m", "r2m reward")
+  }  # fmt: skip
+  rows = {(*row.labels, row.measure): row.found for row in found["similarity"].rows}
+  one = rows["start", "final", "both chosen"]
+  assert one.count == 20 and one.low < one.value < one.high <= 1
+  assert rows["start", "final", "across"].value != rows["r2m", "final", "across"].value
+  page = (workdir / "analysis" / "report.html").read_text()
+  assert "r2m before RL" in page and "the gold-reward task alone has a gold reward" in page
+  settings.analyse.what = "probes"
+  with pytest.raises(ConfigError, match="probes: the gold-reward task alone has a gold reward"):
+    analyse.run(settings, workdir)
 
 
 def test_perplexity_is_what_torch_gives(finished):

@@ -26,7 +26,7 @@ from r2m_jax.types import Prompts, Sequences
 
 # of prompts; stream 0 is the demonstrations', 5 that of labels.STREAM_LABELS
 STREAM_PAIRS, STREAM_HELDOUT, STREAM_RL, STREAM_TABLE = range(1, 5)
-STREAM_PROBE, STREAM_BEST = 6, 7
+STREAM_PROBE, STREAM_BEST, STREAM_ANALYSE = 6, 7, 8
 CHUNK = 64  # prompts sampled at a time
 
 

@@ -140,7 +140,7 @@ def fit_turnover(kl: np.ndarray, gain: np.ndarray, kind: str, seed: int = 0) -> 
   number, total, square = squares.sum(0)
   residual = square - 2 * best @ targets.sum(0) + best @ products.sum(0) @ best
   drawn = solve(resampled(len(kl), seed)[:2000]) if len(kl) > 1 else np.zeros((0, 2))
-  of = lambda value, values: Interval(float(value), *_ends(values, len(kl)), len(kl))
+  of = lambda value, values: Interval(float(value), *ends(values, len(kl)), len(kl))
   return Fit(
     of(best[0], drawn[:, 0]), of(best[1], drawn[:, 1]), of(turn(*best, kind), turn(*drawn.T, kind)),
     float(1 - residual / max(square - total**2 / number, 1e-300)),
@@ -155,7 +155,7 @@ def turn(a, b, kind: str) -> np.ndarray:
   return np.exp(np.minimum(ratio - 1, 700))
 
 
-def _ends(values, count: int) -> tuple[float, float]:
+def ends(values, count: int) -> tuple[float, float]:
   """Ends of the interval of bootstrapped values; NaN where more than the tail of them is NaN."""
   values = np.asarray(values, float)
   if count < 2 or np.isnan(values).mean() > (1 - LEVEL) / 2:
