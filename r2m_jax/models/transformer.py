@@ -24,7 +24,7 @@ from r2m_jax.logprobs import Head
 from r2m_jax.models.arch import ArchConfig, RopeScaling
 from r2m_jax.models.attention import BLOCK, Seen, Shared, SharedMask, attend, attend_shared, choose, dot_product
 from r2m_jax.models.attention import splash_attend
-from r2m_jax.sharding import ROWS, lay, lay_rows, path_name, row_shards
+from r2m_jax.sharding import ROWS, lay, lay_rows, mesh_around, path_name, row_shards
 
 ACTIVATIONS = {
   "silu": jax.nn.silu,
@@ -162,7 +162,7 @@ class Attention(nnx.Module):
     arch, (cos, sin, seen) = self.arch, table
     rows = as_rows(x)
     heads = lambda y: lay(y.reshape(*x.shape[:2], -1, arch.head_dim).swapaxes(1, 2), ROWS, "tensor")
-    q, k, v = heads(self.q(rows)), heads(self.k(rows)), heads(self.v(rows))
+    q, k, v = (heads(y) for y in side_by_side(self, ("q", "k", "v"), rows))
     if arch.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     k, v, cache = store(rotate(k, cos, sin), v)
@@ -188,7 +188,8 @@ class MLP(nnx.Module):
   def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
     self.activation = arch.activation
     linear = functools.partial(nnx.Linear, use_bias=arch.mlp_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    if arch.gated_mlp:
+    self.gated = arch.gated_mlp
+    if self.gated:
       self.gate = linear(arch.hidden_size, arch.intermediate_size)
     self.up = linear(arch.hidden_size, arch.intermediate_size)
     self.down = linear(arch.intermediate_size, arch.hidden_size, kernel_init=residual_init(arch))
@@ -196,8 +197,8 @@ class MLP(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, L, D] -> [B, L, D]."""
     act, shape = ACTIVATIONS[self.activation], x.shape
-    x = as_rows(x)
-    return self.down(act(self.gate(x)) * self.up(x) if hasattr(self, "gate") else act(self.up(x))).reshape(shape)
+    gate, *up = side_by_side(self, ("gate", "up") if self.gated else ("up",), as_rows(x))
+    return self.down(act(gate) * up[0] if up else act(gate)).reshape(shape)
 
 
 class Block(nnx.Module):
@@ -226,6 +227,24 @@ def as_rows(x: jax.Array) -> jax.Array:
   """[..., D] -> [N, D]: a linear's gradient is then one plain product. Over two leading axes XLA on CPU first
   transposes the widest operand, which took a quarter of an update."""
   return x.reshape(-1, x.shape[-1])
+
+
+def side_by_side(module: nnx.Module, names: tuple[str, ...], x: jax.Array) -> list[jax.Array]:
+  """Results of the module's linears of these names, from one product where `join` has made one linear of them."""
+  if "_".join(names) not in vars(module):
+    return [getattr(module, name)(x) for name in names]
+  y, widths = getattr(module, "_".join(names))(x), [getattr(module, name).out_features for name in names]
+  return jnp.split(y, np.cumsum(widths)[:-1], -1)
+
+
+def join(module: nnx.Module, names: tuple[str, ...]) -> None:
+  """Puts beside the module's linears of these names one that has all their columns."""
+  linears = [getattr(module, name) for name in names]
+  one = nnx.clone(linears[0])
+  one.kernel = nnx.Param(jnp.concatenate([linear.kernel[...] for linear in linears], 1))
+  if one.bias is not None:
+    one.bias = nnx.Param(jnp.concatenate([linear.bias[...] for linear in linears]))
+  setattr(module, "_".join(names), one)
 
 
 def residual_init(arch: ArchConfig):
@@ -362,7 +381,8 @@ class Transformer(nnx.Module):
 
     A loop over tokens that reads stacked arrays copies a layer's slice, weights and cache, before each product. Apart
     they are read where they lie, for one copy of the layers' weights outside of the loop; every layer is compiled. On
-    TPUs, whose compiler reads the slices in place, this is the model itself.
+    a single device linears of one input are joined, since a few rows take a GPU as long as a launch. On TPUs, whose
+    compiler reads the slices in place, this is the model itself.
     """
     if not self.decodes_apart:
       return self
@@ -372,6 +392,11 @@ class Transformer(nnx.Module):
     model = nnx.merge(*nnx.split(self))
     one = lambda i: nnx.merge(blocks, jax.tree.map(lambda x: x[i], stacked))
     model.layers = nnx.List([one(i) for i in range(self.arch.num_layers)])
+    adapted = any("lora" in path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(stacked)[0])
+    for block in model.layers if mesh_around() is None and not adapted else ():
+      join(block.attn, ("q", "k", "v"))
+      if self.arch.gated_mlp:
+        join(block.mlp, ("gate", "up"))
     return model
 
   def _embedded(self, tokens):
