@@ -131,6 +131,23 @@ def quietest(busy: list[float], count: int, quiet: float) -> tuple[list[int], bo
   return sorted(sorted(range(len(busy)), key=busy.__getitem__)[:count]), False
 
 
+def kernels(once) -> list[tuple[str, tuple[float, int]]]:
+  """(name, (seconds, calls)) of every kernel that an accelerator runs in `once()`, the longest first."""
+  import jax
+
+  found = {}
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      once()
+    path = next(pathlib.Path(folder).rglob("*.xplane.pb"))
+    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
+      for line in plane.lines if plane.name.startswith("/device:") else ():
+        for event in line.events if "Stream" in line.name or line.name == "XLA Ops" else ():
+          spent, calls = found.get(event.name, (0.0, 0))
+          found[event.name] = spent + event.duration_ns / 1e9, calls + 1
+  return sorted(found.items(), key=lambda item: -item[1][0])
+
+
 # ---- limits ----
 
 

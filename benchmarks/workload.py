@@ -9,6 +9,7 @@ token: the only token that would end it lies outside the vocabulary. Weights are
 
 import functools
 import json
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,18 +81,33 @@ def sizes_of(config, arch: ArchConfig, reward_arch: ArchConfig) -> Sizes:
                same_tokens=True)  # fmt: skip
 
 
+class PolicyState(NamedTuple):
+  """What a rollout reads of a TrainState."""
+
+  policy: nnx.State
+  ref: None
+  key: jax.Array
+  step: jax.Array
+
+
 class Work:
   """A state, and what the step does to it, each as () -> None that waits for its result and leaves it here.
 
   `step` is the whole step as one program; `rollout`, `read`, `judge` and `learn` are programs of the same functions.
+  With `policy_alone` there is a policy and its `rollout`, nothing else.
   """
 
-  def __init__(self, config, sizes: Sizes):
+  def __init__(self, config, sizes: Sizes, policy_alone: bool = False):
     self.config, self.sizes, self.count = config, sizes, 0
     self.mesh = sharding.make_mesh((1, 1, 1))
     self.built = build.build(config, self.mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
-    self.state = random_state(config, self.built)
     self.eos_ids, self.pad_id = (sizes.arch.vocab_size,), 0
+    if policy_alone:
+      policy = build.init_policy(config, self.built, jax.random.key(1))
+      self.state = PolicyState(policy, None, jax.random.key(config.seed), jnp.int32(0))
+      self.programs = {"rollout": self.rollout_program(config)}
+      return
+    self.state = random_state(config, self.built)
     defs, layout = self.built.defs, sharding.shardings(self.state, self.mesh)
     read, judge, group = make_read(config), make_judge(defs, config), config.rollout.group_size
     self.programs = {
@@ -138,9 +154,9 @@ class Work:
     jax.block_until_ready((self.state, output))
 
 
-def of_size(size: str, variant: str = "vanilla", settings: list[str] = ()) -> Work:
+def of_size(size: str, variant: str = "vanilla", settings: list[str] = (), policy_alone: bool = False) -> Work:
   config = get_config(size, variant, settings)
-  return Work(config, sizes_of(config, POLICIES[size], REWARDS[size]))
+  return Work(config, sizes_of(config, POLICIES[size], REWARDS[size]), policy_alone)
 
 
 def random_state(config, built):

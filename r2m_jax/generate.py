@@ -1,17 +1,19 @@
 """Sampling: prefill the prompts once, then decode with a KV cache until every row has ended."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from r2m_jax.minibatch import map_rows
-from r2m_jax.models.transformer import Transformer, lay_cache, lay_states
+from r2m_jax.models.transformer import Transformer, lay_states
 from r2m_jax.ops import Truncation, at_least_f32, kept
 from r2m_jax.sharding import ROWS, lay, lay_rows
 from r2m_jax.types import Prompts, Sequences
 
 GROUPED = 2048  # entries; from here on a vocabulary is drawn from in two parts
+STAGES, SHORTEST = 4, 64  # parts of a response, each at least so many tokens, between which the cache grows
 
 
 def sample_keys(key: jax.Array, step: jax.Array, example_id: jax.Array, group_size: int) -> jax.Array:
@@ -66,6 +68,14 @@ def loops(tokens: jax.Array, t: jax.Array, length: int) -> jax.Array:
   start = jnp.maximum(t + 1 - 2 * length, 0)
   first, second = (jax.lax.dynamic_slice_in_dim(tokens, start + i * length, length, 1) for i in (0, 1))
   return (first == second).all(-1) & (t + 1 >= 2 * length)
+
+
+def stages(max_new_tokens: int, growing: bool = True) -> list[tuple[int, int]]:
+  """(first token, end) of each loop that decodes tokens 1 .. T - 1. In each the cache has the slots that its tokens
+  need, since attention reads all there are. `growing` False: one loop."""
+  count = max(1, min(STAGES, max_new_tokens // SHORTEST)) if growing else 1
+  ends = [max_new_tokens * (i + 1) // count for i in range(count)]
+  return list(zip([1, *ends], ends))
 
 
 def generate(
@@ -131,11 +141,11 @@ def sample(
   if greedy_rows:
     repeat = lambda x, axis=0: jnp.concatenate([jnp.repeat(x, group_size, axis), x], axis)
 
-  cache = model.init_cache(prompts.tokens.shape[0], prompt_length + max_new_tokens)
-  out = model(prompts.tokens, prompts.mask, cache=cache, cache_index=0)
-  cache = out.cache.replace(
-    k=lay_cache(repeat(out.cache.k, 1)), v=lay_cache(repeat(out.cache.v, 1)), mask=lay_rows(repeat(out.cache.mask))
-  )
+  out = model(prompts.tokens, prompts.mask, cache=model.init_cache(len(prompts.tokens), prompt_length), cache_index=0)
+  decoder, cache = model.apart(), out.cache
+  if decoder is not model:
+    cache = cache.apart()
+  cache = cache.repeated(repeat)
   hidden = lay_states(repeat(out.hidden[:, -1:]))[:, 0]
 
   def draw(t, hidden, stopped):
@@ -152,22 +162,24 @@ def sample(
   tokens = jnp.full((rows, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(token)
   lengths = jnp.ones(rows, jnp.int32)
 
-  def unfinished(carry):
-    t, stopped = carry[0], carry[4]
-    return (t < max_new_tokens) & ~stopped.all()
-
-  def decode(carry):
-    t, tokens, last, cache, stopped, has_eos, lengths = carry
-    out = model(last[:, None], ~stopped[:, None], cache=cache, cache_index=prompt_length + t - 1)
+  def decode(start, carry):
+    i, tokens, last, cache, stopped, has_eos, lengths = carry
+    t = start + i
+    out = decoder(last[:, None], ~stopped[:, None], cache=cache, cache_index=prompt_length + t - 1)
     token, ends = draw(t, out.hidden[:, 0], stopped)
     tokens, lengths = tokens.at[:, t].set(token), lengths + ~stopped
     stopped |= ends
     if repetition_stop and loop_fits:
       stopped |= loops(tokens, t, repetition_stop)
-    return t + 1, tokens, token, out.cache, stopped, has_eos | ends, lengths
+    return i + 1, tokens, token, out.cache, stopped, has_eos | ends, lengths
 
-  carry = (jnp.int32(1), tokens, token, cache, has_eos, has_eos, lengths)
-  _, tokens, _, _, _, has_eos, lengths = jax.lax.while_loop(unfinished, decode, carry)
+  carry = (tokens, token, cache, has_eos, has_eos, lengths)
+  for start, end in stages(max_new_tokens, growing=decoder is not model):
+    tokens, last, cache, *rest = carry
+    carry = (jnp.int32(0), tokens, last, cache.grown(prompt_length + end), *rest)
+    unfinished = lambda carry, count=end - start: (carry[0] < count) & ~carry[4].all()
+    _, *carry = jax.lax.while_loop(unfinished, functools.partial(decode, start), carry)
+  tokens, _, _, _, has_eos, lengths = carry
 
   response_mask = jnp.arange(max_new_tokens) < lengths[:, None]
   return Sequences(

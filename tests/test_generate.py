@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from scipy.stats import chi2
 
-from r2m_jax.generate import GROUPED, generate, sample_keys, sample_token
+from r2m_jax.generate import GROUPED, generate, sample_keys, sample_token, stages
 from r2m_jax.logprobs import token_stats
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
@@ -117,8 +117,46 @@ def test_waves_draw_the_same_tokens(model, greedy_rows):
   for waves in (2, 3, 6):
     jax.tree.map(np.testing.assert_array_equal, draw(*model, prompts, greedy_rows=greedy_rows, waves=waves), whole)
   text = draw.lower(*model, prompts, waves=3).compile().as_text()
-  shape = lambda rows: f"f32[2,{rows},1,{4 + T},8]"  # [N, B, KV, S, Dh]
+  shape = lambda rows: f"f32[{rows},1,{4 + T},8]"  # a layer's cache, [B, KV, S, Dh]
   assert shape(8) in text and shape(24) not in text
+
+
+def test_stages_cover_every_token_once():
+  """One loop up to 127 tokens, four from 256 on; tokens 1 .. T - 1 in order, the prefill gives token 0."""
+  for length, count in {1: 1, 64: 1, 127: 1, 128: 2, 200: 3, 256: 4, 511: 4, 4096: 4}.items():
+    found = stages(length)
+    assert len(found) == count and found[-1][1] == length
+    assert [t for start, end in found for t in range(start, end)] == list(range(1, length))
+    assert stages(length, growing=False) == [(1, length)]
+
+
+WIDE = ARCH.replace(
+  num_layers=3, sliding_window=3, sliding_layers=(0, 2), attn_softcap=20.0, qkv_bias=True, qk_norm=True
+)
+
+
+@pytest.mark.parametrize("arch", [ARCH.replace(gated_mlp=False), WIDE], ids=["no gate", "sliding, biases, norms"])
+def test_layers_apart_and_a_growing_cache_draw_the_same_tokens(arch, monkeypatch):
+  """Against stacked layers and a cache of full length from the start, as on a TPU. In four stages the loops hold caches
+  of 6, 8, 10 and 12 slots and no stacked one; rows end in most stages."""
+  drawn, texts = {}, {}
+  for name, platform, shortest in (("stacked", "tpu", 1), ("apart", "cpu", 64), ("in stages", "cpu", 2)):
+    monkeypatch.setattr("r2m_jax.generate.SHORTEST", shortest)
+    graphdef, state = transformer.init(arch, jax.random.key(3), attention=("xla", platform))
+    state["lm_head"]["kernel"][...] = state["lm_head"]["kernel"][...] * 15
+    one = jax.jit(lambda state, prompts, eos=(1,), repeat=0, graphdef=graphdef: generate(
+      nnx.merge(graphdef, state), prompts, jax.random.key(5), 0, group_size=8, max_new_tokens=T, temperature=TAU,
+      eos_ids=eos, pad_id=0, greedy_rows=True, repetition_stop=repeat), static_argnums=(2, 3))  # fmt: skip
+    texts[name] = one.lower(state, notes()).as_text()
+    drawn[name] = [one(state, notes()), one(state, notes(), (1, 3), 2)]
+  lengths = drawn["stacked"][0].response_mask.sum(1)
+  assert {1, T} <= set(lengths.tolist()) and len(set(lengths.tolist())) > 4
+  for name in ("apart", "in stages"):
+    jax.tree.map(np.testing.assert_array_equal, drawn[name], drawn["stacked"])
+  shape = lambda slots: f"tensor<27x1x{slots}x8xf32>"  # 3 prompts x 8, and a greedy row each
+  slots_of = lambda name: [slots for slots in range(4, 4 + T + 1) if "stablehlo.dynamic_update_slice" in texts[name]
+                           and f"-> {shape(slots)}" in texts[name]]  # fmt: skip
+  assert set(slots_of("in stages")) >= {6, 8, 10, 12} and 12 in slots_of("apart") and 8 not in slots_of("apart")
 
 
 def test_steps_prompts_and_samples_differ(model):
@@ -238,6 +276,9 @@ class Countdown:
     jax.debug.callback(lambda *call: self.calls.append(call), cache_index, mask, ordered=True)
     hidden = jax.nn.one_hot(tokens - 1, 16)
     return transformer.Output(hidden=hidden, feedback=hidden, cache=cache)
+
+  def apart(self):
+    return self
 
   def logits(self, hidden):
     return hidden

@@ -12,6 +12,7 @@ layers/{attn_post_norm,mlp_post_norm}/scale. N layers, S key slots, H query head
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from r2m_jax.logprobs import Head
 from r2m_jax.models.arch import ArchConfig, RopeScaling
 from r2m_jax.models.attention import BLOCK, Seen, Shared, SharedMask, attend, attend_shared, choose, dot_product
 from r2m_jax.models.attention import splash_attend
-from r2m_jax.sharding import ROWS, lay, lay_rows, row_shards
+from r2m_jax.sharding import ROWS, lay, lay_rows, mesh_around, path_name, row_shards
 
 ACTIVATIONS = {
   "silu": jax.nn.silu,
@@ -43,9 +44,25 @@ REMAT = {
 class Cache:
   """Keys and values of every layer, by slot. All rows write the same slot: prompts are padded on the left."""
 
-  k: jax.Array  # [N, B, KV, S, Dh]   after norm and rotation
-  v: jax.Array  # [N, B, KV, S, Dh]
+  k: Any  # [N, B, KV, S, Dh], or a tuple of [B, KV, S, Dh] for a model `apart`; after norm and rotation
+  v: Any  # the same
   mask: jax.Array  # bool[B, S]   True where a real token was written
+
+  def apart(self) -> "Cache":
+    """One array a layer in place of one for all."""
+    return self.replace(k=tuple(self.k), v=tuple(self.v))
+
+  def grown(self, slots: int) -> "Cache":
+    """With empty slots behind its own, `slots` in all."""
+    more = slots - self.mask.shape[1]
+    wider = lambda x: lay_cache(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)]))
+    return Cache(*jax.tree.map(wider, (self.k, self.v)), lay_rows(jnp.pad(self.mask, ((0, 0), (0, more)))))
+
+  def repeated(self, repeat: Callable) -> "Cache":
+    """`repeat(x, axis)` of everything, along the rows."""
+    return Cache(
+      *jax.tree.map(lambda x: lay_cache(repeat(x, x.ndim - 4)), (self.k, self.v)), lay_rows(repeat(self.mask, 0))
+    )
 
 
 @struct.dataclass
@@ -67,8 +84,14 @@ def lay_states(x: jax.Array) -> jax.Array:
 
 
 def lay_cache(x: jax.Array) -> jax.Array:
-  """Keys or values [N, B, KV, S, Dh] over the mesh: rows over data and fsdp, heads over tensor where they split."""
-  return lay(x, None, ROWS, "tensor")
+  """Keys or values [..., B, KV, S, Dh] over the mesh: rows over data and fsdp, heads over tensor where they split."""
+  return lay(x, *[None] * (x.ndim - 4), ROWS, "tensor")
+
+
+def write(all_: jax.Array, new: jax.Array, *at) -> jax.Array:
+  """`all_` with `new` at these indices, in place where nothing else reads `all_`."""
+  at = [jnp.asarray(i, jnp.int32) for i in at]  # one type, under x64 too
+  return lay_cache(jax.lax.dynamic_update_slice(all_, new.astype(all_.dtype), at))
 
 
 def at_least_float32(dtype) -> jnp.dtype:
@@ -139,7 +162,7 @@ class Attention(nnx.Module):
     arch, (cos, sin, seen) = self.arch, table
     rows = as_rows(x)
     heads = lambda y: lay(y.reshape(*x.shape[:2], -1, arch.head_dim).swapaxes(1, 2), ROWS, "tensor")
-    q, k, v = heads(self.q(rows)), heads(self.k(rows)), heads(self.v(rows))
+    q, k, v = (heads(y) for y in side_by_side(self, ("q", "k", "v"), rows))
     if arch.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     k, v, cache = store(rotate(k, cos, sin), v)
@@ -165,7 +188,8 @@ class MLP(nnx.Module):
   def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
     self.activation = arch.activation
     linear = functools.partial(nnx.Linear, use_bias=arch.mlp_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    if arch.gated_mlp:
+    self.gated = arch.gated_mlp
+    if self.gated:
       self.gate = linear(arch.hidden_size, arch.intermediate_size)
     self.up = linear(arch.hidden_size, arch.intermediate_size)
     self.down = linear(arch.intermediate_size, arch.hidden_size, kernel_init=residual_init(arch))
@@ -173,8 +197,8 @@ class MLP(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, L, D] -> [B, L, D]."""
     act, shape = ACTIVATIONS[self.activation], x.shape
-    x = as_rows(x)
-    return self.down(act(self.gate(x)) * self.up(x) if hasattr(self, "gate") else act(self.up(x))).reshape(shape)
+    gate, *up = side_by_side(self, ("gate", "up") if self.gated else ("up",), as_rows(x))
+    return self.down(act(gate) * up[0] if up else act(gate)).reshape(shape)
 
 
 class Block(nnx.Module):
@@ -205,6 +229,24 @@ def as_rows(x: jax.Array) -> jax.Array:
   return x.reshape(-1, x.shape[-1])
 
 
+def side_by_side(module: nnx.Module, names: tuple[str, ...], x: jax.Array) -> list[jax.Array]:
+  """Results of the module's linears of these names, from one product where `join` has made one linear of them."""
+  if "_".join(names) not in vars(module):
+    return [getattr(module, name)(x) for name in names]
+  y, widths = getattr(module, "_".join(names))(x), [getattr(module, name).out_features for name in names]
+  return jnp.split(y, np.cumsum(widths)[:-1], -1)
+
+
+def join(module: nnx.Module, names: tuple[str, ...]) -> None:
+  """Puts beside the module's linears of these names one that has all their columns."""
+  linears = [getattr(module, name) for name in names]
+  one = nnx.clone(linears[0])
+  one.kernel = nnx.Param(jnp.concatenate([linear.kernel[...] for linear in linears], 1))
+  if one.bias is not None:
+    one.bias = nnx.Param(jnp.concatenate([linear.bias[...] for linear in linears]))
+  setattr(module, "_".join(names), one)
+
+
 def residual_init(arch: ArchConfig):
   """1/sqrt(fan_in), divided by sqrt(2N): the sum of 2N branches starts with the variance of one."""
   return nnx.initializers.variance_scaling(1.0 / (2 * arch.num_layers), "fan_in", "truncated_normal")
@@ -224,6 +266,7 @@ class Transformer(nnx.Module):
     if remat not in REMAT:
       raise ValueError(f"{remat=} is unknown; use one of {sorted(REMAT)}")
     self.arch, self.dtype, self.remat = arch, dtype, remat
+    self.decodes_apart = attention[1] != "tpu"
     self.attention = attention = choose(*attention, arch, param_dtype if dtype is None else dtype)
     d, vocab, small = arch.hidden_size, arch.vocab_size, nnx.initializers.normal(0.02)
     self.embed = nnx.Embed(vocab, d, embedding_init=small, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -283,40 +326,78 @@ class Transformer(nnx.Module):
     if arch.embed_scale != 1.0:
       x = x * jnp.asarray(arch.embed_scale, x.dtype)
 
-    blocks, stacked = nnx.split(self.layers)
+    kv, tapped = None if cache is None else (cache.k, cache.v), None if tap is None else x
+    if isinstance(self.layers, nnx.List):
+      x, kv, tapped = self._one_by_one(x, kv, tapped, tables, kinds, slot, fresh, tap)
+    else:
+      blocks, stacked = nnx.split(self.layers)
 
-    def body(carry, xs):
-      x, kv, tapped = carry
-      state, layer, kind = xs
-      table = tables if kind is None else jax.tree.map(lambda t: t[kind], tables)
+      def body(carry, xs):
+        x, kv, tapped = carry
+        state, layer, kind = xs
+        table = tables if kind is None else jax.tree.map(lambda t: t[kind], tables)
 
-      def store(k, v):
-        if kv is None:
-          return k, v, None
-        index = tuple(jnp.asarray(i, jnp.int32) for i in (layer, 0, 0, slot, 0))  # one type, under x64 too
-        new = jax.tree.map(
-          lambda all_, one: jax.lax.dynamic_update_slice(all_, one[None].astype(all_.dtype), index),
-          kv,
-          (k, v),
-        )
-        new = jax.tree.map(lay_cache, new)
-        return (k, v, new) if fresh else (new[0][layer], new[1][layer], new)
+        def store(k, v):
+          if kv is None:
+            return k, v, None
+          new = tuple(write(all_, one[None], layer, 0, 0, slot, 0) for all_, one in zip(kv, (k, v)))
+          return (k, v, new) if fresh else (new[0][layer], new[1][layer], new)
 
-      x, kv = nnx.merge(blocks, state)(x, table, store)
-      x = lay_states(x)
-      if tap is not None:
-        tapped = jnp.where(layer == tap, x, tapped)
-      return (x, kv, tapped), None
+        x, kv = nnx.merge(blocks, state)(x, table, store)
+        x = lay_states(x)
+        if tap is not None:
+          tapped = jnp.where(layer == tap, x, tapped)
+        return (x, kv, tapped), None
 
-    carry = (x, None if cache is None else (cache.k, cache.v), None if tap is None else x)
-    xs = (stacked, jnp.arange(arch.num_layers), kinds)
-    (x, kv, tapped), _ = jax.lax.scan(REMAT[self.remat](body), carry, xs)
+      xs = (stacked, jnp.arange(arch.num_layers), kinds)
+      (x, kv, tapped), _ = jax.lax.scan(REMAT[self.remat](body), (x, kv, tapped), xs)
     hidden = self.final_norm(x)
     if cache is not None:
       cache = cache.replace(k=kv[0], v=kv[1])
     rows = (lambda x: x) if shared is None else (lambda x: lay_states(shared.unpack(x)))
     hidden = rows(hidden)
     return Output(hidden=hidden, feedback=hidden if tap is None else rows(tapped), cache=cache)
+
+  def _one_by_one(self, x, kv, tapped, tables, kinds, slot, fresh, tap):
+    """The layers of a model `apart`. What a layer reads, weights and cache, is there as an array of its own."""
+    found = []
+    for layer, block in enumerate(self.layers):
+      table = tables if kinds is None else jax.tree.map(lambda t: t[int(layer in self.arch.sliding_layers)], tables)
+
+      def store(k, v, own=None if kv is None else (kv[0][layer], kv[1][layer])):
+        if own is None:
+          return k, v, None
+        new = tuple(write(all_, one, 0, 0, slot, 0) for all_, one in zip(own, (k, v)))
+        return (k, v, new) if fresh else (*new, new)
+
+      x, own = block(x, table, store)
+      x = lay_states(x)
+      tapped = x if layer == tap else tapped
+      found.append(own)
+    return x, None if kv is None else tuple(zip(*found)), tapped
+
+  def apart(self) -> "Transformer":
+    """The same model with an array a layer for each parameter, in the compute dtype, and its cache so too.
+
+    A loop over tokens that reads stacked arrays copies a layer's slice, weights and cache, before each product. Apart
+    they are read where they lie, for one copy of the layers' weights outside of the loop; every layer is compiled. On
+    a single device linears of one input are joined, since a few rows take a GPU as long as a launch. On TPUs, whose
+    compiler reads the slices in place, this is the model itself.
+    """
+    if not self.decodes_apart:
+      return self
+    blocks, stacked = nnx.split(self.layers)
+    in_dtype = lambda path, x: x.astype(self.compute_dtype) if "kernel" in path_name(path) else x
+    stacked = jax.tree_util.tree_map_with_path(in_dtype, stacked)
+    model = nnx.merge(*nnx.split(self))
+    one = lambda i: nnx.merge(blocks, jax.tree.map(lambda x: x[i], stacked))
+    model.layers = nnx.List([one(i) for i in range(self.arch.num_layers)])
+    adapted = any("lora" in path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(stacked)[0])
+    for block in model.layers if mesh_around() is None and not adapted else ():
+      join(block.attn, ("q", "k", "v"))
+      if self.arch.gated_mlp:
+        join(block.mlp, ("gate", "up"))
+    return model
 
   def _embedded(self, tokens):
     """i32[B, L] -> [B, L, D]. Devices that share the embedding's columns look up their own and exchange rows for them:
@@ -333,9 +414,9 @@ class Transformer(nnx.Module):
     """
     arch, wide = self.arch, at_least_float32(self.compute_dtype)
     at = jnp.maximum(jnp.cumsum(keys, 1, dtype=jnp.int32) - 1, 0)  # position of each key
-    here = at if keys.shape[1] == length else jax.lax.dynamic_slice_in_dim(at, slot, length, 1)
     causal = jnp.arange(keys.shape[1])[None, :] <= slot + jnp.arange(length)[:, None]
     seen = causal[None] & keys[:, None, :]
+    here = at if keys.shape[1] == length else jnp.maximum(seen.sum(-1, dtype=jnp.int32) - 1, 0)
 
     def table(slides):
       local = slides and arch.rope_local_theta is not None
@@ -354,7 +435,7 @@ class Transformer(nnx.Module):
     return jax.tree.map(lambda *kinds: jnp.stack(kinds), table(False), table(True)), jnp.asarray(slides, jnp.int32)
 
   def init_cache(self, batch: int, length: int) -> Cache:
-    """An empty cache of `length` slots for `batch` rows, in the compute dtype."""
+    """An empty cache of `length` slots for `batch` rows, in the compute dtype; stacked, see `Cache.apart`."""
     arch = self.arch
     shape = (arch.num_layers, batch, arch.num_kv_heads, length, arch.head_dim)
     empty = lambda: lay_cache(jnp.zeros(shape, self.compute_dtype))

@@ -56,14 +56,16 @@ def feedback_bytes(config, sizes: Sizes, layout: Layout) -> float:
   return copies * sizes.rows / layout.shards * length * dim * jnp.dtype(config.dtype).itemsize
 
 
-def rollout_temporaries(config, sizes: Sizes, layout: Layout) -> float:
-  """Beside the cache: prefill's own cache, logits with the noise added to them, and gathered weights."""
+def rollout_temporaries(config, sizes: Sizes, layout: Layout, platform: str) -> float:
+  """Beside the cache: prefill's own cache, logits with the noise added to them, and gathered weights; where layers
+  decode apart (`Transformer.apart`), a copy of theirs."""
   arch, width = sizes.arch, jnp.dtype(config.dtype).itemsize
   rows = sizes.rows / layout.shards / config.rollout.waves
   logits = 3 * rows * arch.vocab_size * 4 / layout.tensor
   gathered = (vocabulary(arch) + 2 * layer_weights(arch)) * width / layout.tensor * (layout.fsdp > 1)
   prefill = cache_bytes(config, sizes, layout) / config.rollout.group_size
-  return logits + gathered + prefill
+  apart = arch.num_layers * layer_weights(arch) * width / (layout.fsdp * layout.tensor) * (platform != "tpu")
+  return logits + gathered + prefill + apart
 
 
 def kept_bytes(config, arch, length: int, fused: bool, platform: str) -> float:
@@ -110,7 +112,7 @@ def estimate(config, sizes: Sizes, shapes, layout: Layout, platform: str) -> dic
   return {
     "rollout": shared | {
       "KV cache": cache_bytes(config, sizes, layout), "feedback": 0.0,
-      "temporaries": rollout_temporaries(config, sizes, layout),
+      "temporaries": rollout_temporaries(config, sizes, layout, platform),
     },
     "learn": shared | {
       "KV cache": 0.0, "feedback": feedback_bytes(config, sizes, layout),
