@@ -18,7 +18,7 @@ from r2m_jax.ops import AGGREGATIONS, COMBINE
 from r2m_jax.schedules import KL_CONTROLLERS, OMEGA_SCHEDULES
 from r2m_jax.variants import VARIANTS
 
-TASKS = ("tokenizer", "sft", "reward", "r2m", "scratch", "lab", "generate", "score", "export", "replay", "plan")
+TASKS = ("tokenizer", "sft", "reward", "r2m", "scratch", "lab", "lab_text", "generate", "score", "export", "replay", "plan")
 ALGORITHMS = ("rloo", "grpo", "reinforce++", "remax", "ppo")
 ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -35,7 +35,7 @@ SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?K
 HIDDEN = "(hidden)"
 SHORTEST_SECRET = 12  # characters; a shorter value of such a variable is more likely a setting
 LAB_VOCAB = 64  # entries of the gold-reward task's vocabulary
-OPTIMIZER_SECTIONS = ("policy", "critic", "r2m", "sft", "reward", "scratch.lm")
+OPTIMIZER_SECTIONS = ("policy", "critic", "r2m", "sft", "reward", "gold", "scratch.lm")
 
 
 class ConfigError(ValueError):
@@ -98,7 +98,7 @@ def check_config(config: ConfigDict) -> None:
     "steps", "rollout.prompts", "rollout.max_new_tokens", "ppo.epochs", "ppo.minibatches", "ppo.accumulation",
     "rollout.waves", "r2m.attention_dim", "r2m.num_heads",
     "sft.steps", "sft.batch_size", "sft.examples", "reward.pairs", "reward.epochs", "scratch.lm.steps",
-    "scratch.lm.batch_size", "scratch.samples", "reward.batch_size", "reward.heldout_pairs",
+    "scratch.lm.batch_size", "scratch.samples", "gold.depth", "gold.epochs", "gold.batch_size", "reward.batch_size", "reward.heldout_pairs",
     "log.checkpoint_every", "log.samples", "data.max_prompt_length",
     "data.max_response_length", "generate.max_new_tokens", "generate.batch_size", "score.batch_size", "kl.horizon",
     "reward.ensemble", "r2m.warm_epochs", "checkpoint.keep_last", "guard.max_skipped", "hosts.start_timeout",
@@ -106,7 +106,7 @@ def check_config(config: ConfigDict) -> None:
   ):  # fmt: skip
     at_least(field, 1)
   for field in (
-    "budget", "sft.budget", "reward.budget", "scratch.lm.budget", "data.max_chosen_length", "seed", "logits_chunk",
+    "budget", "sft.budget", "reward.budget", "gold.budget", "scratch.lm.budget", "data.max_chosen_length", "seed", "logits_chunk",
     "kl.beta", "generate.temperature", "reward.max_length", "lora.rank", "rollout.top_k", "rollout.repetition_stop",
     "ppo.clip_eps_high", "critic.value_clip", "shaping.clip", "shaping.missing_eos_penalty", "shaping.length_penalty",
     "reward.variance_weight", "reward.sum_to_zero", "checkpoint.keep_every", "checkpoint.keep_best", "replay.step",

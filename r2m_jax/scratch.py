@@ -38,15 +38,9 @@ def run(config, workdir: Path) -> None:
   require_data(config)
   claim(config, workdir)
   print(f"r2m_jax  {mesh.size} {jax.devices()[0].platform} device(s), {config.dtype}; writes {workdir}")
-  start, lm, sft, reward = (workdir / "models" / name for name in ("start", "lm", "sft", "reward"))
+  lm, sft = make_policy(config, workdir, mesh)
+  reward = workdir / "models/reward"
   of = lambda task, data, **fields: derived(config, task, data, **fields)
-
-  once(workdir, "tokenizer", start, lambda out: tokenizer.run(of("tokenizer", names.corpus), workdir, out=out))
-  settings = of("sft", names.corpus, policy__path=str(start), data__pack=True)
-  settings.sft.update(names.lm)
-  once(workdir, "lm", lm, lambda out: finetune.run_sft(settings, workdir, mesh, name="lm", out=out))
-  settings_sft = of("sft", names.sft, policy__path=str(lm))
-  once(workdir, "sft", sft, lambda out: finetune.run_sft(settings_sft, workdir, mesh, out=out))
   settings_reward = of("reward", names.pairs, policy__path=str(sft))
   once(workdir, "reward", reward, lambda out: finetune.run_reward(settings_reward, workdir, mesh, out=out))
 
@@ -62,6 +56,19 @@ def run(config, workdir: Path) -> None:
     write_atomic(workdir / TABLES, json.dumps(tables))
     record(workdir, "measurements", began)
   hosts.on_first(lambda: finish(config, workdir))
+
+
+def make_policy(config, workdir: Path, mesh) -> tuple[Path, Path]:
+  """Tokenizer, language modelling and SFT; the folders of the policy after the last two."""
+  names, start, lm, sft = config.scratch, *(workdir / "models" / name for name in ("start", "lm", "sft"))
+  tokens = derived(config, "tokenizer", names.corpus)
+  once(workdir, "tokenizer", start, lambda out: tokenizer.run(tokens, workdir, out=out))
+  settings = derived(config, "sft", names.corpus, policy__path=str(start), data__pack=True)
+  settings.sft.update(names.lm)
+  once(workdir, "lm", lm, lambda out: finetune.run_sft(settings, workdir, mesh, name="lm", out=out))
+  settings_sft = derived(config, "sft", names.sft, policy__path=str(lm))
+  once(workdir, "sft", sft, lambda out: finetune.run_sft(settings_sft, workdir, mesh, out=out))
+  return lm, sft
 
 
 def require_data(config) -> None:
