@@ -2,23 +2,41 @@
 
   python -m r2m_jax.main --config=configs/real_gold.py --config.data.root=DATA --workdir=runs/real_gold
   python -m r2m_jax.main --config=configs/real_gold.py --config.data.root=DATA --workdir=runs/real_gold \\
-    --config.policy.path=runs/real_small/models/sft         # with a finished policy
+    --config.policy.path=runs/real_small/models/sft         # with the policy of configs/real_small.py, if it is there
 
 Protocol: docs/lab.md, "The second task". DATA is that of configs/real_small.py. The same command goes on where it
-stopped; a seed or an arm that is finished is not run again.
+stopped; an arm that is finished for a seed is not run again.
 """
 
 from configs import real_small
+
+ARMS = ("vanilla", "scaled", "r2m", "shuffled", "vanilla.hold kl.controller=hold kl.target=2.0")
 
 
 def get_config(size: str = ""):
   if size not in ("", "test"):
     raise ValueError(f"size {size!r} is unknown; use configs/real_gold.py or configs/real_gold.py:test")
   config = real_small.get_config(size)
-  config.task = "lab_text"
+  config.task, config.variant = "lab_text", ""
   # harmless-base teaches which of two replies is less harmful; its replies are not imitated and its prompts not sampled
   config.scratch.pairs = real_small.files("preferences", (*real_small.PREFERENCES, "hh_harmless_base"), "train")
-  config.data.buckets = (96, 160, 256)
-  config.gold.depth, config.gold.budget, config.gold.batch_size = 2, 1200.0, 8
+  # short texts, as the policy writes them: what a longer one costs goes into more updates
+  config.data.max_prompt_length = config.data.max_response_length = config.data.max_chosen_length = 128
+  config.data.buckets = (96, 160)
+
+  config.gold.depth, config.gold.budget, config.gold.batch_size = 2, 1100.0, 8
   config.gold.lr, config.gold.warmup_steps = 3e-4, 20
+  config.reward.pairs, config.reward.label_flip = 2000, 0.25  # of a proxy
+  config.reward.budget, config.reward.epochs = 0.0, 1
+  config.lab.arms, config.lab.seeds = ARMS, (0, 1, 2)
+  config.kl.estimator = "exact"
+  config.budget, config.steps = 0.0, 30
+  config.policy.lr, config.kl.beta = 2e-4, 0.02
+  config.log.checkpoint_every = 10
+  if size == "test":
+    config.data.max_prompt_length = config.data.max_response_length = 48
+    config.data.buckets, config.log.checkpoint_every = (), 1
+    config.gold.budget, config.gold.batch_size, config.reward.pairs = 0.0, 4, 12
+    config.lab.arms, config.lab.seeds = ("vanilla", "r2m", "vanilla.hold kl.controller=hold kl.target=0.1"), (0, 1)
+    config.lab.kls, config.lab.stops, config.steps = (0.005,), (0.01,), 2
   return config

@@ -212,16 +212,21 @@ def accuracy_table(sets: list[Pairs], right: np.ndarray) -> dict:
                   "_dev sets only rows of the validation group."}  # fmt: skip
 
 
-def rl_table(config, workdir: Path, reward: RewardModel, sft: Policy, trained: dict[str, Policy], mesh) -> dict:
-  """Reward by the frozen reward model, KL from the SFT policy and length on held-out prompts, before and after RL."""
+def held_out_prompts(config, policy: Policy):
+  """(config that samples from them, rows, rendered prompts) of config.scratch.samples prompts for `serve.sample`."""
   settings = derived(config, "r2m", config.scratch.prompts_val)
   settings.generate.max_new_tokens, settings.generate.temperature = config.rollout.max_new_tokens, 1.0
   rows = load(settings.data, "prompt")
-  ids = [(sft.tokenizer.render(row["prompt"]),) for row in rows]
+  ids = [(policy.tokenizer.render(row["prompt"]),) for row in rows]
   settings.data.unique = True
   kept = prepare.select(settings, rows, ids, "sampling")
   kept = np.random.default_rng(config.seed).permutation(kept)[: config.scratch.samples]
-  rows, prompts = [rows[i] for i in kept], [ids[i][0] for i in kept]
+  return settings, [rows[i] for i in kept], [ids[i][0] for i in kept]
+
+
+def rl_table(config, workdir: Path, reward: RewardModel, sft: Policy, trained: dict[str, Policy], mesh) -> dict:
+  """Reward by the frozen reward model, KL from the SFT policy and length on held-out prompts, before and after RL."""
+  settings, rows, prompts = held_out_prompts(config, sft)
   lines, before = [], []
   for name, policy in {"SFT": sft, **trained}.items():
     drawn = serve.sample(settings, policy, prompts, mesh)
