@@ -30,9 +30,9 @@ def get_config(size: str = ""):
   config.reward.budget, config.reward.epochs = 0.0, 1
   config.lab.arms, config.lab.seeds = ARMS, (0, 1, 2)
   config.kl.estimator = "exact"
-  config.budget, config.steps = 0.0, 30
-  config.policy.lr, config.kl.beta = 2e-4, 0.02
-  config.log.checkpoint_every = 10
+  config.budget, config.steps = 0.0, 28
+  config.policy.lr, config.kl.beta = 1.5e-4, 0.02
+  config.log.checkpoint_every = 14
   if size == "test":
     config.data.max_prompt_length = config.data.max_response_length = 48
     config.data.buckets, config.log.checkpoint_every = (), 1
