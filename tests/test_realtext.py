@@ -52,8 +52,10 @@ def ended(tmp_path_factory):
 
 def begun(ended, folder):
   """A copy of the finished task from before RL."""
-  shutil.copytree(ended[1], folder, ignore=shutil.ignore_patterns("runs", "table", "gold", "*.html", "figures"))
-  (folder / "config.json").unlink()
+  for part in ("models", "sft_samples.jsonl"):
+    (shutil.copytree if part == "models" else shutil.copyfile)(ended[1] / part, folder / part)
+  for seed in (0, 1):
+    shutil.copytree(ended[1] / f"proxy_{seed}", folder / f"proxy_{seed}")
   return folder
 
 
@@ -73,7 +75,7 @@ def test_another_gold_model_gives_the_same_policies(ended, tmp_path):
   """To the byte, and all metrics but those against gold."""
   root, workdir, _ = ended
   tiny_text.model("llama2", "chatml", tmp_path / "other", classifier=True, max_position_embeddings=256, seed=5)
-  again = begun(ended, tmp_path / "run")
+  again = begun(ended, tmp_path)
   shutil.rmtree(again / "models/gold")
   realtext.run(settings(root, gold__path=str(tmp_path / "other"), lab__seeds=(1,)), again)
   against_gold = {"reward/gold", "reward/within_corr", "r2m/pair_disagreement"}
@@ -119,7 +121,7 @@ def test_gold_is_what_transformers_says_of_the_samples(ended):
 def test_a_grown_policy_says_the_same(ended, tmp_path, factor):
   """Oracle: transformers on both folders. Each further layer is a copy but for what adds to the residual stream."""
   root, _, _ = ended
-  cfg = settings(root)
+  cfg = settings(root, task="sft")
   grown = realtext.grow(load_policy(cfg.policy.path, cfg), factor)
   realtext.export.write_policy(tmp_path / "grown", cfg, grown, grown.state, tmp_path)
   load = transformers.AutoModelForCausalLM.from_pretrained
@@ -144,8 +146,9 @@ def test_reward_models_are_trained_and_at_scale(ended):
     assert (scores.mean(), scores.std()) == pytest.approx((0, 1), abs=1e-4)
     if start:
       model = transformers.AutoModelForSequenceClassification.from_pretrained(workdir / "models" / name).model
-      moved = [float((x - start[key]).abs().max()) for key, x in model.state_dict().items()]
-      assert min(moved) > 0
+      moved = {key: float((x - start[key]).abs().max()) for key, x in model.state_dict().items()}
+      adds = [key for key in moved if "o_proj" in key or "down_proj" in key]  # where a copied layer begins to learn
+      assert len(adds) == 2 * 4 and min(moved[key] for key in adds) > 0
   weights = [(workdir / f"models/proxy_{seed}/model.safetensors").read_bytes() for seed in (0, 1)]
   assert weights[0] != weights[1]
 
@@ -189,7 +192,7 @@ def test_proxies_learn_from_training_pairs_alone(ended):
 def test_a_killed_run_ends_as_the_unbroken_one(ended, tmp_path, monkeypatch, capsys):
   """Killed while gold reads the second step of the second arm, then the same command again."""
   root, workdir, _ = ended
-  cfg, again, calls, original = settings(root, lab__seeds=(0,)), begun(ended, tmp_path / "run"), [], realtext.against_gold
+  cfg, again, calls, original = settings(root, lab__seeds=(0,)), begun(ended, tmp_path), [], realtext.against_gold
 
   def dies(*args):
     calls.append(1)
@@ -237,7 +240,8 @@ def test_table_and_summary(ended):
   found = json.loads((workdir / "reward_models.json").read_text())
   assert set(found["proxies"]) == {"0", "1"} and all(table["title"] in page for table in found["tables"])
   accuracy = found["tables"][0]["rows"]
-  assert accuracy[-1][0] == "all validation sets" and accuracy[-1][3] == str(7 * 6)
+  sets = [int(row[3]) for row in accuracy if row[0].endswith("_val")]
+  assert len(sets) == 7 and accuracy[-1][0] == "all validation sets" and int(accuracy[-1][3]) == sum(sets) > 0
   assert sorted(path.name for path in (workdir / "figures").iterdir()) == [
     "1_gold_against_step.png", "2_frontier.png", "3_differences.png"
   ]

@@ -205,7 +205,8 @@ def measure(config, workdir: Path, mesh, gold: Path, drawn: list[dict]) -> None:
 
   Its key "proxies" has the numbers of each seed's proxy.
   """
-  if (workdir / PROXIES).exists():
+  path = workdir / PROXIES
+  if path.exists() and set(map(str, config.lab.seeds)) <= set(read_json(path)["proxies"]):
     return
   model = load_reward(str(gold), config, mesh)
   val = scratch.sets_of(config, model, config.scratch.pairs_val)
@@ -236,8 +237,8 @@ def measure(config, workdir: Path, mesh, gold: Path, drawn: list[dict]) -> None:
                   f"{correlation(mine, on_samples):.2f}", f"{correlation(mine, longer):.2f}"])  # fmt: skip
   sections.append({
     "title": "Reward models", "rows": lines,
-    "head": ["Reward model", "Accuracy, % (95%)", "Same order as gold, % (95%)", "Correlation with gold", "With length"],
+    "head": ["Reward model", "Accuracy, % (95%)", "Order of gold, % (95%)", "Correlation with gold", "With length"],
     "note": f"Accuracy and order: on the {count} clean pairs of the validation sets together. Correlations of scores: "
             f"over {len(drawn)} samples of the supervised policy on held-out prompts.",
   })  # fmt: skip
-  write_atomic(workdir / PROXIES, json.dumps({"proxies": proxies, "tables": sections}))
+  write_atomic(path, json.dumps({"proxies": proxies, "tables": sections}))
