@@ -29,6 +29,7 @@ def get_config(size: str = ""):
   config.reward.pairs, config.reward.label_flip = 2000, 0.25  # of a proxy
   config.reward.budget, config.reward.epochs = 0.0, 1
   config.lab.arms, config.lab.seeds = ARMS, (0, 1, 2)
+  config.lab.kls = (2.0, 4.0, 12.0)
   config.kl.estimator = "exact"
   config.budget, config.steps = 0.0, 28
   config.policy.lr, config.kl.beta = 1.5e-4, 0.02
