@@ -212,9 +212,9 @@ def measure(config, workdir: Path, mesh, gold: Path, drawn: list[dict]) -> None:
   val = scratch.sets_of(config, model, config.scratch.pairs_val)
   dev = scratch.sets_of(config, model, config.scratch.pairs_dev, dev=True)
   rows, count = [row for pairs in (*val, *dev) for row in pairs.rows], sum(len(pairs.rows) for pairs in val)
-  prompts = [f"{pairs.name} {prompt}" for pairs in val for prompt in pairs.prompts]
   lengths = np.concatenate([pairs.lengths for pairs in val])
   every = scratch.Pairs("all validation sets", rows[:count], lengths, sum(pairs.of for pairs in val))
+  prompts = every.prompts  # some are in several sets
   of_gold = scratch.scores_of(config, model, None, rows, mesh)
   right = wins(*of_gold.T)
   sections = [scratch.accuracy_table([*val, *dev, every], np.concatenate([right, right[:count]]))]
