@@ -149,6 +149,15 @@ def get_config() -> ConfigDict:
   config.reward.variance_weight = 1.0  # of the last
   config.reward.sum_to_zero = 0.0  # weight of the squared mean score of a batch, added to the loss of the fit
 
+  # the reward model that stands for what people want (task = "lab_text"); its fit, on the clean pairs, is as `reward`'s
+  config.gold = optimizer(lr=1e-3)
+  config.gold.path = ""  # Hugging Face folder of a finished one; "": it is fitted
+  config.gold.depth = 2  # its layers for each of the policy's, from which it grows
+  config.gold.lr_schedule = "cosine"
+  config.gold.epochs = 1
+  config.gold.batch_size = 32  # pairs
+  config.gold.budget = 0.0  # seconds, in place of gold.epochs. 0: off
+
   # low-rank adapters for the policy (and for the reward model in task = "reward") of a Hugging Face folder
   config.lora = ConfigDict()
   config.lora.rank = 0  # 0: off, every parameter is trained

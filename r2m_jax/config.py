@@ -18,8 +18,10 @@ from r2m_jax.ops import AGGREGATIONS, COMBINE
 from r2m_jax.schedules import KL_CONTROLLERS, OMEGA_SCHEDULES
 from r2m_jax.variants import VARIANTS
 
-TASKS = ("tokenizer", "sft", "reward", "r2m", "scratch", "lab", "generate", "score", "export", "replay", "analyse",
-         "plan")  # fmt: skip
+TASKS = (
+  "tokenizer", "sft", "reward", "r2m", "scratch", "lab", "lab_text", "generate", "score", "export", "replay", "analyse",
+  "plan",
+)  # fmt: skip
 # of task=analyse; docs/analyse.md defines them
 PIECES = ("similarity", "differences", "dynamics", "noise", "cost", "hacking", "accuracy", "ablations", "probes")
 ALGORITHMS = ("rloo", "grpo", "reinforce++", "remax", "ppo")
@@ -37,8 +39,8 @@ SECRET = re.compile(
 SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.I)  # of environment variables
 HIDDEN = "(hidden)"
 SHORTEST_SECRET = 12  # characters; a shorter value of such a variable is more likely a setting
-LAB_VOCAB = 64  # entries of the gold-reward task's vocabulary
-OPTIMIZER_SECTIONS = ("policy", "critic", "r2m", "sft", "reward", "scratch.lm")
+LAB_VOCAB, TEXT_VOCAB = 64, 4096  # entries of the gold-reward task's vocabulary, and more than "auto" is exact for
+OPTIMIZER_SECTIONS = ("policy", "critic", "r2m", "sft", "reward", "gold", "scratch.lm")
 
 
 class ConfigError(ValueError):
@@ -101,18 +103,19 @@ def check_config(config: ConfigDict) -> None:
     "steps", "rollout.prompts", "rollout.max_new_tokens", "ppo.epochs", "ppo.minibatches", "ppo.accumulation",
     "rollout.waves", "r2m.attention_dim", "r2m.num_heads",
     "sft.steps", "sft.batch_size", "sft.examples", "reward.pairs", "reward.epochs", "scratch.lm.steps",
-    "scratch.lm.batch_size", "scratch.samples", "reward.batch_size", "reward.heldout_pairs",
-    "log.checkpoint_every", "log.samples", "data.max_prompt_length",
+    "scratch.lm.batch_size", "scratch.samples", "gold.depth", "gold.epochs", "gold.batch_size", "reward.batch_size",
+    "reward.heldout_pairs", "log.checkpoint_every", "log.samples", "data.max_prompt_length",
     "data.max_response_length", "generate.max_new_tokens", "generate.batch_size", "score.batch_size", "kl.horizon",
     "reward.ensemble", "r2m.warm_epochs", "checkpoint.keep_last", "guard.max_skipped", "hosts.start_timeout",
     "hosts.heartbeat_timeout", "hosts.end_timeout",
   ):  # fmt: skip
     at_least(field, 1)
   for field in (
-    "budget", "sft.budget", "reward.budget", "scratch.lm.budget", "data.max_chosen_length", "seed", "logits_chunk",
-    "kl.beta", "generate.temperature", "reward.max_length", "lora.rank", "rollout.top_k", "rollout.repetition_stop",
-    "ppo.clip_eps_high", "critic.value_clip", "shaping.clip", "shaping.missing_eos_penalty", "shaping.length_penalty",
-    "reward.variance_weight", "reward.sum_to_zero", "checkpoint.keep_every", "checkpoint.keep_best", "replay.step",
+    "budget", "sft.budget", "reward.budget", "gold.budget", "scratch.lm.budget", "data.max_chosen_length", "seed",
+    "logits_chunk", "kl.beta", "generate.temperature", "reward.max_length", "lora.rank", "rollout.top_k",
+    "rollout.repetition_stop", "ppo.clip_eps_high", "critic.value_clip", "shaping.clip", "shaping.missing_eos_penalty",
+    "shaping.length_penalty", "reward.variance_weight", "reward.sum_to_zero", "checkpoint.keep_every",
+    "checkpoint.keep_best", "replay.step",
     "replay.prompt", "replay.sample", "plan.prompt_length", "plan.reward_length", "plan.layers",
   ):  # fmt: skip
     at_least(field, 0)
@@ -171,11 +174,12 @@ def check_config(config: ConfigDict) -> None:
   tapped = config.r2m.feedback_layer
   if not config.policy.path:  # else the folder says how many layers there are
     need(-layers <= tapped < layers, "r2m.feedback_layer", f"the policy has {layers} layers; -1 is the last")
-  if config.task == "lab":
+  if config.task in ("lab", "lab_text"):
     check_lab(config, need)
   files = {
     "tokenizer": ("data.name",),
     "scratch": ("scratch.corpus", "scratch.sft", "scratch.pairs", "scratch.prompts"),
+    "lab_text": ("scratch.corpus", "scratch.sft", "scratch.pairs", "scratch.prompts", "scratch.prompts_val"),
     "generate": ("policy.path", "generate.input", "generate.output"),
     "score": ("reward.path", "score.input", "score.output"),
     "export": ("export.checkpoint", "export.out"),
@@ -232,11 +236,17 @@ def check_lab(config: ConfigDict, need) -> None:
     need(good and (field == "lab.stops" or len(values)), field, "give numbers above 0, each once, such as (1.0,)")
   for field in ("lab.together", "lab.probe_every", "lab.probe_prompts", "lab.best_prompts", "lab.best_samples"):
     need(_get(config, field) >= 1, field, "must be at least 1")
-  need(tuple(config.mesh) == (1, 1, 1), "mesh", "the laboratory splits seeds over the devices, not one seed: (1, 1, 1)")
+  text = config.task == "lab_text"
+  fix = "the laboratory splits seeds over the devices, not one seed: (1, 1, 1)"
+  need(text or tuple(config.mesh) == (1, 1, 1), "mesh", fix)
+  need(not text or tuple(lab.betas) == (1.0,), "lab.betas", "on text an arm has one KL weight, its own: give (1.0,)")
+  need(not text or config.budget == 0, "budget", "runs of as many steps are compared: give 0, and config.steps")
   for name, arm in arms_of(config).items():
     try:
+      if text:
+        arm.policy.path = arm.reward.path = "(made before)"
       check_config(arm)
-      if kl_estimator(arm, LAB_VOCAB) != "exact":
+      if kl_estimator(arm, TEXT_VOCAB if text else LAB_VOCAB) != "exact":
         raise ConfigError("config.kl.estimator must be 'exact': the laboratory's KL is that over the vocabulary")
     except ConfigError as error:
       raise ConfigError(f"config.lab.arms: {name}: {error}") from None

@@ -6,7 +6,9 @@ re-renders the responses for the reward model in between: step = learn ∘ rollo
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,10 +28,12 @@ from r2m_jax.optim import make_optimizer
 from r2m_jax.prepare import PromptData, batch_of, enough, judged_pairs, judgments_labeller, packed_lines, pairs
 from r2m_jax.prepare import prompt_data, sft_rows, take_pairs
 from r2m_jax.pretrain import Timed, fit, fit_warm_head, reward_loss, sft_loss, steps_within
-from r2m_jax.step import Labeller, make_learn, make_rollout, truncated, uses_labels
+from r2m_jax.step import Labeller, StepOutput, make_learn, make_rollout, truncated, uses_labels
 from r2m_jax.text import Renderer, bucket, pad_left, responses_of
 from r2m_jax.train import claim, conclude, shapes_of, stage, warm, with_variant
 from r2m_jax.variants import VARIANTS
+
+Watch = Callable[[StepOutput, list[tuple[Any, str, bool]]], dict[str, float | None]]
 
 
 def run(config, workdir: Path) -> None:
@@ -142,8 +146,13 @@ def hold_contract(workdir: Path, renderer: Renderer) -> None:
 # ---- r2m ----
 
 
-def run_r2m(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
-  """RL on prompts, for config.variant (ends in `out`, or WORKDIR/export) or each of config.arms (in a folder of it)."""
+def run_r2m(config, workdir: Path, mesh, *, out: Path | None = None, watch: Watch | None = None) -> None:
+  """RL on prompts, for config.variant (ends in `out`, or WORKDIR/export) or each of config.arms (in a folder of it).
+
+  Args:
+    watch: (a step's output on the host, its samples as (prompt, response, truncated)) -> more metrics for its row.
+      Nothing it gives reaches training.
+  """
   if not (config.policy.path and config.reward.path):
     missing = "reward.path" if config.policy.path else "policy.path"
     raise FolderError(f"config.{missing} is empty: task=r2m from folders needs a policy and a reward model")
@@ -177,7 +186,7 @@ def run_r2m(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
     folder = (out or workdir / "export") / ("" if config.variant else variant)
     last, arm = i == len(arms) - 1, with_variant(config, variant)
     built = build_lora(arm, mesh, arch=policy.arch, reward_arch=reward.arch)
-    run_arm(arm, built, workdir, policy, reward, data, folder, donate=last)
+    run_arm(arm, built, workdir, policy, reward, data, folder, donate=last, watch=watch)
 
 
 def rl_steps_within(
@@ -234,7 +243,7 @@ def make_two_part_step(config, built: Build, policy: Policy, reward: RewardModel
 
 
 def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardModel, data: PromptData, out: Path,
-            *, donate: bool) -> None:  # fmt: skip
+            *, donate: bool, watch: Watch | None = None) -> None:  # fmt: skip
   """RL for one variant, from the folders' models or from the arm's newest checkpoint; exports both models."""
   arm = config.variant
   checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
@@ -261,7 +270,7 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
       if t in (0, config.steps - 1):
         texts = [data.prompts[i] for i in index]
         append_samples(workdir, samples(config, output, texts, policy, "before" if t == 0 else "after"))
-      metrics = output.metrics | {"data/wait": order.waiting_share()}
+      metrics = output.metrics | {"data/wait": order.waiting_share()} | (watch(output, rows) if watch else {})
       shown = dict(reward=metrics["reward/used"], kl=metrics["kl"])
       return state, output, prompts.example_id, metrics, shown
 

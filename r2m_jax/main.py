@@ -147,7 +147,7 @@ def run(config, workdir: Path) -> None:
   import jax
 
   from r2m_jax import export, finetune, loop, replay, scratch, serve, tokenizer, train
-  from r2m_jax.lab import analyse, grid
+  from r2m_jax.lab import analyse, grid, realtext
   from r2m_jax.checkpoint import CheckpointError
   from r2m_jax.data.jsonl import DataError
   from r2m_jax.folders import FolderError
@@ -171,6 +171,8 @@ def run(config, workdir: Path) -> None:
         tokenizer.run(config, workdir)
       elif config.task == "scratch":
         scratch.run(config, workdir)
+      elif config.task == "lab_text":
+        realtext.run(config, workdir)
       elif config.policy.path or config.reward.path:
         finetune.run(config, workdir)
       elif config.task == "lab":

@@ -38,15 +38,9 @@ def run(config, workdir: Path) -> None:
   require_data(config)
   claim(config, workdir)
   print(f"r2m_jax  {mesh.size} {jax.devices()[0].platform} device(s), {config.dtype}; writes {workdir}")
-  start, lm, sft, reward = (workdir / "models" / name for name in ("start", "lm", "sft", "reward"))
+  lm, sft = make_policy(config, workdir, mesh)
+  reward = workdir / "models/reward"
   of = lambda task, data, **fields: derived(config, task, data, **fields)
-
-  once(workdir, "tokenizer", start, lambda out: tokenizer.run(of("tokenizer", names.corpus), workdir, out=out))
-  settings = of("sft", names.corpus, policy__path=str(start), data__pack=True)
-  settings.sft.update(names.lm)
-  once(workdir, "lm", lm, lambda out: finetune.run_sft(settings, workdir, mesh, name="lm", out=out))
-  settings_sft = of("sft", names.sft, policy__path=str(lm))
-  once(workdir, "sft", sft, lambda out: finetune.run_sft(settings_sft, workdir, mesh, out=out))
   settings_reward = of("reward", names.pairs, policy__path=str(sft))
   once(workdir, "reward", reward, lambda out: finetune.run_reward(settings_reward, workdir, mesh, out=out))
 
@@ -62,6 +56,19 @@ def run(config, workdir: Path) -> None:
     write_atomic(workdir / TABLES, json.dumps(tables))
     record(workdir, "measurements", began)
   hosts.on_first(lambda: finish(config, workdir))
+
+
+def make_policy(config, workdir: Path, mesh) -> tuple[Path, Path]:
+  """Tokenizer, language modelling and SFT; the folders of the policy after the last two."""
+  names, start, lm, sft = config.scratch, *(workdir / "models" / name for name in ("start", "lm", "sft"))
+  tokens = derived(config, "tokenizer", names.corpus)
+  once(workdir, "tokenizer", start, lambda out: tokenizer.run(tokens, workdir, out=out))
+  settings = derived(config, "sft", names.corpus, policy__path=str(start), data__pack=True)
+  settings.sft.update(names.lm)
+  once(workdir, "lm", lm, lambda out: finetune.run_sft(settings, workdir, mesh, name="lm", out=out))
+  settings_sft = derived(config, "sft", names.sft, policy__path=str(lm))
+  once(workdir, "sft", sft, lambda out: finetune.run_sft(settings_sft, workdir, mesh, out=out))
+  return lm, sft
 
 
 def require_data(config) -> None:
@@ -205,16 +212,21 @@ def accuracy_table(sets: list[Pairs], right: np.ndarray) -> dict:
                   "_dev sets only rows of the validation group."}  # fmt: skip
 
 
-def rl_table(config, workdir: Path, reward: RewardModel, sft: Policy, trained: dict[str, Policy], mesh) -> dict:
-  """Reward by the frozen reward model, KL from the SFT policy and length on held-out prompts, before and after RL."""
+def held_out_prompts(config, policy: Policy):
+  """(config that samples from them, rows, rendered prompts) of config.scratch.samples prompts for `serve.sample`."""
   settings = derived(config, "r2m", config.scratch.prompts_val)
   settings.generate.max_new_tokens, settings.generate.temperature = config.rollout.max_new_tokens, 1.0
   rows = load(settings.data, "prompt")
-  ids = [(sft.tokenizer.render(row["prompt"]),) for row in rows]
+  ids = [(policy.tokenizer.render(row["prompt"]),) for row in rows]
   settings.data.unique = True
   kept = prepare.select(settings, rows, ids, "sampling")
   kept = np.random.default_rng(config.seed).permutation(kept)[: config.scratch.samples]
-  rows, prompts = [rows[i] for i in kept], [ids[i][0] for i in kept]
+  return settings, [rows[i] for i in kept], [ids[i][0] for i in kept]
+
+
+def rl_table(config, workdir: Path, reward: RewardModel, sft: Policy, trained: dict[str, Policy], mesh) -> dict:
+  """Reward by the frozen reward model, KL from the SFT policy and length on held-out prompts, before and after RL."""
+  settings, rows, prompts = held_out_prompts(config, sft)
   lines, before = [], []
   for name, policy in {"SFT": sft, **trained}.items():
     drawn = serve.sample(settings, policy, prompts, mesh)

@@ -6,7 +6,7 @@
     --config.score.input=IN.jsonl --config.score.output=OUT.jsonl
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -131,12 +131,25 @@ def policy_ids(tokenizer: Tokenizer, row: dict) -> list[int]:
 
 def score(config, reward: RewardModel, policy: Policy | None, rows: list[dict], mesh) -> np.ndarray:
   """The score of every row, f32[N]. An R2M reward model reads `policy`, at the omega it was exported with."""
+  return make_scorer(config, reward, policy, mesh)(rows)
+
+
+def make_scorer(
+  config, reward: RewardModel, policy: Policy | None, mesh, *, shown: bool = True
+) -> Callable[[list[dict]], np.ndarray]:
+  """Builds the function behind `score`, rows -> f32[N], for many calls: a program is made once.
+
+  Args:
+    shown: print a line of progress.
+  """
   head_config, head_state = reward.head or (None, None)
   if head_config is not None and head_config.policy_hidden_size != policy.arch.hidden_size:
     raise FolderError(
       f"{reward.folder} reads hidden states of {head_config.policy_hidden_size} numbers; those of config.policy.path = "
       f"{config.policy.path} have {policy.arch.hidden_size}: give the policy it was trained with"
     )
+
+  head_def = None if head_config is None else nnx.graphdef(abstract_head(head_config))
 
   @sharding.jit_on(mesh)
   def plain(backbone, phi, tokens, mask):
@@ -149,23 +162,25 @@ def score(config, reward: RewardModel, policy: Policy | None, rows: list[dict], 
     h = model(policy_tokens, policy_mask, feedback_layer=head_config.feedback_layer).feedback
     return nnx.merge(head_def, head)(rte, h, policy_mask, head_config.omega)
 
-  ids = each_row(
-    rows, lambda r: reward.renderer.ids(r["prompt"], r["response"], truncated=bool(r.get("truncated", False))),
-    config.score.input,
-  )  # fmt: skip
-  lengths = [len(row) for row in ids]
-  if head_config is not None:
-    head_def = nnx.graphdef(abstract_head(head_config))
-    read = each_row(rows, lambda r: policy_ids(policy.tokenizer, r), config.score.input)
-  scores, size = np.zeros(len(rows), np.float32), batch_size(config, config.score, len(rows), mesh)
-  with progress(-(-len(rows) // size), "score") as bar:
-    for index in batches(lengths, size):
-      tokens, mask = spread(pad_left([ids[i] for i in index], reward.renderer.tokenizer.pad_id), mesh)
-      if head_config is None:
-        result = plain(reward.state, reward.phi, tokens, mask)
-      else:
-        fed = spread(pad_left([read[i] for i in index], policy.tokenizer.pad_id), mesh)
-        result = fused(reward.state, head_state, policy.state, tokens, mask, *fed)
-      scores[index] = hosts.fetch(result)
-      bar.update()
-  return scores
+  def scores_of(rows: list[dict]) -> np.ndarray:
+    ids = each_row(
+      rows, lambda r: reward.renderer.ids(r["prompt"], r["response"], truncated=bool(r.get("truncated", False))),
+      config.score.input,
+    )  # fmt: skip
+    lengths = [len(row) for row in ids]
+    if head_config is not None:
+      read = each_row(rows, lambda r: policy_ids(policy.tokenizer, r), config.score.input)
+    scores, size = np.zeros(len(rows), np.float32), batch_size(config, config.score, len(rows), mesh)
+    with progress(-(-len(rows) // size), "score", enabled=shown) as bar:
+      for index in batches(lengths, size):
+        tokens, mask = spread(pad_left([ids[i] for i in index], reward.renderer.tokenizer.pad_id), mesh)
+        if head_config is None:
+          result = plain(reward.state, reward.phi, tokens, mask)
+        else:
+          fed = spread(pad_left([read[i] for i in index], policy.tokenizer.pad_id), mesh)
+          result = fused(reward.state, head_state, policy.state, tokens, mask, *fed)
+        scores[index] = hosts.fetch(result)
+        bar.update()
+    return scores
+
+  return scores_of

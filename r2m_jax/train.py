@@ -164,19 +164,28 @@ def make_gold_step(config, built: Build, layout):
 def gold_metrics(out, group_size: int) -> dict[str, float]:
   """What the gold reward says of a step's samples, measured on the host; nothing of it reaches training."""
   parts = goldtask.gold(out.sequences)
-  gold, used = (x.reshape(-1, group_size) for x in (parts.gold, np.float64(out.judged.scores)))
+  return against_gold(parts.gold, out.judged.scores, group_size) | {
+    "repetition": (parts.repeats / np.maximum(parts.length, 1)).mean(),
+    "gold/coverage": parts.coverage.mean(),
+    "gold/hallucinated": parts.hallucinated.mean(),
+    "gold/chatter": parts.chatter.mean(),
+  }
+
+
+def against_gold(gold: np.ndarray, used: np.ndarray, group_size: int) -> dict[str, float | None]:
+  """Mean gold of a step's samples, and how the reward that trained on them agrees with it within a prompt.
+
+  gold, used: [B] each, the samples of a prompt beside each other.
+  """
+  gold, used = (np.asarray(x, float).reshape(-1, group_size) for x in (gold, used))
   rows = np.arange(len(gold))
   gap = gold[rows, used.argmax(-1)] - gold[rows, used.argmin(-1)]  # of the pair that the reward update would label
   centred_gold, centred_used = (x - x.mean(-1, keepdims=True) for x in (gold, used))
   norm = np.sqrt((centred_gold**2).sum() * (centred_used**2).sum())
   return {
-    "reward/gold": parts.gold.mean(),
+    "reward/gold": gold.mean(),
     "reward/within_corr": (centred_gold * centred_used).sum() / norm if norm > 1e-12 else None,
     "r2m/pair_disagreement": np.where(gap == 0, 0.5, gap < 0).mean(),
-    "repetition": (parts.repeats / np.maximum(parts.length, 1)).mean(),
-    "gold/coverage": parts.coverage.mean(),
-    "gold/hallucinated": parts.hallucinated.mean(),
-    "gold/chatter": parts.chatter.mean(),
   }
 
 

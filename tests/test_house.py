@@ -65,6 +65,7 @@ FLOORS = {
   "r2m_jax.finetune": 8,
   "r2m_jax.scratch": 9,
   "r2m_jax.plan": 9,
+  "r2m_jax.lab.realtext": 10,
   "r2m_jax.replay": 10,
   "r2m_jax.lab.analyse": 11,
   "r2m_jax.main": 12,

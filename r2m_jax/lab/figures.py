@@ -45,6 +45,8 @@ def band(values: np.ndarray) -> np.ndarray:
   means, count = np.stack([window_means(row) for row in values]), len(values)
   if count < 2:
     return np.repeat(means, 3, 0)
+  if count < stats.FEW:
+    return means.mean(0) + np.array([[0], [-1], [1]]) * stats.half_width(means)
   drawn = stats.resampled(count)[:2000] @ means / count
   return np.concatenate([means.mean(0)[None], np.quantile(drawn, stats.levels(count), axis=0)])
 

@@ -1,6 +1,7 @@
 """The laboratory's page: figures and tables from the results, and a line for each arm as it ends."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def notes(config, found: Results) -> list[str]:
 
 
 def tables(config, found: Results, facts: dict[int, dict]) -> list[dict]:
-  """Sections of numbers, as report.table_html takes them."""
+  """Sections of numbers, as report.table_html takes them; no seed in `facts`: none about the reward models."""
   lab, keys = config.lab, list(found.values)
   label = lambda key: key[0] if key[1] == 1.0 else f"{key[0]}, KL weight x {key[1]:g}"
   counted = lambda x, full: span(x) + (f" (n {x.count})" if x and x.count < full else "")
@@ -132,8 +133,9 @@ def tables(config, found: Results, facts: dict[int, dict]) -> list[dict]:
     note = "Of the supervised policy, by the proxy; unbiased over all subsets of the samples."
     sections.append(dict(title="Best of n", head=["n", "KL", "gold", "proxy"], rows=rows, note=note))
   rows = [[str(seed), f"{f['heldout_accuracy']:.3f}", f"{f['gold_of_sft']:.2f}"] for seed, f in facts.items()]
-  sections.append(dict(title="Reward models", head=["seed", "held-out accuracy", "gold of the supervised policy"],
-                       rows=rows, note="Against clean gold labels."))  # fmt: skip
+  if rows:
+    sections.append(dict(title="Reward models", head=["seed", "held-out accuracy", "gold of the supervised policy"],
+                         rows=rows, note="Against clean gold labels."))  # fmt: skip
   return sections
 
 
@@ -148,8 +150,8 @@ def seeds_text(found: Results) -> str:
   return turnover_table(rows)
 
 
-def write(config, found: Results, facts: dict[int, dict], workdir: Path) -> str:
-  """Draws WORKDIR/figures and WORKDIR/report.html, writes seeds.txt; returns what is printed at the end."""
+def write(config, found: Results, facts: dict[int, dict], workdir: Path, *, more: Sequence[dict] = ()) -> str:
+  """Draws WORKDIR/figures and WORKDIR/report.html, with `more` tables, and writes seeds.txt; returns what to print."""
   parts = ["<h1>Laboratory: arms against the gold reward</h1>",
            f'<p class="soft">{len(found.curves)} arms; gold never trains, selects or stops anything.</p>',
            '<div class="card lead"><b>What the table shows</b>', report.bullets(notes(config, found)), "</div>"]
@@ -158,7 +160,7 @@ def write(config, found: Results, facts: dict[int, dict], workdir: Path) -> str:
       image = figures.rendered(figure)
       write_atomic(workdir / "figures" / f"{name}.png", image)
       parts.append(report.figure_html(heading, caption, [image], whole=True))
-  parts += [report.table_html(section) for section in tables(config, found, facts)]
+  parts += [report.table_html(section) for section in [*tables(config, found, facts), *more]]
   parts.append(f'<details class="card"><summary>Configuration</summary><pre>{config.to_json(indent=1)}</pre></details>')
   page = report.write_page(workdir / "report.html", "R2M laboratory", parts)
   text = seeds_text(found)

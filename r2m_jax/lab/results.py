@@ -68,7 +68,7 @@ def measures(config, curves: Curves) -> dict[str, np.ndarray]:
   metrics, gold = curves.metrics, curves.metrics["reward/gold"]
   steps = gold.shape[1]
   found = stats.outline(gold)._asdict() | {"lost": stats.outline(gold).peak - stats.outline(gold).final}
-  found |= {name: stats.outline(metrics[key]).final for name, key in FINAL.items()}
+  found |= {name: stats.outline(metrics[key]).final for name, key in FINAL.items() if key in metrics}
   for name, key in LATE.items():
     if key in metrics and np.isfinite(half := metrics[key][:, steps // 2 :]).any():
       found[name] = np.array([row[np.isfinite(row)].mean() if np.isfinite(row).any() else np.nan for row in half])
@@ -85,7 +85,8 @@ def measures(config, curves: Curves) -> dict[str, np.ndarray]:
 def stopped_measures(config, curves: Curves, target: float) -> dict[str, np.ndarray]:
   """What early stopping at a KL keeps of a run."""
   kl = curves.metrics["kl"]
-  found = {name: stats.stopped(kl, curves.metrics[key], target)[0] for name, key in FINAL.items()}
+  has = [(name, key) for name, key in FINAL.items() if key in curves.metrics]
+  found = {name: stats.stopped(kl, curves.metrics[key], target)[0] for name, key in has}
   return found | {"stop_step": stats.stopped(kl, kl, target)[1].astype(float)}
 
 

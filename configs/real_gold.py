@@ -1,0 +1,46 @@
+"""The laboratory's second task, on real text: does RL on a small, noisy reward model lose what a larger one judges by?
+
+  python -m r2m_jax.main --config=configs/real_gold.py --config.data.root=DATA --workdir=runs/real_gold
+  python -m r2m_jax.main --config=configs/real_gold.py --config.data.root=DATA --workdir=runs/real_gold \\
+    --config.policy.path=runs/real_small/models/sft         # with the policy of configs/real_small.py, if it is there
+
+Protocol: docs/lab.md, "The second task". DATA is that of configs/real_small.py. The same command goes on where it
+stopped; an arm that is finished for a seed is not run again.
+
+On two shared cores: 83 minutes with a finished policy. What it gave, and how little this gold model is worth as a judge
+(46.7% of held-out pairs right, 40.6 to 53.4), is in docs/findings.md.
+"""
+
+from configs import real_small
+
+ARMS = ("vanilla", "scaled", "r2m", "shuffled", "vanilla.hold kl.controller=hold kl.target=2.0")
+
+
+def get_config(size: str = ""):
+  if size not in ("", "test"):
+    raise ValueError(f"size {size!r} is unknown; use configs/real_gold.py or configs/real_gold.py:test")
+  config = real_small.get_config(size)
+  config.task, config.variant = "lab_text", ""
+  # harmless-base teaches which of two replies is less harmful; its replies are not imitated and its prompts not sampled
+  config.scratch.pairs = real_small.files("preferences", (*real_small.PREFERENCES, "hh_harmless_base"), "train")
+  # short texts, as the policy writes them: what a longer one costs goes into more updates
+  config.data.max_prompt_length = config.data.max_response_length = config.data.max_chosen_length = 128
+  config.data.buckets = (96, 160)
+
+  config.gold.depth, config.gold.budget, config.gold.batch_size = 2, 1100.0, 8
+  config.gold.lr, config.gold.warmup_steps = 3e-4, 20
+  config.reward.pairs, config.reward.label_flip = 2000, 0.25  # of a proxy
+  config.reward.budget, config.reward.epochs = 0.0, 1
+  config.lab.arms, config.lab.seeds = ARMS, (0, 1, 2)
+  config.lab.kls = (2.0, 4.0, 12.0)
+  config.kl.estimator = "exact"
+  config.budget, config.steps = 0.0, 28
+  config.policy.lr, config.kl.beta = 1.5e-4, 0.02
+  config.log.checkpoint_every = 14
+  if size == "test":
+    config.data.max_prompt_length = config.data.max_response_length = 48
+    config.data.buckets, config.log.checkpoint_every = (), 1
+    config.gold.budget, config.gold.batch_size, config.reward.pairs = 0.0, 4, 12
+    config.lab.arms, config.lab.seeds = ("vanilla", "r2m", "vanilla.hold kl.controller=hold kl.target=0.1"), (0, 1)
+    config.lab.kls, config.lab.stops, config.steps = (0.005,), (0.01,), 2
+  return config
