@@ -12,7 +12,8 @@ from typing import NamedTuple
 import numpy as np
 
 from r2m_jax.lab import probes, stats
-from r2m_jax.lab.probes import by_prompt, centred, correlation, estimate, pairs_of_prompts, similarities
+from r2m_jax.lab.probes import centred, correlation, mean_by_prompt, pairs_of_prompts, similarities, unit
+from r2m_jax.lab.results import FINAL
 from r2m_jax.lab.stats import Interval
 from r2m_jax.summary import standard_error
 
@@ -26,10 +27,7 @@ DYNAMICS = (
 TREND = ("reward/used", "reward/frozen", "reward/gold")  # of fig. 6
 # the rule of fig. 9, in quantiles of the supervised policy's responses, the same for every arm and step
 PROXY_HIGH, GOLD_LOW, GOLD_HIGH = 0.75, 0.25, 0.5
-ABLATION = {  # measure of the laboratory -> metric whose last window it is
-  "final": "reward/gold", "frozen_final": "reward/frozen", "used_final": "reward/used", "kl_final": "kl",
-  "length_final": "length",
-}  # fmt: skip
+ABLATION = ("final", "frozen_final", "used_final", "kl_final", "length_final")  # of the laboratory's measures
 
 
 class Row(NamedTuple):
@@ -156,7 +154,7 @@ def ablations(curves: Curves, leads: tuple[str, ...]) -> list[Row]:
   rows = []
   for arm, metrics in curves.items():
     rows += [Row((arm,), measure, stats.interval(last(metrics[metric])))
-             for measure, metric in ABLATION.items() if metric in metrics]  # fmt: skip
+             for measure in ABLATION if (metric := FINAL[measure]) in metrics]  # fmt: skip
     if "reward/gold" in metrics:
       rows.append(Row((arm,), "peak", stats.interval(stats.outline(metrics["reward/gold"]).peak)))
     for lead in leads:
@@ -201,9 +199,8 @@ def hacking(reads: list[Read], start: Read) -> list[Row]:
   rows = []
   for read in reads:
     kind = hacks(read, start)
-    share = lambda wanted: estimate(lambda s: s[:, 0] / s[:, 1], by_prompt(
-      read.prompt, np.stack([kind == wanted, np.ones(len(kind))], -1).astype(float)))  # fmt: skip
-    rows += [Row((read.name,), "share hacking", share(1)), Row((read.name,), "share sound", share(0))]
+    shares = (("share hacking", 1), ("share sound", 0))
+    rows += [Row((read.name,), measure, mean_by_prompt(kind == wanted, read.prompt)) for measure, wanted in shares]
     measures = "both sound", "both hacking", "across", "gap"
     rows += [Row((read.name,), *of) for of in zip(measures, similarities(read.final, kind, read.prompt))]
     rows.append(Row((read.name,), "gap, centred", similarities(centred(read.final), kind, read.prompt).gap))
@@ -212,20 +209,17 @@ def hacking(reads: list[Read], start: Read) -> list[Row]:
 
 def step_matrix(states: dict[int, np.ndarray]) -> np.ndarray:
   """Mean cosine between one response's states at two steps, over the same responses: {step: f64[N, D]} -> f64[S, S]."""
-  unit = [x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12) for x in states.values()]
-  return np.array([[(a * b).sum(-1).mean() for b in unit] for a in unit])
+  each = list(map(unit, states.values()))
+  return np.array([[(a * b).sum(-1).mean() for b in each] for a in each])
 
 
 def drift(arms: dict[str, dict[int, np.ndarray]], prompt: np.ndarray) -> list[Row]:
   """Fig. 9 over steps: cosine of each response's states with those at step 0, the responses fixed."""
-  rows = []
-  for arm, states in arms.items():
-    first = states[0]
-    for step, x in states.items():
-      cosine = (x * first).sum(-1) / np.maximum(np.linalg.norm(x, axis=-1) * np.linalg.norm(first, axis=-1), 1e-12)
-      sums = by_prompt(prompt, np.stack([cosine, np.ones(len(cosine))], -1))
-      rows.append(Row((arm,), f"step {step} with step 0", estimate(lambda s: s[:, 0] / s[:, 1], sums)))
-  return rows
+  cosine = lambda a, b: (unit(a) * unit(b)).sum(-1)
+  return [
+    Row((arm,), f"step {step} with step 0", mean_by_prompt(cosine(x, states[0]), prompt))
+    for arm, states in arms.items() for step, x in states.items()
+  ]  # fmt: skip
 
 
 # ---- table 3: accuracy ----
@@ -253,8 +247,7 @@ def accuracy(judged: list[Judged], prompt: np.ndarray) -> list[Row]:
     right |= {"after less frozen": right["after"] - right["frozen"],
               "after less before": right["after"] - right["before"]}  # fmt: skip
     for measure, values in right.items():
-      sums = np.stack([np.where(gap != 0, values, 0), gap != 0], -1).astype(float)
-      found = estimate(lambda s: s[:, 0] / s[:, 1], by_prompt(same.prompt, sums))
+      found = mean_by_prompt(values, same.prompt, gap != 0)
       rows.append(Row((one.arm, one.responses), measure, Interval(*(100 * x for x in found[:3]), found.count)))
   return rows
 

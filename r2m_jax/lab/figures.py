@@ -35,6 +35,11 @@ def rendered(figure) -> bytes:
   return png(Image.fromarray(np.asarray(drawn.buffer_rgba())).convert("RGB"))
 
 
+def legend(figure, axis, columns: int = 4):
+  """Of one axis, below the figure."""
+  figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
 def root(kl):
   """sqrt(KL); what rounding leaves below zero is zero."""
   return np.sqrt(np.maximum(kl, 0))
@@ -99,7 +104,7 @@ def frontier(config, results: Results):
     axes[0, 1].errorbar(x, y, [y - low, high - y], label=name, lw=1.3, ms=6, capsize=2, **style(i))
   dress(axes[0, 0], "On the way, at the arm's own KL weight (means over seeds)", ROOT_KL, "gold")
   dress(axes[0, 1], "At the end, a point for each KL weight (95% intervals)", ROOT_KL, "gold")
-  figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+  legend(figure, axes[0, 0])
   return figure
 
 
@@ -126,7 +131,7 @@ def forest(config, results: Results):
     dress(axis, title, "difference of gold", "")
     axis.set_yticks(range(len(names)), names[::-1] if axis is axes[0, 0] else [""] * len(names))
     axis.set_ylim(-0.6, len(names) - 0.4)
-  figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+  legend(figure, axes[0, 0], 2)
   return figure
 
 
@@ -181,7 +186,7 @@ def drift(config, results: Results):
       at = np.flatnonzero(np.isfinite(mean))
       axis.plot(at, mean[at], label=name, lw=1.4, ms=5, **style(i))
     dress(axis, title, "step", label)
-  figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+  legend(figure, axes[0, 0])
   return figure
 
 

@@ -3,17 +3,13 @@
 import numpy as np
 
 from r2m_jax.lab.evidence import DYNAMICS, TREND, Curves, Read, Row, hacks, step_matrix
-from r2m_jax.lab.figures import GREY, INK, MARKS, MOST, band, canvas, style
-from r2m_jax.lab.probes import pairs_of_prompts
+from r2m_jax.lab.figures import GREY, INK, MARKS, MOST, band, canvas, legend, style
+from r2m_jax.lab.probes import centred, pairs_of_prompts, unit
 from r2m_jax.report import COLOURS, dress
 from r2m_jax.summary import window_of
 
 BINS = 8  # of pairs, by similarity
 SHOWN = 40  # responses of a kind in a similarity matrix
-
-
-def legend(figure, axis, columns: int = 4):
-  figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def spans(rows: list[Row]) -> np.ndarray:
@@ -78,11 +74,11 @@ def dynamics(curves: Curves):
   figure, axes = canvas(3.3 * columns, 2.7 * rows + 0.4, rows, columns)
   for axis in axes.flat[len(panels) :]:
     axis.remove()
-  for axis, (metric, title, unit) in zip(axes.flat, panels):
+  for axis, (metric, title, label) in zip(axes.flat, panels):
     for i, arm in enumerate(list(curves)[:MOST]):
       if metric in curves[arm]:
         _curve(axis, curves[arm][metric], i, arm)
-    dress(axis, title, "step", unit)
+    dress(axis, title, "step", label)
   most = max(axes.flat[: len(panels)], key=lambda axis: len(axis.lines))
   legend(figure, most, 8)
   return figure
@@ -151,8 +147,7 @@ def matrices(reads: list[Read], start: Read, seed: int):
     return None
   figure, axes = canvas(3.1 * len(drawn) + 0.9, 3.6, 1, len(drawn))
   for axis, (read, picked) in zip(axes[0], drawn):
-    x = read.final - read.final.mean(0)
-    x = (x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12))[np.concatenate(picked)]
+    x = unit(centred(read.final))[np.concatenate(picked)]
     image = axis.imshow(x @ x.T, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
     for line in (axis.axhline, axis.axvline):
       line(len(picked[0]) - 0.5, color="#D55E00", lw=1.5, ls="--")

@@ -46,7 +46,19 @@ def by_prompt(prompt: np.ndarray, values: np.ndarray) -> np.ndarray:
   return sums
 
 
+def mean_by_prompt(values: np.ndarray, prompt: np.ndarray, counted: np.ndarray | None = None) -> Interval:
+  """The mean of f64[N] values over all rows, or over those that are `counted`, bool[N]."""
+  counted = np.ones(len(values), bool) if counted is None else counted
+  sums = np.stack([np.where(counted, values, 0), counted], -1).astype(float)
+  return estimate(lambda s: s[:, 0] / s[:, 1], by_prompt(prompt, sums))
+
+
 # ---- similarity of pairs ----
+
+
+def unit(states: np.ndarray) -> np.ndarray:
+  """Each row at length 1, so that products are cosines; a row of zeros stays.   f64[N, D] -> f64[N, D]."""
+  return states / np.maximum(np.linalg.norm(states, axis=-1, keepdims=True), 1e-12)
 
 
 class Similarities(NamedTuple):
@@ -68,9 +80,8 @@ def similarities(states: np.ndarray, label: np.ndarray, prompt: np.ndarray) -> S
     label: i64[N], 0 or 1; rows with any other are left out.
     prompt: i64[N].
   """
-  unit = states / np.maximum(np.linalg.norm(states, axis=-1, keepdims=True), 1e-12)
   member = label[:, None] == np.arange(2)  # [N, 2]
-  u, n = by_prompt(prompt, member[..., None] * unit[:, None]), by_prompt(prompt, member)  # [P, 2, D], [P, 2]
+  u, n = by_prompt(prompt, member[..., None] * unit(states)[:, None]), by_prompt(prompt, member)  # [P, 2, D], [P, 2]
   drawn = weights(len(n))
   total, count = np.tensordot(drawn, u, 1), drawn @ n
   sums = np.einsum("rad,rbd->rab", total, total) - np.tensordot(drawn**2, np.einsum("pad,pbd->pab", u, u), 1)
@@ -96,11 +107,11 @@ class PairsOfPrompt(NamedTuple):
 
 def pairs_of_prompts(states: np.ndarray, prompt: np.ndarray) -> PairsOfPrompt:
   """Rows i < j of one prompt and the cosine of their states f64[N, D]."""
-  unit = states / np.maximum(np.linalg.norm(states, axis=-1, keepdims=True), 1e-12)
+  states = unit(states)
   found = [(a, b) for p in range(prompt.max() + 1) for rows in [np.flatnonzero(prompt == p)]
            for x, a in enumerate(rows) for b in rows[x + 1 :]]  # fmt: skip
   i, j = np.array(found, int).reshape(-1, 2).T
-  return PairsOfPrompt(i, j, prompt[i], (unit[i] * unit[j]).sum(-1))
+  return PairsOfPrompt(i, j, prompt[i], (states[i] * states[j]).sum(-1))
 
 
 def correlation(x: np.ndarray, y: np.ndarray, prompt: np.ndarray, *, within: bool = False) -> Interval:
