@@ -136,6 +136,7 @@ def get_config() -> ConfigDict:
   config.reward = optimizer(lr=1e-3)
   config.reward.path = ""  # Hugging Face folder or hub name of a sequence classifier
   config.reward.max_length = 0  # tokens of its input; the beginning of longer ones is dropped. 0: no limit
+  config.reward.max_reply_length = 0  # tokens of a pair's reply, cut off there; no pair is left out. 0: data's limits
   config.reward.lr_schedule = "cosine"
   config.reward.pairs = 2048
   config.reward.epochs = 4

@@ -5,10 +5,7 @@
     --config.policy.path=runs/real_small/models/sft         # with the policy of configs/real_small.py, if it is there
 
 Protocol: docs/lab.md, "The second task". DATA is that of configs/real_small.py. The same command goes on where it
-stopped; an arm that is finished for a seed is not run again.
-
-On two shared cores: 83 minutes with a finished policy. What it gave, and how little this gold model is worth as a judge
-(46.7% of held-out pairs right, 40.6 to 53.4), is in docs/findings.md.
+stopped; an arm that is finished for a seed is not run again. What it gave is in docs/findings.md. Processes started with the same command share the work.
 """
 
 from configs import real_small
@@ -23,11 +20,13 @@ def get_config(size: str = ""):
   config.task, config.variant = "lab_text", ""
   # harmless-base teaches which of two replies is less harmful; its replies are not imitated and its prompts not sampled
   config.scratch.pairs = real_small.files("preferences", (*real_small.PREFERENCES, "hh_harmless_base"), "train")
-  # short texts, as the policy writes them: what a longer one costs goes into more updates
-  config.data.max_prompt_length = config.data.max_response_length = config.data.max_chosen_length = 128
-  config.data.buckets = (96, 160)
+  # of every pair, what a policy that writes 64 tokens would have got to: all pairs are read, and length tells little
+  config.reward.max_reply_length = config.rollout.max_new_tokens
+  config.reward.max_length = 192  # no prompt of RL with its response is longer
+  config.data.max_prompt_length, config.data.max_chosen_length = 120, 0
+  config.data.buckets = (88, 104, 128, 160, 256)
 
-  config.gold.depth, config.gold.budget, config.gold.batch_size = 2, 1100.0, 8
+  config.gold.depth, config.gold.epochs, config.gold.batch_size = 2, 1, 16
   config.gold.lr, config.gold.warmup_steps = 3e-4, 20
   config.reward.pairs, config.reward.label_flip = 2000, 0.25  # of a proxy
   config.reward.budget, config.reward.epochs = 0.0, 1
@@ -39,8 +38,9 @@ def get_config(size: str = ""):
   config.log.checkpoint_every = 14
   if size == "test":
     config.data.max_prompt_length = config.data.max_response_length = 48
+    config.reward.max_reply_length, config.reward.max_length = 8, 64
     config.data.buckets, config.log.checkpoint_every = (), 1
-    config.gold.budget, config.gold.batch_size, config.reward.pairs = 0.0, 4, 12
+    config.gold.batch_size, config.reward.pairs = 4, 12
     config.lab.arms, config.lab.seeds = ("vanilla", "r2m", "vanilla.hold kl.controller=hold kl.target=0.1"), (0, 1)
     config.lab.kls, config.lab.stops, config.steps = (0.005,), (0.01,), 2
   return config

@@ -112,8 +112,8 @@ def check_config(config: ConfigDict) -> None:
     at_least(field, 1)
   for field in (
     "budget", "sft.budget", "reward.budget", "gold.budget", "scratch.lm.budget", "data.max_chosen_length", "seed",
-    "logits_chunk", "kl.beta", "generate.temperature", "reward.max_length", "lora.rank", "rollout.top_k",
-    "rollout.repetition_stop", "ppo.clip_eps_high", "critic.value_clip", "shaping.clip", "shaping.missing_eos_penalty",
+    "logits_chunk", "kl.beta", "generate.temperature", "reward.max_length", "reward.max_reply_length",
+    "lora.rank", "rollout.top_k", "rollout.repetition_stop", "ppo.clip_eps_high", "critic.value_clip", "shaping.clip", "shaping.missing_eos_penalty",
     "shaping.length_penalty", "reward.variance_weight", "reward.sum_to_zero", "checkpoint.keep_every",
     "checkpoint.keep_best", "replay.step",
     "replay.prompt", "replay.sample", "plan.prompt_length", "plan.reward_length", "plan.layers",
@@ -126,6 +126,11 @@ def check_config(config: ConfigDict) -> None:
   at_least("analyse.samples", 2)
   need(config.rollout.group_size >= 2, "rollout.group_size", "R2M compares K >= 2 responses per prompt")
   need(config.rollout.temperature > 0, "rollout.temperature", "must be above 0: greedy samples have no log-probability")
+  need(
+    config.reward.max_reply_length == 0 or config.reward.max_length > config.reward.max_reply_length,
+    "reward.max_reply_length",
+    f"long prompts lose their beginning at config.reward.max_length, which is {config.reward.max_length}; give it more",
+  )  # fmt: skip
   for field in ("r2m.omega_min", "r2m.alpha", "reward.label_flip", "data.max_bad_share"):
     need(0 <= _get(config, field) <= 1, field, "must lie in [0, 1]")
   need(0 < config.ppo.clip_eps < 1, "ppo.clip_eps", "must lie in (0, 1), such as 0.2")

@@ -18,18 +18,21 @@ from r2m_jax.data.rows import fingerprint, keep, load, too_long
 from r2m_jax.folders import Policy, RewardModel, describe_reward
 from r2m_jax.metrics import read_json, write_atomic
 from r2m_jax.step import Labeller, pairs_at, pairs_per_step
-from r2m_jax.text import as_prompts, bucket, each_row, pad_left
+from r2m_jax.text import Tokenizer, as_prompts, bucket, each_row, pad_left
 from r2m_jax.types import Pairs, Prompts
 
 
-def select(config, rows: list[dict], ids: list[tuple[list[int], ...]], what: str, chosen=None) -> list[int]:
+def select(
+  config, rows: list[dict], ids: list[tuple[list[int], ...]], what: str, chosen=None, *, long: bool = False
+) -> list[int]:
   """Which rows have a prompt and responses, given as token ids, that config.data allows; says why the others go.
 
-  `chosen` holds the ids of the responses that the paper's filter looks at, row by row.
+  `chosen` holds the ids of the responses that the paper's filter looks at, row by row; `long` rows stay.
   """
   seen, reasons = set(), []
   for i, (prompt, *responses) in enumerate(ids):
-    reason = too_long(config.data, len(prompt), [len(r) for r in responses], len(chosen[i]) if chosen else 0)
+    lengths = len(prompt), [len(r) for r in responses], len(chosen[i]) if chosen else 0
+    reason = None if long else too_long(config.data, *lengths)
     if reason is None and config.data.unique:
       row = hash((tuple(prompt), *map(tuple, responses)))
       reason = "the same as an earlier row" if row in seen else None
@@ -155,15 +158,29 @@ def packed_lines(config, policy: Policy, workdir: Path, name: str):
 # ---- reward ----
 
 
+def sides_of(config, tokenizer: Tokenizer, row: dict) -> list[dict]:
+  """Chosen and rejected as (prompt, response, truncated), in the form of a sample.
+
+  With config.reward.max_reply_length a longer reply is what a policy that may write so many tokens would have got to:
+  its beginning, which is rendered as cut off.
+  """
+  sides = [(row[side], False) for side in ("chosen", "rejected")]
+  if limit := config.reward.max_reply_length:
+    sides = [tokenizer.beginning(text, limit) for text, _ in sides]
+  return [{"prompt": row["prompt"], "response": text, "truncated": truncated} for text, truncated in sides]
+
+
 def pair_ids(config, reward: RewardModel, rows: list[dict], what: str) -> tuple[list[dict], list[tuple]]:
-  """The rows within the limits of config.data, and (chosen, rejected) of each as the reward model's tokens."""
+  """The rows that config.data allows, each with its `sides_of` as "sides", and both as the reward model's tokens."""
   renderer, tokenizer = reward.renderer, reward.renderer.tokenizer
   plain = lambda text: tokenizer.encode(text, special=False)
   prompt = lambda p: plain(p) if isinstance(p, str) else tokenizer.render(p)
-  ids = each_row(rows, lambda r: (prompt(r["prompt"]), plain(r["chosen"]), plain(r["rejected"])))
-  rows = [rows[i] for i in select(config, rows, ids, what, chosen=[chosen for _, chosen, _ in ids])]
-  sides = lambda r: tuple(renderer.ids(r["prompt"], r[side]) for side in ("chosen", "rejected"))
-  return rows, each_row(rows, sides)
+  rows = [row | {"sides": sides_of(config, tokenizer, row)} for row in rows]
+  ids = each_row(rows, lambda r: (prompt(r["prompt"]), *(plain(side["response"]) for side in r["sides"])))
+  kept = select(config, rows, ids, what, [row[1] for row in ids], long=config.reward.max_reply_length > 0)
+  rows = [rows[i] for i in kept]
+  rendered = lambda side: renderer.ids(side["prompt"], side["response"], truncated=side["truncated"])
+  return rows, each_row(rows, lambda r: tuple(map(rendered, r["sides"])))
 
 
 def pairs(config, reward: RewardModel, workdir: Path):

@@ -144,7 +144,7 @@ def measure(config, workdir: Path, mesh, folders: dict[str, Path], outs: dict[st
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-  """One held-out set: rows with chosen and rejected, their reply lengths in tokens, and how many rows it had."""
+  """One held-out set: rows of `prepare.pair_ids`, how many tokens of each reply are read, and how many rows it had."""
 
   name: str
   rows: list[dict]
@@ -157,8 +157,8 @@ class Pairs:
 
 
 def sets_of(config, reward: RewardModel, data: str, *, dev: bool = False) -> list[Pairs]:
-  """Held-out sets, one a file, within the limits of config.data; of `dev` sets only rows of the validation group."""
-  encode, sets = lambda text: len(reward.renderer.tokenizer.encode(text, special=False)), []
+  """Held-out sets, one a file, as config.data allows; of `dev` sets only rows of the validation group."""
+  encode, sets = lambda side: reward.renderer.tokenizer.encode(side["response"], special=False), []
   for name in split_names(data):
     for source in [name] if ":" in name else map(str, find_files(name, config.data.root)):
       settings = derived(config, "reward", str(Path(source).absolute()) if ":" not in name else name)
@@ -169,14 +169,14 @@ def sets_of(config, reward: RewardModel, data: str, *, dev: bool = False) -> lis
       except DataError as error:  # all are too long
         print(f"data     {error}")
         continue
-      lengths = np.asarray([[encode(row["chosen"]), encode(row["rejected"])] for row in kept])
+      lengths = np.asarray([[len(encode(side)) for side in row["sides"]] for row in kept])
       sets.append(Pairs(Path(source).name.split(".")[0], kept, lengths, len(rows)))
   return sets
 
 
 def scores_of(config, reward: RewardModel, policy: Policy | None, rows: list[dict], mesh) -> np.ndarray:
-  """Scores of chosen and rejected.   -> f32[N, 2]."""
-  sides = [{"prompt": row["prompt"], "response": row[side]} for row in rows for side in ("chosen", "rejected")]
+  """Scores of chosen and rejected of `prepare.pair_ids`.   -> f32[N, 2]."""
+  sides = [side for row in rows for side in row["sides"]]
   return serve.score(config, reward, policy, sides, mesh).reshape(-1, 2)
 
 

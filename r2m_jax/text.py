@@ -52,6 +52,11 @@ class Tokenizer:
     """Text without special tokens."""
     return self.hf.decode([int(i) for i in ids], skip_special_tokens=True)
 
+  def beginning(self, text: str, length: int) -> tuple[str, bool]:
+    """(the text's first `length` tokens as text, whether more followed)."""
+    ids = self.encode(text, special=False)
+    return (self.decode(ids[:length]), True) if len(ids) > length else (text, False)
+
   def render(self, prompt: Prompt) -> list[int]:
     """Ids of a prompt: text as it is, messages by the model's own chat template up to where the assistant answers."""
     if isinstance(prompt, str):

@@ -16,7 +16,7 @@ import torch
 from flax import nnx
 
 from configs import default, quickstart
-from r2m_jax import sharding
+from r2m_jax import prepare, sharding
 from r2m_jax.config import PIECES, ConfigError, check_config
 from r2m_jax.folders import load_policy
 from r2m_jax.lab import analyse, evidence, goldtask, probes
@@ -135,6 +135,7 @@ def test_states_by_layer_are_those_of_transformers(tmp_path):
   policy = load_policy(str(tmp_path), config, mesh)
   rows = [{"prompt": "The cat", "chosen": "sat on the mat", "rejected": "ran"},
           {"prompt": "What is it?", "chosen": "Paris", "rejected": "the sea and trees"}]  # fmt: skip
+  rows = [row | {"sides": prepare.sides_of(config, policy.tokenizer, row)} for row in rows]
   got = analyse.text_states(config, policy, rows, mesh)
   layers = analyse.layers_of(policy.arch.num_layers)
   assert list(got) == list(layers) and list(layers)[-1] == "final" and len(layers) > 1

@@ -41,6 +41,7 @@ Sampling
   no_key_is_used_twice                       the same key in every call; samples of a prompt that are alike
 """
 
+import dataclasses
 import functools
 import types
 
@@ -567,6 +568,27 @@ def test_one_rendering_for_training_and_rl(kind, renderers):
   assert tokens[0][asked[0]].tolist() == trained
   if tokenizer.has_template:
     assert tokenizer.end_id in trained[-2:]
+
+
+@pytest.mark.parametrize("kind", tiny_text.KINDS)
+def test_a_long_reply_of_a_pair_is_what_the_policy_would_have_got_to(kind, renderers):
+  """With reward.max_reply_length a long reply is read as RL reads a response cut off there; a short one is whole."""
+  renderer = dataclasses.replace(renderers[kind], max_length=24)
+  tokenizer, cfg = renderer.tokenizer, default.get_config()
+  cfg.data.max_prompt_length, cfg.data.max_response_length, cfg.data.max_chosen_length = 1, 1, 1  # all are over
+  long, short = " ".join([ANSWER] * 3), "The cat"
+  said = tokenizer.encode(long, special=False)
+  cfg.reward.max_reply_length, cfg.reward.max_length = limit, most = len(said) // 2, 24
+  assert len(tokenizer.encode(short, special=False)) <= limit < most
+  rows = [{"prompt": ASK, "chosen": long, "rejected": short}, {"prompt": ASK * 9, "chosen": short, "rejected": long}]
+  kept, ((cut, whole), (far, _)) = pair_ids(cfg, types.SimpleNamespace(renderer=renderer), rows, "a test")
+  assert len(kept) == 2 and [side["truncated"] for row in kept for side in row["sides"]] == [True, False, False, True]
+
+  mask, token_mask = np.ones((1, limit), bool), np.ones((1, limit + 1), bool)
+  sequences = Sequences(np.array([[1, *said[:limit]]]), token_mask, mask, np.array([False]))
+  tokens, asked = renderer.batch([(ASK, *responses_of(sequences, tokenizer)[0])])
+  assert tokens[0][asked[0]].tolist() == cut
+  assert whole == renderer.ids(ASK, short) and len(far) == most and far[-8:] == renderer.ids(ASK, short)[-8:]
 
 
 @pytest.mark.parametrize("kind", [kind for kind in tiny_text.KINDS if kind != "plain"])

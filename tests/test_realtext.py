@@ -1,8 +1,11 @@
 """The laboratory's second task on tiny text: gold never reaches training, what a proxy is given, what the log says."""
 
 import csv
+import functools
 import json
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -219,6 +222,21 @@ def test_an_arm_with_other_settings_is_refused(ended):
     realtext.run(settings(root, policy__lr=1e-2), workdir)
 
 
+def test_processes_share_the_work(tmp_path):
+  """What another process is at comes last, once that one has ended; nothing is done twice by one process."""
+  done = []
+  jobs = {name: functools.partial(done.append, name) for name in "abc"}
+  with realtext.alone(tmp_path, "a"):
+    process = threading.Thread(target=realtext.share_out, args=(tmp_path, jobs))
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(done) < 2 and time.monotonic() < deadline:
+      time.sleep(0.01)
+    assert done == ["b", "c"] and process.is_alive()
+  process.join(60)
+  assert done == ["b", "c", "a"]
+
+
 # ---- what is written ----
 
 
@@ -256,6 +274,7 @@ def test_table_and_summary(ended):
   ("kl.estimator", "auto", "config.lab.arms: vanilla: config.kl.estimator must be 'exact'"),
   ("budget", 9.0, "config.budget is 9.0: runs of as many steps are compared"),
   ("gold.depth", 0, "config.gold.depth is 0: must be at least 1"),
+  ("reward.max_length", 0, "config.reward.max_reply_length is 8: long prompts lose their beginning at .* which is 0"),
   ("gold.budget", -1.0, "config.gold.budget is -1.0: must be at least 0"),
   ("gold.lr_schedule", "step", "config.gold.lr_schedule is 'step': choose one of"),
   ("scratch.pairs", "", "config.scratch.pairs is '': task=lab_text needs it"),

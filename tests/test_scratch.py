@@ -340,7 +340,7 @@ def test_feedback_before_rl_is_the_arms_own_start(finished):
   )  # fmt: skip
   mesh = finetune.mesh_of(cfg)
   reward, sft = load_reward(cfg.reward.path, cfg, mesh), load_policy(cfg.policy.path, cfg, mesh)
-  rows = [{"prompt": "the cat", "chosen": "the sea", "rejected": "a dog"}]
+  rows = [{"sides": [{"prompt": "the cat", "response": text} for text in ("the sea", "a dog")]}]
   head = scratch.untrained(cfg, "r2m", reward, sft, mesh)
   plain, fused = (scratch.scores_of(cfg, model, sft, rows, mesh) for model in (reward, head))
   settings, state = head.head

@@ -308,7 +308,7 @@ def text_states(config, policy: Policy, rows: list[dict], mesh) -> dict[str, np.
     model = nnx.merge(policy.graphdef, state)
     return {name: pool(model(tokens, mask, feedback_layer=layer).feedback, response) for name, layer in layers.items()}
 
-  sides = [{"prompt": row["prompt"], "response": row[side]} for row in rows for side in ("chosen", "rejected")]
+  sides = [side for row in rows for side in row["sides"]]
   ids = [serve.policy_ids(policy.tokenizer, side) for side in sides]
   sizes = np.array([len(own) - len(policy.tokenizer.render(side["prompt"])) for own, side in zip(ids, sides)])
   found = {name: np.zeros((len(ids), policy.arch.hidden_size)) for name in layers}

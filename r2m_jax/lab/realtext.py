@@ -2,11 +2,14 @@
 
   policy -> gold reward model on clean pairs -> per seed: proxy on a noisy subset, RL of every arm -> table and report
 
-Each stage leaves a folder below WORKDIR, so that the same command goes on where it stopped.
+Each stage leaves a folder below WORKDIR, so that the same command goes on where it stopped. Processes with the same
+command share the work.
 """
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -20,6 +23,7 @@ from r2m_jax.data.rows import load
 from r2m_jax.evals import mean_of, wins
 from r2m_jax.folders import Policy, load_policy, load_reward, mesh_of
 from r2m_jax.lab import report, results, table
+from r2m_jax.lab.grid import alone
 from r2m_jax.metrics import ROW_KEYS, read_json, read_metrics, write_atomic
 from r2m_jax.train import against_gold, claim
 
@@ -36,16 +40,34 @@ def run(config, workdir: Path) -> None:
   claim(config, workdir)
   print(f"r2m_jax  lab_text: {len(arms)} arms x {len(config.lab.seeds)} seeds on {mesh.size} "
         f"{jax.devices()[0].platform} device(s); writes {workdir}", flush=True)  # fmt: skip
-  sft = Path(config.policy.path).absolute() if config.policy.path else scratch.make_policy(config, workdir, mesh)[1]
-  drawn = sft_samples(config, workdir, mesh, sft)
-  gold = make_gold(config, workdir, mesh, sft, drawn)
-  for seed in config.lab.seeds:
-    proxy = make_proxy(config, workdir, mesh, sft, seed, drawn)
-    for name, arm in arms.items():
-      run_arm(name, arm, workdir, mesh, sft, proxy, gold, seed)
+  with alone(workdir, "policy"):
+    sft = Path(config.policy.path).absolute() if config.policy.path else scratch.make_policy(config, workdir, mesh)[1]
+    drawn = sft_samples(config, workdir, mesh, sft)
+  gold = lambda: make_gold(config, workdir, mesh, sft, drawn)
+  proxy = lambda seed: make_proxy(config, workdir, mesh, sft, seed, drawn)
+  share_out(workdir, {"gold": gold} | {f"proxy {seed}": functools.partial(proxy, seed) for seed in config.lab.seeds})
+
+  def rl(name: str, seed: int) -> None:
+    run_arm(name, arms[name], workdir, mesh, sft, proxy(seed), gold(), seed)
+    with alone(workdir, "table"):
       print(report.line(config, collect(config, arms, workdir), name), flush=True)
-  measure(config, workdir, mesh, gold, drawn)
-  print(report.write(config, collect(config, arms, workdir), {}, workdir, more=read_json(workdir / PROXIES)["tables"]))
+
+  runs = [(name, seed) for seed in config.lab.seeds for name in arms]
+  share_out(workdir, {f"{name} {seed}": functools.partial(rl, name, seed) for name, seed in runs})
+  with alone(workdir, "table"):
+    measure(config, workdir, mesh, gold(), drawn)
+    found = collect(config, arms, workdir)
+    print(report.write(config, found, {}, workdir, more=read_json(workdir / PROXIES)["tables"]))
+
+
+def share_out(workdir: Path, jobs: dict[str, Callable[[], object]]) -> None:
+  """Does all jobs, some of them in other processes with this workdir; a job that is done must know it."""
+  left = dict(jobs)
+  for wait in (False, True):  # first what no other process is at; then what one that was killed has left
+    for name in list(left):
+      with alone(workdir, name, wait=wait) as mine:
+        if mine:
+          left.pop(name)()
 
 
 # ---- reward models ----
