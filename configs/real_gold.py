@@ -5,7 +5,8 @@
     --config.policy.path=runs/real_small/models/sft         # with the policy of configs/real_small.py, if it is there
 
 Protocol: docs/lab.md, "The second task". DATA is that of configs/real_small.py. The same command goes on where it
-stopped; an arm that is finished for a seed is not run again. What it gave is in docs/findings.md. Processes started with the same command share the work.
+stopped; an arm that is finished for a seed is not run again. Processes with the same command share the work. What it
+gave is in docs/findings.md.
 """
 
 from configs import real_small

@@ -202,6 +202,23 @@ def test_a_dry_run_needs_a_config_and_a_workdir(bare):
     assert result.returncode == 2 and "--workdir=" in result.stderr
 
 
+def test_findings_are_made_by_one_command(bare):
+  """The gold-reward task without data; with it both, the second from the policy of the first run on text."""
+  commands = dry("findings.sh", "/mnt/a b", "/mnt/my data", **bare)
+  names = [flag(command, "config").removeprefix("configs/") for command in commands]
+  assert names == ["lab.py", "lab.py:sweep", "quickstart.py", "quickstart.py", "real_small.py", "real_gold.py"]
+  assert dry("findings.sh", "/mnt/a b", **bare) == commands[:4]
+  for command in commands:
+    assert command[1:3] == ["-m", "r2m_jax.main"] and flag(command, "workdir").startswith("/mnt/a b/")
+    config = flag(command, "config").partition(":")[0]
+    assert (ROOT / config).is_file()
+  assert [flag(command, "config.data.root") for command in commands[4:]] == ["/mnt/my data"] * 2
+  assert flag(commands[5], "config.policy.path") == flag(commands[4], "workdir") + "/models/sft"
+  command = [shutil.which("bash"), str(ROOT / "launch/findings.sh"), "--workdir=x"]
+  result = subprocess.run(command, capture_output=True, text=True, env=bare)
+  assert result.returncode == 2 and "usage:" in result.stderr
+
+
 def test_the_page_names_every_script():
   page = (ROOT / "launch/README.md").read_text()
   for script in (path.name for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch")):
