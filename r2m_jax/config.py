@@ -113,10 +113,10 @@ def check_config(config: ConfigDict) -> None:
   for field in (
     "budget", "sft.budget", "reward.budget", "gold.budget", "scratch.lm.budget", "data.max_chosen_length", "seed",
     "logits_chunk", "kl.beta", "generate.temperature", "reward.max_length", "reward.max_reply_length",
-    "lora.rank", "rollout.top_k", "rollout.repetition_stop", "ppo.clip_eps_high", "critic.value_clip", "shaping.clip", "shaping.missing_eos_penalty",
-    "shaping.length_penalty", "reward.variance_weight", "reward.sum_to_zero", "checkpoint.keep_every",
-    "checkpoint.keep_best", "replay.step",
-    "replay.prompt", "replay.sample", "plan.prompt_length", "plan.reward_length", "plan.layers",
+    "lora.rank", "rollout.top_k", "rollout.repetition_stop", "ppo.clip_eps_high", "critic.value_clip", "shaping.clip",
+    "shaping.missing_eos_penalty", "shaping.length_penalty", "reward.variance_weight", "reward.sum_to_zero",
+    "checkpoint.keep_every", "checkpoint.keep_best", "replay.step", "replay.prompt", "replay.sample",
+    "plan.prompt_length", "plan.reward_length", "plan.layers",
   ):  # fmt: skip
     at_least(field, 0)
   at_least("replay.example_id", -1)

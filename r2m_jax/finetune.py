@@ -21,13 +21,13 @@ from r2m_jax.config import ConfigError, check_batch
 from r2m_jax.data.batches import Stream
 from r2m_jax.folders import RENDERER, FolderError, Policy, RewardModel
 from r2m_jax.folders import describe_reward, load_policy, load_reward, mesh_of, reward_start
-from r2m_jax.lab.stages import epochs_of_rows
+from r2m_jax.lab.stages import do, epochs_of_rows, warm_job
 from r2m_jax.metrics import append_samples, read_json, write_atomic
 from r2m_jax.models import lora
 from r2m_jax.optim import make_optimizer
 from r2m_jax.prepare import PromptData, batch_of, enough, judged_pairs, judgments_labeller, packed_lines, pairs
 from r2m_jax.prepare import prompt_data, sft_rows, take_pairs
-from r2m_jax.pretrain import Timed, fit, fit_warm_head, reward_loss, sft_loss, steps_within
+from r2m_jax.pretrain import Timed, fit, reward_loss, sft_loss, steps_within
 from r2m_jax.step import Labeller, StepOutput, make_learn, make_rollout, truncated, uses_labels
 from r2m_jax.text import Renderer, bucket, pad_left, responses_of
 from r2m_jax.train import claim, conclude, shapes_of, stage, warm, with_variant
@@ -285,9 +285,9 @@ def warm_start(config, built: Build, workdir: Path, state, arrays: dict[str, np.
   total = config.r2m.warm_epochs * (count // size)
   order = epochs_of_rows(config.seed, count, size, total)
   batches = (hosts.take(take_pairs(arrays, rows), built.rows) for rows in order)
-  frozen = {"policy": state.ref, "backbone": state.reward_backbone}
-  make = lambda: fit_warm_head(config, built, workdir, state.reward_head, batches, total, frozen=frozen)
-  return warm(state, stage(workdir, "warm_start", shapes_of(state.reward_head), make, frozen=frozen))
+  job = warm_job(config, built, state.ref, state.reward_backbone, state.reward_head, batches, total)
+  like = shapes_of(state.reward_head)
+  return warm(state, stage(workdir, job.stage, like, lambda: do(job, built, workdir), frozen=job.frozen))
 
 
 def start_state(config, built: Build, policy: Policy, reward: RewardModel, *, donate: bool):

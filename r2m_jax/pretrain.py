@@ -16,9 +16,9 @@ from r2m_jax.losses import bradley_terry
 from r2m_jax.metrics import Metrics, progress
 from r2m_jax.models.reward import member_scores, read_rte
 from r2m_jax.ops import combine, masked_mean, predicts_response
-from r2m_jax.optim import descend, make_optimizer
+from r2m_jax.optim import descend
 from r2m_jax.sharding import jit_on, on_mesh, shardings
-from r2m_jax.step import Defs, make_score
+from r2m_jax.step import Defs
 from r2m_jax.variants import States
 
 LOG_EVERY = 10  # updates; a fetch waits for the device
@@ -165,17 +165,6 @@ def fit(
         if late or stop:
           break
   return state
-
-
-def fit_warm_head(config, built, workdir: Path, head, batches: Iterable[dict], total: int, *, frozen):
-  """Fits cross-attention and phi to pairs before RL, with the optimizer of config.r2m; see `head_loss`."""
-  loss = head_loss(
-    built.defs, make_score(built.defs, config), layer=config.r2m.feedback_layer, omega=config.r2m.omega_min
-  )
-  return fit(
-    loss, head, make_optimizer(config.r2m, total), batches, total=total, stage="warm_start", workdir=workdir,
-    state_shardings=shardings(head, built.mesh), batch_sharding=built.rows, frozen=frozen,
-  )  # fmt: skip
 
 
 class Timed:

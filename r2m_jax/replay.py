@@ -173,7 +173,7 @@ def gold_task(config, workdir: Path) -> Again:
   started = stage_of(workdir, "reward_golden" if VARIANTS[config.variant].start == "golden" else "reward", reward)
   first = initial_state(config, built, stage_of(workdir, "sft", policy), started["backbone"], started["phi"])
   layout, arm = sharding.shardings(first, built.mesh), shared_arm(config)
-  program = make_gold_step(with_variant(config, program_of(config)), built, layout)
+  program = make_gold_step(program_of(config), built, layout)
 
   def step(state, t: int):
     state, out = program(state, rl_prompts(config, t), arm)

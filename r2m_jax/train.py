@@ -58,15 +58,15 @@ def run(config, workdir: Path) -> None:
     programs = {}
     for variant in (config.variant,) if config.variant else config.arms:
       arm = with_variant(config, variant)
-      kind = program_of(arm)
-      if kind not in programs:
-        programs[kind] = make_programs(with_variant(config, kind), mesh, policy, reward)
-      built, start = programs[kind].built, reward
+      program = program_of(arm)
+      if program.variant not in programs:
+        programs[program.variant] = make_programs(program, mesh, policy, reward)
+      built, start = programs[program.variant].built, reward
       if VARIANTS[variant].start == "golden":
         start = stage(
           workdir, "reward_golden", reward_like, lambda: fit_golden(arm, built, workdir, policy, reward)
         )
-      run_arm(arm, programs[kind], workdir, policy, start)
+      run_arm(arm, programs[program.variant], workdir, policy, start)
   title = f"R2M: {config.task}, {config.algorithm}, seed {config.seed}"
   hosts.on_first(lambda: conclude(workdir, title, f"figures  {workdir / 'figures'}"))
 
@@ -93,9 +93,9 @@ def shared_arm(config) -> Arm | None:
   return None if config.r2m.labels == "preference" else arm_of(config.variant)
 
 
-def program_of(config) -> str:
-  """The variant whose program runs config.variant."""
-  return config.variant if shared_arm(config) is None else "r2m"
+def program_of(config):
+  """The config of the variant whose program runs config.variant."""
+  return with_variant(config, config.variant if shared_arm(config) is None else "r2m")
 
 
 def make_programs(config, mesh, policy, reward) -> Programs:

@@ -100,9 +100,9 @@ def test_which_variants_share_a_program():
   for name in VARIANTS:
     config = quickstart.get_config()
     config.variant = name
-    assert train.program_of(config) == ("r2m" if name in SHAREABLE else name)
+    assert train.program_of(config).variant == ("r2m" if name in SHAREABLE else name)
     config.r2m.labels = "preference"
-    assert train.program_of(config) == name
+    assert train.program_of(config).variant == name
 
 
 @pytest.mark.parametrize("name", ["vanilla", "scaled", "r2m", "iterative_head", "r2m_untrained"])

@@ -208,11 +208,11 @@ def read_gold(config, workdir: Path, wanted: list[str]) -> GoldReads:
   found = GoldReads([], {}, [])
   for arm, steps in (saved_steps(config, workdir) or {"": []}).items():
     mine = with_variant(config, arm or config.variant)
-    kind, shared = program_of(mine), shared_arm(mine)
+    program, shared = program_of(mine), shared_arm(mine)
     again = replay.gold_task(mine, workdir)
-    if kind not in looks:
-      looks[kind] = make_look(with_variant(mine, kind), again.built)
-    look = looks[kind]
+    if program.variant not in looks:
+      looks[program.variant] = make_look(program, again.built)
+    look = looks[program.variant]
     draw = lambda policy: sample(mine, again.built, policy, notes, group_size=K, purpose=KEY_ANALYSE)  # noqa: B023
     first = replay.first_of(mine, again, workdir)
     if first_written is None:

@@ -47,13 +47,8 @@ def root(kl):
 
 def band(values: np.ndarray) -> np.ndarray:
   """Mean and interval over seeds of window means at each step: f64[S, T] -> f64[3, T']."""
-  means, count = np.stack([window_means(row) for row in values]), len(values)
-  if count < 2:
-    return np.repeat(means, 3, 0)
-  if count < stats.FEW:
-    return means.mean(0) + np.array([[0], [-1], [1]]) * stats.half_width(means)
-  drawn = stats.resampled(count)[:2000] @ means / count
-  return np.concatenate([means.mean(0)[None], np.quantile(drawn, stats.levels(count), axis=0)])
+  means = np.stack([window_means(row) for row in values])
+  return np.repeat(means, 3, 0) if len(values) < 2 else np.stack([means.mean(0), *stats.bounds(means)])
 
 
 def only_factor(results: Results, arm: str) -> float:

@@ -35,7 +35,7 @@ from r2m_jax.pretrain import PARTIAL
 from r2m_jax.sharding import make_mesh
 from r2m_jax.step import make_judge, make_learn, make_omega, make_read, make_rollout, measured_kl, sampling, truncated
 from r2m_jax.step import read_feedback, uses_labels
-from r2m_jax.train import claim, gold_metrics, program_of, rl_prompts, shapes_of, shared_arm, warm, with_variant
+from r2m_jax.train import claim, gold_metrics, program_of, rl_prompts, shapes_of, shared_arm, warm
 from r2m_jax.variants import VARIANTS, measured
 
 KEY_PROBE = 2**31 - 10  # of the fixed responses
@@ -174,7 +174,7 @@ def fitted(workdir: Path, name: str, seeds, like, make) -> dict[int, object]:
 
 def starts_of(config, seeds, workdir: Path) -> tuple[Build, dict, dict, dict]:
   """Where an arm's RL starts: (build of its program, {seed: policy}, {seed: reward model}, {seed: head} or None)."""
-  shared = with_variant(config, program_of(config))
+  shared = program_of(config)
   built = build(shared, make_mesh((1, 1, 1), jax.devices()[:1]), vocab_size=goldtask.VOCAB_SIZE)
   configs, key = {seed: with_seed(config, seed) for seed in seeds}, jax.random.key(0)
 
@@ -266,7 +266,7 @@ def first_states(config, built: Build, mesh, replicas, policies, rewards, heads)
 
 def make_together_step(config, built: Build, mesh, configs: list):
   """`step(states, prompts, number) -> (states, outputs)` of all replicas, each with its own config's labels."""
-  program, arm = with_variant(config, program_of(config)), shared_arm(config)
+  program, arm = program_of(config), shared_arm(config)
   rollout = make_rollout(built.defs, program, built.mesh, (goldtask.EOS,), goldtask.PAD)
   learn = make_learn(built.defs, program, built.mesh, same_tokens=True)
 
@@ -346,7 +346,7 @@ def run_arm(name: str, config, replicas: list[tuple[int, float]], workdir: Path)
   states = first_states(config, built, mesh, replicas, policies, rewards, heads)
   step, probing = make_together_step(config, built, mesh, configs), VARIANTS[config.variant].feedback != ""
   if probing:
-    fix, probe = make_probe(with_variant(config, program_of(config)), built, mesh)
+    fix, probe = make_probe(program_of(config), built, mesh)
     count = config.lab.probe_prompts
     fixed = fix(states, stack([goldtask.prompts(one.seed, STREAM_PROBE, 0, count) for one in configs]))
     first_head = jax.tree.map(jnp.copy, states.reward_head)

@@ -223,6 +223,15 @@ def scorer(backbone_def, phi_def, mesh):
   return members
 
 
+def warm_job(config, built: Build, policy, backbone, head, batches: Iterable[dict], steps: int) -> Job:
+  """Cross-attention and phi on pairs before RL, with the optimizer of config.r2m; see `pretrain.head_loss`."""
+  loss = head_loss(
+    built.defs, make_score(built.defs, config), layer=config.r2m.feedback_layer, omega=config.r2m.omega_min
+  )
+  frozen = {"policy": policy, "backbone": backbone}
+  return Job("warm_start", loss, head, make_optimizer(config.r2m, steps), batches, steps, frozen)
+
+
 def head_job(config, built: Build, policy, reward, head) -> Job:
   """A warm start: cross-attention and phi, `head`, on the proxy's own preferences with the supervised policy's states,
   at omega's floor."""
@@ -237,11 +246,7 @@ def head_job(config, built: Build, policy, reward, head) -> Job:
       batch = {"tokens": tokens, "token_mask": mask, "reward_tokens": tokens, "reward_mask": mask}
       yield hosts.take(batch, built.rows)
 
-  loss = head_loss(
-    built.defs, make_score(built.defs, config), layer=config.r2m.feedback_layer, omega=config.r2m.omega_min
-  )
-  frozen = {"policy": policy, "backbone": reward["backbone"]}
-  return Job("warm_start", loss, head, make_optimizer(config.r2m, steps), batches(), steps, frozen)
+  return warm_job(config, built, policy, reward["backbone"], head, batches(), steps)
 
 
 def preferences(config, built: Build, policy, stream: int, prompts: Prompts) -> dict[str, np.ndarray]:

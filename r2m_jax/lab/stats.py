@@ -45,27 +45,28 @@ def levels(count: int) -> tuple[float, float]:
   return float(widened), float(1 - widened)
 
 
-def half_width(values) -> np.ndarray:
-  """Of Student's 95% interval of the mean over the first axis: of few values, taken as Normal.   f64[S, ...]."""
+def bounds(values: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+  """The ends of the 95% interval of the mean over the first axis of f64[S, ...], S >= 2.
+
+  By a bootstrap from `FEW` values on, Student's below, as of Normal ones.
+  """
   count = len(values)
-  return distributions.t.ppf((1 + LEVEL) / 2, count - 1) * np.std(values, axis=0, ddof=1) / np.sqrt(count)
+  if count < FEW:
+    mean, spread = np.mean(values, axis=0), np.std(values, axis=0, ddof=1)
+    half = distributions.t.ppf((1 + LEVEL) / 2, count - 1) * spread / np.sqrt(count)
+    return mean - half, mean + half
+  low, high = np.quantile(resampled(count, seed) @ values / count, levels(count), axis=0)
+  return low, high
 
 
 def interval(values, seed: int = 0) -> Interval:
-  """The mean of f64[S] values, one a seed, with its 95% interval; NaN for its ends from fewer than two.
-
-  A bootstrap from `FEW` values on, Student's below.
-  """
+  """The mean of f64[S] values, one a seed, with its 95% interval (`bounds`); NaN for its ends from fewer than two."""
   values = np.asarray(values, float)
   values = values[np.isfinite(values)]
   count = len(values)
   if count < 2:
     return Interval(float(values.mean()) if count else np.nan, np.nan, np.nan, count)
-  if count < FEW:
-    mean, half = float(values.mean()), float(half_width(values))
-    return Interval(mean, mean - half, mean + half, count)
-  means = resampled(count, seed) @ values / count
-  return Interval(float(values.mean()), *map(float, np.quantile(means, levels(count))), count)
+  return Interval(float(values.mean()), *map(float, bounds(values, seed)), count)
 
 
 def paired(values, baseline, seed: int = 0) -> Interval:
