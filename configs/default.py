@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
   config.dtype = "float32"  # of the computation; scores, advantages and losses are at least float32
   config.param_dtype = "float32"
   config.mesh = (1, 1, 1)  # devices along (data, fsdp, tensor); one of them may be -1
-  config.remat = "none"  # "none", "full" or "dots": what the backward pass computes again
+  config.remat = "dots"  # made again in the backward pass: all but products with weights; "full" layers; or "none"
   config.attention = "auto"  # of passes over whole rows: "xla", "dot_product" (cuDNN on GPUs), "splash" (on TPUs), or
   # "auto" by the devices
   config.logits_chunk = 2**21  # logits of a row (tokens x vocabulary) that exist at a time; 0: all. See token_stats

@@ -11,7 +11,8 @@ HOW = {
 }
 SETTINGS = {
   "sft": ("sft.steps", "sft.batch_size", "sft.lr", "sft.lr_schedule"),
-  "reward": ("reward.epochs", "reward.batch_size", "reward.lr", "reward.lr_schedule", "reward.max_length"),
+  "reward": ("reward.epochs", "reward.batch_size", "reward.lr", "reward.lr_schedule", "reward.max_length",
+             "reward.max_reply_length"),
   "r2m": ("algorithm", "variant", "steps", "rollout.prompts", "rollout.group_size", "rollout.max_new_tokens",
           "rollout.temperature", "policy.lr", "r2m.lr", "r2m.omega_min", "r2m.alpha", "r2m.attention_dim",
           "r2m.feedback_layer", "kl.beta", "ppo.epochs"),

@@ -106,7 +106,8 @@ def token_stats(
     if ref is not None:
       ref_logp = jax.nn.log_softmax(inside(scaled(ref[0], other_hidden)))
       kl = (p * (logp - ref_logp)).sum(-1)
-    logprobs = jnp.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+    # a sum, not a gather, whose gradient would be a scatter into zeros of [B, T, V]
+    logprobs = jnp.where(jnp.arange(logp.shape[-1]) == tokens[..., None], logp, 0).sum(-1)
     return TokenStats(logprobs=logprobs, entropy=-(p * logp).sum(-1), kl=kl)
 
   other_hidden = hidden[:, :, :0] if other is None else other[1]

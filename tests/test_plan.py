@@ -72,7 +72,7 @@ def counted_and_real(config) -> dict[str, tuple[float, float]]:
 
 
 @pytest.mark.parametrize("changes", [
-  {}, dict(rollout__group_size=8, ppo__minibatches=2), dict(variant="vanilla"), dict(remat="full"),
+  {}, dict(rollout__group_size=8, ppo__minibatches=2), dict(variant="vanilla"), dict(remat="full"), dict(remat="dots"),
   dict(ppo__accumulation=2, rollout__waves=2),
   dict(remat="full", logits_chunk=64), dict(kl__estimator="k2"), dict(kl__estimator="k2", logits_chunk=64),
   dict(variant="own_states", r2m__num_heads=2), dict(algorithm="remax"), dict(algorithm="ppo"),
@@ -304,7 +304,8 @@ def test_state_bytes_are_those_of_the_shards():
 
 
 @pytest.mark.parametrize("changes", [
-  dict(ppo__accumulation=2), dict(rollout__waves=2), dict(remat="full"), dict(param_dtype="bfloat16"),
+  dict(ppo__accumulation=2), dict(rollout__waves=2), dict(remat="full"), dict(remat="dots"),
+  dict(param_dtype="bfloat16"),
 ], ids=str)  # fmt: skip
 def test_knobs_save_memory(changes):
   config = small.config(remat="none", logits_chunk=0)

@@ -74,7 +74,8 @@ def kept_bytes(config, arch, length: int, fused: bool, platform: str) -> float:
   squares = arch.num_heads * length * 3 * (not fused)
   if platform == "gpu" and config.remat == "none":  # each norm's input and result in float32, five steps of the MLP
     return width * (8 * hidden + 5 * wide + squares) + 4 * 4 * hidden
-  kept = {"none": 10 * hidden + 4 * wide + squares, "full": hidden}.get(config.remat, 6 * hidden)
+  products = 4 * hidden + (1 + arch.gated_mlp) * wide  # the residual stream, then those that a gradient needs
+  kept = {"none": 10 * hidden + 4 * wide + squares, "full": hidden, "dots": products}[config.remat]
   # elsewhere twice: what the forward loop writes is laid out anew for the backward loop
   return (1 if platform == "gpu" else 2) * width * kept
 

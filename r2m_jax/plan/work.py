@@ -110,7 +110,7 @@ class _Count:
     self.fused = {arch: fused_attention(config, arch, platform) for arch in (sizes.arch, sizes.reward_arch)}
     self.width = jnp.dtype(config.dtype).itemsize  # bytes of a number in the computation
     self.stored = jnp.dtype(config.param_dtype).itemsize  # bytes of a parameter
-    self.recompute = 0 if config.remat == "none" else 1
+    self.again = int(config.remat == "full")  # passes through whole layers that the backward pass makes once more
 
   def spans(self, arch: ArchConfig, rows: int, length: int, group: int = 1) -> list[tuple[float, int, int]]:
     """(rows, tokens of each, keys that these see) of a pass over whole rows, `group` neighbours with one prompt."""
@@ -124,6 +124,14 @@ class _Count:
     """FLOPs of a forward pass over whole rows; a kernel that leaves out masked blocks computes half the square."""
     half = 0.5 if self.kernel(arch, length) else 1.0
     return sum(blocks_flops(arch, *span, half) for span in self.spans(arch, rows, length, group))
+
+  def squares_again(self, arch: ArchConfig, rows: int, length: int) -> float:
+    """FLOPs of attention that the backward pass of an update makes once more where products with weights are kept."""
+    if self.config.remat != "dots":
+      return 0.0
+    group, weights = self.config.rollout.group_size, 2 * arch.num_layers * layer_weights(arch)
+    tokens = sum(rows * length for rows, length, _ in self.spans(arch, rows, length, group))
+    return self.blocks(arch, rows, length, group) - weights * tokens
 
   def kernel(self, arch: ArchConfig, length: int) -> bool:
     """Whether rows of this length go through the kernel."""
@@ -232,8 +240,9 @@ class _Count:
     last = 2 * arch.hidden_size * (arch.intermediate_size + arch.parallel_residual * arch.num_heads * arch.head_dim)
     backward = 1 if config.lora.rank else 2  # frozen weights have no gradient; products of the adapters are left out
     spans = self.spans(arch, rows, s.length, config.rollout.group_size)
-    layers = self.blocks(arch, rows, s.length, config.rollout.group_size) * (1 + backward + self.recompute)
-    layers -= self.recompute * sum(rows * length for rows, length, _ in spans) * arch.num_layers * last
+    layers = self.blocks(arch, rows, s.length, config.rollout.group_size) * (1 + backward + self.again)
+    layers -= self.again * sum(rows * length for rows, length, _ in spans) * arch.num_layers * last
+    layers += self.squares_again(arch, rows, s.length)
     logits = logits_flops(arch, positions) * (1 + backward + chunked)
     if kl_estimator(config, arch.vocab_size) == "exact":
       logits += logits_flops(arch, positions) * (1 + chunked)  # of the reference, which has no gradient
@@ -247,11 +256,11 @@ class _Count:
       "policy update",
       epochs * (layers + logits),
       epochs * (
-        (3 + self.recompute) * self.pass_bytes(arch, spans, parts)
+        (3 + self.again) * self.pass_bytes(arch, spans, parts)
         + (3 + chunked) * self.logit_bytes(arch, positions, parts) + config.ppo.minibatches * adam
       ),
       epochs * (
-        self.gathered(arch, 2 * parts) + reduction + self.reduced(arch, spans, 3 + self.recompute)
+        self.gathered(arch, 2 * parts) + reduction + self.reduced(arch, spans, 3 + self.again)
       ),
     )  # fmt: skip
 
@@ -259,11 +268,12 @@ class _Count:
     """PPO's: one pass for the old values, epochs of updates."""
     s, config, rows = self.sizes, self.config, self.trained_rows()
     arch = s.reward_arch if config.critic.init == "reward" else s.arch
-    passes, group = 1 + config.ppo.epochs * (3 + self.recompute), config.rollout.group_size
+    passes, group = 1 + config.ppo.epochs * (3 + self.again), config.rollout.group_size
     spans = self.spans(arch, rows, s.length, group)
     return Phase(
       "critic",
-      passes * (self.blocks(arch, rows, s.length, group) + 2 * rows * s.length * arch.hidden_size),
+      passes * (self.blocks(arch, rows, s.length, group) + 2 * rows * s.length * arch.hidden_size)
+      + config.ppo.epochs * self.squares_again(arch, rows, s.length),
       passes * self.pass_bytes(arch, spans, self.parts),
       self.gathered(arch, self.parts * (1 + 3 * config.ppo.epochs), logits=False) + self.reduced(arch, spans, passes),
     )
