@@ -49,6 +49,18 @@ class TokenStats:
 LogitsOf = Head | Callable[[jax.Array], jax.Array]
 
 
+@jax.custom_vjp
+def own_entry(x: jax.Array, index: jax.Array) -> jax.Array:
+  """x [..., V] at i32[...] -> [...]. Its gradient is written at once, where a gather's is scattered into zeros."""
+  return jnp.take_along_axis(x, index[..., None], -1)[..., 0]
+
+
+own_entry.defvjp(
+  lambda x, index: (own_entry(x, index), (index, jnp.arange(x.shape[-1]))),
+  lambda saved, g: (jnp.where(saved[1] == saved[0][..., None], g[..., None], 0), None),
+)
+
+
 def token_stats(
   head: LogitsOf,
   hidden: jax.Array,
@@ -106,8 +118,7 @@ def token_stats(
     if ref is not None:
       ref_logp = jax.nn.log_softmax(inside(scaled(ref[0], other_hidden)))
       kl = (p * (logp - ref_logp)).sum(-1)
-    # a sum, not a gather, whose gradient would be a scatter into zeros of [B, T, V]
-    logprobs = jnp.where(jnp.arange(logp.shape[-1]) == tokens[..., None], logp, 0).sum(-1)
+    logprobs = own_entry(logp, tokens)
     return TokenStats(logprobs=logprobs, entropy=-(p * logp).sum(-1), kl=kl)
 
   other_hidden = hidden[:, :, :0] if other is None else other[1]
