@@ -34,6 +34,7 @@ Losses
 Reward model
   one_rendering_for_training_and_rl          trained with an end of text and queried without
   truncated_answers_look_truncated           a truncated answer closed by the template so that it looks finished
+  a_long_reply_is_read_as_cut_off            a pair's long reply cut and then closed, or cut after its rendering
   no_double_bos                              the beginning of text twice
   long_inputs_keep_their_end                 the end overwritten or cut off where the input is too long
   scores_are_not_cast_to_integers            scores cast to the integers of the token ids
@@ -571,7 +572,7 @@ def test_one_rendering_for_training_and_rl(kind, renderers):
 
 
 @pytest.mark.parametrize("kind", tiny_text.KINDS)
-def test_a_long_reply_of_a_pair_is_what_the_policy_would_have_got_to(kind, renderers):
+def test_a_long_reply_is_read_as_cut_off(kind, renderers):
   """With reward.max_reply_length a long reply is read as RL reads a response cut off there; a short one is whole."""
   renderer = dataclasses.replace(renderers[kind], max_length=24)
   tokenizer, cfg = renderer.tokenizer, default.get_config()
