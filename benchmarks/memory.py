@@ -28,6 +28,7 @@ def get_config():
   arch.hidden_size, arch.num_layers, arch.num_heads, arch.num_kv_heads, arch.intermediate_size = 256, 4, 8, 8, 1024
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 16, 8, 64
   config.plan.prompt_length = 240
+  config.remat = "none"  # which keeps most
   config.plan.compare = ""
   config.plan.topology = "cpu:1"
   config.r2m.attention_dim = 256

@@ -17,7 +17,7 @@ def get_config(size: str = ""):
   config.variant = ""
   config.steps = 100
   config.kl.beta = 0.02
-  config.remat = "none"  # compiles faster, and so were the published curves made
+  config.remat = "none"  # as the published curves were made
   config.policy.arch.intermediate_size = 128
   if size == "test":
     config.steps = 4
