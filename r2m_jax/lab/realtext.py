@@ -43,19 +43,21 @@ def run(config, workdir: Path) -> None:
   with alone(workdir, "policy"):
     sft = Path(config.policy.path).absolute() if config.policy.path else scratch.make_policy(config, workdir, mesh)[1]
     drawn = sft_samples(config, workdir, mesh, sft)
-  gold = lambda: make_gold(config, workdir, mesh, sft, drawn)
-  proxy = lambda seed: make_proxy(config, workdir, mesh, sft, seed, drawn)
-  share_out(workdir, {"gold": gold} | {f"proxy {seed}": functools.partial(proxy, seed) for seed in config.lab.seeds})
+  fit_gold = lambda: make_gold(config, workdir, mesh, sft, drawn)
+  fit_proxy = lambda seed: make_proxy(config, workdir, mesh, sft, seed, drawn)
+  fits = {f"proxy {seed}": functools.partial(fit_proxy, seed) for seed in config.lab.seeds}
+  share_out(workdir, {"gold": fit_gold} | fits)
+  gold, proxies = fit_gold(), {seed: fit_proxy(seed) for seed in config.lab.seeds}  # their folders, whoever made them
 
   def rl(name: str, seed: int) -> None:
-    run_arm(name, arms[name], workdir, mesh, sft, proxy(seed), gold(), seed)
+    run_arm(name, arms[name], workdir, mesh, sft, proxies[seed], gold, seed)
     with alone(workdir, "table"):
       print(report.line(config, collect(config, arms, workdir), name), flush=True)
 
   runs = [(name, seed) for seed in config.lab.seeds for name in arms]
   share_out(workdir, {f"{name} {seed}": functools.partial(rl, name, seed) for name, seed in runs})
   with alone(workdir, "table"):
-    measure(config, workdir, mesh, gold(), drawn)
+    measure(config, workdir, mesh, gold, drawn)
     found = collect(config, arms, workdir)
     print(report.write(config, found, {}, workdir, more=read_json(workdir / PROXIES)["tables"]))
 
