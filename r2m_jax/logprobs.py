@@ -50,15 +50,23 @@ LogitsOf = Head | Callable[[jax.Array], jax.Array]
 
 
 @jax.custom_vjp
-def own_entry(x: jax.Array, index: jax.Array) -> jax.Array:
-  """x [..., V] at i32[...] -> [...]. Its gradient is written at once, where a gather's is scattered into zeros."""
-  return jnp.take_along_axis(x, index[..., None], -1)[..., 0]
+def own_logprob(logits: jax.Array, index: jax.Array) -> jax.Array:
+  """Of log softmax(logits [..., V]) the entry at i32[...] -> [...]. Its gradient 1_index - p is written at once, where
+  that of a softmax and a gather is scattered into zeros, summed, scaled and added."""
+  return _own_logprob(logits, index)[0]
 
 
-own_entry.defvjp(
-  lambda x, index: (own_entry(x, index), (index, jnp.arange(x.shape[-1]))),
-  lambda saved, g: (jnp.where(saved[1] == saved[0][..., None], g[..., None], 0), None),
-)
+def _own_logprob(logits, index):
+  logp = jax.nn.log_softmax(logits)
+  return jnp.take_along_axis(logp, index[..., None], -1)[..., 0], (logp, index)
+
+
+def _own_logprob_backward(saved, gradient):
+  logp, index = saved
+  return gradient[..., None] * ((jnp.arange(logp.shape[-1]) == index[..., None]) - jnp.exp(logp)), None
+
+
+own_logprob.defvjp(_own_logprob, _own_logprob_backward)
 
 
 def token_stats(
@@ -102,7 +110,10 @@ def token_stats(
   if 0 < chunk < length * vocab and truncation == Truncation() and all(isinstance(h, Head) for h in heads):
     return stats_in_parts(head, hidden, tokens, ref, temperature=temperature, parts=-(-length * vocab // chunk))
   chunk = max(chunk // vocab, 1) if chunk else 0
+
   def scaled(head, hidden):
+    if isinstance(head, Head) and head.cap is None and hidden.dtype == at_least_f32(hidden).dtype:
+      return head(hidden / temperature)  # D numbers a token to divide, not V, and as many in the gradient
     return at_least_f32(head(hidden)) / temperature
 
   def slice_stats(hidden, tokens, other_hidden):
@@ -112,14 +123,14 @@ def token_stats(
       keep = kept(scaled(support[0], other_hidden) if support else logits, truncation)
       keep |= jnp.arange(logits.shape[-1]) == tokens[..., None]
       inside = lambda x: jnp.where(keep, x, jnp.finfo(x.dtype).min)
-    logp = jax.nn.log_softmax(inside(logits))
+    logits = inside(logits)
+    logp = jax.nn.log_softmax(logits)
     p = jnp.exp(logp)
     kl = jnp.zeros(tokens.shape, logp.dtype)
     if ref is not None:
       ref_logp = jax.nn.log_softmax(inside(scaled(ref[0], other_hidden)))
       kl = (p * (logp - ref_logp)).sum(-1)
-    logprobs = own_entry(logp, tokens)
-    return TokenStats(logprobs=logprobs, entropy=-(p * logp).sum(-1), kl=kl)
+    return TokenStats(logprobs=own_logprob(logits, tokens), entropy=-(p * logp).sum(-1), kl=kl)
 
   other_hidden = hidden[:, :, :0] if other is None else other[1]
   if not 0 < chunk < length:
