@@ -44,19 +44,22 @@ REMAT = {
 class Cache:
   """Keys and values of every layer, by slot. All rows write the same slot: prompts are padded on the left."""
 
-  k: Any  # [N, B, KV, S, Dh], or a tuple of [B, KV, S, Dh] for a model `apart`; after norm and rotation
-  v: Any  # the same
+  k: Any  # [N, B, KV, S, Dh], or a tuple of [B, KV, Dh, S] for a model `apart`; after norm and rotation
+  v: Any  # [N, B, KV, S, Dh], or a tuple of [B, KV, S, Dh]
   mask: jax.Array  # bool[B, S]   True where a real token was written
 
   def apart(self) -> "Cache":
-    """One array a layer in place of one for all."""
-    return self.replace(k=tuple(self.k), v=tuple(self.v))
+    """One array a layer in place of one for all, keys as the product with a query reads them: numbers before slots."""
+    return self.replace(k=tuple(k.swapaxes(-1, -2) for k in self.k), v=tuple(self.v))
 
   def grown(self, slots: int) -> "Cache":
     """With empty slots behind its own, `slots` in all."""
-    more = slots - self.mask.shape[1]
-    wider = lambda x: lay_cache(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, more), (0, 0)]))
-    return Cache(*jax.tree.map(wider, (self.k, self.v)), lay_rows(jnp.pad(self.mask, ((0, 0), (0, more)))))
+    more = (0, slots - self.mask.shape[1])
+    wider = lambda x, *last: lay_cache(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [*last]))
+    turned = isinstance(self.k, tuple)
+    k = jax.tree.map(lambda x: wider(x, (0, 0), more) if turned else wider(x, more, (0, 0)), self.k)
+    v = jax.tree.map(lambda x: wider(x, more, (0, 0)), self.v)
+    return Cache(k, v, lay_rows(jnp.pad(self.mask, ((0, 0), more))))
 
   def repeated(self, repeat: Callable) -> "Cache":
     """`repeat(x, axis)` of everything, along the rows."""
@@ -367,8 +370,8 @@ class Transformer(nnx.Module):
       def store(k, v, own=None if kv is None else (kv[0][layer], kv[1][layer])):
         if own is None:
           return k, v, None
-        new = tuple(write(all_, one, 0, 0, slot, 0) for all_, one in zip(own, (k, v)))
-        return (k, v, new) if fresh else (*new, new)
+        new = write(own[0], k.swapaxes(-1, -2), 0, 0, 0, slot), write(own[1], v, 0, 0, slot, 0)
+        return (k, v, new) if fresh else (new[0].swapaxes(-1, -2), new[1], new)
 
       x, own = block(x, table, store)
       x = lay_states(x)
