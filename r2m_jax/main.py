@@ -46,6 +46,17 @@ def keep_freed_memory() -> None:
       pass  # another C library: slower, not wrong
 
 
+def spare_threads() -> None:
+  """Has XLA keep more threads than there are virtual CPU devices, before it starts any.
+
+  A device that waits for the others keeps a thread, and there is one for each: where some wait in one collective and
+  some in another, none is left to bring the rest, and all wait until XLA ends the process.
+  """
+  devices = re.search(r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", ""))
+  if devices:
+    os.environ.setdefault("PJRT_NPROC", str(8 * int(devices[1])))
+
+
 def parse_flags(argv: list[str]) -> list[str]:
   """absl's parser, with a mistake on the command line told in one line and exit status 2."""
   try:
@@ -119,6 +130,7 @@ def main(argv):
   config = CONFIG.value
   sys.excepthook, sys.unraisablehook = show_traceback, show_unraisable
   keep_freed_memory()
+  spare_threads()
   logging.set_verbosity(logging.FATAL)  # checkpointing is chatty otherwise; its errors are raised, and told in one line
   try:
     check_config(config)

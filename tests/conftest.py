@@ -33,9 +33,7 @@ for _name, _value in {
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
   "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",  # one program at a time: eight devices share few cores
-  # A device that waits for the others keeps a thread, and there are as many threads as devices: where some of them wait
-  # in one collective and some in another, none is left to bring the rest, and all wait for ever.
-  "PJRT_NPROC": str(8 * DEVICES),
+  "PJRT_NPROC": str(8 * DEVICES),  # see main.spare_threads
   "HF_HUB_OFFLINE": "1",  # a test that needs a hub is a mistake: fail at once, not after a timeout
   "TRANSFORMERS_OFFLINE": "1",
   "TOKENIZERS_PARALLELISM": "false",

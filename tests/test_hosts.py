@@ -386,6 +386,23 @@ def test_settings_win_over_the_environment(monkeypatch):
   assert hosts.addresses(settings, environ) is None
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_virtual_devices_have_threads_to_spare():
+  """With as many threads as devices, two collectives under way at once can take them all and wait for ever."""
+  code = """
+import os, jax
+from r2m_jax import main
+main.spare_threads()
+jax.devices()
+names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+print(sum("XLAEigen" in name for name in names))
+"""
+  flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+  env = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"} | flags
+  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+  assert int(done.stdout) == 32
+
+
 def test_one_process_starts_nothing():
   """Without a cluster around it a run has no service and no thread more."""
   code = (
