@@ -59,9 +59,8 @@ def get_config(size: str, variant: str = "vanilla", settings: list[str] = ()):
   config.r2m.attention_dim = POLICIES[size].hidden_size
   if size in ("0.5b", "3b"):
     config.dtype = config.param_dtype = config.policy.moment_dtype = "bfloat16"
-    config.remat = "none"  # as it was measured
     config.rollout.prompts, config.rollout.max_new_tokens = 32, 512
-    config.ppo.accumulation = 8 if size == "0.5b" else 32
+    config.ppo.accumulation = 8 if size == "0.5b" else 16
   change(config, settings)
   check_config(config)
   return config

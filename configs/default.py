@@ -53,8 +53,8 @@ def get_config() -> ConfigDict:
   config.param_dtype = "float32"
   config.mesh = (1, 1, 1)  # devices along (data, fsdp, tensor); one of them may be -1
   config.remat = "dots"  # made again in the backward pass: all but products with weights; "full" layers; or "none"
-  config.attention = "auto"  # of passes over whole rows: "xla", "dot_product" (cuDNN on GPUs), "splash" (on TPUs), or
-  # "auto" by the devices
+  config.attention = "auto"  # of passes over whole rows: "xla", "dot_product" (cuDNN on GPUs, where decoding then has a
+  # kernel too), "splash" (on TPUs), or "auto" by the devices
   config.logits_chunk = 2**21  # logits of a row (tokens x vocabulary) that exist at a time; 0: all. See token_stats
 
   # sampling

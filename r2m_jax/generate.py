@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from r2m_jax.minibatch import map_rows
 from r2m_jax.models.transformer import Transformer, lay_states
 from r2m_jax.ops import Truncation, at_least_f32, kept
-from r2m_jax.sharding import ROWS, lay, lay_rows
+from r2m_jax.sharding import ROWS, lay, lay_rows, row_shards
 from r2m_jax.types import Prompts, Sequences
 
 GROUPED = 2048  # entries; from here on a vocabulary is drawn from in two parts
@@ -72,7 +72,7 @@ def loops(tokens: jax.Array, t: jax.Array, length: int) -> jax.Array:
 
 def stages(max_new_tokens: int, growing: bool = True) -> list[tuple[int, int]]:
   """(first token, end) of each loop that decodes tokens 1 .. T - 1. In each the cache has the slots that its tokens
-  need, since attention reads all there are. `growing` False: one loop."""
+  need, where attention reads all there are. `growing` False: one loop."""
   count = max(1, min(STAGES, max_new_tokens // SHORTEST)) if growing else 1
   ends = [max_new_tokens * (i + 1) // count for i in range(count)]
   return list(zip([1, *ends], ends))
@@ -96,7 +96,8 @@ def generate(
 ) -> Sequences:
   """Samples `group_size` responses for each prompt.
 
-  Each prompt is prefilled once and its cache repeated for its samples. The loop stops when all rows have ended.
+  Each prompt is prefilled once; its samples read its cache, or where no kernel can do so a copy each. The loop stops
+  when all rows have ended.
 
   Args:
     key: the run's key; see `sample_keys`.
@@ -143,9 +144,12 @@ def sample(
 
   out = model(prompts.tokens, prompts.mask, cache=model.init_cache(len(prompts.tokens), prompt_length), cache_index=0)
   decoder, cache = model.apart(), out.cache
-  if decoder is not model:
-    cache = cache.apart()
-  cache = cache.repeated(repeat)
+  is_apart = decoder is not model
+  in_slots = is_apart and decoder.decodes_in_slots
+  if is_apart:
+    cache = cache.apart(turned=not in_slots)
+  in_runs = not greedy_rows and len(prompts.tokens) % row_shards() == 0  # the rows of a prompt are on one device
+  cache = cache.shared(group_size) if in_slots and in_runs else cache.repeated(repeat)
   hidden = lay_states(repeat(out.hidden[:, -1:]))[:, 0]
 
   def draw(t, hidden, stopped):
@@ -174,7 +178,7 @@ def sample(
     return i + 1, tokens, token, out.cache, stopped, has_eos | ends, lengths
 
   carry = (tokens, token, cache, has_eos, has_eos, lengths)
-  for start, end in stages(max_new_tokens, growing=decoder is not model):
+  for start, end in stages(max_new_tokens, growing=is_apart and not in_slots):
     tokens, last, cache, *rest = carry
     carry = (jnp.int32(0), tokens, last, cache.grown(prompt_length + end), *rest)
     unfinished = lambda carry, count=end - start: (carry[0] < count) & ~carry[4].all()

@@ -1,10 +1,12 @@
 """Rows of a batch in minibatches, micro-batches and parts, such that no row leaves the device that holds it.
 
-Rows are split over devices in blocks. So whatever takes some rows of all takes a share of every block: part i of n is
-rows i, i + n, i + 2n, ..., and a minibatch is one row of every run of M neighbours. What comes out does not depend on
-the mesh.
+Rows are split over devices in blocks. So whatever takes some rows of all takes a share of every block: a part is
+neighbouring rows of every device, so that responses to one prompt stay together, and a minibatch is one row of every
+run of M neighbours. Which rows are in a part depends on the mesh, so what is computed in parts may not depend on that;
+which are in a minibatch does not.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -18,30 +20,40 @@ def runs_of(x: jax.Array, length: int) -> jax.Array:
   return x.reshape(len(x) // length, length, *x.shape[1:])
 
 
-def neighbours(group: int, stride: int) -> int:
-  """How many of `group` neighbouring rows stay neighbours where one row of every `stride` is taken."""
-  return group // stride if group % stride == 0 else 1
+def dealt(group: int, minibatches: int) -> int:
+  """How many of `group` neighbouring rows are neighbours in a minibatch."""
+  return group // minibatches if group % minibatches == 0 else 1
+
+
+def neighbours(group: int, rows: int) -> int:
+  """How many of `group` neighbouring rows are surely neighbours in a part of so many rows in all, see `scan_rows`."""
+  shards = row_shards()
+  return math.gcd(group, rows // shards if rows % shards == 0 else rows)
 
 
 def scan_rows(f: Callable, carry, parts: int, *trees):
   """`jax.lax.scan` of f(carry, *part) -> (carry, out) over `parts` parts of the rows of `trees`.
 
-  Every leaf of `trees` and of out has rows as its leading axis. Returns (carry, outs of all rows, in their order). They
-  are written into place one part after another; a stack of parts would have to be copied to put its rows in order.
+  Every leaf of `trees` and of out has rows as its leading axis; a part has as many neighbouring ones of each device.
+  Returns (carry, outs of all rows, in their order), written into place one part after another.
   """
-  runs = jax.tree.map(lambda x: runs_of(x, parts), trees)
-  part = lambda i: jax.tree.map(lambda x: lay_rows(jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)), runs)
-  empty = lambda x: lay_rows(jnp.zeros((x.shape[0], parts, *x.shape[1:]), x.dtype))
+  rows, shards = len(jax.tree.leaves(trees)[0]), row_shards()
+  shards = shards if rows % (shards * parts) == 0 else 1
+  each = rows // (shards * parts)
+  blocks = jax.tree.map(lambda x: lay_rows(x.reshape(shards, parts, each, *x.shape[1:])), trees)
+  flat = lambda x: lay_rows(x.reshape(shards * each, *x.shape[2:]))
+  part = lambda i: jax.tree.map(lambda x: flat(jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)), blocks)
+  empty = lambda x: lay_rows(jnp.zeros((shards, parts, each, *x.shape[1:]), x.dtype))
 
   def step(state, i):
     carry, outs = state
     carry, out = f(carry, *part(i))
-    put = lambda x, new: lay_rows(jax.lax.dynamic_update_index_in_dim(x, new, i, 1))
+    put = lambda x, new: lay_rows(jax.lax.dynamic_update_index_in_dim(x, new.reshape(x[:, 0].shape), i, 1))
     return (carry, jax.tree.map(put, outs, out)), None
 
   outs = jax.tree.map(empty, jax.eval_shape(lambda: f(carry, *part(0))[1]))
   (carry, outs), _ = jax.lax.scan(step, (carry, outs), jnp.arange(parts))
-  return carry, jax.tree.map(lambda x: lay_rows(x.reshape(x.shape[0] * parts, *x.shape[2:])), outs)
+  return carry, jax.tree.map(lambda x: lay_rows(x.reshape(rows, *x.shape[3:])), outs)
 
 
 def map_rows(f: Callable, parts: int, *trees):

@@ -25,7 +25,7 @@ from r2m_jax import hosts, losses
 from r2m_jax.config import kl_estimator
 from r2m_jax.generate import generate
 from r2m_jax.logprobs import token_stats
-from r2m_jax.minibatch import deal_orders, map_rows, neighbours, put_rows, take_rows
+from r2m_jax.minibatch import deal_orders, dealt, map_rows, neighbours, put_rows, take_rows
 from r2m_jax.models.attention import Shared
 from r2m_jax.models.critic import read_values
 from r2m_jax.models.reward import member_scores, read_reward_states
@@ -115,9 +115,8 @@ def make_read(config) -> Callable[..., tuple[Feedback, Feedback]]:
 
 
 def shared_prompts(group: int, whole: Sequences, tokens: jax.Array) -> Shared:
-  """What rows of `tokens`, an equal share of `whole`, have in common: `group` neighbours of `whole` have one prompt."""
-  columns = whole.tokens.shape[1] - whole.response_mask.shape[1]
-  return Shared(columns, neighbours(group, len(whole.tokens) // len(tokens)))
+  """What rows of `tokens`, a part of `whole`, have in common: `group` neighbours of `whole` have one prompt."""
+  return Shared(whole.tokens.shape[1] - whole.response_mask.shape[1], neighbours(group, len(tokens)))
 
 
 def parts_of(config) -> int:
@@ -210,7 +209,7 @@ def make_learn(
   toward, spike = dict(target=config.kl.target, horizon=config.kl.horizon), config.guard.spike
 
   def shared_in(batch: Experience, whole: Experience) -> Shared:
-    return shared_prompts(neighbours(K, minibatches), whole.sequences, batch.advantages)
+    return shared_prompts(dealt(K, minibatches), whole.sequences, batch.advantages)
 
   def policy_loss(policy_state, batch: Experience, ref_state, beta, whole: Experience):
     """Eq. 2: the clipped objective minus beta * KL(policy || reference); of a micro-batch, its share of the `whole`.

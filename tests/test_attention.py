@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
-from r2m_jax.models.attention import Seen, attend, choose, dot_product, splash_attend
+from r2m_jax.models.attention import Seen, Slots, attend, attend_slots, choose, dot_product, slots_fit, splash_attend
 from r2m_jax.sharding import BATCH, make_mesh, on_mesh
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -172,3 +172,55 @@ def test_the_tpu_compiler_takes_the_kernel():
   assert done.returncode == 0, done.stderr[-3000:]
   platform, kernels = done.stdout.split()[1::2]
   assert platform == "tpu" and int(kernels) >= 6  # forward, and two backward kernels, of each kind
+
+
+def test_where_slots_fit():
+  assert slots_fit("cudnn", PLAIN) and slots_fit("cudnn", PLAIN.replace(head_dim=128))
+  assert not slots_fit("cudnn", PLAIN.replace(head_dim=80)) and not slots_fit("xla", PLAIN)
+
+
+def slots_problem(heads, kv, dim, slots, common, dtype):
+  """Four rows, two and two with a prompt of `common` slots: (q, k, v, cache, prompt), and each row's whole cache."""
+  rng = np.random.default_rng(0)
+  make = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  q, k, v = make(4, heads, 1, dim), make(4, kv, 1, dim), make(4, kv, 1, dim)
+  cache = make(4, kv, slots - common, dim), make(4, kv, slots - common, dim)
+  prompt = (make(2, kv, common, dim), make(2, kv, common, dim)) if common else ()
+  whole = [jnp.concatenate([jnp.repeat(x, 2, 0), y], 2) for x, y in zip(prompt, cache)] if prompt else cache
+  return (q, k, v, cache, prompt), whole
+
+
+@pytest.mark.parametrize("dtype, close", [(jnp.float32, 2e-6), (jnp.bfloat16, 2e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("heads, kv, dim, slots, common, own", [
+  (14, 2, 16, 150, 0, 99), (14, 2, 16, 150, 0, 0), (4, 4, 32, 128, 64, 64), (32, 1, 16, 200, 70, 199),
+  (3, 3, 16, 40, 33, 35),
+])  # fmt: skip
+def test_slots_give_what_the_whole_cache_gives(heads, kv, dim, slots, common, own, dtype, close):
+  """Blocks of 64 that the cache does not fill, rows that start late, 1 to 32 queries a key head."""
+  given, (keys, values) = slots_problem(heads, kv, dim, slots, common, dtype)
+  q, k, v, cache, _ = given
+  first = jnp.asarray([0, min(own, 3), min(own, 65), min(own, common)], jnp.int32)
+  run = jax.jit(lambda first, own, *given: attend_slots(*given, Slots(first, own), scale=0.3, interpret=True))
+  found, after = run(first, jnp.int32(own), *given)
+  for x, new, old in zip(after, (k, v), cache):
+    np.testing.assert_array_equal(x, old.at[:, :, own - common].set(new[:, :, 0]))
+  keys, values = keys.at[:, :, own].set(k[:, :, 0]), values.at[:, :, own].set(v[:, :, 0])
+  at = jnp.arange(slots)
+  mask = (at >= first[:, None]) & (at <= own)
+  wide = lambda x: x.astype(jnp.float32)
+  want = attend(wide(q), wide(keys), wide(values), mask[:, None, None], scale=0.3, cap=None)
+  np.testing.assert_allclose(wide(found), want, rtol=close, atol=close)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 2), (1, 1, 8)])
+def test_slots_on_a_mesh(shape):
+  """Rows and heads over devices, heads whole where they do not split."""
+  given, _ = slots_problem(4, 2, 16, 100, 40, jnp.float32)
+  slots = Slots(jnp.asarray([0, 3, 39, 40], jnp.int32), jnp.int32(77))
+  run = lambda slots, *given: attend_slots(*given, slots, scale=0.3, interpret=True)
+  want = jax.jit(run)(slots, *given)
+  mesh = make_mesh(shape)
+  placed = jax.device_put((slots, *given), NamedSharding(mesh, P()))
+  found = jax.jit(on_mesh(mesh, run))(*placed)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6), found, want)

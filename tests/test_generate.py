@@ -252,6 +252,26 @@ def test_a_large_vocabulary_drawn_in_two_parts_has_the_same_distribution(truncat
   assert statistic > bound
 
 
+@pytest.mark.parametrize("others", [{}, {"greedy_rows": True}, {"waves": 3}, {"group_size": 1}], ids=str)
+@pytest.mark.parametrize("arch", [
+  ARCH, ARCH.replace(num_heads=4, num_kv_heads=2, sliding_window=3, sliding_layers=(0,), qk_norm=True),
+], ids=["full", "sliding"])  # fmt: skip
+def test_the_kernel_of_slots_draws_the_same_tokens(arch, others):
+  """As a GPU decodes: a prompt's cache for all of its rows, or a copy each beside greedy rows."""
+  graphdef, state = transformer.init(arch, jax.random.key(3))
+  state["embed"]["embedding"][...] = state["embed"]["embedding"][...] * 50
+  state["lm_head"]["kernel"][...] = state["lm_head"]["kernel"][...] * 5
+  model = nnx.merge(graphdef, state)
+  model.decodes_in_slots = True
+  in_slots, _ = nnx.split(model)
+  prompts = notes(extra_padding=2)
+  want = draw(graphdef, state, prompts, **others)
+  jax.tree.map(np.testing.assert_array_equal, draw(in_slots, state, prompts, **others), want)
+  count = lambda graphdef: str(draw.trace(graphdef, state, prompts, **others).jaxpr).count("pallas_call[")
+  assert count(in_slots) == arch.num_layers and count(graphdef) == 0
+  assert want.response_mask.sum() > 2 * len(want.tokens)
+
+
 def test_sample_token_in_float64_draws_as_in_float32():
   keys = jax.random.split(jax.random.key(0), 64)
   logits = np.random.default_rng(0).normal(size=(64, VOCAB)).astype(np.float32)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec as P
 
+from r2m_jax import logprobs
 from r2m_jax.logprobs import Head, token_stats
 from r2m_jax.ops import Truncation
 from r2m_jax.sharding import BATCH, make_mesh, on_mesh
@@ -115,6 +116,29 @@ def test_parts_of_the_vocabulary_change_neither_values_nor_gradients(chunk, cap)
   for found, reference in zip(grads[:2], expected[:2]):
     np.testing.assert_allclose(found, reference, rtol=1e-10, atol=1e-12)
   assert not grads[2].any() and not grads[3].any()
+
+
+@pytest.mark.parametrize("vocab, parts, shards, found", [
+  (151_936, 38, 1, (38, 4096)), (151_936, 64, 1, (63, 2432)), (151_936, 64, 4, (60, 2560)),
+  (128_256, 32, 2, (32, 4096)), (11, 4, 1, (4, 3)), (512, 3, 1, (4, 128)), (512, 3, 2, (4, 128)),
+  (32_000, 7, 8, (7, 5120)),
+])  # fmt: skip
+def test_parts_hold_the_vocabulary(vocab, parts, shards, found):
+  number, width = logprobs.vocabulary_parts(vocab, parts, shards)
+  assert (number, width) == found
+  assert (number - 1) * width < vocab <= number * width
+
+
+def test_parts_that_are_mostly_filling_change_neither_values_nor_gradients(monkeypatch):
+  """11 entries in three parts of six, as whole lanes would have it."""
+  monkeypatch.setattr(logprobs, "vocabulary_parts", lambda vocab, parts, shards: (3, 6))
+  with jax.enable_x64(True):
+    want, expected, _ = gradients(0, kind=lambda kernel: Head(kernel).__call__)
+    out, grads, _ = gradients(4 * LENGTH, kind=Head)
+  for name in ("logprobs", "entropy", "kl"):
+    np.testing.assert_allclose(getattr(out, name), getattr(want, name), rtol=1e-11, atol=1e-13, err_msg=name)
+  for found, reference in zip(grads[:2], expected[:2]):
+    np.testing.assert_allclose(found, reference, rtol=1e-10, atol=1e-12)
 
 
 def test_parts_of_the_vocabulary_against_finite_differences():

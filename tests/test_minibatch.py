@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding
 
 from r2m_jax import optim
-from r2m_jax.minibatch import deal_orders, map_rows, put_rows, scan_rows, take_rows
+from r2m_jax.minibatch import deal_orders, dealt, map_rows, neighbours, put_rows, scan_rows, take_rows
 from r2m_jax.ops import AGGREGATIONS, aggregate
 from r2m_jax.sharding import BATCH, lay_rows, make_mesh, on_mesh
 
@@ -17,11 +17,10 @@ X = np.random.default_rng(0).standard_normal((32, 3, 4)).astype(np.float32)
 MOVES = r" (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)\("
 
 
-def test_part_i_of_n_has_every_nth_row_from_i_on():
+def test_a_part_has_neighbouring_rows():
   see = lambda seen, part, tree: (seen.at[tree["i"][0]].set(part), {"x": part, "empty": part[:, :0]})
-  seen, out = scan_rows(see, jnp.zeros((4, 8, 3, 4)), 4, X, {"i": np.arange(32) % 4})
-  for i in range(4):
-    np.testing.assert_array_equal(seen[i], X[i::4])
+  seen, out = scan_rows(see, jnp.zeros((4, 8, 3, 4)), 4, X, {"i": np.arange(32) // 8})
+  np.testing.assert_array_equal(seen, X.reshape(4, 8, 3, 4))
   np.testing.assert_array_equal(out["x"], X)
   assert out["empty"].shape == (32, 0, 4)
 
@@ -80,6 +79,28 @@ def test_no_row_leaves_its_device():
   for got, want in zip(found(x, order), inside(X, order)):
     np.testing.assert_allclose(got, want, rtol=1e-6)
     assert got.sharding.is_equivalent_to(x.sharding, got.ndim)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("group, minibatches, parts", [
+  (8, 1, 1), (8, 1, 4), (8, 1, 8), (8, 2, 2), (6, 1, 2), (6, 4, 1),
+])  # fmt: skip
+def test_neighbours_with_one_prompt(shape, group, minibatches, parts):
+  """48 rows in runs of one prompt, dealt out to minibatches and taken in parts: those said to have one prompt do."""
+  if jax.device_count() < np.prod(shape):
+    pytest.skip("needs more devices")
+  prompts, order = np.repeat(np.arange(48 // group), group), deal_orders(jax.random.key(0), 48, minibatches)[0]
+  left = []
+
+  def see(part):
+    left.append(neighbours(dealt(group, minibatches), len(part)))
+    return part.reshape(-1, left[0]).repeat(left[0], 0)
+
+  find = lambda x: (taken := take_rows(x, order, minibatches), map_rows(see, parts, taken))
+  taken, found = jax.jit(on_mesh(make_mesh(shape), find))(prompts)
+  shards = shape[0] * shape[1]
+  assert left[0] == np.gcd(dealt(group, minibatches), 48 // (minibatches * parts * shards))
+  assert (found == np.asarray(taken)[:, None]).all()
 
 
 @pytest.mark.parametrize("how", AGGREGATIONS)

@@ -337,11 +337,13 @@ def plan(tmp_path, config: str, *settings: str):
 QWEN = "configs/ultrafeedback_qwen2_5_3b.py"
 
 
-@pytest.mark.parametrize("variant, measured", [("vanilla", 42.3), ("r2m", 42.6)])
-def test_memory_counted_for_a_gpu_against_a_real_one(variant, measured):
-  """GiB at the peak of three steps on an H200, `python -m benchmarks.gpu --size=0.5b`; within 15%."""
-  config = workload.get_config("0.5b", variant)
-  sizes = workload.sizes_of(config, workload.POLICIES["0.5b"], workload.REWARDS["0.5b"])
+@pytest.mark.parametrize("size, variant, measured", [
+  ("0.5b", "vanilla", 17.7), ("0.5b", "r2m", 18.0), ("3b", "vanilla", 71.6),
+])  # fmt: skip
+def test_memory_counted_for_a_gpu_against_a_real_one(size, variant, measured):
+  """GiB at the peak of three steps on an H200, those of `python -m benchmarks.gpu --size=0.5b`; within 15%."""
+  config = workload.get_config(size, variant)
+  sizes = workload.sizes_of(config, workload.POLICIES[size], workload.REWARDS[size])
   shapes, topology = memory.state_shapes(config, sizes), parse_topology("gpu:h200x1")
   counted = run.counted_peak(config, sizes, shapes, Layout(1, 1, 1), topology) / GIB
   assert abs(counted / measured - 1) < 0.15

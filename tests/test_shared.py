@@ -66,7 +66,7 @@ def test_states_and_gradients_are_those_of_whole_rows(name, attention):
 
 def flops(cfg, shared: bool, monkeypatch) -> float:
   """Of `learn`, as the compiler counts them."""
-  monkeypatch.setattr(step, "neighbours", minibatch.neighbours if shared else lambda group, stride: 1)
+  monkeypatch.setattr(step, "neighbours", minibatch.neighbours if shared else lambda group, rows: 1)
   built, state = small.start(cfg)
   learn = step.make_learn(built.defs, cfg, built.mesh, same_tokens=True)
   rollout = step.make_rollout(built.defs, cfg, built.mesh, (0,), 1)
@@ -81,21 +81,11 @@ def test_a_step_computes_a_prompt_once(monkeypatch):
   assert flops(cfg, True, monkeypatch) < 0.8 * flops(cfg, False, monkeypatch)
 
 
-@pytest.mark.parametrize("group, stride, left", [(8, 1, 8), (8, 2, 4), (8, 8, 1), (8, 16, 1), (6, 4, 1), (1, 1, 1)])
-def test_neighbours_left(group, stride, left):
-  assert minibatch.neighbours(group, stride) == left
-  rows = np.repeat(np.arange(48 // group), group)
-  for first in range(stride):
-    kept = rows[first::stride]
-    runs = kept[: len(kept) // left * left].reshape(-1, left)
-    assert (runs == runs[:, :1]).all()
-
-
 def test_a_step_gives_the_numbers_of_whole_rows(monkeypatch):
   """Three steps of R2M with minibatches, micro-batches and a critic, prompts computed once or with every response."""
   cfg = small.config(rollout__group_size=8, ppo__minibatches=2, ppo__accumulation=2, algorithm="ppo")
   once, _ = small.run(cfg, 3)
-  monkeypatch.setattr(step, "neighbours", lambda group, stride: 1)
+  monkeypatch.setattr(step, "neighbours", lambda group, rows: 1)
   whole, _ = small.run(cfg, 3)
   for a, b in zip(whole, once):
     np.testing.assert_array_equal(b.sequences.tokens, a.sequences.tokens)

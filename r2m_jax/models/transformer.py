@@ -22,8 +22,8 @@ from flax import nnx, struct
 
 from r2m_jax.logprobs import Head
 from r2m_jax.models.arch import ArchConfig, RopeScaling
-from r2m_jax.models.attention import BLOCK, Seen, Shared, SharedMask, attend, attend_shared, choose, dot_product
-from r2m_jax.models.attention import splash_attend
+from r2m_jax.models.attention import BLOCK, Seen, Shared, SharedMask, Slots, attend, attend_shared, attend_slots
+from r2m_jax.models.attention import choose, dot_product, slots_fit, splash_attend
 from r2m_jax.sharding import ROWS, lay, lay_rows, mesh_around, path_name, row_shards
 
 ACTIVATIONS = {
@@ -44,28 +44,35 @@ REMAT = {
 class Cache:
   """Keys and values of every layer, by slot. All rows write the same slot: prompts are padded on the left."""
 
-  k: Any  # [N, B, KV, S, Dh], or a tuple of [B, KV, Dh, S] for a model `apart`; after norm and rotation
-  v: Any  # [N, B, KV, S, Dh], or a tuple of [B, KV, S, Dh]
+  k: Any  # [N, B, KV, S, Dh], or for a model `apart` a tuple of [B, KV, S, Dh]; after norm and rotation
+  v: Any  # likewise
   mask: jax.Array  # bool[B, S]   True where a real token was written
+  prompt: Any = None  # (k, v) of the slots before those of k and v, in common to runs of rows; see `shared`
+  turned: bool = struct.field(pytree_node=False, default=False)  # whether k is [B, KV, Dh, S]
 
-  def apart(self) -> "Cache":
-    """One array a layer in place of one for all, keys as the product with a query reads them: numbers before slots."""
-    return self.replace(k=tuple(k.swapaxes(-1, -2) for k in self.k), v=tuple(self.v))
+  def apart(self, turned: bool) -> "Cache":
+    """One array a layer in place of one for all; keys `turned` for a product with queries, else for `attend_slots`."""
+    k = (k.swapaxes(-1, -2) if turned else k for k in self.k)
+    return self.replace(k=tuple(k), v=tuple(self.v), turned=turned)
+
+  def shared(self, copies: int) -> "Cache":
+    """Of a cache `apart`, not turned: for `copies` rows in place of each, which keep what is there in common."""
+    none = lambda x: lay_cache(jnp.zeros((len(x) * copies, x.shape[1], 0, x.shape[3]), x.dtype))
+    k, v = jax.tree.map(none, (self.k, self.v))
+    return self.replace(k=k, v=v, mask=lay_rows(jnp.repeat(self.mask, copies, 0)), prompt=(self.k, self.v))
 
   def grown(self, slots: int) -> "Cache":
     """With empty slots behind its own, `slots` in all."""
     more = (0, slots - self.mask.shape[1])
     wider = lambda x, *last: lay_cache(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [*last]))
-    turned = isinstance(self.k, tuple)
-    k = jax.tree.map(lambda x: wider(x, (0, 0), more) if turned else wider(x, more, (0, 0)), self.k)
+    k = jax.tree.map(lambda x: wider(x, (0, 0), more) if self.turned else wider(x, more, (0, 0)), self.k)
     v = jax.tree.map(lambda x: wider(x, more, (0, 0)), self.v)
-    return Cache(k, v, lay_rows(jnp.pad(self.mask, ((0, 0), more))))
+    return self.replace(k=k, v=v, mask=lay_rows(jnp.pad(self.mask, ((0, 0), more))))
 
   def repeated(self, repeat: Callable) -> "Cache":
     """`repeat(x, axis)` of everything, along the rows."""
-    return Cache(
-      *jax.tree.map(lambda x: lay_cache(repeat(x, x.ndim - 4)), (self.k, self.v)), lay_rows(repeat(self.mask, 0))
-    )
+    k, v = jax.tree.map(lambda x: lay_cache(repeat(x, x.ndim - 4)), (self.k, self.v))
+    return self.replace(k=k, v=v, mask=lay_rows(repeat(self.mask, 0)))
 
 
 @struct.dataclass
@@ -170,7 +177,10 @@ class Attention(nnx.Module):
       q, k = self.q_norm(q), self.k_norm(k)
     k, v, cache = store(rotate(k, cos, sin), v)
     q = rotate(q, cos, sin)
-    y = attend_shared(self.mix, q, k, v, seen) if isinstance(seen, SharedMask) else self.mix(q, k, v, seen)
+    if isinstance(seen, Slots):
+      y, cache = attend_slots(q, k, v, *cache, seen, scale=arch.query_scale, interpret=self.attention != "cudnn")
+    else:
+      y = attend_shared(self.mix, q, k, v, seen) if isinstance(seen, SharedMask) else self.mix(q, k, v, seen)
     return self.o(y.swapaxes(1, 2).reshape(len(rows), -1)).reshape(x.shape), cache
 
   def mix(self, q, k, v, seen):
@@ -258,7 +268,7 @@ def residual_init(arch: ArchConfig):
 class Transformer(nnx.Module):
   """A decoder as `arch` describes it. `dtype` computes (None: whatever the parameters are in), `param_dtype` stores.
 
-  `attention` is what `models.attention.choose` chooses by, (config.attention, platform); decoding is always "xla".
+  `attention` is what `models.attention.choose` chooses by, (config.attention, platform).
   `adapt(block, rngs)` may add parameters to a block before the layers are stacked; see models.lora.
   """
 
@@ -271,6 +281,7 @@ class Transformer(nnx.Module):
     self.arch, self.dtype, self.remat = arch, dtype, remat
     self.decodes_apart = attention[1] != "tpu"
     self.attention = attention = choose(*attention, arch, param_dtype if dtype is None else dtype)
+    self.decodes_in_slots = slots_fit(attention, arch)
     d, vocab, small = arch.hidden_size, arch.vocab_size, nnx.initializers.normal(0.02)
     self.embed = nnx.Embed(vocab, d, embedding_init=small, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
 
@@ -324,14 +335,15 @@ class Transformer(nnx.Module):
     if shared is not None:
       uneven = len(tokens) % (shared.copies * row_shards())
       shared = None if cache is not None or in_blocks or uneven or shared.copies == 1 else shared
-    tables, kinds = self._tables(keys, slot, length, in_blocks, shared)
+    in_slots = cache is not None and isinstance(cache.k, tuple) and not cache.turned
+    tables, kinds = self._tables(keys, slot, length, in_blocks, in_slots, shared)
     x = self._embedded(tokens if shared is None else shared.pack(tokens))
     if arch.embed_scale != 1.0:
       x = x * jnp.asarray(arch.embed_scale, x.dtype)
 
     kv, tapped = None if cache is None else (cache.k, cache.v), None if tap is None else x
     if isinstance(self.layers, nnx.List):
-      x, kv, tapped = self._one_by_one(x, kv, tapped, tables, kinds, slot, fresh, tap)
+      x, kv, tapped = self._one_by_one(x, cache, tapped, tables, kinds, slot, fresh, tap)
     else:
       blocks, stacked = nnx.split(self.layers)
 
@@ -361,15 +373,18 @@ class Transformer(nnx.Module):
     hidden = rows(hidden)
     return Output(hidden=hidden, feedback=hidden if tap is None else rows(tapped), cache=cache)
 
-  def _one_by_one(self, x, kv, tapped, tables, kinds, slot, fresh, tap):
+  def _one_by_one(self, x, cache, tapped, tables, kinds, slot, fresh, tap):
     """The layers of a model `apart`. What a layer reads, weights and cache, is there as an array of its own."""
     found = []
     for layer, block in enumerate(self.layers):
       table = tables if kinds is None else jax.tree.map(lambda t: t[int(layer in self.arch.sliding_layers)], tables)
 
-      def store(k, v, own=None if kv is None else (kv[0][layer], kv[1][layer])):
-        if own is None:
+      def store(k, v, layer=layer):
+        if cache is None:
           return k, v, None
+        own = cache.k[layer], cache.v[layer]
+        if not cache.turned:
+          return k, v, (own, () if cache.prompt is None else tuple(x[layer] for x in cache.prompt))
         new = write(own[0], k.swapaxes(-1, -2), 0, 0, 0, slot), write(own[1], v, 0, 0, slot, 0)
         return (k, v, new) if fresh else (new[0].swapaxes(-1, -2), new[1], new)
 
@@ -377,7 +392,7 @@ class Transformer(nnx.Module):
       x = lay_states(x)
       tapped = x if layer == tap else tapped
       found.append(own)
-    return x, None if kv is None else tuple(zip(*found)), tapped
+    return x, None if cache is None else tuple(zip(*found)), tapped
 
   def apart(self) -> "Transformer":
     """The same model with an array a layer for each parameter, in the compute dtype, and its cache so too.
@@ -408,12 +423,12 @@ class Transformer(nnx.Module):
     x = jnp.take(self.embed.embedding[...], lay(tokens, "data"), axis=0).astype(self.compute_dtype)
     return lay_states(lay(x, "data", None, "fsdp"))
 
-  def _tables(self, keys, slot, length, in_blocks, shared):
+  def _tables(self, keys, slot, length, in_blocks, in_slots, shared):
     """What layers read besides x: rotation and visibility, for each kind of layer (full, sliding) the model has.
 
     keys bool[B, S] -> ((cos [B, 1, L, R], sin, mask bool[B, 1, L, S]), None) where all layers are of one kind, else
-    the same stacked over the two kinds, and kinds i32[N]. `in_blocks`: a `Seen` in place of the mask; `shared`: a
-    `SharedMask`, and rotations of the packed positions.
+    the same stacked over the two kinds, and kinds i32[N]. In place of the mask stands with `in_blocks` a `Seen`, with
+    `in_slots` a `Slots`, with `shared` a `SharedMask` (and rotations of the packed positions).
     """
     arch, wide = self.arch, at_least_float32(self.compute_dtype)
     at = jnp.maximum(jnp.cumsum(keys, 1, dtype=jnp.int32) - 1, 0)  # position of each key
@@ -429,6 +444,8 @@ class Transformer(nnx.Module):
       if in_blocks:
         return jnp.cos(angle), jnp.sin(angle), Seen(keys, slides)
       visible = seen & (here[:, :, None] - at[:, None, :] < arch.sliding_window) if slides else seen
+      if in_slots:
+        return jnp.cos(angle), jnp.sin(angle), Slots(visible[:, 0].argmax(-1).astype(jnp.int32), jnp.int32(slot))
       visible = visible[:, None] if shared is None else shared.masks(visible[:, None])
       return jnp.cos(angle), jnp.sin(angle), visible
 

@@ -12,7 +12,7 @@ from jax.sharding import AbstractMesh
 from r2m_jax import build, sharding
 from r2m_jax.plan.programs import STATE_KINDS, abstract_state
 from r2m_jax.plan.sizes import Sizes, reads_feedback
-from r2m_jax.plan.work import Layout, fused_attention, layer_weights, trained_numbers, vocabulary
+from r2m_jax.plan.work import Layout, fused_attention, layer_weights, trained_numbers, update_tokens, vocabulary
 from r2m_jax.variants import VARIANTS
 
 
@@ -95,7 +95,8 @@ def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool, platfor
     gathered = 2 * layer_weights(arch) * width * (layout.fsdp > 1)
     return (rows * (squares + wide) + gathered) / tensor
 
-  kept = rows * sizes.length * arch.num_layers * kept_bytes(config, arch, sizes.length, fused, platform)
+  kept = update_tokens(config, sizes, layout, platform) * arch.num_layers
+  kept *= kept_bytes(config, arch, sizes.length, fused, platform)
   every = sizes.response_length * arch.vocab_size
   logits = 4 * rows * (min(config.logits_chunk, every) if config.logits_chunk else every) * 4 / tensor
   table = vocabulary(arch) * (width + 4) / (tensor * layout.fsdp)  # laid out by parts, and its gradient

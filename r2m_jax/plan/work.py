@@ -7,11 +7,12 @@ cache. `tests/test_plan.py` holds these sums against the products in the program
 """
 
 import dataclasses
+import math
 
 import jax.numpy as jnp
 
 from r2m_jax.config import kl_estimator
-from r2m_jax.minibatch import neighbours
+from r2m_jax.minibatch import dealt
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.attention import BLOCK, choose
 from r2m_jax.plan.sizes import Sizes, reads_feedback
@@ -67,9 +68,9 @@ def fused_attention(config, arch: ArchConfig, platform: str) -> bool:
   return choose(config.attention, platform, arch, config.dtype) in ("splash", "cudnn")
 
 
-def blocks_flops(arch: ArchConfig, rows: int, length: int, keys: int, attention: float = 1.0) -> float:
-  """One forward pass through all layers, no logits; `attention` is the share of the square that is computed."""
-  squares = 4 * keys * arch.num_heads * arch.head_dim * attention
+def blocks_flops(arch: ArchConfig, rows: int, length: int, keys: float) -> float:
+  """One forward pass through all layers, no logits; every token is multiplied with so many `keys`."""
+  squares = 4 * keys * arch.num_heads * arch.head_dim
   return rows * length * arch.num_layers * (2 * layer_weights(arch) + squares)
 
 
@@ -104,38 +105,49 @@ def phases_of(config, sizes: Sizes, layout: Layout, platform: str) -> list[Phase
   return phases + [count.reward_head()]
 
 
+def update_tokens(config, sizes: Sizes, layout: Layout, platform: str) -> float:
+  """Tokens of a micro-batch that go through the policy's layers on a chip."""
+  count = _Count(config, sizes, layout, platform)
+  spans = count.spans(sizes.arch, count.trained_rows(), sizes.length, count.trained_group)
+  return sum(rows * length for rows, length, _ in spans) / count.parts / layout.shards
+
+
 class _Count:
   def __init__(self, config, sizes: Sizes, layout: Layout, platform: str):
     self.config, self.sizes, self.layout = config, sizes, layout
-    self.fused = {arch: fused_attention(config, arch, platform) for arch in (sizes.arch, sizes.reward_arch)}
+    self.attention = {
+      arch: choose(config.attention, platform, arch, config.dtype) for arch in (sizes.arch, sizes.reward_arch)
+    }
     self.width = jnp.dtype(config.dtype).itemsize  # bytes of a number in the computation
     self.stored = jnp.dtype(config.param_dtype).itemsize  # bytes of a parameter
     self.again = int(config.remat == "full")  # passes through whole layers that the backward pass makes once more
 
   def spans(self, arch: ArchConfig, rows: int, length: int, group: int = 1) -> list[tuple[float, int, int]]:
-    """(rows, tokens of each, keys that these see) of a pass over whole rows, `group` neighbours with one prompt."""
-    copies = neighbours(group, self.parts)
-    if copies == 1 or self.kernel(arch, length) or rows % (self.parts * copies * self.layout.shards):
-      return [(rows, length, length)]
+    """(rows, tokens of each, keys that these are multiplied with) of a pass over whole rows, `group` neighbours with
+    one prompt. A kernel that leaves out masked blocks takes half the square."""
+    fused, shards = self.kernel(arch, length), self.layout.shards
+    own = lambda length: length / 2 if fused else length
+    copies = 1 if rows % (self.parts * shards) else math.gcd(group, rows // (self.parts * shards))
+    if copies == 1 or fused and self.attention[arch] == "splash":
+      return [(rows, length, own(length))]
     prompt, response = self.sizes.prompt_length, self.sizes.response_length
-    return [(rows / copies, prompt, prompt), (rows, response, length)]
+    return [(rows / copies, prompt, own(prompt)), (rows, response, prompt + own(response))]
 
   def blocks(self, arch: ArchConfig, rows: int, length: int, group: int = 1) -> float:
-    """FLOPs of a forward pass over whole rows; a kernel that leaves out masked blocks computes half the square."""
-    half = 0.5 if self.kernel(arch, length) else 1.0
-    return sum(blocks_flops(arch, *span, half) for span in self.spans(arch, rows, length, group))
+    """FLOPs of a forward pass over whole rows."""
+    return sum(blocks_flops(arch, *span) for span in self.spans(arch, rows, length, group))
 
   def squares_again(self, arch: ArchConfig, rows: int, length: int) -> float:
     """FLOPs of attention that the backward pass of an update makes once more where products with weights are kept."""
     if self.config.remat != "dots":
       return 0.0
-    group, weights = self.config.rollout.group_size, 2 * arch.num_layers * layer_weights(arch)
+    group, weights = self.trained_group, 2 * arch.num_layers * layer_weights(arch)
     tokens = sum(rows * length for rows, length, _ in self.spans(arch, rows, length, group))
     return self.blocks(arch, rows, length, group) - weights * tokens
 
   def kernel(self, arch: ArchConfig, length: int) -> bool:
     """Whether rows of this length go through the kernel."""
-    return self.fused[arch] and length >= BLOCK
+    return self.attention[arch] == "cudnn" or self.attention[arch] == "splash" and length >= BLOCK
 
   def pass_bytes(self, arch: ArchConfig, spans, parts: int) -> float:
     """Memory traffic of one forward pass on a chip: weights once a part, every product's input and output once."""
@@ -172,6 +184,11 @@ class _Count:
   def group(self) -> int:
     """Neighbouring rows of one prompt in passes without a gradient; none beside the greedy rows of "remax"."""
     return self.config.rollout.group_size if self.trained_rows() == self.sizes.rows else 1
+
+  @property
+  def trained_group(self) -> int:
+    """The same in updates."""
+    return dealt(self.config.rollout.group_size, self.config.ppo.minibatches)
 
   def prefill(self) -> Phase:
     s, arch, waves = self.sizes, self.sizes.arch, self.config.rollout.waves
@@ -239,8 +256,8 @@ class _Count:
     # forward, twice as much backward, and once more what the backward pass computes again: all but a layer's last sums
     last = 2 * arch.hidden_size * (arch.intermediate_size + arch.parallel_residual * arch.num_heads * arch.head_dim)
     backward = 1 if config.lora.rank else 2  # frozen weights have no gradient; products of the adapters are left out
-    spans = self.spans(arch, rows, s.length, config.rollout.group_size)
-    layers = self.blocks(arch, rows, s.length, config.rollout.group_size) * (1 + backward + self.again)
+    spans = self.spans(arch, rows, s.length, self.trained_group)
+    layers = self.blocks(arch, rows, s.length, self.trained_group) * (1 + backward + self.again)
     layers -= self.again * sum(rows * length for rows, length, _ in spans) * arch.num_layers * last
     layers += self.squares_again(arch, rows, s.length)
     logits = logits_flops(arch, positions) * (1 + backward + chunked)
@@ -268,14 +285,17 @@ class _Count:
     """PPO's: one pass for the old values, epochs of updates."""
     s, config, rows = self.sizes, self.config, self.trained_rows()
     arch = s.reward_arch if config.critic.init == "reward" else s.arch
-    passes, group = 1 + config.ppo.epochs * (3 + self.again), config.rollout.group_size
-    spans = self.spans(arch, rows, s.length, group)
+    groups = {config.rollout.group_size: 1}  # of the neighbours with one prompt: passes
+    groups[self.trained_group] = groups.get(self.trained_group, 0) + config.ppo.epochs * (3 + self.again)
+    spans = {group: self.spans(arch, rows, s.length, group) for group in groups}
+    head = 2 * rows * s.length * arch.hidden_size
     return Phase(
       "critic",
-      passes * (self.blocks(arch, rows, s.length, group) + 2 * rows * s.length * arch.hidden_size)
+      sum(n * (self.blocks(arch, rows, s.length, group) + head) for group, n in groups.items())
       + config.ppo.epochs * self.squares_again(arch, rows, s.length),
-      passes * self.pass_bytes(arch, spans, self.parts),
-      self.gathered(arch, self.parts * (1 + 3 * config.ppo.epochs), logits=False) + self.reduced(arch, spans, passes),
+      sum(n * self.pass_bytes(arch, spans[group], self.parts) for group, n in groups.items()),
+      self.gathered(arch, self.parts * (1 + 3 * config.ppo.epochs), logits=False)
+      + sum(self.reduced(arch, spans[group], n) for group, n in groups.items()),
     )
 
   def reward_head(self) -> Phase:
