@@ -12,7 +12,8 @@ from jax.sharding import AbstractMesh
 from r2m_jax import build, sharding
 from r2m_jax.plan.programs import STATE_KINDS, abstract_state
 from r2m_jax.plan.sizes import Sizes, reads_feedback
-from r2m_jax.plan.work import Layout, fused_attention, layer_weights, trained_numbers, update_tokens, vocabulary
+from r2m_jax.plan.work import Layout, cache_slots, fused_attention, layer_weights, trained_numbers, update_tokens
+from r2m_jax.plan.work import vocabulary
 from r2m_jax.variants import VARIANTS
 
 
@@ -38,12 +39,12 @@ def state_on(shapes, layout: Layout) -> dict[str, int]:
   return total
 
 
-def cache_bytes(config, sizes: Sizes, layout: Layout) -> float:
+def cache_bytes(config, sizes: Sizes, layout: Layout, platform: str) -> float:
   """Keys and values of one wave on a chip."""
   arch, width = sizes.arch, jnp.dtype(config.dtype).itemsize
   heads = arch.num_kv_heads / (layout.tensor if arch.num_kv_heads % layout.tensor == 0 else 1)
-  rows = sizes.rows / layout.shards / config.rollout.waves
-  return 2 * arch.num_layers * rows * heads * arch.head_dim * sizes.length * width
+  slots = cache_slots(config, sizes, platform) / layout.shards / config.rollout.waves
+  return 2 * arch.num_layers * slots * heads * arch.head_dim * width
 
 
 def feedback_bytes(config, sizes: Sizes, layout: Layout) -> float:
@@ -63,7 +64,7 @@ def rollout_temporaries(config, sizes: Sizes, layout: Layout, platform: str) -> 
   rows = sizes.rows / layout.shards / config.rollout.waves
   logits = 3 * rows * arch.vocab_size * 4 / layout.tensor
   gathered = (vocabulary(arch) + 2 * layer_weights(arch)) * width / layout.tensor * (layout.fsdp > 1)
-  prefill = cache_bytes(config, sizes, layout) / config.rollout.group_size
+  prefill = cache_bytes(config, sizes, layout, platform) / config.rollout.group_size
   apart = arch.num_layers * layer_weights(arch) * width / (layout.fsdp * layout.tensor) * (platform != "tpu")
   return logits + gathered + prefill + apart
 
@@ -113,7 +114,7 @@ def estimate(config, sizes: Sizes, shapes, layout: Layout, platform: str) -> dic
   shared = {kind: float(size) for kind, size in state.items()}
   return {
     "rollout": shared | {
-      "KV cache": cache_bytes(config, sizes, layout), "feedback": 0.0,
+      "KV cache": cache_bytes(config, sizes, layout, platform), "feedback": 0.0,
       "temporaries": rollout_temporaries(config, sizes, layout, platform),
     },
     "learn": shared | {

@@ -3,7 +3,8 @@
 A multiply-add is two FLOPs. Matrix products alone are counted, with what the program really computes: attention over
 the full square of positions (masks hide, they do not save) unless a kernel leaves masked blocks out, a prompt once for
 those of its responses that go through together, recomputation in the backward pass, decoding over every slot of the
-cache. `tests/test_plan.py` holds these sums against the products in the program's own jaxpr.
+cache unless a kernel reads what is there. `tests/test_plan.py` holds these sums against the products in the program's
+own jaxpr.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from r2m_jax.config import kl_estimator
 from r2m_jax.minibatch import dealt
 from r2m_jax.models.arch import ArchConfig
-from r2m_jax.models.attention import BLOCK, choose
+from r2m_jax.models.attention import BLOCK, choose, slots_fit
 from r2m_jax.plan.sizes import Sizes, reads_feedback
 from r2m_jax.variants import VARIANTS
 
@@ -68,6 +69,18 @@ def fused_attention(config, arch: ArchConfig, platform: str) -> bool:
   return choose(config.attention, platform, arch, config.dtype) in ("splash", "cudnn")
 
 
+def in_slots(config, arch: ArchConfig, platform: str) -> bool:
+  """Whether decoding reads of the cache what a row sees and no more."""
+  return slots_fit(choose(config.attention, platform, arch, config.dtype), arch)
+
+
+def cache_slots(config, sizes: Sizes, platform: str) -> int:
+  """Slots of the cache of all rows at the end of a rollout; those of a prompt once where its rows share them."""
+  if not in_slots(config, sizes.arch, platform) or config.algorithm == "remax":
+    return sizes.rows * sizes.length
+  return sizes.rows * sizes.response_length + sizes.prompts * sizes.prompt_length
+
+
 def blocks_flops(arch: ArchConfig, rows: int, length: int, keys: float) -> float:
   """One forward pass through all layers, no logits; every token is multiplied with so many `keys`."""
   squares = 4 * keys * arch.num_heads * arch.head_dim
@@ -118,6 +131,7 @@ class _Count:
     self.attention = {
       arch: choose(config.attention, platform, arch, config.dtype) for arch in (sizes.arch, sizes.reward_arch)
     }
+    self.in_slots, self.slots = in_slots(config, sizes.arch, platform), cache_slots(config, sizes, platform)
     self.width = jnp.dtype(config.dtype).itemsize  # bytes of a number in the computation
     self.stored = jnp.dtype(config.param_dtype).itemsize  # bytes of a parameter
     self.again = int(config.remat == "full")  # passes through whole layers that the backward pass makes once more
@@ -203,12 +217,15 @@ class _Count:
   def decode(self) -> Phase:
     s, arch, waves = self.sizes, self.sizes.arch, self.config.rollout.waves
     tokens = s.response_length - 1  # the first one comes with the prefill
-    cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * s.rows * s.length * self.width / self.layout.chips
+    # on the average of all tokens half of the response is there; only a kernel leaves the other half alone
+    unread = s.response_length / 2 if self.in_slots else 0
+    cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * self.width / self.layout.chips
+    cache *= self.slots - s.rows * unread
     layers, logits = self.pass_bytes(arch, [(s.rows, 1, s.length)], waves), self.logit_bytes(arch, 3 * s.rows, waves)
     one = layers / self.layout.fsdp + logits + cache
     return Phase(
       "decode",
-      tokens * (blocks_flops(arch, s.rows, 1, s.length) + logits_flops(arch, s.rows)),
+      tokens * (blocks_flops(arch, s.rows, 1, s.length - unread) + logits_flops(arch, s.rows)),
       tokens * one,
       tokens * self.decode_links(),
     )
