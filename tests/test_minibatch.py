@@ -83,7 +83,7 @@ def test_no_row_leaves_its_device():
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (2, 2, 2)])
 @pytest.mark.parametrize("group, minibatches, parts", [
-  (8, 1, 1), (8, 1, 4), (8, 1, 8), (8, 2, 2), (6, 1, 2), (6, 4, 1),
+  (8, 1, 1), (8, 1, 4), (8, 1, 8), (8, 2, 2), (8, 8, 1), (8, 16, 1), (6, 1, 2), (6, 4, 1), (1, 1, 1),
 ])  # fmt: skip
 def test_neighbours_with_one_prompt(shape, group, minibatches, parts):
   """48 rows in runs of one prompt, dealt out to minibatches and taken in parts: those said to have one prompt do."""

@@ -337,12 +337,13 @@ def plan(tmp_path, config: str, *settings: str):
 QWEN = "configs/ultrafeedback_qwen2_5_3b.py"
 
 
-@pytest.mark.parametrize("size, variant, measured", [
-  ("0.5b", "vanilla", 17.7), ("0.5b", "r2m", 18.0), ("3b", "vanilla", 71.6),
+@pytest.mark.parametrize("size, variant, remat, measured", [
+  ("0.5b", "vanilla", "dots", 17.7), ("0.5b", "r2m", "dots", 18.0), ("3b", "vanilla", "dots", 71.6),
+  ("0.5b", "vanilla", "none", 42.3), ("0.5b", "r2m", "none", 42.6),  # before micro-batches shared prompts
 ])  # fmt: skip
-def test_memory_counted_for_a_gpu_against_a_real_one(size, variant, measured):
+def test_memory_counted_for_a_gpu_against_a_real_one(size, variant, remat, measured):
   """GiB at the peak of three steps on an H200, those of `python -m benchmarks.gpu --size=0.5b`; within 15%."""
-  config = workload.get_config(size, variant)
+  config = workload.get_config(size, variant, [f"remat={remat}"])
   sizes = workload.sizes_of(config, workload.POLICIES[size], workload.REWARDS[size])
   shapes, topology = memory.state_shapes(config, sizes), parse_topology("gpu:h200x1")
   counted = run.counted_peak(config, sizes, shapes, Layout(1, 1, 1), topology) / GIB

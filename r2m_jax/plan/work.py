@@ -136,7 +136,7 @@ class _Count:
     self.stored = jnp.dtype(config.param_dtype).itemsize  # bytes of a parameter
     self.again = int(config.remat == "full")  # passes through whole layers that the backward pass makes once more
 
-  def spans(self, arch: ArchConfig, rows: int, length: int, group: int = 1) -> list[tuple[float, int, int]]:
+  def spans(self, arch: ArchConfig, rows: int, length: int, group: int = 1) -> list[tuple[float, int, float]]:
     """(rows, tokens of each, keys that these are multiplied with) of a pass over whole rows, `group` neighbours with
     one prompt. A kernel that leaves out masked blocks takes half the square."""
     fused, shards = self.kernel(arch, length), self.layout.shards
