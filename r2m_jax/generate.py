@@ -13,7 +13,7 @@ from r2m_jax.sharding import ROWS, lay, lay_rows, row_shards
 from r2m_jax.types import Prompts, Sequences
 
 GROUPED = 2048  # entries; from here on a vocabulary is drawn from in two parts
-STAGES, SHORTEST = 4, 64  # parts of a response, each at least so many tokens, between which the cache grows
+STAGES, SHORTEST = 4, 32  # parts of a response, each at least so many tokens, between which the cache grows
 
 
 def sample_keys(key: jax.Array, step: jax.Array, example_id: jax.Array, group_size: int) -> jax.Array:
@@ -26,11 +26,13 @@ def sample_keys(key: jax.Array, step: jax.Array, example_id: jax.Array, group_si
   return fold(prompt_keys, jnp.arange(group_size)).reshape(-1)
 
 
-def sample_token(
-  keys: jax.Array, logits: jax.Array, temperature: float, truncation: Truncation = Truncation()
-) -> jax.Array:
-  """Draws from softmax(logits / temperature), truncated, with one key per row; temperature 0 takes the most likely
-  token.
+def most_likely(logits: jax.Array) -> jax.Array:
+  """[B, V] -> i32[B]."""
+  return logits.argmax(-1).astype(jnp.int32)
+
+
+def sample_token(keys: jax.Array, logits: jax.Array, truncation: Truncation = Truncation()) -> jax.Array:
+  """Draws from softmax(logits), truncated, with one key per row.
 
   Noise for every entry of a large vocabulary costs as much as its logits. There a group of entries is drawn first, by
   the sum of its probabilities, and then one of its entries: the same distribution from 64 + V / 64 random numbers.
@@ -39,9 +41,6 @@ def sample_token(
   key[B], [B, V] -> i32[B].
   """
   logits = at_least_f32(logits)
-  if temperature == 0:
-    return logits.argmax(-1).astype(jnp.int32)
-  logits = logits / temperature
   if truncation != Truncation():
     logits = jnp.where(kept(logits, truncation), logits, -jnp.inf)
   rows, vocab = logits.shape
@@ -96,8 +95,8 @@ def generate(
 ) -> Sequences:
   """Samples `group_size` responses for each prompt.
 
-  Each prompt is prefilled once; its samples read its cache, or where no kernel can do so a copy each. The loop stops
-  when all rows have ended.
+  Each prompt is prefilled once; its samples read its cache, on a TPU and beside greedy rows a copy each. The loop
+  stops when all rows have ended.
 
   Args:
     key: the run's key; see `sample_keys`.
@@ -143,21 +142,21 @@ def sample(
     repeat = lambda x, axis=0: jnp.concatenate([jnp.repeat(x, group_size, axis), x], axis)
 
   out = model(prompts.tokens, prompts.mask, cache=model.init_cache(len(prompts.tokens), prompt_length), cache_index=0)
-  decoder, cache = model.apart(), out.cache
+  decoder, cache = model.apart(prompt_length + max_new_tokens), out.cache
   is_apart = decoder is not model
   in_slots = is_apart and decoder.decodes_in_slots
   if is_apart:
     cache = cache.apart(turned=not in_slots)
   in_runs = not greedy_rows and len(prompts.tokens) % row_shards() == 0  # the rows of a prompt are on one device
-  cache = cache.shared(group_size) if in_slots and in_runs else cache.repeated(repeat)
+  cache = cache.shared(group_size) if is_apart and in_runs else cache.repeated(repeat)
   hidden = lay_states(repeat(out.hidden[:, -1:]))[:, 0]
 
   def draw(t, hidden, stopped):
-    logits = lay(model.logits(hidden), ROWS, "tensor")
-    at = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
-    token = sample_token(at, logits[: len(keys)], temperature, truncation)
+    logits = lay(model.logits(hidden, temperature or 1.0), ROWS, "tensor")
+    sampled, at = logits[: len(keys)], jax.vmap(jax.random.fold_in, (0, None))(keys, t)
+    token = sample_token(at, sampled, truncation) if temperature else most_likely(sampled)
     if greedy_rows:
-      token = jnp.concatenate([token, sample_token(None, logits[len(keys) :], 0)])
+      token = jnp.concatenate([token, most_likely(logits[len(keys) :])])
     token = jnp.where(stopped, pad_id, token)
     return token, ~stopped & jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
 

@@ -52,6 +52,13 @@ class TokenStats:
 LogitsOf = Head | Callable[[jax.Array], jax.Array]
 
 
+def tempered(head: LogitsOf, hidden: jax.Array, temperature: float) -> jax.Array:
+  """hidden [..., D] -> logits / temperature [..., V], at least float32."""
+  if isinstance(head, Head) and head.cap is None and hidden.dtype == at_least_f32(hidden).dtype:
+    return head(hidden / temperature)  # D numbers a token to divide, not V, and as many in the gradient
+  return at_least_f32(head(hidden)) / temperature
+
+
 @jax.custom_vjp
 def own_logprob(logits: jax.Array, index: jax.Array) -> jax.Array:
   """Of log softmax(logits [..., V]) the entry at i32[...] -> [...]. Its gradient 1_index - p is written at once, where
@@ -65,7 +72,7 @@ def _own_logprob(logits, index):
 
 
 def _own_logprob_backward(saved, gradient):
-  logp, index = saved
+  logp, index = jax.lax.optimization_barrier(saved)  # else XLA makes the ones beforehand, for all updates of a scan
   return gradient[..., None] * ((jnp.arange(logp.shape[-1]) == index[..., None]) - jnp.exp(logp)), None
 
 
@@ -114,10 +121,7 @@ def token_stats(
     return stats_in_parts(head, hidden, tokens, ref, temperature=temperature, parts=-(-length * vocab // chunk))
   chunk = max(chunk // vocab, 1) if chunk else 0
 
-  def scaled(head, hidden):
-    if isinstance(head, Head) and head.cap is None and hidden.dtype == at_least_f32(hidden).dtype:
-      return head(hidden / temperature)  # D numbers a token to divide, not V, and as many in the gradient
-    return at_least_f32(head(hidden)) / temperature
+  scaled = functools.partial(tempered, temperature=temperature)
 
   def slice_stats(hidden, tokens, other_hidden):
     logits = scaled(head, hidden)

@@ -212,6 +212,26 @@ def test_slots_give_what_the_whole_cache_gives(heads, kv, dim, slots, common, ow
   np.testing.assert_allclose(wide(found), want, rtol=close, atol=close)
 
 
+@pytest.mark.parametrize("shape", [None, (2, 1, 1), (1, 2, 2), (1, 1, 8)], ids=str)
+@pytest.mark.parametrize("length, cap", [(1, None), (3, 5.0)])
+def test_a_prompt_in_common_is_attended_to_as_copies_are(shape, length, cap):
+  """Four rows, two and two with one prompt, against the prompt copied into the cache of each; rows start late."""
+  if shape is not None and jax.device_count() < 8:
+    pytest.skip("needs eight devices")
+  (_, _, _, cache, prompt), whole = slots_problem(4, 2, 16, 100, 40, jnp.float32)
+  q = jnp.asarray(np.random.default_rng(1).normal(size=(4, 4, length, 16)), jnp.float32)
+  first, last = jnp.asarray([0, 3, 39, 40]), 77 + jnp.arange(length)
+  at = jnp.arange(100)
+  mask = ((at >= first[:, None, None]) & (at <= last[:, None]))[:, None]
+  settings = dict(scale=0.3, cap=cap)
+  want = attend(q, *whole, mask, **settings)
+  run = lambda q, cache, prompt, mask: attend(q, *cache, mask, prompt=prompt, **settings)
+  mesh = None if shape is None else make_mesh(shape)
+  found = jax.jit(run if mesh is None else on_mesh(mesh, run))(q, cache, prompt, mask)
+  np.testing.assert_allclose(found, want, rtol=2e-6, atol=2e-6)
+  assert abs(found - run(q, cache, [x[::-1] for x in prompt], mask)).max() > 0.01  # each its own prompt
+
+
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 @pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 2), (1, 1, 8)])
 def test_slots_on_a_mesh(shape):

@@ -333,7 +333,7 @@ def test_the_sampler_draws_the_kept_tokens_at_their_rates(sampling):
 
 def draw(keys, logits, sampling):
   repeated = jnp.broadcast_to(logits, (len(keys), *logits.shape))
-  return np.asarray(sample_token(keys, repeated, sampling.temperature, Truncation(*sampling[1:])))
+  return np.asarray(sample_token(keys, repeated / sampling.temperature, Truncation(*sampling[1:])))
 
 
 @pytest.mark.parametrize("sampling", [s for s in TRUNCATED if s.top_k != 1 and s.top_p != 0.3], ids=label)

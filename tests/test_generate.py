@@ -15,6 +15,7 @@ from r2m_jax.logprobs import token_stats
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.ops import Truncation, kept, predicts_response
+from r2m_jax.sharding import path_name
 from r2m_jax.types import Prompts
 
 VOCAB, TAU, T = 6, 0.7, 8
@@ -116,14 +117,16 @@ def test_waves_draw_the_same_tokens(model, greedy_rows):
   assert not whole.has_eos.all() and whole.has_eos.any()
   for waves in (2, 3, 6):
     jax.tree.map(np.testing.assert_array_equal, draw(*model, prompts, greedy_rows=greedy_rows, waves=waves), whole)
-  text = draw.lower(*model, prompts, waves=3).compile().as_text()
-  shape = lambda rows: f"f32[{rows},1,{4 + T},8]"  # a layer's cache, [B, KV, S, Dh]
-  assert shape(8) in text and shape(24) not in text
+  text = draw.lower(*model, prompts, waves=3, greedy_rows=greedy_rows).compile().as_text()
+  slots = 4 + T if greedy_rows else T  # the prompt's own are there once for all of its samples
+  shape = lambda rows: f"f32[{rows},1,{slots},8]"  # a layer's cache, [B, KV, S, Dh]
+  per_prompt = 5 if greedy_rows else 4
+  assert shape(2 * per_prompt) in text and shape(6 * per_prompt) not in text
 
 
 def test_stages_cover_every_token_once():
-  """One loop up to 127 tokens, four from 256 on; tokens 1 .. T - 1 in order, the prefill gives token 0."""
-  for length, count in {1: 1, 64: 1, 127: 1, 128: 2, 200: 3, 256: 4, 511: 4, 4096: 4}.items():
+  """One loop up to 63 tokens, four from 128 on; tokens 1 .. T - 1 in order, the prefill gives token 0."""
+  for length, count in {1: 1, 32: 1, 63: 1, 64: 2, 100: 3, 128: 4, 511: 4, 4096: 4}.items():
     found = stages(length)
     assert len(found) == count and found[-1][1] == length
     assert [t for start, end in found for t in range(start, end)] == list(range(1, length))
@@ -135,25 +138,34 @@ WIDE = ARCH.replace(
 )
 
 
-@pytest.mark.parametrize("arch", [ARCH.replace(gated_mlp=False), WIDE], ids=["no gate", "sliding, biases, norms"])
-def test_layers_apart_and_a_growing_cache_draw_the_same_tokens(arch, monkeypatch):
+@pytest.mark.parametrize("greedy_rows", [False, True])
+@pytest.mark.parametrize(
+  "arch", [ARCH.replace(gated_mlp=False, mlp_bias=True), WIDE], ids=["no gate, biases", "sliding, biases, norms"]
+)
+def test_layers_apart_and_a_growing_cache_draw_the_same_tokens(arch, greedy_rows, monkeypatch):
   """Against stacked layers and a cache of full length from the start, as on a TPU. In four stages the loops hold caches
-  of 6, 8, 10 and 12 slots and no stacked one; rows end in most stages."""
+  of 6, 8, 10 and 12 slots and no stacked one, without greedy rows less the prompt's 4, which its samples share; rows
+  end in most stages."""
   drawn, texts = {}, {}
   for name, platform, shortest in (("stacked", "tpu", 1), ("apart", "cpu", 64), ("in stages", "cpu", 2)):
     monkeypatch.setattr("r2m_jax.generate.SHORTEST", shortest)
     graphdef, state = transformer.init(arch, jax.random.key(3), attention=("xla", platform))
     state["lm_head"]["kernel"][...] = state["lm_head"]["kernel"][...] * 15
+    is_bias = lambda path: path_name(path).endswith("bias")
+    state = jax.tree_util.tree_map_with_path(
+      lambda path, x: 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape) if is_bias(path) else x, state
+    )
     one = jax.jit(lambda state, prompts, eos=(1,), repeat=0, graphdef=graphdef: generate(
       nnx.merge(graphdef, state), prompts, jax.random.key(5), 0, group_size=8, max_new_tokens=T, temperature=TAU,
-      eos_ids=eos, pad_id=0, greedy_rows=True, repetition_stop=repeat), static_argnums=(2, 3))  # fmt: skip
+      eos_ids=eos, pad_id=0, greedy_rows=greedy_rows, repetition_stop=repeat), static_argnums=(2, 3))  # fmt: skip
     texts[name] = one.lower(state, notes()).as_text()
     drawn[name] = [one(state, notes()), one(state, notes(), (1, 3), 2)]
   lengths = drawn["stacked"][0].response_mask.sum(1)
   assert {1, T} <= set(lengths.tolist()) and len(set(lengths.tolist())) > 4
   for name in ("apart", "in stages"):
     jax.tree.map(np.testing.assert_array_equal, drawn[name], drawn["stacked"])
-  shape = lambda slots: f"tensor<27x1x{slots}x8xf32>"  # 3 prompts x 8, and a greedy row each
+  rows, common = (27, 0) if greedy_rows else (24, 4)  # 3 prompts x 8, and a greedy row each
+  shape = lambda slots: f"tensor<{rows}x1x{slots - common}x8xf32>"
   slots_of = lambda name: [slots for slots in range(4, 4 + T + 1) if "stablehlo.dynamic_update_slice" in texts[name]
                            and f"-> {shape(slots)}" in texts[name]]  # fmt: skip
   assert set(slots_of("in stages")) >= {6, 8, 10, 12} and 12 in slots_of("apart") and 8 not in slots_of("apart")
@@ -239,7 +251,7 @@ def test_a_large_vocabulary_drawn_in_two_parts_has_the_same_distribution(truncat
   logits = 2 * np.random.default_rng(0).standard_normal(vocab).astype(np.float32)
   p = np.exp(np.where(kept(jnp.asarray(logits / TAU), truncation), logits / TAU, -np.inf).astype(np.float64))
   p /= p.sum()
-  draw = jax.jit(lambda key: sample_token(jax.random.split(key, 1000), jnp.tile(logits, (1000, 1)), TAU, truncation))
+  draw = jax.jit(lambda key: sample_token(jax.random.split(key, 1000), jnp.tile(logits / TAU, (1000, 1)), truncation))
   tokens = np.concatenate([draw(jax.random.key(i)) for i in range(draws // 1000)])
   assert (p[tokens] > 0).all()
   bins = np.where(p > 5e-4, np.arange(vocab), vocab + np.arange(vocab) % 64)
@@ -275,9 +287,9 @@ def test_the_kernel_of_slots_draws_the_same_tokens(arch, others):
 def test_sample_token_in_float64_draws_as_in_float32():
   keys = jax.random.split(jax.random.key(0), 64)
   logits = np.random.default_rng(0).normal(size=(64, VOCAB)).astype(np.float32)
-  low = sample_token(keys, jnp.asarray(logits), TAU)
+  low = sample_token(keys, jnp.asarray(logits))
   with jax.enable_x64(True):
-    wide = sample_token(keys, jnp.asarray(logits, jnp.float64), TAU)
+    wide = sample_token(keys, jnp.asarray(logits, jnp.float64))
   np.testing.assert_array_equal(wide, low)
   assert low.dtype == wide.dtype == jnp.int32 and len(np.unique(low)) == VOCAB
 
@@ -297,11 +309,11 @@ class Countdown:
     hidden = jax.nn.one_hot(tokens - 1, 16)
     return transformer.Output(hidden=hidden, feedback=hidden, cache=cache)
 
-  def apart(self):
+  def apart(self, slots):
     return self
 
-  def logits(self, hidden):
-    return hidden
+  def logits(self, hidden, temperature):
+    return hidden / temperature
 
 
 COUNTDOWN = Countdown()

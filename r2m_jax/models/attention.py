@@ -121,19 +121,41 @@ def choose(how: str, platform: str, arch: ArchConfig, dtype) -> str:
   return "cudnn" if how == "dot_product" and platform == "gpu" and fast else how
 
 
-def attend(q, k, v, mask, *, scale: float, cap: float | None) -> jax.Array:
+def attend(q, k, v, mask, *, scale: float, cap: float | None, prompt: tuple = ()) -> jax.Array:
   """softmax(cap(scale q k^T)) v, the softmax in at least float32; a query that may see nothing gives a finite mean.
 
   q [B, H, L, Dh], k and v [B, KV, S, Dh], mask bool[B, 1, L, S] -> [B, H, L, Dh]. Query head h reads key head
-  h // (H / KV).
+  h // (H / KV). Keys and values of `prompt` [n, KV, Sp, Dh], or (), come before k and v, in common to B / n
+  neighbouring rows, whose queries are multiplied with them together; the mask is then over Sp + S.
   """
   batch, heads, length, dim = q.shape
   wide = jnp.promote_types(q.dtype, jnp.float32)
   q = q.reshape(batch, k.shape[1], -1, dim)  # the queries that share a key head, heads before tokens
-  logits = softcap(jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=wide) * scale, cap)
+  logits = jnp.matmul(q, k.swapaxes(-1, -2), preferred_element_type=wide)
+  if prompt:
+    keys, values = prompt
+    before = jnp.matmul(as_runs(q, len(keys)), keys.swapaxes(-1, -2), preferred_element_type=wide)
+    logits = jnp.concatenate([from_runs(before, batch), logits], -1)
+  logits = softcap(logits * scale, cap)
   logits = jnp.where(mask, logits.reshape(batch, heads, length, -1), -0.5 * jnp.finfo(wide).max)
   weights = jax.nn.softmax(logits, -1).astype(v.dtype).reshape(*q.shape[:3], -1)
-  return jnp.matmul(weights, v).reshape(batch, heads, length, dim)
+  if not prompt:
+    return jnp.matmul(weights, v).reshape(batch, heads, length, dim)
+  before, weights = jnp.split(weights, [keys.shape[2]], -1)
+  mean = from_runs(jnp.matmul(as_runs(before, len(keys)), values), batch) + jnp.matmul(weights, v)
+  return mean.reshape(batch, heads, length, dim)
+
+
+def as_runs(x: jax.Array, runs: int) -> jax.Array:
+  """[B, KV, N, ...] -> [runs, KV, B / runs * N, ...]: what neighbouring rows ask of one key head, together."""
+  x = lay(x.reshape(runs, -1, *x.shape[1:]), ROWS, None, "tensor").swapaxes(1, 2)
+  return x.reshape(runs, x.shape[1], -1, *x.shape[4:])
+
+
+def from_runs(x: jax.Array, rows: int) -> jax.Array:
+  """The inverse of `as_runs` for so many rows."""
+  x = x.reshape(*x.shape[:2], rows // len(x), -1, *x.shape[3:]).swapaxes(1, 2)
+  return lay(x.reshape(rows, *x.shape[2:]), ROWS, "tensor")
 
 
 def dot_product(q, k, v, mask, *, scale: float, implementation: str) -> jax.Array:

@@ -54,7 +54,7 @@ def adapt(arch: ArchConfig, lora: LoraConfig, dtype) -> Callable[[nnx.Module, nn
     x = jnp.zeros((1, 1, arch.hidden_size), dtype)
     angle = jnp.zeros((1, 1, 1, arch.rotary_dim // 2))
     table = (angle, angle, jnp.ones((1, 1, 1, 1), bool))
-    return qwix.apply_lora_to_model(block, provider, x, table, lambda k, v: (k, v, None), rngs=rngs)
+    return qwix.apply_lora_to_model(block, provider, x, table, lambda k, v: (k, v, (), None), rngs=rngs)
 
   return apply
 

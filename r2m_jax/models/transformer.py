@@ -12,7 +12,6 @@ layers/{attn_post_norm,mlp_post_norm}/scale. N layers, S key slots, H query head
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
-from r2m_jax.logprobs import Head
+from r2m_jax.logprobs import Head, tempered
 from r2m_jax.models.arch import ArchConfig, RopeScaling
 from r2m_jax.models.attention import BLOCK, Seen, Shared, SharedMask, Slots, attend, attend_shared, attend_slots
 from r2m_jax.models.attention import choose, dot_product, slots_fit, splash_attend
+from r2m_jax.models.cache import Cache, lay_cache, write
 from r2m_jax.sharding import ROWS, lay, lay_rows, mesh_around, path_name, row_shards
 
 ACTIVATIONS = {
@@ -38,41 +38,6 @@ REMAT = {
     f, prevent_cse=False, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable
   ),
 }
-
-
-@struct.dataclass
-class Cache:
-  """Keys and values of every layer, by slot. All rows write the same slot: prompts are padded on the left."""
-
-  k: Any  # [N, B, KV, S, Dh], or for a model `apart` a tuple of [B, KV, S, Dh]; after norm and rotation
-  v: Any  # likewise
-  mask: jax.Array  # bool[B, S]   True where a real token was written
-  prompt: Any = None  # (k, v) of the slots before those of k and v, in common to runs of rows; see `shared`
-  turned: bool = struct.field(pytree_node=False, default=False)  # whether k is [B, KV, Dh, S]
-
-  def apart(self, turned: bool) -> "Cache":
-    """One array a layer in place of one for all; keys `turned` for a product with queries, else for `attend_slots`."""
-    k = (k.swapaxes(-1, -2) if turned else k for k in self.k)
-    return self.replace(k=tuple(k), v=tuple(self.v), turned=turned)
-
-  def shared(self, copies: int) -> "Cache":
-    """Of a cache `apart`, not turned: for `copies` rows in place of each, which keep what is there in common."""
-    none = lambda x: lay_cache(jnp.zeros((len(x) * copies, x.shape[1], 0, x.shape[3]), x.dtype))
-    k, v = jax.tree.map(none, (self.k, self.v))
-    return self.replace(k=k, v=v, mask=lay_rows(jnp.repeat(self.mask, copies, 0)), prompt=(self.k, self.v))
-
-  def grown(self, slots: int) -> "Cache":
-    """With empty slots behind its own, `slots` in all."""
-    more = (0, slots - self.mask.shape[1])
-    wider = lambda x, *last: lay_cache(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [*last]))
-    k = jax.tree.map(lambda x: wider(x, (0, 0), more) if self.turned else wider(x, more, (0, 0)), self.k)
-    v = jax.tree.map(lambda x: wider(x, more, (0, 0)), self.v)
-    return self.replace(k=k, v=v, mask=lay_rows(jnp.pad(self.mask, ((0, 0), more))))
-
-  def repeated(self, repeat: Callable) -> "Cache":
-    """`repeat(x, axis)` of everything, along the rows."""
-    k, v = jax.tree.map(lambda x: lay_cache(repeat(x, x.ndim - 4)), (self.k, self.v))
-    return self.replace(k=k, v=v, mask=lay_rows(repeat(self.mask, 0)))
 
 
 @struct.dataclass
@@ -91,17 +56,6 @@ def lay_states(x: jax.Array) -> jax.Array:
   a row is one token and smaller than the weights: these stay, and fsdp splits D as it splits them.
   """
   return lay_rows(x) if x.shape[1] > 1 else lay(x, "data", None, "fsdp")
-
-
-def lay_cache(x: jax.Array) -> jax.Array:
-  """Keys or values [..., B, KV, S, Dh] over the mesh: rows over data and fsdp, heads over tensor where they split."""
-  return lay(x, *[None] * (x.ndim - 4), ROWS, "tensor")
-
-
-def write(all_: jax.Array, new: jax.Array, *at) -> jax.Array:
-  """`all_` with `new` at these indices, in place where nothing else reads `all_`."""
-  at = [jnp.asarray(i, jnp.int32) for i in at]  # one type, under x64 too
-  return lay_cache(jax.lax.dynamic_update_slice(all_, new.astype(all_.dtype), at))
 
 
 def at_least_float32(dtype) -> jnp.dtype:
@@ -168,22 +122,24 @@ class Attention(nnx.Module):
       self.k_norm = Norm(arch.head_dim, arch, param_dtype=param_dtype, kind="rms")
 
   def __call__(self, x, table, store):
-    """x [B, L, D]; table (cos, sin, seen) of this layer; store(k, v) -> (keys, values to attend over, cache)."""
+    """x [B, L, D]; table (cos, sin, seen) of this layer; store(k, v) -> (keys and values to attend over, those of the
+    prompt before them or (), cache)."""
     arch, (cos, sin, seen) = self.arch, table
     rows = as_rows(x)
     heads = lambda y: lay(y.reshape(*x.shape[:2], -1, arch.head_dim).swapaxes(1, 2), ROWS, "tensor")
     q, k, v = (heads(y) for y in side_by_side(self, ("q", "k", "v"), rows))
     if arch.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
-    k, v, cache = store(rotate(k, cos, sin), v)
+    k, v, prompt, cache = store(rotate(k, cos, sin), v)
     q = rotate(q, cos, sin)
     if isinstance(seen, Slots):
-      y, cache = attend_slots(q, k, v, *cache, seen, scale=arch.query_scale, interpret=self.attention != "cudnn")
+      interpret = self.attention != "cudnn"
+      y, cache = attend_slots(q, k, v, cache, prompt, seen, scale=arch.query_scale, interpret=interpret)
     else:
-      y = attend_shared(self.mix, q, k, v, seen) if isinstance(seen, SharedMask) else self.mix(q, k, v, seen)
+      y = attend_shared(self.mix, q, k, v, seen) if isinstance(seen, SharedMask) else self.mix(q, k, v, seen, prompt)
     return self.o(y.swapaxes(1, 2).reshape(len(rows), -1)).reshape(x.shape), cache
 
-  def mix(self, q, k, v, seen):
+  def mix(self, q, k, v, seen, prompt=()):
     """q [B, H, L, Dh], k and v [B, KV, S, Dh] -> [B, H, L, Dh], by the implementation that fits the call."""
     scale, cap, window = self.arch.query_scale, self.arch.attn_softcap, self.arch.sliding_window
     if isinstance(seen, Seen):
@@ -192,7 +148,7 @@ class Attention(nnx.Module):
     if self.attention in ("dot_product", "cudnn") and q.shape[2] > 1:
       implementation = "cudnn" if self.attention == "cudnn" else "xla"
       return dot_product(q, k, v, seen, scale=scale, implementation=implementation)
-    return attend(q, k, v, seen, scale=scale, cap=cap)
+    return attend(q, k, v, seen, scale=scale, cap=cap, prompt=prompt)
 
 
 class MLP(nnx.Module):
@@ -210,8 +166,12 @@ class MLP(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, L, D] -> [B, L, D]."""
     act, shape = ACTIVATIONS[self.activation], x.shape
-    gate, *up = side_by_side(self, ("gate", "up") if self.gated else ("up",), as_rows(x))
-    return self.down(act(gate) * up[0] if up else act(gate)).reshape(shape)
+    gated = lambda gate, *up: act(gate) * up[0] if up else act(gate)
+    if "columns" in vars(self):
+      wide, down = self.columns
+      y = down(gated(*jnp.split(wide(as_rows(x).T), 2 if self.gated else 1)))
+      return jax.lax.optimization_barrier(y).T.reshape(shape)  # else XLA makes it x W again
+    return self.down(gated(*side_by_side(self, ("gate", "up") if self.gated else ("up",), as_rows(x)))).reshape(shape)
 
 
 class Block(nnx.Module):
@@ -250,14 +210,27 @@ def side_by_side(module: nnx.Module, names: tuple[str, ...], x: jax.Array) -> li
   return jnp.split(y, np.cumsum(widths)[:-1], -1)
 
 
-def join(module: nnx.Module, names: tuple[str, ...]) -> None:
-  """Puts beside the module's linears of these names one that has all their columns."""
+def join(module: nnx.Module, names: tuple[str, ...]) -> nnx.Linear:
+  """Puts beside the module's linears of these names one that has all their columns, and returns it."""
   linears = [getattr(module, name) for name in names]
   one = nnx.clone(linears[0])
   one.kernel = nnx.Param(jnp.concatenate([linear.kernel[...] for linear in linears], 1))
   if one.bias is not None:
     one.bias = nnx.Param(jnp.concatenate([linear.bias[...] for linear in linears]))
   setattr(module, "_".join(names), one)
+  return one
+
+
+class Columns(nnx.Module):
+  """A linear of columns, W^T x: [in, N] -> [out, N]. For a few rows it takes XLA on CPU 4 to 15% less time than x W,
+  for which all of the weights are packed first."""
+
+  def __init__(self, linear: nnx.Linear):
+    self.kernel, self.bias = nnx.Param(linear.kernel[...].T), linear.bias
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = jnp.matmul(self.kernel[...], x)
+    return y if self.bias is None else y + self.bias[...][:, None].astype(y.dtype)
 
 
 def residual_init(arch: ArchConfig):
@@ -279,7 +252,7 @@ class Transformer(nnx.Module):
     if remat not in REMAT:
       raise ValueError(f"{remat=} is unknown; use one of {sorted(REMAT)}")
     self.arch, self.dtype, self.remat = arch, dtype, remat
-    self.decodes_apart = attention[1] != "tpu"
+    self.decodes_apart, self.decodes_in_columns = attention[1] != "tpu", attention[1] == "cpu"
     self.attention = attention = choose(*attention, arch, param_dtype if dtype is None else dtype)
     self.decodes_in_slots = slots_fit(attention, arch)
     d, vocab, small = arch.hidden_size, arch.vocab_size, nnx.initializers.normal(0.02)
@@ -354,9 +327,9 @@ class Transformer(nnx.Module):
 
         def store(k, v):
           if kv is None:
-            return k, v, None
+            return k, v, (), None
           new = tuple(write(all_, one[None], layer, 0, 0, slot, 0) for all_, one in zip(kv, (k, v)))
-          return (k, v, new) if fresh else (new[0][layer], new[1][layer], new)
+          return (k, v, (), new) if fresh else (new[0][layer], new[1][layer], (), new)
 
         x, kv = nnx.merge(blocks, state)(x, table, store)
         x = lay_states(x)
@@ -381,12 +354,16 @@ class Transformer(nnx.Module):
 
       def store(k, v, layer=layer):
         if cache is None:
-          return k, v, None
-        own = cache.k[layer], cache.v[layer]
+          return k, v, (), None
+        keys, values, prompt = cache.k[layer], cache.v[layer], tuple(x[layer] for x in cache.prompt)
         if not cache.turned:
-          return k, v, (own, () if cache.prompt is None else tuple(x[layer] for x in cache.prompt))
-        new = write(own[0], k.swapaxes(-1, -2), 0, 0, 0, slot), write(own[1], v, 0, 0, slot, 0)
-        return (k, v, new) if fresh else (new[0].swapaxes(-1, -2), new[1], new)
+          return k, v, prompt, (keys, values)
+        at = slot - (prompt[1].shape[2] if prompt else 0)
+        keys, values = write(keys, k.swapaxes(-1, -2), 0, 0, 0, at), write(values, v, 0, 0, at, 0)
+        if fresh:
+          return k, v, (), (keys, values)
+        read = lambda k, v: (k.swapaxes(-1, -2), v)
+        return *read(keys, values), read(*prompt) if prompt else (), (keys, values)
 
       x, own = block(x, table, store)
       x = lay_states(x)
@@ -394,13 +371,15 @@ class Transformer(nnx.Module):
       found.append(own)
     return x, None if cache is None else tuple(zip(*found)), tapped
 
-  def apart(self) -> "Transformer":
-    """The same model with an array a layer for each parameter, in the compute dtype, and its cache so too.
+  def apart(self, slots: int) -> "Transformer":
+    """The same model with an array a layer for each parameter, in the compute dtype, and its cache, of up to so many
+    slots, so too.
 
     A loop over tokens that reads stacked arrays copies a layer's slice, weights and cache, before each product. Apart
     they are read where they lie, for one copy of the layers' weights outside of the loop; every layer is compiled. On
     a single device linears of one input are joined, since a few rows take a GPU as long as a launch. On TPUs, whose
-    compiler reads the slices in place, this is the model itself.
+    compiler reads the slices in place, this is the model itself. Sine and cosine of all positions are made once, where
+    XLA on CPU would make those of a token anew in every head of every layer: half as long as the head's product.
     """
     if not self.decodes_apart:
       return self
@@ -410,11 +389,15 @@ class Transformer(nnx.Module):
     model = nnx.merge(*nnx.split(self))
     one = lambda i: nnx.merge(blocks, jax.tree.map(lambda x: x[i], stacked))
     model.layers = nnx.List([one(i) for i in range(self.arch.num_layers)])
+    if not self.decodes_in_slots:
+      rotations = {slides: self._rotation(slides, jnp.arange(slots)) for slides in (False, True)}
+      model.rotations = nnx.data(rotations)
     adapted = any("lora" in path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(stacked)[0])
     for block in model.layers if mesh_around() is None and not adapted else ():
       join(block.attn, ("q", "k", "v"))
-      if self.arch.gated_mlp:
-        join(block.mlp, ("gate", "up"))
+      wide = join(block.mlp, ("gate", "up")) if self.arch.gated_mlp else block.mlp.up
+      if self.decodes_in_columns:
+        block.mlp.columns = nnx.List([Columns(wide), Columns(block.mlp.down)])
     return model
 
   def _embedded(self, tokens):
@@ -430,29 +413,36 @@ class Transformer(nnx.Module):
     the same stacked over the two kinds, and kinds i32[N]. In place of the mask stands with `in_blocks` a `Seen`, with
     `in_slots` a `Slots`, with `shared` a `SharedMask` (and rotations of the packed positions).
     """
-    arch, wide = self.arch, at_least_float32(self.compute_dtype)
+    arch = self.arch
     at = jnp.maximum(jnp.cumsum(keys, 1, dtype=jnp.int32) - 1, 0)  # position of each key
     causal = jnp.arange(keys.shape[1])[None, :] <= slot + jnp.arange(length)[:, None]
     seen = causal[None] & keys[:, None, :]
     here = at if keys.shape[1] == length else jnp.maximum(seen.sum(-1, dtype=jnp.int32) - 1, 0)
 
     def table(slides):
-      local = slides and arch.rope_local_theta is not None
-      theta, scaling = (arch.rope_local_theta, None) if local else (arch.rope_theta, arch.rope_scaling)
       packed = here if shared is None else shared.pack(here)
-      angle = packed[:, None, :, None] * rotary_frequencies(arch.rotary_dim, theta, scaling).astype(wide)
+      rotation = self._rotation(slides, packed[:, None])
       if in_blocks:
-        return jnp.cos(angle), jnp.sin(angle), Seen(keys, slides)
+        return *rotation, Seen(keys, slides)
       visible = seen & (here[:, :, None] - at[:, None, :] < arch.sliding_window) if slides else seen
       if in_slots:
-        return jnp.cos(angle), jnp.sin(angle), Slots(visible[:, 0].argmax(-1).astype(jnp.int32), jnp.int32(slot))
-      visible = visible[:, None] if shared is None else shared.masks(visible[:, None])
-      return jnp.cos(angle), jnp.sin(angle), visible
+        return *rotation, Slots(visible[:, 0].argmax(-1).astype(jnp.int32), jnp.int32(slot))
+      return *rotation, visible[:, None] if shared is None else shared.masks(visible[:, None])
 
     slides = [i in arch.sliding_layers for i in range(arch.num_layers)]
     if all(slides) or not any(slides):
       return table(slides[0]), None
     return jax.tree.map(lambda *kinds: jnp.stack(kinds), table(False), table(True)), jnp.asarray(slides, jnp.int32)
+
+  def _rotation(self, slides, positions):
+    """cos and sin [..., R] of the angles at positions i32[...], for layers that slide or do not."""
+    if "rotations" in vars(self):
+      return tuple(jnp.take(x, positions, 0, mode="clip") for x in self.rotations[slides])
+    arch, local = self.arch, slides and self.arch.rope_local_theta is not None
+    theta, scaling = (arch.rope_local_theta, None) if local else (arch.rope_theta, arch.rope_scaling)
+    frequencies = rotary_frequencies(arch.rotary_dim, theta, scaling).astype(at_least_float32(self.compute_dtype))
+    angle = positions[..., None] * frequencies
+    return jnp.cos(angle), jnp.sin(angle)
 
   def init_cache(self, batch: int, length: int) -> Cache:
     """An empty cache of `length` slots for `batch` rows, in the compute dtype; stacked, see `Cache.apart`."""
@@ -473,9 +463,9 @@ class Transformer(nnx.Module):
     """What predicts tokens from `Output.hidden`, soft-capped where the family does."""
     return Head(self.unembedding(), self.arch.final_softcap)
 
-  def logits(self, hidden: jax.Array) -> jax.Array:
-    """hidden [..., D] -> logits [..., V], at least float32."""
-    return self.head(hidden)
+  def logits(self, hidden: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """hidden [..., D] -> logits / temperature [..., V], at least float32."""
+    return tempered(self.head, hidden, temperature)
 
 
 def init(arch: ArchConfig, key: jax.Array, **kwargs) -> tuple[Any, nnx.State]:

@@ -76,7 +76,7 @@ def in_slots(config, arch: ArchConfig, platform: str) -> bool:
 
 def cache_slots(config, sizes: Sizes, platform: str) -> int:
   """Slots of the cache of all rows at the end of a rollout; those of a prompt once where its rows share them."""
-  if not in_slots(config, sizes.arch, platform) or config.algorithm == "remax":
+  if platform == "tpu" or config.algorithm == "remax":
     return sizes.rows * sizes.length
   return sizes.rows * sizes.response_length + sizes.prompts * sizes.prompt_length
 
