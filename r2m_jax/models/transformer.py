@@ -379,7 +379,8 @@ class Transformer(nnx.Module):
     they are read where they lie, for one copy of the layers' weights outside of the loop; every layer is compiled. On
     a single device linears of one input are joined, since a few rows take a GPU as long as a launch. On TPUs, whose
     compiler reads the slices in place, this is the model itself. Sine and cosine of all positions are made once, where
-    XLA on CPU would make those of a token anew in every head of every layer: half as long as the head's product.
+    XLA on CPU would make those of a token anew in each head of each layer. There few rows go through the MLP as
+    `Columns`.
     """
     if not self.decodes_apart:
       return self
