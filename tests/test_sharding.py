@@ -166,13 +166,16 @@ def test_the_compiled_step_keeps_caches_states_and_weights_split():
   L, rows = prompts.tokens.shape[1] + T, cfg.rollout.prompts * cfg.rollout.group_size
   text = small.step_of(cfg, built, state).lower(state, prompts).compile().as_text()
   shapes = list(shapes_in(text))
-  assert {(rows // 4, KV // 2, L, DIM), (rows // 4, L, D), (V // 2, D // 2)} <= {shape for shape, _ in shapes}
+  caches = {(rows // 4, KV // 2, T, DIM), (cfg.rollout.prompts // 4, KV // 2, L - T, DIM)}  # of responses, of prompts
+  assert caches | {(rows // 4, L, D), (V // 2, D // 2)} <= {shape for shape, _ in shapes}
   for shape, line in shapes:
     others = int(np.prod(shape)) // (L * D)
     if shape[-2:] == (L, D):  # hidden states; N of them are what the backward pass saves
       assert others <= (N if shape[0] == N else 1) * rows // 4, line
-    if shape[-2:] == (L, DIM):  # queries, keys, values, and the cache
+    if shape[-2:] in {(L, DIM), (T, DIM)}:  # queries, keys, values, and the cache of responses
       assert int(np.prod(shape[:-2])) <= max(N * rows // 4 * KV // 2, rows // 4 * 4 // 2), line
+    if shape[-2:] == (L - T, DIM):  # the same of prompts, by which no row has keys and values of its own
+      assert int(np.prod(shape[:-2])) <= cfg.rollout.prompts // 4 * max(N * KV // 2, 4 // 2), line
     if {D, F} <= set(shape):  # a whole layer may exist, split over tensor alone; all layers of it may not
       assert False, line
     if {D, F // 2} <= set(shape):
