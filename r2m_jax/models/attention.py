@@ -78,16 +78,11 @@ def attend_shared(attend: Callable, q, k, v, seen: SharedMask) -> jax.Array:
   length, copies = seen.prompt.shape[2], len(seen.rest) // len(q)
   prompt = lambda x: x[:, :, :length]
   rows = lambda x: lay(x.reshape(-1, *x.shape[2:]), ROWS, "tensor")  # [G, copies, ...] -> [B, ...]
-
-  def rest(x):
-    runs, heads, dim = len(x), x.shape[1], x.shape[3]
-    return rows(x[:, :, length:].reshape(runs, heads, copies, -1, dim).swapaxes(1, 2))
-
+  rest = lambda x: from_runs(x[:, :, length:], len(seen.rest))
   whole = lambda x: jnp.concatenate([rows(jnp.stack([prompt(x)] * copies, 1)), rest(x)], 2)
   of_prompt = attend(prompt(q), prompt(k), prompt(v), seen.prompt)
   of_rest = attend(rest(q), whole(k), whole(v), seen.rest)
-  of_rest = of_rest.reshape(len(q), copies, *of_rest.shape[1:]).swapaxes(1, 2)
-  return jnp.concatenate([of_prompt, of_rest.reshape(*of_prompt.shape[:2], -1, q.shape[3])], 2)
+  return jnp.concatenate([of_prompt, as_runs(of_rest, len(q))], 2)
 
 
 def choose(how: str, platform: str, arch: ArchConfig, dtype) -> str:
@@ -147,8 +142,8 @@ def attend(q, k, v, mask, *, scale: float, cap: float | None, prompt: tuple = ()
 
 
 def as_runs(x: jax.Array, runs: int) -> jax.Array:
-  """[B, KV, N, ...] -> [runs, KV, B / runs * N, ...]: what neighbouring rows ask of one key head, together."""
-  x = lay(x.reshape(runs, -1, *x.shape[1:]), ROWS, None, "tensor").swapaxes(1, 2)
+  """[B, heads, N, ...] -> [runs, heads, B / runs * N, ...]: those of neighbouring rows together, by head."""
+  x = x.reshape(runs, -1, *x.shape[1:]).swapaxes(1, 2)
   return x.reshape(runs, x.shape[1], -1, *x.shape[4:])
 
 

@@ -23,6 +23,11 @@ class Cache:
   prompt: tuple = ()  # (k, v) of the slots before those of k and v, in common to runs of rows; see `shared`
   turned: bool = struct.field(pytree_node=False, default=False)  # whether k is [B, KV, Dh, S]
 
+  @property
+  def key_slots(self) -> int:
+    """The axis of k that is slots; of v it is -2."""
+    return -1 if self.turned else -2
+
   def apart(self, turned: bool) -> "Cache":
     """One array a layer in place of one for all; keys `turned` for a product with queries, else for `attend_slots`."""
     k = (k.swapaxes(-1, -2) if turned else k for k in self.k)
@@ -31,16 +36,16 @@ class Cache:
   def shared(self, copies: int) -> "Cache":
     """Of a cache `apart`: for `copies` rows in place of each, which keep what is there in common."""
     none = lambda x, axis: lay_cache(jnp.repeat(jax.lax.slice_in_dim(x, 0, 0, axis=axis), copies, 0))
-    k, v = tuple(none(x, 3 if self.turned else 2) for x in self.k), tuple(none(x, 2) for x in self.v)
+    k, v = tuple(none(x, self.key_slots) for x in self.k), tuple(none(x, -2) for x in self.v)
     return self.replace(k=k, v=v, mask=lay_rows(jnp.repeat(self.mask, copies, 0)), prompt=(self.k, self.v))
 
   def grown(self, slots: int) -> "Cache":
     """With empty slots behind its own, `slots` in all."""
-    more = (0, slots - self.mask.shape[1])
-    wider = lambda x, *last: lay_cache(jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [*last]))
-    k = jax.tree.map(lambda x: wider(x, (0, 0), more) if self.turned else wider(x, more, (0, 0)), self.k)
-    v = jax.tree.map(lambda x: wider(x, more, (0, 0)), self.v)
-    return self.replace(k=k, v=v, mask=lay_rows(jnp.pad(self.mask, ((0, 0), more))))
+    more = slots - self.mask.shape[1]
+    wider = lambda x, axis: jnp.pad(x, [(0, more if i == axis else 0) for i in range(-x.ndim, 0)])
+    k = jax.tree.map(lambda x: lay_cache(wider(x, self.key_slots)), self.k)
+    v = jax.tree.map(lambda x: lay_cache(wider(x, -2)), self.v)
+    return self.replace(k=k, v=v, mask=lay_rows(wider(self.mask, -1)))
 
   def repeated(self, repeat: Callable) -> "Cache":
     """`repeat(x, axis)` of everything, along the rows."""

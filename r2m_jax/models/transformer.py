@@ -166,12 +166,12 @@ class MLP(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, L, D] -> [B, L, D]."""
     act, shape = ACTIVATIONS[self.activation], x.shape
-    gated = lambda gate, *up: act(gate) * up[0] if up else act(gate)
+    inside = lambda gate, *up: act(gate) * up[0] if up else act(gate)
     if "columns" in vars(self):
       wide, down = self.columns
-      y = down(gated(*jnp.split(wide(as_rows(x).T), 2 if self.gated else 1)))
+      y = down(inside(*jnp.split(wide(as_rows(x).T), 2 if self.gated else 1)))
       return jax.lax.optimization_barrier(y).T.reshape(shape)  # else XLA makes it x W again
-    return self.down(gated(*side_by_side(self, ("gate", "up") if self.gated else ("up",), as_rows(x)))).reshape(shape)
+    return self.down(inside(*side_by_side(self, ("gate", "up") if self.gated else ("up",), as_rows(x)))).reshape(shape)
 
 
 class Block(nnx.Module):
