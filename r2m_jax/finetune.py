@@ -16,7 +16,7 @@ from flax import nnx
 
 from r2m_jax import checkpoint, export, hosts, loop, sharding
 from r2m_jax.build import Build, build, init_adapters, initial_state
-from r2m_jax.checks import check_model, check_step_zero
+from r2m_jax.checks import check_model, check_step_zero, sample_rounding
 from r2m_jax.config import ConfigError, check_batch
 from r2m_jax.data.batches import Stream
 from r2m_jax.folders import RENDERER, FolderError, Policy, RewardModel
@@ -28,7 +28,7 @@ from r2m_jax.optim import make_optimizer
 from r2m_jax.prepare import PromptData, batch_of, enough, judged_pairs, judgments_labeller, packed_lines, pairs
 from r2m_jax.prepare import prompt_data, sft_rows, take_pairs
 from r2m_jax.pretrain import Timed, fit, reward_loss, sft_loss, steps_within
-from r2m_jax.step import Labeller, StepOutput, make_learn, make_rollout, truncated, uses_labels
+from r2m_jax.step import Labeller, StepOutput, make_learn, make_rollout, uses_labels
 from r2m_jax.text import Renderer, bucket, pad_left, responses_of
 from r2m_jax.train import claim, conclude, shapes_of, stage, warm, with_variant
 from r2m_jax.variants import VARIANTS
@@ -265,7 +265,8 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
       state, output, rows = step(state, prompts, [data.prompts[i] for i in index])
       output = hosts.fetch(output)
       if t == 0:
-        check_step_zero(output.metrics, config.dtype, truncated=truncated(config))
+        rounding = sample_rounding(built.defs, config, state.ref, output.sequences)
+        check_step_zero(output.metrics, rounding, config)
         print(describe_reward(reward, *rows[0]))
       if t in (0, config.steps - 1):
         texts = [data.prompts[i] for i in index]

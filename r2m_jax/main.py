@@ -161,6 +161,7 @@ def run(config, workdir: Path) -> None:
   from r2m_jax import export, finetune, loop, replay, scratch, serve, tokenizer, train
   from r2m_jax.lab import analyse, grid, realtext
   from r2m_jax.checkpoint import CheckpointError
+  from r2m_jax.checks import IdentityError
   from r2m_jax.data.jsonl import DataError
   from r2m_jax.folders import FolderError
   from r2m_jax.metrics import DamagedFile
@@ -198,7 +199,7 @@ def run(config, workdir: Path) -> None:
   except loop.Interrupted as signal:
     print(f"stopped by {signal}: the same command goes on from what is saved", file=sys.stderr)
     sys.exit(loop.RESUME)
-  except (CheckpointError, DamagedFile, loop.Diverged) as error:
+  except (CheckpointError, DamagedFile, IdentityError, loop.Diverged) as error:
     hosts.end_if_lost(error)
     stop(error, status=1)
   except OSError as error:

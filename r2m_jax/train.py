@@ -14,7 +14,7 @@ import numpy as np
 from r2m_jax import checkpoint, hosts, loop, sharding
 from r2m_jax.build import KEY_TABLE, Build, abstract, build, init_policy, init_reward_model, initial_state
 from r2m_jax.build import make_first_state
-from r2m_jax.checks import check_model, check_step_zero
+from r2m_jax.checks import check_model, check_step_zero, sample_rounding
 from r2m_jax.config import ConfigError, check_batch, difference, fixed
 from r2m_jax.generate import generate
 from r2m_jax.lab import goldtask
@@ -23,7 +23,7 @@ from r2m_jax.lab.stages import STREAM_RL, STREAM_TABLE, do, fit_golden, fit_rewa
 from r2m_jax.metrics import append_samples, read_json, read_metrics, write_atomic
 from r2m_jax.pretrain import PARTIAL
 from r2m_jax.report import format_summary, summary_table, write_report
-from r2m_jax.step import make_judge, make_omega, make_read, make_step, measured_kl, sampling, truncated, uses_labels
+from r2m_jax.step import make_judge, make_omega, make_read, make_step, measured_kl, sampling, uses_labels
 from r2m_jax.variants import VARIANTS, Arm, arm_of, measured
 
 
@@ -134,7 +134,7 @@ def run_arm(config, programs: Programs, workdir: Path, policy, reward) -> None:
     out = out.replace(metrics={name: value for name, value in out.metrics.items() if measured(name, arm)})
     metrics = out.metrics | gold_metrics(out, config.rollout.group_size)
     if t == 0:
-      check_step_zero(metrics, config.dtype, truncated=truncated(config))
+      check_step_zero(metrics, sample_rounding(built.defs, config, state.ref, out.sequences), config)
     shown = dict(gold=metrics["reward/gold"], frozen=metrics["reward/frozen"], kl=metrics["kl"])
     return state, out, prompts.example_id, metrics, shown
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from r2m_jax import checkpoint, loop
 from r2m_jax.build import Build, abstract, build, init_policy, init_reward_model, make_first_state
-from r2m_jax.checks import check_step_zero
+from r2m_jax.checks import check_step_zero, sample_rounding
 from r2m_jax.config import ConfigError, arms_of, identity
 from r2m_jax.generate import generate
 from r2m_jax.lab import goldtask, report, results, stats, table
@@ -33,7 +33,7 @@ from r2m_jax.metrics import progress
 from r2m_jax.ops import combine
 from r2m_jax.pretrain import PARTIAL
 from r2m_jax.sharding import make_mesh
-from r2m_jax.step import make_judge, make_learn, make_omega, make_read, make_rollout, measured_kl, sampling, truncated
+from r2m_jax.step import make_judge, make_learn, make_omega, make_read, make_rollout, measured_kl, sampling
 from r2m_jax.step import read_feedback, uses_labels
 from r2m_jax.train import claim, gold_metrics, program_of, rl_prompts, shapes_of, shared_arm, warm
 from r2m_jax.variants import VARIANTS, measured
@@ -376,7 +376,8 @@ def run_arm(name: str, config, replicas: list[tuple[int, float]], workdir: Path)
           rows.append(found | gold_metrics(one, config.rollout.group_size) | pick(drift, i))
         if t == 0:
           worst = {key: max(row[key] for row in rows) for key in found}
-          check_step_zero(worst, config.dtype, truncated=truncated(config))
+          rounding = sample_rounding(built.defs, config, pick(states.ref, 0), pick(out.sequences, 0))
+          check_step_zero(worst, rounding, config)
           names = list(rows[0])
           log = np.full((config.steps, len(replicas), len(names)), np.nan, np.float32)
         for i, row in enumerate(rows):
