@@ -170,7 +170,8 @@ def get_config() -> ConfigDict:
   config.data = ConfigDict()
   config.data.name = ""  # path, folder or glob of JSON lines or parquet; tfds:NAME; hf:OWNER/NAME. Several: with commas
   config.data.root = ""  # folder where relative paths start, and from whose files tfds:NAME is prepared ("": the hub)
-  config.data.split = "train"  # of tfds: and hf: names
+  config.data.split = "train"  # of tfds: and hf: names, and of a folder with files of several splits
+  config.data.date = ""  # YYYY-MM-DD that chat templates write; "": the day that the run begins
   config.data.tfds_dir = ""  # where prepared data sets lie; "": ~/tensorflow_datasets
   config.data.weights = ()  # how often each name's rows come, relative to one another; (): as often as it has rows
   config.data.max_bad_share = 0.01  # of a name's rows; a run stops where more are broken

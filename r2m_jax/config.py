@@ -1,6 +1,7 @@
 """Checks a config before any device work: every refusal names the field, its value and the fix."""
 
 import ast
+import datetime
 import difflib
 import hashlib
 import json
@@ -31,6 +32,7 @@ DTYPES = ("float32", "bfloat16", "float64")
 FREE = (
   "task", "mesh", "log", "checkpoint", "guard", "replay", "analyse", "export", "generate", "score", "plan", "hosts",
   "lab", "remat", "attention", "logits_chunk", "ppo.accumulation", "rollout.waves",
+  "data.date",  # a run keeps the one that it began with, and the rendered prompts are held by their fingerprint
 )  # fmt: skip
 SECRET = re.compile(
   r"hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|"
@@ -97,6 +99,8 @@ def check_config(config: ConfigDict) -> None:
   one_of("plan.compare", ("", *VARIANTS))
   generations = ("v4", "v5e", "v5p", "v6e")
   need(set(config.plan.generations) <= set(generations), "plan.generations", f"choose from {', '.join(generations)}")
+  need(_is_date(config.data.date), "data.date", "give a day as YYYY-MM-DD, or '' for the day that the run begins")
+  need(0 <= config.seed < 2**32, "seed", "must be at least 0 and below 2**32: random keys have 32 bits")
   need(config.guard.spike > 1, "guard.spike", "must be above 1, such as 10")
 
   for field in (
@@ -298,6 +302,13 @@ def redact(text: str) -> str:
     if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET and not value.startswith("/"):
       text = text.replace(value, HIDDEN)
   return SECRET.sub(HIDDEN, text)
+
+
+def _is_date(text: str) -> bool:
+  try:
+    return text == "" or bool(re.fullmatch(r"\d{4}-\d\d-\d\d", text)) and bool(datetime.date.fromisoformat(text))
+  except ValueError:
+    return False
 
 
 def check_folder_run(config: ConfigDict, need) -> None:

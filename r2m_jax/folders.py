@@ -88,7 +88,8 @@ def load_policy(source: str, config, mesh: Mesh | None = None) -> Policy:
     raise FolderError(
       f"config.policy.path is {source}: a sequence classifier, which cannot generate; give a causal language model"
     )
-  return Policy(folder, model.arch, model.graphdef, model.state, load_tokenizer(folder, model.arch.vocab_size))
+  tokenizer = load_tokenizer(folder, model.arch.vocab_size, config.data.date)
+  return Policy(folder, model.arch, model.graphdef, model.state, tokenizer)
 
 
 def load_reward(source: str, config, mesh: Mesh | None = None, *, from_policy: bool = False) -> RewardModel:
@@ -106,7 +107,8 @@ def load_reward(source: str, config, mesh: Mesh | None = None, *, from_policy: b
   if model.score is not None and model.score.kernel.shape[1] != 1:
     labels = model.score.kernel.shape[1]
     raise FolderError(f"config.reward.path is {source}: it gives {labels} labels; a reward is one number")
-  renderer = Renderer(load_tokenizer(folder, model.arch.vocab_size), config.reward.max_length)
+  tokenizer = load_tokenizer(folder, model.arch.vocab_size, config.data.date)
+  renderer = Renderer(tokenizer, config.reward.max_length)
   if (folder / RENDERER).exists():
     renderer.require(read_object(folder / RENDERER), folder)
   phi = None if model.score is None else phi_state(model.score)
@@ -120,6 +122,11 @@ def _load(source: str, field: str, config, mesh, **kwargs) -> tuple[pathlib.Path
   try:
     folder = fetch(source)
     if not (folder / "config.json").exists():
+      if (folder / "adapter_config.json").exists():
+        raise FolderError(
+          f"config.{field} is {source}: an adapter folder (PEFT), which holds no model of its own; merge it into its "
+          "base (peft: merge_and_unload, then save_pretrained) and give that folder"
+        )
       raise FolderError(f"{folder} holds no config.json; give the folder of a Hugging Face model")
     mesh = mesh or mesh_of(config)
     return folder, load_pretrained(folder, mesh=mesh, **model_kwargs(config, mesh), **kwargs)

@@ -35,6 +35,21 @@ def leave_absent_tpu_alone() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
+def require_platform() -> None:
+  """Raises ConfigError if JAX finds no device, for instance since JAX_PLATFORMS names one that is not there."""
+  import jax
+
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:  # the latter of a platform that jax has no plugin for
+    wanted, reason = os.environ.get("JAX_PLATFORMS", ""), " ".join(str(error).split())[:300]
+    given = f" with JAX_PLATFORMS={wanted}" if wanted else ""
+    raise ConfigError(
+      f"JAX finds no device{given}{f': {reason}' if reason else ''}. Set JAX_PLATFORMS=cpu, or "
+      "install jax for the device: pip install -e .[cuda] or .[tpu]"
+    ) from None
+
+
 def keep_freed_memory() -> None:
   """Tells glibc not to hand freed memory back at once, which costs small CPU runs most of their time in the kernel."""
   if sys.platform == "linux":
@@ -129,6 +144,8 @@ def main(argv):
   del argv  # read by parse_flags
   config = CONFIG.value
   sys.excepthook, sys.unraisablehook = show_traceback, show_unraisable
+  for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a sample must not end a run
+    stream.reconfigure(errors="backslashreplace")
   keep_freed_memory()
   spare_threads()
   logging.set_verbosity(logging.FATAL)  # checkpointing is chatty otherwise; its errors are raised, and told in one line
@@ -149,6 +166,7 @@ def main(argv):
     if config.task == "lab" and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
       jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)  # seeds side by side, a core each
     with hosts.together(config.hosts):
+      require_platform()
       run(config, Path(WORKDIR.value))
   except (ConfigError, hosts.HostsError) as error:
     stop(error)
@@ -166,10 +184,12 @@ def run(config, workdir: Path) -> None:
   from r2m_jax.folders import FolderError
   from r2m_jax.metrics import DamagedFile
   from r2m_jax.text import TextError
+  from r2m_jax.train import with_date
 
   try:
     given = {name: value for name, value in json.loads(config.to_json()).items() if name != "hosts"}
     hosts.require_same([given, str(workdir)], "what they were given; start the same command on every host")
+    config = with_date(config, workdir)
     with loop.signals_end_the_run():
       if config.task in ("generate", "score"):
         serve.run(config)

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from r2m_jax import hosts, sharding
-from r2m_jax.data.jsonl import read_rows, write_rows
+from r2m_jax.data.jsonl import check_output, read_rows, write_rows
 from r2m_jax.folders import FolderError, Policy, RewardModel, abstract_head, describe_reward
 from r2m_jax.folders import load_policy, load_reward, mesh_of, phi_score
 from r2m_jax.generate import generate
@@ -29,6 +29,16 @@ def run(config) -> None:
   # float32 means float32: accelerators would otherwise multiply matrices in fewer bits
   with jax.default_matmul_precision("highest" if config.dtype == "float32" else "default"):
     {"generate": run_generate, "score": run_score}[config.task](config)
+
+
+def require_finite(config, finite: np.ndarray, what: str, model: str) -> None:
+  """Raises FolderError if a row's result is NaN or infinite; finite: bool[N]."""
+  if not finite.all():
+    raise FolderError(
+      f"the {what} of {(~finite).sum()} of {len(finite)} rows are not finite, the first of row {finite.argmin() + 1}; "
+      f"nothing was written. The weights of {model} may hold NaN or infinity, or overflow in {config.dtype}: try "
+      "--config.dtype=float32, or copy the folder again"
+    )
 
 
 def batches(lengths: list[int], size: int) -> Iterator[np.ndarray]:
@@ -56,11 +66,14 @@ def spread(batch, mesh):
 def run_generate(config) -> None:
   """Reads rows with `prompt`; writes them with prompt_tokens, tokens, logprobs, text and truncated, in their order."""
   settings, mesh = config.generate, mesh_of(config)
+  check_output(settings.output, "config.generate.output")
   rows = read_rows(settings.input, ("prompt",))
   policy = load_policy(config.policy.path, config, mesh)
   print(policy.tokenizer.describe(rows[0]["prompt"]))
   prompts = each_row(rows, lambda row: policy.tokenizer.render(row["prompt"]), settings.input)
   results = sample(config, policy, prompts, mesh)
+  finite = np.array([np.isfinite(result["logprobs"]).all() for result in results])
+  require_finite(config, finite, "log-probabilities", f"config.policy.path = {config.policy.path}")
   file = hosts.on_first(lambda: str(write_rows(settings.output, [row | more for row, more in zip(rows, results)])))
   print(f"wrote    {len(rows)} rows to {file}; {sum(r['truncated'] for r in results)} cut off at the length limit")
 
@@ -105,6 +118,7 @@ def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]
 def run_score(config) -> None:
   """Reads rows with `prompt` and `response` (and `truncated`, if given); writes them with `score`, in their order."""
   settings, mesh = config.score, mesh_of(config)
+  check_output(settings.output, "config.score.output")
   rows = read_rows(settings.input, ("prompt", "response"))
   reward = load_reward(config.reward.path, config, mesh)
   policy = None
@@ -115,8 +129,9 @@ def run_score(config) -> None:
         "give the policy as config.policy.path"
       )
     policy = load_policy(config.policy.path, config, mesh)
-  print(describe_reward(reward, rows[0]["prompt"], rows[0]["response"], bool(rows[0].get("truncated", False))))
+  print(describe_reward(reward, rows[0]["prompt"], rows[0]["response"], rows[0].get("truncated", False)))
   scores = score(config, reward, policy, rows, mesh)
+  require_finite(config, np.isfinite(scores), "scores", f"config.reward.path = {config.reward.path}")
   write = lambda: str(write_rows(settings.output, [row | {"score": float(s)} for row, s in zip(rows, scores)]))
   file = hosts.on_first(write)
   low, high = scores.min(), scores.max()
@@ -164,7 +179,7 @@ def make_scorer(
 
   def scores_of(rows: list[dict]) -> np.ndarray:
     ids = each_row(
-      rows, lambda r: reward.renderer.ids(r["prompt"], r["response"], truncated=bool(r.get("truncated", False))),
+      rows, lambda r: reward.renderer.ids(r["prompt"], r["response"], truncated=r.get("truncated", False)),
       config.score.input,
     )  # fmt: skip
     lengths = [len(row) for row in ids]

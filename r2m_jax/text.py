@@ -6,9 +6,11 @@ tokens by `Renderer.ids`; its `contract` is stored with a reward model and compa
 
 import copy
 import dataclasses
+import datetime
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +23,8 @@ SHORTEST = 16  # tokens; padded lengths are this, times a power of two or 1.5 ti
 CONTRACT_FORMAT = 1
 # Put before a template, it hides the function by which some templates write today's date.
 NO_DATE = "{% macro strftime_now(format) %}a day{% endmacro %}"
+
+DATE_FORMAT = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 Prompt = str | list[dict[str, str]]  # text, or messages [{"role": ..., "content": ...}]
 
@@ -39,14 +43,21 @@ class Tokenizer:
   end_id: int | None  # what a finished response ends with: the chat template's end-of-turn, else the tokenizer's eos
   pad_id: int  # may equal an eos id: masks come from lengths
   vocab_size: int | None = None  # of the model beside it, where one is
+  date: str = ""  # YYYY-MM-DD, the day that chat templates write; "": today
+  suffix: tuple[int, ...] = ()  # what the tokenizer adds behind every text by itself, such as an EOS
 
   @property
   def has_template(self) -> bool:
     return bool(self.hf.chat_template)
 
   def encode(self, text: str, *, special: bool = True) -> list[int]:
-    """Ids of a text; `special` adds what the tokenizer adds by itself, such as a BOS."""
-    return list(self.hf(text, add_special_tokens=special)["input_ids"])
+    """Ids of a text; `special` adds what the tokenizer adds in front by itself, such as a BOS.
+
+    What it adds behind is left out: whether a text is finished is not the tokenizer's to say. See `suffix`.
+    """
+    ids = list(self.hf(text, add_special_tokens=special)["input_ids"])
+    added = special and self.suffix and tuple(ids[-len(self.suffix) :]) == self.suffix
+    return ids[: -len(self.suffix)] if added else ids
 
   def decode(self, ids: Sequence[int]) -> str:
     """Text without special tokens."""
@@ -88,6 +99,8 @@ class Tokenizer:
       raise TextError(self._no_template(messages))
     from jinja2 import TemplateError
 
+    if self.date:
+      kwargs["chat_template"] = dated(self.hf.get_chat_template(), self.date)
     try:
       text = self.hf.apply_chat_template(messages, tokenize=False, **kwargs)
     except TemplateError as error:  # such as a template that knows no system role
@@ -131,10 +144,10 @@ class Tokenizer:
     )
 
 
-def load_tokenizer(folder: str | pathlib.Path, vocab_size: int | None = None) -> Tokenizer:
+def load_tokenizer(folder: str | pathlib.Path, vocab_size: int | None = None, date: str = "") -> Tokenizer:
   """The tokenizer in a model's folder, with the eos ids of the generation config, the tokenizer and the template.
 
-  `vocab_size` of the model: a text with an id beyond it is refused when it is rendered.
+  `vocab_size` of the model: a text with an id beyond it is refused when it is rendered. `date` as in Tokenizer.
   """
   import transformers
 
@@ -147,10 +160,28 @@ def load_tokenizer(folder: str | pathlib.Path, vocab_size: int | None = None) ->
   end = _end_of_turn(hf)
   own = [] if hf.eos_token_id is None else [hf.eos_token_id]
   eos_ids = tuple(dict.fromkeys([*_model_eos_ids(folder), *own, *([] if end is None else [end])]))
+  if beyond := [i for i in eos_ids if vocab_size is not None and i >= vocab_size]:
+    raise TextError(
+      f"{folder}: end-of-sequence ids {beyond} lie beyond the model's {vocab_size} ids, so they are another model's; "
+      "put the model's own into generation_config.json and tokenizer_config.json"
+    )
   end = end if end is not None else next(iter([*own, *eos_ids]), None)
-  pad = next((i for i in (hf.pad_token_id, hf.eos_token_id, *eos_ids) if i is not None), 0)
-  return Tokenizer(hf=hf, source=str(folder), eos_ids=eos_ids, end_id=end, pad_id=pad,
-                   vocab_size=vocab_size)  # fmt: skip
+  # masks come from lengths, so any id that the embedding holds may fill a row
+  fits = lambda i: i is not None and (vocab_size is None or i < vocab_size)
+  pad = next((i for i in (hf.pad_token_id, hf.eos_token_id, *eos_ids) if fits(i)), 0)
+  return Tokenizer(
+    hf=hf, source=str(folder), eos_ids=eos_ids, end_id=end, pad_id=pad, vocab_size=vocab_size, date=date,
+    suffix=_suffix(hf),
+  )  # fmt: skip
+
+
+def _suffix(hf) -> tuple[int, ...]:
+  """The ids that a tokenizer adds behind a text by itself."""
+  bare, whole = (tuple(hf("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+  for start in range(len(whole) - len(bare) + 1 if bare else 0):
+    if whole[start : start + len(bare)] == bare:
+      return whole[start + len(bare) :]
+  return ()
 
 
 def save_tokenizer(
@@ -196,6 +227,18 @@ def _end_of_turn(hf) -> int | None:
   after = hf(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"] if mark in text else []
   special = {*hf.all_special_ids, *(i for i, token in hf.added_tokens_decoder.items() if token.special)}
   return next((i for i in after if i in special), None)
+
+
+def dated(template: str, date: str) -> str:
+  """The chat template with `date`, YYYY-MM-DD, in place of today: a run must render tomorrow what it renders today.
+
+  Templates write a day by strftime_now(format), which transformers defines and lets nobody replace but the template.
+  """
+  day, formats = datetime.datetime.fromisoformat(date), dict.fromkeys(m[1] for m in DATE_FORMAT.findall(template))
+  if "strftime_now" not in template:
+    return template
+  cases = "".join(f"{{% if format == {json.dumps(f)} %}}{day.strftime(f)}{{% endif %}}" for f in formats)
+  return f"{{% macro strftime_now(format) %}}{cases}{{% endmacro %}}{template}"
 
 
 def check_messages(messages) -> list[dict[str, str]]:
@@ -253,7 +296,8 @@ class Renderer:
   """(prompt, response) -> the reward model's tokens, in reward training, RL and evaluation alike.
 
   With a chat template the dialogue is rendered by it, a text prompt as one user message. Without one the text is
-  prompt + " " + response. Nothing is appended that was not sampled: a truncated response has no end-of-turn.
+  prompt + " " + response, and what the tokenizer adds behind a text by itself. Nothing is appended that was not
+  sampled: a truncated response has no end-of-turn, and nothing behind it.
   """
 
   tokenizer: Tokenizer
@@ -265,6 +309,7 @@ class Renderer:
       ids = tokenizer.dialogue(prompt, response, truncated=truncated)
     else:
       ids = tokenizer.join(prompt, response)
+      ids = ids if truncated else [*ids, *tokenizer.suffix]
     return ids[-self.max_length :] if self.max_length else ids
 
   def batch(self, rows: Sequence[tuple[Prompt, str, bool]], *, length: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -276,7 +321,7 @@ class Renderer:
     """What must not change between the training of a reward model and its use. JSON types only."""
     tokenizer = self.tokenizer
     template = tokenizer.hf.get_chat_template() if tokenizer.has_template else ""
-    undated = dataclasses.replace(tokenizer, hf=copy.copy(tokenizer.hf))
+    undated = dataclasses.replace(tokenizer, hf=copy.copy(tokenizer.hf), date="")
     undated.hf.chat_template = template and NO_DATE + template  # a contract must hold tomorrow
     probe = [Renderer(undated).ids("What is 2 + 2?", "It is 4.", truncated=truncated) for truncated in (False, True)]
     bos = tokenizer.hf.bos_token_id

@@ -1,5 +1,6 @@
 """The run: stages one after another (sft, reward, RL arms), each logged, saved, and skipped where done before."""
 
+import datetime
 import functools
 import json
 import shutil
@@ -273,6 +274,26 @@ def claim_alone(config, workdir: Path) -> None:
     if isinstance(error, ConfigError):
       raise
     raise ConfigError(f"--workdir={workdir} cannot be used: {error}; give one that can be written") from None
+
+
+def with_date(config, workdir: Path):
+  """The config with `data.date`: as given, else of the run in the workdir or of the one it forks, else today."""
+  if config.data.date:
+    return config
+
+  def date() -> str:
+    for folder in (workdir, Path(config.checkpoint.fork_from or workdir).expanduser()):
+      if (folder / "config.json").is_file():
+        return read_json(folder / "config.json").get("data", {}).get("date") or today()
+    return today()
+
+  config = config.copy_and_resolve_references()
+  config.data.date = hosts.on_first(date)
+  return config
+
+
+def today() -> str:
+  return datetime.date.today().isoformat()
 
 
 def fixed_difference(path: Path, new: dict) -> list[str]:

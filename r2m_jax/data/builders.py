@@ -17,9 +17,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from r2m_jax import hosts
-from r2m_jax.data.files import Record, find_files, read_file
+from r2m_jax.data.files import Record, find_files, of_split, read_file
 from r2m_jax.data.jsonl import DataError
-from r2m_jax.data.rows import BadRows, good_rows, hub_files, of_split
+from r2m_jax.data.rows import BadRows, good_rows, hub_files
 
 NAME = re.compile(r"\w+(/\w[\w.-]*)?(:\d+\.\d+\.\d+)?")  # no path, no address, no code from elsewhere
 

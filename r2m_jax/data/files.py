@@ -4,17 +4,22 @@ import dataclasses
 import glob
 import gzip
 import json
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from r2m_jax.data.jsonl import DataError
-
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (*JSON_LINES, *(f"{suffix}.gz" for suffix in JSON_LINES), ".parquet")
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of the datasets library
+SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
 KINDS = ("broken JSON", "cut off", "invalid UTF-8", "not an object", "missing field", "empty field", "wrong type",
          "wrong roles", "different prompts", "chosen equals rejected")  # fmt: skip
+
+
+class DataError(ValueError):
+  """Data that a task cannot use; the message names file and line, and the fix."""
 
 
 class BadRow(ValueError):
@@ -39,24 +44,63 @@ class Record:
     return f"{self.file}:{self.number}"
 
 
-def find_files(pattern: str, root: str = "") -> list[Path]:
-  """The data files that a path, folder or glob names, sorted; a relative one starts from `root`."""
+def find_files(pattern: str, root: str = "", split: str = "") -> list[Path]:
+  """The data files that a path, folder or glob names, sorted; a relative one starts from `root`.
+
+  Of a folder, hidden files and folders, metadata and files of other kinds are passed over, and said. If its files
+  belong to several splits, those of `split` are taken.
+
+  Raises:
+    DataError: there is none, or a file that was named itself is of another kind.
+  """
   path = Path(root).expanduser() / Path(pattern).expanduser()
   found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
-  files = [file for one in found for file in (sorted(one.rglob("*")) if one.is_dir() else [one])]
-  if not files:
+  if not found:
     raise DataError(f"there is no file {str(path)!r} from {Path.cwd()}; config.data.name is a path, a folder or a glob")
-  known = [file for file in files if file.is_file() and file.name.lower().endswith(SUFFIXES)]
-  odd = [file for file in found if file.is_file() and file not in known]
-  if odd or not known:
-    raise DataError(f"{(odd or found)[0]} is not of a kind that is read ({', '.join(SUFFIXES)}); convert it")
-  return known
+  if odd := [file for file in found if not file.is_dir() and not _readable(file)]:
+    raise DataError(f"{odd[0]} is not of a kind that is read ({', '.join(SUFFIXES)}); convert it")
+  return [file for one in found for file in (_in_folder(one, split) if one.is_dir() else [one])]
+
+
+def _readable(file: Path) -> bool:
+  return file.is_file() and file.name.lower().endswith(SUFFIXES)
+
+
+def _in_folder(folder: Path, split: str) -> list[Path]:
+  """The data files of a folder and the folders below it; prints what is passed over."""
+  inside = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+  hidden = lambda file: any(part.startswith(".") for part in file.relative_to(folder).parts)
+  files = [file for file in inside if _readable(file) and not hidden(file) and file.name not in METADATA]
+  if not files and any(file.suffix == ".arrow" for file in inside):
+    raise DataError(
+      f"{folder} holds arrow files, as datasets' save_to_disk writes them, which are not read; write parquet: "
+      f"datasets.load_from_disk({str(folder)!r}).to_parquet('rows.parquet'), of one split if it has several"
+    )
+  if not files:
+    what = f"{inside[0]} is not" if inside else f"there is no file in {folder}"
+    raise DataError(f"{what} of a kind that is read ({', '.join(SUFFIXES)}); convert it, or name another folder")
+  others = {name for name in SPLITS if of_split(files, name, folder)} - {split}
+  if split and others:
+    files = of_split(files, split, folder)
+    if not files:
+      have = ", ".join(sorted(others))
+      raise DataError(f"{folder} has files of the splits {have} and none of config.data.split = {split!r}; name one")
+  if passed := [file for file in inside if file not in files]:
+    names = ", ".join(str(file.relative_to(folder)) for file in passed[:5]) + (", ..." if len(passed) > 5 else "")
+    print(f"data     {folder}: {len(files)} files read, {len(passed)} passed over: {names}")
+  return files
+
+
+def of_split(files: Sequence[Path], split: str, root: Path) -> list[Path]:
+  """The files whose name, or a folder of theirs below `root`, is the split's: train.jsonl, train-00000-of-3.parquet."""
+  mine = re.compile(rf"{re.escape(split)}([-.]|$)", re.I)
+  return [file for file in files if any(mine.match(part) for part in file.relative_to(root).parts)]
 
 
 def read_file(file: Path) -> Iterator[Record]:
   """Every record of a file, the unreadable ones too; blank lines are left out."""
   try:
-    yield from _read_parquet(file) if file.suffix == ".parquet" else _read_lines(file)
+    yield from _read_parquet(file) if file.suffix.lower() == ".parquet" else _read_lines(file)
   except OSError as error:
     raise DataError(f"{file} cannot be read: {error}") from None
 
@@ -66,7 +110,7 @@ def read_file(file: Path) -> Iterator[Record]:
 
 def _read_lines(file: Path) -> Iterator[Record]:
   number = 0
-  with gzip.open(file, "rb") if file.suffix == ".gz" else open(file, "rb") as stream:
+  with gzip.open(file, "rb") if file.suffix.lower() == ".gz" else open(file, "rb") as stream:
     while True:
       number += 1
       try:
@@ -89,7 +133,12 @@ def _read_lines(file: Path) -> Iterator[Record]:
 def _parse(line: bytes) -> Any:
   """The JSON value of a line, or the BadRow that says why there is none."""
   try:
-    return json.loads(line.decode("utf-8"))
+    value = json.loads(line.decode("utf-8"))
+    if b"\\u" in line:  # an escape can write half of a surrogate pair, which is no text
+      json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+  except UnicodeEncodeError as error:
+    return BadRow("invalid UTF-8", f"half of a surrogate pair: {error}")
   except UnicodeDecodeError as error:
     return BadRow("invalid UTF-8", str(error))
   except RecursionError:

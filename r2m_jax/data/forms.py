@@ -72,8 +72,13 @@ def _prompt_and_reply(record: dict, field: str) -> tuple[Any, str]:
       return prompt, _text(value, field)
     *before, last = _messages(value, field)
     said = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    if before not in ([], said, [m for m in said if m["role"] != "system"]):
+    spoken = lambda messages: [m for m in messages if m["role"] != "system"]
+    if before and spoken(before)[: len(spoken(said))] != spoken(said):
       raise BadRow("different prompts", f"{field} is a dialogue that does not begin with the row's own prompt")
+    if len(spoken(before)) > len(spoken(said)):  # the dialogue goes on after the row's prompt: it is the prompt
+      prompt = _prompt(before if before[0]["role"] == "system" else [*_system(said), *before], field)
+    elif before and before[0]["role"] == "system" and not _system(said):
+      prompt = _prompt(before, field)
   else:
     if field not in ("chosen", "rejected", "messages"):
       raise _missing("prompt", record)
@@ -111,8 +116,20 @@ def _messages(value: Any, field: str) -> list[dict[str, str]]:
         raise BadRow("missing field", f"a message of {field!r} has no {key!r}")
     if message["role"] not in ("system", "user", "assistant"):
       raise BadRow("wrong roles", f"a message of {field!r} is of {message['role']!r}, not of system, user or assistant")
+    if message["role"] == "system" and not messages and _blank(message["content"]):
+      continue  # an empty system message is no system message
     messages.append({"role": message["role"], "content": _text(message["content"], f"{field} ({message['role']})")})
+  if not messages:
+    raise BadRow("empty field", f"{field!r} has no messages with text")
   return messages
+
+
+def _blank(value: Any) -> bool:
+  return isinstance(value, str) and not value.strip()
+
+
+def _system(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+  return [m for m in messages if m["role"] == "system"]
 
 
 def _dialogue(text: str, field: str) -> list[dict[str, str]]:

@@ -1,50 +1,68 @@
-"""Rows from JSON-lines files, one object a line, checked for the fields that a task reads."""
+"""Rows of `task=generate` and `task=score`: every row is used or the file is refused, with the row named."""
 
 import json
+import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
 
-
-class DataError(ValueError):
-  """A file that does not hold the rows a task needs; the message names file and line."""
+from r2m_jax.data.files import BadRow, DataError, read_file
 
 
 def read_rows(path: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-  """All rows of a file. `prompt` may be text or a list of messages, every other field in `fields` is text."""
-  file = pathlib.Path(path).expanduser()
+  """All rows of a file that `files.read_file` reads, checked.
+
+  `prompt` may be text or a list of messages, every other field in `fields` is text. `truncated` is true or false if
+  a row has it.
+
+  Raises:
+    DataError: there is no such file, or a row is broken, lacks a field or has one of another type.
+  """
+  file, wanted = pathlib.Path(path).expanduser(), ", ".join(fields)
   if not path or not file.is_file():
-    raise DataError(f"there is no file {path!r} from {pathlib.Path.cwd()}; give JSON lines with {', '.join(fields)}")
-  try:
-    text = file.read_text(encoding="utf-8")
-  except (OSError, UnicodeDecodeError) as error:
-    raise DataError(f"{file} cannot be read as UTF-8 text: {error}; give JSON lines with {', '.join(fields)}") from None
+    raise DataError(f"there is no file {path!r} from {pathlib.Path.cwd()}; give JSON lines with {wanted}")
   rows = []
-  for number, line in enumerate(text.split("\n"), 1):
-    if not line.strip():
-      continue
-    try:
-      row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-      raise DataError(f"{file}:{number} is not JSON: {error}") from None
+  for record in read_file(file):
+    row = record.value
+    if isinstance(row, BadRow):
+      raise DataError(f"{record.where} cannot be read ({row.kind}): {row}; give JSON lines with {wanted}")
     if not isinstance(row, dict):
-      raise DataError(f"{file}:{number} is a {type(row).__name__}, not an object with {', '.join(fields)}")
+      raise DataError(f"{record.where} is a {type(row).__name__}, not an object with {wanted}")
     for field in fields:
-      value = row.get(field)
-      if not isinstance(value, (str, list) if field == "prompt" else str):
-        wanted = "text or a list of messages" if field == "prompt" else "text"
-        raise DataError(f"{file}:{number} needs {field!r} as {wanted}; it has {', '.join(row) or 'nothing'}")
+      if not isinstance(row.get(field), (str, list) if field == "prompt" else str):
+        kind = "text or a list of messages" if field == "prompt" else "text"
+        raise DataError(f"{record.where} needs {field!r} as {kind}; it has {', '.join(row) or 'nothing'}")
+    if not isinstance(row.get("truncated", False), bool):
+      raise DataError(f"{record.where} has truncated = {row['truncated']!r}; give true or false, without quotes")
     rows.append(row)
   if not rows:
-    raise DataError(f"{file} holds no rows; give JSON lines with {', '.join(fields)}")
+    raise DataError(f"{file} holds no rows; give JSON lines with {wanted}")
   return rows
 
 
+def check_output(path: str, field: str) -> None:
+  """Raises DataError if `write_rows` could not write there: asked before the work, so that nothing made is lost."""
+  file = pathlib.Path(path).expanduser()
+  if not path or file.is_dir():
+    raise DataError(f"{field} is {path!r}: {'a folder' if path else 'empty'}; give the name of a file")
+  try:
+    file.parent.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise DataError(f"{field} is {path!r}: its folder cannot be made ({error}); give a file elsewhere") from None
+  if not os.access(file.parent, os.W_OK):
+    raise DataError(f"{field} is {path!r}: {file.parent} cannot be written; give a file elsewhere")
+
+
 def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> pathlib.Path:
-  """Writes rows through a file beside it, so that a reader sees all of them or none."""
+  """Writes rows through a file beside it, so that a reader sees all of them or none.
+
+  Raises:
+    ValueError: a number is not finite, which JSON cannot hold.
+  """
   file = pathlib.Path(path).expanduser()
   file.parent.mkdir(parents=True, exist_ok=True)
   new = file.with_name(f".{file.name}.part")
-  new.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+  text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+  new.write_text(text, encoding="utf-8")
   new.replace(file)
   return file

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from r2m_jax.data.files import JSON_LINES, BadRow, Record, find_files, read_file
+from r2m_jax.data.files import JSON_LINES, BadRow, Record, find_files, of_split, read_file
 from r2m_jax.data.forms import as_row
 from r2m_jax.data.jsonl import DataError
 
@@ -32,7 +32,7 @@ def load(data, need: str) -> list[dict[str, Any]]:
       "config.data.name is empty; give a path or glob of JSON lines or parquet, tfds:NAME or hf:OWNER/NAME"
     )
   rows = []
-  for part, name in enumerate(split_names(data.name)):
+  for part, name in enumerate(split_names(data.name, data.root)):
     bad = BadRows(name)
     rows += [row | {"part": part} for row in good_rows(records(name, data), need, bad)]
     bad.check(data.max_bad_share)
@@ -40,8 +40,10 @@ def load(data, need: str) -> list[dict[str, Any]]:
   return rows
 
 
-def split_names(text: str) -> list[str]:
-  """The names of data in a comma-separated list."""
+def split_names(text: str, root: str = "") -> list[str]:
+  """The names of data in a comma-separated list. A file or folder whose own name has a comma is one name."""
+  if "," in text and (Path(root).expanduser() / Path(text).expanduser()).exists():
+    return [text]
   return [name.strip() for name in text.split(",") if name.strip()]
 
 
@@ -53,7 +55,7 @@ def records(name: str, data) -> Iterator[Record]:
 
     yield from builders.records(rest, data)
     return
-  files = hub_files(rest, data.split) if kind == "hf" else find_files(name, data.root)
+  files = hub_files(rest, data.split) if kind == "hf" else find_files(name, data.root, data.split)
   for file in files:
     yield from read_file(file)
 
@@ -122,12 +124,6 @@ def hub_files(name: str, split: str, *, field: str = "config.data.name") -> list
   if not files:
     raise DataError(f"hf:{name} has no file of config.data.split = {split!r} among {[f.name for f in found][:8]}")
   return files
-
-
-def of_split(files: Sequence[Path], split: str, root: Path) -> list[Path]:
-  """The files whose name, or a folder of theirs below `root`, is the split's: train.jsonl, train-00000-of-3.parquet."""
-  mine = re.compile(rf"{re.escape(split)}([-.]|$)")
-  return [file for file in files if any(mine.match(part) for part in file.relative_to(root).parts)]
 
 
 # ---- after tokenisation ----

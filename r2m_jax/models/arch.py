@@ -144,7 +144,7 @@ class ArchConfig:
     or a rope type that is not supported.
     """
     family = family_of(config.get("model_type"))
-    config = {**family.defaults, **config}
+    given, config = config, {**family.defaults, **config}
     if missing := [key for key in FIELDS.values() if key not in config]:
       raise ValueError(f"config.json of model_type {config['model_type']!r} lacks {missing}; add what the model has")
     if config.get("quantization_config"):
@@ -161,7 +161,7 @@ class ArchConfig:
       **{field: config[key] for field, key in (FIELDS | family.fields).items()},
       **family.fixed,
       **family.derived(config),
-      **_read_rope(config),
+      **_read_rope(config, given, family),
       **_read_sliding(config, family),
     )
 
@@ -310,7 +310,33 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def _read_rope(config: dict) -> dict[str, Any]:
+def _agree(given: Mapping[str, Any], new: dict, *, partial: bool) -> None:
+  """Raises ValueError if rope_parameters and the older spelling beside it say different things.
+
+  Args:
+    given: config.json as it is, without defaults.
+    partial: whether the family's rotation may cover a part of a head.
+  """
+  old = given.get("rope_scaling") or {}
+  kind = lambda rope: rope.get("rope_type", rope.get("type", "default"))
+  both = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"} & old.keys() & new.keys()
+  if old and new and (kind(old) != kind(new) or any(old[name] != new[name] for name in both)):
+    raise ValueError(f"config.json has rope_parameters {new} and rope_scaling {old}, which disagree; keep one of them")
+  pairs = {"rope_theta": "rope_theta", "rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"}
+  for name, other in pairs.items():
+    if given.get(name) is not None and other in new and given[name] != new[other]:
+      raise ValueError(
+        f"config.json has {name} = {given[name]} and rope_parameters with {other} = {new[other]}, which disagree; keep "
+        "one of them"
+      )
+  if not partial and {**old, **new}.get("partial_rotary_factor", 1.0) != 1.0:
+    raise ValueError(
+      "config.json has a partial_rotary_factor, which transformers ignores for this model_type; take it out, or name "
+      "the model_type that it belongs to"
+    )
+
+
+def _read_rope(config: dict, given: Mapping[str, Any], family: Family) -> dict[str, Any]:
   """The four rotary fields of ArchConfig from rope_parameters (transformers 5), else from the older spelling."""
   rope = {
     "rope_theta": config.get("rotary_emb_base", config.get("rope_theta")),
@@ -321,6 +347,7 @@ def _read_rope(config: dict) -> dict[str, Any]:
   if "full_attention" in new:
     local = new["sliding_attention"]["rope_theta"]
     new = new["full_attention"]
+  _agree(given, new, partial="rotary_pct" in family.defaults)
   rope |= new
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind == "default":

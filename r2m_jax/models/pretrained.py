@@ -27,6 +27,7 @@ from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = ("F64", "F32", "F16", "BF16")  # of tensors on disk, as safetensors names them
 SCORE = "score"  # the score head of a sequence classifier
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
                    "chat_template*", "generation_config.json")  # fmt: skip
@@ -133,6 +134,7 @@ def load_pretrained(
   files = Files(folder)
   score_name = f"{SCORE}.weight"
   arch = arch.replace(lm_head=score_name not in files.shapes if lm_head is None else lm_head)
+  files.check_tied(arch)
   graphdef, shapes = transformer.abstract(
     arch, dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention
   )
@@ -201,7 +203,14 @@ def header(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
   """The shape of every tensor in a safetensors file."""
   try:
     with safe_open(file, "np") as opened:
-      return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
+      slices = {key: opened.get_slice(key) for key in opened.keys()}
+      odd = [key for key, x in slices.items() if x.get_dtype() not in DTYPES]
+      if odd:
+        raise PretrainedError(
+          f"{file} stores {len(odd)} tensors as {slices[odd[0]].get_dtype()}, the first {odd[0]}: quantised weights "
+          f"are not read; convert them to one of {', '.join(DTYPES)}"
+        )
+      return {key: tuple(x.get_shape()) for key, x in slices.items()}
   except (SafetensorError, OSError) as error:
     raise PretrainedError(f"{file} is not a whole safetensors file: {error}; copy it again") from None
 
@@ -234,12 +243,12 @@ class Files:
   """
 
   def __init__(self, folder: pathlib.Path):
-    if (folder / INDEX).exists():
+    if (folder / WEIGHTS).exists():  # transformers prefers it to an index too
+      self.where = dict.fromkeys(header(folder / WEIGHTS), WEIGHTS)
+    elif (folder / INDEX).exists():
       self.where = read_json(folder / INDEX).get("weight_map")
       if not isinstance(self.where, dict) or not all(isinstance(file, str) for file in self.where.values()):
         raise PretrainedError(f"{folder / INDEX} has no weight_map of tensors to files; copy it again")
-    elif (folder / WEIGHTS).exists():
-      self.where = dict.fromkeys(header(folder / WEIGHTS), WEIGHTS)
     elif list(folder.glob("pytorch_model*.bin")):
       raise PretrainedError(
         f"{folder} holds only pytorch_model*.bin, which is unpickled on reading and so is refused here; convert it "
@@ -292,6 +301,17 @@ class Files:
       raise PretrainedError(
         f"{self.folder / self.where[extra[0]]} holds {len(extra)} tensors that config.json gives no place, the first "
         f"{extra[0]} of shape {self.shapes[extra[0]]}"
+      )
+
+  def check_tied(self, arch: ArchConfig) -> None:
+    """Raises if config.json ties the head to the embedding and the files hold a head with other numbers."""
+    head, embed = (name_of(arch, path)[0] for path in ("lm_head/kernel", "embed/embedding"))
+    if not arch.lm_head or arch.untied_head or not {head, embed} <= self.shapes.keys():
+      return
+    if self.shapes[head] != self.shapes[embed] or not (self.tensor(head) == self.tensor(embed)).all():
+      raise PretrainedError(
+        f"{self.folder}: config.json has tie_word_embeddings=true, and {head} is not {embed}; set "
+        f"tie_word_embeddings=false to use {head}, or take {head} out of the files"
       )
 
   def read(self, arch: ArchConfig, path: str, shape: tuple[int, ...], index: tuple[slice, ...], dtype) -> np.ndarray:
