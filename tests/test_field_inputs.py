@@ -1,4 +1,4 @@
-"""What other people's files, folders and machines do to us: one test for each kind of fault that public reports tell of.
+"""What other people's files, folders and machines do to us: a test for each kind of fault that reports tell of.
 
 Each test states the right value or the refusal, against transformers or a plain reader.
 """
