@@ -17,10 +17,11 @@ import jax
 from absl import app, flags, logging
 
 from configs import quickstart
-from r2m_jax import build, checkpoint, sharding
-from r2m_jax.lab import goldtask
-from r2m_jax.train import make_gold_step, rl_prompts
-from r2m_jax.variants import arm_of
+from r2m_jax.algorithm.variants import arm_of
+from r2m_jax.goldtask import task as goldtask
+from r2m_jax.goldtask.rl import make_gold_step, rl_prompts
+from r2m_jax.parallel import sharding
+from r2m_jax.run import build, checkpoint
 
 STEPS = flags.DEFINE_integer("steps", 5, "Steps of a block")
 BLOCKS = flags.DEFINE_integer("blocks", 5, "Timed blocks of each setting")

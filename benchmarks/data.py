@@ -14,7 +14,7 @@ import time
 from configs import default
 from r2m_jax.data.batches import Stream, pack, row_batches
 from r2m_jax.data.rows import load
-from r2m_jax.text import load_tokenizer, pad_left
+from r2m_jax.data.text import load_tokenizer, pad_left
 
 RUNS, LENGTH, BATCH, BATCHES = 3, 512, 32, 200
 

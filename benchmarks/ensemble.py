@@ -15,8 +15,9 @@ import jax
 from absl import app, flags
 
 from configs import quickstart
-from r2m_jax import build, sharding
-from r2m_jax.lab import goldtask
+from r2m_jax.goldtask import task as goldtask
+from r2m_jax.parallel import sharding
+from r2m_jax.run import build
 from r2m_jax.step import make_step
 
 HEADS = flags.DEFINE_integer("heads", 5, "Heads of the ensemble")

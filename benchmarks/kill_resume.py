@@ -26,9 +26,9 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from r2m_jax import checkpoint
-from r2m_jax.loop import RESUME
-from r2m_jax.metrics import read_metrics
+from r2m_jax.run import checkpoint
+from r2m_jax.run.loop import RESUME
+from r2m_jax.run.metrics import read_metrics
 
 KILLS = flags.DEFINE_integer("kills", 50, "How many times a run is killed")
 SEED = flags.DEFINE_integer("seed", 0, "Of the random moments")

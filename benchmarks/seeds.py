@@ -13,12 +13,13 @@ from absl import app, flags
 
 from benchmarks import machine
 from configs import quickstart
-from r2m_jax import build, sharding
-from r2m_jax.lab import goldtask
+from r2m_jax.goldtask import task as goldtask
+from r2m_jax.goldtask.rl import rl_prompts
 from r2m_jax.lab.grid import first_states, make_together_step, with_seed
 from r2m_jax.lab.together import seeds_mesh, stack
+from r2m_jax.parallel import sharding
+from r2m_jax.run import build
 from r2m_jax.step import make_step
-from r2m_jax.train import rl_prompts
 
 SEEDS = flags.DEFINE_integer("seeds", 10, "In one program", 1)
 STEPS = flags.DEFINE_integer("steps", 5, "Timed steps of each that others did not disturb", 1)

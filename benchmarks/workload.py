@@ -18,12 +18,13 @@ from absl import flags
 from flax import nnx
 
 from configs import default
-from r2m_jax import build, sharding
 from r2m_jax.config import check_config
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
+from r2m_jax.parallel import sharding
 from r2m_jax.plan.sizes import ARCHS, Sizes
 from r2m_jax.plan.work import Layout, blocks_flops, layer_weights, logits_flops, phases_of, vocabulary
+from r2m_jax.run import build
 from r2m_jax.step import make_judge, make_learn, make_read, make_rollout, make_step
 from r2m_jax.types import Prompts
 

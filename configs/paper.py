@@ -1,7 +1,7 @@
 """What the paper's three experiments (arXiv 2601.22664) share, and the words that choose an estimator and a variant."""
 
 from configs import default
-from r2m_jax.variants import VARIANTS
+from r2m_jax.algorithm.variants import VARIANTS
 
 ESTIMATORS = ("rloo", "grpo")
 

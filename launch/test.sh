@@ -3,7 +3,7 @@
 #
 #   ./launch/test.sh                       everything that is not marked `long`
 #   ./launch/test.sh -m long               only what is: slower checks, run before a release
-#   ./launch/test.sh tests/test_losses.py -k rloo
+#   ./launch/test.sh tests/algorithm/test_losses.py -k rloo
 #   R2M_TEST_PLATFORM=cuda ./launch/test.sh    on an accelerator instead of the virtual devices
 #
 # Compiled programs are kept between runs, so the second run is faster than the first.

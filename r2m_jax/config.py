@@ -10,14 +10,15 @@ import re
 
 from ml_collections import ConfigDict
 
-from r2m_jax.advantages import NORMS
-from r2m_jax.hosts import HostsError, addresses
-from r2m_jax.losses import RATIOS
+from r2m_jax.algorithm.advantages import NORMS
+from r2m_jax.algorithm.losses import RATIOS
+from r2m_jax.algorithm.objective import kl_estimator
+from r2m_jax.algorithm.schedules import KL_CONTROLLERS, OMEGA_SCHEDULES
+from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.attention import ATTENTION, choose
 from r2m_jax.ops import AGGREGATIONS, COMBINE
-from r2m_jax.schedules import KL_CONTROLLERS, OMEGA_SCHEDULES
-from r2m_jax.variants import VARIANTS
+from r2m_jax.parallel.hosts import HostsError, addresses
 
 TASKS = (
   "tokenizer", "sft", "reward", "r2m", "scratch", "lab", "lab_text", "generate", "score", "export", "replay", "analyse",
@@ -374,16 +375,6 @@ def check_batch(config: ConfigDict, mesh: tuple[int, int, int]) -> None:
       f"config.rollout.waves is {waves}: {config.rollout.prompts} prompts do not split into that many waves over "
       f"{shards} data x fsdp shards; use a divisor of {config.rollout.prompts // shards}"
     )
-
-
-def kl_estimator(config: ConfigDict, vocab_size: int) -> str:
-  """"auto" resolved: k1 in the reward; in the loss exact over the vocabulary up to 1,024 entries, else k2 (whose
-  on-policy gradient is right)."""
-  if config.kl.estimator != "auto":
-    return config.kl.estimator
-  if config.kl.placement == "reward":
-    return "k1"
-  return "exact" if vocab_size <= 1024 else "k2"
 
 
 def difference(old: dict, new: dict, prefix: str = "") -> list[str]:

@@ -15,8 +15,8 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from r2m_jax import hosts
 from r2m_jax.config import ConfigError, check_config, check_fields, redact
+from r2m_jax.parallel import hosts
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, such as configs/quickstart.py", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and the report")
@@ -152,7 +152,7 @@ def main(argv):
   try:
     check_config(config)
     if config.task == "plan":
-      from r2m_jax.plan import run as plan
+      from r2m_jax.plan import plan
 
       sys.exit(0 if plan.run(config, Path(WORKDIR.value)) else 1)
     import jax  # after the checks: a config that cannot run is refused before any device is touched
@@ -176,15 +176,17 @@ def run(config, workdir: Path) -> None:
   """The task: a tokenizer, batch use of a folder, an export, a replay, an analysis, a run on text, or the gold task."""
   import jax
 
-  from r2m_jax import export, finetune, loop, replay, scratch, serve, tokenizer, train
-  from r2m_jax.lab import analyse, grid, realtext
-  from r2m_jax.checkpoint import CheckpointError
-  from r2m_jax.checks import IdentityError
+  from r2m_jax.run import loop
+  from r2m_jax.tasks import export, folders, gold, replay, scratch, serve, tokenizer
+  from r2m_jax.analysis import analyse
+  from r2m_jax.lab import grid, realtext
+  from r2m_jax.run.checkpoint import CheckpointError
+  from r2m_jax.run.identities import IdentityError
   from r2m_jax.data.jsonl import DataError
-  from r2m_jax.folders import FolderError
-  from r2m_jax.metrics import DamagedFile
-  from r2m_jax.text import TextError
-  from r2m_jax.train import with_date
+  from r2m_jax.hf.folders import FolderError
+  from r2m_jax.run.files import DamagedFile
+  from r2m_jax.data.text import TextError
+  from r2m_jax.run.workdir import with_date
 
   try:
     given = {name: value for name, value in json.loads(config.to_json()).items() if name != "hosts"}
@@ -207,11 +209,11 @@ def run(config, workdir: Path) -> None:
       elif config.task == "lab_text":
         realtext.run(config, workdir)
       elif config.policy.path or config.reward.path:
-        finetune.run(config, workdir)
+        folders.run(config, workdir)
       elif config.task == "lab":
         grid.run(config, workdir)
       else:
-        train.run(config, workdir)
+        gold.run(config, workdir)
   except (ConfigError, DataError, FolderError, TextError, hosts.HostsError) as error:
     stop(error)
   except hosts.Elsewhere:

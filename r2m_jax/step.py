@@ -10,7 +10,6 @@ What differs between estimators is in `objective`, what differs between variants
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,22 +20,23 @@ import optax
 from flax import nnx, struct
 from jax.sharding import Mesh
 
-from r2m_jax import hosts, losses
-from r2m_jax.config import kl_estimator
-from r2m_jax.generate import generate
-from r2m_jax.logprobs import token_stats
-from r2m_jax.minibatch import deal_orders, dealt, map_rows, neighbours, put_rows, take_rows
+from r2m_jax.algorithm import losses
+from r2m_jax.algorithm.labels import Labeller, uses_labels
+from r2m_jax.algorithm.objective import KL_OF_LOGPROBS, kl_estimator, make_advantages, make_objective, shape_scores
+from r2m_jax.algorithm.optim import descend
+from r2m_jax.algorithm.schedules import kl_weight, omega
+from r2m_jax.algorithm.variants import READS_POLICY, VARIANTS, Arm, States, feed_back, other_rows
 from r2m_jax.models.attention import Shared
 from r2m_jax.models.critic import read_values
+from r2m_jax.models.generate import generate
+from r2m_jax.models.logprobs import token_stats
 from r2m_jax.models.reward import member_scores, read_reward_states
 from r2m_jax.models.transformer import Transformer
-from r2m_jax.objective import KL_OF_LOGPROBS, make_advantages, make_objective, shape_scores
 from r2m_jax.ops import Truncation, combine, masked_mean, masked_sum, predicts_response
-from r2m_jax.optim import descend
-from r2m_jax.schedules import kl_weight, omega
-from r2m_jax.sharding import lay_rows, on_mesh
+from r2m_jax.parallel import hosts
+from r2m_jax.parallel.rows import deal_orders, dealt, map_rows, neighbours, put_rows, take_rows
+from r2m_jax.parallel.sharding import lay_rows, on_mesh
 from r2m_jax.types import Experience, Feedback, Judged, Pairs, Prompts, Sequences, TrainState
-from r2m_jax.variants import READS_POLICY, VARIANTS, Arm, States, feed_back, other_rows
 
 # what a step's key is for
 KEY_SHUFFLE, KEY_NOISE, KEY_REFRESHED_NOISE, KEY_PAIR_NOISE = range(2**31 - 1, 2**31 - 5, -1)
@@ -443,26 +443,6 @@ def make_rollout(defs: Defs, config, mesh: Mesh, eos_ids: tuple[int, ...], pad_i
     return generate(defs.open_policy(state.policy, state.ref), prompts, state.key, state.step, **settings)
 
   return on_mesh(mesh, rollout)
-
-
-def uses_labels(config) -> bool:
-  """Whether the step asks for real preferences."""
-  return config.r2m.labels == "preference" and VARIANTS[config.variant].trained
-
-
-def pairs_per_step(config) -> int:
-  """The most labelled pairs that one step can have: rows of `Pairs`."""
-  trajectories = config.rollout.prompts * config.rollout.group_size
-  return math.ceil(config.r2m.label_budget * trajectories / 2)
-
-
-def pairs_at(config, step: int) -> int:
-  """Labelled pairs of this step, such that all steps so far have had their share of the budget."""
-  rate = config.r2m.label_budget * config.rollout.prompts * config.rollout.group_size / 2
-  return math.floor((step + 1) * rate + 1e-9) - math.floor(step * rate + 1e-9)
-
-
-Labeller = Callable[[Sequences, int], Pairs]
 
 
 def make_step(

@@ -11,7 +11,8 @@ from absl import flags
 
 from configs import default, quickstart
 from r2m_jax import main
-from r2m_jax.config import ConfigError, check_batch, check_config, check_fields, difference, identity, kl_estimator
+from r2m_jax.algorithm.objective import kl_estimator
+from r2m_jax.config import ConfigError, check_batch, check_config, check_fields, difference, identity
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -57,16 +57,17 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from configs import default
-from r2m_jax import advantages, losses, ops
-from r2m_jax.config import ConfigError, check_config, kl_estimator
-from r2m_jax.lab import goldtask
-from r2m_jax.logprobs import TokenStats, token_stats
+from r2m_jax import ops
+from r2m_jax.algorithm import advantages, losses
+from r2m_jax.algorithm.objective import kl_estimator, make_advantages, make_objective, shape_scores
+from r2m_jax.config import ConfigError, check_config
+from r2m_jax.data.datasets import pair_ids, select
+from r2m_jax.data.text import Renderer, TextError, load_tokenizer, responses_of
+from r2m_jax.goldtask import task as goldtask
+from r2m_jax.models.logprobs import TokenStats, token_stats
 from r2m_jax.models.reward import read_rte
-from r2m_jax.objective import make_advantages, make_objective, shape_scores
 from r2m_jax.ops import Truncation, predicts_response
-from r2m_jax.prepare import pair_ids, select
 from r2m_jax.step import make_learn, make_read, make_rollout
-from r2m_jax.text import Renderer, TextError, load_tokenizer, responses_of
 from r2m_jax.types import Experience, Sequences
 
 PAD, EOS, OTHER_EOS = goldtask.PAD, goldtask.EOS, 5

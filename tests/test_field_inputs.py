@@ -26,11 +26,12 @@ from r2m_jax.config import ConfigError, check_config
 from r2m_jax.data.files import find_files
 from r2m_jax.data.forms import BadRow, as_row
 from r2m_jax.data.jsonl import DataError, check_output, read_rows, write_rows
-from r2m_jax.data.rows import load, split_names
-from r2m_jax.folders import FolderError, load_policy
-from r2m_jax.models.pretrained import PretrainedError, load_pretrained
-from r2m_jax.serve import require_finite
-from r2m_jax.text import Renderer, TextError, dated, load_tokenizer
+from r2m_jax.data.rows import load
+from r2m_jax.data.checked import split_names
+from r2m_jax.data.text import Renderer, TextError, dated, load_tokenizer
+from r2m_jax.hf.folders import FolderError, load_policy
+from r2m_jax.hf.weights import PretrainedError, load_pretrained
+from r2m_jax.tasks.serve import require_finite
 
 ROOT = pathlib.Path(__file__).parents[1]
 USER, REPLY = {"role": "user", "content": "What is rain?"}, {"role": "assistant", "content": "Water."}

@@ -7,8 +7,8 @@ import pytest
 import small
 import torch
 
-from r2m_jax import sharding
 from r2m_jax import step as step_module
+from r2m_jax.parallel import sharding
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,1 @@
+"""Rows of text to tokens to batches; no model."""

@@ -1,0 +1,1 @@
+"""The laboratory: many arms and seeds, and what they show."""

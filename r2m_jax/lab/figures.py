@@ -4,8 +4,8 @@ import numpy as np
 
 from r2m_jax.lab import stats
 from r2m_jax.lab.results import Results, at_kl, rival
-from r2m_jax.report import COLOURS, DPI, ROOT_KL, dress, png
-from r2m_jax.summary import window_means
+from r2m_jax.report.page import COLOURS, DPI, ROOT_KL, dress, png
+from r2m_jax.report.summary import window_means
 
 MARKS, DASHES = "os^DvPX*", ("-", "--", "-.", ":")
 INK, GREY = "#1c2127", "#767676"

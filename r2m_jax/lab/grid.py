@@ -1,8 +1,8 @@
 """task = "lab": arms x seeds x KL weights on the gold-reward task, every replica of an arm in one program.
 
-The step is that of `step.py`, vmapped. A replica is one seed at one KL weight; alone it would be `train.run` with that
-seed. WORKDIR/table has an arm's rows once it has ended, WORKDIR/partial what is unfinished. Processes that are given
-the same command share the arms out. See docs/lab.md.
+The step is that of `step.py`, vmapped. A replica is one seed at one KL weight; alone it would be `tasks.gold.run` with
+that seed. WORKDIR/table has an arm's rows once it has ended, WORKDIR/partial what is unfinished. Processes that are
+given the same command share the arms out. See docs/lab.md.
 """
 
 import contextlib
@@ -19,24 +19,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r2m_jax import checkpoint, loop
-from r2m_jax.build import Build, abstract, build, init_policy, init_reward_model, make_first_state
-from r2m_jax.checks import check_step_zero, sample_rounding
+from r2m_jax.algorithm.labels import uses_labels
+from r2m_jax.algorithm.variants import VARIANTS, measured
 from r2m_jax.config import ConfigError, arms_of, identity
-from r2m_jax.generate import generate
-from r2m_jax.lab import goldtask, report, results, stats, table
-from r2m_jax.lab.labels import gold_labeller
-from r2m_jax.lab.stages import STREAM_BEST, STREAM_PROBE, golden_job, head_job, reward_job, sample, scorer, sft_job
-from r2m_jax.lab.stages import standardise
+from r2m_jax.goldtask import task as goldtask
+from r2m_jax.goldtask.labels import gold_labeller
+from r2m_jax.goldtask.rl import gold_metrics, program_of, rl_prompts, shared_arm
+from r2m_jax.goldtask.stages import STREAM_BEST, STREAM_PROBE, golden_job, head_job, reward_job, sample, scorer, sft_job
+from r2m_jax.goldtask.stages import standardise
+from r2m_jax.lab import report, results, stats, table
 from r2m_jax.lab.together import fit_together, pick, seeds_mesh, spread, stack, together
-from r2m_jax.metrics import progress
+from r2m_jax.models.generate import generate
 from r2m_jax.ops import combine
-from r2m_jax.pretrain import PARTIAL
-from r2m_jax.sharding import make_mesh
-from r2m_jax.step import make_judge, make_learn, make_omega, make_read, make_rollout, measured_kl, sampling
-from r2m_jax.step import read_feedback, uses_labels
-from r2m_jax.train import claim, gold_metrics, program_of, rl_prompts, shapes_of, shared_arm, warm
-from r2m_jax.variants import VARIANTS, measured
+from r2m_jax.parallel.sharding import make_mesh
+from r2m_jax.run import checkpoint, loop
+from r2m_jax.run.build import Build, abstract, build, init_policy, init_reward_model, make_first_state
+from r2m_jax.run.fit import PARTIAL
+from r2m_jax.run.identities import check_step_zero, sample_rounding
+from r2m_jax.run.progress import progress
+from r2m_jax.run.workdir import claim, shapes_of, warm
+from r2m_jax.step import make_judge, make_learn, make_omega, make_read, make_rollout, measured_kl, read_feedback
+from r2m_jax.step import sampling
 
 KEY_PROBE = 2**31 - 10  # of the fixed responses
 BEST_GROUP = 2  # samples of a prompt drawn at a time: by the program that draws preferences

@@ -16,16 +16,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r2m_jax import export, finetune, prepare, scratch, serve, sharding
 from r2m_jax.config import ConfigError, arms_of, check_batch, identity
+from r2m_jax.data import datasets
 from r2m_jax.data.jsonl import read_rows, write_rows
 from r2m_jax.data.rows import load
-from r2m_jax.evals import mean_of, wins
-from r2m_jax.folders import Policy, load_policy, load_reward, mesh_of
+from r2m_jax.goldtask.rl import against_gold
+from r2m_jax.hf import export
+from r2m_jax.hf.folders import Policy, load_policy, load_reward, mesh_of
 from r2m_jax.lab import report, results, table
 from r2m_jax.lab.grid import alone
-from r2m_jax.metrics import ROW_KEYS, read_json, read_metrics, write_atomic
-from r2m_jax.train import against_gold, claim
+from r2m_jax.parallel import sharding
+from r2m_jax.run.files import read_json, write_atomic
+from r2m_jax.run.metrics import ROW_KEYS, read_metrics
+from r2m_jax.run.workdir import claim
+from r2m_jax.tasks import folders, scratch, serve
+from r2m_jax.tasks.evals import mean_of, wins
 
 SAMPLES, PROXIES = "sft_samples.jsonl", "reward_models.json"  # of a workdir
 
@@ -132,7 +137,7 @@ def make_gold(config, workdir: Path, mesh, sft: Path, drawn: list[dict]) -> Path
     policy = grow(load_policy(str(sft), config, mesh), config.gold.depth)
     export.write_policy(grown, settings, policy, policy.state, workdir)
     claim(settings, folder)
-    finetune.run_reward(settings, folder, mesh, out=out)
+    folders.run_reward(settings, folder, mesh, out=out)
 
   if not config.gold.path:
     scratch.once(workdir, "gold", raw, fit)
@@ -143,7 +148,7 @@ def make_gold(config, workdir: Path, mesh, sft: Path, drawn: list[dict]) -> Path
 
 def noisy_subset(config, rows: list[dict], seed: int) -> list[dict]:
   """config.reward.pairs of the pairs, chosen and rejected exchanged in exactly the share config.reward.label_flip."""
-  prepare.enough(len(rows), "reward.pairs", config.reward.pairs, "scratch.pairs")
+  datasets.enough(len(rows), "reward.pairs", config.reward.pairs, "scratch.pairs")
   rng, count = np.random.default_rng([seed, 8]), config.reward.pairs
   rows = [rows[i] for i in rng.permutation(len(rows))[:count]]
   flipped = set(rng.permutation(count)[: round(config.reward.label_flip * count)].tolist())
@@ -165,9 +170,9 @@ def make_proxy(config, workdir: Path, mesh, sft: Path, seed: int, drawn: list[di
     if not pairs.exists():
       source = scratch.derived(config, "reward", config.scratch.pairs, policy__path=str(sft))
       start = load_reward(str(sft), config, mesh, from_policy=True)
-      rows, _ = prepare.pair_ids(source, start, load(source.data, "pair"), "proxies")
+      rows, _ = datasets.pair_ids(source, start, load(source.data, "pair"), "proxies")
       write_rows(str(pairs), noisy_subset(config, rows, seed))
-    finetune.run_reward(settings, folder, mesh, out=out)
+    folders.run_reward(settings, folder, mesh, out=out)
 
   scratch.once(workdir, f"proxy of seed {seed}", raw, fit)
   make = lambda out: standardise(settings, raw, workdir, mesh, drawn, out)
@@ -197,7 +202,7 @@ def run_arm(name: str, arm, workdir: Path, mesh, sft: Path, proxy: Path, gold: P
       rows = [dict(zip(("prompt", "response", "truncated"), sample)) for sample in samples]
       return against_gold(scored(rows), output.judged.scores, K)
 
-    finetune.run_r2m(settings, folder, mesh, out=out.parent, watch=watch)
+    folders.run_r2m(settings, folder, mesh, out=out.parent, watch=watch)
 
   scratch.once(workdir, f"{name} of seed {seed}", folder / "export/policy", make)
 

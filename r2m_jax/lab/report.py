@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from r2m_jax import report
-from r2m_jax.checkpoint import MANIFEST
 from r2m_jax.lab import figures, results, stats
 from r2m_jax.lab.results import Results, at_kl, at_weight, find, gold_measures, rival, stop_name
 from r2m_jax.lab.turnover import turnover, turnover_table
-from r2m_jax.metrics import write_atomic
-from r2m_jax.summary import number
+from r2m_jax.report import page as report_page
+from r2m_jax.report.summary import number
+from r2m_jax.run.checkpoint import MANIFEST
+from r2m_jax.run.files import write_atomic
 
 
 def span(found: stats.Interval | None, digits: int = 2) -> str:
@@ -63,7 +63,7 @@ def notes(config, found: Results) -> list[str]:
 
 
 def tables(config, found: Results, facts: dict[int, dict]) -> list[dict]:
-  """Sections of numbers, as report.table_html takes them; no seed in `facts`: none about the reward models."""
+  """Sections of numbers, as page.table_html takes them; no seed in `facts`: none about the reward models."""
   lab, keys = config.lab, list(found.values)
   label = lambda key: key[0] if key[1] == 1.0 else f"{key[0]}, KL weight x {key[1]:g}"
   counted = lambda x, full: span(x) + (f" (n {x.count})" if x and x.count < full else "")
@@ -154,15 +154,15 @@ def write(config, found: Results, facts: dict[int, dict], workdir: Path, *, more
   """Draws WORKDIR/figures and WORKDIR/report.html, with `more` tables, and writes seeds.txt; returns what to print."""
   parts = ["<h1>Laboratory: arms against the gold reward</h1>",
            f'<p class="soft">{len(found.curves)} arms; gold never trains, selects or stops anything.</p>',
-           '<div class="card lead"><b>What the table shows</b>', report.bullets(notes(config, found)), "</div>"]
+           '<div class="card lead"><b>What the table shows</b>', report_page.bullets(notes(config, found)), "</div>"]
   for name, heading, caption, draw in figures.FIGURES:
     if (figure := draw(config, found)) is not None:
       image = figures.rendered(figure)
       write_atomic(workdir / "figures" / f"{name}.png", image)
-      parts.append(report.figure_html(heading, caption, [image], whole=True))
-  parts += [report.table_html(section) for section in [*tables(config, found, facts), *more]]
+      parts.append(report_page.figure_html(heading, caption, [image], whole=True))
+  parts += [report_page.table_html(section) for section in [*tables(config, found, facts), *more]]
   parts.append(f'<details class="card"><summary>Configuration</summary><pre>{config.to_json(indent=1)}</pre></details>')
-  page = report.write_page(workdir / "report.html", "R2M laboratory", parts)
+  page = report_page.write_page(workdir / "report.html", "R2M laboratory", parts)
   text = seeds_text(found)
   write_atomic(workdir / "seeds.txt", text + "\n")
   lines = text.splitlines()

@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.lab import stats
 from r2m_jax.lab.table import Curves, read_arms, read_table
-from r2m_jax.metrics import write_atomic
-from r2m_jax.summary import window_of
-from r2m_jax.variants import VARIANTS
+from r2m_jax.report.summary import window_of
+from r2m_jax.run.files import write_atomic
 
 FIELDS = ("arm", "beta", "factor", "measure", "against", "value", "low", "high", "seeds")
 # measure -> metric whose last window it is

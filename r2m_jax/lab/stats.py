@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats as distributions  # jax brings it
 
-from r2m_jax.summary import value_at, window_means, window_of
+from r2m_jax.report.summary import value_at, window_means, window_of
 
 RESAMPLES = 10_000
 LEVEL = 0.95

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from r2m_jax.metrics import write_atomic
+from r2m_jax.run.files import write_atomic
 
 KEYS = ("arm", "seed", "factor", "beta", "step")
 IDENTITY = b"r2m_jax.identity"  # of the config that the rows are of

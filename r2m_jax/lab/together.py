@@ -13,9 +13,8 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 
-from r2m_jax.build import Build
-from r2m_jax.lab.stages import Job
-from r2m_jax.pretrain import fit
+from r2m_jax.run.build import Build
+from r2m_jax.run.fit import Job, fit
 
 
 def stack(trees: Sequence):
@@ -52,7 +51,7 @@ def spread(tree, mesh: Mesh):
 
 
 def fit_together(jobs: Sequence[Job], built: Build, workdir: Path) -> list:
-  """What `stages.do` makes of each job, with the updates of all jobs in one program on one device.
+  """What `fit.do` makes of each job, with the updates of all jobs in one program on one device.
 
   The jobs differ in data, start and frozen weights alone. Clipping and the optimizer see each seed by itself; an update
   with a number that is not finite is left out for all of them. Logs means over the seeds.

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from r2m_jax.logprobs import softcap
 from r2m_jax.models.arch import ArchConfig
-from r2m_jax.sharding import ROWS, fitted, lay, mesh_around
+from r2m_jax.models.logprobs import softcap
+from r2m_jax.parallel.sharding import ROWS, fitted, lay, mesh_around
 
 ATTENTION = ("auto", "xla", "dot_product", "splash")
 BLOCK = 128  # tokens; what the splash kernel takes at least, and rounds lengths up to

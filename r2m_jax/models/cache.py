@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from r2m_jax.sharding import ROWS, lay, lay_rows
+from r2m_jax.parallel.sharding import ROWS, lay, lay_rows
 
 
 @struct.dataclass

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from r2m_jax import sharding
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
+from r2m_jax.parallel import sharding
 
 LINEARS = ("attn/q", "attn/k", "attn/v", "attn/o", "mlp/gate", "mlp/up", "mlp/down")
 

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
-from r2m_jax.logprobs import Head, tempered
 from r2m_jax.models.arch import ArchConfig, RopeScaling
-from r2m_jax.models.attention import BLOCK, Seen, Shared, SharedMask, Slots, attend, attend_shared, attend_slots
-from r2m_jax.models.attention import choose, dot_product, slots_fit, splash_attend
+from r2m_jax.models.attention import BLOCK, Seen, Shared, SharedMask, Slots, attend, attend_shared, attend_slots, choose
+from r2m_jax.models.attention import dot_product, slots_fit, splash_attend
 from r2m_jax.models.cache import Cache, lay_cache, write
-from r2m_jax.sharding import ROWS, lay, lay_rows, mesh_around, path_name, row_shards
+from r2m_jax.models.logprobs import Head, tempered
+from r2m_jax.parallel.sharding import ROWS, lay, lay_rows, mesh_around, path_name, row_shards
 
 ACTIVATIONS = {
   "silu": jax.nn.silu,

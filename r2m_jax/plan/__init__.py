@@ -7,5 +7,5 @@
   hlo.py       what a compiled program sends over the links
   programs.py  rollout and learn, compiled from abstract arguments by the platform's own compiler
   report.py    the plan as text
-  run.py       one topology, or the smallest slice of each generation
+  plan.py      one topology, or the smallest slice of each generation
 """

@@ -1,6 +1,6 @@
 """Bytes per chip before anything is compiled: the state exactly, temporaries as the sum of what must live together.
 
-The compiler decides what really lives together; `tests/test_plan.py` and docs/plan.md say how far off the sum was.
+The compiler decides what really lives together; `tests/plan/test_plan.py` and docs/plan.md say how far off the sum was.
 """
 
 import math
@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
-from r2m_jax import build, sharding
+from r2m_jax.algorithm.variants import VARIANTS
+from r2m_jax.parallel import sharding
 from r2m_jax.plan.programs import STATE_KINDS, abstract_state
 from r2m_jax.plan.sizes import Sizes, reads_feedback
 from r2m_jax.plan.work import Layout, cache_slots, fused_attention, layer_weights, trained_numbers, update_tokens
 from r2m_jax.plan.work import vocabulary
-from r2m_jax.variants import VARIANTS
+from r2m_jax.run import build
 
 
 def state_shapes(config, sizes: Sizes) -> list[tuple[str, str, tuple[int, ...], int]]:

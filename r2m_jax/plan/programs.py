@@ -1,8 +1,8 @@
 """rollout and learn, compiled from abstract arguments: nothing is allocated, and no chip of that kind is needed.
 
-The two programs are those of a run from folders (finetune.make_two_part_step): sampling, and everything after it. What
-lies on a chip while one of them runs is the whole TrainState, the program's other arguments, its temporaries and those
-results that do not take an argument's place.
+The two programs are those of a run from folders (tasks.folders.make_two_part_step): sampling, and everything after it.
+What lies on a chip while one of them runs is the whole TrainState, the program's other arguments, its temporaries and
+those results that do not take an argument's place.
 """
 
 import hashlib
@@ -23,14 +23,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from r2m_jax import build, sharding
+from r2m_jax.algorithm.labels import pairs_per_step, uses_labels
 from r2m_jax.config import ConfigError
-from r2m_jax.metrics import write_atomic
 from r2m_jax.models import transformer
+from r2m_jax.parallel import sharding
 from r2m_jax.plan import hlo
 from r2m_jax.plan.chips import Topology
 from r2m_jax.plan.sizes import Sizes
-from r2m_jax.step import make_learn, make_rollout, pairs_per_step, uses_labels
+from r2m_jax.run import build
+from r2m_jax.run.files import write_atomic
+from r2m_jax.step import make_learn, make_rollout
 from r2m_jax.types import Pairs, Prompts, Sequences
 
 KEPT_FORMAT = "2"  # of the cache's files; another number where what is read from a compiled program changes

@@ -4,11 +4,11 @@ import dataclasses
 import json
 import pathlib
 
+from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.config import ConfigError
-from r2m_jax.lab import goldtask
+from r2m_jax.data.text import bucket
+from r2m_jax.goldtask import task as goldtask
 from r2m_jax.models.arch import ArchConfig, RopeScaling
-from r2m_jax.text import bucket
-from r2m_jax.variants import VARIANTS
 
 # Shapes by name, so that a plan needs no download: the config.json of each model on the hub.
 LLAMA_8B = ArchConfig(

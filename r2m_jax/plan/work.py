@@ -3,8 +3,8 @@
 A multiply-add is two FLOPs. Matrix products alone are counted, with what the program really computes: attention over
 the full square of positions (masks hide, they do not save) unless a kernel leaves masked blocks out, a prompt once for
 those of its responses that go through together, recomputation in the backward pass, decoding over every slot of the
-cache unless a kernel reads what is there. `tests/test_plan.py` holds these sums against the products in the program's
-own jaxpr.
+cache unless a kernel reads what is there. `tests/plan/test_plan.py` holds these sums against the products in the
+program's own jaxpr.
 """
 
 import dataclasses
@@ -12,12 +12,12 @@ import math
 
 import jax.numpy as jnp
 
-from r2m_jax.config import kl_estimator
-from r2m_jax.minibatch import dealt
+from r2m_jax.algorithm.objective import kl_estimator
+from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.attention import BLOCK, choose, slots_fit
+from r2m_jax.parallel.rows import dealt
 from r2m_jax.plan.sizes import Sizes, reads_feedback
-from r2m_jax.variants import VARIANTS
 
 ROLLOUT = ("prefill", "decode")
 

@@ -1,0 +1,1 @@
+"""The method on arrays: losses, advantages, objective, schedules, variants, labels and optimizers."""

@@ -1,0 +1,1 @@
+"""task=analyse: what a run's arrays say of the method."""

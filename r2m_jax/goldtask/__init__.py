@@ -1,0 +1,1 @@
+"""The gold-reward task: prompts, preferences, the stages before RL, and RL."""

@@ -1,0 +1,71 @@
+"""RL on the gold-reward task: prompts, the step, which arms share a program, and what gold says."""
+
+import numpy as np
+
+from r2m_jax.algorithm.labels import uses_labels
+from r2m_jax.algorithm.variants import Arm, arm_of
+from r2m_jax.goldtask import task as goldtask
+from r2m_jax.goldtask.labels import gold_labeller
+from r2m_jax.goldtask.stages import STREAM_RL
+from r2m_jax.parallel import hosts
+from r2m_jax.run.build import Build
+from r2m_jax.run.workdir import with_variant
+from r2m_jax.step import make_step
+
+
+def shared_arm(config) -> Arm | None:
+  """config.variant as an arm of r2m's program: to compile takes longer than many a run of this task, and r2m's reward
+  costs next to nothing. None where it has a program of its own, as all have with labels, which not all can use."""
+  return None if config.r2m.labels == "preference" else arm_of(config.variant)
+
+
+def program_of(config):
+  """The config of the variant whose program runs config.variant."""
+  return with_variant(config, config.variant if shared_arm(config) is None else "r2m")
+
+
+def rl_prompts(config, t: int):
+  """The prompts of RL step t."""
+  return goldtask.prompts(config.seed, STREAM_RL, t, config.rollout.prompts)
+
+
+def make_gold_step(config, built: Build, layout):
+  """Builds `step(state, prompts, arm)`: `make_step` for the gold-reward task, with None for variants without an `Arm`.
+
+  Every process gives all prompts, as host arrays, and feeds its own.
+  """
+  own = lambda prompts: hosts.place(hosts.take(prompts, built.rows), built.rows)
+  fixed = built.defs, config, built.mesh, (goldtask.EOS,), goldtask.PAD, layout
+  if uses_labels(config):
+    labelled = make_step(*fixed, gold_labeller(config))
+    return lambda state, prompts, arm: labelled(state, own(prompts))
+  step = make_step(*fixed, arms=True)
+  return lambda state, prompts, arm: step(state, own(prompts), arm)
+
+
+def gold_metrics(out, group_size: int) -> dict[str, float]:
+  """What the gold reward says of a step's samples, measured on the host; nothing of it reaches training."""
+  parts = goldtask.gold(out.sequences)
+  return against_gold(parts.gold, out.judged.scores, group_size) | {
+    "repetition": (parts.repeats / np.maximum(parts.length, 1)).mean(),
+    "gold/coverage": parts.coverage.mean(),
+    "gold/hallucinated": parts.hallucinated.mean(),
+    "gold/chatter": parts.chatter.mean(),
+  }
+
+
+def against_gold(gold: np.ndarray, used: np.ndarray, group_size: int) -> dict[str, float | None]:
+  """Mean gold of a step's samples, and how the reward that trained on them agrees with it within a prompt.
+
+  gold, used: [B] each, the samples of a prompt beside each other.
+  """
+  gold, used = (np.asarray(x, float).reshape(-1, group_size) for x in (gold, used))
+  rows = np.arange(len(gold))
+  gap = gold[rows, used.argmax(-1)] - gold[rows, used.argmin(-1)]  # of the pair that the reward update would label
+  centred_gold, centred_used = (x - x.mean(-1, keepdims=True) for x in (gold, used))
+  norm = np.sqrt((centred_gold**2).sum() * (centred_used**2).sum())
+  return {
+    "reward/gold": gold.mean(),
+    "reward/within_corr": (centred_gold * centred_used).sum() / norm if norm > 1e-12 else None,
+    "r2m/pair_disagreement": np.where(gap == 0, 0.5, gap < 0).mean(),
+  }

@@ -1,0 +1,485 @@
+"""Hugging Face folders in and out: safetensors straight onto the shards of a `Transformer`'s state, and back.
+
+Only safetensors and JSON are read, nothing is unpickled. On disk every layer is a tensor of its own and linears are
+[out, in]; here layers are stacked and kernels are [in, out]. One table per naming scheme connects the two.
+"""
+
+import json
+import math
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from r2m_jax.models import transformer
+from r2m_jax.models.arch import ArchConfig
+from r2m_jax.parallel import sharding
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+DTYPES = ("F64", "F32", "F16", "BF16")  # of tensors on disk, as safetensors names them
+SCORE = "score"  # the score head of a sequence classifier
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+                   "chat_template*", "generation_config.json")  # fmt: skip
+# Left over by older exports; constants that the code computes.
+IGNORED = re.compile(r"rotary_emb\.inv_freq$|attention\.(bias|masked_bias)$")
+
+
+class Fused(NamedTuple):
+  """One of query, key, value in a linear whose output is [heads, 3, head_dim] (GPT-NeoX)."""
+
+  name: str
+  part: int  # 0 query, 1 key, 2 value
+
+
+# Our module -> theirs, {} standing for the layer. Kernels, embeddings and scales are `weight` there, biases `bias`.
+LLAMA_NAMES = {
+  "embed": "model.embed_tokens",
+  "layers/attn_norm": "model.layers.{}.input_layernorm",
+  "layers/attn/q": "model.layers.{}.self_attn.q_proj",
+  "layers/attn/k": "model.layers.{}.self_attn.k_proj",
+  "layers/attn/v": "model.layers.{}.self_attn.v_proj",
+  "layers/attn/o": "model.layers.{}.self_attn.o_proj",
+  "layers/attn/q_norm": "model.layers.{}.self_attn.q_norm",
+  "layers/attn/k_norm": "model.layers.{}.self_attn.k_norm",
+  "layers/mlp_norm": "model.layers.{}.post_attention_layernorm",
+  "layers/mlp/gate": "model.layers.{}.mlp.gate_proj",
+  "layers/mlp/up": "model.layers.{}.mlp.up_proj",
+  "layers/mlp/down": "model.layers.{}.mlp.down_proj",
+  "final_norm": "model.norm",
+  "lm_head": "lm_head",
+}
+GEMMA_NAMES = LLAMA_NAMES | {
+  "layers/attn_post_norm": "model.layers.{}.post_attention_layernorm",
+  "layers/mlp_norm": "model.layers.{}.pre_feedforward_layernorm",
+  "layers/mlp_post_norm": "model.layers.{}.post_feedforward_layernorm",
+}
+NEOX_NAMES = {
+  "embed": "gpt_neox.embed_in",
+  "layers/attn_norm": "gpt_neox.layers.{}.input_layernorm",
+  "layers/attn/q": Fused("gpt_neox.layers.{}.attention.query_key_value", 0),
+  "layers/attn/k": Fused("gpt_neox.layers.{}.attention.query_key_value", 1),
+  "layers/attn/v": Fused("gpt_neox.layers.{}.attention.query_key_value", 2),
+  "layers/attn/o": "gpt_neox.layers.{}.attention.dense",
+  "layers/mlp_norm": "gpt_neox.layers.{}.post_attention_layernorm",
+  "layers/mlp/up": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
+  "layers/mlp/down": "gpt_neox.layers.{}.mlp.dense_4h_to_h",
+  "final_norm": "gpt_neox.final_layer_norm",
+  "lm_head": "embed_out",
+}
+NAMES = {"gemma2": GEMMA_NAMES, "gemma3_text": GEMMA_NAMES, "gpt_neox": NEOX_NAMES}  # the others: LLAMA_NAMES
+
+
+class Score(NamedTuple):
+  """The linear head of a sequence classifier."""
+
+  kernel: jax.Array  # [D, labels]
+  bias: jax.Array | None  # [labels]
+
+
+class Pretrained(NamedTuple):
+  """A model read from disk: `nnx.merge(graphdef, state)` is its `Transformer`."""
+
+  arch: ArchConfig
+  graphdef: Any
+  state: nnx.State
+  score: Score | None
+
+
+class PretrainedError(ValueError):
+  """A folder that does not hold the model it describes; the message names file, tensor and shapes."""
+
+
+def name_of(arch: ArchConfig, path: str) -> tuple[str, int | None]:
+  """layers/attn/q/kernel -> (model.layers.{}.self_attn.q_proj.weight, part of a fused linear or None)."""
+  module, leaf = path.rsplit("/", 1)
+  entry = NAMES.get(arch.family, LLAMA_NAMES)[module]
+  name, part = entry if isinstance(entry, Fused) else (entry, None)
+  return f"{name}.{'bias' if leaf == 'bias' else 'weight'}", part
+
+
+# ---- in ----
+
+
+def load_pretrained(
+  source: str | pathlib.Path,
+  *,
+  mesh: Mesh | None = None,
+  dtype=jnp.float32,
+  param_dtype=jnp.float32,
+  remat: str = "none",
+  attention: tuple[str, str] = ("auto", "cpu"),
+  lm_head: bool | None = None,
+) -> Pretrained:
+  """Reads a causal language model or a sequence classifier.
+
+  Args:
+    source: a folder, or a name on the Hugging Face hub.
+    mesh: lays each parameter out by `sharding.RULES`; each shard is read from disk alone. None: the default device.
+    dtype, param_dtype, remat, attention: as for `Transformer`.
+    lm_head: None keeps what the folder has; False leaves the vocabulary head out (a reward model from a policy).
+  """
+  folder = fetch(source)
+  arch = read_arch(folder / "config.json")
+  files = Files(folder)
+  score_name = f"{SCORE}.weight"
+  arch = arch.replace(lm_head=score_name not in files.shapes if lm_head is None else lm_head)
+  files.check_tied(arch)
+  graphdef, shapes = transformer.abstract(
+    arch, dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention
+  )
+  flat = [(sharding.path_name(path), x.shape) for path, x in jax.tree_util.tree_flatten_with_path(shapes)[0]]
+  files.check({path: shape for path, shape in flat}, arch)
+
+  def place(path, x):
+    name = sharding.path_name(path)
+    layout = default_sharding() if mesh is None else NamedSharding(mesh, sharding.spec_for(name, x.shape, mesh))
+    read = Memo(lambda index: files.read(arch, name, x.shape, index, x.dtype))
+    return jax.make_array_from_callback(x.shape, layout, read)
+
+  state = jax.tree_util.tree_map_with_path(place, shapes)
+  score = None
+  if score_name in files.shapes:
+    layout = default_sharding() if mesh is None else NamedSharding(mesh, P())
+    put = lambda x: jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
+    bias = files.tensor(f"{SCORE}.bias") if f"{SCORE}.bias" in files.shapes else None
+    kernel = np.ascontiguousarray(files.tensor(score_name).T)
+    score = Score(put(kernel.astype(param_dtype)), None if bias is None else put(bias.astype(param_dtype)))
+  return Pretrained(arch, graphdef, state, score)
+
+
+def fetch(source: str | pathlib.Path) -> pathlib.Path:
+  """The local folder of a model; a hub name is downloaded first, and nothing but safetensors, JSON and tokenizer."""
+  folder = pathlib.Path(source).expanduser()
+  if folder.is_dir():
+    return folder
+  if folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
+    raise FileNotFoundError(f"{folder} is not a folder; give a folder with config.json, or a hub name owner/model")
+  import huggingface_hub
+
+  wanted = ["config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES]
+  try:
+    return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
+  except (OSError, ValueError) as error:
+    reason = " ".join(str(error).split())
+    raise FileNotFoundError(f"{source} is neither a folder nor a model that the hub gives: {reason}") from error
+
+
+def read_json(file: pathlib.Path) -> dict[str, Any]:
+  """The object in a JSON file."""
+  try:
+    found = json.loads(file.read_text(encoding="utf-8"))
+  except (ValueError, RecursionError) as error:
+    raise PretrainedError(f"{file} is not JSON: {error}; copy it again") from None
+  if not isinstance(found, dict):
+    raise PretrainedError(f"{file} holds no JSON object; copy it again")
+  return found
+
+
+def read_arch(file: pathlib.Path) -> ArchConfig:
+  """The architecture in a config.json, with a value of a wrong type told as a mistake of the file."""
+  try:
+    return ArchConfig.from_hf(read_json(file))
+  except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+    kind = type(error).__name__
+    raise PretrainedError(f"{file} does not describe a model ({kind}: {error}); copy it again") from None
+
+
+def default_sharding() -> SingleDeviceSharding:
+  return jnp.zeros(()).sharding
+
+
+def header(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
+  """The shape of every tensor in a safetensors file."""
+  try:
+    with safe_open(file, "np") as opened:
+      slices = {key: opened.get_slice(key) for key in opened.keys()}
+      odd = [key for key, x in slices.items() if x.get_dtype() not in DTYPES]
+      if odd:
+        raise PretrainedError(
+          f"{file} stores {len(odd)} tensors as {slices[odd[0]].get_dtype()}, the first {odd[0]}: quantised weights "
+          f"are not read; convert them to one of {', '.join(DTYPES)}"
+        )
+      return {key: tuple(x.get_shape()) for key, x in slices.items()}
+  except (SafetensorError, OSError) as error:
+    raise PretrainedError(f"{file} is not a whole safetensors file: {error}; copy it again") from None
+
+
+class Memo:
+  """Calls `f` once per index: devices that hold the same shard share one read."""
+
+  def __init__(self, f):
+    self.f, self.seen = f, {}
+
+  def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
+    key = tuple((s.start, s.stop) for s in index)
+    if key not in self.seen:
+      self.seen[key] = self.f(index)
+    return self.seen[key]
+
+
+def aligned(shape, dtype) -> np.ndarray:
+  """An empty array that starts at a multiple of 64 bytes: JAX on a CPU then takes it as it is, without a copy."""
+  size = math.prod(shape) * np.dtype(dtype).itemsize
+  raw = np.empty(size + 64, np.uint8)
+  start = -raw.ctypes.data % 64
+  return raw[start : start + size].view(dtype).reshape(shape)
+
+
+class Files:
+  """The safetensors files of a folder, read slice by slice.
+
+  A file is mapped for one read only: a mapping that stayed would hold every page it has read, the model a second time.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    if (folder / WEIGHTS).exists():  # transformers prefers it to an index too
+      self.where = dict.fromkeys(header(folder / WEIGHTS), WEIGHTS)
+    elif (folder / INDEX).exists():
+      self.where = read_json(folder / INDEX).get("weight_map")
+      if not isinstance(self.where, dict) or not all(isinstance(file, str) for file in self.where.values()):
+        raise PretrainedError(f"{folder / INDEX} has no weight_map of tensors to files; copy it again")
+    elif list(folder.glob("pytorch_model*.bin")):
+      raise PretrainedError(
+        f"{folder} holds only pytorch_model*.bin, which is unpickled on reading and so is refused here; convert it "
+        "where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+      )
+    else:
+      raise PretrainedError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
+    self.folder = folder
+    if outside := sorted({file for file in self.where.values() if pathlib.PurePath(file).name != file}):
+      raise PretrainedError(f"{folder / INDEX} names {outside}: weights lie in the folder itself, nothing else is read")
+    if absent := sorted({file for file in self.where.values() if not (folder / file).exists()}):
+      raise PretrainedError(f"{folder / INDEX} names {absent}, which are not in the folder; copy it again")
+    shapes = {name: header(folder / name) for name in sorted(set(self.where.values()))}
+    for name, file in self.where.items():
+      if name not in shapes[file]:
+        raise PretrainedError(f"{folder / INDEX} says {name} lies in {file}, which does not hold it")
+    self.shapes = {name: shapes[file][name] for name, file in self.where.items()}
+
+  def tensor(self, name: str, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
+    """A part of a tensor, read from disk."""
+    with safe_open(self.folder / self.where[name], "np") as file:
+      return file.get_slice(name)[index]
+
+  def check(self, shapes: dict[str, tuple[int, ...]], arch: ArchConfig) -> None:
+    """Raises unless the files hold exactly the parameters of `arch`, in their shapes."""
+    expected = {}
+    for path, shape in shapes.items():
+      template, part = name_of(arch, path)
+      stacked = path.startswith("layers/")
+      shape = shape[1:] if stacked else shape
+      if path.endswith("/kernel"):
+        shape = shape[::-1]
+      if part is not None:
+        shape = (3 * shape[0], *shape[1:])
+      for layer in range(arch.num_layers if stacked else 1):
+        expected[template.format(layer)] = shape
+    if missing := sorted(expected.keys() - self.shapes.keys()):
+      raise PretrainedError(
+        f"{self.folder} lacks {len(missing)} tensors, the first {missing[0]} of shape {expected[missing[0]]}; it holds "
+        f"{len(self.shapes)} of model_type {arch.family!r}, such as {min(self.shapes)}"
+      )
+    for name, shape in expected.items():
+      if self.shapes[name] != shape:
+        raise PretrainedError(
+          f"{name} has shape {self.shapes[name]} in {self.folder / self.where[name]}; config.json asks for {shape}"
+        )
+    allowed = {f"{SCORE}.weight", f"{SCORE}.bias", f"{name_of(arch, 'lm_head/kernel')[0]}"}
+    extra = sorted(n for n in self.shapes.keys() - expected.keys() - allowed if not IGNORED.search(n))
+    if extra:
+      raise PretrainedError(
+        f"{self.folder / self.where[extra[0]]} holds {len(extra)} tensors that config.json gives no place, the first "
+        f"{extra[0]} of shape {self.shapes[extra[0]]}"
+      )
+
+  def check_tied(self, arch: ArchConfig) -> None:
+    """Raises if config.json ties the head to the embedding and the files hold a head with other numbers."""
+    head, embed = (name_of(arch, path)[0] for path in ("lm_head/kernel", "embed/embedding"))
+    if not arch.lm_head or arch.untied_head or not {head, embed} <= self.shapes.keys():
+      return
+    if self.shapes[head] != self.shapes[embed] or not (self.tensor(head) == self.tensor(embed)).all():
+      raise PretrainedError(
+        f"{self.folder}: config.json has tie_word_embeddings=true, and {head} is not {embed}; set "
+        f"tie_word_embeddings=false to use {head}, or take {head} out of the files"
+      )
+
+  def read(self, arch: ArchConfig, path: str, shape: tuple[int, ...], index: tuple[slice, ...], dtype) -> np.ndarray:
+    """The part `index` of the parameter at `path`, of full `shape`, as `dtype`: from disk, one layer at a time."""
+    template, part = name_of(arch, path)
+    result = aligned([len(range(*i.indices(n))) for i, n in zip(index, shape)], dtype)
+    if not path.startswith("layers/"):
+      result[...] = self._read(template, part, index, arch, path)
+      return result
+    layers = range(*index[0].indices(shape[0]))
+    for row, layer in enumerate(layers):
+      result[row] = self._read(template.format(layer), part, index[1:], arch, path)
+    return result
+
+  def _read(self, name, part, index, arch, path) -> np.ndarray:
+    """One tensor's part in our layout: `index` counts [in, out] for kernels."""
+    kernel = path.endswith("/kernel")
+    index = index[::-1] if kernel else index
+    if part is None:
+      x = self.tensor(name, index)
+    else:  # whole outputs, then the wanted third, then the wanted rows of it
+      x = self.tensor(name, (slice(None), *index[1:]))
+      x = x.reshape(arch.num_heads, 3, arch.head_dim, *x.shape[1:])[:, part]
+      x = x.reshape(-1, *x.shape[2:])[index[0]]
+    return np.ascontiguousarray(x.T) if kernel else x
+
+
+# ---- out ----
+
+
+def save_pretrained(
+  folder: str | pathlib.Path,
+  arch: ArchConfig,
+  state: nnx.State,
+  *,
+  score: Score | None = None,
+  dtype=None,
+  max_shard_bytes: int = 5 * 10**9,
+  tokenizer_folder: str | pathlib.Path | None = None,
+  extra: dict[str, Any] | None = None,
+) -> None:
+  """Writes what AutoModelForCausalLM reads or, with a `score`, AutoModelForSequenceClassification.
+
+  The folder appears complete or not at all; an older model in its place is replaced. With several processes all must
+  call; the first one writes.
+
+  Args:
+    score: transformers' classifiers have no bias; a bias is written as score.bias, which `load_pretrained` reads.
+    dtype: of the tensors on disk; None: as they are.
+    max_shard_bytes: larger models are split over files with an index.
+    tokenizer_folder: its tokenizer files and generation config are copied, its special token ids kept.
+    extra: more fields for config.json, such as pad_token_id.
+  """
+  folder = pathlib.Path(folder).expanduser().absolute()
+  if score is None and not arch.lm_head:
+    raise ValueError("a model with ArchConfig.lm_head=False has no vocabulary head; save it with its score: score=")
+  if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
+    raise FileExistsError(f"{folder} is not empty and holds no model; give a new folder")
+  arch = arch.replace(lm_head=score is None)
+  params = {sharding.path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(state)[0]}
+  _check_state(arch, params)
+  name = str(jnp.dtype(dtype or params["embed/embedding"].dtype))
+  config = _token_ids(tokenizer_folder) | arch.to_hf() | {"dtype": name, "torch_dtype": name}
+  if score is not None:
+    labels = {str(i): f"LABEL_{i}" for i in range(score.kernel.shape[1])}
+    config |= {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}
+
+  tensors = _tensors(arch, params, score, dtype)
+  if jax.process_index() != 0:
+    for _ in tensors:  # takes part in gathering
+      pass
+    return
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  new = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+  try:
+    _write_shards(new, tensors, max_shard_bytes)
+    for pattern in TOKENIZER_FILES if tokenizer_folder else ():
+      for file in pathlib.Path(tokenizer_folder).glob(pattern):
+        shutil.copyfile(file, new / file.name)
+    (new / "config.json").write_text(json.dumps(config | (extra or {}), indent=2) + "\n", encoding="utf-8")
+    new.chmod(0o755)
+    if folder.exists():
+      old = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+      folder.rename(old / folder.name)
+      new.rename(folder)
+      shutil.rmtree(old)
+    else:
+      new.rename(folder)
+  finally:
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def _check_state(arch: ArchConfig, params: dict[str, jax.Array]) -> None:
+  """Raises unless `params` are those of `arch`; a language-model head that a classifier drops may be there."""
+  shapes = jax.tree_util.tree_flatten_with_path(transformer.abstract(arch)[1])[0]
+  expected = {sharding.path_name(path): x.shape for path, x in shapes}
+  given = {path: x.shape for path, x in params.items() if path in expected or path != "lm_head/kernel"}
+  if wrong := sorted(p for p in expected.keys() | given.keys() if expected.get(p) != given.get(p)):
+    at = wrong[0]
+    raise ValueError(
+      f"{len(wrong)} parameters are not those of the architecture, the first {at}: shape {given.get(at)} in the state, "
+      f"{expected.get(at)} expected (None: absent); merge adapters before saving"
+    )
+
+
+def _tensors(arch, params, score, dtype) -> Iterator[tuple[str, np.ndarray]]:
+  """(name on disk, array), with at most one stacked parameter (three where fused) on the host at a time."""
+  groups: dict[str, list[str]] = {}  # template -> our paths, in the order of the parts
+  for path in sorted(params, key=lambda path: (name_of(arch, path)[1] or 0)):
+    if path != "lm_head/kernel" or arch.untied_head:
+      groups.setdefault(name_of(arch, path)[0], []).append(path)
+  for template, paths in sorted(groups.items()):
+    parts = [gather(params[path], dtype) for path in paths]
+    stacked = paths[0].startswith("layers/")
+    for layer in range(arch.num_layers if stacked else 1):
+      rows = [part[layer] if stacked else part for part in parts]
+      rows = [row.T if path.endswith("/kernel") else row for path, row in zip(paths, rows)]
+      if len(rows) > 1:  # [heads, 3, head_dim, ...]
+        rows = [np.stack([r.reshape(arch.num_heads, arch.head_dim, *r.shape[1:]) for r in rows], 1)]
+        rows = [rows[0].reshape(-1, *rows[0].shape[3:])]
+      # safetensors writes the buffer of a transposed view as it lies, not as it reads
+      yield template.format(layer), np.ascontiguousarray(rows[0])
+  if score is not None:
+    yield f"{SCORE}.weight", np.ascontiguousarray(gather(score.kernel, dtype).T)
+    if score.bias is not None:
+      yield f"{SCORE}.bias", gather(score.bias, dtype)
+
+
+def gather(x: jax.Array, dtype) -> np.ndarray:
+  """A whole array on the host, also where its shards lie on other processes."""
+  x = x if dtype is None else x.astype(dtype)
+  return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+
+
+def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], max_bytes: int) -> None:
+  """Fills files up to `max_bytes`, then names them: one file, or model-0000i-of-0000n with an index."""
+  shards: list[list[str]] = []
+  pending: dict[str, np.ndarray] = {}
+  total = size = 0
+
+  def flush():
+    save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
+    shards.append(list(pending))
+    pending.clear()
+
+  for name, array in tensors:
+    if pending and size + array.nbytes > max_bytes:
+      flush()
+      size = 0
+    pending[name] = array
+    size += array.nbytes
+    total += array.nbytes
+  flush()
+  if len(shards) == 1:
+    (folder / "shard-0").rename(folder / WEIGHTS)
+    return
+  where = {}
+  for i, names in enumerate(shards):
+    file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+    (folder / f"shard-{i}").rename(folder / file)
+    where |= dict.fromkeys(names, file)
+  index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+  (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _token_ids(tokenizer_folder) -> dict[str, Any]:
+  """bos, eos and pad ids of the model that lies beside the tokenizer, where there is one."""
+  if tokenizer_folder is None or not (file := pathlib.Path(tokenizer_folder) / "config.json").exists():
+    return {}
+  config = json.loads(file.read_text(encoding="utf-8"))
+  return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}

@@ -1,0 +1,285 @@
+"""Log-probabilities, entropies and exact KLs of tokens, without ever holding the logits of all of them.
+
+The vocabulary head is by far the widest layer: [B, T, V] is larger than anything else of a step. Here a part of the
+vocabulary is multiplied at a time, by all tokens, and the sums over the vocabulary are carried along; the backward pass
+makes the same logits again. The parts are interleaved (part i of n is entries i, i + n, ...), so that a head that is
+split over devices is split alike in every part, and no part leaves its device.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from r2m_jax.ops import Truncation, at_least_f32, check, kept
+from r2m_jax.parallel.sharding import ROWS, lay, mesh_around
+
+
+LANES = 128  # numbers in a row of a matrix unit's tile
+
+
+def softcap(x: jax.Array, cap: float | None) -> jax.Array:
+  """cap * tanh(x / cap), or x where cap is None."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+@struct.dataclass
+class Head:
+  """A vocabulary head: hidden [..., D] -> logits [..., V], at least float32."""
+
+  kernel: jax.Array  # [D, V], in the compute dtype
+  cap: float | None = struct.field(pytree_node=False, default=None)  # of `softcap`
+
+  def __call__(self, hidden: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(hidden.dtype, jnp.float32)
+    rows = hidden.reshape(-1, hidden.shape[-1])  # see transformer.as_rows
+    logits = softcap(jnp.matmul(rows, self.kernel, preferred_element_type=wide), self.cap)
+    return logits.reshape(*hidden.shape[:-1], -1)
+
+
+@struct.dataclass
+class TokenStats:
+  """Of the distribution each token was drawn from, at the rollout temperature. All [B, T], at least float32."""
+
+  logprobs: jax.Array
+  entropy: jax.Array  # nats
+  kl: jax.Array  # exact KL(policy || reference) over the vocabulary, nats; zero where there is no reference
+
+
+LogitsOf = Head | Callable[[jax.Array], jax.Array]
+
+
+def tempered(head: LogitsOf, hidden: jax.Array, temperature: float) -> jax.Array:
+  """hidden [..., D] -> logits / temperature [..., V], at least float32."""
+  if isinstance(head, Head) and head.cap is None and hidden.dtype == at_least_f32(hidden).dtype:
+    return head(hidden / temperature)  # D numbers a token to divide, not V, and as many in the gradient
+  return at_least_f32(head(hidden)) / temperature
+
+
+@jax.custom_vjp
+def own_logprob(logits: jax.Array, index: jax.Array) -> jax.Array:
+  """Of log softmax(logits [..., V]) the entry at i32[...] -> [...]. Its gradient 1_index - p is written at once, where
+  that of a softmax and a gather is scattered into zeros, summed, scaled and added."""
+  return _own_logprob(logits, index)[0]
+
+
+def _own_logprob(logits, index):
+  logp = jax.nn.log_softmax(logits)
+  return jnp.take_along_axis(logp, index[..., None], -1)[..., 0], (logp, index)
+
+
+def _own_logprob_backward(saved, gradient):
+  logp, index = jax.lax.optimization_barrier(saved)  # else XLA makes the ones beforehand, for all updates of a scan
+  return gradient[..., None] * ((jnp.arange(logp.shape[-1]) == index[..., None]) - jnp.exp(logp)), None
+
+
+own_logprob.defvjp(_own_logprob, _own_logprob_backward)
+
+
+def token_stats(
+  head: LogitsOf,
+  hidden: jax.Array,
+  tokens: jax.Array,
+  *,
+  temperature: float,
+  truncation: Truncation = Truncation(),
+  ref: tuple[LogitsOf, jax.Array] | None = None,
+  support: tuple[LogitsOf, jax.Array] | None = None,
+  chunk: int = 0,
+) -> TokenStats:
+  """Log-probability and entropy of each token, and the exact KL to a reference where one is given.
+
+  The one function behind old, new and reference log-probabilities: called with the same weights it gives the same
+  numbers, which is what makes the importance ratio 1 before the first update.
+
+  Args:
+    head: a `Head`, or any function hidden [..., D] -> logits [..., V].
+    hidden: [B, T, D], what the language-model head reads to predict each token.
+    tokens: i32[B, T].
+    temperature: divides the logits, as in sampling.
+    truncation: as in sampling; probabilities are those among the kept tokens. The given token is always one of them,
+      so that a policy that has moved since the sampling has a finite log-probability for it.
+    ref: the reference's head and its hidden [B, T, Dref]; it is normalised over the same kept tokens. With a `Head` in
+      parts no gradient flows to it.
+    support: head and hidden of the model whose distribution decides which tokens are kept; None: this one.
+    chunk: logits of each row that exist at a time, and are made again in the backward pass; 0: all T * V of them. A
+      `Head` is taken in parts of chunk / T vocabulary entries. Where sampling is truncated, which entries are kept
+      depends on all of them, and a function cannot be split: chunk / V tokens of each row, at least one, then go at a
+      time, over the whole vocabulary.
+  """
+  check(hidden, "B T D"), check(tokens, "B T", jnp.integer)
+  other = ref or support  # the reference is never read together with another model's support
+  if ref is not None and support is not None:
+    raise ValueError("token_stats takes a reference or another model's support, not both")
+  length = tokens.shape[1]
+  vocab = jax.eval_shape(head, hidden[:1, :1]).shape[-1]
+  heads = [head] if ref is None else [head, ref[0]]
+  if 0 < chunk < length * vocab and truncation == Truncation() and all(isinstance(h, Head) for h in heads):
+    return stats_in_parts(head, hidden, tokens, ref, temperature=temperature, parts=-(-length * vocab // chunk))
+  chunk = max(chunk // vocab, 1) if chunk else 0
+
+  scaled = functools.partial(tempered, temperature=temperature)
+
+  def slice_stats(hidden, tokens, other_hidden):
+    logits = scaled(head, hidden)
+    inside = lambda x: x
+    if truncation != Truncation():
+      keep = kept(scaled(support[0], other_hidden) if support else logits, truncation)
+      keep |= jnp.arange(logits.shape[-1]) == tokens[..., None]
+      inside = lambda x: jnp.where(keep, x, jnp.finfo(x.dtype).min)
+    logits = inside(logits)
+    logp = jax.nn.log_softmax(logits)
+    p = jnp.exp(logp)
+    kl = jnp.zeros(tokens.shape, logp.dtype)
+    if ref is not None:
+      ref_logp = jax.nn.log_softmax(inside(scaled(ref[0], other_hidden)))
+      kl = (p * (logp - ref_logp)).sum(-1)
+    return TokenStats(logprobs=own_logprob(logits, tokens), entropy=-(p * logp).sum(-1), kl=kl)
+
+  other_hidden = hidden[:, :, :0] if other is None else other[1]
+  if not 0 < chunk < length:
+    return slice_stats(hidden, tokens, other_hidden)
+  count = -(-length // chunk)
+
+  def split(x):  # [B, T, ...] -> [count, B, chunk, ...], the last slice padded
+    x = jnp.pad(x, ((0, 0), (0, count * chunk - length)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
+
+  body = jax.checkpoint(lambda xs: slice_stats(*xs), prevent_cse=False)
+  stats = jax.lax.map(body, (split(hidden), split(tokens), split(other_hidden)))
+  return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length], stats)
+
+
+class Sums(NamedTuple):
+  """What is carried over the parts of a vocabulary. [B, T] each; l are the policy's logits, r the reference's."""
+
+  top: jax.Array  # the largest l so far
+  mass: jax.Array  # sum of exp(l - top)
+  above: jax.Array  # sum of exp(l - top) (l - top)
+  apart: jax.Array  # sum of exp(l - top) (l - r)
+  own: jax.Array  # the token's own l
+  ref_top: jax.Array
+  ref_mass: jax.Array
+
+
+def stats_in_parts(head: Head, hidden, tokens, ref, *, temperature: float, parts: int) -> TokenStats:
+  """`token_stats` of the whole distribution in about `parts` parts of the vocabulary."""
+  mesh = mesh_around()
+  parts = vocabulary_parts(head.kernel.shape[1], parts, 1 if mesh is None else mesh.shape["tensor"])
+  ref_hidden, ref_kernel, ref_cap = (None, None, None) if ref is None else (ref[1], ref[0].kernel, ref[0].cap)
+  static = (head.cap, ref_cap, temperature, parts)
+  frozen = jax.lax.stop_gradient((ref_hidden, ref_kernel))
+  return TokenStats(*_stats(static, hidden, head.kernel, tokens, *frozen))
+
+
+def vocabulary_parts(vocab: int, parts: int, shards: int) -> tuple[int, int]:
+  """(how many, entries of each): about `parts` that hold the vocabulary, each split alike over `shards` devices.
+
+  Matrix units want rows of whole `LANES`: with 64 parts of 2,374 entries in place of 38 of 4,096 all of learning took
+  an H200 a fifth longer. Of narrow parts it is a number that divides the vocabulary, which needs no filling, where
+  there is one within a factor of two; there nearly always is.
+  """
+  parts, lanes = min(parts, vocab), LANES * shards
+  if vocab > 4 * lanes * parts:
+    width = -(-vocab // (parts * lanes)) * lanes
+    return -(-vocab // width), width
+  parts = next((n for n in range(parts, min(2 * parts, vocab) + 1) if vocab % (n * shards) == 0), parts)
+  return parts, -(-vocab // parts)
+
+
+def _split_vocab(kernel, parts):
+  """[D, V] -> [number, D, width]: of n parts, part i has the entries i, i + n, ...; zeros fill up the last ones."""
+  (depth, vocab), (parts, width) = kernel.shape, parts
+  kernel = jnp.pad(kernel, ((0, 0), (0, parts * width - vocab)))
+  return lay(jnp.moveaxis(kernel.reshape(depth, -1, parts), 2, 0), None, "fsdp", "tensor")
+
+
+def _part_logits(hidden, kernel, cap, temperature):
+  """[B, T, D], [D, v] -> [B, T, v]. The kernel's rows are gathered here, a part at a time."""
+  return _of_product(Head(lay(kernel, None, "tensor"))(hidden), cap, temperature)
+
+
+def _of_product(product, cap, temperature):
+  return lay(softcap(product, cap) / temperature, ROWS, None, "tensor")
+
+
+def _entries(i, parts, vocab, tokens):
+  """Of part i: (bool[v] whether an entry is one and no filling, bool[B, T, v] where each token is)."""
+  entry = i + parts[0] * jnp.arange(parts[1])
+  return entry < vocab, entry == tokens[..., None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _stats(static, hidden, kernel, tokens, ref_hidden, ref_kernel):
+  return _stats_forward(static, hidden, kernel, tokens, ref_hidden, ref_kernel)[0]
+
+
+def _stats_forward(static, hidden, kernel, tokens, ref_hidden, ref_kernel):
+  cap, ref_cap, temperature, parts = static
+  wide, vocab = jnp.promote_types(hidden.dtype, jnp.float32), kernel.shape[1]
+  floor = jnp.finfo(wide).min
+  kernels = _split_vocab(kernel, parts)
+  ref_kernels = None if ref_kernel is None else _split_vocab(ref_kernel, parts)
+
+  def add(sums: Sums, xs):
+    i, kernel, ref_kernel = xs
+    real, own = _entries(i, parts, vocab, tokens)
+    l = jnp.where(real, _part_logits(hidden, kernel, cap, temperature), floor)
+    top = jnp.maximum(sums.top, l.max(-1))
+    shrink, weight = jnp.exp(sums.top - top), jnp.exp(l - top[..., None])
+    above = shrink * (sums.above + sums.mass * jnp.maximum(sums.top - top, floor / 2))
+    above += jnp.where(real, weight * (l - top[..., None]), 0).sum(-1)
+    apart, ref_top, ref_mass = shrink * sums.apart, sums.ref_top, sums.ref_mass
+    if ref_kernel is not None:
+      r = jnp.where(real, _part_logits(ref_hidden, ref_kernel, ref_cap, temperature), floor)
+      apart += (weight * (l - r)).sum(-1)
+      ref_top = jnp.maximum(sums.ref_top, r.max(-1))
+      ref_mass = sums.ref_mass * jnp.exp(sums.ref_top - ref_top) + jnp.exp(r - ref_top[..., None]).sum(-1)
+    mass = shrink * sums.mass + weight.sum(-1)
+    return Sums(top, mass, above, apart, sums.own + jnp.where(own, l, 0).sum(-1), ref_top, ref_mass), None
+
+  zero, lowest = jnp.zeros(tokens.shape, wide), jnp.full(tokens.shape, floor)
+  start = Sums(lowest, zero, zero, zero, zero, lowest, zero)
+  sums, _ = jax.lax.scan(add, start, (jnp.arange(len(kernels)), kernels, ref_kernels))
+  log_mass, above, apart = jnp.log(sums.mass), sums.above / sums.mass, sums.apart / sums.mass
+  lse = sums.top + log_mass
+  kl = zero if ref_kernel is None else apart - lse + sums.ref_top + jnp.log(sums.ref_mass)
+  saved = (hidden, kernel, tokens, ref_hidden, ref_kernel, lse, sums.top + above, apart)
+  return (sums.own - lse, log_mass - above, kl), saved
+
+
+def _stats_backward(static, saved, gradients):
+  """With p = softmax(l), d l of each: log p: 1_token - p; entropy: -p (l - E l); KL: p (l - r - E(l - r))."""
+  cap, ref_cap, temperature, parts = static
+  hidden, kernel, tokens, ref_hidden, ref_kernel, lse, mean, apart = saved
+  to_logprob, to_entropy, to_kl = (g[..., None] for g in gradients)
+  vocab, kernels = kernel.shape[1], _split_vocab(kernel, parts)
+  ref_kernels = None if ref_kernel is None else _split_vocab(ref_kernel, parts)
+
+  def add(total, xs):
+    i, kernel, ref_kernel = xs
+    real, own = _entries(i, parts, vocab, tokens)
+    kernel = lay(kernel, None, "tensor")
+    l, pull = jax.vjp(lambda product: _of_product(product, cap, temperature), Head(kernel)(hidden))
+    p = jnp.where(real, jnp.exp(l - lse[..., None]), 0)
+    to_l = to_logprob * (own - p) - to_entropy * p * (l - mean[..., None])
+    if ref_kernel is not None:
+      r = _part_logits(ref_hidden, ref_kernel, ref_cap, temperature)
+      to_l += to_kl * p * (l - r - apart[..., None])
+    # products of narrow numbers, summed wide, as in the layers' own gradients
+    (to_product,), rows = pull(to_l.astype(l.dtype)), hidden.reshape(-1, hidden.shape[-1])
+    to_product = to_product.astype(hidden.dtype).reshape(len(rows), -1)
+    to_hidden = jnp.matmul(to_product, kernel.T, preferred_element_type=total.dtype).reshape(total.shape)
+    to_kernel = jnp.matmul(rows.T, to_product, preferred_element_type=total.dtype).astype(kernel.dtype)
+    return total + to_hidden, lay(to_kernel, "fsdp", "tensor")
+
+  zero = jnp.zeros(hidden.shape, lse.dtype)
+  to_hidden, to_kernels = jax.lax.scan(add, zero, (jnp.arange(len(kernels)), kernels, ref_kernels))
+  to_kernel = jnp.moveaxis(to_kernels, 0, 2).reshape(kernel.shape[0], -1)[:, :vocab]
+  return to_hidden.astype(hidden.dtype), to_kernel, None, None, None
+
+
+_stats.defvjp(_stats_forward, _stats_backward)

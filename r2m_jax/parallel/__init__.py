@@ -1,0 +1,1 @@
+"""Devices, processes and parts of a batch."""

@@ -1,0 +1,69 @@
+"""Files of a workdir: written whole, and read with an error that says what is damaged."""
+
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+
+from r2m_jax.parallel import hosts
+
+
+def write_atomic(path, data):
+  """Writes str or bytes so that a reader sees the old file or the new one, never a part."""
+  if not hosts.first():
+    return
+  path = Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    temp.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
+    os.replace(temp, path)
+  except OSError:  # a full disk: what was there stays, and the part takes no room
+    with contextlib.suppress(OSError):
+      temp.unlink()
+    raise
+
+
+class DamagedFile(ValueError):
+  """A file of a workdir that is not what a run writes; the message says which and what to do."""
+
+
+def read_json(path):
+  """The object in a JSON file of a workdir. Raises DamagedFile where there is none in it."""
+  try:
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+  except (ValueError, RecursionError) as error:
+    raise DamagedFile(f"{path} is damaged: {error}; bring it back from a copy, or choose another --workdir") from None
+  if not isinstance(found, dict):
+    raise DamagedFile(f"{path} is damaged: it holds no object; bring it back from a copy, or choose another --workdir")
+  return found
+
+
+def read_jsonl(path):
+  """The rows of a JSON-lines file; [] where there is none. A last line cut by a crash is left out."""
+  path = Path(path)
+  if not path.exists():
+    return []
+  lines = path.read_bytes().split(b"\n")  # bytes: a cut may fall inside a character
+  rows = []
+  for number, line in enumerate(lines, 1):
+    if not line.strip():
+      continue
+    try:
+      rows.append(json.loads(line))
+    except ValueError as error:
+      if number == len(lines):  # no newline after it: the write was cut
+        break
+      raise DamagedFile(
+        f"{path}:{number} is not JSON: {line[:80]!r}; take the line out, or bring the file back from a copy"
+      ) from error
+  return rows
+
+
+def plain(value):
+  """A value JSON can hold: array scalars become Python's, non-finite floats strings."""
+  value = value.item() if hasattr(value, "item") else value
+  if isinstance(value, float) and not math.isfinite(value):
+    return str(value)  # "nan", "inf" or "-inf"
+  return float(f"{value:.9g}") if isinstance(value, float) else value  # 9 digits give every float32 back exactly

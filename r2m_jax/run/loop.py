@@ -1,0 +1,193 @@
+"""The loop around a step: what is logged and saved, when it stops, and how the same command goes on afterwards.
+
+SIGTERM and SIGINT let the step at hand finish, save, and end the program with exit status 75 (EX_TEMPFAIL), "resume
+me"; a second signal ends it at once. README and docs/resume.md say what each fault leaves behind.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from r2m_jax.config import ConfigError, identity
+from r2m_jax.parallel import hosts
+from r2m_jax.run import checkpoint
+from r2m_jax.run.checkpoint import CheckpointError, Checkpoints
+from r2m_jax.run.files import plain, read_jsonl, write_atomic
+from r2m_jax.run.metrics import Metrics
+from r2m_jax.run.progress import progress
+
+RESUME = 75  # exit status of a run that was asked to stop and has saved everything
+SAMPLES_KEPT = "skipped.jsonl"
+
+
+class Interrupted(Exception):
+  """A signal asked the run to stop. All is saved: the same command goes on."""
+
+
+class Diverged(RuntimeError):
+  """Too many steps in a row had an update skipped for numbers that are not finite."""
+
+
+# ---- signals ----
+
+_received: list[int] = []  # the first signal, where one came
+_at_hand = False  # something is being done that is worth finishing
+
+
+@contextlib.contextmanager
+def signals_end_the_run() -> Iterator[None]:
+  """In here the first SIGTERM or SIGINT raises Interrupted, as soon as the work `at_hand` is done; the second kills."""
+
+  def received(number, frame):
+    del frame
+    for each in before:
+      signal.signal(each, signal.SIG_DFL)
+    _received.append(number)
+    if not _at_hand:
+      raise Interrupted(signal.Signals(number).name)
+    note = f"\n{signal.Signals(number).name}: finishing the step at hand, then saving; a second signal stops at once\n"
+    os.write(2, note.encode())  # not print: it may be in the middle of one
+
+  before = {each: signal.signal(each, received) for each in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield
+  finally:
+    for each, handler in before.items():
+      signal.signal(each, handler)
+    _received.clear()
+
+
+@contextlib.contextmanager
+def at_hand() -> Iterator[Callable[[], bool]]:
+  """Holds signals back. Gives `asked()`, whether one came to any process; raises Interrupted at the end if so."""
+  global _at_hand
+  stopping = False
+
+  def asked() -> bool:
+    nonlocal stopping
+    stopping = hosts.any_of(_received)  # all stop after the same step
+    return stopping
+
+  _at_hand = True
+  try:
+    yield asked
+  finally:
+    _at_hand = False
+  if _received or stopping:
+    raise Interrupted(signal.Signals(_received[0]).name if _received else "a signal to another process")
+
+
+# ---- the loop ----
+
+
+def run_steps(
+  config, workdir: Path, checkpoints: Checkpoints, state, advance: Callable, *, data: str = "", models: str = "",
+  cursor=lambda: None,
+):  # fmt: skip
+  """Advances `state` to config.steps and returns it: logs every step, saves as config.log and config.checkpoint say.
+
+  Args:
+    state: a TrainState of any step; it is donated.
+    advance: (state, step number) -> (state, StepOutput on the host, example ids i32[P], metrics, values for the bar).
+    data: fingerprint of the rows behind the prompts; it lies in every manifest.
+    models: fingerprint of the frozen models: the reference (with adapters, their base) and the reward model.
+    cursor: () -> JSON, where a data pipeline stands after the step; `checkpoint.facts_of(...)["cursor"]` gives it back.
+      The prompts of this package are a function of the step, and need none.
+
+  Raises:
+    Interrupted: a signal came; the step is finished and saved.
+    Diverged: config.guard.max_skipped steps in a row had a skipped update.
+    CheckpointError: a save failed, now or in the background.
+  """
+  start, in_a_row = int(state.step), []
+  facts, best = {"config": identity(config), "data": data, "models": models}, config.checkpoint.best_metric
+  with at_hand() as asked, checkpoint.finished(checkpoints):
+    with Metrics(workdir, "rl", config.variant, from_step=start) as log:
+      with progress(config.steps, config.variant, initial=start) as bar:
+        for t in range(start, config.steps):
+          state, out, example_id, metrics, shown = advance(state, t)
+          if config.checkpoint.keep_best and best not in metrics:
+            raise ConfigError(f"config.checkpoint.best_metric is {best!r}: choose one of {', '.join(sorted(metrics))}")
+          log.log(t, metrics)
+          bar.update(**shown)
+          stop, last = asked(), t + 1 == config.steps
+          in_a_row = [*in_a_row, t] if metrics["skipped"] else []
+          if in_a_row:
+            keep_rows(workdir, config.variant, t, out, example_id)
+          if len(in_a_row) >= config.guard.max_skipped:
+            raise Diverged(report(workdir, checkpoints, in_a_row, metrics))
+          if last or stop or (t + 1) % config.log.checkpoint_every == 0:
+            if not (workdir / "config.json").exists():
+              raise CheckpointError(f"{workdir} has vanished: bring it back, or start again with another --workdir")
+            checkpoint.save(checkpoints, t + 1, state, value=metrics.get(best), facts=facts | {"cursor": cursor()})
+          if stop:
+            break
+  return state
+
+
+def resume(config, checkpoints: Checkpoints, state, *, data: str = "", models: str = ""):
+  """The state of the newest sound checkpoint, or `state` where there is none, and whether it is the latter.
+
+  Raises:
+    CheckpointError: the checkpoint is of another config, of other rows or of other frozen models.
+  """
+  step = checkpoint.newest(checkpoints)
+  if step is None:
+    return state, True
+  if not config.checkpoint.fork_from:
+    checkpoint.require(checkpoints, step, config=identity(config), data=data, models=models)
+  state = checkpoint.restore(checkpoints, state, step)
+  print(f"{config.variant}: goes on from step {int(state.step)} of {config.steps}")
+  return state, False
+
+
+def models_of(state) -> str:
+  """Fingerprint of what a run only reads: the reference (with adapters, their base) and the reward model."""
+  return checkpoint.fingerprint((state.ref, state.reward_backbone, state.reward_frozen))
+
+
+def fingerprint(rows) -> str:
+  """SHA-256 of anything JSON can hold."""
+  return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+# ---- numbers that are not finite ----
+
+
+def keep_rows(workdir: Path, arm: str, step: int, out, example_id) -> None:
+  """Saves the rows of a step whose update was skipped, for task=replay: those with a score that is not finite, or all
+  of them where every score is."""
+  sequences, scores, frozen = out.sequences, out.judged.scores, out.judged.scores_frozen
+  K, width = len(scores) // len(example_id), sequences.response_mask.shape[1]
+  bad = ~(np.isfinite(scores) & np.isfinite(frozen))
+  rows = [
+    {
+      "arm": arm, "step": step, "example_id": int(example_id[i // K]), "sample": i % K,
+      "prompt": sequences.tokens[i, :-width][sequences.token_mask[i, :-width]].tolist(),
+      "response": sequences.tokens[i, -width:][sequences.response_mask[i]].tolist(),
+      "reward": plain(scores[i]), "frozen": plain(frozen[i]),
+    }
+    for i in np.flatnonzero(bad if bad.any() else ~bad).tolist()
+  ]  # fmt: skip
+  path = workdir / SAMPLES_KEPT
+  kept = [row for row in read_jsonl(path) if (row["arm"], row["step"]) != (arm, step)]
+  write_atomic(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept + rows))
+
+
+def report(workdir: Path, checkpoints: Checkpoints, steps: list[int], metrics: dict) -> str:
+  """What a person needs to know about a run that went wrong."""
+  wrong = [name for name, value in metrics.items() if value is not None and not np.isfinite(value)]
+  return (
+    f"steps {steps[0]} to {steps[-1]} each had an update skipped because a loss, gradient or reward was not finite\n"
+    f"  not finite   {', '.join(wrong) or 'gradients alone'}\n"
+    f"  rows         {workdir / SAMPLES_KEPT}; look at one with --config.task=replay\n"
+    f"  saved        step {checkpoints.latest_step()} in {checkpoints.folder}; nothing that was skipped is in it\n"
+    "  what to do   lower the learning rates or raise config.kl.beta in a fork (config.checkpoint.fork_from), or look\n"
+    "               for the cause in the rows; config.guard.max_skipped says how long to wait before stopping"
+  )

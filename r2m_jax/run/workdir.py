@@ -1,0 +1,135 @@
+"""The workdir of a run: whose config it holds, what a fork takes over, and stages that are done once."""
+
+import datetime
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from r2m_jax.config import ConfigError, difference, fixed
+from r2m_jax.parallel import hosts
+from r2m_jax.run import checkpoint
+from r2m_jax.run.files import read_json, write_atomic
+from r2m_jax.run.fit import PARTIAL
+
+# of a forked run; what its data and its tables are is found out anew
+TAKEN_OVER = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl", "r2m_renderer.json", "budgets.json")
+
+
+def shapes_of(tree):
+  """Shapes, dtypes and shardings of a tree of arrays."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def warm(state, head):
+  """The run's first state with a fitted head in place of the random one."""
+  average = None if state.reward_average is None else jax.tree.map(jnp.copy, head)
+  return state.replace(reward_head=head, reward_average=average)
+
+
+def with_variant(config, variant: str):
+  config = config.copy_and_resolve_references()
+  config.variant = variant
+  return config
+
+
+def claim(config, workdir: Path) -> None:
+  """Records the config in the workdir; refuses a workdir that another config has used, so nothing saved is lost.
+
+  A new workdir with config.checkpoint.fork_from first takes over what that run has saved, and says what differs. With
+  several processes the first one does it, and all must see the workdir.
+  """
+  hosts.on_first(lambda: claim_alone(config, workdir))
+  hosts.require_shared(workdir)
+
+
+def claim_alone(config, workdir: Path) -> None:
+  """What the first process does of `claim`."""
+  path, new, fork = workdir / "config.json", json.loads(config.to_json()), config.checkpoint.fork_from
+  try:
+    if path.exists():
+      if changed := fixed_difference(path, new):
+        raise ConfigError(
+          f"{workdir} holds a run of another config; choose another --workdir, give the old values, or fork it with "
+          f"another --workdir and --config.checkpoint.fork_from={workdir}:\n  " + "\n  ".join(changed)
+        )
+    elif fork:
+      take_over(Path(fork).expanduser(), workdir, new)
+    write_atomic(path, json.dumps(new, indent=2))
+  except (OSError, ValueError) as error:
+    if isinstance(error, ConfigError):
+      raise
+    raise ConfigError(f"--workdir={workdir} cannot be used: {error}; give one that can be written") from None
+
+
+def with_date(config, workdir: Path):
+  """The config with `data.date`: as given, else of the run in the workdir or of the one it forks, else today."""
+  if config.data.date:
+    return config
+
+  def date() -> str:
+    for folder in (workdir, Path(config.checkpoint.fork_from or workdir).expanduser()):
+      if (folder / "config.json").is_file():
+        return read_json(folder / "config.json").get("data", {}).get("date") or today()
+    return today()
+
+  config = config.copy_and_resolve_references()
+  config.data.date = hosts.on_first(date)
+  return config
+
+
+def today() -> str:
+  return datetime.date.today().isoformat()
+
+
+def fixed_difference(path: Path, new: dict) -> list[str]:
+  """What differs between a config.json and this config, of the settings that say what is computed."""
+  saved = read_json(path)
+  return difference(fixed(saved), fixed(new))
+
+
+def take_over(old: Path, workdir: Path, new: dict) -> None:
+  """Copies stages, the newest sound checkpoint of each arm, metrics and samples of another run; reads it alone."""
+  if not (old / "config.json").is_file():
+    raise ConfigError(f"config.checkpoint.fork_from is {str(old)!r}: there is no config.json, so no run to start from")
+  if workdir.exists() and any(workdir.iterdir()):
+    raise ConfigError(f"--workdir={workdir} is not empty: a fork needs a new one")
+  if workdir.resolve().is_relative_to(old.resolve()):
+    raise ConfigError(f"--workdir={workdir} lies in {old}, which the fork only reads: give one elsewhere")
+  workdir.mkdir(parents=True, exist_ok=True)
+  changed = fixed_difference(old / "config.json", new)
+  print(f"fork     from {old}" + "".join(f"\n  {line}" for line in changed))
+  for kind in ("stages", "checkpoints"):
+    for folder in sorted((old / kind).glob("*")):
+      steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
+      step = next((step for step in steps if checkpoint.damage(folder / str(step)) is None), None)
+      if step is not None:
+        shutil.copytree(folder / str(step), workdir / kind / folder.name / str(step))
+  for name in TAKEN_OVER:
+    measured_anew = name == "budgets.json" and any("budget: " in line for line in changed)
+    if (old / name).is_file() and not measured_anew:
+      shutil.copyfile(old / name, workdir / name)
+
+
+def stage(workdir: Path, name: str, like, make, *, frozen=None):
+  """The result of a stage: read from the workdir where it was saved before, else made and saved.
+
+  Args:
+    like: shapes, dtypes and shardings of the result.
+    make: () -> the result.
+    frozen: a tree of arrays that the result only works with, such as the base of adapters; held to what it was.
+  """
+  checkpoints = checkpoint.open_checkpoints(workdir / "stages" / name, last=1)
+  facts = {} if frozen is None else {"models": checkpoint.fingerprint(frozen)}
+  if (step := checkpoint.newest(checkpoints)) is not None:
+    checkpoint.require(checkpoints, step, **facts)
+    print(f"{name}: done before, read from {workdir / 'stages' / name}")
+    return checkpoint.restore(checkpoints, like)
+  result = make()
+  checkpoint.save(checkpoints, 0, result, facts=facts)
+  checkpoint.wait(checkpoints)
+  if hosts.first():
+    shutil.rmtree(workdir / PARTIAL / name, ignore_errors=True)
+  return result

@@ -1,0 +1,69 @@
+"""Measurements on held-out data: log-probabilities, the accuracy of scores on pairs, means with 95% intervals."""
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from flax import nnx
+
+from r2m_jax.data.text import pad_left
+from r2m_jax.hf.folders import Policy
+from r2m_jax.models.logprobs import token_stats
+from r2m_jax.ops import predicts_response
+from r2m_jax.parallel import hosts
+from r2m_jax.parallel.sharding import jit_on
+from r2m_jax.tasks.serve import batch_size, batches, spread
+
+RESAMPLES = 2000  # of a bootstrap
+
+
+class Mean(NamedTuple):
+  """A mean with its 95% interval over `groups` independent groups of `count` values."""
+
+  value: float
+  low: float
+  high: float
+  count: int
+  groups: int
+
+
+def mean_of(values: Sequence[float], groups: Sequence[Hashable], seed: int = 0) -> Mean:
+  """The mean of f64[N] values, with a percentile bootstrap over groups: rows of one prompt are not independent.
+
+  Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13; Field and Welsh (2007) for clusters.
+  """
+  values, numbers = np.asarray(values, float), {group: i for i, group in enumerate(dict.fromkeys(groups))}
+  index = np.asarray([numbers[group] for group in groups])
+  sums, counts = np.bincount(index, values), np.bincount(index)
+  drawn = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
+  low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), (0.025, 0.975))
+  return Mean(float(values.mean()), float(low), float(high), len(values), len(sums))
+
+
+def wins(chosen: Sequence[float], rejected: Sequence[float]) -> np.ndarray:
+  """1 where the chosen scores higher, 0 where lower, 0.5 for a tie.   -> f64[N]."""
+  return (np.sign(np.subtract(chosen, rejected, dtype=float)) + 1) / 2
+
+
+def response_logprobs(config, policy: Policy, rows: Sequence[tuple[list[int], list[int]]], mesh) -> list[np.ndarray]:
+  """Log-probability of every response token at temperature 1, for rows of (prompt ids, response ids). f32[n] each."""
+
+  @jit_on(mesh)
+  def read(state, tokens, mask):
+    model, T = nnx.merge(policy.graphdef, state), tokens.shape[1] - 1
+    hidden = predicts_response(model(tokens, mask).hidden, T)
+    return token_stats(model.head, hidden, tokens[:, 1:], temperature=1.0, chunk=config.logits_chunk).logprobs
+
+  results: list[np.ndarray] = [np.zeros(0)] * len(rows)
+  for index in batches([len(p) + len(r) for p, r in rows], batch_size(config, config.score, len(rows), mesh)):
+    tokens, mask = pad_left([[*rows[i][0], *rows[i][1]] for i in index], policy.tokenizer.pad_id)
+    logprobs = hosts.fetch(read(policy.state, *spread((tokens, mask), mesh)))
+    for row, i in enumerate(index):
+      results[i] = logprobs[row, logprobs.shape[1] - len(rows[i][1]) :]
+  return results
+
+
+def perplexity(logprobs: Sequence[np.ndarray], groups: Sequence[Hashable]) -> Mean:
+  """exp of the mean negative log-likelihood of a token, over all tokens; the interval is over groups of rows."""
+  nll = mean_of(-np.concatenate(logprobs), [group for group, row in zip(groups, logprobs) for _ in row])
+  return Mean(*np.exp(nll[:3]).tolist(), nll.count, nll.groups)
