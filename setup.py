@@ -1,7 +1,9 @@
-"""Packaging of r2m_jax: `pip install -e .` in a clone, or `pip install -e ".[test]"` to run the tests.
+"""Packaging of r2m_jax: `pip install -e .` in a clone, or `pip install -e ".[test]"` to run the
+tests.
 
-Every range starts at the version the code was run with. JAX 0.11 and 0.12 exist for Python 3.12 and later only; 0.10.2
-is the newest for 3.11. An accelerator's own jax (Colab, a GPU image, a TPU VM) is kept where it lies in the range.
+Every range starts at the version the code was run with. JAX 0.11 and 0.12 exist for Python 3.12 and
+later only; 0.10.2 is the newest for 3.11. An accelerator's own jax (Colab, a GPU image, a TPU VM)
+is kept where it lies in the range.
 """
 
 import pathlib
@@ -41,7 +43,11 @@ EXTRAS = {
   "notebook": NOTEBOOK,
   # torch on CPU and peft are oracles, never run-time dependencies
   "test": [
-    "pytest>=9.2.0,<10", "pytest-xdist>=3.8.0,<4", "hypothesis>=6.170.15,<7", "torch==2.13.0", "peft>=0.21.2,<1",
+    "pytest>=9.2.0,<10",
+    "pytest-xdist>=3.8.0,<4",
+    "hypothesis>=6.170.15,<7",
+    "torch==2.13.0",
+    "peft>=0.21.2,<1",
     *NOTEBOOK,
     f"jax[tpu]{JAX}",  # its compiler, which runs without a TPU
   ],
@@ -52,7 +58,9 @@ EXTRAS = {
 
 setuptools.setup(
   name="r2m_jax",
-  version=re.search(r'^__version__ = "(.+)"$', (ROOT / "r2m_jax/__init__.py").read_text(), re.M).group(1),
+  version=re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "r2m_jax/__init__.py").read_text(), re.M
+  ).group(1),
   description="R2M: a reward model that reads the policy, in JAX",
   long_description=README.read_text(encoding="utf-8") if README.exists() else "",
   long_description_content_type="text/markdown",

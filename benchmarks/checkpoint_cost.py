@@ -1,10 +1,12 @@
-"""What saving costs: the time of a quickstart RL step that saves nothing, saves in the background, and waits for it.
+"""What saving costs: the time of a quickstart RL step that saves nothing, saves in the background,
+and waits for it.
 
   python -m benchmarks.checkpoint_cost [--steps=5] [--blocks=5]
 
-Every step saves, which is far more often than a run does (config.log.checkpoint_every is 40). The whole state is
-written, frozen models included, hashed, and the checkpoint before the last two deleted. Settings take turns, a block of
-steps each; a block ends when its last checkpoint lies on disk.
+Every step saves, which is far more often than a run does (config.log.checkpoint_every is 40). The
+whole state is written, frozen models included, hashed, and the checkpoint before the last two
+deleted. Settings take turns, a block of steps each; a block ends when its last checkpoint lies on
+disk.
 """
 
 import json
@@ -39,12 +41,18 @@ def main(argv):
   reward = build.init_reward_model(config, built, policy, jax.random.key(1))
   state = build.initial_state(config, built, policy, reward["backbone"], reward["phi"])
   step = make_gold_step(config, built, sharding.shardings(state, mesh))
-  size = sum(x.nbytes for x in jax.tree.leaves(state) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key))
+  size = sum(
+    x.nbytes
+    for x in jax.tree.leaves(state)
+    if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+  )
 
   seconds, number = {name: [] for name in SETTINGS}, 0
   with tempfile.TemporaryDirectory() as folder:
     kept = {
-      name: checkpoint.Checkpoints(pathlib.Path(folder) / name, last=2, background=name == "background")
+      name: checkpoint.Checkpoints(
+        pathlib.Path(folder) / name, last=2, background=name == "background"
+      )
       for name in SETTINGS[1:]
     }
     for block in range(1 + BLOCKS.value):  # the first one warms up
@@ -63,11 +71,17 @@ def main(argv):
 
   base = statistics.median(seconds["nothing"])
   arrays = len(jax.tree.leaves(state))
-  print(f"state {size / 2**20:.1f} MiB in {arrays} arrays; {BLOCKS.value} x {STEPS.value} steps each")
+  print(
+    f"state {size / 2**20:.1f} MiB in {arrays} arrays; {BLOCKS.value} x {STEPS.value} steps each"
+  )
   for name in SETTINGS:
     value = statistics.median(seconds[name])
     print(f"{name:10} {1e3 * value:7.1f} ms a step   {100 * (value / base - 1):+6.1f} %")
-  print(json.dumps({"state_bytes": size} | {name: round(statistics.median(x), 4) for name, x in seconds.items()}))
+  print(
+    json.dumps(
+      {"state_bytes": size} | {name: round(statistics.median(x), 4) for name, x in seconds.items()}
+    )
+  )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""What the quickstart compiles: how long all of it takes, with an empty cache and with a full one, and which programs.
+"""What the quickstart compiles: how long all of it takes, with an empty cache and with a full one,
+and which programs.
 
   python -m benchmarks.compile [--which=configs/quickstart.py]
 
-The run is cut short (2 RL steps of each arm, few of the other stages), which changes no program: the shapes are those
-of the whole. It is started twice with the same cache folder, empty at first. Time is the union of all spans in which
-JAX traces, lowers, compiles or reads its cache, so that what happens side by side counts once. A program counts as one
-of the many where its compilation alone takes over half a second.
+The run is cut short (2 RL steps of each arm, few of the other stages), which changes no program:
+the shapes are those of the whole. It is started twice with the same cache folder, empty at first.
+Time is the union of all spans in which JAX traces, lowers, compiles or reads its cache, so that
+what happens side by side counts once. A program counts as one of the many where its compilation
+alone takes over half a second.
 """
 
 import json
@@ -28,7 +30,9 @@ COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
 def watch(out: str) -> None:
-  """A run of r2m_jax.main, as the command line has it; writes [event, start, end, program] of all that JAX reports."""
+  """A run of r2m_jax.main, as the command line has it; writes [event, start, end, program] of
+  all that JAX reports.
+  """
   import jax.monitoring
 
   from r2m_jax import main
@@ -53,20 +57,35 @@ def union(spans: list[tuple[float, float]]) -> float:
 
 
 def run(folder: pathlib.Path, name: str) -> dict:
-  """{"seconds", "by": {event: seconds}, "programs": [[seconds, name]], longest first} of one run."""
-  command = [sys.executable, "-m", "benchmarks.compile", f"--config={CONFIG.value}", f"--workdir={folder / name}",
-             *(f"--config.{setting}" for setting in SHORT)]  # fmt: skip
+  """{"seconds", "by": {event: seconds}, "programs": [[seconds, name]], longest first} of one
+  run.
+  """
+  command = [
+    sys.executable,
+    "-m",
+    "benchmarks.compile",
+    f"--config={CONFIG.value}",
+    f"--workdir={folder / name}",
+    *(f"--config.{setting}" for setting in SHORT),
+  ]
   spans = folder / f"{name}.json"
   env = os.environ | {RUN: str(spans), "JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
-  done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False, env=env)
+  done = subprocess.run(
+    command, cwd=machine.ROOT, capture_output=True, text=True, check=False, env=env
+  )
   if done.returncode:
     sys.exit(done.stdout + done.stderr)
   seen = json.loads(spans.read_text(encoding="utf-8"))
   found = [span for span in seen if span[0].startswith("/jax/core/compile/")]
   by = {}
   for event in sorted({span[0] for span in found}):
-    by[event.split("/")[-1].removesuffix("_duration")] = union([span[1:3] for span in found if span[0] == event])
-  programs = sorted(([end - start, program] for event, start, end, program in found if event == COMPILE), reverse=True)
+    by[event.split("/")[-1].removesuffix("_duration")] = union(
+      [span[1:3] for span in found if span[0] == event]
+    )
+  programs = sorted(
+    ([end - start, program] for event, start, end, program in found if event == COMPILE),
+    reverse=True,
+  )
   return {"seconds": union([span[1:3] for span in found]), "by": by, "programs": programs}
 
 
@@ -82,15 +101,27 @@ def main(_):
   print(f"{'seconds':>8}  program, compiled")
   for seconds, program in long:
     print(f"{seconds:8.2f}  {program}")
-  values = {"cold": found["cold"]["seconds"], "warm": found["warm"]["seconds"], "programs": len(long)}
+  values = {
+    "cold": found["cold"]["seconds"],
+    "warm": found["warm"]["seconds"],
+    "programs": len(long),
+  }
   sentences = {
     "cold": "{:.1f} s of compiling with an empty cache, at most {} asked",
     "warm": "{:.1f} s with a full one, at most {} asked",
     "programs": f"{{:.0f}} programs take over {LONG} s, at most {{}} asked",
   }
-  result = {"benchmark": "compile", **values, "busy": busy, "by": {name: one["by"] for name, one in found.items()},
-            "longest": long}  # fmt: skip
-  bounds = [(text.format(values[name], BOUNDS[name]), values[name] <= BOUNDS[name]) for name, text in sentences.items()]
+  result = {
+    "benchmark": "compile",
+    **values,
+    "busy": busy,
+    "by": {name: one["by"] for name, one in found.items()},
+    "longest": long,
+  }
+  bounds = [
+    (text.format(values[name], BOUNDS[name]), values[name] <= BOUNDS[name])
+    for name, text in sentences.items()
+  ]
   machine.conclude(result, bounds, busy <= machine.QUIET)
 
 

@@ -1,11 +1,12 @@
 """Step time against size, as fitted exponents: trajectories, response length, parameters, K.
 
-  python -m benchmarks.cost [--size=tiny] [--steps=5] [--axes=prompts,length,parameters,K] [--setting=FIELD=VALUE,...]
+  python -m benchmarks.cost [--size=tiny] [--steps=5] [--axes=prompts,length,parameters,K]
+  [--setting=FIELD=VALUE,...]
 
-Each axis grows alone, from the given size. log time is fitted on log size by least squares; beside it the exponent
-between the two largest alone, and that of the counted FLOPs, which is above one where attention's share grows. None may
-be worse than linear, attention apart: the lower end of the exponent's interval is at most one, or the FLOPs' exponent
-where that is more.
+Each axis grows alone, from the given size. log time is fitted on log size by least squares; beside
+it the exponent between the two largest alone, and that of the counted FLOPs, which is above one
+where attention's share grows. None may be worse than linear, attention apart: the lower end of the
+exponent's interval is at most one, or the FLOPs' exponent where that is more.
 """
 
 import jax
@@ -48,7 +49,8 @@ def main(_):
     works, sizes, flops = {}, [], []
     for number, changed, shape in points(axis, config, arch):
       work = workload.Work(changed, workload.sizes_of(changed, shape, shape))
-      work.step(), work.step()  # compile, and one more
+      work.step()
+      work.step()
       works[number] = work
       flops.append(sum(workload.counts(changed, work.sizes, platform)[0].values()))
       sizes.append(number)
@@ -57,14 +59,27 @@ def main(_):
     slope, half = machine.exponent(sizes, seconds)
     last, _ = machine.exponent(sizes[-2:], seconds[-2:])
     counted, _ = machine.exponent(sizes, flops)
-    print(f"{axis}: time grows as size to the {slope:.2f} ± {half:.2f}, at the end to the {last:.2f}; "
-          f"FLOPs to the {counted:.2f}")  # fmt: skip
+    print(
+      f"{axis}: time grows as size to the {slope:.2f} ± {half:.2f}, at the end to the {last:.2f}; "
+      f"FLOPs to the {counted:.2f}"
+    )
     for number in sizes:
       print(f"{number:>12,}  {times[number]}")
-    rows[axis] = {"sizes": sizes, "seconds": seconds, "exponent": slope, "half_width": half, "last": last,
-                  "flops": counted}  # fmt: skip
+    rows[axis] = {
+      "sizes": sizes,
+      "seconds": seconds,
+      "exponent": slope,
+      "half_width": half,
+      "last": last,
+      "flops": counted,
+    }
     allowed = max(1.0, counted)
-    bounds.append((f"{axis}: exponent {slope:.2f} ± {half:.2f}, at most {allowed:.2f} asked", slope - half <= allowed))
+    bounds.append(
+      (
+        f"{axis}: exponent {slope:.2f} ± {half:.2f}, at most {allowed:.2f} asked",
+        slope - half <= allowed,
+      )
+    )
     quiet &= all(found.quiet for found in times.values())
   machine.conclude({"benchmark": "cost", "size": size, "axes": rows}, bounds, quiet)
 

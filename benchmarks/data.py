@@ -1,8 +1,10 @@
-"""How fast rows become batches: reading and checking, rendering and tokenising, packing, and the batches themselves.
+"""How fast rows become batches: reading and checking, rendering and tokenising, packing, and the
+batches themselves.
 
   python -m benchmarks.data FOLDER NAMES      # FOLDER: tokenizer (any model's folder); NAMES: as config.data.name
 
-Prints a table and a JSON line. A figure is the best of three runs, of one process: rows or tokens a second.
+Prints a table and a JSON line. A figure is the best of three runs, of one process: rows or tokens a
+second.
 """
 
 import contextlib
@@ -34,21 +36,28 @@ def main(folder: str, names: str) -> None:
   data.name, tokenizer = names, load_tokenizer(folder)
   with contextlib.redirect_stdout(io.StringIO()):  # load says what it read, every time
     reading, rows = best(lambda: load(data, "response"))
-  whole = lambda row: tokenizer.dialogue(row["prompt"], row["response"], truncated=False)
+
+  def whole(row):
+    return tokenizer.dialogue(row["prompt"], row["response"], truncated=False)
+
   tokenising, ids = best(lambda: [whole(row) for row in rows])
   tokens = sum(map(len, ids))
   packing, lines = best(lambda: pack(ids, LENGTH))
 
   def batches():
-    stream = Stream(row_batches([0] * len(ids), BATCH, seed=0),
-                    lambda batch: pad_left([ids[i][:LENGTH] for i in batch], tokenizer.pad_id, LENGTH))  # fmt: skip
+    stream = Stream(
+      row_batches([0] * len(ids), BATCH, seed=0),
+      lambda batch: pad_left([ids[i][:LENGTH] for i in batch], tokenizer.pad_id, LENGTH),
+    )
     return sum(int(next(stream)[1].sum()) for _ in range(BATCHES))
 
   batching, batched = best(batches)
   rates = {
-    "read and check, rows/s": len(rows) / reading, "render and tokenise, tokens/s": tokens / tokenising,
-    "pack, tokens/s": tokens / packing, f"batches of {BATCH} rows, tokens/s": batched / batching,
-  }  # fmt: skip
+    "read and check, rows/s": len(rows) / reading,
+    "render and tokenise, tokens/s": tokens / tokenising,
+    "pack, tokens/s": tokens / packing,
+    f"batches of {BATCH} rows, tokens/s": batched / batching,
+  }
   print(f"{len(rows)} rows, {tokens} tokens, {len(lines)} packed lines of {LENGTH}")
   print("\n".join(f"{name:32}{rate:14,.0f}" for name, rate in rates.items()))
   print(json.dumps({name: round(rate) for name, rate in rates.items()}))

@@ -1,11 +1,13 @@
-"""Decoding against its own limit: the larger of FLOPs at the matrix rate and bytes at the copy bandwidth.
+"""Decoding against its own limit: the larger of FLOPs at the matrix rate and bytes at the copy
+bandwidth.
 
   python -m benchmarks.decode --size=small [--steps=5] [--kernels=20] [--setting=FIELD=VALUE,...]
 
-Timed is the rollout of all tokens less the rollout of one, which is prefill and first token. FLOPs: every row's layers,
-logits, and attention over the tokens that are there. Bytes: weights once a token, the cache of each row's response, and
-of each prompt once for its K rows. Both are what the work needs, whatever the program does beyond it. The policy is
-alone in memory. --kernels=N lists the N kernels that an accelerator spends most of a rollout in, from a profile.
+Timed is the rollout of all tokens less the rollout of one, which is prefill and first token. FLOPs:
+every row's layers, logits, and attention over the tokens that are there. Bytes: weights once a
+token, the cache of each row's response, and of each prompt once for its K rows. Both are what the
+work needs, whatever the program does beyond it. The policy is alone in memory. --kernels=N lists
+the N kernels that an accelerator spends most of a rollout in, from a profile.
 """
 
 import jax
@@ -15,15 +17,22 @@ from absl import app, flags
 from benchmarks import machine, workload
 
 KERNELS = flags.DEFINE_integer("kernels", 0, "How many kernels of an accelerator to list", 0)
-STEPS = flags.DEFINE_integer("steps", 5, "Timed rollouts of each length that others did not disturb")
+STEPS = flags.DEFINE_integer(
+  "steps", 5, "Timed rollouts of each length that others did not disturb"
+)
 
 
 def main(_):
   machine.set_up()
   size, settings = workload.SIZE.value, workload.SETTING.value
   work = workload.of_size(size, settings=settings, policy_alone=True)
-  program = work.rollout_program(workload.get_config(size, settings=[*settings, "rollout.max_new_tokens=1"]))
-  first = lambda: jax.block_until_ready(program(work.state, work.prompts()))
+  program = work.rollout_program(
+    workload.get_config(size, settings=[*settings, "rollout.max_new_tokens=1"])
+  )
+
+  def first():
+    return jax.block_until_ready(program(work.state, work.prompts()))
+
   compiled = machine.timed(lambda: (work.rollout(), first()))[0]
   limits, host = machine.limits(), jax.devices()[0].platform == "cpu"
   quiet = machine.QUIET if host else 1.0  # who else uses the cores matters little to an accelerator
@@ -31,29 +40,56 @@ def main(_):
   sizes, dtype = work.sizes, work.config.dtype
   tokens = sizes.response_length - 1
   seconds = times["all tokens"].median - times["one token"].median
-  flops, moved = workload.decode_flops(sizes), workload.decode_bytes(sizes, jnp.dtype(dtype).itemsize)
+  flops, moved = (
+    workload.decode_flops(sizes),
+    workload.decode_bytes(sizes, jnp.dtype(dtype).itemsize),
+  )
   by = workload.decode_limits(sizes, dtype, limits)
   bound_by = max(by, key=by.get)
   share = by[bound_by] / seconds
 
-  print(machine.show_limits(limits), f"{jax.devices()[0].device_kind}; first calls {compiled:.1f} s", sep="; ")
+  print(
+    machine.show_limits(limits),
+    f"{jax.devices()[0].device_kind}; first calls {compiled:.1f} s",
+    sep="; ",
+  )
   print(f"{'':10}  {machine.HEADER}")
   for name, found in times.items():
     print(f"{name:10}  {found}")
-  print(f"decoding: {1e3 * seconds / tokens:.2f} ms for a token of {sizes.rows} rows, "
-        f"{sizes.rows * tokens / seconds:,.0f} tokens/s")  # fmt: skip
+  print(
+    f"decoding: {1e3 * seconds / tokens:.2f} ms for a token of {sizes.rows} rows, "
+    f"{sizes.rows * tokens / seconds:,.0f} tokens/s"
+  )
   for name, least in by.items():
     print(f"limit by {name}: {1e3 * least / tokens:.2f} ms, {least / seconds:.1%}")
   if KERNELS.value and not host:
     print(f"{'ms':>9}  {'calls':>7}  kernels of one rollout")
     for name, (spent, calls) in machine.kernels(work.rollout)[: KERNELS.value]:
       print(f"{1e3 * spent:9.2f}  {calls:7}  {name[:100]}")
-  result = {"benchmark": "decode", "size": size, "seconds": seconds, "flops": flops, "bytes": moved, "limits": limits,
-            "share": share, "bound_by": bound_by, "busy": times["all tokens"].busy}  # fmt: skip
+  result = {
+    "benchmark": "decode",
+    "size": size,
+    "seconds": seconds,
+    "flops": flops,
+    "bytes": moved,
+    "limits": limits,
+    "share": share,
+    "bound_by": bound_by,
+    "busy": times["all tokens"].busy,
+  }
   bound = workload.BOUNDS.get(size, {}).get("decode")
-  machine.conclude(result, [
-    (f"decoding runs at {share:.1%} of its limit by {bound_by}, {bound:.0%} asked", share >= bound)
-  ] if bound else [], times["all tokens"].quiet)  # fmt: skip
+  machine.conclude(
+    result,
+    [
+      (
+        f"decoding runs at {share:.1%} of its limit by {bound_by}, {bound:.0%} asked",
+        share >= bound,
+      )
+    ]
+    if bound
+    else [],
+    times["all tokens"].quiet,
+  )
 
 
 if __name__ == "__main__":

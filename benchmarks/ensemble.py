@@ -1,10 +1,11 @@
-"""What an ensemble of score heads costs: the time of a whole RL step with M heads over that with one.
+"""What an ensemble of score heads costs: the time of a whole RL step with M heads over that with
+one.
 
   python -m benchmarks.ensemble [--heads=5] [--steps=15]
 
-The heads share the one backbone pass, so only phi grows: Dr x M numbers in place of Dr x 1. The predicted share of the
-step's floating-point operations is far below a thousandth; the bound asked for is 1.2. Settings take turns, so that
-a slow spell of the machine falls on both.
+The heads share the one backbone pass, so only phi grows: Dr x M numbers in place of Dr x 1. The
+predicted share of the step's floating-point operations is far below a thousandth; the bound asked
+for is 1.2. Settings take turns, so that a slow spell of the machine falls on both.
 """
 
 import json
@@ -25,7 +26,9 @@ STEPS = flags.DEFINE_integer("steps", 15, "Timed steps of each setting")
 
 
 def stepper(heads: int):
-  """() -> seconds of one step of the quickstart with `heads` heads, combined by mean minus variance."""
+  """() -> seconds of one step of the quickstart with `heads` heads, combined by mean minus
+  variance.
+  """
   config = quickstart.get_config()
   config.variant, config.reward.ensemble = "r2m", heads
   config.reward.combine = "mean_minus_variance" if heads > 1 else "mean"
@@ -54,17 +57,30 @@ def stepper(heads: int):
 def main(_):
   settings = {1: stepper(1), HEADS.value: stepper(HEADS.value)}
   for once in settings.values():
-    once(), once()  # compile, and one more
+    once()
+    once()
   times = {heads: [] for heads in settings}
   for _ in range(STEPS.value):
     for heads, once in settings.items():
       times[heads].append(once())
   print(f"{'heads':>5}  {'ms/step':>8}  {'fastest':>8}  {'slowest':>8}")
   for heads, found in times.items():
-    print(f"{heads:>5}  {1e3 * statistics.median(found):8.1f}  {1e3 * min(found):8.1f}  {1e3 * max(found):8.1f}")
+    print(
+      f"{heads:>5}  {1e3 * statistics.median(found):8.1f}  {1e3 * min(found):8.1f}  "
+      f"{1e3 * max(found):8.1f}"
+    )
   ratio = statistics.median(times[HEADS.value]) / statistics.median(times[1])
   print(f"{HEADS.value} heads cost {ratio:.3f} times one head's step (bound 1.2)")
-  print(json.dumps({"benchmark": "ensemble", "heads": HEADS.value, "ratio": round(ratio, 4), "steps": STEPS.value}))
+  print(
+    json.dumps(
+      {
+        "benchmark": "ensemble",
+        "heads": HEADS.value,
+        "ratio": round(ratio, 4),
+        "steps": STEPS.value,
+      }
+    )
+  )
 
 
 if __name__ == "__main__":

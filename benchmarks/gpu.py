@@ -2,15 +2,17 @@
 
   python -m benchmarks.gpu --size=0.5b [--steps=5] [--r2m_steps=5] [--setting=FIELD=VALUE,...]
 
-The work is workload.py's for a GPU: bfloat16, 32 prompts x 8, 512 new tokens. The same figures as step.py, decode.py
-and r2m_overhead.py give, from five programs in one process, since an hour of such a card costs more than one of a
-laptop. R2M's step is run after plain RLOO's state is freed, so that a peak is of one alone. --steps=0 and --r2m_steps=0
-each leave out a half.
+The work is workload.py's for a GPU: bfloat16, 32 prompts x 8, 512 new tokens. The same figures as
+step.py, decode.py and r2m_overhead.py give, from five programs in one process, since an hour of
+such a card costs more than one of a laptop. R2M's step is run after plain RLOO's state is freed, so
+that a peak is of one alone. --steps=0 and --r2m_steps=0 each leave out a half.
 """
 
 import os
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94")  # of the card: nothing else runs on it
+os.environ.setdefault(
+  "XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94"
+)  # of the card: nothing else runs on it
 
 import time
 
@@ -39,20 +41,32 @@ def phases(work: workload.Work, settings: list[str], limits: dict[str, float]) -
   rollout = timed("rollout", work.rollout, STEPS.value)
   of_one = [*settings, "rollout.max_new_tokens=1"]
   program = work.rollout_program(workload.get_config(workload.SIZE.value, settings=of_one))
-  first = timed("one token", lambda: jax.block_until_ready(program(work.state, work.prompts())), STEPS.value)
+  first = timed(
+    "one token", lambda: jax.block_until_ready(program(work.state, work.prompts())), STEPS.value
+  )
   learn = timed("learn", work.learn, STEPS.value)
   needed = workload.by_program(workload.counts(work.config, sizes, "gpu")[0])["learn"]
   decode, least = rollout.median - first.median, workload.decode_limits(sizes, dtype, limits)
   bound_by = max(least, key=least.get)
   found = {
-    "rollout": rollout.seconds, "first": first.seconds, "learn": learn.seconds,
-    "learn_flops": needed, "learn_share": needed / learn.median / limits[dtype],
-    "decode": decode, "decode_share": least[bound_by] / decode, "decode_bound_by": bound_by,
-  }  # fmt: skip
-  print(f"learning: {needed / 1e12:.0f} TFLOP, {found['learn_share']:.1%} of the {dtype} matrix rate")
-  print(f"decoding: {1e3 * decode / tokens:.2f} ms for a token of {sizes.rows} rows, "
-        f"{sizes.rows * tokens / decode:,.0f} tokens/s, {found['decode_share']:.1%} of its limit by {bound_by}",
-        flush=True)  # fmt: skip
+    "rollout": rollout.seconds,
+    "first": first.seconds,
+    "learn": learn.seconds,
+    "learn_flops": needed,
+    "learn_share": needed / learn.median / limits[dtype],
+    "decode": decode,
+    "decode_share": least[bound_by] / decode,
+    "decode_bound_by": bound_by,
+  }
+  print(
+    f"learning: {needed / 1e12:.0f} TFLOP, {found['learn_share']:.1%} of the {dtype} matrix rate"
+  )
+  print(
+    f"decoding: {1e3 * decode / tokens:.2f} ms for a token of {sizes.rows} rows, "
+    f"{sizes.rows * tokens / decode:,.0f} tokens/s, {found['decode_share']:.1%} of its limit by "
+    f"{bound_by}",
+    flush=True,
+  )
   return found
 
 
@@ -62,25 +76,36 @@ def main(_):
   limits, asked, bounds = machine.limits(), workload.BOUNDS[size], []
   print(jax.devices()[0].device_kind, machine.show_limits(limits), sep="; ", flush=True)
   print(f"{'':16}  {machine.HEADER}")
-  result = {"benchmark": "gpu", "size": size, "device": jax.devices()[0].device_kind, "limits": limits}
+  result = {
+    "benchmark": "gpu",
+    "size": size,
+    "device": jax.devices()[0].device_kind,
+    "limits": limits,
+  }
   work = workload.of_size(size, settings=settings)
   if STEPS.value:
     result |= phases(work, settings, limits)
     bounds += [
-      (f"{name} runs at {result[f'{key}_share']:.1%} of its limit, {asked[key]:.0%} asked",
-       result[f"{key}_share"] >= asked[key])
+      (
+        f"{name} runs at {result[f'{key}_share']:.1%} of its limit, {asked[key]:.0%} asked",
+        result[f"{key}_share"] >= asked[key],
+      )
       for name, key in (("learning", "learn"), ("decoding", "decode"))
-    ]  # fmt: skip
+    ]
   if R2M_STEPS.value:
     plain, peak = timed("step", work.step, R2M_STEPS.value), machine.peak_memory()
     del work
     jax.clear_caches()
     r2m = timed("step of R2M", workload.of_size(size, "r2m", settings).step, R2M_STEPS.value)
     more, memory = r2m.median / plain.median - 1, machine.peak_memory() / peak - 1
-    print(f"R2M over plain RLOO: time {more:+.1%}, peak memory {memory:+.1%} of {peak / 2**30:.1f} GiB")
+    print(
+      f"R2M over plain RLOO: time {more:+.1%}, peak memory {memory:+.1%} of {peak / 2**30:.1f} GiB"
+    )
     result |= {"step": plain.seconds, "r2m_step": r2m.seconds, "peak": peak, "r2m_memory": memory}
-    bounds += [(f"R2M takes {value:+.1%} {what}, at most {asked['r2m']:.0%} asked", value <= asked["r2m"])
-               for what, value in (("step time", more), ("memory", memory))]  # fmt: skip
+    bounds += [
+      (f"R2M takes {value:+.1%} {what}, at most {asked['r2m']:.0%} asked", value <= asked["r2m"])
+      for what, value in (("step time", more), ("memory", memory))
+    ]
   machine.conclude(result, bounds)
 
 

@@ -1,12 +1,14 @@
-"""What a killed run leaves behind: SIGKILL at every step, inside steps and inside saves, or SIGTERM at random moments.
+"""What a killed run leaves behind: SIGKILL at every step, inside steps and inside saves, or SIGTERM
+at random moments.
 
   python -m benchmarks.kill_resume [--kills=50] [--seed=0] [--folder=/tmp/kills]
   python -m benchmarks.kill_resume --signal=TERM --kills=20
 
-The run is the smallest quickstart with 6 R2M steps. SIGKILL: every step is saved; a workdir is killed again and again,
-each time one step further, until it ends, and every array of its last checkpoint is then compared byte by byte with
-those of a run that nobody touched. SIGTERM: only the signal makes it save; the table has the exit status, the time from
-signal to exit, and how many logged steps the newest sound checkpoint lacks.
+The run is the smallest quickstart with 6 R2M steps. SIGKILL: every step is saved; a workdir is
+killed again and again, each time one step further, until it ends, and every array of its last
+checkpoint is then compared byte by byte with
+those of a run that nobody touched. SIGTERM: only the signal makes it save; the table has the exit
+status, the time from signal to exit, and how many logged steps the newest sound checkpoint lacks.
 """
 
 import collections
@@ -33,7 +35,9 @@ from r2m_jax.run.metrics import read_metrics
 KILLS = flags.DEFINE_integer("kills", 50, "How many times a run is killed")
 SEED = flags.DEFINE_integer("seed", 0, "Of the random moments")
 SIGNAL = flags.DEFINE_enum("signal", "KILL", ["KILL", "TERM"], "Which signal")
-FOLDER = flags.DEFINE_string("folder", None, "Where the runs are made; a temporary folder where not given")
+FOLDER = flags.DEFINE_string(
+  "folder", None, "Where the runs are made; a temporary folder where not given"
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 6
@@ -43,9 +47,16 @@ MOMENTS = ("after the step is logged", "inside the save", "inside the step")
 def start(workdir: pathlib.Path, *args: str) -> subprocess.Popen:
   """The run, in a process of its own. Its output goes to WORKDIR.log."""
   command = [
-    sys.executable, "-m", "r2m_jax.main", "--config=configs/quickstart.py:test", f"--workdir={workdir}",
-    "--config.variant=r2m", f"--config.steps={STEPS}", "--config.log.checkpoint_every=1", *args,
-  ]  # fmt: skip
+    sys.executable,
+    "-m",
+    "r2m_jax.main",
+    "--config=configs/quickstart.py:test",
+    f"--workdir={workdir}",
+    "--config.variant=r2m",
+    f"--config.steps={STEPS}",
+    "--config.log.checkpoint_every=1",
+    *args,
+  ]
   with open(f"{workdir}.log", "a") as log:
     return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
 
@@ -79,14 +90,20 @@ def arrays(workdir: pathlib.Path, step: int = STEPS) -> list[bytes]:
   saved = checkpoint.open_checkpoints(workdir / "checkpoints" / "r2m")
   if problem := checkpoint.damage(saved.folder / str(step)):
     raise AssertionError(f"{saved.folder / str(step)}: {problem}")
-  plain = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+  def plain(x):
+    return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
   tree = jax.tree_util.tree_leaves_with_path(saved.restore(step))
   return [str(path).encode() + np.asarray(plain(leaf)).tobytes() for path, leaf in tree]
 
 
 def rows(workdir: pathlib.Path) -> list[dict]:
   """The RL stage in metrics.jsonl, without times."""
-  without_times = lambda row: {name: value for name, value in row.items() if name not in ("seconds", "data/wait")}
+
+  def without_times(row):
+    return {name: value for name, value in row.items() if name not in ("seconds", "data/wait")}
+
   return [without_times(row) for row in read_metrics(workdir) if row["stage"] == "rl"]
 
 
@@ -110,12 +127,23 @@ def sigkill(folder: pathlib.Path, kills: int, rng: random.Random) -> dict:
   done, equal, chains = collections.Counter(), 0, 0
   while done.total() < kills:
     workdir = folder / f"run{chains}"
-    shutil.copytree(unbroken / "stages", workdir / "stages")  # the supervised start is not what is asked about
+    shutil.copytree(
+      unbroken / "stages", workdir / "stages"
+    )  # the supervised start is not what is asked about
     done += kill_chain(workdir, kills - done.total(), rng)
     equal, chains = equal + (arrays(workdir) == want and rows(workdir) == want_rows), chains + 1
-    print(f"{chains} runs ended, {equal} with every array and metric equal; killed {dict(done)}", flush=True)
+    print(
+      f"{chains} runs ended, {equal} with every array and metric equal; killed {dict(done)}",
+      flush=True,
+    )
     shutil.rmtree(workdir)
-  return {"kills": done.total(), "moments": dict(done), "runs": chains, "byte_equal": equal, "arrays": len(want)}
+  return {
+    "kills": done.total(),
+    "moments": dict(done),
+    "runs": chains,
+    "byte_equal": equal,
+    "arrays": len(want),
+  }
 
 
 def sigterm(folder: pathlib.Path, kills: int, rng: random.Random) -> dict:
@@ -136,12 +164,19 @@ def sigterm(folder: pathlib.Path, kills: int, rng: random.Random) -> dict:
     times.append(time.monotonic() - began)
     saved = checkpoint.newest(checkpoint.open_checkpoints(workdir / "checkpoints" / "r2m"))
     lost.append(steps_logged(workdir) - (saved or 0))
-    print(f"{i}: {after} steps, {times[-1]:.2f} s to exit, {lost[-1]} logged steps not saved", flush=True)
+    print(
+      f"{i}: {after} steps, {times[-1]:.2f} s to exit, {lost[-1]} logged steps not saved",
+      flush=True,
+    )
     shutil.rmtree(workdir)
   return {
-    "signals": kills, "exit": dict(codes), "resume_status": RESUME, "most_steps_lost": max(lost),
-    "seconds_median": round(statistics.median(times), 2), "seconds_max": round(max(times), 2),
-  }  # fmt: skip
+    "signals": kills,
+    "exit": dict(codes),
+    "resume_status": RESUME,
+    "most_steps_lost": max(lost),
+    "seconds_median": round(statistics.median(times), 2),
+    "seconds_max": round(max(times), 2),
+  }
 
 
 def main(argv):
@@ -150,7 +185,13 @@ def main(argv):
   jax.config.update("jax_platforms", os.environ.get("JAX_PLATFORMS", "cpu"))
   folder = pathlib.Path(FOLDER.value or tempfile.mkdtemp(prefix="kill_resume_"))
   folder.mkdir(parents=True, exist_ok=True)
-  print(json.dumps((sigkill if SIGNAL.value == "KILL" else sigterm)(folder, KILLS.value, random.Random(SEED.value))))
+  print(
+    json.dumps(
+      (sigkill if SIGNAL.value == "KILL" else sigterm)(
+        folder, KILLS.value, random.Random(SEED.value)
+      )
+    )
+  )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""What a measurement must know of the machine: how busy the others are, resident memory, and the most that it can do.
+"""What a measurement must know of the machine: how busy the others are, resident memory, and the
+most that it can do.
 
-Only the standard library at import: a child process may look at its memory before it loads anything.
+Only the standard library at import: a child process may look at its memory before it loads
+anything.
 """
 
 import dataclasses
@@ -22,7 +24,9 @@ QUIET = 0.1  # share of all cores that others may use while something is timed
 
 
 def status(name: str) -> int:
-  """A line of /proc/self/status, in bytes: VmRSS is what is resident now, VmHWM the most that ever was."""
+  """A line of /proc/self/status, in bytes: VmRSS is what is resident now, VmHWM the most that
+  ever was.
+  """
   lines = pathlib.Path("/proc/self/status").read_text(encoding="ascii").splitlines()
   return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
@@ -33,14 +37,18 @@ def reset_peak() -> None:
 
 
 def peak_memory() -> int:
-  """Bytes at the peak: of the accelerator, which counts from the start of the process, else resident in this one."""
+  """Bytes at the peak: of the accelerator, which counts from the start of the process, else
+  resident in this one.
+  """
   jax = sys.modules.get("jax")
   found = jax.local_devices()[0].memory_stats() if jax else None
   return found["peak_bytes_in_use"] if found and "peak_bytes_in_use" in found else status("VmHWM")
 
 
 def set_up() -> None:
-  """Allocator and platform as r2m_jax.main has them. Call it once absl has read the flags, since main has its own."""
+  """Allocator and platform as r2m_jax.main has them. Call it once absl has read the flags, since
+  main has its own.
+  """
   from r2m_jax import main
 
   main.keep_freed_memory()
@@ -67,7 +75,9 @@ class Ticks:
 
 
 def busy_ticks(line: str) -> int:
-  """Of the first line of /proc/stat: all but idle and iowait; a guest's time is in user and nice already."""
+  """Of the first line of /proc/stat: all but idle and iowait; a guest's time is in user and nice
+  already.
+  """
   user, nice, system, idle, iowait, irq, softirq, steal = map(int, line.split()[1:9])
   return user + nice + system + irq + softirq + steal
 
@@ -79,7 +89,9 @@ def others_share(before: Ticks, after: Ticks, cores: int) -> float:
 
 
 def timed(once) -> tuple[float, float]:
-  """(seconds that `once()` took, share of the cores that others had meanwhile). `once` waits for its result."""
+  """(seconds that `once()` took, share of the cores that others had meanwhile). `once` waits for
+  its result.
+  """
   before = Ticks.now()
   once()
   after = Ticks.now()
@@ -104,11 +116,14 @@ class Times:
 HEADER = f"{'median s':>9}  {'fastest':>9}  {'slowest':>9}  {'others':>6}"  # of Times
 
 
-def take_turns(settings: dict, rounds: int, quiet: float = QUIET, most: int = 3) -> dict[str, Times]:
-  """Times the functions of `settings` one after another in rounds, so that a slow spell of the machine falls on all.
+def take_turns(
+  settings: dict, rounds: int, quiet: float = QUIET, most: int = 3
+) -> dict[str, Times]:
+  """Times the functions of `settings` one after another in rounds, so that a slow spell of the
+  machine falls on all.
 
-  A round in which others used more than `quiet` of the cores is dropped whole, and made up for, up to `most` times as
-  many rounds; where too few are quiet, the quietest are kept, and marked.
+  A round in which others used more than `quiet` of the cores is dropped whole, and made up for, up
+  to `most` times as many rounds; where too few are quiet, the quietest are kept, and marked.
   """
   found = []
   while len(found) < most * rounds and sum(busy <= quiet for busy, _ in found) < rounds:
@@ -124,7 +139,9 @@ def take_turns(settings: dict, rounds: int, quiet: float = QUIET, most: int = 3)
 
 
 def quietest(busy: list[float], count: int, quiet: float) -> tuple[list[int], bool]:
-  """(which to keep, in order; whether all of them are quiet): the quiet ones if they are `count`, else the quietest."""
+  """(which to keep, in order; whether all of them are quiet): the quiet ones if they are
+  `count`, else the quietest.
+  """
   kept = [i for i, share in enumerate(busy) if share <= quiet]
   if len(kept) >= count:
     return kept, True
@@ -132,7 +149,9 @@ def quietest(busy: list[float], count: int, quiet: float) -> tuple[list[int], bo
 
 
 def kernels(once) -> list[tuple[str, tuple[float, int]]]:
-  """(name, (seconds, calls)) of every kernel that an accelerator runs in `once()`, the longest first."""
+  """(name, (seconds, calls)) of every kernel that an accelerator runs in `once()`, the longest
+  first.
+  """
   import jax
 
   found = {}
@@ -152,7 +171,8 @@ def kernels(once) -> list[tuple[str, tuple[float, int]]]:
 
 
 def limits() -> dict[str, float]:
-  """What the first device can do through JAX: {"float32", "bfloat16": FLOP/s of a matrix product, "copy": bytes/s}.
+  """What the first device can do through JAX: {"float32", "bfloat16": FLOP/s of a matrix product,
+  "copy": bytes/s}.
 
   The fastest of several, each long enough to keep all cores busy.
   """
@@ -164,7 +184,9 @@ def limits() -> dict[str, float]:
   product = jax.jit(lambda a, b: a @ b)
   found = {}
   for dtype in ("float32", "bfloat16"):
-    a = jax.random.normal(jax.random.key(0), (size, size), dtype)  # a GPU is faster on numbers that are all alike
+    a = jax.random.normal(
+      jax.random.key(0), (size, size), dtype
+    )  # a GPU is faster on numbers that are all alike
     found[dtype] = 2 * size**3 / fastest(lambda a=a: product(a, a).block_until_ready())
   back = jax.jit(lambda x: -x, donate_argnums=0)  # in place: no fresh pages
   x = jnp.ones(numbers, jnp.float32)
@@ -178,7 +200,9 @@ def limits() -> dict[str, float]:
 
 
 def fastest(once, least: float = 0.5, runs: int = 5) -> float:
-  """Seconds of the fastest of at least `runs` calls that last `least` seconds together, after one to warm up."""
+  """Seconds of the fastest of at least `runs` calls that last `least` seconds together, after
+  one to warm up.
+  """
   once()
   times = []
   while len(times) < runs or sum(times) < least:
@@ -187,28 +211,42 @@ def fastest(once, least: float = 0.5, runs: int = 5) -> float:
 
 
 def show_limits(found: dict[str, float]) -> str:
-  return (f"this machine: {found['float32'] / 1e9:.0f} GFLOP/s in float32, {found['bfloat16'] / 1e9:.0f} in bfloat16, "
-          f"copies at {found['copy'] / 1e9:.0f} GB/s")  # fmt: skip
+  return (
+    f"this machine: {found['float32'] / 1e9:.0f} GFLOP/s in float32, {found['bfloat16'] / 1e9:.0f} "
+    "in bfloat16, "
+    f"copies at {found['copy'] / 1e9:.0f} GB/s"
+  )
 
 
 # ---- children and verdicts ----
 
 
 def child(module: str, *args: str, env: dict[str, str] | None = None) -> dict:
-  """The last line of a benchmark run in a process of its own, as JSON; ends this one where that failed."""
+  """The last line of a benchmark run in a process of its own, as JSON; ends this one where that
+  failed.
+  """
   command = [sys.executable, "-m", module, *args]
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | (env or {}))
+  done = subprocess.run(
+    command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | (env or {})
+  )
   if not done.stdout.strip():
     sys.exit(f"{' '.join(command)} ended with status {done.returncode}\n{done.stderr}")
   return json.loads(done.stdout.splitlines()[-1])
 
 
 def plans(config: str, *settings: str) -> list[dict]:
-  """What task=plan writes for a config's file and `settings`, FIELD=VALUE each; it need not fit. Ends this process
-  where it failed. What it prints goes to standard error."""
+  """What task=plan writes for a config's file and `settings`, FIELD=VALUE each; it need not fit.
+  Ends this process where it failed. What it prints goes to standard error."""
   with tempfile.TemporaryDirectory() as workdir:
-    command = [sys.executable, "-m", "r2m_jax.main", f"--config={config}", f"--workdir={workdir}",
-               "--config.task=plan", *(f"--config.{setting}" for setting in settings)]  # fmt: skip
+    command = [
+      sys.executable,
+      "-m",
+      "r2m_jax.main",
+      f"--config={config}",
+      f"--workdir={workdir}",
+      "--config.task=plan",
+      *(f"--config.{setting}" for setting in settings),
+    ]
     done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr, check=False)
     found = pathlib.Path(workdir) / "plan.json"
     if not found.exists():
@@ -217,8 +255,8 @@ def plans(config: str, *settings: str) -> list[dict]:
 
 
 def conclude(result: dict, bounds: list[tuple[str, bool]], quiet: bool = True) -> None:
-  """Prints what each bound says and the result as the last line. Status 1 where one is missed, 2 where others were too
-  busy to say."""
+  """Prints what each bound says and the result as the last line. Status 1 where one is missed, 2
+  where others were too busy to say."""
   for sentence, held in bounds:
     print(f"{'held' if held else 'MISSED'}: {sentence}")
   if not quiet:

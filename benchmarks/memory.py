@@ -1,11 +1,13 @@
-"""Does the plan's memory hold? A real step on this host's CPU: peak resident memory against what task=plan says.
+"""Does the plan's memory hold? A real step on this host's CPU: peak resident memory against what
+task=plan says.
 
   python -m benchmarks.memory [--setting=FIELD=VALUE,...]
 
-The step runs in a process of its own, from random weights: both programs are compiled, the state is made, the peak is
-reset, then rollout and learn run once. Measured is the peak minus what was resident just before the step. Predicted is
-the plan for cpu:1, minus the state and the arguments that are resident by then. The two come from different places: the
-kernel's count of pages, and the compiler's assignment of buffers.
+The step runs in a process of its own, from random weights: both programs are compiled, the state is
+made, the peak is reset, then rollout and learn run once. Measured is the peak minus what was
+resident just before the step. Predicted is the plan for cpu:1, minus the state and the arguments
+that are resident by then. The two come from different places: the kernel's count of pages, and the
+compiler's assignment of buffers.
 """
 
 import json
@@ -25,7 +27,13 @@ def get_config():
   """A step whose temporaries are above 2 GB."""
   config = default.get_config()
   arch = config.policy.arch
-  arch.hidden_size, arch.num_layers, arch.num_heads, arch.num_kv_heads, arch.intermediate_size = 256, 4, 8, 8, 1024
+  arch.hidden_size, arch.num_layers, arch.num_heads, arch.num_kv_heads, arch.intermediate_size = (
+    256,
+    4,
+    8,
+    8,
+    1024,
+  )
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 16, 8, 64
   config.plan.prompt_length = 240
   config.remat = "none"  # which keeps most
@@ -42,12 +50,15 @@ def measure(config) -> dict[str, int]:
   work = workload.Work(config, sizes)
   prompts, rollout = work.prompts(), work.programs["rollout"]
   work.programs["rollout"] = rollout = rollout.lower(work.state, prompts).compile()
-  like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=work.built.rows), rollout.out_info)
+  like = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=work.built.rows), rollout.out_info
+  )
   learn = work.programs["learn"].lower(work.state, like, like.tokens, like.token_mask)
   work.programs["learn"] = learn.compile()
   machine.reset_peak()
   before = machine.status("VmRSS")
-  work.rollout(), work.learn()
+  work.rollout()
+  work.learn()
   return {"before": before, "peak": machine.status("VmHWM")}
 
 
@@ -71,9 +82,13 @@ def main(argv):
   if not plan["fits"]:
     sys.exit("the plan says that it does not fit this host")
   expected = predicted(plan)
-  print(f"resident before the step {found['before'] / 1e9:.2f} GB, peak {found['peak'] / 1e9:.2f} GB")
-  print(f"step: measured {measured / 1e9:.2f} GB, predicted {expected / 1e9:.2f} GB, "
-        f"{100 * (expected / measured - 1):+.1f}%")  # fmt: skip
+  print(
+    f"resident before the step {found['before'] / 1e9:.2f} GB, peak {found['peak'] / 1e9:.2f} GB"
+  )
+  print(
+    f"step: measured {measured / 1e9:.2f} GB, predicted {expected / 1e9:.2f} GB, "
+    f"{100 * (expected / measured - 1):+.1f}%"
+  )
   print(json.dumps({"measured": measured, "predicted": expected, "before": found["before"]}))
 
 

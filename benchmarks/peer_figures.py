@@ -1,4 +1,6 @@
-"""What is asked of r2m_jax beside its peers, what they take on a quiet machine, and what a run's numbers say to it."""
+"""What is asked of r2m_jax beside its peers, what they take on a quiet machine, and what a run's
+numbers say to it.
+"""
 
 import dataclasses
 import statistics
@@ -10,7 +12,9 @@ SLOW = 0.15  # a peer this much slower than its reference figure ran under other
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-  """A peer's environment, its seconds a step on a quiet machine of two cores, and how many times faster we shall be."""
+  """A peer's environment, its seconds a step on a quiet machine of two cores, and how many times
+  faster we shall be.
+  """
 
   child: str  # module that runs in its environment
   requirements: tuple[str, ...]
@@ -23,13 +27,18 @@ PEERS = {
   "trl": Peer(
     "benchmarks.peer_trl",
     ("trl==1.16.0", "torch==2.13.0", "transformers==5.24.0"),  # this torch has a build without CUDA
-    {"tiny": 1.86, "small": 72.6}, {"tiny": 1.5, "small": 3.0}, {"tiny": 3.0, "small": 3.5},
+    {"tiny": 1.86, "small": 72.6},
+    {"tiny": 1.5, "small": 3.0},
+    {"tiny": 3.0, "small": 3.5},
   ),
   "tunix": Peer(
-    "benchmarks.peer_tunix", ("google-tunix==0.1.7", "jax==0.10.2", "flax==0.12.8"),
-    {"tiny": 2.23, "small": 54.7}, {"tiny": 1.5, "small": 2.2}, {"tiny": 3.0, "small": 2.6},
+    "benchmarks.peer_tunix",
+    ("google-tunix==0.1.7", "jax==0.10.2", "flax==0.12.8"),
+    {"tiny": 2.23, "small": 54.7},
+    {"tiny": 1.5, "small": 2.2},
+    {"tiny": 3.0, "small": 2.6},
   ),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +54,9 @@ class Run:
   def of(cls, results: list[dict]) -> "Run":
     """Of the JSON lines of one program's processes."""
     joined = {name: [x for result in results for x in result[name]] for name in ("seconds", "busy")}
-    return cls(results[0].get("version", ""), **joined, peak=max(result["peak"] for result in results))
+    return cls(
+      results[0].get("version", ""), **joined, peak=max(result["peak"] for result in results)
+    )
 
   @property
   def median(self) -> float:
@@ -60,7 +71,10 @@ class Run:
     return f"{spread}  {len(self.seconds):5}  {max(self.busy):6.0%}  {self.peak / 1e9:7.2f}"
 
 
-HEADER = f"{'median s':>9}  {'fastest':>9}  {'slowest':>9}  {'steps':>5}  {'others':>6}  {'peak GB':>7}"  # of a Run
+# of a Run
+HEADER = (
+  f"{'median s':>9}  {'fastest':>9}  {'slowest':>9}  {'steps':>5}  {'others':>6}  {'peak GB':>7}"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +93,16 @@ class Verdict:
 def judge(size: str, ours: Run, peer: Peer, its: Run) -> Verdict:
   reference, reasons = peer.reference[size], []
   if its.median > (1 + SLOW) * reference:
-    reasons.append(f"it took {its.median / reference - 1:.0%} more than its {reference:.4g} s on a quiet machine")
+    reasons.append(
+      f"it took {its.median / reference - 1:.0%} more than its {reference:.4g} s on a quiet machine"
+    )
   for name, run in (("its", its), ("our", ours)):
     if not run.quiet:
       reasons.append(f"others used up to {max(run.busy):.0%} of the cores during {name} steps")
   ratio = its.median / ours.median
-  return Verdict(ratio, peer.bound[size], ratio >= peer.stretch[size], "; ".join(reasons), ours.peak <= its.peak)
+  return Verdict(
+    ratio, peer.bound[size], ratio >= peer.stretch[size], "; ".join(reasons), ours.peak <= its.peak
+  )
 
 
 def status(verdicts: list[Verdict]) -> int:
@@ -95,10 +113,12 @@ def status(verdicts: list[Verdict]) -> int:
 
 
 def floor_flops(size: str) -> float:
-  """FLOPs of every matrix product of a step of the peers, once: each prompt K times, attention's own products left out.
+  """FLOPs of every matrix product of a step of the peers, once: each prompt K times, attention's
+  own products left out.
 
-  A generation, two log-prob passes (old and reference), the reward model's pass, and 3 passes' worth an epoch. The
-  vocabulary is projected for the tokens of the response, by all but the reward model.
+  A generation, two log-prob passes (old and reference), the reward model's pass, and 3 passes'
+  worth an epoch. The vocabulary is projected for the tokens of the response, by all but the reward
+  model.
   """
   shape, task = peer_task.SIZES[size], peer_task
   hidden, kv = shape["hidden_size"], shape["hidden_size"] // shape["heads"] * shape["kv_heads"]

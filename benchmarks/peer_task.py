@@ -1,6 +1,7 @@
 """The work that peers.py gives to TRL and to tunix, and the watch it holds by them.
 
-Their own processes import it, in environments without r2m_jax: only the standard library and numpy at import.
+Their own processes import it, in environments without r2m_jax: only the standard library and numpy
+at import.
 """
 
 import itertools
@@ -11,17 +12,32 @@ import numpy as np
 
 from benchmarks import machine
 
-# Qwen2 shapes, the policy's, the reference's and the reward model's alike; vocabulary projection untied
+# Qwen2 shapes, the policy's, the reference's and the reward model's alike; vocabulary projection
+# untied
 SIZES = {
-  "tiny": dict(vocab_size=512, hidden_size=128, layers=4, heads=4, kv_heads=2, intermediate_size=512),
-  "small": dict(vocab_size=32000, hidden_size=512, layers=8, heads=8, kv_heads=4, intermediate_size=2048),
-  # for a GPU, in bfloat16: four times the prompts, eight times the response, tied as the real one is
-  "0.5b": dict(vocab_size=151936, hidden_size=896, layers=24, heads=14, kv_heads=2, intermediate_size=4864),
+  "tiny": dict(
+    vocab_size=512, hidden_size=128, layers=4, heads=4, kv_heads=2, intermediate_size=512
+  ),
+  "small": dict(
+    vocab_size=32000, hidden_size=512, layers=8, heads=8, kv_heads=4, intermediate_size=2048
+  ),
+  # for a GPU, in bfloat16: four times the prompts, eight times the response, tied as the real one
+  # is
+  "0.5b": dict(
+    vocab_size=151936, hidden_size=896, layers=24, heads=14, kv_heads=2, intermediate_size=4864
+  ),
 }
 ROPE_THETA, NORM_EPS = 1e6, 1e-6
-PROMPTS, GROUP, LENGTH, RESPONSE = 8, 8, 64, 64  # prompts, samples of each, tokens of a prompt and of a response
+PROMPTS, GROUP, LENGTH, RESPONSE = (
+  8,
+  8,
+  64,
+  64,
+)  # prompts, samples of each, tokens of a prompt and of a response
 ROWS = PROMPTS * GROUP
-ON_GPU = {"0.5b": dict(prompts=32, response=512, parts=8)}  # parts: an update's rows, a part at a time
+ON_GPU = {
+  "0.5b": dict(prompts=32, response=512, parts=8)
+}  # parts: an update's rows, a part at a time
 TEMPERATURE, EPOCHS, BETA, LEARNING_RATE = 0.7, 2, 0.05, 1e-6
 WIDTH = 7  # characters of a token's text
 
@@ -37,22 +53,31 @@ def prompts(vocab_size: int, step: int, count: int = PROMPTS) -> list[str]:
 
 
 def make_tokenizer(vocab_size: int):
-  """A fast tokenizer whose text gives back exactly the tokens it came from, also where two texts are joined.
+  """A fast tokenizer whose text gives back exactly the tokens it came from, also where two texts
+  are joined.
 
-  What ends a row and what pads lie outside the models' vocabulary: no row ends before its last token, and no peer
-  pays for forbidding one. An unknown word raises, since there is no token for it.
+  What ends a row and what pads lie outside the models' vocabulary: no row ends before its last
+  token, and no peer pays for forbidding one. An unknown word raises, since there is no token for
+  it.
   """
   from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
   from transformers import PreTrainedTokenizerFast
 
-  words = {word(token): token for token in range(vocab_size)} | {"<eos>": vocab_size, "<pad>": vocab_size + 1}
+  words = {word(token): token for token in range(vocab_size)} | {
+    "<eos>": vocab_size,
+    "<pad>": vocab_size + 1,
+  }
   found = Tokenizer(models.WordLevel(words))
   found.pre_tokenizer = pre_tokenizers.Split(Regex(f"t[0-9]{{{WIDTH - 1}}}"), "isolated")
   found.decoder = decoders.Fuse()
-  found = PreTrainedTokenizerFast(tokenizer_object=found, eos_token="<eos>", pad_token="<pad>", padding_side="left")
+  found = PreTrainedTokenizerFast(
+    tokenizer_object=found, eos_token="<eos>", pad_token="<pad>", padding_side="left"
+  )
   texts = prompts(vocab_size, 0)
   check_length("a prompt", map(len, found(text=texts)["input_ids"]), LENGTH)
-  assert found.batch_decode(found(text=texts)["input_ids"]) == texts, "text and tokens do not give each other back"
+  assert found.batch_decode(found(text=texts)["input_ids"]) == texts, (
+    "text and tokens do not give each other back"
+  )
   return found
 
 
@@ -63,10 +88,11 @@ def check_length(what: str, lengths, asked: int) -> None:
 
 
 class Watch:
-  """Times rollouts, each with all its updates, until `count` were quiet or `most` times as many have been seen.
+  """Times rollouts, each with all its updates, until `count` were quiet or `most` times as many
+  have been seen.
 
-  The first `warm` are not counted: programs compile, memory is claimed. What the others had of the cores is measured
-  over the same time as the rollout.
+  The first `warm` are not counted: programs compile, memory is claimed. What the others had of the
+  cores is measured over the same time as the rollout.
   """
 
   def __init__(self, count: int, most: int, warm: int = 1):
@@ -90,9 +116,19 @@ class Watch:
   def result(self, peer: str, version: str, **more) -> str:
     """One JSON line for peers.py."""
     kept, enough = machine.quietest(self.busy, self.count, machine.QUIET)
-    warm = [after.wall - before.wall for before, after in itertools.pairwise(self.ticks[: self.warm + 1])]
-    return json.dumps({
-      "peer": peer, "version": version,
-      "seconds": [self.seconds[i] for i in kept], "busy": [self.busy[i] for i in kept],
-      "dropped": len(self.seconds) - len(kept), "quiet": enough, "warm": warm, "peak": machine.peak_memory(), **more,
-    })  # fmt: skip
+    warm = [
+      after.wall - before.wall for before, after in itertools.pairwise(self.ticks[: self.warm + 1])
+    ]
+    return json.dumps(
+      {
+        "peer": peer,
+        "version": version,
+        "seconds": [self.seconds[i] for i in kept],
+        "busy": [self.busy[i] for i in kept],
+        "dropped": len(self.seconds) - len(kept),
+        "quiet": enough,
+        "warm": warm,
+        "peak": machine.peak_memory(),
+        **more,
+      }
+    )

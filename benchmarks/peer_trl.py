@@ -1,4 +1,5 @@
-"""One child of peers.py: the same work in TRL's RLOOTrainer. Runs in TRL's own environment, without r2m_jax.
+"""One child of peers.py: the same work in TRL's RLOOTrainer. Runs in TRL's own environment, without
+r2m_jax.
 
   PEERS/trl/bin/python -m benchmarks.peer_trl SIZE STEPS MOST
 
@@ -20,30 +21,52 @@ from benchmarks import peer_task as task
 def model_config(size: str, tokenizer) -> transformers.Qwen2Config:
   shape = task.SIZES[size]
   return transformers.Qwen2Config(
-    vocab_size=shape["vocab_size"], hidden_size=shape["hidden_size"], num_hidden_layers=shape["layers"],
-    num_attention_heads=shape["heads"], num_key_value_heads=shape["kv_heads"],
-    intermediate_size=shape["intermediate_size"], tie_word_embeddings=size in task.ON_GPU, max_position_embeddings=1024,
-    rope_parameters={"rope_type": "default", "rope_theta": task.ROPE_THETA}, rms_norm_eps=task.NORM_EPS,
-    bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-  )  # fmt: skip
+    vocab_size=shape["vocab_size"],
+    hidden_size=shape["hidden_size"],
+    num_hidden_layers=shape["layers"],
+    num_attention_heads=shape["heads"],
+    num_key_value_heads=shape["kv_heads"],
+    intermediate_size=shape["intermediate_size"],
+    tie_word_embeddings=size in task.ON_GPU,
+    max_position_embeddings=1024,
+    rope_parameters={"rope_type": "default", "rope_theta": task.ROPE_THETA},
+    rms_norm_eps=task.NORM_EPS,
+    bos_token_id=None,
+    eos_token_id=tokenizer.eos_token_id,
+  )
 
 
-def training(folder: str, rollouts: int, rows: int, response: int, parts: int, gpu: bool) -> trl.RLOOConfig:
+def training(
+  folder: str, rollouts: int, rows: int, response: int, parts: int, gpu: bool
+) -> trl.RLOOConfig:
   """TRL's defaults, but where another choice is the same work in less time."""
   return trl.RLOOConfig(
-    output_dir=folder, use_cpu=not gpu, seed=0, bf16=False,  # no autocast: the weights are what they are
+    output_dir=folder,
+    use_cpu=not gpu,
+    seed=0,
+    bf16=False,  # no autocast: the weights are what they are
     model_init_kwargs={"dtype": "bfloat16" if gpu else "float32"},
     # all rows in one update an epoch, in one pass where they fit
-    per_device_train_batch_size=rows // parts, gradient_accumulation_steps=parts, num_generations=task.GROUP,
-    max_completion_length=response, temperature=task.TEMPERATURE, num_iterations=task.EPOCHS, beta=task.BETA,
-    # on a CPU 5% less time to generate, since a growing cache is copied at every token; on a GPU it would be compiled
+    per_device_train_batch_size=rows // parts,
+    gradient_accumulation_steps=parts,
+    num_generations=task.GROUP,
+    max_completion_length=response,
+    temperature=task.TEMPERATURE,
+    num_iterations=task.EPOCHS,
+    beta=task.BETA,
+    # on a CPU 5% less time to generate, since a growing cache is copied at every token; on a GPU it
+    # would be compiled
     cache_implementation=None if gpu else "static",
     gradient_checkpointing=False,  # on by default, a fifth slower; the memory is there
-    learning_rate=task.LEARNING_RATE, lr_scheduler_type="constant",  # AdamW in its fused form is the default
+    learning_rate=task.LEARNING_RATE,
+    lr_scheduler_type="constant",  # AdamW in its fused form is the default
     max_steps=task.EPOCHS * rollouts,  # TRL's step is an update
-    logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,  # nothing but the work
+    logging_strategy="no",
+    save_strategy="no",
+    report_to="none",
+    disable_tqdm=True,  # nothing but the work
     dataloader_pin_memory=False,
-  )  # fmt: skip
+  )
 
 
 class Laps(transformers.TrainerCallback):
@@ -58,10 +81,14 @@ class Laps(transformers.TrainerCallback):
   def on_step_end(self, args, state, control, **kwargs):
     if state.global_step % task.EPOCHS == 0:
       self.watch.lap()
-      seen = self.trainer._metrics["train"]  # no public way to a rollout's lengths when it is not logged
+      seen = self.trainer._metrics[
+        "train"
+      ]  # no public way to a rollout's lengths when it is not logged
       shortest, longest = seen["completions/min_length"], seen["completions/max_length"]
       if len(shortest) * task.EPOCHS != state.global_step:
-        raise SystemExit(f"{len(shortest)} rollouts for {state.global_step} updates, not one for {task.EPOCHS}")
+        raise SystemExit(
+          f"{len(shortest)} rollouts for {state.global_step} updates, not one for {task.EPOCHS}"
+        )
       task.check_length("a response", map(int, shortest + longest), self.response)
       control.should_training_stop = self.watch.done
     return control
@@ -71,13 +98,19 @@ def main(size: str, steps: int, most: int) -> None:
   transformers.utils.logging.set_verbosity_error()
   torch.set_num_threads(os.cpu_count() or 1)
   torch.manual_seed(0)
-  gpu, watch, vocab_size = size in task.ON_GPU, task.Watch(steps, most), task.SIZES[size]["vocab_size"]
+  gpu, watch, vocab_size = (
+    size in task.ON_GPU,
+    task.Watch(steps, most),
+    task.SIZES[size]["vocab_size"],
+  )
   work = task.ON_GPU.get(size, dict(prompts=task.PROMPTS, response=task.RESPONSE, parts=1))
   tokenizer = task.make_tokenizer(vocab_size)
   config = model_config(size, tokenizer)
   dtype = torch.bfloat16 if gpu else torch.float32
   laps = Laps(watch, work["response"])
-  rows = [text for step in range(watch.laps) for text in task.prompts(vocab_size, step, work["prompts"])]
+  rows = [
+    text for step in range(watch.laps) for text in task.prompts(vocab_size, step, work["prompts"])
+  ]
   with tempfile.TemporaryDirectory() as folder:
     # the trainer makes the reference from the policy's folder, and cannot from a model without one
     transformers.Qwen2ForCausalLM(config).to(dtype).save_pretrained(folder)
@@ -85,17 +118,29 @@ def main(size: str, steps: int, most: int) -> None:
       transformers.Qwen2Config(**config.to_dict() | {"num_labels": 1, "_name_or_path": "reward"})
     ).to(dtype)
     laps.trainer = trl.RLOOTrainer(
-      model=folder, reward_funcs=reward, callbacks=[laps],
-      args=training(folder, watch.laps, work["prompts"] * task.GROUP, work["response"], work["parts"], gpu),
-      train_dataset=datasets.Dataset.from_dict({"prompt": rows}), processing_class=tokenizer,
+      model=folder,
+      reward_funcs=reward,
+      callbacks=[laps],
+      args=training(
+        folder, watch.laps, work["prompts"] * task.GROUP, work["response"], work["parts"], gpu
+      ),
+      train_dataset=datasets.Dataset.from_dict({"prompt": rows}),
+      processing_class=tokenizer,
       reward_processing_classes=tokenizer,
-    )  # fmt: skip
+    )
     for model in (laps.trainer.model, laps.trainer.ref_model, reward):
       wrong = {p.dtype for p in model.parameters()} - {dtype}
       assert not wrong, f"{dtype} is asked for, and here is {wrong}"
     laps.trainer.train()
-  print(watch.result("TRL RLOO", trl.__version__, torch=torch.__version__, transformers=transformers.__version__,
-                     parameters=sum(p.numel() for p in laps.trainer.model.parameters())))  # fmt: skip
+  print(
+    watch.result(
+      "TRL RLOO",
+      trl.__version__,
+      torch=torch.__version__,
+      transformers=transformers.__version__,
+      parameters=sum(p.numel() for p in laps.trainer.model.parameters()),
+    )
+  )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""One child of peers.py: the same work in tunix's GRPO learner. Runs in tunix's own environment, without r2m_jax.
+"""One child of peers.py: the same work in tunix's GRPO learner. Runs in tunix's own environment,
+without r2m_jax.
 
-  PEERS/tunix/bin/python -m benchmarks.peer_tunix SIZE STEPS MOST
+PEERS/tunix/bin/python -m benchmarks.peer_tunix SIZE STEPS MOST
 """
 
 import importlib.metadata
@@ -23,32 +24,55 @@ ROLES = (rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLO
 
 
 def make_model(shape: dict, seed: int) -> qwen2.Qwen2:
-  """Random in every matrix: tunix's own start has zeros in the MLPs, which would get no gradient."""
+  """Random in every matrix: tunix's own start has zeros in the MLPs, which would get no
+  gradient.
+  """
   config = qwen2.ModelConfig(
-    num_layers=shape["layers"], vocab_size=shape["vocab_size"], embed_dim=shape["hidden_size"],
-    hidden_dim=shape["intermediate_size"], num_heads=shape["heads"], num_kv_heads=shape["kv_heads"],
-    head_dim=shape["hidden_size"] // shape["heads"], rope_theta=int(task.ROPE_THETA), norm_eps=task.NORM_EPS,
-    use_tied_embedding=False, remat_config=qwen2.RematConfig.NONE, dtype=jnp.float32, param_dtype=jnp.float32,
-  )  # fmt: skip
+    num_layers=shape["layers"],
+    vocab_size=shape["vocab_size"],
+    embed_dim=shape["hidden_size"],
+    hidden_dim=shape["intermediate_size"],
+    num_heads=shape["heads"],
+    num_kv_heads=shape["kv_heads"],
+    head_dim=shape["hidden_size"] // shape["heads"],
+    rope_theta=int(task.ROPE_THETA),
+    norm_eps=task.NORM_EPS,
+    use_tied_embedding=False,
+    remat_config=qwen2.RematConfig.NONE,
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+  )
   model, rng = qwen2.Qwen2(config, rngs=nnx.Rngs(seed)), np.random.default_rng(seed)
-  random = lambda x: jnp.asarray(0.02 * rng.standard_normal(x.shape), x.dtype) if x.ndim > 1 else x
+
+  def random(x):
+    return jnp.asarray(0.02 * rng.standard_normal(x.shape), x.dtype) if x.ndim > 1 else x
+
   nnx.update(model, jax.tree.map(random, nnx.state(model)))
   return model
 
 
 def make_reward(shape: dict, tokenizer):
-  """The reward function that tunix asks for, around a reward model: its GRPO learner has no place for the model itself.
+  """The reward function that tunix asks for, around a reward model: its GRPO learner has no place
+  for the model itself.
 
-  The model is a policy whose vocabulary projection is a score, as tunix makes its critics; the score of a row is that
-  of its last token.
+  The model is a policy whose vocabulary projection is a score, as tunix makes its critics; the
+  score of a row is that of its last token.
   """
-  model, pad, eos = rl_utils.create_critic_model(make_model(shape, 2)), tokenizer.pad_token_id, tokenizer.eos_token_id
+  model, pad, eos = (
+    rl_utils.create_critic_model(make_model(shape, 2)),
+    tokenizer.pad_token_id,
+    tokenizer.eos_token_id,
+  )
 
   def reward(prompts, completions, **kwargs):
-    rows = tokenizer(text=[str(a) + b for a, b in zip(prompts, completions, strict=True)])["input_ids"]
+    rows = tokenizer(text=[str(a) + b for a, b in zip(prompts, completions, strict=True)])[
+      "input_ids"
+    ]
     task.check_length("a prompt with its response", map(len, rows), task.LENGTH + task.RESPONSE)
     tokens = jnp.asarray(rows, jnp.int32)
-    scores = common.compute_score(model, tokens[:, :task.LENGTH], tokens[:, task.LENGTH:], pad, eos)
+    scores = common.compute_score(
+      model, tokens[:, : task.LENGTH], tokens[:, task.LENGTH :], pad, eos
+    )
     return np.asarray(scores[:, -1]).tolist()
 
   return reward
@@ -62,22 +86,30 @@ def make_cluster(shape: dict, tokenizer, rollouts: int) -> rl_cluster.RLCluster:
     training_config=rl_cluster.RLTrainingConfig(
       actor_optimizer=optax.adamw(task.LEARNING_RATE),
       mini_batch_size=task.PROMPTS,  # all 64 rows in one pass and one update an epoch
-      max_steps=2 * task.EPOCHS * rollouts, eval_every_n_steps=2 * task.EPOCHS * rollouts,  # ends where the prompts end
+      max_steps=2 * task.EPOCHS * rollouts,
+      eval_every_n_steps=2 * task.EPOCHS * rollouts,  # ends where the prompts end
     ),
     rollout_config=base_rollout.RolloutConfig(
-      max_tokens_to_generate=task.RESPONSE, max_prompt_length=task.LENGTH, temperature=task.TEMPERATURE,
-      top_p=1.0, top_k=None,  # anything else sorts the vocabulary for every token
+      max_tokens_to_generate=task.RESPONSE,
+      max_prompt_length=task.LENGTH,
+      temperature=task.TEMPERATURE,
+      top_p=1.0,
+      top_k=None,  # anything else sorts the vocabulary for every token
       kv_cache_size=task.LENGTH + task.RESPONSE,  # no slot more than it needs
       seed=0,  # none means the same samples at every step, and a key is donated at the first
     ),
-  )  # fmt: skip
+  )
   with jax.set_mesh(mesh):
     policy, reference = make_model(shape, 1), make_model(shape, 1)
-    return rl_cluster.RLCluster(actor=policy, reference=reference, tokenizer=tokenizer, cluster_config=config)
+    return rl_cluster.RLCluster(
+      actor=policy, reference=reference, tokenizer=tokenizer, cluster_config=config
+    )
 
 
 def batches(vocab_size: int, watch: task.Watch, rollout_config):
-  """Prompts until the watch has seen enough. The learner asks for the next when all updates on the last are done."""
+  """Prompts until the watch has seen enough. The learner asks for the next when all updates on
+  the last are done.
+  """
   for step in range(watch.laps):
     watch.lap()
     if watch.done:
@@ -92,19 +124,29 @@ def main(size: str, steps: int, most: int) -> None:
   tokenizer = task.make_tokenizer(shape["vocab_size"])
   cluster = make_cluster(shape, tokenizer, watch.laps)
   learner = grpo_learner.GRPOLearner(
-    rl_cluster=cluster, reward_fns=make_reward(shape, tokenizer),
+    rl_cluster=cluster,
+    reward_fns=make_reward(shape, tokenizer),
     algo_config=grpo_learner.GRPOConfig(
-      num_generations=task.GROUP, num_iterations=task.EPOCHS, beta=task.BETA, kl_loss_mode="low_var_kl"
+      num_generations=task.GROUP,
+      num_iterations=task.EPOCHS,
+      beta=task.BETA,
+      kl_loss_mode="low_var_kl",
     ),
-  )  # fmt: skip
+  )
   learner.train(batches(shape["vocab_size"], watch, cluster.cluster_config.rollout_config))
   state = nnx.state(cluster.actor_trainer.model, nnx.Param)
   wrong = {x.dtype for x in jax.tree.leaves(state)} - {jnp.dtype("float32")}
   assert not wrong, f"float32 is asked for, and here is {wrong}"
   updates, rollouts = cluster.actor_trainer.train_steps, len(watch.seconds) + watch.warm
   assert updates == task.EPOCHS * rollouts, f"{updates} updates for {rollouts} rollouts"
-  print(watch.result("tunix GRPO", importlib.metadata.version("google-tunix"), jax=jax.__version__,
-                     parameters=sum(x.size for x in jax.tree.leaves(state))))  # fmt: skip
+  print(
+    watch.result(
+      "tunix GRPO",
+      importlib.metadata.version("google-tunix"),
+      jax=jax.__version__,
+      parameters=sum(x.size for x in jax.tree.leaves(state)),
+    )
+  )
 
 
 if __name__ == "__main__":

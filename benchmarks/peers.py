@@ -1,15 +1,18 @@
-"""Is a whole RL step faster than in the peers? The same work in TRL, in tunix and here, in turn, in one sitting.
+"""Is a whole RL step faster than in the peers? The same work in TRL, in tunix and here, in turn, in
+one sitting.
 
   python -m benchmarks.peers --size=tiny|small [--steps=5] [--only=trl]
 
-The work is that of the reference figures (workload.py, peer_task.py): random Qwen2-shaped policy, reference and reward
-model in float32, 8 prompts x 8 samples, 64 + exactly 64 tokens, temperature 0.7, KL to the reference, 2 epochs of one
-update. A step is one rollout with all its updates, as each program does it when left to run; steps during which others
-used more than a tenth of the cores are dropped and made up for, up to --most times as many. Each program has a process
-of its own, and each peer an environment of its own, made at the first run. Ours runs before and after the peers, so
-that a slow spell of the machine does not fall on one of them alone. The peers keep glibc's allocator as it comes, as in
-their reference figures; ours tells it to keep what was freed (main.keep_freed_memory), and --keep_freed_memory does the
-same for them: a fifth of TRL's CPU time at small is spent in the kernel, on pages for memory that it freed before.
+The work is that of the reference figures (workload.py, peer_task.py): random Qwen2-shaped policy,
+reference and reward model in float32, 8 prompts x 8 samples, 64 + exactly 64 tokens, temperature
+0.7, KL to the reference, 2 epochs of one update. A step is one rollout with all its updates, as
+each program does it when left to run; steps during which others used more than a tenth of the cores
+are dropped and made up for, up to --most times as many. Each program has a process of its own, and
+each peer an environment of its own, made at the first run. Ours runs before and after the peers, so
+that a slow spell of the machine does not fall on one of them alone. The peers keep glibc's
+allocator as it comes, as in their reference figures; ours tells it to keep what was freed
+(main.keep_freed_memory), and --keep_freed_memory does the same for them: a fifth of TRL's CPU time
+at small is spent in the kernel, on pages for memory that it freed before.
 
 Exit status: 0 where every bound is held, 1 where one is missed, 2 where a ratio is void.
 """
@@ -27,20 +30,39 @@ from absl import app, flags
 from benchmarks import machine, peer_figures
 
 SIZE = flags.DEFINE_enum("size", "tiny", ["tiny", "small"], "Of the models")
-STEPS = flags.DEFINE_integer("steps", 5, "Timed steps of each program; 5 for a figure to show", lower_bound=1)
-MOST = flags.DEFINE_integer("most", 3, "How many times as many steps a peer takes at most, to find quiet ones", 1)
-ONLY = flags.DEFINE_multi_enum("only", list(peer_figures.PEERS), list(peer_figures.PEERS), "Peers to run")
-FOLDER = flags.DEFINE_string("environments", "~/.cache/r2m_jax/peers", "Where the peers' environments are, or are made")
-KEEP = flags.DEFINE_bool("keep_freed_memory", False, "Peers have main.keep_freed_memory too, unlike their references")
-# both cores, no look at a hub or an accelerator, no warning from a tokenizer whose threads are not needed
+STEPS = flags.DEFINE_integer(
+  "steps", 5, "Timed steps of each program; 5 for a figure to show", lower_bound=1
+)
+MOST = flags.DEFINE_integer(
+  "most", 3, "How many times as many steps a peer takes at most, to find quiet ones", 1
+)
+ONLY = flags.DEFINE_multi_enum(
+  "only", list(peer_figures.PEERS), list(peer_figures.PEERS), "Peers to run"
+)
+FOLDER = flags.DEFINE_string(
+  "environments", "~/.cache/r2m_jax/peers", "Where the peers' environments are, or are made"
+)
+KEEP = flags.DEFINE_bool(
+  "keep_freed_memory", False, "Peers have main.keep_freed_memory too, unlike their references"
+)
+# both cores, no look at a hub or an accelerator, no warning from a tokenizer whose threads are not
+# needed
 ENVIRONMENT = {
-  "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "TOKENIZERS_PARALLELISM": "false"
-}  # fmt: skip
-KEEP_FREED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(10**12)}  # as main.keep_freed_memory
+  "HF_HUB_OFFLINE": "1",
+  "JAX_PLATFORMS": "cpu",
+  "CUDA_VISIBLE_DEVICES": "",
+  "TOKENIZERS_PARALLELISM": "false",
+}
+KEEP_FREED = {
+  "MALLOC_MMAP_MAX_": "0",
+  "MALLOC_TRIM_THRESHOLD_": str(10**12),
+}  # as main.keep_freed_memory
 
 
 def environment(name: str, folder: pathlib.Path) -> pathlib.Path:
-  """The Python of a peer's virtual environment, which is made if it is not there, or was left half made."""
+  """The Python of a peer's virtual environment, which is made if it is not there, or was left
+  half made.
+  """
   stamp, asked = folder / name / "installed.json", list(peer_figures.PEERS[name].requirements)
   python = folder / name / "bin" / "python"
   if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8"))["asked"] == asked:
@@ -49,25 +71,43 @@ def environment(name: str, folder: pathlib.Path) -> pathlib.Path:
   low = ["nice", "-n", "19"]
   subprocess.run([*low, sys.executable, "-m", "venv", folder / name], check=True)
   subprocess.run([*low, python, "-m", "pip", "install", "-q", *asked], check=True)
-  found = subprocess.run([python, "-m", "pip", "freeze"], check=True, capture_output=True, text=True).stdout.split()
-  stamp.write_text(json.dumps({"asked": asked, "python": platform.python_version(), "found": found}), encoding="utf-8")
+  found = subprocess.run(
+    [python, "-m", "pip", "freeze"], check=True, capture_output=True, text=True
+  ).stdout.split()
+  stamp.write_text(
+    json.dumps({"asked": asked, "python": platform.python_version(), "found": found}),
+    encoding="utf-8",
+  )
   return python
 
 
 def peer(name: str, python: pathlib.Path) -> dict:
   """The result of a peer's process, which has ended; ends this one where it failed."""
-  command = [str(python), "-m", peer_figures.PEERS[name].child, SIZE.value, str(STEPS.value), str(MOST.value)]
+  command = [
+    str(python),
+    "-m",
+    peer_figures.PEERS[name].child,
+    SIZE.value,
+    str(STEPS.value),
+    str(MOST.value),
+  ]
   env = os.environ | ENVIRONMENT | (KEEP_FREED if KEEP.value else {})
-  done = subprocess.run(command, cwd=machine.ROOT, env=env, capture_output=True, text=True, check=False)
+  done = subprocess.run(
+    command, cwd=machine.ROOT, env=env, capture_output=True, text=True, check=False
+  )
   if done.returncode:
-    sys.exit(f"{' '.join(command)} ended with status {done.returncode}\n{done.stdout}\n{done.stderr}")
+    sys.exit(
+      f"{' '.join(command)} ended with status {done.returncode}\n{done.stdout}\n{done.stderr}"
+    )
   return json.loads(done.stdout.splitlines()[-1])
 
 
 def ours() -> dict:
   """Half the steps; called twice."""
   steps = (STEPS.value + 1) // 2
-  found = machine.child("benchmarks.step", f"--size={SIZE.value}", f"--steps={steps}", "--variant=vanilla")
+  found = machine.child(
+    "benchmarks.step", f"--size={SIZE.value}", f"--steps={steps}", "--variant=vanilla"
+  )
   return found | {"version": "here"}
 
 
@@ -91,35 +131,64 @@ def main(argv):
   mine = runs["r2m_jax"]
   both = results["r2m_jax"]
   limits = {kind: max(found["limits"][kind] for found in both) for kind in both[0]["limits"]}
-  verdicts = {name: peer_figures.judge(size, mine, peer_figures.PEERS[name], runs[name]) for name in pythons}
+  verdicts = {
+    name: peer_figures.judge(size, mine, peer_figures.PEERS[name], runs[name]) for name in pythons
+  }
   rate, needed = limits["float32"], both[0]["phases"]["step"]["flops"]
   floor = peer_figures.floor_flops(size) / rate
 
   print(machine.show_limits(limits))
-  print(f"floor: {floor:.2f} s for the matrix products of the peers' step, {needed / rate:.2f} s for those of ours")
+  print(
+    f"floor: {floor:.2f} s for the matrix products of the peers' step, {needed / rate:.2f} s for "
+    "those of ours"
+  )
   print(f"{'':18}  {peer_figures.HEADER}  {'reference':>9}  {'ratio':>6}  {'asked':>5}")
   show("r2m_jax", mine)
   for name, verdict in verdicts.items():
-    say = "void" if verdict.void else "MISSED" if not verdict.held else "stretch" if verdict.stretch else "held"
+    say = (
+      "void"
+      if verdict.void
+      else "MISSED"
+      if not verdict.held
+      else "stretch"
+      if verdict.stretch
+      else "held"
+    )
     reference = peer_figures.PEERS[name].reference[size]
     show(name, runs[name], f"  {reference:9.4g}  {verdict.ratio:6.2f}  {verdict.asked:5.3g}  {say}")
   for name, verdict in verdicts.items():
     its = results[name][0]
     rest = {key: its[key] for key in ("torch", "transformers", "jax") if key in its}
-    print(f"{its['peer']}: {', '.join(f'{key} {version}' for key, version in rest.items())}; "
-          f"first rollout {its['warm'][0]:.1f} s, {its['dropped']} dropped since others were busy")  # fmt: skip
+    print(
+      f"{its['peer']}: {', '.join(f'{key} {version}' for key, version in rest.items())}; "
+      f"first rollout {its['warm'][0]:.1f} s, {its['dropped']} dropped since others were busy"
+    )
     if verdict.void:
       print(f"VOID against {name}: {verdict.void}")
-    print(f"{'held' if verdict.memory else 'MISSED'}: peak memory {mine.peak / 1e9:.2f} GB, no higher than {name}'s "
-          f"{runs[name].peak / 1e9:.2f} GB")  # fmt: skip
+    print(
+      f"{'held' if verdict.memory else 'MISSED'}: peak memory {mine.peak / 1e9:.2f} GB, no higher "
+      f"than {name}'s "
+      f"{runs[name].peak / 1e9:.2f} GB"
+    )
   status = peer_figures.status(list(verdicts.values()))
-  print(json.dumps({
-    "benchmark": "peers", "size": size, "keep_freed_memory": KEEP.value,
-    "order": turns, "status": status, "limits": limits, "floor": floor,
-    "runs": {name: vars(run) | {"median": run.median} for name, run in runs.items()},
-    "verdicts": {name: vars(verdict) | {"held": verdict.held} for name, verdict in verdicts.items()},
-    "details": {name: found for name, found in results.items() if name in pythons},
-  }))  # fmt: skip
+  print(
+    json.dumps(
+      {
+        "benchmark": "peers",
+        "size": size,
+        "keep_freed_memory": KEEP.value,
+        "order": turns,
+        "status": status,
+        "limits": limits,
+        "floor": floor,
+        "runs": {name: vars(run) | {"median": run.median} for name, run in runs.items()},
+        "verdicts": {
+          name: vars(verdict) | {"held": verdict.held} for name, verdict in verdicts.items()
+        },
+        "details": {name: found for name, found in results.items() if name in pythons},
+      }
+    )
+  )
   sys.exit(status)
 
 

@@ -1,9 +1,11 @@
-"""Many seeds in one program against one after another: the laboratory's step at the quickstart's size.
+"""Many seeds in one program against one after another: the laboratory's step at the quickstart's
+size.
 
   python -m benchmarks.seeds [--seeds=10] [--steps=5] [--variant=r2m]
 
-Random weights, and so responses as long as they may be. The same step as the laboratory's, its seeds shared out to the
-devices (on a CPU each core is one), and the run's own program for one seed, on one device that all cores serve.
+Random weights, and so responses as long as they may be. The same step as the laboratory's, its
+seeds shared out to the devices (on a CPU each core is one), and the run's own program for one seed,
+on one device that all cores serve.
 """
 
 import os
@@ -28,15 +30,24 @@ VARIANT = flags.DEFINE_string("variant", "r2m", "See variants.VARIANTS")
 
 def main(_):
   machine.set_up()
-  jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)  # as r2m_jax.main has it for the laboratory
+  jax.config.update(
+    "jax_num_cpu_devices", os.cpu_count() or 1
+  )  # as r2m_jax.main has it for the laboratory
   config, seeds = quickstart.get_config(), range(SEEDS.value)
   config.variant = VARIANT.value
-  built = build.build(config, sharding.make_mesh((1, 1, 1), jax.devices()[:1]), vocab_size=goldtask.VOCAB_SIZE)
+  built = build.build(
+    config, sharding.make_mesh((1, 1, 1), jax.devices()[:1]), vocab_size=goldtask.VOCAB_SIZE
+  )
   policies = {seed: build.init_policy(config, built, jax.random.key(seed)) for seed in seeds}
-  rewards = {seed: build.init_reward_model(config, built, policies[seed], jax.random.key(seed)) for seed in seeds}
+  rewards = {
+    seed: build.init_reward_model(config, built, policies[seed], jax.random.key(seed))
+    for seed in seeds
+  }
   configs, mesh = [with_seed(config, seed) for seed in seeds], seeds_mesh(SEEDS.value)
   together = make_together_step(config, built, mesh, configs)
-  states = first_states(config, built, mesh, [(seed, 1.0) for seed in seeds], policies, rewards, None)
+  states = first_states(
+    config, built, mesh, [(seed, 1.0) for seed in seeds], policies, rewards, None
+  )
   one = build.initial_state(config, built, policies[0], rewards[0]["backbone"], rewards[0]["phi"])
   layout = sharding.shardings(one, built.mesh)
   alone = make_step(built.defs, config, built.mesh, (goldtask.EOS,), goldtask.PAD, layout)
@@ -53,19 +64,39 @@ def main(_):
     one, out = alone(one, rl_prompts(config, number))
     jax.block_until_ready((one, out))
 
-  all_at_once(), one_seed(), all_at_once(), one_seed()
-  times = machine.take_turns({f"{SEEDS.value} together": all_at_once, "one alone": one_seed}, STEPS.value)
-  print(f"{len(mesh.devices)} of {len(jax.devices())} devices ({jax.devices()[0].device_kind}) for the seeds")
+  all_at_once()
+  one_seed()
+  all_at_once()
+  one_seed()
+  times = machine.take_turns(
+    {f"{SEEDS.value} together": all_at_once, "one alone": one_seed}, STEPS.value
+  )
+  print(
+    f"{len(mesh.devices)} of {len(jax.devices())} devices ({jax.devices()[0].device_kind}) for the "
+    "seeds"
+  )
   print(f"{'':12}  {machine.HEADER}")
   for name, found in times.items():
     print(f"{name:12}  {found}")
   many, single = (found.median for found in times.values())
   ratio = SEEDS.value * single / many
-  print(f"a step of a seed: {many / SEEDS.value:.4f} s together, {single:.4f} s alone; {ratio:.2f} times faster")
+  print(
+    f"a step of a seed: {many / SEEDS.value:.4f} s together, {single:.4f} s alone; {ratio:.2f} "
+    "times faster"
+  )
   asked = 1.0 if jax.devices()[0].platform == "cpu" else 3.0
-  result = {"benchmark": "seeds", "seeds": SEEDS.value, "together": many, "alone": single, "ratio": ratio}
-  machine.conclude(result, [(f"{ratio:.2f} times as fast as one after another, {asked:.0f} asked", ratio >= asked)],
-                   all(found.quiet for found in times.values()))  # fmt: skip
+  result = {
+    "benchmark": "seeds",
+    "seeds": SEEDS.value,
+    "together": many,
+    "alone": single,
+    "ratio": ratio,
+  }
+  machine.conclude(
+    result,
+    [(f"{ratio:.2f} times as fast as one after another, {asked:.0f} asked", ratio >= asked)],
+    all(found.quiet for found in times.values()),
+  )
 
 
 if __name__ == "__main__":

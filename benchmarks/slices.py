@@ -1,10 +1,11 @@
-"""The table of README: the smallest slice of each generation of TPU on which each of the paper's runs fits.
+"""The table of README: the smallest slice of each generation of TPU on which each of the paper's
+runs fits.
 
   python -m benchmarks.slices [--generations=v5e,v5p,v6e] [--nocompile]
 
-Each is task=plan with plan.topology=auto, at full size: about ten compilations of a few minutes each, kept as they
-come, so that an interrupted table goes on; with --nocompile they are counted, in seconds. Prints Markdown; what the
-plans print goes to standard error.
+Each is task=plan with plan.topology=auto, at full size: about ten compilations of a few minutes
+each, kept as they come, so that an interrupted table goes on; with --nocompile they are counted, in
+seconds. Prints Markdown; what the plans print goes to standard error.
 """
 
 from absl import app, flags
@@ -23,7 +24,9 @@ def cell(found: list[dict]) -> str:
     if plan["fits"]:
       peak = max(sum(kinds.values()) for kinds in plan["memory"].values())
       limit, seconds = parse_topology(plan["topology"]).chip.memory, sum(plan["seconds"].values())
-      return f"{plan['topology'].split(':')[1]}: {peak / GIB:.1f} of {limit / GIB:.1f} ({seconds:.0f} s)"
+      return (
+        f"{plan['topology'].split(':')[1]}: {peak / GIB:.1f} of {limit / GIB:.1f} ({seconds:.0f} s)"
+      )
   return "none"
 
 
@@ -32,7 +35,10 @@ def main(argv):
   print(f"| config | {' | '.join(GENERATIONS.value)} |\n|---|{'---|' * len(GENERATIONS.value)}")
   for config in CONFIGS:
     file, settings = f"configs/{config}.py", ("plan.topology=auto", f"plan.compile={COMPILE.value}")
-    cells = [cell(machine.plans(file, *settings, f"plan.generations=('{name}',)")) for name in GENERATIONS.value]
+    cells = [
+      cell(machine.plans(file, *settings, f"plan.generations=('{name}',)"))
+      for name in GENERATIONS.value
+    ]
     print(f"| `{config}` | {' | '.join(cells)} |", flush=True)
 
 

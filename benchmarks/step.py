@@ -1,11 +1,13 @@
-"""A full RL step and its phases: time, shares of the machine's matrix rate and of its bandwidth, peak memory.
+"""A full RL step and its phases: time, shares of the machine's matrix rate and of its bandwidth,
+peak memory.
 
   python -m benchmarks.step --size=small [--steps=5] [--variant=vanilla] [--setting=FIELD=VALUE,...]
 
-`step` is the fused program that a run executes. `rollout` and `learn` are programs of the same functions; their sum
-stands beside it. `read` (old and reference log-probs) and `judge` (the reward model's pass) are parts of learn as
-programs of their own, `updates` is what is left of learn. All take turns. The peak is that of the fused step, from the
-start of the process, before anything else has run. With --steps=0 it is all that is measured.
+`step` is the fused program that a run executes. `rollout` and `learn` are programs of the same
+functions; their sum stands beside it. `read` (old and reference log-probs) and `judge` (the reward
+model's pass) are parts of learn as programs of their own, `updates` is what is left of learn. All
+take turns. The peak is that of the fused step, from the start of the process, before anything else
+has run. With --steps=0 it is all that is measured.
 """
 
 import json
@@ -35,7 +37,9 @@ def main(_):
     getattr(work, name)()  # compiles
   limits = machine.limits()
   times = machine.take_turns({name: getattr(work, name) for name in names}, STEPS.value)
-  flops, moved = map(workload.by_program, workload.counts(work.config, work.sizes, jax.devices()[0].platform))
+  flops, moved = map(
+    workload.by_program, workload.counts(work.config, work.sizes, jax.devices()[0].platform)
+  )
   seconds = {name: found.median for name, found in times.items()}
   seconds["updates"] = seconds["learn"] - seconds["read"] - seconds["judge"]
   rate = limits[work.config.dtype]
@@ -45,20 +49,41 @@ def main(_):
   for name in ("step", "rollout", "learn", "read", "judge", "updates"):
     spread = times[name] if name in times else f"{seconds[name]:9.4f}{'':30}"
     shares = flops[name] / seconds[name] / rate, moved[name] / seconds[name] / limits["copy"]
-    print(f"{name:16}  {spread}  {flops[name] / 1e9:9.2f}  {shares[0]:7.1%}  "
-          f"{moved[name] / 1e9:7.2f}  {shares[1]:7.1%}")  # fmt: skip
+    print(
+      f"{name:16}  {spread}  {flops[name] / 1e9:9.2f}  {shares[0]:7.1%}  "
+      f"{moved[name] / 1e9:7.2f}  {shares[1]:7.1%}"
+    )
   both = seconds["rollout"] + seconds["learn"]
-  print(f"{'rollout + learn':16}  {both:9.4f}   {both / seconds['step'] - 1:+.1%} of the fused step")
+  print(
+    f"{'rollout + learn':16}  {both:9.4f}   {both / seconds['step'] - 1:+.1%} of the fused step"
+  )
   print(f"peak {peak / 1e9:.2f} GB; {times['step'].dropped} rounds dropped since others were busy")
-  share, bound = flops["learn"] / seconds["learn"] / rate, workload.BOUNDS.get(size, {}).get("learn")
+  share, bound = (
+    flops["learn"] / seconds["learn"] / rate,
+    workload.BOUNDS.get(size, {}).get("learn"),
+  )
   result |= {
-    "seconds": times["step"].seconds, "busy": times["step"].busy, "limits": limits,
-    "phases": {name: {"seconds": seconds[name], "flops": flops[name], "bytes": moved[name]} for name in seconds},
+    "seconds": times["step"].seconds,
+    "busy": times["step"].busy,
+    "limits": limits,
+    "phases": {
+      name: {"seconds": seconds[name], "flops": flops[name], "bytes": moved[name]}
+      for name in seconds
+    },
     "learn_share": share,
-  }  # fmt: skip
-  machine.conclude(result, [
-    (f"learning runs at {share:.1%} of the {work.config.dtype} matrix rate, {bound:.0%} asked", share >= bound)
-  ] if bound else [], times["step"].quiet)  # fmt: skip
+  }
+  machine.conclude(
+    result,
+    [
+      (
+        f"learning runs at {share:.1%} of the {work.config.dtype} matrix rate, {bound:.0%} asked",
+        share >= bound,
+      )
+    ]
+    if bound
+    else [],
+    times["step"].quiet,
+  )
 
 
 if __name__ == "__main__":

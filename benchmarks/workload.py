@@ -1,10 +1,12 @@
-"""The work that the figures of speed are about: random models of a given size, random prompts, the library's own step.
+"""The work that the figures of speed are about: random models of a given size, random prompts, the
+library's own step.
 
-*tiny* and *small* are those of the peers' reference figures: Qwen2 architecture, policy, reference and reward model of
-one shape, float32, 8 prompts x K = 8, prompt of 64 tokens without padding, 64 new tokens, temperature 0.7, RLOO, 2
-epochs of one minibatch, k1 of the reference in the reward as in TRL's. *0.5b* and *3b* are for one GPU, in bfloat16: 32
-prompts x 8, 512 new tokens, the latter with a reward model of an 8B Llama's shape. No row ever ends before its last
-token: the only token that would end it lies outside the vocabulary. Weights are random, so every score is too.
+*tiny* and *small* are those of the peers' reference figures: Qwen2 architecture, policy, reference
+and reward model of one shape, float32, 8 prompts x K = 8, prompt of 64 tokens without padding, 64
+new tokens, temperature 0.7, RLOO, 2 epochs of one minibatch, k1 of the reference in the reward as
+in TRL's. *0.5b* and *3b* are for one GPU, in bfloat16: 32 prompts x 8, 512 new tokens, the latter
+with a reward model of an 8B Llama's shape. No row ever ends before its last token: the only token
+that would end it lies outside the vocabulary. Weights are random, so every score is too.
 """
 
 import functools
@@ -23,7 +25,14 @@ from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.parallel import sharding
 from r2m_jax.plan.sizes import ARCHS, Sizes
-from r2m_jax.plan.work import Layout, blocks_flops, layer_weights, logits_flops, phases_of, vocabulary
+from r2m_jax.plan.work import (
+  Layout,
+  blocks_flops,
+  layer_weights,
+  logits_flops,
+  phases_of,
+  vocabulary,
+)
 from r2m_jax.run import build
 from r2m_jax.step import make_judge, make_learn, make_read, make_rollout, make_step
 from r2m_jax.types import Prompts
@@ -34,18 +43,32 @@ SETTING = flags.DEFINE_list("setting", [], "config.FIELD=VALUE, without the `con
 QWEN2 = functools.partial(ArchConfig, family="qwen2", qkv_bias=True, rope_theta=1e6)
 POLICIES = {
   "tiny": QWEN2(
-    vocab_size=512, hidden_size=128, num_layers=4, num_heads=4, num_kv_heads=2, intermediate_size=512
+    vocab_size=512,
+    hidden_size=128,
+    num_layers=4,
+    num_heads=4,
+    num_kv_heads=2,
+    intermediate_size=512,
   ),
   "small": QWEN2(
-    vocab_size=32000, hidden_size=512, num_layers=8, num_heads=8, num_kv_heads=4, intermediate_size=2048
+    vocab_size=32000,
+    hidden_size=512,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=4,
+    intermediate_size=2048,
   ),
   "0.5b": ARCHS["qwen2.5-0.5b"],
   "3b": ARCHS["qwen2.5-3b"],
-}  # fmt: skip
+}
 # a row's tokens are the reward model's too, so its vocabulary is the policy's
 REWARDS = POLICIES | {"3b": ARCHS["llama3.1-8b"].replace(vocab_size=POLICIES["3b"].vocab_size)}
-# what is asked of each: the learning phase's share of the matrix rate, decoding's of its limit, R2M's part on top
-BOUNDS = {"small": dict(learn=0.6, decode=0.5, r2m=0.03), "0.5b": dict(learn=0.45, decode=0.5, r2m=0.03)}
+# what is asked of each: the learning phase's share of the matrix rate, decoding's of its limit,
+# R2M's part on top
+BOUNDS = {
+  "small": dict(learn=0.6, decode=0.5, r2m=0.03),
+  "0.5b": dict(learn=0.45, decode=0.5, r2m=0.03),
+}
 BOUNDS["3b"] = BOUNDS["0.5b"]
 
 
@@ -72,14 +95,24 @@ def change(config, settings: list[str]) -> None:
   for setting in settings:
     field, value = setting.split("=", 1)
     old = functools.reduce(lambda section, name: section[name], field.split("."), config)
-    config.update_from_flattened_dict({field: value if isinstance(old, str) else type(old)(json.loads(value))})
+    config.update_from_flattened_dict(
+      {field: value if isinstance(old, str) else type(old)(json.loads(value))}
+    )
 
 
 def sizes_of(config, arch: ArchConfig, reward_arch: ArchConfig) -> Sizes:
   prompts, length = config.rollout.prompts, config.plan.prompt_length
   rows, response = prompts * config.rollout.group_size, config.rollout.max_new_tokens
-  return Sizes(arch, reward_arch.replace(lm_head=False), prompts, rows, length, response, length + response,
-               same_tokens=True)  # fmt: skip
+  return Sizes(
+    arch,
+    reward_arch.replace(lm_head=False),
+    prompts,
+    rows,
+    length,
+    response,
+    length + response,
+    same_tokens=True,
+  )
 
 
 class PolicyState(NamedTuple):
@@ -92,10 +125,11 @@ class PolicyState(NamedTuple):
 
 
 class Work:
-  """A state, and what the step does to it, each as () -> None that waits for its result and leaves it here.
+  """A state, and what the step does to it, each as () -> None that waits for its result and leaves
+  it here.
 
-  `step` is the whole step as one program; `rollout`, `read`, `judge` and `learn` are programs of the same functions.
-  With `policy_alone` there is a policy and its `rollout`, nothing else.
+  `step` is the whole step as one program; `rollout`, `read`, `judge` and `learn` are programs of
+  the same functions. With `policy_alone` there is a policy and its `rollout`, nothing else.
   """
 
   def __init__(self, config, sizes: Sizes, policy_alone: bool = False):
@@ -114,14 +148,31 @@ class Work:
     self.programs = {
       "step": make_step(defs, config, self.mesh, self.eos_ids, self.pad_id, layout),
       "rollout": self.rollout_program(config),
-      "read": jax.jit(lambda state, sequences: read(
-        defs.open_policy(state.policy, state.ref), defs.open_ref(state.ref), sequences, group)),
-      "judge": jax.jit(lambda state, w, sequences, old, ref: judge(
-        state, w, sequences, old, ref, sequences.tokens, sequences.token_mask, sampled=sizes.rows, group=group)[0]),
+      "read": jax.jit(
+        lambda state, sequences: read(
+          defs.open_policy(state.policy, state.ref), defs.open_ref(state.ref), sequences, group
+        )
+      ),
+      "judge": jax.jit(
+        lambda state, w, sequences, old, ref: judge(
+          state,
+          w,
+          sequences,
+          old,
+          ref,
+          sequences.tokens,
+          sequences.token_mask,
+          sampled=sizes.rows,
+          group=group,
+        )[0]
+      ),
       "learn": jax.jit(
-        make_learn(defs, config, self.mesh, same_tokens=True), donate_argnums=0,
-        in_shardings=(layout, None, None, None), out_shardings=(layout, None)),
-    }  # fmt: skip
+        make_learn(defs, config, self.mesh, same_tokens=True),
+        donate_argnums=0,
+        in_shardings=(layout, None, None, None),
+        out_shardings=(layout, None),
+      ),
+    }
 
   def rollout_program(self, config):
     """rollout(state, prompts), jitted, with the lengths of this config."""
@@ -147,7 +198,9 @@ class Work:
     self.feedback = jax.block_until_ready(self.programs["read"](self.state, self.sequences))
 
   def judge(self) -> None:
-    jax.block_until_ready(self.programs["judge"](self.state, self.state.omega, self.sequences, *self.feedback))
+    jax.block_until_ready(
+      self.programs["judge"](self.state, self.state.omega, self.sequences, *self.feedback)
+    )
 
   def learn(self) -> None:
     rows = self.sequences
@@ -155,18 +208,33 @@ class Work:
     jax.block_until_ready((self.state, output))
 
 
-def of_size(size: str, variant: str = "vanilla", settings: list[str] = (), policy_alone: bool = False) -> Work:
+def of_size(
+  size: str, variant: str = "vanilla", settings: list[str] = (), policy_alone: bool = False
+) -> Work:
   config = get_config(size, variant, settings)
   return Work(config, sizes_of(config, POLICIES[size], REWARDS[size]), policy_alone)
 
 
 def random_state(config, built):
-  """The first TrainState: random policy, its copy as the reference, a random reward model with a random score head."""
+  """The first TrainState: random policy, its copy as the reference, a random reward model with a
+  random score head.
+  """
   kwargs = build.model_kwargs(config, built.mesh)
-  backbone = lambda key: transformer.init(built.reward_arch, key, **kwargs)[1]
-  phi = lambda key: nnx.state(build.make_head(config, built.arch, built.reward_arch, key).phi)
-  policy, *keys = build.init_policy(config, built, jax.random.key(1)), jax.random.key(2), jax.random.key(3)
-  reward = [build.place(make, built.mesh, key) for make, key in zip((backbone, phi), keys, strict=True)]
+
+  def backbone(key):
+    return transformer.init(built.reward_arch, key, **kwargs)[1]
+
+  def phi(key):
+    return nnx.state(build.make_head(config, built.arch, built.reward_arch, key).phi)
+
+  policy, *keys = (
+    build.init_policy(config, built, jax.random.key(1)),
+    jax.random.key(2),
+    jax.random.key(3),
+  )
+  reward = [
+    build.place(make, built.mesh, key) for make, key in zip((backbone, phi), keys, strict=True)
+  ]
   return build.initial_state(config, built, policy, *reward, donate=True)
 
 
@@ -174,17 +242,23 @@ def random_state(config, built):
 
 
 def counts(config, sizes: Sizes, platform: str) -> tuple[dict[str, float], dict[str, float]]:
-  """(FLOPs, bytes moved) of a step by phase, as in plan.work, without what a backward pass computes again."""
+  """(FLOPs, bytes moved) of a step by phase, as in plan.work, without what a backward pass
+  computes again.
+  """
   config = config.copy_and_resolve_references()
   config.remat, config.logits_chunk = "none", 0
   phases = phases_of(config, sizes, Layout(1, 1, 1), platform)
-  return {phase.name: phase.flops for phase in phases}, {phase.name: phase.moved for phase in phases}
+  return {phase.name: phase.flops for phase in phases}, {
+    phase.name: phase.moved for phase in phases
+  }
 
 
 # of plan.work, by program; `updates` has what else there is
 PARTS = {
-  "rollout": ("prefill", "decode"), "read": ("feedback and log-probs", "reference"), "judge": ("reward backbone",)
-}  # fmt: skip
+  "rollout": ("prefill", "decode"),
+  "read": ("feedback and log-probs", "reference"),
+  "judge": ("reward backbone",),
+}
 
 
 def by_program(phases: dict[str, float]) -> dict[str, float]:
@@ -197,28 +271,42 @@ def by_program(phases: dict[str, float]) -> dict[str, float]:
 
 
 def decode_limits(sizes: Sizes, dtype: str, limits: dict[str, float]) -> dict[str, float]:
-  """Least seconds of all tokens after the first by what bounds them, on a machine with these `machine.limits()`."""
+  """Least seconds of all tokens after the first by what bounds them, on a machine with these
+  `machine.limits()`.
+  """
   moved = decode_bytes(sizes, jnp.dtype(dtype).itemsize)
-  return {f"{dtype} products": decode_flops(sizes) / limits[dtype], "bandwidth": moved / limits["copy"]}
+  return {
+    f"{dtype} products": decode_flops(sizes) / limits[dtype],
+    "bandwidth": moved / limits["copy"],
+  }
 
 
 def decode_flops(sizes: Sizes) -> float:
-  """Of all tokens after the first: layers and logits of every row, attention over what has been written."""
+  """Of all tokens after the first: layers and logits of every row, attention over what has been
+  written.
+  """
   steps, arch = sizes.response_length - 1, sizes.arch
-  return steps * (blocks_flops(arch, sizes.rows, 1, mean_length(sizes)) + logits_flops(arch, sizes.rows))
+  return steps * (
+    blocks_flops(arch, sizes.rows, 1, mean_length(sizes)) + logits_flops(arch, sizes.rows)
+  )
 
 
 def decode_bytes(sizes: Sizes, width: int) -> float:
-  """Least traffic of all tokens after the first, of numbers of `width` bytes: for each, the weights once, what each
-  row's response has written to the cache, and each prompt's cache once for its K rows."""
+  """Least traffic of all tokens after the first, of numbers of `width` bytes: for each, the weights
+  once, what each row's response has written to the cache, and each prompt's cache once for its K
+  rows."""
   steps, arch = sizes.response_length - 1, sizes.arch
   weights = arch.num_layers * layer_weights(arch) + vocabulary(arch)
-  slots = sizes.rows * (mean_length(sizes) - sizes.prompt_length) + sizes.prompts * sizes.prompt_length
+  slots = (
+    sizes.rows * (mean_length(sizes) - sizes.prompt_length) + sizes.prompts * sizes.prompt_length
+  )
   return steps * width * (weights + 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * slots)
 
 
 def mean_length(sizes: Sizes) -> float:
-  """Tokens that the query of a decoded token sees, itself included, on the average of all after the first."""
+  """Tokens that the query of a decoded token sees, itself included, on the average of all after
+  the first.
+  """
   return sizes.prompt_length + sizes.response_length / 2
 
 

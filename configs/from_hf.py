@@ -1,12 +1,13 @@
-"""R2M on a policy and a reward model from Hugging Face folders or hub names, whatever their tokenizers.
+"""R2M on a policy and a reward model from Hugging Face folders or hub names, whatever their
+tokenizers.
 
   python -m r2m_jax.main --config=configs/from_hf.py --workdir=runs/mine \\
     --config.policy.path=Qwen/Qwen2.5-0.5B-Instruct \\
     --config.reward.path=Skywork/Skywork-Reward-V2-Qwen3-0.6B --config.data.name=prompts.jsonl
 
-prompts.jsonl holds {"prompt": text or messages} rows. Ends with runs/mine/export/policy and runs/mine/export/reward.
-`--config.task=sft` (rows with response) and `--config.task=reward` (chosen, rejected) train the two beforehand.
-`--config.lora.rank=16` trains adapters only.
+prompts.jsonl holds {"prompt": text or messages} rows. Ends with runs/mine/export/policy and
+runs/mine/export/reward. `--config.task=sft` (rows with response) and `--config.task=reward`
+(chosen, rejected) train the two beforehand. `--config.lora.rank=16` trains adapters only.
 """
 
 from configs import default

@@ -1,22 +1,36 @@
-"""The laboratory: R2M, its ablations, placebos and plain baselines against a gold reward. Protocol: docs/lab.md.
+"""The laboratory: R2M, its ablations, placebos and plain baselines against a gold reward. Protocol:
+docs/lab.md.
 
   python -m r2m_jax.main --config=configs/lab.py --workdir=runs/lab         # every arm, ten seeds, one KL weight each
   python -m r2m_jax.main --config=configs/lab.py:sweep --workdir=runs/lab   # main arms over KL weights, same folder
   python -m r2m_jax.main --config=configs/lab.py:tune --workdir=runs/tune   # candidate settings, on other seeds
   python -m r2m_jax.main --config=configs/lab.py:test --workdir=/tmp/lab    # the same job in a minute
 
-Each goes on where it stopped; an arm that is in the table is not run again. `--config.lab.arms="('vanilla','r2m')"`
-runs some of them.
+Each goes on where it stopped; an arm that is in the table is not run again.
+`--config.lab.arms="('vanilla','r2m')"` runs some of them.
 """
 
 from configs import quickstart
 
 VARIANTS = (
-  "vanilla", "scaled", "r2m", "r2m_untrained", "noise", "constant", "no_bt", "no_gre", "iterative_head",
-  "pretrained_rm", "shuffled", "reference", "own_states", "warm_start",
-)  # fmt: skip
+  "vanilla",
+  "scaled",
+  "r2m",
+  "r2m_untrained",
+  "noise",
+  "constant",
+  "no_bt",
+  "no_gre",
+  "iterative_head",
+  "pretrained_rm",
+  "shuffled",
+  "reference",
+  "own_states",
+  "warm_start",
+)
 TELLING = ("vanilla", "scaled", "r2m", "r2m_untrained", "iterative_head", "shuffled")
-# unit-variance advantages pull three times as hard as raw ones, so the KL weight is three times that of the raw arms
+# unit-variance advantages pull three times as hard as raw ones, so the KL weight is three times
+# that of the raw arms
 MODES = {
   "whitened": "ppo.whiten_advantages=True kl.beta=0.06",
   "grpo": "algorithm=grpo kl.beta=0.06",
@@ -54,13 +68,19 @@ CHOSEN: dict[str, str] = {  # variant -> what :tune took, by the rule in docs/la
   "own_states": "r2m.lr=0.001",
   "warm_start": "r2m.lr=0.0003",
 }
-BUDGETS = {"half_percent": 0.005, "two_percent": 0.02, "eight_percent": 0.08}  # of all trajectories, in labelled pairs
+BUDGETS = {
+  "half_percent": 0.005,
+  "two_percent": 0.02,
+  "eight_percent": 0.08,
+}  # of all trajectories, in labelled pairs
 CANDIDATES = (3e-5, 1e-4, 3e-4, 1e-3)  # as many for every arm
 SWEEP = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 def labels(steps: int, trajectories: int):
-  """Arms with gold labels: through the feedback and the head, through the head alone, and all of them before RL."""
+  """Arms with gold labels: through the feedback and the head, through the head alone, and all of
+  them before RL.
+  """
   for name, budget in BUDGETS.items():
     for variant in ("r2m", "iterative_head"):
       yield f"{variant}.{name} r2m.labels=preference r2m.label_budget={budget}"
@@ -75,21 +95,29 @@ def chosen(arms):
 
 
 def tuned(arms):
-  """Candidates of each arm: the learning rate of the reward where it learns, else the KL weight, four of either."""
+  """Candidates of each arm: the learning rate of the reward where it learns, else the KL weight,
+  four of either.
+  """
   for arm in arms:
     learns = arm not in ("vanilla", "scaled", "r2m_untrained", "pretrained_rm")
     for i, lr in enumerate(CANDIDATES):
-      yield f"{arm}.candidate_{i} " + (f"r2m.lr={lr}" if learns else f"kl.beta={(0.01, 0.02, 0.04, 0.08)[i]}")
+      yield f"{arm}.candidate_{i} " + (
+        f"r2m.lr={lr}" if learns else f"kl.beta={(0.01, 0.02, 0.04, 0.08)[i]}"
+      )
 
 
 def get_config(size: str = ""):
   if size not in ("", "sweep", "tune", "test"):
-    raise ValueError(f"size {size!r} is unknown; use configs/lab.py or configs/lab.py:sweep, :tune or :test")
+    raise ValueError(
+      f"size {size!r} is unknown; use configs/lab.py or configs/lab.py:sweep, :tune or :test"
+    )
   config = quickstart.get_config("test" if size == "test" else "")
   config.task = "lab"
   modes = tuple(f"{arm}.{mode} {text}" for mode, text in MODES.items() for arm in TELLING)
   budgets = tuple(labels(config.steps, config.rollout.prompts * config.rollout.group_size))
-  config.lab.arms = tuple(chosen(VARIANTS + HOLDS + modes + budgets + SETTINGS))  # the weightiest first
+  config.lab.arms = tuple(
+    chosen(VARIANTS + HOLDS + modes + budgets + SETTINGS)
+  )  # the weightiest first
   config.lab.seeds = tuple(range(10))
   config.log.checkpoint_every = 20
   if size == "sweep":

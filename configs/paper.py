@@ -1,4 +1,6 @@
-"""What the paper's three experiments (arXiv 2601.22664) share, and the words that choose an estimator and a variant."""
+"""What the paper's three experiments (arXiv 2601.22664) share, and the words that choose an
+estimator and a variant.
+"""
 
 from configs import default
 from r2m_jax.algorithm.variants import VARIANTS
@@ -7,7 +9,9 @@ ESTIMATORS = ("rloo", "grpo")
 
 
 def get_config(words: str):
-  """The shared settings; `words` as in `grpo`, `rloo,vanilla` or `r2m_untrained`. RLOO + R2M where it does not say."""
+  """The shared settings; `words` as in `grpo`, `rloo,vanilla` or `r2m_untrained`. RLOO + R2M
+  where it does not say.
+  """
   config = default.get_config()
   for word in filter(None, words.split(",")):
     if word in ESTIMATORS:
@@ -15,7 +19,9 @@ def get_config(words: str):
     elif word in VARIANTS:
       config.variant = word
     else:
-      raise ValueError(f"{word!r} is unknown; use {', '.join(ESTIMATORS)}, or a variant: {', '.join(VARIANTS)}")
+      raise ValueError(
+        f"{word!r} is unknown; use {', '.join(ESTIMATORS)}, or a variant: {', '.join(VARIANTS)}"
+      )
   if config.algorithm == "grpo":
     config.ppo.aggregation = "sequence_mean"
 
@@ -30,7 +36,9 @@ def get_config(words: str):
 
 
 def dialogue(words: str):
-  """UltraFeedback, 64 prompts x 8 responses of up to 512 tokens, judged by Skywork's 8B reward model."""
+  """UltraFeedback, 64 prompts x 8 responses of up to 512 tokens, judged by Skywork's 8B reward
+  model.
+  """
   config = get_config(words)
   config.data.name = "hf:HuggingFaceH4/ultrafeedback_binarized"
   config.data.split = "train_prefs"

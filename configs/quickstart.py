@@ -1,10 +1,12 @@
-"""Over-optimisation in minutes on a laptop: vanilla RLOO, its `scaled` control and RLOO + R2M against a gold reward.
+"""Over-optimisation in minutes on a laptop: vanilla RLOO, its `scaled` control and RLOO + R2M
+against a gold reward.
 
   python -m r2m_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
   python -m r2m_jax.main --config=configs/quickstart.py:test --workdir=/tmp/smallest   # the same job in seconds
 
-Expect: in `vanilla` the gold reward rises, peaks and falls while the proxy goes on rising. The seed was picked because
-its fall is clear; `--config.task=lab` shows seeds 0 to 4 of each arm, and configs/lab.py is the whole laboratory.
+Expect: in `vanilla` the gold reward rises, peaks and falls while the proxy goes on rising. The seed
+was picked because its fall is clear; `--config.task=lab` shows seeds 0 to 4 of each arm, and
+configs/lab.py is the whole laboratory.
 """
 
 from configs import default
@@ -12,7 +14,9 @@ from configs import default
 
 def get_config(size: str = ""):
   if size not in ("", "test"):
-    raise ValueError(f"size {size!r} is unknown; use configs/quickstart.py or configs/quickstart.py:test")
+    raise ValueError(
+      f"size {size!r} is unknown; use configs/quickstart.py or configs/quickstart.py:test"
+    )
   config = default.get_config()
   config.variant = ""
   config.steps = 100
@@ -24,7 +28,12 @@ def get_config(size: str = ""):
     config.rollout.prompts, config.rollout.group_size = 8, 4
     config.policy.arch.hidden_size, config.policy.arch.intermediate_size = 32, 64
     config.r2m.attention_dim = 32
-    config.sft.examples, config.sft.steps, config.sft.batch_size, config.sft.warmup_steps = 512, 40, 32, 5
+    config.sft.examples, config.sft.steps, config.sft.batch_size, config.sft.warmup_steps = (
+      512,
+      40,
+      32,
+      5,
+    )
     config.reward.pairs, config.reward.epochs, config.reward.heldout_pairs = 128, 1, 64
     config.log.samples, config.log.checkpoint_every = 4, 2
     config.lab.seeds = (0, 1)

@@ -1,12 +1,14 @@
-"""The laboratory's second task, on real text: does RL on a small, noisy reward model lose what a larger one judges by?
+"""The laboratory's second task, on real text: does RL on a small, noisy reward model lose what a
+larger one judges by?
 
-  python -m r2m_jax.main --config=configs/real_gold.py --config.data.root=DATA --workdir=runs/real_gold
-  python -m r2m_jax.main --config=configs/real_gold.py --config.data.root=DATA --workdir=runs/real_gold \\
+  python -m r2m_jax.main --config=configs/real_gold.py --config.data.root=DATA
+  --workdir=runs/real_gold python -m r2m_jax.main --config=configs/real_gold.py
+  --config.data.root=DATA --workdir=runs/real_gold \\
     --config.policy.path=runs/real_small/models/sft         # with the policy of configs/real_small.py, if it is there
 
-Protocol: docs/lab.md, "The second task". DATA is that of configs/real_small.py. The same command goes on where it
-stopped; an arm that is finished for a seed is not run again. Processes with the same command share the work. What it
-gave is in docs/findings.md.
+Protocol: docs/lab.md, "The second task". DATA is that of configs/real_small.py. The same command
+goes on where it stopped; an arm that is finished for a seed is not run again. Processes with the
+same command share the work. What it gave is in docs/findings.md.
 """
 
 from configs import real_small
@@ -16,12 +18,18 @@ ARMS = ("vanilla", "scaled", "r2m", "shuffled", "vanilla.hold kl.controller=hold
 
 def get_config(size: str = ""):
   if size not in ("", "test"):
-    raise ValueError(f"size {size!r} is unknown; use configs/real_gold.py or configs/real_gold.py:test")
+    raise ValueError(
+      f"size {size!r} is unknown; use configs/real_gold.py or configs/real_gold.py:test"
+    )
   config = real_small.get_config(size)
   config.task, config.variant = "lab_text", ""
-  # harmless-base teaches which of two replies is less harmful; its replies are not imitated and its prompts not sampled
-  config.scratch.pairs = real_small.files("preferences", (*real_small.PREFERENCES, "hh_harmless_base"), "train")
-  # of every pair, what a policy that writes 64 tokens would have got to: all pairs are read, and length tells little
+  # harmless-base teaches which of two replies is less harmful; its replies are not imitated and its
+  # prompts not sampled
+  config.scratch.pairs = real_small.files(
+    "preferences", (*real_small.PREFERENCES, "hh_harmless_base"), "train"
+  )
+  # of every pair, what a policy that writes 64 tokens would have got to: all pairs are read, and
+  # length tells little
   config.reward.max_reply_length = config.rollout.max_new_tokens
   config.reward.max_length = 192  # no prompt of RL with its response is longer
   config.data.max_prompt_length, config.data.max_chosen_length = 120, 0
@@ -42,6 +50,9 @@ def get_config(size: str = ""):
     config.reward.max_reply_length, config.reward.max_length = 8, 64
     config.data.buckets, config.log.checkpoint_every = (), 1
     config.gold.batch_size, config.reward.pairs = 4, 12
-    config.lab.arms, config.lab.seeds = ("vanilla", "r2m", "vanilla.hold kl.controller=hold kl.target=0.1"), (0, 1)
+    config.lab.arms, config.lab.seeds = (
+      ("vanilla", "r2m", "vanilla.hold kl.controller=hold kl.target=0.1"),
+      (0, 1),
+    )
     config.lab.kls, config.lab.stops, config.steps = (0.005,), (0.01,), 2
   return config

@@ -1,30 +1,43 @@
-"""The main job on real text, from nothing: tokenizer, 4-million-parameter policy, reward model, RLOO and RLOO + R2M.
+"""The main job on real text, from nothing: tokenizer, 4-million-parameter policy, reward model,
+RLOO and RLOO + R2M.
 
-  python -m r2m_jax.main --config=configs/real_small.py --config.data.root=DATA --workdir=runs/real_small
+  python -m r2m_jax.main --config=configs/real_small.py --config.data.root=DATA
+  --workdir=runs/real_small
 
-DATA has preferences/ and prompts/ with files of JSON lines or parquet, named as below; without them the command says
-what to download. The budgets make it about 45 minutes on two cores, and the same command goes on where it stopped.
+DATA has preferences/ and prompts/ with files of JSON lines or parquet, named as below; without them
+the command says what to download. The budgets make it about 45 minutes on two cores, and the same
+command goes on where it stopped.
 
-What the budgets buy depends on what else the machine does, and on two cores it is little: replies without sense, and
-a reward model hardly better than the rule that the longer reply wins. The point is that every part works on real
-lengths and real noise. Two cores shared with small jobs of lower priority: 47.7 minutes in all, 6 of them measurements;
-held-out perplexity 203 (191 to 214) after 505 updates of language modelling and 185 (174 to 197) after 174 of SFT;
-accuracy 54.0% (50.0 to 58.0) over all validation pairs after 337 updates, on no set clearly above the length rule or
-its opposite, 54.2% with feedback before RL and 53.3% (49.5 to 57.2) after; 40 RL steps an arm took the
-frozen reward on held-out prompts from -0.60 (-0.70 to -0.50) to 0.46 (0.39 to 0.53) for vanilla and 0.49 (0.43 to
-0.55) for r2m at a KL of 7.8 and 7.9 nats, mostly by replies that run into the limit (92% of both, 41% before). With
-more time, raise the budgets.
+What the budgets buy depends on what else the machine does, and on two cores it is little: replies
+without sense, and a reward model hardly better than the rule that the longer reply wins. The point
+is that every part works on real lengths and real noise. Two cores shared with small jobs of lower
+priority: 47.7 minutes in all, 6 of them measurements; held-out perplexity 203 (191 to 214) after
+505 updates of language modelling and 185 (174 to 197) after 174 of SFT; accuracy 54.0% (50.0 to
+58.0) over all validation pairs after 337 updates, on no set clearly above the length rule or its
+opposite, 54.2% with feedback before RL and 53.3% (49.5 to 57.2) after; 40 RL steps an arm took the
+frozen reward on held-out prompts from -0.60 (-0.70 to -0.50) to 0.46 (0.39 to 0.53) for vanilla and
+0.49 (0.43 to 0.55) for r2m at a KL of 7.8 and 7.9 nats, mostly by replies that run into the limit
+(92% of both, 41% before). With more time, raise the budgets.
 """
 
 from configs import default
 
-PREFERENCES = ("ultrafeedback", "hh_helpful_base", "hh_helpful_online", "hh_helpful_rejection_sampled",
-               "alpaca_eval_direct", "alpaca_eval_via_reference")  # fmt: skip
+PREFERENCES = (
+  "ultrafeedback",
+  "hh_helpful_base",
+  "hh_helpful_online",
+  "hh_helpful_rejection_sampled",
+  "alpaca_eval_direct",
+  "alpaca_eval_via_reference",
+)
 PROMPTS = ("alpaca_eval", "dialogsum")
 DOWNLOAD = (
-  "put the splits of UltraFeedback (huggingface.co/datasets/HuggingFaceH4/ultrafeedback_binarized), HH-RLHF "
-  "(huggingface.co/datasets/Anthropic/hh-rlhf), AlpacaEval (github.com/tatsu-lab/alpaca_eval) and DialogSum "
-  "(github.com/cylnlp/dialogsum) into one folder, named as configs/real_small.py says: --config.data.root=FOLDER"
+  "put the splits of UltraFeedback "
+  "(huggingface.co/datasets/HuggingFaceH4/ultrafeedback_binarized), HH-RLHF "
+  "(huggingface.co/datasets/Anthropic/hh-rlhf), AlpacaEval (github.com/tatsu-lab/alpaca_eval) and "
+  "DialogSum "
+  "(github.com/cylnlp/dialogsum) into one folder, named as configs/real_small.py says: "
+  "--config.data.root=FOLDER"
 )
 
 
@@ -34,7 +47,9 @@ def files(folder: str, names, split: str) -> str:
 
 def get_config(size: str = ""):
   if size not in ("", "test"):
-    raise ValueError(f"size {size!r} is unknown; use configs/real_small.py or configs/real_small.py:test")
+    raise ValueError(
+      f"size {size!r} is unknown; use configs/real_small.py or configs/real_small.py:test"
+    )
   config = default.get_config()
   config.task = "scratch"
   names = config.scratch
@@ -51,15 +66,35 @@ def get_config(size: str = ""):
 
   config.tokenizer.vocab_size = 4096
   arch = config.policy.arch
-  arch.hidden_size, arch.num_layers, arch.num_heads, arch.num_kv_heads, arch.intermediate_size = 256, 4, 4, 4, 704
+  arch.hidden_size, arch.num_layers, arch.num_heads, arch.num_kv_heads, arch.intermediate_size = (
+    256,
+    4,
+    4,
+    4,
+    704,
+  )
   arch.tie_embeddings = True
-  config.data.max_prompt_length, config.data.max_response_length, config.data.max_chosen_length = 192, 256, 512
+  config.data.max_prompt_length, config.data.max_response_length, config.data.max_chosen_length = (
+    192,
+    256,
+    512,
+  )
   config.data.unique = True
   config.data.buckets = (128, 256)
 
   names.lm.budget, names.lm.batch_size, names.lm.lr, names.lm.warmup_steps = 600.0, 8, 3e-3, 20
-  config.sft.budget, config.sft.batch_size, config.sft.lr, config.sft.warmup_steps = 240.0, 16, 1e-3, 10
-  config.reward.budget, config.reward.batch_size, config.reward.lr, config.reward.warmup_steps = 420.0, 8, 3e-4, 10
+  config.sft.budget, config.sft.batch_size, config.sft.lr, config.sft.warmup_steps = (
+    240.0,
+    16,
+    1e-3,
+    10,
+  )
+  config.reward.budget, config.reward.batch_size, config.reward.lr, config.reward.warmup_steps = (
+    420.0,
+    8,
+    3e-4,
+    10,
+  )
   config.budget = 330.0  # an arm
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 8, 4, 64
   config.policy.lr, config.r2m.lr, config.kl.beta = 1e-4, 1e-4, 0.05

@@ -4,11 +4,12 @@
   python -m r2m_jax.main --config=configs/tldr_pythia_2_8b.py:rloo,vanilla --workdir=runs/plain  # plain RLOO
   python -m r2m_jax.main --config=configs/tldr_pythia_2_8b.py:grpo --workdir=runs/grpo  # GRPO + R2M
 
-A million trajectories in 122 steps. The slices it fits are in README; --config.task=plan weighs any other. Win rates
-that the paper reports: SFT 42.3, RLOO 75.3, RLOO + R2M 81.6, GRPO 75.2, GRPO + R2M 81.0. Not run here.
+A million trajectories in 122 steps. The slices it fits are in README; --config.task=plan weighs any
+other. Win rates that the paper reports: SFT 42.3, RLOO 75.3, RLOO + R2M 81.6, GRPO 75.2, GRPO + R2M
+81.0. Not run here.
 
-The paper names Pythia-2.8B, fitted to TL;DR, for both models, and no weights; these are the public ones of that kind,
-an assumption.
+The paper names Pythia-2.8B, fitted to TL;DR, for both models, and no weights; these are the public
+ones of that kind, an assumption.
 """
 
 from configs import paper
@@ -22,8 +23,14 @@ def get_config(words: str = ""):
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 2048, 4, 50
   config.ppo.accumulation, config.rollout.waves = 32, 8
   config.sft.batch_size = config.reward.batch_size = 2048
-  config.policy.path, config.plan.policy = "cleanrl/EleutherAI_pythia-2.8b-deduped__sft__tldr", "pythia-2.8b"
-  config.reward.path, config.plan.reward = "cleanrl/EleutherAI_pythia-2.8b-deduped__reward__tldr", "pythia-2.8b"
+  config.policy.path, config.plan.policy = (
+    "cleanrl/EleutherAI_pythia-2.8b-deduped__sft__tldr",
+    "pythia-2.8b",
+  )
+  config.reward.path, config.plan.reward = (
+    "cleanrl/EleutherAI_pythia-2.8b-deduped__reward__tldr",
+    "pythia-2.8b",
+  )
   config.policy.lr = 3e-6
   config.r2m.lr = 5e-7
   config.r2m.omega_min = 0.6

@@ -4,9 +4,9 @@
   python -m r2m_jax.main --config=configs/ultrafeedback_qwen2_5_3b.py:rloo,vanilla --workdir=runs/plain  # plain RLOO
   python -m r2m_jax.main --config=configs/ultrafeedback_qwen2_5_3b.py:grpo --workdir=runs/grpo  # GRPO + R2M
 
-51,200 trajectories in 100 steps. The slices it fits are in README; --config.task=plan weighs any other. AlpacaEval 2
-(LC / WR) that the paper reports: SFT 15.5 / 15.8, RLOO 21.9 / 26.0, RLOO + R2M 24.8 / 31.2, GRPO 22.7 / 25.6, GRPO +
-R2M 25.8 / 30.9. Not run here.
+51,200 trajectories in 100 steps. The slices it fits are in README; --config.task=plan weighs any
+other. AlpacaEval 2 (LC / WR) that the paper reports: SFT 15.5 / 15.8, RLOO 21.9 / 26.0, RLOO + R2M
+24.8 / 31.2, GRPO 22.7 / 25.6, GRPO + R2M 25.8 / 30.9. Not run here.
 """
 
 from configs import paper

@@ -1,4 +1,6 @@
-"""Array helpers shared by losses, models and the step: shape checks, masked reductions, truncation."""
+"""Array helpers shared by losses, models and the step: shape checks, masked reductions,
+truncation.
+"""
 
 from typing import NamedTuple
 
@@ -41,7 +43,8 @@ AGGREGATIONS = ("sequence_sum", "sequence_mean", "token_mean", "constant")
 def share_mean(x: jax.Array, mask: jax.Array, whole: jax.Array | None = None) -> jax.Array:
   """The share that these rows have in the mean over all True tokens of a minibatch.
 
-  Sum over True, divided by the count of True in `whole`, the minibatch's mask; None: these rows are all of it.
+  Sum over True, divided by the count of True in `whole`, the minibatch's mask; None: these rows are
+  all of it.
   """
   return masked_sum(x, mask) / jnp.maximum((mask if whole is None else whole).sum(), 1)
 
@@ -54,10 +57,11 @@ def aggregate(x: jax.Array, mask: jax.Array, how: str, whole: jax.Array | None =
   token_mean     sum over all tokens / number of all tokens
   constant       sum over all tokens / (B * T) (Dr. GRPO)
 
-  `whole` is the mask of the minibatch that these rows are a part of, whose rows and tokens are counted; None: they are
-  all of it. Shares add up to the minibatch's value.
+  `whole` is the mask of the minibatch that these rows are a part of, whose rows and tokens are
+  counted; None: they are all of it. Shares add up to the minibatch's value.
   """
-  check(x, "B T"), check(mask, "B T", jnp.bool_)
+  check(x, "B T")
+  check(mask, "B T", jnp.bool_)
   whole = mask if whole is None else whole
   if how == "sequence_sum":
     return masked_sum(x, mask, -1).sum() / len(whole)
@@ -76,7 +80,8 @@ COMBINE = ("mean", "min", "mean_minus_variance")
 def combine(scores: jax.Array, how: str = "mean", variance_weight: float = 0.0) -> jax.Array:
   """One reward from an ensemble's (arXiv 2310.02743).   f32[..., M] -> f32[...].
 
-  "mean", "min" (the worst case), or "mean_minus_variance": mean - variance_weight * variance (with 1/M).
+  "mean", "min" (the worst case), or "mean_minus_variance": mean - variance_weight * variance (with
+  1/M).
   """
   if how == "min":
     return scores.min(-1)
@@ -85,7 +90,9 @@ def combine(scores: jax.Array, how: str = "mean", variance_weight: float = 0.0) 
 
 
 def predicts_response(x: jax.Array, response_length: int) -> jax.Array:
-  """[B, L, ...] -> [B, T, ...]: column t - 1 predicts token t, so the response is predicted one column early."""
+  """[B, L, ...] -> [B, T, ...]: column t - 1 predicts token t, so the response is predicted one
+  column early.
+  """
   return x[:, -response_length - 1 : -1]
 
 
@@ -100,7 +107,8 @@ class Truncation(NamedTuple):
 def kept(logits: jax.Array, truncation: Truncation) -> jax.Array:
   """The tokens that may be drawn from softmax(logits), bool[..., V]; ties at a limit are all kept.
 
-  top_k first, then top_p of the distribution that is left, then min_p. Nothing of this has a gradient.
+  top_k first, then top_p of the distribution that is left, then min_p. Nothing of this has a
+  gradient.
   """
   logits = jax.lax.stop_gradient(logits)
   floor, vocab = jnp.finfo(logits.dtype).min, logits.shape[-1]

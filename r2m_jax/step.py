@@ -1,9 +1,11 @@
 """One R2M training step (algorithm 1), top to bottom: the file to read first.
 
-  generate -> read_feedback -> read_reward_states -> RewardHead -> advantages -> update_policy -> update_reward
+  generate -> read_feedback -> read_reward_states -> RewardHead -> advantages -> update_policy ->
+  update_reward
 
-Everything after `generate` is one jitted, donated program, `learn`. Where policy and reward model share a tokenizer,
-sampling joins it and the whole step is one program. Equation numbers are those of R2M (arXiv 2601.22664).
+Everything after `generate` is one jitted, donated program, `learn`. Where policy and reward model
+share a tokenizer, sampling joins it and the whole step is one program. Equation numbers are those
+of R2M (arXiv 2601.22664).
 
 What differs between estimators is in `objective`, what differs between variants in `variants`.
 """
@@ -22,7 +24,13 @@ from jax.sharding import Mesh
 
 from r2m_jax.algorithm import losses
 from r2m_jax.algorithm.labels import Labeller, uses_labels
-from r2m_jax.algorithm.objective import KL_OF_LOGPROBS, kl_estimator, make_advantages, make_objective, shape_scores
+from r2m_jax.algorithm.objective import (
+  KL_OF_LOGPROBS,
+  kl_estimator,
+  make_advantages,
+  make_objective,
+  shape_scores,
+)
 from r2m_jax.algorithm.optim import descend
 from r2m_jax.algorithm.schedules import kl_weight, omega
 from r2m_jax.algorithm.variants import READS_POLICY, VARIANTS, Arm, States, feed_back, other_rows
@@ -59,8 +67,12 @@ class Defs:
   critic_tx: optax.GradientTransformation | None = None
 
   def open_policy(self, policy, ref) -> Transformer:
-    """The policy's module. With adapters `policy` holds these alone, and `ref` the weights below them."""
-    return nnx.merge(self.policy, policy) if self.base is None else nnx.merge(self.policy, policy, ref)
+    """The policy's module. With adapters `policy` holds these alone, and `ref` the weights below
+    them.
+    """
+    return (
+      nnx.merge(self.policy, policy) if self.base is None else nnx.merge(self.policy, policy, ref)
+    )
 
   def open_ref(self, ref) -> Transformer:
     """The reference's module; with adapters that is the base without them."""
@@ -75,29 +87,51 @@ class StepOutput:
 
 
 def read_feedback(
-  model: Transformer, sequences: Sequences, *, temperature: float, layer: int, chunk: int,
-  truncation: Truncation = Truncation(), support=None, shared: Shared | None = None,
-) -> Feedback:  # fmt: skip
-  """One forward pass: log-probabilities of the sampled tokens, and the hidden states that the reward model reads."""
+  model: Transformer,
+  sequences: Sequences,
+  *,
+  temperature: float,
+  layer: int,
+  chunk: int,
+  truncation: Truncation = Truncation(),
+  support=None,
+  shared: Shared | None = None,
+) -> Feedback:
+  """One forward pass: log-probabilities of the sampled tokens, and the hidden states that the
+  reward model reads.
+  """
   T = sequences.response_mask.shape[1]
   out = model(sequences.tokens, sequences.token_mask, feedback_layer=layer, shared=shared)
   last_hidden = predicts_response(out.hidden, T)
   stats = token_stats(
-    model.head, last_hidden, sequences.tokens[:, -T:],
-    temperature=temperature, truncation=truncation, support=support, chunk=chunk,
-  )  # fmt: skip
-  return Feedback(logprobs=stats.logprobs, entropy=stats.entropy, hidden=out.feedback, last_hidden=last_hidden)
+    model.head,
+    last_hidden,
+    sequences.tokens[:, -T:],
+    temperature=temperature,
+    truncation=truncation,
+    support=support,
+    chunk=chunk,
+  )
+  return Feedback(
+    logprobs=stats.logprobs, entropy=stats.entropy, hidden=out.feedback, last_hidden=last_hidden
+  )
 
 
 def make_read(config) -> Callable[..., tuple[Feedback, Feedback]]:
-  """Builds `read(policy, ref, sequences, group=1)`: `read_feedback` of both models with the config's settings.
+  """Builds `read(policy, ref, sequences, group=1)`: `read_feedback` of both models with the
+  config's settings.
 
-  `group` neighbouring rows have one prompt, which is computed once for as many as go through a model together.
-  Where sampling is truncated, the reference is normalised over the tokens that the policy may sample. States that the
-  config's variant and KL do not read have width 0: nothing is as large as they are.
+  `group` neighbouring rows have one prompt, which is computed once for as many as go through a
+  model together. Where sampling is truncated, the reference is normalised over the tokens that the
+  policy may sample. States that the config's variant and KL do not read have width 0: nothing is as
+  large as they are.
   """
   settings = sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=config.logits_chunk)
-  needs_support, parts, kind = truncated(config), parts_of(config), VARIANTS[config.variant].feedback
+  needs_support, parts, kind = (
+    truncated(config),
+    parts_of(config),
+    VARIANTS[config.variant].feedback,
+  )
 
   def read_rows(policy, ref, shared_of, sequences: Sequences) -> tuple[Feedback, Feedback]:
     shared = shared_of(sequences.tokens)
@@ -107,7 +141,9 @@ def make_read(config) -> Callable[..., tuple[Feedback, Feedback]]:
     exact = kl_estimator(config, policy.arch.vocab_size) == "exact"
     return old.keep(kind in READS_POLICY, exact), reference.keep(kind == "reference", exact)
 
-  def read(policy: Transformer, ref: Transformer, sequences: Sequences, group=1) -> tuple[Feedback, Feedback]:
+  def read(
+    policy: Transformer, ref: Transformer, sequences: Sequences, group=1
+  ) -> tuple[Feedback, Feedback]:
     shared_of = functools.partial(shared_prompts, group, sequences)
     return map_rows(functools.partial(read_rows, policy, ref, shared_of), parts, sequences)
 
@@ -115,35 +151,57 @@ def make_read(config) -> Callable[..., tuple[Feedback, Feedback]]:
 
 
 def shared_prompts(group: int, whole: Sequences, tokens: jax.Array) -> Shared:
-  """What rows of `tokens`, a part of `whole`, have in common: `group` neighbours of `whole` have one prompt."""
-  return Shared(whole.tokens.shape[1] - whole.response_mask.shape[1], neighbours(group, len(tokens)))
+  """What rows of `tokens`, a part of `whole`, have in common: `group` neighbours of `whole` have
+  one prompt.
+  """
+  return Shared(
+    whole.tokens.shape[1] - whole.response_mask.shape[1], neighbours(group, len(tokens))
+  )
 
 
 def parts_of(config) -> int:
-  """Into how many parts passes without a gradient take the rows of a step: as many rows at a time as an update does."""
+  """Into how many parts passes without a gradient take the rows of a step: as many rows at a
+  time as an update does.
+  """
   return config.ppo.minibatches * config.ppo.accumulation
 
 
 def measured_kl(old: Feedback, ref: Feedback, sequences: Sequences) -> jax.Array:
-  """KL(policy || reference) of the samples, nats a sequence: k3 summed over tokens, mean over rows. f32[]."""
+  """KL(policy || reference) of the samples, nats a sequence: k3 summed over tokens, mean over
+  rows. f32[].
+  """
   return masked_sum(losses.kl_k3(old.logprobs, ref.logprobs), sequences.response_mask, -1).mean()
 
 
 def make_omega(config) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """Builds `w(step, kl)` (eq. 4), driven by the step or by the KL of its samples in nats a sequence."""
-  kind, total, target, floor = config.r2m.omega_schedule, config.steps, config.r2m.omega_kl, config.r2m.omega_min
-  progress = lambda step, kl: kl / target if kind == "kl" else step.astype(kl.dtype) / total
+  """Builds `w(step, kl)` (eq. 4), driven by the step or by the KL of its samples in nats a
+  sequence.
+  """
+  kind, total, target, floor = (
+    config.r2m.omega_schedule,
+    config.steps,
+    config.r2m.omega_kl,
+    config.r2m.omega_min,
+  )
+
+  def progress(step, kl):
+    return kl / target if kind == "kl" else step.astype(kl.dtype) / total
+
   return lambda step, kl: omega(progress(step, kl), floor, kind)
 
 
 def make_score(defs: Defs, config) -> Callable[..., jax.Array]:
-  """Builds `score(head_state, rte, states, w, arm=None)`: the variant's reward or an arm's, by each head, f32[B, M]."""
+  """Builds `score(head_state, rte, states, w, arm=None)`: the variant's reward or an arm's, by
+  each head, f32[B, M].
+  """
   variant = VARIANTS[config.variant]
 
   def score(head_state, rte, states: States, w, arm: Arm | None = None):
     head = nnx.merge(defs.reward_head, head_state)
     if arm is not None:
-      return head.members(rte, states.hidden, states.mask, jnp.where(arm.fused, w, 1)) * jnp.where(arm.scaled, w, 1)
+      return head.members(rte, states.hidden, states.mask, jnp.where(arm.fused, w, 1)) * jnp.where(
+        arm.scaled, w, 1
+      )
     if variant.feedback:
       return head.members(rte, states.hidden, states.mask, w)
     return member_scores(head.phi, rte) * (w if variant.scaled else 1.0)
@@ -152,32 +210,54 @@ def make_score(defs: Defs, config) -> Callable[..., jax.Array]:
 
 
 def make_judge(defs: Defs, config) -> Callable[..., tuple[Judged, States]]:
-  """Builds `judge(state, w, sequences, old, ref, reward_tokens, reward_mask, arm=None)`: annotate (algorithm 1).
+  """Builds `judge(state, w, sequences, old, ref, reward_tokens, reward_mask, arm=None)`: annotate
+  (algorithm 1).
 
-  old and ref are what policy and reference say of the sequences, of which the first `sampled` are samples and the rest
-  the greedy rows of "remax". `group` as in `make_read`, where the reward model reads the very tokens of the policy.
-  Also returns the backbone's own states.
+  old and ref are what policy and reference say of the sequences, of which the first `sampled` are
+  samples and the rest the greedy rows of "remax". `group` as in `make_read`, where the reward model
+  reads the very tokens of the policy. Also returns the backbone's own states.
   """
   variant, score, parts = VARIANTS[config.variant], make_score(defs, config), parts_of(config)
   own_states = variant.feedback == "own_states"
   together = dict(how=config.reward.combine, variance_weight=config.reward.variance_weight)
 
   def judge(
-    state: TrainState, w, sequences: Sequences, old: Feedback, ref: Feedback, reward_tokens, reward_mask,
-    arm: Arm | None = None, *, sampled, group=1,
-  ):  # fmt: skip
+    state: TrainState,
+    w,
+    sequences: Sequences,
+    old: Feedback,
+    ref: Feedback,
+    reward_tokens,
+    reward_mask,
+    arm: Arm | None = None,
+    *,
+    sampled,
+    group=1,
+  ):
     backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
     shared_of = functools.partial(shared_prompts, group, sequences)
-    states_of = lambda tokens, mask: read_reward_states(backbone, tokens, mask, own_states, shared_of(tokens))
+
+    def states_of(tokens, mask):
+      return read_reward_states(backbone, tokens, mask, own_states, shared_of(tokens))
+
     rte, hidden = map_rows(states_of, parts, reward_tokens, reward_mask)
     own, mask = States(hidden, reward_mask), sequences.token_mask
     states = feed_back(
-      variant.feedback, States(old.hidden, mask), States(ref.hidden, mask), own, step_key(state, KEY_NOISE),
+      variant.feedback,
+      States(old.hidden, mask),
+      States(ref.hidden, mask),
+      own,
+      step_key(state, KEY_NOISE),
       others=other_rows(len(rte), sampled),
-    )  # fmt: skip
+    )
     head = state.reward_head if state.reward_average is None else state.reward_average
-    scores, frozen = score(head, rte, states, w, arm), member_scores(nnx.merge(defs.phi, state.reward_frozen), rte)
-    judged = Judged(rte=rte, scores=combine(scores, **together), scores_frozen=combine(frozen, **together))
+    scores, frozen = (
+      score(head, rte, states, w, arm),
+      member_scores(nnx.merge(defs.phi, state.reward_frozen), rte),
+    )
+    judged = Judged(
+      rte=rte, scores=combine(scores, **together), scores_frozen=combine(frozen, **together)
+    )
     return judged, own
 
   return judge
@@ -190,11 +270,13 @@ def step_key(state: TrainState, purpose: int) -> jax.Array:
 def make_learn(
   defs: Defs, config, mesh: Mesh, *, same_tokens: bool = False
 ) -> Callable[..., tuple[TrainState, StepOutput]]:
-  """Builds `learn(state, sequences, reward_tokens, reward_mask, pairs=None, arm=None)`, not yet jitted.
+  """Builds `learn(state, sequences, reward_tokens, reward_mask, pairs=None, arm=None)`, not yet
+  jitted.
 
-  With algorithm "remax" the greedy response to each prompt follows the sampled ones as P more rows. `pairs` are the
-  step's labels where config.r2m.labels is "preference". `same_tokens`: the reward model's rows are the policy's. Reads
-  the config once; a missing knob fails here and not in the middle of a run.
+  With algorithm "remax" the greedy response to each prompt follows the sampled ones as P more rows.
+  `pairs` are the step's labels where config.r2m.labels is "preference". `same_tokens`: the reward
+  model's rows are the policy's. Reads the config once; a missing knob fails here and not in the
+  middle of a run.
   """
   variant, algorithm, K = VARIANTS[config.variant], config.algorithm, config.rollout.group_size
   read, omega_at = make_read(config), make_omega(config)
@@ -202,7 +284,11 @@ def make_learn(
   advantages_of, objective = make_advantages(config), make_objective(config, defs.vocab_size)
   estimator, kl_in_reward = kl_estimator(config, defs.vocab_size), config.kl.placement == "reward"
   exact, draw = estimator == "exact", sampling(config) | dict(chunk=config.logits_chunk)
-  epochs, minibatches, accumulation = config.ppo.epochs, config.ppo.minibatches, config.ppo.accumulation
+  epochs, minibatches, accumulation = (
+    config.ppo.epochs,
+    config.ppo.minibatches,
+    config.ppo.accumulation,
+  )
   layer, parts = config.r2m.feedback_layer, parts_of(config)
   alpha, gre_eps = config.r2m.alpha if variant.alpha is None else variant.alpha, config.r2m.gre_eps
   controller, shaping, average = config.kl.controller, config.shaping, config.r2m.average
@@ -212,13 +298,16 @@ def make_learn(
     return shared_prompts(dealt(K, minibatches), whole.sequences, batch.advantages)
 
   def policy_loss(policy_state, batch: Experience, ref_state, beta, whole: Experience):
-    """Eq. 2: the clipped objective minus beta * KL(policy || reference); of a micro-batch, its share of the `whole`.
+    """Eq. 2: the clipped objective minus beta * KL(policy || reference); of a micro-batch, its
+      share of the `whole`.
 
     Also returns what the policy says of these rows and their refreshed h.
     """
     policy, T = defs.open_policy(policy_state, ref_state), batch.sequences.response_mask.shape[1]
     shared = shared_in(batch, whole)
-    out = policy(batch.sequences.tokens, batch.sequences.token_mask, feedback_layer=layer, shared=shared)
+    out = policy(
+      batch.sequences.tokens, batch.sequences.token_mask, feedback_layer=layer, shared=shared
+    )
     ref = (defs.open_ref(ref_state).head, batch.ref_hidden) if exact else None
     last_hidden, tokens = predicts_response(out.hidden, T), batch.sequences.tokens[:, -T:]
     stats = token_stats(policy.head, last_hidden, tokens, ref=ref, **draw)
@@ -234,28 +323,46 @@ def make_learn(
     return losses.value_clip(values, batch.old_values, batch.returns, mask, clip=clip, whole=whole)
 
   def open_values(critic, sequences: Sequences, shared: Shared):
-    backbone, head = nnx.merge(defs.critic_backbone, critic["backbone"]), nnx.merge(defs.critic_head, critic["head"])
+    backbone, head = (
+      nnx.merge(defs.critic_backbone, critic["backbone"]),
+      nnx.merge(defs.critic_head, critic["head"]),
+    )
     return read_values(backbone, head, sequences, shared)
 
   def update_policy(state: TrainState, experience: Experience, hidden, beta):
-    """Scans epochs x minibatches over policy and critic: the new states, metrics [updates], and h', which falls out of
-    the last epoch."""
+    """Scans epochs x minibatches over policy and critic: the new states, metrics [updates], and h',
+    which falls out of the last epoch."""
     rows = experience.advantages.shape[0]
 
     def update(carry, order):
       policy, opt, critic, critic_opt, hidden = carry
       batch = take_rows(experience, order, minibatches) if minibatches > 1 else experience
       policy, opt, _, (stats, new_hidden), done = descend(
-        defs.policy_tx, functools.partial(policy_loss, whole=batch), policy, opt, batch, state.ref, beta,
+        defs.policy_tx,
+        functools.partial(policy_loss, whole=batch),
+        policy,
+        opt,
+        batch,
+        state.ref,
+        beta,
         parts=accumulation,
-      )  # fmt: skip
+      )
       hidden = put_rows(hidden, order, minibatches, new_hidden) if minibatches > 1 else new_hidden
-      metrics = objective(stats, batch, beta)[1] | {f"policy/{name}": value for name, value in done.items()}
+      metrics = objective(stats, batch, beta)[1] | {
+        f"policy/{name}": value for name, value in done.items()
+      }
       if algorithm == "ppo":
         critic, critic_opt, _, values, done = descend(
-          defs.critic_tx, functools.partial(critic_loss, whole=batch), critic, critic_opt, batch, parts=accumulation
+          defs.critic_tx,
+          functools.partial(critic_loss, whole=batch),
+          critic,
+          critic_opt,
+          batch,
+          parts=accumulation,
         )
-        metrics |= squared_error(values, batch)[1] | {f"critic/{name}": value for name, value in done.items()}
+        metrics |= squared_error(values, batch)[1] | {
+          f"critic/{name}": value for name, value in done.items()
+        }
       return (policy, opt, critic, critic_opt, hidden), metrics
 
     keys = jax.random.split(step_key(state, KEY_SHUFFLE), epochs)
@@ -266,52 +373,78 @@ def make_learn(
   def update_reward(state: TrainState, judged: Judged, states: States, w, labelled, arm):
     """One step on GREBT (eq. 7) for cross-attention and phi, with rte and h' as data.
 
-    labelled: (rte, states, weight) of the pairs whose order is known; None: the annotation scores say which of a group
-    is the winner and which the loser.
+    labelled: (rte, states, weight) of the pairs whose order is known; None: the annotation scores
+    say which of a group is the winner and which the loser.
     """
     rte, states, labelled = jax.lax.stop_gradient((judged.rte, states, labelled))
     annotations = judged.scores.reshape(-1, K)
 
     def reward_loss(head_state):
-      rewards = score(head_state, rte, states, w, arm)  # [B, M]: each head of an ensemble has a loss of its own
+      rewards = score(
+        head_state, rte, states, w, arm
+      )  # [B, M]: each head of an ensemble has a loss of its own
       pairs = None
       if labelled is not None:
         winner, loser = jnp.split(score(head_state, *labelled[:2], w, arm), 2)
         pairs = winner.T, loser.T
-      member = lambda rewards, pairs: losses.grebt(
-        rewards.reshape(-1, K), annotations, alpha=alpha, eps=gre_eps,
-        pairs=None if pairs is None else (*pairs, labelled[2]),
-      )  # fmt: skip
+
+      def member(rewards, pairs):
+        return losses.grebt(
+          rewards.reshape(-1, K),
+          annotations,
+          alpha=alpha,
+          eps=gre_eps,
+          pairs=None if pairs is None else (*pairs, labelled[2]),
+        )
+
       loss, metrics = jax.vmap(member)(rewards.T, pairs)
       return loss.mean(), {name: value.mean() for name, value in metrics.items()}
 
-    head, opt, _, metrics, done = descend(defs.reward_tx, reward_loss, state.reward_head, state.reward_opt)
+    head, opt, _, metrics, done = descend(
+      defs.reward_tx, reward_loss, state.reward_head, state.reward_opt
+    )
     if arm is not None:
       before = state.reward_head, state.reward_opt, jax.tree.map(jnp.zeros_like, done)
-      head, opt, done = jax.tree.map(lambda new, old: jnp.where(arm.trained, new, old), (head, opt, done), before)
+      head, opt, done = jax.tree.map(
+        lambda new, old: jnp.where(arm.trained, new, old), (head, opt, done), before
+      )
     return head, opt, metrics | {f"r2m/{name}": value for name, value in done.items()}
 
   def read_labelled(state: TrainState, policy_state, pairs: Pairs):
     """rte, feedback of the updated policy, and weight of labelled pairs."""
-    read = lambda model: model(pairs.tokens, pairs.token_mask, feedback_layer=layer).feedback
-    states = lambda model: States(read(model), pairs.token_mask)
+
+    def read(model):
+      return model(pairs.tokens, pairs.token_mask, feedback_layer=layer).feedback
+
+    def states(model):
+      return States(read(model), pairs.token_mask)
+
     backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
     rte, own = read_reward_states(backbone, pairs.reward_tokens, pairs.reward_mask)
     fed = feed_back(
-      variant.feedback, states(defs.open_policy(policy_state, state.ref)), states(defs.open_ref(state.ref)),
-      States(own, pairs.reward_mask), step_key(state, KEY_PAIR_NOISE),
+      variant.feedback,
+      states(defs.open_policy(policy_state, state.ref)),
+      states(defs.open_ref(state.ref)),
+      States(own, pairs.reward_mask),
+      step_key(state, KEY_PAIR_NOISE),
       others=np.roll(np.arange(len(rte)), 1),
-    )  # fmt: skip
+    )
     return rte, fed, pairs.weight
 
   def learn(
-    state: TrainState, sequences: Sequences, reward_tokens: jax.Array, reward_mask: jax.Array,
-    pairs: Pairs | None = None, arm: Arm | None = None,
-  ):  # fmt: skip
+    state: TrainState,
+    sequences: Sequences,
+    reward_tokens: jax.Array,
+    reward_mask: jax.Array,
+    pairs: Pairs | None = None,
+    arm: Arm | None = None,
+  ):
     rows = len(sequences.tokens)
     sampled = rows * K // (K + 1) if algorithm == "remax" else rows
     group = K if sampled == rows else 1  # greedy rows do not lie beside the samples of their prompt
-    first_rows = lambda tree: jax.tree.map(lambda x: lay_rows(x[:sampled]), tree) if sampled < rows else tree
+
+    def first_rows(tree):
+      return jax.tree.map(lambda x: lay_rows(x[:sampled]), tree) if sampled < rows else tree
 
     policy, ref_policy = defs.open_policy(state.policy, state.ref), defs.open_ref(state.ref)
     old, ref = read(policy, ref_policy, sequences, group)
@@ -319,27 +452,49 @@ def make_learn(
     w = omega_at(state.step, kl)
     beta, next_beta = kl_weight(controller, state.beta, kl, **toward)
     judged, own = judge(
-      state, w, sequences, old, ref, reward_tokens, reward_mask, arm, sampled=sampled,
+      state,
+      w,
+      sequences,
+      old,
+      ref,
+      reward_tokens,
+      reward_mask,
+      arm,
+      sampled=sampled,
       group=group if same_tokens else 1,
-    )  # fmt: skip
-    scores = shape_scores(judged.scores, sequences.response_mask.sum(-1), sequences.has_eos, shaping)
+    )
+    scores = shape_scores(
+      judged.scores, sequences.response_mask.sum(-1), sequences.has_eos, shaping
+    )
     greedy_scores = scores[sampled:] if algorithm == "remax" else None
-    scores, judged, own, old, ref, sequences = first_rows((scores, judged, own, old, ref, sequences))
+    scores, judged, own, old, ref, sequences = first_rows(
+      (scores, judged, own, old, ref, sequences)
+    )
 
     mask, T = sequences.response_mask, sequences.response_mask.shape[1]
     token_kl = jnp.zeros_like(old.logprobs)
     if kl_in_reward and exact:
       token_kl = map_rows(
-        lambda h, ref_h, tokens: token_stats(policy.head, h, tokens, ref=(ref_policy.head, ref_h), **draw).kl,
-        parts, old.last_hidden, ref.last_hidden, sequences.tokens[:, -T:],
-      )  # fmt: skip
+        lambda h, ref_h, tokens: (
+          token_stats(policy.head, h, tokens, ref=(ref_policy.head, ref_h), **draw).kl
+        ),
+        parts,
+        old.last_hidden,
+        ref.last_hidden,
+        sequences.tokens[:, -T:],
+      )
     elif kl_in_reward:
       token_kl = KL_OF_LOGPROBS[estimator](old.logprobs, ref.logprobs)
     values = None
     if algorithm == "ppo":
-      values_of = lambda part: open_values(state.critic, part, shared_prompts(K, sequences, part.tokens))
+
+      def values_of(part):
+        return open_values(state.critic, part, shared_prompts(K, sequences, part.tokens))
+
       values = map_rows(values_of, parts, sequences)
-    targets = advantages_of(scores, token_kl, mask, beta, greedy_scores=greedy_scores, values=values)
+    targets = advantages_of(
+      scores, token_kl, mask, beta, greedy_scores=greedy_scores, values=values
+    )
     experience = Experience(
       sequences=sequences,
       old_logprobs=old.logprobs,
@@ -354,9 +509,13 @@ def make_learn(
     head, reward_opt, reward_metrics = state.reward_head, state.reward_opt, {}
     if variant.trained:
       states = feed_back(
-        variant.feedback, States(refreshed, sequences.token_mask), States(ref.hidden, sequences.token_mask), own,
-        step_key(state, KEY_REFRESHED_NOISE), others=other_rows(sampled, sampled),
-      )  # fmt: skip
+        variant.feedback,
+        States(refreshed, sequences.token_mask),
+        States(ref.hidden, sequences.token_mask),
+        own,
+        step_key(state, KEY_REFRESHED_NOISE),
+        others=other_rows(sampled, sampled),
+      )
       labelled = None if pairs is None else read_labelled(state, new_policy, pairs)
       head, reward_opt, reward_metrics = update_reward(state, judged, states, w, labelled, arm)
     averaged = state.reward_average
@@ -367,9 +526,12 @@ def make_learn(
     norms = (("policy", updates), ("critic", updates), ("r2m", reward_metrics))
     spikes = sum(
       (found[f"{of}/grad_norm"] > spike * config[of].max_grad_norm).sum()
-      for of, found in norms if f"{of}/grad_norm" in found and config[of].max_grad_norm
-    )  # fmt: skip
-    skipped = sum(updates.pop(name).sum() for name in ("policy/skipped", "critic/skipped") if name in updates)
+      for of, found in norms
+      if f"{of}/grad_norm" in found and config[of].max_grad_norm
+    )
+    skipped = sum(
+      updates.pop(name).sum() for name in ("policy/skipped", "critic/skipped") if name in updates
+    )
     skipped += reward_metrics.pop("r2m/skipped", 0)
     metrics = {
       "reward/used": judged.scores.mean(),
@@ -418,8 +580,9 @@ def sampling(config) -> dict:
   """How tokens are drawn, in the sampler and in every log-probability alike."""
   rollout = config.rollout
   return dict(
-    temperature=rollout.temperature, truncation=Truncation(rollout.top_k, rollout.top_p, rollout.min_p)
-  )  # fmt: skip
+    temperature=rollout.temperature,
+    truncation=Truncation(rollout.top_k, rollout.top_p, rollout.min_p),
+  )
 
 
 def truncated(config) -> bool:
@@ -428,7 +591,9 @@ def truncated(config) -> bool:
 
 
 def make_rollout(defs: Defs, config, mesh: Mesh, eos_ids: tuple[int, ...], pad_id: int):
-  """Builds `rollout(state, prompts) -> Sequences`, not yet jitted; see `make_learn` for the rows of "remax"."""
+  """Builds `rollout(state, prompts) -> Sequences`, not yet jitted; see `make_learn` for the rows
+  of "remax".
+  """
   settings = sampling(config) | dict(
     group_size=config.rollout.group_size,
     max_new_tokens=config.rollout.max_new_tokens,
@@ -440,30 +605,47 @@ def make_rollout(defs: Defs, config, mesh: Mesh, eos_ids: tuple[int, ...], pad_i
   )
 
   def rollout(state: TrainState, prompts: Prompts) -> Sequences:
-    return generate(defs.open_policy(state.policy, state.ref), prompts, state.key, state.step, **settings)
+    return generate(
+      defs.open_policy(state.policy, state.ref), prompts, state.key, state.step, **settings
+    )
 
   return on_mesh(mesh, rollout)
 
 
 def make_step(
-  defs: Defs, config, mesh: Mesh, eos_ids: tuple[int, ...], pad_id: int, state_shardings: Any,
-  labeller: Labeller | None = None, arms: bool = False,
-):  # fmt: skip
-  """The step for a policy and a reward model that share a tokenizer: step(state, prompts) -> (state, output).
+  defs: Defs,
+  config,
+  mesh: Mesh,
+  eos_ids: tuple[int, ...],
+  pad_id: int,
+  state_shardings: Any,
+  labeller: Labeller | None = None,
+  arms: bool = False,
+):
+  """The step for a policy and a reward model that share a tokenizer: step(state, prompts) ->
+  (state, output).
 
-  One jitted program; the state is donated: the old one must not be used again. With config.r2m.labels "preference"
-  the host labels some of the samples in between, labeller(sequences on the host, step number) -> Pairs, and the two
-  parts are two programs. Without labels, `arms` makes it step(state, prompts, arm), for any `Arm` if it is r2m's.
+  One jitted program; the state is donated: the old one must not be used again. With
+  config.r2m.labels "preference" the host labels some of the samples in between, labeller(sequences
+  on the host, step number) -> Pairs, and the two parts are two programs. Without labels, `arms`
+  makes it step(state, prompts, arm), for any `Arm` if it is r2m's.
   """
   rollout = make_rollout(defs, config, mesh, eos_ids, pad_id)
   learn = make_learn(defs, config, mesh, same_tokens=True)
-  jit_learn = lambda f, args: jax.jit(
-    f, donate_argnums=0, in_shardings=(state_shardings,) + (None,) * args, out_shardings=(state_shardings, None)
-  )
+
+  def jit_learn(f, args):
+    return jax.jit(
+      f,
+      donate_argnums=0,
+      in_shardings=(state_shardings,) + (None,) * args,
+      out_shardings=(state_shardings, None),
+    )
 
   if not uses_labels(config):
 
-    def step(state: TrainState, prompts: Prompts, arm: Arm | None = None) -> tuple[TrainState, StepOutput]:
+    def step(
+      state: TrainState, prompts: Prompts, arm: Arm | None = None
+    ) -> tuple[TrainState, StepOutput]:
       sequences = rollout(state, prompts)
       return learn(state, sequences, sequences.tokens, sequences.token_mask, arm=arm)
 

@@ -7,8 +7,8 @@ Axis letters, used everywhere in the package:
   Lp  padded prompt length         T   maximum response length         L = Lp + T
   D   hidden size (Dp policy, Dr reward model)                         V   vocabulary
 
-Prompts are padded on the left and responses on the right, so every row starts its response at column Lp.
-Masks are True where something counts, and they come from lengths, never from token ids.
+Prompts are padded on the left and responses on the right, so every row starts its response at
+column Lp. Masks are True where something counts, and they come from lengths, never from token ids.
 """
 
 from typing import Any
@@ -23,7 +23,9 @@ class Prompts:
 
   tokens: jax.Array  # i32[P, Lp]   left-padded
   mask: jax.Array  # bool[P, Lp]  True on real tokens
-  example_id: jax.Array  # i32[P]       which prompt of the data set; part of every sample's random key
+  example_id: (
+    jax.Array
+  )  # i32[P]       which prompt of the data set; part of every sample's random key
 
 
 @struct.dataclass
@@ -31,7 +33,9 @@ class Sequences:
   """Prompts with their sampled responses."""
 
   tokens: jax.Array  # i32[B, L]
-  token_mask: jax.Array  # bool[B, L]   True on the prompt's real tokens and on the response up to and with its EOS
+  token_mask: (
+    jax.Array
+  )  # bool[B, L]   True on the prompt's real tokens and on the response up to and with its EOS
   response_mask: jax.Array  # bool[B, T]   the response part of token_mask
   has_eos: jax.Array  # bool[B]      False where the length limit cut the response off
 
@@ -42,13 +46,22 @@ class Feedback:
 
   logprobs: jax.Array  # f32[B, T]    of the sampled tokens, at the rollout temperature
   entropy: jax.Array  # f32[B, T]    of the distribution each token was drawn from, nats
-  hidden: jax.Array  # [B, L, Dp]   policy feedback h: last layer after the final norm, or the configured layer
-  last_hidden: jax.Array  # [B, T, Dp]   what the language-model head read to predict each response token
+  hidden: (
+    jax.Array
+  )  # [B, L, Dp]   policy feedback h: last layer after the final norm, or the configured layer
+  last_hidden: (
+    jax.Array
+  )  # [B, T, Dp]   what the language-model head read to predict each response token
 
   def keep(self, hidden: bool, last_hidden: bool) -> "Feedback":
     """The same, with width 0 for the states that are not asked for."""
-    width = lambda x, kept: x if kept else x[..., :0]
-    return self.replace(hidden=width(self.hidden, hidden), last_hidden=width(self.last_hidden, last_hidden))
+
+    def width(x, kept):
+      return x if kept else x[..., :0]
+
+    return self.replace(
+      hidden=width(self.hidden, hidden), last_hidden=width(self.last_hidden, last_hidden)
+    )
 
 
 @struct.dataclass
@@ -56,7 +69,9 @@ class Judged:
   """What the reward model says about `Sequences`."""
 
   rte: jax.Array  # f32[B, Dr]   reward token embedding, H_last
-  scores: jax.Array  # f32[B]       annotation scores: the reward the policy is trained on, before any shaping
+  scores: (
+    jax.Array
+  )  # f32[B]       annotation scores: the reward the policy is trained on, before any shaping
   scores_frozen: jax.Array  # f32[B]       the frozen reward model's own score of the same rows
 
 
@@ -75,7 +90,9 @@ class Experience:
 
 @struct.dataclass
 class Pairs:
-  """Labelled preferences for the reward update: rows 0 .. m - 1 are the winners, m .. 2m - 1 their losers."""
+  """Labelled preferences for the reward update: rows 0 .. m - 1 are the winners, m .. 2m - 1
+  their losers.
+  """
 
   tokens: jax.Array  # i32[2m, L]   for the policy
   token_mask: jax.Array  # bool[2m, L]
@@ -99,6 +116,8 @@ class TrainState:
   reward_head: Any  # trained; nnx.State of models.reward.RewardHead: cross-attention and phi
   reward_opt: Any
   omega: jax.Array  # f32[]; weight of the reward model's own embedding (eq. 4) after `step` steps
-  reward_average: Any = None  # moving average of reward_head, which then scores in its place; None: off
+  reward_average: Any = (
+    None  # moving average of reward_head, which then scores in its place; None: off
+  )
   critic: Any = None  # PPO: {"backbone": nnx.State of a Transformer, "head": of an nnx.Linear}
   critic_opt: Any = None

@@ -1,6 +1,8 @@
-"""Where the tests run: CPU with eight virtual devices, offline, with compiled programs kept between runs.
+"""Where the tests run: CPU with eight virtual devices, offline, with compiled programs kept between
+runs.
 
-All of it is environment, set before anything imports jax. R2M_TEST_PLATFORM=cuda (or tpu) runs on an accelerator.
+All of it is environment, set before anything imports jax. R2M_TEST_PLATFORM=cuda (or tpu) runs on
+an accelerator.
 """
 
 import os
@@ -10,24 +12,35 @@ import sys
 DEVICES = 8  # sharding tests make 4x2 and 8x1 meshes of them
 
 if "jax" in sys.modules:
-  raise RuntimeError("jax was imported before tests/conftest.py could set its platform; look for a pytest plugin")
+  raise RuntimeError(
+    "jax was imported before tests/conftest.py could set its platform; look for a pytest plugin"
+  )
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("R2M_TEST_PLATFORM", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
   _flags = [os.environ.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={DEVICES}"]
   os.environ["XLA_FLAGS"] = " ".join(_flags).strip()
 
-if "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:  # tests compile more than they compute
+if (
+  "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]
+):  # tests compile more than they compute
   # a third of the time, and half of that again without an MLIR pipeline for each fusion
-  os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+  os.environ["XLA_FLAGS"] += (
+    " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+  )
 
 if "xla_cpu_collective_timeout_seconds" not in os.environ["XLA_FLAGS"]:
-  # eight devices meet on fewer cores: on a busy machine one of them may come late, and XLA would abort the process
+  # eight devices meet on fewer cores: on a busy machine one of them may come late, and XLA would
+  # abort the process
   os.environ["XLA_FLAGS"] += "".join(
     f" --xla_cpu_collective_{name}_seconds=600" for name in ("timeout", "call_terminate_timeout")
   )
 
-_cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "r2m_jax" / "jax"
+_cache = (
+  pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+  / "r2m_jax"
+  / "jax"
+)
 for _name, _value in {
   "JAX_COMPILATION_CACHE_DIR": str(_cache),
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -51,7 +64,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def smallest_run(tmp_path_factory):
-  """(workdir, finished process) of the main job at its smallest size, run once through the command line."""
+  """(workdir, finished process) of the main job at its smallest size, run once through the
+  command line.
+  """
   workdir = tmp_path_factory.mktemp("smallest")
   args = ["--config=configs/quickstart.py:test", f"--workdir={workdir}"]
   command = [sys.executable, "-m", "r2m_jax.main", *args]

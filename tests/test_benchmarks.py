@@ -13,13 +13,17 @@ TINY, WIDTH = workload.POLICIES["tiny"], 4
 
 
 def tiny(**settings):
-  config = workload.get_config("tiny", settings=[f"{name}={value}" for name, value in settings.items()])
+  config = workload.get_config(
+    "tiny", settings=[f"{name}={value}" for name, value in settings.items()]
+  )
   return config, workload.sizes_of(config, TINY, TINY)
 
 
 def test_share_of_the_others():
   # 10 s on 2 cores; of 13 s in all, this process had 8
-  assert machine.others_share(Ticks(5.0, 100.0, 50.0), Ticks(15.0, 113.0, 58.0), cores=2) == pytest.approx(0.25)
+  assert machine.others_share(
+    Ticks(5.0, 100.0, 50.0), Ticks(15.0, 113.0, 58.0), cores=2
+  ) == pytest.approx(0.25)
   # the two clocks tick apart: never below nothing, never above everything
   assert machine.others_share(Ticks(0.0, 0.0, 0.0), Ticks(1.0, 1.9, 2.0), cores=2) == 0
   assert machine.others_share(Ticks(0.0, 0.0, 0.0), Ticks(1.0, 5.0, 0.0), cores=2) == 1
@@ -36,7 +40,9 @@ def test_quiet_rounds_are_kept_and_else_the_quietest():
 
 def test_turns_are_taken_in_rounds():
   calls = []
-  times = machine.take_turns({name: lambda name=name: calls.append(name) for name in "ab"}, 2, quiet=1.0)
+  times = machine.take_turns(
+    {name: lambda name=name: calls.append(name) for name in "ab"}, 2, quiet=1.0
+  )
   assert calls == ["a", "b", "a", "b"]
   assert [len(found.seconds) for found in times.values()] == [2, 2]
 
@@ -53,12 +59,20 @@ def test_exponent_matches_numpy():
 
 def test_decoding_counted_by_hand():
   _, sizes = tiny(**{"rollout.max_new_tokens": 3, "plan.prompt_length": 5, "rollout.prompts": 2})
-  # q and o 128 x 128, k and v 128 x 64, three matrices 128 x 512; 4 layers; 512 x 128 for the logits
+  # q and o 128 x 128, k and v 128 x 64, three matrices 128 x 512; 4 layers; 512 x 128 for the
+  # logits
   weights = 4 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 512) + 512 * 128
   flops = moved = 0
-  for there in (6, 7):  # tokens that the queries of tokens 2 and 3 see: the prompt, and the first one or two
-    flops += 16 * (2 * weights + 4 * (4 * there * 4 * 32))  # 16 rows; q k' and p v in 4 layers of 4 heads of 32
-    moved += weights + (2 * 4 * 2 * 32) * (2 * 5 + 16 * (there - 5))  # 2 prompts of 5 slots, 16 rows' own
+  for there in (
+    6,
+    7,
+  ):  # tokens that the queries of tokens 2 and 3 see: the prompt, and the first one or two
+    flops += 16 * (
+      2 * weights + 4 * (4 * there * 4 * 32)
+    )  # 16 rows; q k' and p v in 4 layers of 4 heads of 32
+    moved += weights + (2 * 4 * 2 * 32) * (
+      2 * 5 + 16 * (there - 5)
+    )  # 2 prompts of 5 slots, 16 rows' own
   assert workload.decode_flops(sizes) == flops
   assert workload.decode_bytes(sizes, WIDTH) == WIDTH * moved
 
@@ -82,15 +96,27 @@ def test_programs_share_out_the_phases():
 def test_no_token_can_end_a_row():
   for size, arch in workload.POLICIES.items():
     assert workload.REWARDS[size].vocab_size == arch.vocab_size
-  work = workload.of_size("tiny", settings=["rollout.prompts=1", "rollout.group_size=2", "rollout.max_new_tokens=4",
-                                            "plan.prompt_length=4"])  # fmt: skip
+  work = workload.of_size(
+    "tiny",
+    settings=[
+      "rollout.prompts=1",
+      "rollout.group_size=2",
+      "rollout.max_new_tokens=4",
+      "plan.prompt_length=4",
+    ],
+  )
   work.rollout()
   assert np.all(work.sequences.response_mask) and not np.any(work.sequences.has_eos)
 
 
 def test_settings_keep_the_type_of_the_field():
   config, _ = tiny(**{"kl.beta": 0, "ppo.epochs": 3, "kl.estimator": "k3"})
-  assert (config.kl.beta, type(config.kl.beta), config.ppo.epochs, config.kl.estimator) == (0.0, float, 3, "k3")
+  assert (config.kl.beta, type(config.kl.beta), config.ppo.epochs, config.kl.estimator) == (
+    0.0,
+    float,
+    3,
+    "k3",
+  )
 
 
 def test_union_counts_what_happens_together_once():

@@ -1,4 +1,6 @@
-"""What a config refuses and in which words; mistakes on the command line, before any device is touched."""
+"""What a config refuses and in which words; mistakes on the command line, before any device is
+touched.
+"""
 
 import os
 import pathlib
@@ -12,7 +14,14 @@ from absl import flags
 from configs import default, quickstart
 from r2m_jax import main
 from r2m_jax.algorithm.objective import kl_estimator
-from r2m_jax.config import ConfigError, check_batch, check_config, check_fields, difference, identity
+from r2m_jax.config import (
+  ConfigError,
+  check_batch,
+  check_config,
+  check_fields,
+  difference,
+  identity,
+)
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -20,7 +29,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 def config_with(**changes):
   """The default config with dotted fields set, dots written as two underscores."""
   config = default.get_config()
-  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+  config.update_from_flattened_dict(
+    {name.replace("__", "."): value for name, value in changes.items()}
+  )
   return config
 
 
@@ -72,7 +83,9 @@ REFUSALS = [  # field, value, the fix
 ]
 
 
-@pytest.mark.parametrize("field, value, fix", REFUSALS, ids=[f"{field}={value}" for field, value, _ in REFUSALS])
+@pytest.mark.parametrize(
+  "field, value, fix", REFUSALS, ids=[f"{field}={value}" for field, value, _ in REFUSALS]
+)
 def test_refusals_name_field_value_and_fix(field, value, fix):
   config = default.get_config()
   config.update_from_flattened_dict({field: value})
@@ -82,32 +95,80 @@ def test_refusals_name_field_value_and_fix(field, value, fix):
   assert re.search(fix, str(refusal.value)), refusal.value
 
 
-@pytest.mark.parametrize("changes, words", [
-  (dict(mesh=(3, 1, 1)), r"config.rollout.prompts is 16, .* 3 data x fsdp shards of config.mesh = \(3, 1, 1\): .* 18"),
-  (dict(mesh=(2, 8, 1), reward__batch_size=24), r"config.reward.batch_size is 24, .* 16 .* multiple of 16, such as 32"),
-  (dict(mesh=(4, 1, 2), sft__batch_size=6), r"config.sft.batch_size is 6, .* 4 .* such as 8"),
-  (dict(ppo__minibatches=3), r"config.ppo.minibatches is 3: 128 trajectories .* use a divisor of 128"),
-  (dict(ppo__minibatches=64, mesh=(4, 1, 1)), r"config.ppo.minibatches is 64: 128 .* 4 data x fsdp .* divisor of 32"),
-  (dict(ppo__minibatches=2, ppo__accumulation=3), r"config.ppo.accumulation is 3: the 64 .* divisor of 64"),
-  (dict(ppo__accumulation=16, mesh=(16, 1, 1)), r"config.ppo.accumulation is 16: the 128 .* over 16 .* divisor of 8"),
-  (dict(rollout__waves=3), r"config.rollout.waves is 3: 16 prompts .* use a divisor of 16"),
-  (dict(rollout__waves=8, mesh=(2, 2, 1)), r"config.rollout.waves is 8: 16 prompts .* over 4 data x fsdp .* of 4"),
-  (dict(policy__arch__num_kv_heads=3), r"config.policy.arch: .*num_kv_heads=3: must divide num_heads=4"),
-  (dict(policy__arch__norm="batch"), r"config.policy.arch: .*norm='batch': use 'rms' or 'layer'"),
-  (dict(policy__arch__num_layers=0), r"config.policy.arch: .*num_layers=0: give a positive integer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    (
+      dict(mesh=(3, 1, 1)),
+      r"config.rollout.prompts is 16, .* 3 data x fsdp shards of config.mesh = \(3, 1, 1\): .* 18",
+    ),
+    (
+      dict(mesh=(2, 8, 1), reward__batch_size=24),
+      r"config.reward.batch_size is 24, .* 16 .* multiple of 16, such as 32",
+    ),
+    (dict(mesh=(4, 1, 2), sft__batch_size=6), r"config.sft.batch_size is 6, .* 4 .* such as 8"),
+    (
+      dict(ppo__minibatches=3),
+      r"config.ppo.minibatches is 3: 128 trajectories .* use a divisor of 128",
+    ),
+    (
+      dict(ppo__minibatches=64, mesh=(4, 1, 1)),
+      r"config.ppo.minibatches is 64: 128 .* 4 data x fsdp .* divisor of 32",
+    ),
+    (
+      dict(ppo__minibatches=2, ppo__accumulation=3),
+      r"config.ppo.accumulation is 3: the 64 .* divisor of 64",
+    ),
+    (
+      dict(ppo__accumulation=16, mesh=(16, 1, 1)),
+      r"config.ppo.accumulation is 16: the 128 .* over 16 .* divisor of 8",
+    ),
+    (dict(rollout__waves=3), r"config.rollout.waves is 3: 16 prompts .* use a divisor of 16"),
+    (
+      dict(rollout__waves=8, mesh=(2, 2, 1)),
+      r"config.rollout.waves is 8: 16 prompts .* over 4 data x fsdp .* of 4",
+    ),
+    (
+      dict(policy__arch__num_kv_heads=3),
+      r"config.policy.arch: .*num_kv_heads=3: must divide num_heads=4",
+    ),
+    (dict(policy__arch__norm="batch"), r"config.policy.arch: .*norm='batch': use 'rms' or 'layer'"),
+    (
+      dict(policy__arch__num_layers=0),
+      r"config.policy.arch: .*num_layers=0: give a positive integer",
+    ),
+  ],
+)
 def test_refusals_of_values_that_do_not_fit_together(changes, words):
   with pytest.raises(ConfigError, match=words):
     check_config(config_with(**changes))
 
 
-@pytest.mark.parametrize("changes", [
-  {}, dict(rollout__group_size=2), dict(r2m__omega_min=0.0), dict(r2m__omega_min=1.0), dict(r2m__alpha=0.0),
-  dict(r2m__num_heads=4), dict(r2m__feedback_layer=-2), dict(r2m__feedback_layer=1), dict(ppo__minibatches=128),
-  dict(ppo__minibatches=2, ppo__accumulation=64), dict(rollout__waves=16), dict(rollout__waves=4, mesh=(2, 2, 1)),
-  dict(mesh=(-1, 1, 1), rollout__prompts=3), dict(mesh=(2, 2, 2)), dict(mesh=(1, 1, 3)), dict(kl__beta=0.0),
-  dict(variant=""), dict(seed=0), dict(lab__seeds=(7,)), dict(policy__max_grad_norm=0.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    dict(rollout__group_size=2),
+    dict(r2m__omega_min=0.0),
+    dict(r2m__omega_min=1.0),
+    dict(r2m__alpha=0.0),
+    dict(r2m__num_heads=4),
+    dict(r2m__feedback_layer=-2),
+    dict(r2m__feedback_layer=1),
+    dict(ppo__minibatches=128),
+    dict(ppo__minibatches=2, ppo__accumulation=64),
+    dict(rollout__waves=16),
+    dict(rollout__waves=4, mesh=(2, 2, 1)),
+    dict(mesh=(-1, 1, 1), rollout__prompts=3),
+    dict(mesh=(2, 2, 2)),
+    dict(mesh=(1, 1, 3)),
+    dict(kl__beta=0.0),
+    dict(variant=""),
+    dict(seed=0),
+    dict(lab__seeds=(7,)),
+    dict(policy__max_grad_norm=0.0),
+  ],
+)
 def test_the_values_next_to_the_limits_pass(changes):
   check_config(config_with(**changes))
 
@@ -126,12 +187,21 @@ def test_check_batch_knows_the_real_mesh():
     check_batch(config, (3, 1, 1))
 
 
-@pytest.mark.parametrize("given, meant", [
-  ("r2m.omega_mn", "r2m.omega_min"), ("omega_min", "r2m.omega_min"), ("temperature", "rollout.temperature"),
-  ("steps.x", "steps"), ("rolout.prompts", "rollout.prompts"), ("policy.arch.nun_heads", "policy.arch.num_heads"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "given, meant",
+  [
+    ("r2m.omega_mn", "r2m.omega_min"),
+    ("omega_min", "r2m.omega_min"),
+    ("temperature", "rollout.temperature"),
+    ("steps.x", "steps"),
+    ("rolout.prompts", "rollout.prompts"),
+    ("policy.arch.nun_heads", "policy.arch.num_heads"),
+  ],
+)
 def test_a_mistyped_field_is_answered_with_the_nearest_one(given, meant):
-  with pytest.raises(ConfigError, match=rf"^config\.{given} does not exist; did you mean config\.{meant}\?$"):
+  with pytest.raises(
+    ConfigError, match=rf"^config\.{given} does not exist; did you mean config\.{meant}\?$"
+  ):
     check_fields(default.get_config(), ["steps", "r2m", "policy.arch.norm", given])
 
 
@@ -186,7 +256,9 @@ def answers():
   """(exit status, stdout, stderr) of every command; they run side by side."""
   env = os.environ | {"JAX_PLATFORMS": NO_PLATFORM}
   settings = dict(cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-  running = {name: subprocess.Popen([sys.executable, *args], **settings) for name, args in COMMANDS.items()}
+  running = {
+    name: subprocess.Popen([sys.executable, *args], **settings) for name, args in COMMANDS.items()
+  }
   try:
     texts = {name: process.communicate(timeout=300) for name, process in running.items()}
   finally:
@@ -210,21 +282,47 @@ def test_a_mistake_on_the_command_line_is_one_line(answers, name):
   assert not (ROOT / "unused").exists()
 
 
-@pytest.mark.parametrize("argv, error, answer", [
-  ([], ValueError(), "--config is missing; give one, such as --config=configs/quickstart.py"),
-  (["--config.steps=3"], ValueError(), "--config is missing; give one, such as --config=configs/quickstart.py"),
-  (["--config", "configs/quickstart.py"], ValueError(), "--workdir is missing; give one, such as --workdir=runs/mine"),
-  (["--config=configs/quickstart.py:big", "--workdir=x"], ValueError(),
-   "size 'big' is unknown; use configs/quickstart.py or configs/quickstart.py:test"),
-  (["--config=configs/quickstart.py", "--workdir=x", "--config.log=3"],
-   flags.IllegalFlagValueError("flag --config.log=3: Failed to parse '3' as a ConfigDict"),
-   "config.log is a section: set one of config.log.checkpoint_every, config.log.samples"),
-  (["--config", "configs/quickstart.py", "--workdir", "x", "--noconfig.ppo.whiten"], KeyError(),
-   "config.ppo.whiten does not exist; did you mean config.ppo.whiten_advantages?"),
-  (["--config=configs/quickstart.py", "--workdir=x", "--workdr=y"], flags.Error("Unknown flag\n'workdr'"),
-   "Unknown flag 'workdr'"),
-  (["--config=configs/quickstart.py", "--workdir=x"], KeyError("inside the config file"), None),  # keeps its traceback
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "argv, error, answer",
+  [
+    ([], ValueError(), "--config is missing; give one, such as --config=configs/quickstart.py"),
+    (
+      ["--config.steps=3"],
+      ValueError(),
+      "--config is missing; give one, such as --config=configs/quickstart.py",
+    ),
+    (
+      ["--config", "configs/quickstart.py"],
+      ValueError(),
+      "--workdir is missing; give one, such as --workdir=runs/mine",
+    ),
+    (
+      ["--config=configs/quickstart.py:big", "--workdir=x"],
+      ValueError(),
+      "size 'big' is unknown; use configs/quickstart.py or configs/quickstart.py:test",
+    ),
+    (
+      ["--config=configs/quickstart.py", "--workdir=x", "--config.log=3"],
+      flags.IllegalFlagValueError("flag --config.log=3: Failed to parse '3' as a ConfigDict"),
+      "config.log is a section: set one of config.log.checkpoint_every, config.log.samples",
+    ),
+    (
+      ["--config", "configs/quickstart.py", "--workdir", "x", "--noconfig.ppo.whiten"],
+      KeyError(),
+      "config.ppo.whiten does not exist; did you mean config.ppo.whiten_advantages?",
+    ),
+    (
+      ["--config=configs/quickstart.py", "--workdir=x", "--workdr=y"],
+      flags.Error("Unknown flag\n'workdr'"),
+      "Unknown flag 'workdr'",
+    ),
+    (
+      ["--config=configs/quickstart.py", "--workdir=x"],
+      KeyError("inside the config file"),
+      None,
+    ),  # keeps its traceback
+  ],
+)
 @pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' way to read a file
 def test_other_mistakes(monkeypatch, argv, error, answer):
   monkeypatch.chdir(ROOT)

@@ -79,29 +79,44 @@ TAU, TOP_K, TOP_P, BETA, CLIP, PENALTY = 0.7, 24, 0.9, 0.5, 5.0, 1.5
 
 @pytest.fixture(scope="module")
 def run():
-  """Two steps on the same prompts, each with an eos inside, padded with `PAD`; see `Run` below for what it holds."""
+  """Two steps on the same prompts, each with an eos inside, padded with `PAD`; see `Run` below
+  for what it holds.
+  """
   return Run()
 
 
 class Run:
   def __init__(self):
     self.config = cfg = small.config(
-      rollout__temperature=TAU, rollout__top_k=TOP_K, rollout__top_p=TOP_P, kl__placement="reward", kl__estimator="k1",
-      kl__beta=BETA, ppo__aggregation="token_mean", policy__lr=3e-3,
-      shaping__clip=CLIP, shaping__missing_eos="subtract", shaping__missing_eos_penalty=PENALTY,
-    )  # fmt: skip
+      rollout__temperature=TAU,
+      rollout__top_k=TOP_K,
+      rollout__top_p=TOP_P,
+      kl__placement="reward",
+      kl__estimator="k1",
+      kl__beta=BETA,
+      ppo__aggregation="token_mean",
+      policy__lr=3e-3,
+      shaping__clip=CLIP,
+      shaping__missing_eos="subtract",
+      shaping__missing_eos_penalty=PENALTY,
+    )
     check_config(cfg)
     self.built, self.start = small.start(cfg)
     self.prompts = small.prompts(cfg, 0, left_pad=2)
     self.prompts.tokens[:, -4] = EOS  # as a template puts it after an earlier turn
     self.learn = jax.jit(make_learn(self.built.defs, cfg, self.built.mesh))
     self.read = jax.jit(lambda state, sequences: make_read(cfg)(*self.models(state), sequences))
-    self.rte = jax.jit(lambda tokens, mask: read_rte(
-      nnx.merge(self.built.defs.reward_backbone, self.start.reward_backbone), tokens, mask
-    ))
-    self.logits = jax.jit(lambda state, sequences: [
-      m.logits(predicts_response(m(sequences.tokens, sequences.token_mask).hidden, self.T)) for m in self.models(state)
-    ])
+    self.rte = jax.jit(
+      lambda tokens, mask: read_rte(
+        nnx.merge(self.built.defs.reward_backbone, self.start.reward_backbone), tokens, mask
+      )
+    )
+    self.logits = jax.jit(
+      lambda state, sequences: [
+        m.logits(predicts_response(m(sequences.tokens, sequences.token_mask).hidden, self.T))
+        for m in self.models(state)
+      ]
+    )
     self.sequences = self.draw(self.start, PAD)
     self.T = self.sequences.response_mask.shape[1]
     self.after, self.out = self.step(self.start, self.sequences)
@@ -113,7 +128,9 @@ class Run:
 
   @functools.cache
   def rollout(self, pad):
-    return jax.jit(make_rollout(self.built.defs, self.config, self.built.mesh, (EOS, OTHER_EOS), pad))
+    return jax.jit(
+      make_rollout(self.built.defs, self.config, self.built.mesh, (EOS, OTHER_EOS), pad)
+    )
 
   def draw(self, state, pad):
     return jax.device_get(self.rollout(pad)(state, self.prompts))
@@ -137,23 +154,36 @@ def with_response(sequences, tokens):
 def test_k1_in_the_loss_is_refused():
   config = default.get_config()
   config.kl.placement, config.kl.estimator = "loss", "k1"
-  with pytest.raises(ConfigError, match="config.kl.estimator is 'k1'.*gradient of k1 is zero.*'k2' or 'exact'"):
+  with pytest.raises(
+    ConfigError, match="config.kl.estimator is 'k1'.*gradient of k1 is zero.*'k2' or 'exact'"
+  ):
     check_config(config)
   config.kl.placement = "reward"
   check_config(config)
   config.kl.update(placement="loss", estimator="auto")
-  assert {kl_estimator(config, vocab) for vocab in (64, 100_000)} == {"exact", "k2"}  # never k1, never k3
+  assert {kl_estimator(config, vocab) for vocab in (64, 100_000)} == {
+    "exact",
+    "k2",
+  }  # never k1, never k3
 
 
 def test_k3_in_the_loss_is_the_other_direction():
-  """Exact expectations over five tokens: k1 has no gradient, k2 that of KL(pi || ref), k3 that of KL(ref || pi)."""
+  """Exact expectations over five tokens: k1 has no gradient, k2 that of KL(pi || ref), k3 that
+  of KL(ref || pi).
+  """
   with jax.enable_x64(True):
     logits, ref = (jnp.asarray(np.random.default_rng(seed).normal(size=5)) for seed in (0, 1))
     log_ref, weight = jax.nn.log_softmax(ref), jax.nn.softmax(logits)
-    kl = lambda p, q: (jnp.exp(p) * (p - q)).sum()
+
+    def kl(p, q):
+      return (jnp.exp(p) * (p - q)).sum()
+
     forward = jax.grad(lambda x: kl(jax.nn.log_softmax(x), log_ref))(logits)
     other = jax.grad(lambda x: kl(log_ref, jax.nn.log_softmax(x)))(logits)
-    loss = lambda term: jax.grad(lambda x: (weight * term(jax.nn.log_softmax(x), log_ref)).sum())(logits)
+
+    def loss(term):
+      return jax.grad(lambda x: (weight * term(jax.nn.log_softmax(x), log_ref)).sum())(logits)
+
     np.testing.assert_allclose(loss(losses.kl_k1), 0, atol=1e-12)
     np.testing.assert_allclose(loss(losses.kl_k2), forward, atol=1e-12)
     np.testing.assert_allclose(loss(losses.kl_k3), other, atol=1e-12)
@@ -162,13 +192,17 @@ def test_k3_in_the_loss_is_the_other_direction():
 
 @pytest.mark.parametrize("estimator", ["k2", "k3", "exact"])
 def test_kl_in_the_loss_pulls_back(estimator):
-  """With no advantage at all, a step against the loss's gradient brings the policy nearer to the reference."""
+  """With no advantage at all, a step against the loss's gradient brings the policy nearer to the
+  reference.
+  """
   config = default.get_config()
   config.kl.update(placement="loss", estimator=estimator)
   rng = np.random.default_rng(0)
   logits, ref = (jnp.asarray(rng.normal(size=(1, 1, 6)), jnp.float32) for _ in range(2))
   tokens, mask = np.arange(6, dtype=np.int32)[:, None], np.ones((6, 1), bool)  # every token once
-  head = lambda h: h
+
+  def head(h):
+    return h
 
   @jax.jit
   def read(x, other=ref):
@@ -177,9 +211,12 @@ def test_kl_in_the_loss_pulls_back(estimator):
 
   p = jnp.exp(read(logits).logprobs)
   batch = Experience(
-    Sequences(tokens, mask, mask, mask[:, 0]), old_logprobs=read(logits).logprobs, ref_logprobs=read(ref).logprobs,
-    ref_hidden=None, advantages=jnp.zeros((6, 1)),
-  )  # fmt: skip
+    Sequences(tokens, mask, mask, mask[:, 0]),
+    old_logprobs=read(logits).logprobs,
+    ref_logprobs=read(ref).logprobs,
+    ref_hidden=None,
+    advantages=jnp.zeros((6, 1)),
+  )
   objective = make_objective(config, 6)
 
   def loss(x):  # the expectation over tokens: each row's loss by the probability of its token
@@ -192,21 +229,39 @@ def test_kl_in_the_loss_pulls_back(estimator):
 
 
 def test_step_zero_with_temperature_and_truncation(run):
-  """T = 0.7, top-k and top-p: the ratio is 1 and the KL is 0 before any update, and neither is after one."""
+  """T = 0.7, top-k and top-p: the ratio is 1 and the KL is 0 before any update, and neither is
+  after one.
+  """
   assert run.out.metrics["policy/first_ratio_deviation"] <= 2e-5
   assert run.out.metrics["policy/old_ref_deviation"] == 0
   assert abs(run.out.metrics["kl"]) <= 1e-6
   assert run.second_out.metrics["policy/first_ratio_deviation"] <= 2e-5
-  assert run.second_out.metrics["policy/old_ref_deviation"] > 0.1 and run.second_out.metrics["kl"] > 0.01
+  assert (
+    run.second_out.metrics["policy/old_ref_deviation"] > 0.1 and run.second_out.metrics["kl"] > 0.01
+  )
 
 
 def test_exact_kl_of_one_model_to_itself_is_zero():
   """Also where sampling is truncated."""
   hidden = jax.random.normal(jax.random.key(0), (2, 3, 20))
-  for truncation in (Truncation(), Truncation(top_k=5), Truncation(top_p=0.6), Truncation(min_p=0.1)):
-    head = lambda h: 3 * h
-    stats = token_stats(head, hidden, jnp.zeros((2, 3), jnp.int32), temperature=TAU, truncation=truncation,
-                        ref=(head, hidden))  # fmt: skip
+  for truncation in (
+    Truncation(),
+    Truncation(top_k=5),
+    Truncation(top_p=0.6),
+    Truncation(min_p=0.1),
+  ):
+
+    def head(h):
+      return 3 * h
+
+    stats = token_stats(
+      head,
+      hidden,
+      jnp.zeros((2, 3), jnp.int32),
+      temperature=TAU,
+      truncation=truncation,
+      ref=(head, hidden),
+    )
     np.testing.assert_array_equal(stats.kl, 0)
 
 
@@ -224,7 +279,9 @@ def test_log_probabilities_of_what_is_sampled(run):
     for got, logits in ((old, policy_logits), (ref, ref_logits)):
       want = enumeration.log_distribution(logits[b, t][None], sampling, keep_here[None])[0, token]
       np.testing.assert_allclose(got.logprobs[b, t], want, atol=2e-5)
-    plain = enumeration.log_distribution(policy_logits[b, t][None], enumeration.Sampling(), np.ones((1, 64), bool))
+    plain = enumeration.log_distribution(
+      policy_logits[b, t][None], enumeration.Sampling(), np.ones((1, 64), bool)
+    )
     differ += abs(plain[0, token] - old.logprobs[b, t]) > 0.05
   assert differ > 0.9 * mask.sum()  # at T = 1 over the whole vocabulary they are others
 
@@ -236,15 +293,27 @@ def shaped_by_hand(run, out, sequences):
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_reward_of_the_step_by_hand(run, step):
-  """The first loss of a step, from the scores: shaping, KL in the reward and in RLOO's baseline, mean over tokens."""
-  state, sequences, out = [(run.start, run.sequences, run.out), (run.after, run.second, run.second_out)][step]
+  """The first loss of a step, from the scores: shaping, KL in the reward and in RLOO's baseline,
+  mean over tokens.
+  """
+  state, sequences, out = [
+    (run.start, run.sequences, run.out),
+    (run.after, run.second, run.second_out),
+  ][step]
   old, ref = jax.device_get(run.read(state, sequences))
   mask, K = sequences.response_mask, run.config.rollout.group_size
   kl = np.where(mask, old.logprobs.astype(float) - ref.logprobs, 0).sum(1)
-  baseline = lambda r: ((r.reshape(-1, K).sum(1, keepdims=True) - r.reshape(-1, K)) / (K - 1)).reshape(-1)
-  loss = lambda adv: -(adv * mask.sum(1)).sum() / mask.sum()
+
+  def baseline(r):
+    return ((r.reshape(-1, K).sum(1, keepdims=True) - r.reshape(-1, K)) / (K - 1)).reshape(-1)
+
+  def loss(adv):
+    return -(adv * mask.sum(1)).sum() / mask.sum()
+
   rewards = shaped_by_hand(run, out, sequences) - BETA * kl
-  np.testing.assert_allclose(out.metrics["policy/first_loss"], loss(rewards - baseline(rewards)), atol=2e-5)
+  np.testing.assert_allclose(
+    out.metrics["policy/first_loss"], loss(rewards - baseline(rewards)), atol=2e-5
+  )
   unshaped, shaped = out.judged.scores.astype(float), shaped_by_hand(run, out, sequences)
   others = {"no penalty": unshaped - baseline(unshaped) - BETA * (kl - baseline(kl))}
   if step:  # before the first update there is no KL
@@ -275,11 +344,15 @@ def test_padding_may_be_eos(run):
   np.testing.assert_array_equal(same.has_eos, run.sequences.has_eos)
   kept = run.sequences.response_mask
   np.testing.assert_array_equal(run.responses(same)[kept], run.responses(run.sequences)[kept])
-  assert (run.responses(same)[~kept] == EOS).all() and (run.responses(run.sequences)[~kept] == PAD).all()
+  assert (run.responses(same)[~kept] == EOS).all() and (
+    run.responses(run.sequences)[~kept] == PAD
+  ).all()
   prompt = np.asarray(same.tokens)[:, : -run.T]
   left = ~np.asarray(same.token_mask)[:, : -run.T]
-  same = with_response(same.replace(tokens=np.concatenate([np.where(left, EOS, prompt), run.responses(same)], 1)),
-                       run.responses(same))  # fmt: skip
+  same = with_response(
+    same.replace(tokens=np.concatenate([np.where(left, EOS, prompt), run.responses(same)], 1)),
+    run.responses(same),
+  )
   state, out = run.step(run.start, same)
   for name, value in run.out.metrics.items():
     np.testing.assert_array_equal(out.metrics[name], value, err_msg=name)
@@ -298,13 +371,18 @@ def test_every_eos_id_ends_a_response(run):
 
 
 def test_the_end_is_trained(run):
-  """The ending token is in the response, counts in the loss, and a good response makes it more likely."""
+  """The ending token is in the response, counts in the loss, and a good response makes it more
+  likely.
+  """
   sequences, ended = run.sequences, run.sequences.has_eos
   old, ref = run.read(run.start, sequences)
   zero = jnp.zeros_like(old.logprobs)
   adv = advantages.per_token(jnp.ones(len(ended)), jnp.asarray(sequences.response_mask))
   batch = Experience(sequences, old.logprobs, ref.logprobs, None, adv)
-  loss = lambda new: make_objective(run.config, 64)(TokenStats(new, zero, zero), batch, 0.0)[0]
+
+  def loss(new):
+    return make_objective(run.config, 64)(TokenStats(new, zero, zero), batch, 0.0)[0]
+
   gradient = np.asarray(jax.jit(jax.grad(loss))(old.logprobs))
   length = sequences.response_mask.sum(1)
   at_end = gradient[np.arange(len(ended)), length - 1][ended]
@@ -329,7 +407,9 @@ def test_a_sampled_pad_is_a_word(run):
   """A pad id that is no eos may be sampled: it counts, and at the length limit it is no end."""
   cut = ~run.sequences.has_eos
   said = np.where(run.sequences.response_mask, run.responses(run.sequences), -1)
-  pad = max(said[cut, -1], key=lambda word: (said[:, :-1] == word).sum())  # said at a row's cut, and before
+  pad = max(
+    said[cut, -1], key=lambda word: (said[:, :-1] == word).sum()
+  )  # said at a row's cut, and before
   sequences = run.draw(run.start, int(pad))
   np.testing.assert_array_equal(sequences.response_mask, run.sequences.response_mask)
   np.testing.assert_array_equal(sequences.has_eos, run.sequences.has_eos)
@@ -339,9 +419,13 @@ def test_a_sampled_pad_is_a_word(run):
 
 
 def test_padding_is_never_read(run):
-  """Other tokens in the padding, left and right, change not a bit: log-probabilities, scores, the update."""
+  """Other tokens in the padding, left and right, change not a bit: log-probabilities, scores,
+  the update.
+  """
   noise = np.random.default_rng(0).integers(0, 64, run.sequences.tokens.shape, dtype=np.int32)
-  dirty = run.sequences.replace(tokens=np.where(run.sequences.token_mask, run.sequences.tokens, noise))
+  dirty = run.sequences.replace(
+    tokens=np.where(run.sequences.token_mask, run.sequences.tokens, noise)
+  )
   assert (dirty.tokens != run.sequences.tokens).any()
   mask = run.sequences.response_mask
   for one, other in zip(run.read(run.start, run.sequences), run.read(run.start, dirty)):
@@ -352,7 +436,9 @@ def test_padding_is_never_read(run):
 
 
 def test_the_reward_model_reads_the_end(run):
-  """H_last is that of the ending token itself, where padding is eos too: as of the row cut there, and no other."""
+  """H_last is that of the ending token itself, where padding is eos too: as of the row cut
+  there, and no other.
+  """
   ended = np.flatnonzero(run.sequences.has_eos & (run.sequences.response_mask.sum(1) < run.T))
   tokens, mask = np.array(run.sequences.tokens), np.array(run.sequences.token_mask)
   tokens[~mask] = EOS
@@ -370,7 +456,9 @@ def test_the_reward_model_reads_the_end(run):
   assert (np.abs(run.rte(swapped, mask)[ended] - plain[ended]).max(1) > 1e-2).all()
 
 
-@pytest.mark.parametrize("how, want", [("none", [4.0, -2.0]), ("subtract", [4.0, -3.5]), ("replace", [4.0, -1.5])])
+@pytest.mark.parametrize(
+  "how, want", [("none", [4.0, -2.0]), ("subtract", [4.0, -3.5]), ("replace", [4.0, -1.5])]
+)
 def test_missing_end(how, want):
   settings = default.get_config().shaping
   settings.update(missing_eos=how, missing_eos_penalty=1.5)
@@ -378,11 +466,15 @@ def test_missing_end(how, want):
   np.testing.assert_allclose(shape_scores(scores, jnp.array([3, 8]), has_eos, settings), want)
   settings.length_penalty = 0.1
   want = np.array(want) - 0.1 * np.array([3, 8])
-  np.testing.assert_allclose(shape_scores(scores, jnp.array([3, 8]), has_eos, settings), want, rtol=1e-6)
+  np.testing.assert_allclose(
+    shape_scores(scores, jnp.array([3, 8]), has_eos, settings), want, rtol=1e-6
+  )
 
 
 def test_lengths_are_tokens(run, capsys):
-  """A row's limits, the length penalty and the length reported: all in tokens, the ending one included."""
+  """A row's limits, the length penalty and the length reported: all in tokens, the ending one
+  included.
+  """
   config = default.get_config()
   config.data.update(max_prompt_length=3, max_response_length=4)
   ids = [([1, 2, 3], [4] * 4), ([1] * 4, [4]), ([1], [4] * 5), ([1], [4] * 3)]
@@ -391,7 +483,9 @@ def test_lengths_are_tokens(run, capsys):
   shown = capsys.readouterr().out
   assert "1 dropped: prompt over 3 tokens" in shown and "1 dropped: response over 4 tokens" in shown
   assert run.sequences.response_mask.shape[1] == run.config.rollout.max_new_tokens
-  np.testing.assert_allclose(run.out.metrics["length"], run.sequences.response_mask.sum(1).mean(), rtol=1e-6)
+  np.testing.assert_allclose(
+    run.out.metrics["length"], run.sequences.response_mask.sum(1).mean(), rtol=1e-6
+  )
 
 
 # ---- advantages ----
@@ -399,12 +493,16 @@ def test_lengths_are_tokens(run, capsys):
 
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo", "reinforce++", "ppo"])
 def test_tied_groups(algorithm):
-  """All scores of a group equal: advantage and gradient are zero, not NaN; a difference of 1e-6 stays one."""
+  """All scores of a group equal: advantage and gradient are zero, not NaN; a difference of 1e-6
+  stays one.
+  """
   config = default.get_config()
   config.algorithm, config.rollout.group_size = algorithm, 3
   mask = jnp.ones((6, 2), bool)
   zero = jnp.zeros(mask.shape)
-  make = jax.jit(lambda scores: make_advantages(config)(scores, zero, mask, 0.0, values=zero).advantages)
+  make = jax.jit(
+    lambda scores: make_advantages(config)(scores, zero, mask, 0.0, values=zero).advantages
+  )
   tied = jnp.array([0.1, 0.1, 0.1, 7.3, 7.3, 7.3])
   found, pull = make(tied), jax.jit(jax.grad(lambda s: (make(s) ** 2).sum()))(tied)
   assert np.isfinite(found).all() and np.isfinite(pull).all()
@@ -413,7 +511,9 @@ def test_tied_groups(algorithm):
     near = tied + jnp.array([1e-6, 0, 0, 0, 0, 0])
     assert np.abs(make(near)).max() <= 1e-6 / np.sqrt(config.ppo.advantage_eps) * 1.5
   else:
-    np.testing.assert_allclose(make(jnp.full(6, 0.1)), 0 if algorithm == "reinforce++" else 0.1, atol=0.02)
+    np.testing.assert_allclose(
+      make(jnp.full(6, 0.1)), 0 if algorithm == "reinforce++" else 0.1, atol=0.02
+    )
 
 
 def test_a_group_of_one_is_refused():
@@ -424,16 +524,20 @@ def test_a_group_of_one_is_refused():
 
 
 def test_rewards_are_clipped_before_the_baseline(run):
-  """Scores far above the clip all become the clip: their group ties but for the missing ends. Clipped after the
-  baseline, their differences would be left."""
-  head, frozen = (jax.tree.map(jnp.copy, x) for x in (run.start.reward_head, run.start.reward_frozen))
+  """Scores far above the clip all become the clip: their group ties but for the missing ends.
+  Clipped after the baseline, their differences would be left."""
+  head, frozen = (
+    jax.tree.map(jnp.copy, x) for x in (run.start.reward_head, run.start.reward_frozen)
+  )
   head["phi"]["bias"][...] = head["phi"]["bias"][...] + 1000.0
   _, out = run.step(run.start.replace(reward_head=head, reward_frozen=frozen), run.sequences)
   assert out.judged.scores.min() > 900 and out.judged.scores.std() > 0.1
   K, length = run.config.rollout.group_size, run.sequences.response_mask.sum(1)
   groups = np.where(run.sequences.has_eos, CLIP, CLIP - PENALTY).reshape(-1, K)
   adv = ((groups - groups.mean(1, keepdims=True)) * K / (K - 1)).reshape(-1)
-  np.testing.assert_allclose(out.metrics["policy/first_loss"], -(adv * length).sum() / length.sum(), atol=1e-5)
+  np.testing.assert_allclose(
+    out.metrics["policy/first_loss"], -(adv * length).sum() / length.sum(), atol=1e-5
+  )
 
 
 def test_whitening_leaves_padding_out():
@@ -453,22 +557,31 @@ def batch_of(lengths, columns=6, seed=0):
   old = -rng.exponential(size=(len(lengths), columns)).astype(np.float32)
   mask = np.arange(columns) < np.asarray(lengths)[:, None]
   adv = np.where(mask, rng.normal(size=(len(lengths), 1)), 0).astype(np.float32)
-  sequences = Sequences(tokens=mask.astype(np.int32), token_mask=mask, response_mask=mask, has_eos=mask[:, -1])
+  sequences = Sequences(
+    tokens=mask.astype(np.int32), token_mask=mask, response_mask=mask, has_eos=mask[:, -1]
+  )
   batch = Experience(sequences, old, old + 0.3, mask.astype(np.float32), adv)
   return (old + 0.1 * rng.normal(size=old.shape)).astype(np.float32), batch
 
 
 def loss_of(config, new, batch, beta=0.1):
-  return make_objective(config, 100_000)(TokenStats(new, jnp.zeros_like(new), jnp.zeros_like(new)), batch, beta)[0]
+  return make_objective(config, 100_000)(
+    TokenStats(new, jnp.zeros_like(new), jnp.zeros_like(new)), batch, beta
+  )[0]
 
 
 def test_token_mean_counts_tokens_of_all_devices():
-  """Eight devices, one long or short row each: the sum over all tokens by the count of all, and not a mean of means."""
+  """Eight devices, one long or short row each: the sum over all tokens by the count of all, and
+  not a mean of means.
+  """
   config = default.get_config()
   config.ppo.aggregation = "token_mean"
   new, batch = batch_of([6, 1, 1, 1, 5, 1, 2, 1])
   mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
-  split = lambda x: jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+
+  def split(x):
+    return jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))
+
   both = jax.jit(jax.value_and_grad(lambda new, batch: loss_of(config, new, batch)))
   loss, gradient = both(split(new), jax.tree.map(split, batch))
   value, want = both(new, batch)
@@ -485,13 +598,20 @@ def test_aggregations_are_what_they_say(how):
   """By hand for a row of 4 tokens and one of 1; the same batch twice over has the same loss."""
   x = jnp.array([[1.0, 2.0, 3.0, 4.0], [10.0, 99.0, 99.0, 99.0]])
   mask = jnp.array([[True] * 4, [True] + [False] * 3])
-  want = {"sequence_sum": (10 + 10) / 2, "sequence_mean": (2.5 + 10) / 2, "token_mean": 20 / 5, "constant": 20 / 8}[how]
+  want = {
+    "sequence_sum": (10 + 10) / 2,
+    "sequence_mean": (2.5 + 10) / 2,
+    "token_mean": 20 / 5,
+    "constant": 20 / 8,
+  }[how]
   np.testing.assert_allclose(ops.aggregate(x, mask, how), want)
   np.testing.assert_allclose(ops.aggregate(jnp.tile(x, (2, 1)), jnp.tile(mask, (2, 1)), how), want)
 
 
 def test_rloo_is_over_whole_responses():
-  """By default every token of a response pulls with the whole advantage, however long the response is."""
+  """By default every token of a response pulls with the whole advantage, however long the
+  response is.
+  """
   config = default.get_config()
   assert config.algorithm == "rloo"
   _, batch = batch_of([6, 1, 3, 2])
@@ -500,8 +620,8 @@ def test_rloo_is_over_whole_responses():
 
 
 def test_the_second_epoch_is_off_policy(run):
-  """Old log-probabilities are of the policy that drew the samples, in every epoch, so the ratio moves and the clip
-  acts. The mean over both epochs is not the first."""
+  """Old log-probabilities are of the policy that drew the samples, in every epoch, so the ratio
+  moves and the clip acts. The mean over both epochs is not the first."""
   assert run.config.ppo.epochs == 2
   metrics = run.out.metrics
   assert metrics["policy/first_ratio_deviation"] <= 2e-5 and metrics["policy/ratio_deviation"] > 0.1
@@ -513,21 +633,35 @@ def test_the_second_epoch_is_off_policy(run):
 def loss_and_gradient(new, advantages, dual_clip):
   mask = jnp.ones(new.shape, bool)
   settings = dict(clip_eps=0.2, aggregation="token_mean", dual_clip=dual_clip)
-  loss = lambda new: losses.ppo_clip(new, jnp.zeros_like(new), advantages, mask, **settings)[0]
+
+  def loss(new):
+    return losses.ppo_clip(new, jnp.zeros_like(new), advantages, mask, **settings)[0]
+
   return jax.value_and_grad(loss)(new)
 
 
 def clipped_loss(ratio, advantage, dual_clip=0.0):
   """(loss, gradient) of one token."""
-  loss, gradient = loss_and_gradient(np.log(np.full((1, 1), ratio, np.float32)), np.full((1, 1), advantage), dual_clip)
+  loss, gradient = loss_and_gradient(
+    np.log(np.full((1, 1), ratio, np.float32)), np.full((1, 1), advantage), dual_clip
+  )
   return float(loss), float(gradient[0, 0])
 
 
-@pytest.mark.parametrize("ratio, advantage, loss, gradient", [
-  (1.5, 1.0, -1.2, 0.0), (0.5, 1.0, -0.5, -0.5), (1.5, -1.0, 1.5, 1.5), (0.5, -1.0, 0.8, 0.0), (1.0, -1.0, 1.0, 1.0),
-])
+@pytest.mark.parametrize(
+  "ratio, advantage, loss, gradient",
+  [
+    (1.5, 1.0, -1.2, 0.0),
+    (0.5, 1.0, -0.5, -0.5),
+    (1.5, -1.0, 1.5, 1.5),
+    (0.5, -1.0, 0.8, 0.0),
+    (1.0, -1.0, 1.0, 1.0),
+  ],
+)
 def test_the_clip_is_pessimistic(ratio, advantage, loss, gradient):
-  """The larger of the two losses: a negative advantage is never bounded where the ratio has grown."""
+  """The larger of the two losses: a negative advantage is never bounded where the ratio has
+  grown.
+  """
   np.testing.assert_allclose(clipped_loss(ratio, advantage), (loss, gradient), atol=1e-6)
 
 
@@ -555,7 +689,9 @@ def renderers(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", tiny_text.KINDS)
 def test_one_rendering_for_training_and_rl(kind, renderers):
-  """The rows that the reward model is fitted on, and what it is asked in RL about the same sampled response."""
+  """The rows that the reward model is fitted on, and what it is asked in RL about the same
+  sampled response.
+  """
   renderer = renderers[kind]
   tokenizer = renderer.tokenizer
   reward = types.SimpleNamespace(renderer=renderer)
@@ -564,8 +700,10 @@ def test_one_rendering_for_training_and_rl(kind, renderers):
 
   said = [*tokenizer.encode(ANSWER, special=False), tokenizer.eos_ids[-1]]
   mask = np.ones((1, len(said)), bool)
-  sequences = Sequences(np.array([[1, *said]]), np.ones((1, len(said) + 1), bool), mask, np.array([True]))
-  (text, truncated), = responses_of(sequences, tokenizer)
+  sequences = Sequences(
+    np.array([[1, *said]]), np.ones((1, len(said) + 1), bool), mask, np.array([True])
+  )
+  ((text, truncated),) = responses_of(sequences, tokenizer)
   tokens, asked = renderer.batch([(ASK, text, truncated)])
   assert tokens[0][asked[0]].tolist() == trained
   if tokenizer.has_template:
@@ -574,23 +712,43 @@ def test_one_rendering_for_training_and_rl(kind, renderers):
 
 @pytest.mark.parametrize("kind", tiny_text.KINDS)
 def test_a_long_reply_is_read_as_cut_off(kind, renderers):
-  """With reward.max_reply_length a long reply is read as RL reads a response cut off there; a short one is whole."""
+  """With reward.max_reply_length a long reply is read as RL reads a response cut off there; a
+  short one is whole.
+  """
   renderer = dataclasses.replace(renderers[kind], max_length=24)
   tokenizer, cfg = renderer.tokenizer, default.get_config()
-  cfg.data.max_prompt_length, cfg.data.max_response_length, cfg.data.max_chosen_length = 1, 1, 1  # all are over
+  cfg.data.max_prompt_length, cfg.data.max_response_length, cfg.data.max_chosen_length = (
+    1,
+    1,
+    1,
+  )  # all are over
   long, short = " ".join([ANSWER] * 3), "The cat"
   said = tokenizer.encode(long, special=False)
   cfg.reward.max_reply_length, cfg.reward.max_length = limit, most = len(said) // 2, 24
   assert len(tokenizer.encode(short, special=False)) <= limit < most
-  rows = [{"prompt": ASK, "chosen": long, "rejected": short}, {"prompt": ASK * 9, "chosen": short, "rejected": long}]
-  kept, ((cut, whole), (far, _)) = pair_ids(cfg, types.SimpleNamespace(renderer=renderer), rows, "a test")
-  assert len(kept) == 2 and [side["truncated"] for row in kept for side in row["sides"]] == [True, False, False, True]
+  rows = [
+    {"prompt": ASK, "chosen": long, "rejected": short},
+    {"prompt": ASK * 9, "chosen": short, "rejected": long},
+  ]
+  kept, ((cut, whole), (far, _)) = pair_ids(
+    cfg, types.SimpleNamespace(renderer=renderer), rows, "a test"
+  )
+  assert len(kept) == 2 and [side["truncated"] for row in kept for side in row["sides"]] == [
+    True,
+    False,
+    False,
+    True,
+  ]
 
   mask, token_mask = np.ones((1, limit), bool), np.ones((1, limit + 1), bool)
   sequences = Sequences(np.array([[1, *said[:limit]]]), token_mask, mask, np.array([False]))
   tokens, asked = renderer.batch([(ASK, *responses_of(sequences, tokenizer)[0])])
   assert tokens[0][asked[0]].tolist() == cut
-  assert whole == renderer.ids(ASK, short) and len(far) == most and far[-8:] == renderer.ids(ASK, short)[-8:]
+  assert (
+    whole == renderer.ids(ASK, short)
+    and len(far) == most
+    and far[-8:] == renderer.ids(ASK, short)[-8:]
+  )
 
 
 @pytest.mark.parametrize("kind", [kind for kind in tiny_text.KINDS if kind != "plain"])
@@ -599,8 +757,10 @@ def test_truncated_answers_look_truncated(kind, renderers):
   tokenizer = renderer.tokenizer
   said = tokenizer.encode(ANSWER, special=False)
   mask = np.ones((1, len(said)), bool)
-  sequences = Sequences(np.array([[1, *said]]), np.ones((1, len(said) + 1), bool), mask, np.array([False]))
-  (text, truncated), = responses_of(sequences, tokenizer)
+  sequences = Sequences(
+    np.array([[1, *said]]), np.ones((1, len(said) + 1), bool), mask, np.array([False])
+  )
+  ((text, truncated),) = responses_of(sequences, tokenizer)
   cut, done = renderer.ids(ASK, text, truncated=truncated), renderer.ids(ASK, text)
   assert truncated and text == ANSWER
   assert done[: len(cut)] == cut and tokenizer.end_id in done[len(cut) :]
@@ -630,11 +790,15 @@ def test_long_inputs_keep_their_end(kind, renderers):
 
 
 def test_scores_are_not_cast_to_integers(run):
-  """0.73 stays 0.73 on its way to the last token, next to integer ids; integer scores are refused, not used."""
+  """0.73 stays 0.73 on its way to the last token, next to integer ids; integer scores are
+  refused, not used.
+  """
   config = default.get_config()
   config.algorithm, config.critic.lam = "ppo", 1.0
   mask = jnp.array([[True, True, True], [True, False, False]])
-  made = make_advantages(config)(jnp.array([0.73, -1.9]), jnp.zeros((2, 3)), mask, 0.0, values=jnp.zeros((2, 3)))
+  made = make_advantages(config)(
+    jnp.array([0.73, -1.9]), jnp.zeros((2, 3)), mask, 0.0, values=jnp.zeros((2, 3))
+  )
   np.testing.assert_allclose(made.advantages, [[0.73] * 3, [-1.9, 0, 0]], rtol=1e-6)
   np.testing.assert_allclose(made.returns, [[0.73] * 3, [-1.9, 0, 0]], rtol=1e-6)
   for f in (lambda s: advantages.rloo(s, 2), lambda s: advantages.grpo(s, 2, eps=1e-4)):
@@ -648,13 +812,17 @@ def test_scores_are_not_cast_to_integers(run):
 
 
 def test_no_key_is_used_twice(run):
-  """The same prompts and weights again at another step or under another seed, and the samples of one prompt: all
-  differ. The same step again is the same."""
+  """The same prompts and weights again at another step or under another seed, and the samples of
+  one prompt: all differ. The same step again is the same."""
   first = run.responses(run.sequences)
   K = run.config.rollout.group_size
   for group in first.reshape(-1, K, run.T):
     assert len(np.unique(group, axis=0)) > 1
-  states = run.start, run.start.replace(step=run.start.step + 1), run.start.replace(key=jax.random.key(1234))
+  states = (
+    run.start,
+    run.start.replace(step=run.start.step + 1),
+    run.start.replace(key=jax.random.key(1234)),
+  )
   again, later, other = (run.responses(run.draw(state, PAD)) for state in states)
   np.testing.assert_array_equal(again, first)
   for drawn in (later, other):
@@ -667,5 +835,7 @@ def test_no_key_is_used_twice(run):
 def test_the_table_at_the_top_is_complete():
   named = [line.split()[0] for line in __doc__.splitlines() if line.startswith("  ")]
   assert sorted(named) == sorted(
-    name.removeprefix("test_") for name in globals() if name.startswith("test_") and "the_table" not in name
+    name.removeprefix("test_")
+    for name in globals()
+    if name.startswith("test_") and "the_table" not in name
   )

@@ -1,4 +1,5 @@
-"""What other people's files, folders and machines do to us: a test for each kind of fault that reports tell of.
+"""What other people's files, folders and machines do to us: a test for each kind of fault that
+reports tell of.
 
 Each test states the right value or the refusal, against transformers or a plain reader.
 """
@@ -23,18 +24,21 @@ from flax import nnx
 
 from configs import default
 from r2m_jax.config import ConfigError, check_config
+from r2m_jax.data.checked import split_names
 from r2m_jax.data.files import find_files
 from r2m_jax.data.forms import BadRow, as_row
 from r2m_jax.data.jsonl import DataError, check_output, read_rows, write_rows
 from r2m_jax.data.rows import load
-from r2m_jax.data.checked import split_names
 from r2m_jax.data.text import Renderer, TextError, dated, load_tokenizer
 from r2m_jax.hf.folders import FolderError, load_policy
 from r2m_jax.hf.weights import PretrainedError, load_pretrained
 from r2m_jax.tasks.serve import require_finite
 
 ROOT = pathlib.Path(__file__).parents[1]
-USER, REPLY = {"role": "user", "content": "What is rain?"}, {"role": "assistant", "content": "Water."}
+USER, REPLY = (
+  {"role": "user", "content": "What is rain?"},
+  {"role": "assistant", "content": "Water."},
+)
 
 
 def lines(path, *rows):
@@ -108,9 +112,13 @@ def their_logits(folder):
 def test_a_single_file_is_preferred_to_a_stale_index_as_by_transformers(llama):
   weights = safetensors.numpy.load_file(llama / "model.safetensors")
   other = {name: x + 1 for name, x in weights.items()}
-  safetensors.numpy.save_file(other, llama / "model-00001-of-00001.safetensors", metadata={"format": "pt"})
+  safetensors.numpy.save_file(
+    other, llama / "model-00001-of-00001.safetensors", metadata={"format": "pt"}
+  )
   where = dict.fromkeys(weights, "model-00001-of-00001.safetensors")
-  (llama / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+  (llama / "model.safetensors.index.json").write_text(
+    json.dumps({"metadata": {}, "weight_map": where})
+  )
   np.testing.assert_allclose(logits(llama), their_logits(llama), atol=1e-4)
 
 
@@ -124,12 +132,21 @@ def test_a_head_that_is_not_the_tied_embedding_is_refused_and_a_copy_of_it_is_no
   np.testing.assert_allclose(logits(llama), their_logits(llama), atol=1e-4)
 
 
-@pytest.mark.parametrize("changes", [
-  dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}), dict(rope_scaling={"type": "linear", "factor": 2.0}),
-  dict(rope_theta=500000.0),
-], ids=["yarn", "linear", "theta"])  # fmt: skip
+@pytest.mark.parametrize(
+  "changes",
+  [
+    dict(rope_scaling={"rope_type": "yarn", "factor": 4.0}),
+    dict(rope_scaling={"type": "linear", "factor": 2.0}),
+    dict(rope_theta=500000.0),
+  ],
+  ids=["yarn", "linear", "theta"],
+)
 def test_rotary_settings_that_disagree_are_refused(llama, changes):
-  edit(llama / "config.json", rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, **changes)
+  edit(
+    llama / "config.json",
+    rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+    **changes,
+  )
   with pytest.raises(ValueError, match="disagree; keep one of them"):
     load_pretrained(llama)
 
@@ -142,7 +159,10 @@ def test_partial_rotation_of_a_family_that_ignores_it_is_refused(llama):
 
 
 def test_float8_tensors_are_refused_by_name(llama):
-  weights = {name: torch.from_numpy(x) for name, x in safetensors.numpy.load_file(llama / "model.safetensors").items()}
+  weights = {
+    name: torch.from_numpy(x)
+    for name, x in safetensors.numpy.load_file(llama / "model.safetensors").items()
+  }
   weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.float8_e4m3fn)
   safetensors.torch.save_file(weights, llama / "model.safetensors", metadata={"format": "pt"})
   with pytest.raises(PretrainedError, match="F8_E4M3, the first model.norm.weight: quantised"):
@@ -160,7 +180,9 @@ def test_an_adapter_folder_as_policy_is_called_one(tmp_path):
 
 def test_results_that_are_not_finite_are_never_written(tmp_path):
   config, out = default.get_config(), tmp_path / "out.jsonl"
-  with pytest.raises(FolderError, match="the scores of 2 of 3 rows are not finite, the first of row 2; nothing was"):
+  with pytest.raises(
+    FolderError, match="the scores of 2 of 3 rows are not finite, the first of row 2; nothing was"
+  ):
     require_finite(config, np.isfinite([0.0, np.nan, np.inf]), "scores", "config.reward.path = m")
   with pytest.raises(ValueError):
     write_rows(str(out), [{"score": float("nan")}])
@@ -196,7 +218,9 @@ def test_a_folder_of_several_splits_gives_one(tmp_path):
   assert prompts(tmp_path) == ["train"] and prompts(tmp_path, split="test") == ["test"]
   with pytest.raises(DataError, match="none of config.data.split = 'dev'"):
     prompts(tmp_path, split="dev")
-  assert len(find_files(str(tmp_path / "data/*.jsonl"), split="train")) == 3  # a pattern says itself what it wants
+  assert (
+    len(find_files(str(tmp_path / "data/*.jsonl"), split="train")) == 3
+  )  # a pattern says itself what it wants
 
 
 def test_arrow_files_are_refused_with_what_converts_them(tmp_path):
@@ -214,13 +238,16 @@ def test_a_name_with_a_comma_is_one_name(tmp_path):
 # ---- one reader of rows ----
 
 
-@pytest.mark.parametrize("raw, message", [
-  (b'{"prompt": "Hi \\ud83d there"}', "half of a surrogate pair"),
-  (b'{"prompt": "caf\xe9"}', "invalid UTF-8"),
-  (b'{"prompt": "a"', "cut off"),
-  (b'{"prompt": 3}', "needs 'prompt'"),
-  (b'{"prompt": "a", "truncated": "false"}', "give true or false, without quotes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "raw, message",
+  [
+    (b'{"prompt": "Hi \\ud83d there"}', "half of a surrogate pair"),
+    (b'{"prompt": "caf\xe9"}', "invalid UTF-8"),
+    (b'{"prompt": "a"', "cut off"),
+    (b'{"prompt": 3}', "needs 'prompt'"),
+    (b'{"prompt": "a", "truncated": "false"}', "give true or false, without quotes"),
+  ],
+)
 def test_generate_and_score_name_the_row_that_cannot_be_read(tmp_path, raw, message):
   file = tmp_path / "in.jsonl"
   file.write_bytes(b'\xef\xbb\xbf{"prompt": "fine \\ud83d\\ude00"}\n\n' + raw)
@@ -247,11 +274,18 @@ def test_a_template_writes_the_day_that_it_is_given(tmp_path):
 
 
 def test_a_dialogue_that_goes_on_after_the_rows_prompt_is_read():
-  more = [USER, REPLY, {"role": "user", "content": "And the sea?"}, {"role": "assistant", "content": "More."}]
+  more = [
+    USER,
+    REPLY,
+    {"role": "user", "content": "And the sea?"},
+    {"role": "assistant", "content": "More."},
+  ]
   row = as_row({"prompt": "What is rain?", "messages": more}, "response")
   assert row == {"prompt": more[:-1], "response": "More."}
   system = {"role": "system", "content": "Be brief."}
-  assert as_row({"prompt": "What is rain?", "messages": [system, USER, REPLY]}, "response")["prompt"] == [system, USER]
+  assert as_row({"prompt": "What is rain?", "messages": [system, USER, REPLY]}, "response")[
+    "prompt"
+  ] == [system, USER]
   with pytest.raises(BadRow, match="does not begin"):
     as_row({"prompt": "What is snow?", "messages": more}, "response")
 
@@ -268,9 +302,15 @@ def test_an_empty_system_message_is_no_system_message():
 # ---- the machine around a run ----
 
 
-@pytest.mark.parametrize("field, value", [
-  ("seed", 2**32), ("seed", 99999999999999999999), ("data.date", "30 Nov 2026"), ("data.date", "2026-02-30"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "field, value",
+  [
+    ("seed", 2**32),
+    ("seed", 99999999999999999999),
+    ("data.date", "30 Nov 2026"),
+    ("data.date", "2026-02-30"),
+  ],
+)
 def test_seeds_and_days_that_cannot_be_are_refused(field, value):
   config = default.get_config()
   config.update_from_flattened_dict({field: value})
@@ -279,7 +319,9 @@ def test_seeds_and_days_that_cannot_be_are_refused(field, value):
 
 
 def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path):
-  with pytest.raises(DataError, match="config.score.output is .*: a folder; give the name of a file"):
+  with pytest.raises(
+    DataError, match="config.score.output is .*: a folder; give the name of a file"
+  ):
     check_output(str(tmp_path), "config.score.output")
   (tmp_path / "file").write_text("")
   with pytest.raises(DataError, match="its folder cannot be made"):
@@ -287,13 +329,26 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path):
   check_output(str(tmp_path / "new/out.jsonl"), "config.score.output")
 
 
-@pytest.mark.parametrize("environment, status, said", [
-  ({"JAX_PLATFORMS": "cuda"}, 2, "error: JAX finds no device with JAX_PLATFORMS=cuda"),
-  ({"PYTHONIOENCODING": "ascii"}, 2, "error: there is no file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "environment, status, said",
+  [
+    ({"JAX_PLATFORMS": "cuda"}, 2, "error: JAX finds no device with JAX_PLATFORMS=cuda"),
+    ({"PYTHONIOENCODING": "ascii"}, 2, "error: there is no file"),
+  ],
+)
 def test_the_environment_is_refused_or_lived_with_in_one_line(tmp_path, environment, status, said):
-  command = [sys.executable, "-m", "r2m_jax.main", "--config=configs/default.py", f"--workdir={tmp_path}",
-             "--config.task=generate", "--config.policy.path=\u732b", "--config.generate.input=\u732b.jsonl",
-             f"--config.generate.output={tmp_path}/out.jsonl"]  # fmt: skip
-  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
+  command = [
+    sys.executable,
+    "-m",
+    "r2m_jax.main",
+    "--config=configs/default.py",
+    f"--workdir={tmp_path}",
+    "--config.task=generate",
+    "--config.policy.path=\u732b",
+    "--config.generate.input=\u732b.jsonl",
+    f"--config.generate.output={tmp_path}/out.jsonl",
+  ]
+  result = subprocess.run(
+    command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment
+  )
   assert result.returncode == status and said in result.stderr and "Traceback" not in result.stderr

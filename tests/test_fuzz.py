@@ -1,4 +1,6 @@
-"""Two hundred malformed command lines: each is answered in one line of ours, or is a valid config; no traceback."""
+"""Two hundred malformed command lines: each is answered in one line of ours, or is a valid
+config; no traceback.
+"""
 
 import pathlib
 import sys
@@ -15,17 +17,63 @@ from r2m_jax.config import ConfigError, _fields, check_config
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs/quickstart.py"
 FIELDS = _fields(quickstart.get_config())
-NUMBERS = ["-1", "0", "1", "3", "0.5", "-0.0", "nan", "inf", "-inf", "1e400", "1e-400", str(10**30), "0x10", "1_0"]
-WORDS = ["", "None", "True", "[]", "()", "(1,)", "(0, 0, 0)", "(-1, 1, 1)", "('r2m',)", "(nan, 1, 1)", "{}", "((", "'",
-         "../../etc/passwd", "a/../b", "\u202e\x00", "hf_" + "a" * 34, "<script>", "r2m", "grpo", "@file", "=",
-         "--x"]  # fmt: skip
-values = st.one_of(st.sampled_from(NUMBERS), st.sampled_from(WORDS), st.integers().map(str), st.floats().map(str),
-                   st.text(max_size=12))  # fmt: skip
-names = st.one_of(st.sampled_from(FIELDS), st.sampled_from(FIELDS).map(lambda name: name[:-1]), st.text(max_size=8))
+NUMBERS = [
+  "-1",
+  "0",
+  "1",
+  "3",
+  "0.5",
+  "-0.0",
+  "nan",
+  "inf",
+  "-inf",
+  "1e400",
+  "1e-400",
+  str(10**30),
+  "0x10",
+  "1_0",
+]
+WORDS = [
+  "",
+  "None",
+  "True",
+  "[]",
+  "()",
+  "(1,)",
+  "(0, 0, 0)",
+  "(-1, 1, 1)",
+  "('r2m',)",
+  "(nan, 1, 1)",
+  "{}",
+  "((",
+  "'",
+  "../../etc/passwd",
+  "a/../b",
+  "\u202e\x00",
+  "hf_" + "a" * 34,
+  "<script>",
+  "r2m",
+  "grpo",
+  "@file",
+  "=",
+  "--x",
+]
+values = st.one_of(
+  st.sampled_from(NUMBERS),
+  st.sampled_from(WORDS),
+  st.integers().map(str),
+  st.floats().map(str),
+  st.text(max_size=12),
+)
+names = st.one_of(
+  st.sampled_from(FIELDS), st.sampled_from(FIELDS).map(lambda name: name[:-1]), st.text(max_size=8)
+)
 
 
 def answer(arguments: list[str]) -> str | None:
-  """What the command says of its arguments; None where it would run. Any other exception than ours goes through."""
+  """What the command says of its arguments; None where it would run. Any other exception than
+  ours goes through.
+  """
   argv = ["main", f"--config={CONFIG}", "--workdir=runs/fuzz", *arguments]
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(sys, "argv", argv)  # where config_flags looks for the overrides
@@ -54,7 +102,9 @@ def parsed(argv: list[str]) -> str | None:
   return None
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(
+  max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+)
 @given(st.lists(st.tuples(names, values), min_size=1, max_size=3))
 @pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' way to read a file
 def test_malformed_command_lines_are_answered_in_one_line(tmp_path_factory, pairs):
@@ -74,10 +124,14 @@ def test_the_fuzzer_sees_refusals_and_valid_configs():
   assert "is a section" in answer(["--config.lab={}"])
 
 
-@pytest.mark.parametrize("secret", ["hf_" + "A1b2" * 9, "https://me:pw@hub.co/x", "sk-" + "x1" * 12, "ghp_" + "a" * 36])
+@pytest.mark.parametrize(
+  "secret", ["hf_" + "A1b2" * 9, "https://me:pw@hub.co/x", "sk-" + "x1" * 12, "ghp_" + "a" * 36]
+)
 def test_a_secret_is_refused_and_not_repeated(secret):
   config = quickstart.get_config("test")
   config.export.push_to = secret
-  with pytest.raises(ConfigError, match="config.export.push_to looks like it holds a token") as refusal:
+  with pytest.raises(
+    ConfigError, match="config.export.push_to looks like it holds a token"
+  ) as refusal:
     check_config(config)
   assert secret not in str(refusal.value)

@@ -1,6 +1,7 @@
-"""Twenty steps, pinned: loss, gradient norm, rewards and tokens. A change here must be one that was meant.
+"""Twenty steps, pinned: loss, gradient norm, rewards and tokens. A change here must be one that was
+meant.
 
-  R2M_WRITE_GOLDEN=1 ./launch/test.sh tests/test_golden.py    # writes tests/golden/ anew; say why in the commit
+R2M_WRITE_GOLDEN=1 ./launch/test.sh tests/test_golden.py    # writes tests/golden/ anew; say why in the commit
 """
 
 import json
@@ -14,11 +15,20 @@ import small
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 NAMES = (
-  "policy/first_loss", "policy/loss", "policy/grad_norm", "reward/used", "reward/frozen", "kl", "entropy", "length",
-)  # fmt: skip
+  "policy/first_loss",
+  "policy/loss",
+  "policy/grad_norm",
+  "reward/used",
+  "reward/frozen",
+  "kl",
+  "entropy",
+  "length",
+)
 CASES = {
   "r2m_rloo": {},
-  "vanilla_grpo": dict(variant="vanilla", algorithm="grpo", ppo__minibatches=2, kl__estimator="k2", logits_chunk=200),
+  "vanilla_grpo": dict(
+    variant="vanilla", algorithm="grpo", ppo__minibatches=2, kl__estimator="k2", logits_chunk=200
+  ),
 }
 
 

@@ -1,4 +1,6 @@
-"""The rules of the house that a program can check: imports point down, lines stay short, README commands exist."""
+"""The rules of the house that a program can check: imports point down, lines stay short, README
+commands exist.
+"""
 
 import ast
 import functools
@@ -13,8 +15,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 LIBRARY = ROOT / "r2m_jax"
 MAX_WIDTH = 120
 
-# From the bottom up: a folder, or a file at the root, and what it may import from. Files of one folder may import each
-# other, but not in a circle.
+# From the bottom up: a folder, or a file at the root, and what it may import from. Files of one
+# folder may import each other, but not in a circle.
 MAY_IMPORT = {
   "types": "",
   "ops": "",
@@ -64,15 +66,19 @@ def imports_of(path):
     if isinstance(node, ast.Import):
       yield from ((node.lineno, alias.name) for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
-      base = package[:len(package) - node.level + 1] if node.level else ()
+      base = package[: len(package) - node.level + 1] if node.level else ()
       base = ".".join([*base, *([node.module] if node.module else [])])
       yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
 
 
 def house_module(name):
-  """The longest leading part of a dotted name that is a file of the library: r2m_jax.ops.check -> r2m_jax.ops."""
+  """The longest leading part of a dotted name that is a file of the library: r2m_jax.ops.check
+  -> r2m_jax.ops.
+  """
   parts = name.split(".")
-  return next((module for n in range(len(parts), 0, -1) if (module := ".".join(parts[:n])) in library()), None)
+  return next(
+    (module for n in range(len(parts), 0, -1) if (module := ".".join(parts[:n])) in library()), None
+  )
 
 
 def folder_of(module):
@@ -83,8 +89,12 @@ def folder_of(module):
 @functools.cache
 def arrows():
   """(file, line, file that it imports) for every import of the library from itself."""
-  return [(name, line, target) for name, path in library().items() for line, imported in imports_of(path)
-          if (target := house_module(imported)) and target != name]
+  return [
+    (name, line, target)
+    for name, path in library().items()
+    for line, imported in imports_of(path)
+    if (target := house_module(imported)) and target != name
+  ]
 
 
 def points_down(importer, imported):
@@ -96,28 +106,44 @@ def points_down(importer, imported):
 def python_files():
   """Every Python file of the repository that is ours, tests included."""
   folders = ["r2m_jax", "configs", "benchmarks", "tests"]
-  return [ROOT / "setup.py"] + [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+  return [ROOT / "setup.py"] + [
+    path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))
+  ]
 
 
 def test_the_root_holds_five_files():
   assert {path.stem for path in LIBRARY.glob("*.py")} == ROOT_FILES
-  assert set(map(folder_of, library())) - {""} == set(MAY_IMPORT), "give each folder a row of MAY_IMPORT"
-  assert all((path / "__init__.py").exists() for path in LIBRARY.iterdir() if path.is_dir() and any(path.glob("*.py")))
+  assert set(map(folder_of, library())) - {""} == set(MAY_IMPORT), (
+    "give each folder a row of MAY_IMPORT"
+  )
+  assert all(
+    (path / "__init__.py").exists()
+    for path in LIBRARY.iterdir()
+    if path.is_dir() and any(path.glob("*.py"))
+  )
 
 
 def test_a_folder_may_import_only_from_below_it():
   seen = set()
   for folder, below in MAY_IMPORT.items():
-    assert set(below.split()) <= seen, f"{folder} may import from {set(below.split()) - seen}, which stand above it"
+    assert set(below.split()) <= seen, (
+      f"{folder} may import from {set(below.split()) - seen}, which stand above it"
+    )
     seen.add(folder)
 
 
 def test_imports_point_down():
-  broken = [f"{library()[name].relative_to(ROOT)}:{line} imports {target}" for name, line, target in arrows()
-            if not points_down(name, target) and (name, target) not in UPWARD]
+  broken = [
+    f"{library()[name].relative_to(ROOT)}:{line} imports {target}"
+    for name, line, target in arrows()
+    if not points_down(name, target) and (name, target) not in UPWARD
+  ]
   for name, path in library().items():
-    broken += [f"{path.relative_to(ROOT)}:{line} imports {imported}, outside the library"
-               for line, imported in imports_of(path) if imported.split(".")[0] in ("configs", "tests", "benchmarks")]
+    broken += [
+      f"{path.relative_to(ROOT)}:{line} imports {imported}, outside the library"
+      for line, imported in imports_of(path)
+      if imported.split(".")[0] in ("configs", "tests", "benchmarks")
+    ]
   assert not broken, "\n".join(broken)
 
 
@@ -127,7 +153,9 @@ def test_every_exception_is_still_needed():
 
 
 def circles(pairs):
-  """The modules that import themselves by way of others: what is left once all that import nothing left are taken."""
+  """The modules that import themselves by way of others: what is left once all that import
+  nothing left are taken.
+  """
   left = {}
   for name, target in pairs:
     left.setdefault(name, set()).add(target)
@@ -154,21 +182,32 @@ def test_the_checks_see_a_broken_rule():
 
 
 def test_lines_are_short():
-  wide = [f"{path.relative_to(ROOT)}:{number}" for path in python_files()
-          for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > MAX_WIDTH]
+  wide = [
+    f"{path.relative_to(ROOT)}:{number}"
+    for path in python_files()
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+    if len(line) > MAX_WIDTH
+  ]
   assert not wide, f"over {MAX_WIDTH} columns: {wide}"
 
 
 def test_transformers_is_imported_in_at_most_two_files():
-  users = [name for name, path in library().items()
-           if any(imported.split(".")[0] == "transformers" for _, imported in imports_of(path))]
+  users = [
+    name
+    for name, path in library().items()
+    if any(imported.split(".")[0] == "transformers" for _, imported in imports_of(path))
+  ]
   assert len(users) <= 2, users
 
 
 def test_no_torch_in_the_library():
-  users = [name for name, path in library().items()
-           if any(imported.split(".")[0] in ("torch", "tensorflow") for _, imported in imports_of(path))]
-  # one is the module that an exported reward model carries, the other measures an export where torch is installed
+  users = [
+    name
+    for name, path in library().items()
+    if any(imported.split(".")[0] in ("torch", "tensorflow") for _, imported in imports_of(path))
+  ]
+  # one is the module that an exported reward model carries, the other measures an export where
+  # torch is installed
   users = [name for name in users if name not in ("r2m_jax.hf.r2m_head", "r2m_jax.hf.parity")]
   assert not users, f"torch and tensorflow are for tests and benchmarks: {users}"
 
@@ -180,8 +219,14 @@ def test_torch_is_never_needed():
   for name, path in library().items():
     for node in tree_of(path).body if name not in torch_files else ():
       imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-      imported += [f"{node.module}.{alias.name}" for alias in node.names] if isinstance(node, ast.ImportFrom) else []
-      broken += [f"{name} imports {i}" for i in imported if i.split(".")[0] == "torch" or i in torch_files]
+      imported += (
+        [f"{node.module}.{alias.name}" for alias in node.names]
+        if isinstance(node, ast.ImportFrom)
+        else []
+      )
+      broken += [
+        f"{name} imports {i}" for i in imported if i.split(".")[0] == "torch" or i in torch_files
+      ]
   assert not broken, broken
 
 
@@ -189,8 +234,11 @@ def test_nothing_is_unpickled_or_run_from_a_download():
   broken = []
   for path in python_files():
     name = path.relative_to(ROOT)
-    broken += [f"{name}:{line} imports {imported}" for line, imported in imports_of(path)
-               if imported.split(".")[0] in ("pickle", "cloudpickle", "dill")]
+    broken += [
+      f"{name}:{line} imports {imported}"
+      for line, imported in imports_of(path)
+      if imported.split(".")[0] in ("pickle", "cloudpickle", "dill")
+    ]
     for node in ast.walk(tree_of(path)):
       if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
         if not (isinstance(node.value, ast.Constant) and node.value.value is False):
@@ -200,20 +248,28 @@ def test_nothing_is_unpickled_or_run_from_a_download():
 
 def test_no_named_todo():
   mark = "TODO" + "("
-  owing = [str(path.relative_to(ROOT)) for path in python_files() if mark in path.read_text(encoding="utf-8")]
+  owing = [
+    str(path.relative_to(ROOT))
+    for path in python_files()
+    if mark in path.read_text(encoding="utf-8")
+  ]
   assert not owing, f"finish it, or write down what is missing and why: {owing}"
 
 
 def test_readme_commands_exist():
   named = set(re.findall(r"\./(launch/[\w.-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
-  assert {"launch/quickstart.sh", "launch/test.sh"} <= named, f"README has two commands to start with; found {named}"
+  assert {"launch/quickstart.sh", "launch/test.sh"} <= named, (
+    f"README has two commands to start with; found {named}"
+  )
   missing = [name for name in sorted(named) if not os.access(ROOT / name, os.X_OK)]
   assert not missing, f"README names what is not there or not executable: {missing}"
 
 
 def test_ci_runs_the_command_of_the_readme():
   assert os.access(ROOT / ".ci/run", os.X_OK)
-  assert re.search(r"^(exec )?\./launch/test\.sh\b", (ROOT / ".ci/run").read_text(encoding="utf-8"), re.M)
+  assert re.search(
+    r"^(exec )?\./launch/test\.sh\b", (ROOT / ".ci/run").read_text(encoding="utf-8"), re.M
+  )
 
 
 SCRIPTS = sorted([*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/*.sbatch"), ROOT / ".ci/run"])
@@ -225,17 +281,29 @@ def test_scripts_parse(script):
   assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("script", [path for path in SCRIPTS if path.name != "env.sh"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+  "script", [path for path in SCRIPTS if path.name != "env.sh"], ids=lambda path: path.name
+)
 def test_scripts_stop_at_the_first_error(script):
   assert "set -euo pipefail" in script.read_text(encoding="utf-8")
   assert os.access(script, os.X_OK)
 
 
-@pytest.mark.parametrize("arguments, given", [
-  ([], False), (["--config.workdir=x"], False), (["--workdir"], True), (["--workdir=x"], True), (["-workdir=x"], True),
-  (["--workdirs=x"], False), (["--config=c", "--workdir=has space"], True),
-])
+@pytest.mark.parametrize(
+  "arguments, given",
+  [
+    ([], False),
+    (["--config.workdir=x"], False),
+    (["--workdir"], True),
+    (["--workdir=x"], True),
+    (["-workdir=x"], True),
+    (["--workdirs=x"], False),
+    (["--config=c", "--workdir=has space"], True),
+  ],
+)
 def test_has_flag(arguments, given):
   check = 'source "$0"; has_flag workdir "$@"'
-  result = subprocess.run(["bash", "-euc", check, str(ROOT / "launch/env.sh"), *arguments], capture_output=True)
+  result = subprocess.run(
+    ["bash", "-euc", check, str(ROOT / "launch/env.sh"), *arguments], capture_output=True
+  )
   assert (result.returncode == 0) == given

@@ -1,4 +1,6 @@
-"""launch/: every dry run prints what would be run, quoted so that a shell gives it back; restarts on status 75."""
+"""launch/: every dry run prints what would be run, quoted so that a shell gives it back;
+restarts on status 75.
+"""
 
 import os
 import pathlib
@@ -12,8 +14,12 @@ import time
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-ARGS = ["--config=configs/quickstart.py", "--workdir=/mnt/a b/run", "--config.mesh=(-1, 1, 1)",
-        "--config.data.name=it's \"$HOME\" \\ `x`"]  # fmt: skip
+ARGS = [
+  "--config=configs/quickstart.py",
+  "--workdir=/mnt/a b/run",
+  "--config.mesh=(-1, 1, 1)",
+  '--config.data.name=it\'s "$HOME" \\ `x`',
+]
 TOOLS = "bash env cat cksum date dirname git mkdir mktemp rm sed seq sleep setsid nohup tar"
 
 
@@ -41,7 +47,9 @@ def flag(command: list[str], name: str) -> str:
 
 
 def reaches(command: str, tmp_path, environ: dict) -> tuple[list[str], dict[str, str]]:
-  """Runs a command that would be run elsewhere, with a stub for launch/local.sh; the arguments and settings it got."""
+  """Runs a command that would be run elsewhere, with a stub for launch/local.sh; the arguments
+  and settings it got.
+  """
   stub = tmp_path / "r2m_jax" / "launch" / "local.sh"
   stub.parent.mkdir(parents=True)
   stub.write_text(
@@ -50,12 +58,21 @@ def reaches(command: str, tmp_path, environ: dict) -> tuple[list[str], dict[str,
   stub.chmod(0o755)
   (tmp_path / "launch").symlink_to(stub.parent)  # xpk starts in the tree itself
   env = environ | {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
-  subprocess.run(["bash", "-c", command], cwd=tmp_path, env=env, check=True, timeout=300, stdin=subprocess.DEVNULL)
+  subprocess.run(
+    ["bash", "-c", command],
+    cwd=tmp_path,
+    env=env,
+    check=True,
+    timeout=300,
+    stdin=subprocess.DEVNULL,
+  )
   until = time.monotonic() + 200
   while not (tmp_path / "got").exists() and time.monotonic() < until:
     time.sleep(0.05)  # it was started in the background
   got = (tmp_path / "got").read_text().split("\0")[:-1]
-  return got, dict(line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line)
+  return got, dict(
+    line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line
+  )
 
 
 def test_one_gpu(bare):
@@ -66,7 +83,9 @@ def test_one_gpu(bare):
 
 def test_slurm(bare):
   step, again = dry("slurm_gpu.sbatch", *ARGS, **bare, SLURM_GPUS_ON_NODE="4", SLURM_JOB_ID="17")
-  assert step[:3] == ["env", "JAX_LOCAL_DEVICE_IDS=0,1,2,3", "srun"] and "--kill-on-bad-exit=1" in step
+  assert (
+    step[:3] == ["env", "JAX_LOCAL_DEVICE_IDS=0,1,2,3", "srun"] and "--kill-on-bad-exit=1" in step
+  )
   assert step[-len(ARGS) - 2 :] == ["-m", "r2m_jax.main", *ARGS]
   assert again == ["scontrol", "requeue", "17"]
   head = (ROOT / "launch/slurm_gpu.sbatch").read_text()
@@ -74,11 +93,21 @@ def test_slurm(bare):
     assert re.search(rf"^#SBATCH {wanted}", head, re.M), wanted
 
 
-@pytest.mark.parametrize("status, count, requeued", [
-  (75, 0, True), (137, 3, True), (75, 100, False), (1, 0, False), (2, 0, False), (0, 0, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "status, count, requeued",
+  [
+    (75, 0, True),
+    (137, 3, True),
+    (75, 100, False),
+    (1, 0, False),
+    (2, 0, False),
+    (0, 0, False),
+  ],
+)
 def test_slurm_queues_what_asks_to_be_resumed_again(tmp_path, status, count, requeued):
-  """With an srun that ends with `status`: only a run that can go on is queued again, and not for ever."""
+  """With an srun that ends with `status`: only a run that can go on is queued again, and not for
+  ever.
+  """
   tree = tmp_path / "tree"
   shutil.copytree(ROOT / "launch", tree / "launch")
   env = (tree / "launch/env.sh").read_text().replace("ensure_venv() {", "ensure_venv() {\n  return")
@@ -86,20 +115,37 @@ def test_slurm_queues_what_asks_to_be_resumed_again(tmp_path, status, count, req
   for name, body in (("srun", f"exit {status}"), ("scontrol", 'echo "$@" >>"$HOME/said"')):
     (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
     (tmp_path / name).chmod(0o755)
-  env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "SLURM_SUBMIT_DIR": str(tree),
-         "SLURM_GPUS_ON_NODE": "8", "SLURM_JOB_ID": "17", "SLURM_RESTART_COUNT": str(count)}  # fmt: skip
-  result = subprocess.run(["bash", str(tree / "launch/slurm_gpu.sbatch"), *ARGS], env=env, capture_output=True)
+  env = {
+    "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    "HOME": str(tmp_path),
+    "SLURM_SUBMIT_DIR": str(tree),
+    "SLURM_GPUS_ON_NODE": "8",
+    "SLURM_JOB_ID": "17",
+    "SLURM_RESTART_COUNT": str(count),
+  }
+  result = subprocess.run(
+    ["bash", str(tree / "launch/slurm_gpu.sbatch"), *ARGS], env=env, capture_output=True
+  )
   assert result.returncode == status
   said = (tmp_path / "said").read_text() if (tmp_path / "said").exists() else ""
   assert said == ("requeue 17\n" if requeued else "")
 
 
 def test_gke(bare, tmp_path):
-  *before, command = dry("gke_xpk.sh", *ARGS, **bare, CLUSTER="tpus", TYPE="v5e-16", SLICES="2", PROJECT="mine")
+  *before, command = dry(
+    "gke_xpk.sh", *ARGS, **bare, CLUSTER="tpus", TYPE="v5e-16", SLICES="2", PROJECT="mine"
+  )
   assert [line[0] for line in before] == ["git", "tar", "rm"] and "archive" in before[0]
   assert command[:3] == ["xpk", "workload", "create"]
-  wanted = {"cluster": "tpus", "tpu-type": "v5e-16", "num-slices": "2", "project": "mine", "max-restarts": "100",
-            "restart-on-exit-codes": "75", "termination-grace-period-seconds": "25"}  # fmt: skip
+  wanted = {
+    "cluster": "tpus",
+    "tpu-type": "v5e-16",
+    "num-slices": "2",
+    "project": "mine",
+    "max-restarts": "100",
+    "restart-on-exit-codes": "75",
+    "termination-grace-period-seconds": "25",
+  }
   assert {name: flag(command, name) for name in wanted} == wanted
   got, environ = reaches(flag(command, "command"), tmp_path, {})
   assert got == ARGS and environ["EXTRAS"] == "tpu"
@@ -122,10 +168,18 @@ def test_tpu_vm_create_and_delete(bare):
 
 def test_tpu_vm_start_reaches_the_program_on_every_worker(bare, tmp_path):
   (start,) = dry("tpu_vm.sh", "start", *ARGS, **bare, **TPU)
-  assert start[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "r2m"] and flag(start, "worker") == "all"
+  assert (
+    start[:6] == ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "r2m"]
+    and flag(start, "worker") == "all"
+  )
   got, environ = reaches(flag(start, "command"), tmp_path, {})
   assert got == ARGS
-  wanted = {"EXTRAS": "tpu", "KEEP_GOING": "1", "RESTARTS": "100", "STATUS_FILE": f"{tmp_path}/r2m.status"}
+  wanted = {
+    "EXTRAS": "tpu",
+    "KEEP_GOING": "1",
+    "RESTARTS": "100",
+    "STATUS_FILE": f"{tmp_path}/r2m.status",
+  }
   assert {name: environ[name] for name in wanted} == wanted
   assert (tmp_path / "r2m.pid").read_text().strip().isdigit()
   (stop,) = dry("tpu_vm.sh", "stop", **bare, **TPU)
@@ -141,7 +195,12 @@ def test_tpu_vm_keep_makes_the_slice_again_and_asks_how_the_run_is(bare, tmp_pat
   assert kinds == ["delete", "create", "describe", "git", "scp", "ssh", "ssh", "ssh"]
   assert "--spot" in lines[1] and "ensure_venv tpu" in flag(lines[5], "command")
   ask = flag(lines[7], "command")
-  answer = lambda: subprocess.run(["bash", "-c", ask], env={"HOME": str(tmp_path)}, capture_output=True, text=True)
+
+  def answer():
+    return subprocess.run(
+      ["bash", "-c", ask], env={"HOME": str(tmp_path)}, capture_output=True, text=True
+    )
+
   assert answer().stdout == "none\n"
   (tmp_path / "r2m.pid").write_text(str(os.getpid()))
   assert answer().stdout == "running\n"
@@ -150,7 +209,9 @@ def test_tpu_vm_keep_makes_the_slice_again_and_asks_how_the_run_is(bare, tmp_pat
 
 
 def test_tpu_vm_keep_survives_a_preemption(tmp_path):
-  """A gcloud that loses the slice once: it is deleted, asked for and started again; then the run ends with 0."""
+  """A gcloud that loses the slice once: it is deleted, asked for and started again; then the run
+  ends with 0.
+  """
   (tmp_path / "gcloud").write_text("""#!/usr/bin/env bash
     echo "$4" >>"$HOME/said"
     count=$(grep -c -x describe "$HOME/said")
@@ -160,7 +221,13 @@ def test_tpu_vm_keep_survives_a_preemption(tmp_path):
     esac
   """)
   (tmp_path / "gcloud").chmod(0o755)
-  env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "POLL": "0.05", **TPU, "SPOT": "1"}
+  env = {
+    "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    "HOME": str(tmp_path),
+    "POLL": "0.05",
+    **TPU,
+    "SPOT": "1",
+  }
   script = [str(ROOT / "launch/tpu_vm.sh"), "keep", *ARGS]
   result = subprocess.run(script, env=env, capture_output=True, text=True, timeout=300)
   assert result.returncode == 0, result.stderr
@@ -172,13 +239,22 @@ def keep_going(tmp_path, program: str, **env):
   """`keep_going` of env.sh around a bash program; the process."""
   script = f'source "{ROOT}/launch/env.sh"; keep_going bash -c "$PROGRAM"'
   env = os.environ | {"PROGRAM": program, "HOME": str(tmp_path), "RESTART_DELAY": "0"} | env
-  return subprocess.Popen(["bash", "-euo", "pipefail", "-c", script], env=env, stderr=subprocess.PIPE, text=True)
+  return subprocess.Popen(
+    ["bash", "-euo", "pipefail", "-c", script], env=env, stderr=subprocess.PIPE, text=True
+  )
 
 
-@pytest.mark.parametrize("ends, restarts, status, starts", [
-  ("0", 5, 0, 1), ("75 75 0", 5, 0, 3), ("75 1", 5, 1, 2), ("75 75 75 75", 2, 75, 3), ("2", 5, 2, 1),
-  ("137 0", 5, 0, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "ends, restarts, status, starts",
+  [
+    ("0", 5, 0, 1),
+    ("75 75 0", 5, 0, 3),
+    ("75 1", 5, 1, 2),
+    ("75 75 75 75", 2, 75, 3),
+    ("2", 5, 2, 1),
+    ("137 0", 5, 0, 2),
+  ],
+)
 def test_a_program_that_asks_is_started_again(tmp_path, ends, restarts, status, starts):
   program = f"echo >>~/starts; set -- {ends}; shift $(($(wc -l <~/starts) - 1)); exit $1"
   run = keep_going(tmp_path, program, RESTARTS=str(restarts))
@@ -196,20 +272,36 @@ def test_a_signal_to_the_script_reaches_the_program_and_is_no_reason_to_start_ag
 
 
 def test_a_dry_run_needs_a_config_and_a_workdir(bare):
-  for script, *action in (["gke_xpk.sh"], ["tpu_vm.sh", "start"], ["tpu_vm.sh", "keep"], ["one_gpu.sh"]):
+  for script, *action in (
+    ["gke_xpk.sh"],
+    ["tpu_vm.sh", "start"],
+    ["tpu_vm.sh", "keep"],
+    ["one_gpu.sh"],
+  ):
     command = [shutil.which("bash"), str(ROOT / "launch" / script), *action, "--config=x"]
     result = subprocess.run(command, capture_output=True, text=True, env=bare | {"CLUSTER": "c"})
     assert result.returncode == 2 and "--workdir=" in result.stderr
 
 
 def test_findings_are_made_by_one_command(bare):
-  """The gold-reward task without data; with it both, the second from the policy of the first run on text."""
+  """The gold-reward task without data; with it both, the second from the policy of the first run
+  on text.
+  """
   commands = dry("findings.sh", "/mnt/a b", "/mnt/my data", **bare)
   names = [flag(command, "config").removeprefix("configs/") for command in commands]
-  assert names == ["lab.py", "lab.py:sweep", "quickstart.py", "quickstart.py", "real_small.py", "real_gold.py"]
+  assert names == [
+    "lab.py",
+    "lab.py:sweep",
+    "quickstart.py",
+    "quickstart.py",
+    "real_small.py",
+    "real_gold.py",
+  ]
   assert dry("findings.sh", "/mnt/a b", **bare) == commands[:4]
   for command in commands:
-    assert command[1:3] == ["-m", "r2m_jax.main"] and flag(command, "workdir").startswith("/mnt/a b/")
+    assert command[1:3] == ["-m", "r2m_jax.main"] and flag(command, "workdir").startswith(
+      "/mnt/a b/"
+    )
     config = flag(command, "config").partition(":")[0]
     assert (ROOT / config).is_file()
   assert [flag(command, "config.data.root") for command in commands[4:]] == ["/mnt/my data"] * 2
@@ -221,6 +313,8 @@ def test_findings_are_made_by_one_command(bare):
 
 def test_the_page_names_every_script():
   page = (ROOT / "launch/README.md").read_text()
-  for script in (path.name for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch")):
+  for script in (
+    path.name for path in (ROOT / "launch").iterdir() if path.suffix in (".sh", ".sbatch")
+  ):
     assert script in page, script
   assert len(page.splitlines()) <= 90

@@ -1,4 +1,6 @@
-"""colab/bring_your_own_model.ipynb runs from its first cell to its last on tiny models, and holds no outputs."""
+"""colab/bring_your_own_model.ipynb runs from its first cell to its last on tiny models, and
+holds no outputs.
+"""
 
 import os
 
@@ -18,23 +20,39 @@ def test_runs_on_tiny_models(tmp_path, monkeypatch):
   tiny_text.model("qwen2", "chatml", tmp_path / "policy")
   tiny_text.model("llama3.1", "llama3", tmp_path / "reward", classifier=True)
   # all six prompts in each step: one padded length, one program
-  small = ("--config.steps=2 --config.rollout.prompts=6 --config.rollout.group_size=2 --config.lora.rank=2 "
-           "--config.rollout.max_new_tokens=4 --config.r2m.attention_dim=16 --config.remat=none")  # fmt: skip
+  small = (
+    "--config.steps=2 --config.rollout.prompts=6 --config.rollout.group_size=2 "
+    "--config.lora.rank=2 "
+    "--config.rollout.max_new_tokens=4 --config.r2m.attention_dim=16 --config.remat=none"
+  )
   settings = dict(
-    POLICY=tmp_path / "policy", REWARD=tmp_path / "reward", WORKDIR=tmp_path / "work", OVERRIDES=small
-  )  # fmt: skip
+    POLICY=tmp_path / "policy",
+    REWARD=tmp_path / "reward",
+    WORKDIR=tmp_path / "work",
+    OVERRIDES=small,
+  )
   for name, value in settings.items():
     monkeypatch.setenv(f"R2M_NOTEBOOK_{name}", str(value))
-  monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+  monkeypatch.setenv(
+    "PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+  )
   monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-  monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # one device, as a reader has it
+  monkeypatch.setenv(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0"
+  )  # one device, as a reader has it
   monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
   notebook = nbformat.read(NOTEBOOK, as_version=4)
   nbclient.NotebookClient(
     notebook, timeout=2400, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
   ).execute()
-  shown = {cell.id: "".join(o.text for o in cell.outputs if o.output_type == "stream") for cell in code_cells(notebook)}
+  shown = {
+    cell.id: "".join(o.text for o in cell.outputs if o.output_type == "stream")
+    for cell in code_cells(notebook)
+  }
   assert "<|im_start|>user" in shown["run"] and "<|start|>assistant<|stop|>" in shown["run"]
   assert shown["run"].count("within 1e-04") == 2
-  assert "reward/r2m_head.safetensors" in shown["export"] and "policy/model.safetensors" in shown["export"]
+  assert (
+    "reward/r2m_head.safetensors" in shown["export"]
+    and "policy/model.safetensors" in shown["export"]
+  )
   assert "'I do not know.'" in shown["score"]

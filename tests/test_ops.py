@@ -19,7 +19,9 @@ def test_aggregate_matches_loop(how):
   x, mask = masked()
   with jax.enable_x64(True):
     np.testing.assert_allclose(
-      ops.aggregate(jnp.asarray(x), jnp.asarray(mask), how), oracles.aggregate_loop(x, mask, how), rtol=1e-12
+      ops.aggregate(jnp.asarray(x), jnp.asarray(mask), how),
+      oracles.aggregate_loop(x, mask, how),
+      rtol=1e-12,
     )
     dirty = jnp.where(mask, x, jnp.nan)
     np.testing.assert_allclose(
@@ -28,9 +30,17 @@ def test_aggregate_matches_loop(how):
 
 
 def test_aggregations_differ_by_hand():
-  x, mask = jnp.array([[1.0, 2.0, 3.0], [10.0, 99.0, 99.0]]), jnp.array([[True, True, True], [True, False, False]])
+  x, mask = (
+    jnp.array([[1.0, 2.0, 3.0], [10.0, 99.0, 99.0]]),
+    jnp.array([[True, True, True], [True, False, False]]),
+  )
   found = {how: float(ops.aggregate(x, mask, how)) for how in ops.AGGREGATIONS}
-  assert found == {"sequence_sum": 8.0, "sequence_mean": 6.0, "token_mean": 4.0, "constant": pytest.approx(16 / 6)}
+  assert found == {
+    "sequence_sum": 8.0,
+    "sequence_mean": 6.0,
+    "token_mean": 4.0,
+    "constant": pytest.approx(16 / 6),
+  }
 
 
 def test_aggregate_refuses_an_unknown_name_and_wrong_arrays():
@@ -56,7 +66,9 @@ def test_masked_whiten_matches_loop():
   x, mask = masked()
   with jax.enable_x64(True):
     found = ops.masked_whiten(jnp.where(mask, x, jnp.nan), jnp.asarray(mask), eps=1e-3)
-  np.testing.assert_allclose(found, oracles.masked_whiten_loop(x, mask, 1e-3), rtol=1e-10, atol=1e-13)
+  np.testing.assert_allclose(
+    found, oracles.masked_whiten_loop(x, mask, 1e-3), rtol=1e-10, atol=1e-13
+  )
 
 
 def test_masked_whiten_of_equal_values_is_zero_and_has_a_finite_gradient():
@@ -77,20 +89,35 @@ def test_check_passes_what_fits():
   ops.check(jnp.zeros(2, bool), "B", jnp.bool_)
 
 
-@pytest.mark.parametrize("array, axes, kind, message", [
-  (np.zeros((2, 3), np.float32), "B", jnp.floating, r"\[B\], got shape \(2, 3\)"),
-  (np.zeros((2,), np.float32), "B T", jnp.floating, r"\[B T\], got shape \(2,\)"),
-  (np.zeros((2, 3), np.int32), "B T", jnp.floating, r"floating array with axes \[B T\], got int32"),
-  (np.zeros((2, 3), np.float32), "B T", jnp.bool_, r"bool.* array with axes \[B T\], got float32"),
-  (np.zeros((2, 3), bool), "B T", jnp.integer, r"integer array with axes \[B T\], got bool"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "array, axes, kind, message",
+  [
+    (np.zeros((2, 3), np.float32), "B", jnp.floating, r"\[B\], got shape \(2, 3\)"),
+    (np.zeros((2,), np.float32), "B T", jnp.floating, r"\[B T\], got shape \(2,\)"),
+    (
+      np.zeros((2, 3), np.int32),
+      "B T",
+      jnp.floating,
+      r"floating array with axes \[B T\], got int32",
+    ),
+    (
+      np.zeros((2, 3), np.float32),
+      "B T",
+      jnp.bool_,
+      r"bool.* array with axes \[B T\], got float32",
+    ),
+    (np.zeros((2, 3), bool), "B T", jnp.integer, r"integer array with axes \[B T\], got bool"),
+  ],
+)
 def test_check_refuses_the_rest(array, axes, kind, message):
   with pytest.raises(TypeError, match=message):
     ops.check(jnp.asarray(array), axes, kind)
 
 
-@pytest.mark.parametrize("given, result", [("bfloat16", "float32"), ("float16", "float32"), ("float32", "float32"),
-                                           ("float64", "float64")])  # fmt: skip
+@pytest.mark.parametrize(
+  "given, result",
+  [("bfloat16", "float32"), ("float16", "float32"), ("float32", "float32"), ("float64", "float64")],
+)
 def test_at_least_f32(given, result):
   with jax.enable_x64(True):
     assert ops.at_least_f32(jnp.zeros(2, given)).dtype == result

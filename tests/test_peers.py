@@ -1,4 +1,6 @@
-"""What a comparison with the peers concludes from its numbers. No peer runs here and no time is measured."""
+"""What a comparison with the peers concludes from its numbers. No peer runs here and no time is
+measured.
+"""
 
 import json
 
@@ -15,7 +17,9 @@ def run(seconds, busy=0.0, peak=1):
 
 def test_ratio_against_the_bound():
   ours, trl = run(20.0, peak=9), PEERS["trl"]
-  missed, held, stretch = (peer_figures.judge("small", ours, trl, run(x, peak=9)) for x in (59.0, 61.0, 71.0))
+  missed, held, stretch = (
+    peer_figures.judge("small", ours, trl, run(x, peak=9)) for x in (59.0, 61.0, 71.0)
+  )
   assert (missed.held, held.held, stretch.held) == (False, True, True)
   assert (missed.stretch, held.stretch, stretch.stretch) == (False, False, True)
   assert held.ratio == pytest.approx(3.05) and not held.void and held.memory
@@ -33,7 +37,9 @@ def test_a_busy_machine_voids_the_ratio():
   for ours, its in ((0.3, 0.0), (0.0, 0.3)):
     verdict = peer_figures.judge("tiny", run(0.5, ours), PEERS["trl"], run(1.8, its))
     assert "30% of the cores" in verdict.void
-  assert not peer_figures.judge("tiny", run(0.5, machine.QUIET), PEERS["trl"], run(1.8, machine.QUIET)).void
+  assert not peer_figures.judge(
+    "tiny", run(0.5, machine.QUIET), PEERS["trl"], run(1.8, machine.QUIET)
+  ).void
 
 
 def test_a_higher_peak_is_a_miss():
@@ -42,9 +48,16 @@ def test_a_higher_peak_is_a_miss():
 
 
 def test_runs_of_one_program_are_joined():
-  halves = [dict(seconds=[1.0, 2.0], busy=[0.0, 0.1], peak=5), dict(seconds=[3.0], busy=[0.2], peak=4, version="2")]
+  halves = [
+    dict(seconds=[1.0, 2.0], busy=[0.0, 0.1], peak=5),
+    dict(seconds=[3.0], busy=[0.2], peak=4, version="2"),
+  ]
   joined = Run.of(halves)
-  assert joined == Run("", [1.0, 2.0, 3.0], [0.0, 0.1, 0.2], 5) and joined.median == 2.0 and not joined.quiet
+  assert (
+    joined == Run("", [1.0, 2.0, 3.0], [0.0, 0.1, 0.2], 5)
+    and joined.median == 2.0
+    and not joined.quiet
+  )
 
 
 def test_floor_is_that_of_the_reference_figures():
@@ -60,13 +73,25 @@ def test_the_work_is_that_of_workload():
     on_gpu = peer_task.ON_GPU.get(size)
     config, arch = workload.get_config(size), workload.POLICIES[size]
     assert shape == dict(
-      vocab_size=arch.vocab_size, hidden_size=arch.hidden_size, layers=arch.num_layers, heads=arch.num_heads,
-      kv_heads=arch.num_kv_heads, intermediate_size=arch.intermediate_size)  # fmt: skip
-    assert arch.untied_head == (on_gpu is None) and arch.qkv_bias and arch.rope_theta == peer_task.ROPE_THETA
+      vocab_size=arch.vocab_size,
+      hidden_size=arch.hidden_size,
+      layers=arch.num_layers,
+      heads=arch.num_heads,
+      kv_heads=arch.num_kv_heads,
+      intermediate_size=arch.intermediate_size,
+    )
+    assert (
+      arch.untied_head == (on_gpu is None)
+      and arch.qkv_bias
+      and arch.rope_theta == peer_task.ROPE_THETA
+    )
     rollout = config.rollout
     work = on_gpu or dict(prompts=peer_task.PROMPTS, response=peer_task.RESPONSE, parts=1)
     assert (rollout.prompts, rollout.group_size) == (work["prompts"], peer_task.GROUP)
-    assert (config.plan.prompt_length, rollout.max_new_tokens) == (peer_task.LENGTH, work["response"])
+    assert (config.plan.prompt_length, rollout.max_new_tokens) == (
+      peer_task.LENGTH,
+      work["response"],
+    )
     assert config.ppo.accumulation == work["parts"]
     assert (rollout.temperature, config.ppo.epochs) == (peer_task.TEMPERATURE, peer_task.EPOCHS)
     assert (config.kl.beta, config.policy.lr) == (peer_task.BETA, peer_task.LEARNING_RATE)
@@ -74,7 +99,9 @@ def test_the_work_is_that_of_workload():
 
 def test_prompts_have_their_length_as_text():
   texts = peer_task.prompts(32000, 3)
-  assert len(texts) == peer_task.PROMPTS and {len(text) for text in texts} == {peer_task.LENGTH * peer_task.WIDTH}
+  assert len(texts) == peer_task.PROMPTS and {len(text) for text in texts} == {
+    peer_task.LENGTH * peer_task.WIDTH
+  }
   assert texts == peer_task.prompts(32000, 3) != peer_task.prompts(32000, 4)
 
 
@@ -114,7 +141,11 @@ def laps(watch):
 def test_watch_drops_the_warm_and_the_busy_rollouts(clock):
   clock([0.0, 0.5, 0.0, 0.05])
   result = laps(peer_task.Watch(2, 3))
-  assert result["warm"] == [1.0] and result["seconds"] == [3.0, 4.0] and result["busy"] == pytest.approx([0.0, 0.05])
+  assert (
+    result["warm"] == [1.0]
+    and result["seconds"] == [3.0, 4.0]
+    and result["busy"] == pytest.approx([0.0, 0.05])
+  )
   assert (result["dropped"], result["quiet"], result["extra"]) == (1, True, 3)
 
 

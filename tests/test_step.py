@@ -24,7 +24,9 @@ def flat(state) -> dict[str, np.ndarray]:
 
 
 def hidden_states(w, arch, tokens, mask):
-  """A Llama in float64 torch, written from its equations; `w` has our names. (transformers' own rounds to float32.)"""
+  """A Llama in float64 torch, written from its equations; `w` has our names. (transformers' own
+  rounds to float32.)
+  """
   B, L = tokens.shape
   heads, kv, dim = arch.num_heads, arch.num_kv_heads, arch.head_dim
   position = (mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -42,9 +44,16 @@ def hidden_states(w, arch, tokens, mask):
 
   x = w["embed/embedding"][tokens]
   for i in range(arch.num_layers):
-    layer = {name.removeprefix("layers/"): value[i] for name, value in w.items() if name.startswith("layers/")}
+    layer = {
+      name.removeprefix("layers/"): value[i]
+      for name, value in w.items()
+      if name.startswith("layers/")
+    }
     n = norm(x, layer["attn_norm/scale"])
-    split = lambda name, count: (n @ layer[f"attn/{name}/kernel"]).view(B, L, count, dim).transpose(1, 2)
+
+    def split(name, count):
+      return (n @ layer[f"attn/{name}/kernel"]).view(B, L, count, dim).transpose(1, 2)
+
     q, k, v = rotate(split("q", heads)), rotate(split("k", kv)), split("v", kv)
     k, v = (y.repeat_interleave(heads // kv, 1) for y in (k, v))
     weights = torch.softmax((q @ k.transpose(-1, -2) / dim**0.5).masked_fill(~seen, -torch.inf), -1)
@@ -60,16 +69,23 @@ def to_torch(state, requires_grad=False):
 
 
 def oracle_step(cfg, built, state, sequences, step_number):
-  """Algorithm 1 after sampling, in torch: two epochs of SGD on eq. 2, then one step of SGD on eq. 7."""
+  """Algorithm 1 after sampling, in torch: two epochs of SGD on eq. 2, then one step of SGD on
+  eq. 7.
+  """
   arch, K, T = built.arch, cfg.rollout.group_size, sequences.response_mask.shape[1]
   policy, ref = to_torch(state.policy, requires_grad=True), to_torch(state.ref)
   backbone, head = to_torch(state.reward_backbone), to_torch(state.reward_head, requires_grad=True)
   tokens = torch.tensor(np.array(sequences.tokens, np.int64))
-  mask, response = torch.tensor(np.array(sequences.token_mask)), torch.tensor(np.array(sequences.response_mask))
+  mask, response = (
+    torch.tensor(np.array(sequences.token_mask)),
+    torch.tensor(np.array(sequences.response_mask)),
+  )
 
   def logp_all(model):
     h = hidden_states(model, arch, tokens, mask)
-    return torch.log_softmax(h[:, -T - 1 : -1] @ model["lm_head/kernel"] / cfg.rollout.temperature, -1), h
+    return torch.log_softmax(
+      h[:, -T - 1 : -1] @ model["lm_head/kernel"] / cfg.rollout.temperature, -1
+    ), h
 
   def of_tokens(logp):
     return torch.gather(logp, -1, tokens[:, -T:, None])[..., 0]
@@ -90,7 +106,9 @@ def oracle_step(cfg, built, state, sequences, step_number):
     rte = hidden_states(backbone, arch, tokens, mask)[torch.arange(len(tokens)), last]
     scores = fused(h)
     groups = scores.reshape(-1, K)
-    advantages = ((groups - (groups.sum(-1, keepdim=True) - groups) / (K - 1)).reshape(-1, 1)).expand(-1, T)
+    advantages = (
+      (groups - (groups.sum(-1, keepdim=True) - groups) / (K - 1)).reshape(-1, 1)
+    ).expand(-1, T)
 
   def per_sequence(x):
     return (x * response).sum(-1).mean()
@@ -98,7 +116,7 @@ def oracle_step(cfg, built, state, sequences, step_number):
   losses, norms = [], []
   for _ in range(cfg.ppo.epochs):
     logp, refreshed = logp_all(policy)
-    ratio = torch.exp((of_tokens(logp) - old))
+    ratio = torch.exp(of_tokens(logp) - old)
     clipped = torch.clamp(ratio, 1 - cfg.ppo.clip_eps, 1 + cfg.ppo.clip_eps)
     # the textbook objective; at ratio 1 torch would split a tie, so the branches are picked by hand
     picked = torch.where(ratio * advantages <= clipped * advantages, ratio, clipped)
@@ -107,7 +125,9 @@ def oracle_step(cfg, built, state, sequences, step_number):
     grads = dict(zip(policy, torch.autograd.grad(loss, list(policy.values()))))
     losses.append(loss.item())
     norms.append(np.sqrt(sum((g**2).sum().item() for g in grads.values())))
-    policy = {k: (p - cfg.policy.lr * grads[k]).detach().requires_grad_() for k, p in policy.items()}
+    policy = {
+      k: (p - cfg.policy.lr * grads[k]).detach().requires_grad_() for k, p in policy.items()
+    }
 
   rewards = fused(refreshed.detach()).reshape(-1, K)
   rows = torch.arange(len(rewards))
@@ -119,21 +139,32 @@ def oracle_step(cfg, built, state, sequences, step_number):
   reward_loss = (1 - cfg.r2m.alpha) * bt + cfg.r2m.alpha * gre
   reward_loss.backward()
   new_head = {k: (v - cfg.r2m.lr * v.grad).detach().numpy() for k, v in head.items()}
-  return dict(  # fmt: skip
-    policy={k: p.detach().numpy() for k, p in policy.items()}, head=new_head, scores=scores.numpy(),
-    losses=losses, norms=norms, bt=bt.item(), gre=gre.item(),
+  return dict(
+    policy={k: p.detach().numpy() for k, p in policy.items()},
+    head=new_head,
+    scores=scores.numpy(),
+    losses=losses,
+    norms=norms,
+    bt=bt.item(),
+    gre=gre.item(),
   )
 
 
 SGD = dict(
-  policy__optimizer="sgd", policy__lr=0.05, policy__max_grad_norm=0.0,
-  r2m__optimizer="sgd", r2m__lr=0.5, r2m__max_grad_norm=0.0,
-)  # fmt: skip
+  policy__optimizer="sgd",
+  policy__lr=0.05,
+  policy__max_grad_norm=0.0,
+  r2m__optimizer="sgd",
+  r2m__lr=0.5,
+  r2m__max_grad_norm=0.0,
+)
 
 
 def test_whole_step_matches_float64_torch_oracle():
   with jax.enable_x64(True):
-    cfg = small.config(dtype="float64", param_dtype="float64", rollout__temperature=0.7, kl__beta=0.3, **SGD)
+    cfg = small.config(
+      dtype="float64", param_dtype="float64", rollout__temperature=0.7, kl__beta=0.3, **SGD
+    )
     built, state = small.start(cfg, ref_noise=0.05)
     state = state.replace(step=jnp.int32(2))  # omega below 1: the feedback counts
     before = jax.device_get(state.replace(key=None))
@@ -141,7 +172,9 @@ def test_whole_step_matches_float64_torch_oracle():
     out, after = jax.device_get(out), jax.device_get(state.replace(key=None))
   want = oracle_step(cfg, built, before, out.sequences, 2)
 
-  assert 0 < out.sequences.response_mask.sum() < out.sequences.response_mask.size  # some rows ended early
+  assert (
+    0 < out.sequences.response_mask.sum() < out.sequences.response_mask.size
+  )  # some rows ended early
   np.testing.assert_allclose(out.judged.scores, want["scores"], rtol=1e-9)
   np.testing.assert_allclose(out.metrics["policy/first_loss"], want["losses"][0], rtol=1e-8)
   np.testing.assert_allclose(out.metrics["policy/loss"], np.mean(want["losses"]), rtol=1e-8)
@@ -156,13 +189,17 @@ def test_whole_step_matches_float64_torch_oracle():
     for name in got:  # SGD: the move is the gradient times the learning rate
       move, expected_move = got[name] - start[name], expected[name] - start[name]
       assert np.abs(expected_move).max() > 1e-9 or name == "phi/bias", name
-      np.testing.assert_allclose(move, expected_move, atol=1e-8 * np.abs(expected_move).max() + 1e-13, err_msg=name)
+      np.testing.assert_allclose(
+        move, expected_move, atol=1e-8 * np.abs(expected_move).max() + 1e-13, err_msg=name
+      )
 
 
 def test_one_trace_and_only_what_should_move_moves(monkeypatch):
   traces = []
   original = step_module.generate
-  monkeypatch.setattr(step_module, "generate", lambda *a, **k: traces.append(1) or original(*a, **k))
+  monkeypatch.setattr(
+    step_module, "generate", lambda *a, **k: traces.append(1) or original(*a, **k)
+  )
   cfg = small.config()
   built, state = small.start(cfg)
   before = jax.device_get(state.replace(key=None))
@@ -172,10 +209,18 @@ def test_one_trace_and_only_what_should_move_moves(monkeypatch):
   after = jax.device_get(state.replace(key=None))
   assert len(traces) == 1 and int(after.step) == 3
   for name in ("ref", "reward_backbone", "reward_frozen"):
-    assert all(map(np.array_equal, jax.tree.leaves(getattr(before, name)), jax.tree.leaves(getattr(after, name)))), name
+    assert all(
+      map(
+        np.array_equal,
+        jax.tree.leaves(getattr(before, name)),
+        jax.tree.leaves(getattr(after, name)),
+      )
+    ), name
   for name in ("policy", "reward_head"):
     old, new = flat(getattr(before, name)), flat(getattr(after, name))
-    still = [k for k in old if np.array_equal(old[k], new[k]) and k != "phi/bias"]  # a bias shifts all K alike
+    still = [
+      k for k in old if np.array_equal(old[k], new[k]) and k != "phi/bias"
+    ]  # a bias shifts all K alike
     assert not still, still
 
 
@@ -184,7 +229,9 @@ def test_variants_without_training_leave_the_head_alone(variant):
   cfg = small.config(variant=variant)
   outputs, state = small.run(cfg, 2)
   _, fresh = small.start(cfg)
-  assert all(map(np.array_equal, jax.tree.leaves(fresh.reward_head), jax.tree.leaves(state.reward_head)))
+  assert all(
+    map(np.array_equal, jax.tree.leaves(fresh.reward_head), jax.tree.leaves(state.reward_head))
+  )
   used, frozen = outputs[1].judged.scores, outputs[1].judged.scores_frozen
   w = max(0.5 * np.cos(np.pi * 1 / cfg.steps) + 0.5, cfg.r2m.omega_min)
   if variant == "vanilla":
@@ -196,13 +243,17 @@ def test_variants_without_training_leave_the_head_alone(variant):
 
 
 def test_step_zero_identities():
-  """Before any update: the ratio is 1 within 2e-5 and old equals reference log-probabilities exactly."""
+  """Before any update: the ratio is 1 within 2e-5 and old equals reference log-probabilities
+  exactly.
+  """
   for dtype, bound in (("float32", 2e-5), ("bfloat16", 2e-2)):
     outputs, _ = small.run(small.config(dtype=dtype), 1)
     metrics = outputs[0].metrics
     assert metrics["policy/old_ref_deviation"] == 0
     assert metrics["policy/first_ratio_deviation"] <= bound
-    assert metrics["policy/ratio_deviation"] > 1e-4  # the second epoch is off-policy: the metric can be non-zero
+    assert (
+      metrics["policy/ratio_deviation"] > 1e-4
+    )  # the second epoch is off-policy: the metric can be non-zero
 
 
 def test_prompt_padding_changes_nothing():
@@ -220,7 +271,9 @@ def test_prompt_padding_changes_nothing():
 
 
 def test_minibatches_cover_every_row_once_per_epoch():
-  """With a learning rate of zero, the mean over minibatches is the full batch's loss and h' is h of every row."""
+  """With a learning rate of zero, the mean over minibatches is the full batch's loss and h' is h
+  of every row.
+  """
   cfg = small.config(policy__lr=0.0, r2m__lr=0.0)
   split = small.config(policy__lr=0.0, r2m__lr=0.0, ppo__minibatches=4)
   (full, *_), _ = small.run(cfg, 1)
@@ -228,5 +281,3 @@ def test_minibatches_cover_every_row_once_per_epoch():
   np.testing.assert_array_equal(full.sequences.tokens, parts.sequences.tokens)
   np.testing.assert_allclose(full.metrics["policy/loss"], parts.metrics["policy/loss"], atol=1e-6)
   np.testing.assert_allclose(full.metrics["r2m/loss"], parts.metrics["r2m/loss"], rtol=1e-5)
-
-

@@ -1,1 +1,3 @@
-"""The method on arrays: losses, advantages, objective, schedules, variants, labels and optimizers."""
+"""The method on arrays: losses, advantages, objective, schedules, variants, labels and
+optimizers.
+"""

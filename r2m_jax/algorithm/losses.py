@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from r2m_jax.ops import aggregate, check, masked_mean, share_mean
 
-
 RATIOS = ("token", "sequence")
 
 
@@ -29,21 +28,27 @@ def ppo_clip(
 
     rho = exp(new - old);   L = -(A >= 0 ? min(rho, 1 + eps_high) : min(max(rho, 1 - eps), c)) * A
 
-  The textbook min(rho * A, clip(rho) * A) has a tie at rho = 1, where every first minibatch sits, and automatic
-  differentiation may split the gradient there. This form has none.
+  The textbook min(rho * A, clip(rho) * A) has a tie at rho = 1, where every first minibatch sits,
+  and automatic differentiation may split the gradient there. This form has none.
 
   Args:
     new_logprobs, old_logprobs, advantages: f32[B, T].
     mask: bool[B, T], True on response tokens.
     clip_eps: half-width of the trust region.
     aggregation: see `ops.aggregate`.
-    clip_eps_high: its upper half-width, where it is not the same (DAPO's asymmetric clip); 0: the same.
-    dual_clip: largest ratio c > 1 that a negative advantage is multiplied by (dual-clip PPO); 0: none.
-    ratio: "token", or "sequence" for one ratio a row, exp(mean over its tokens of new - old) (GSPO).
-    whole: mask of the minibatch that these rows are a micro-batch of: the loss is then their share of the minibatch's,
-      and the metrics are those of the rows alone. None: they are all of it.
+    clip_eps_high: its upper half-width, where it is not the same (DAPO's asymmetric clip); 0: the
+      same.
+    dual_clip: largest ratio c > 1 that a negative advantage is multiplied by (dual-clip PPO); 0:
+      none.
+    ratio: "token", or "sequence" for one ratio a row, exp(mean over its tokens of new - old)
+      (GSPO).
+    whole: mask of the minibatch that these rows are a micro-batch of: the loss is then their share
+      of the minibatch's, and the metrics are those of the rows alone. None: they are all of it.
   """
-  check(new_logprobs, "B T"), check(old_logprobs, "B T"), check(advantages, "B T"), check(mask, "B T", jnp.bool_)
+  check(new_logprobs, "B T")
+  check(old_logprobs, "B T")
+  check(advantages, "B T")
+  check(mask, "B T", jnp.bool_)
   log_ratio = jnp.where(mask, new_logprobs - old_logprobs, 0)
   if ratio == "sequence":
     log_ratio = jnp.where(mask, masked_mean(log_ratio, mask, -1)[:, None], 0)
@@ -62,19 +67,30 @@ def ppo_clip(
 
 
 def value_clip(
-  values: jax.Array, old_values: jax.Array, returns: jax.Array, mask: jax.Array, *, clip: float,
+  values: jax.Array,
+  old_values: jax.Array,
+  returns: jax.Array,
+  mask: jax.Array,
+  *,
+  clip: float,
   whole: jax.Array | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
-  """The critic's squared error, clipped around its old values as in PPO: the larger of both errors counts.
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+  """The critic's squared error, clipped around its old values as in PPO: the larger of both errors
+  counts.
 
     L = 1/2 mean max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2)
 
   All f32[B, T], mask bool[B, T]; mean over all response tokens. `whole`: see `ppo_clip`.
   """
-  check(values, "B T"), check(old_values, "B T"), check(returns, "B T"), check(mask, "B T", jnp.bool_)
+  check(values, "B T")
+  check(old_values, "B T")
+  check(returns, "B T")
+  check(mask, "B T", jnp.bool_)
   near = jnp.clip(values, old_values - clip, old_values + clip)
   free, held = (values - returns) ** 2, (near - returns) ** 2
-  loss = 0.5 * share_mean(jnp.where(held > free, held, free), mask, whole)  # a tie takes the free branch, undivided
+  loss = 0.5 * share_mean(
+    jnp.where(held > free, held, free), mask, whole
+  )  # a tie takes the free branch, undivided
   metrics = {
     "critic/loss": loss,
     "critic/clip_fraction": masked_mean((held > free).astype(values.dtype), mask),
@@ -85,26 +101,34 @@ def value_clip(
 
 
 def kl_k1(new_logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
-  """Per-token log-ratio [B, T]: unbiased as a value. For rewards only: as a loss its expected gradient is zero."""
+  """Per-token log-ratio [B, T]: unbiased as a value. For rewards only: as a loss its expected
+  gradient is zero.
+  """
   return new_logprobs - ref_logprobs
 
 
 def kl_k2(new_logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
-  """Per-token half squared log-ratio [B, T]. On-policy its gradient is that of KL(policy || reference)."""
+  """Per-token half squared log-ratio [B, T]. On-policy its gradient is that of KL(policy ||
+  reference).
+  """
   return 0.5 * (new_logprobs - ref_logprobs) ** 2
 
 
 def kl_k3(new_logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
   """Per-token exp(-d) - 1 + d with d = new - ref [B, T]: unbiased and non-negative as a value.
 
-  As a loss its on-policy gradient is that of KL(reference || policy), the other direction: use it to report.
+  As a loss its on-policy gradient is that of KL(reference || policy), the other direction: use it
+  to report.
   """
   d = new_logprobs - ref_logprobs
   return jnp.exp(-d) - 1 + d
 
 
-def bradley_terry(winner: jax.Array, loser: jax.Array, weight: jax.Array | None = None) -> jax.Array:
-  """-log sigmoid(r_w - r_l), mean over pairs, weighted where weights are given (eq. 5). f32[P] each -> f32[].
+def bradley_terry(
+  winner: jax.Array, loser: jax.Array, weight: jax.Array | None = None
+) -> jax.Array:
+  """-log sigmoid(r_w - r_l), mean over pairs, weighted where weights are given (eq. 5). f32[P] each
+  -> f32[].
 
   Where all weights are 0 the loss is 0.
   """
@@ -118,8 +142,9 @@ def bradley_terry(winner: jax.Array, loser: jax.Array, weight: jax.Array | None 
 def group_reward_entropy(rewards: jax.Array, *, eps: float) -> jax.Array:
   """Entropy of p = softmax((r - mean r) / std r) inside each group, mean over groups, nats (eq. 6).
 
-  A small entropy means that the rewards of a group are told apart. std uses 1/K, and eps is added to the variance, so
-  that a group of nearly equal rewards has bounded gradients; a group of exactly equal rewards has gradient zero.
+  A small entropy means that the rewards of a group are told apart. std uses 1/K, and eps is added
+  to the variance, so that a group of nearly equal rewards has bounded gradients; a group of exactly
+  equal rewards has gradient zero.
 
   Args:
     rewards: f32[P, K].
@@ -134,22 +159,29 @@ def group_reward_entropy(rewards: jax.Array, *, eps: float) -> jax.Array:
 
 
 def grebt(
-  rewards: jax.Array, annotations: jax.Array, *, alpha: float, eps: float,
+  rewards: jax.Array,
+  annotations: jax.Array,
+  *,
+  alpha: float,
+  eps: float,
   pairs: tuple[jax.Array, jax.Array, jax.Array] | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+) -> tuple[jax.Array, dict[str, jax.Array]]:
   """(1 - alpha) * L_BT + alpha * L_GRE (eq. 7).
 
-  The annotation scores alone pick each group's winner and loser (algorithm 1): they are data, not a function of the
-  head. Where a whole group ties, winner and loser are the same row and the pair has gradient zero.
+  The annotation scores alone pick each group's winner and loser (algorithm 1): they are data, not a
+  function of the head. Where a whole group ties, winner and loser are the same row and the pair has
+  gradient zero.
 
   Args:
     rewards: f32[P, K], from the refreshed policy feedback; gradients flow through these.
     annotations: f32[P, K], the scores that the policy was trained on in this step.
     alpha: weight of the entropy, 0 to 1.
     eps: see `group_reward_entropy`.
-    pairs: rewards of labelled winners and losers and their weight, f32[m] each, in place of the groups' own pairs.
+    pairs: rewards of labelled winners and losers and their weight, f32[m] each, in place of the
+      groups' own pairs.
   """
-  check(rewards, "P K"), check(annotations, "P K")
+  check(rewards, "P K")
+  check(annotations, "P K")
   if pairs is None:
     winner, loser = annotations.argmax(-1), annotations.argmin(-1)
     r_w, r_l = (jnp.take_along_axis(rewards, i[:, None], -1)[:, 0] for i in (winner, loser))

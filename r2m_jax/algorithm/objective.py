@@ -1,14 +1,17 @@
-"""What the policy is trained towards: scores to advantages per token, and the loss of a minibatch (eq. 2).
+"""What the policy is trained towards: scores to advantages per token, and the loss of a minibatch
+(eq. 2).
 
-Built from a config once; the functions see arrays alone, no model and no tokenizer. Of the KL to the reference, a part
-may be in the reward (no gradient, it is credited like any reward) and a part in the loss:
+Built from a config once; the functions see arrays alone, no model and no tokenizer. Of the KL to
+the reference, a part may be in the reward (no gradient, it is credited like any reward) and a part
+in the loss:
 
   loss, any estimator     the states visited are held fixed:  E_s[grad KL(policy(.|s) || reference(.|s))]
   reward, k1              the sampled log-ratio of each token; its score-function gradient is that of the sequence's KL
   reward, exact           the exact KL of each token. The reward can only credit what a token leads to, so the direct
-                          derivative is in the loss too; the two together are the gradient of the sequence's KL, with
-                          less variance than k1 (for RLOO, ReMax and PPO with gamma = lambda = 1; what divides the
-                          advantage scales the first part alone)
+                          derivative is in the loss too; the two together are the gradient of the
+                          sequence's KL, with less variance than k1 (for RLOO, ReMax and PPO with
+                          gamma = lambda = 1; what divides the advantage scales the first part
+                          alone)
   reward, k2 and k3       as any other reward: penalties, and not the gradient of a KL
 """
 
@@ -57,16 +60,26 @@ def shape_scores(scores: jax.Array, length: jax.Array, has_eos: jax.Array, setti
 def make_advantages(config) -> Callable[..., Targets]:
   """Builds `advantages(scores, token_kl, mask, beta, *, greedy_scores, values) -> Targets`.
 
-  scores f32[B] are shaped, token_kl f32[B, T] is the old policy's KL of each token by the config's estimator (read only
-  where the KL is in the reward), mask bool[B, T], beta f32[]; greedy_scores f32[P] (remax) and values f32[B, T] (ppo)
-  are the baselines of those two.
+  scores f32[B] are shaped, token_kl f32[B, T] is the old policy's KL of each token by the config's
+  estimator (read only where the KL is in the reward), mask bool[B, T], beta f32[]; greedy_scores
+  f32[P] (remax) and values f32[B, T] (ppo) are the baselines of those two.
   """
-  algorithm, K, in_reward = config.algorithm, config.rollout.group_size, config.kl.placement == "reward"
-  eps, norm, whiten = config.ppo.advantage_eps, config.ppo.advantage_norm, config.ppo.whiten_advantages
+  algorithm, K, in_reward = (
+    config.algorithm,
+    config.rollout.group_size,
+    config.kl.placement == "reward",
+  )
+  eps, norm, whiten = (
+    config.ppo.advantage_eps,
+    config.ppo.advantage_norm,
+    config.ppo.whiten_advantages,
+  )
   gamma, lam = config.critic.gamma, config.critic.lam
 
   def make(scores, token_kl, mask, beta, *, greedy_scores=None, values=None) -> Targets:
-    penalty = beta * jnp.where(mask, token_kl, 0) if in_reward else jnp.zeros(mask.shape, scores.dtype)
+    penalty = (
+      beta * jnp.where(mask, token_kl, 0) if in_reward else jnp.zeros(mask.shape, scores.dtype)
+    )
     returns = None
     if algorithm in ("rloo", "grpo", "remax"):  # one reward for the whole response
       rewards = scores - penalty.sum(-1)
@@ -89,19 +102,25 @@ def make_advantages(config) -> Callable[..., Targets]:
   return make
 
 
-def make_objective(config, vocab_size: int) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
+def make_objective(
+  config, vocab_size: int
+) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
   """Builds `objective(stats, batch, beta, whole=None) -> (loss, metrics)`: eq. 2 for one minibatch.
 
-  stats are the policy's `TokenStats`, with the exact KL where the estimator is exact; batch is an `Experience`. Where
-  that is a micro-batch of the minibatch `whole`, the loss is its share of the minibatch's.
+  stats are the policy's `TokenStats`, with the exact KL where the estimator is exact; batch is an
+  `Experience`. Where that is a micro-batch of the minibatch `whole`, the loss is its share of the
+  minibatch's.
   """
   estimator = kl_estimator(config, vocab_size)
   kl_in_loss = config.kl.placement == "loss" or estimator == "exact"
   aggregation, mask_truncated = config.ppo.aggregation, config.shaping.mask_truncated
   settings = dict(
-    clip_eps=config.ppo.clip_eps, clip_eps_high=config.ppo.clip_eps_high, dual_clip=config.ppo.dual_clip,
-    ratio=config.ppo.ratio, aggregation=aggregation,
-  )  # fmt: skip
+    clip_eps=config.ppo.clip_eps,
+    clip_eps_high=config.ppo.clip_eps_high,
+    dual_clip=config.ppo.dual_clip,
+    ratio=config.ppo.ratio,
+    aggregation=aggregation,
+  )
 
   def counts(sequences: Sequences):  # bool[B, T]: the tokens in the loss
     ended = sequences.has_eos[:, None] if mask_truncated else True
@@ -115,11 +134,17 @@ def make_objective(config, vocab_size: int) -> Callable[..., tuple[jax.Array, di
     )
     metrics["policy/objective"] = loss
     if kl_in_loss:
-      kl = stats.kl if estimator == "exact" else KL_OF_LOGPROBS[estimator](stats.logprobs, batch.ref_logprobs)
+      kl = (
+        stats.kl
+        if estimator == "exact"
+        else KL_OF_LOGPROBS[estimator](stats.logprobs, batch.ref_logprobs)
+      )
       metrics["policy/kl_loss"] = aggregate(kl, mask, aggregation, whole)
       loss = loss + beta * metrics["policy/kl_loss"]
     metrics["policy/loss"] = loss
-    reported = stats.kl if estimator == "exact" else losses.kl_k3(stats.logprobs, batch.ref_logprobs)
+    reported = (
+      stats.kl if estimator == "exact" else losses.kl_k3(stats.logprobs, batch.ref_logprobs)
+    )
     metrics["kl"] = masked_sum(reported, sampled, -1).mean()
     metrics["policy/entropy"] = masked_mean(stats.entropy, sampled)
     return loss, metrics
@@ -128,8 +153,8 @@ def make_objective(config, vocab_size: int) -> Callable[..., tuple[jax.Array, di
 
 
 def kl_estimator(config: ConfigDict, vocab_size: int) -> str:
-  """"auto" resolved: k1 in the reward; in the loss exact over the vocabulary up to 1,024 entries, else k2 (whose
-  on-policy gradient is right)."""
+  """ "auto" resolved: k1 in the reward; in the loss exact over the vocabulary up to 1,024 entries,
+  else k2 (whose on-policy gradient is right)."""
   if config.kl.estimator != "auto":
     return config.kl.estimator
   if config.kl.placement == "reward":

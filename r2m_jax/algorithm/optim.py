@@ -1,9 +1,11 @@
-"""Optimizers: an optax chain from a config section, and one update that refuses numbers that are not finite.
+"""Optimizers: an optax chain from a config section, and one update that refuses numbers that are
+not finite.
 
-Every update is computed in at least float32, whatever parameters and moments are stored in. What is stored in bfloat16
-is rounded at random, up or down with the probabilities that make the rounding right on average: bfloat16 keeps 8 bits,
-and an update of 1e-6 to a weight of 1e-2 would never survive rounding to the nearest. Weights that are kept exactly are
-`param_dtype` float32 with `dtype` bfloat16, at twice the memory.
+Every update is computed in at least float32, whatever parameters and moments are stored in. What is
+stored in bfloat16 is rounded at random, up or down with the probabilities that make the rounding
+right on average: bfloat16 keeps 8 bits, and an update of 1e-6 to a weight of 1e-2 would never
+survive rounding to the nearest. Weights that are kept exactly are `param_dtype` float32 with
+`dtype` bfloat16, at twice the memory.
 """
 
 import functools
@@ -26,16 +28,22 @@ def make_optimizer(config, total_updates: int) -> optax.GradientTransformation:
   """Clip by global norm, then AdamW or plain SGD with the section's schedule.
 
   Args:
-    config: a section with `optimizer`, `lr`, `lr_schedule`, `warmup_steps`, `b1`, `b2`, `adam_eps`, `weight_decay`,
-      `max_grad_norm` (0 does not clip), `moment_dtype`.
+    config: a section with `optimizer`, `lr`, `lr_schedule`, `warmup_steps`, `b1`, `b2`, `adam_eps`,
+      `weight_decay`, `max_grad_norm` (0 does not clip), `moment_dtype`.
     total_updates: length of the schedule, in optimizer updates.
   """
   lr = learning_rate(config.lr_schedule, config.lr, total_updates, config.warmup_steps)
   if config.optimizer == "sgd":
     update = optax.sgd(lr)
   else:
-    update = optax.adamw(lr, b1=config.b1, b2=config.b2, eps=config.adam_eps, weight_decay=config.weight_decay)
-  tx = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update) if config.max_grad_norm else update
+    update = optax.adamw(
+      lr, b1=config.b1, b2=config.b2, eps=config.adam_eps, weight_decay=config.weight_decay
+    )
+  tx = (
+    optax.chain(optax.clip_by_global_norm(config.max_grad_norm), update)
+    if config.max_grad_norm
+    else update
+  )
   return keep_moments(tx, jnp.dtype(config.moment_dtype))
 
 
@@ -48,49 +56,66 @@ class Kept(NamedTuple):
 
 def wide(tree):
   """Floating-point leaves in at least float32."""
-  return jax.tree.map(lambda x: at_least_f32(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+  return jax.tree.map(
+    lambda x: at_least_f32(x) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+  )
 
 
 def keep_moments(tx: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
-  """`tx`, computed in at least float32, its moments stored in `dtype`; "float32" is float32 or whatever is wider."""
+  """`tx`, computed in at least float32, its moments stored in `dtype`; "float32" is float32 or
+  whatever is wider.
+  """
   narrow = dtype == jnp.bfloat16
 
   def init(params):
     return Kept(jnp.zeros((), jnp.int32), stored(tx.init(wide(params)), jnp.int32(0)))
 
   def stored(state, count):
-    return round_tree(state, jax.tree.map(lambda x: dtype if x.ndim else x.dtype, state), count) if narrow else state
+    return (
+      round_tree(state, jax.tree.map(lambda x: dtype if x.ndim else x.dtype, state), count)
+      if narrow
+      else state
+    )
 
   def update(grads, state, params):
-    updates, inner = tx.update(wide(grads), wide(state.inner) if narrow else state.inner, wide(params))
+    updates, inner = tx.update(
+      wide(grads), wide(state.inner) if narrow else state.inner, wide(params)
+    )
     return updates, Kept(state.count + 1, stored(inner, state.count))
 
   return optax.GradientTransformation(init, update)
 
 
 def round_tree(tree, dtypes, count: jax.Array):
-  """Leaves in their `dtypes`; those that go from float32 to bfloat16 are rounded at random, by leaf and `count`."""
+  """Leaves in their `dtypes`; those that go from float32 to bfloat16 are rounded at random, by
+  leaf and `count`.
+  """
 
   def rounded(path, x, dtype):
     if (x.dtype, dtype) == (jnp.float32, jnp.bfloat16):
-      return round_at_random(x, count.astype(jnp.uint32) ^ jnp.uint32(zlib.crc32(path_name(path).encode())))
+      return round_at_random(
+        x, count.astype(jnp.uint32) ^ jnp.uint32(zlib.crc32(path_name(path).encode()))
+      )
     return x.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(rounded, tree, dtypes)
 
 
 def round_at_random(x: jax.Array, seed: jax.Array) -> jax.Array:
-  """f32 -> bf16, one of the two neighbours, with expectation x; a number that bfloat16 has stays itself.
+  """f32 -> bf16, one of the two neighbours, with expectation x; a number that bfloat16 has stays
+  itself.
 
-  The noise is a hash of the element's place and `seed`, u32[]: element by element, so that it needs no memory and is
-  the same on every mesh.
+  The noise is a hash of the element's place and `seed`, u32[]: element by element, so that it needs
+  no memory and is the same on every mesh.
   """
   place = jnp.zeros(x.shape, jnp.uint32)
   for axis in range(x.ndim):
     stride = int(np.prod(x.shape[axis + 1 :])) % 2**32
     place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
   noise = _hash(place ^ _hash(seed)) >> 16
-  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise  # carries into the upper half as often as the lower says
+  bits = (
+    jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
+  )  # carries into the upper half as often as the lower says
   rounded = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
   return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
@@ -103,17 +128,21 @@ def _hash(x: jax.Array) -> jax.Array:
 
 
 def apply_updates(params, updates, count: jax.Array):
-  """params + updates, summed in at least float32 and stored as params are; see `round_at_random`."""
+  """params + updates, summed in at least float32 and stored as params are; see
+  `round_at_random`.
+  """
   summed = jax.tree.map(lambda p, u: at_least_f32(p) + u, params, updates)
   return round_tree(summed, jax.tree.map(lambda p: p.dtype, params), count)
 
 
 def gradient(loss: Callable, params, *args, parts: int = 1):
-  """(value, aux, gradient) of loss(params, *args) -> (value, aux), from `parts` micro-batches one after another.
+  """(value, aux, gradient) of loss(params, *args) -> (value, aux), from `parts` micro-batches one
+  after another.
 
-  With more than one, the first of args is a tree of rows, `loss` gives the share that the rows it sees have in the
-  value of all (what it divides by, it counts over all), and every leaf of aux has these rows as its leading axis.
-  Shares and gradients are summed in at least float32, so any number of parts gives the same numbers up to rounding.
+  With more than one, the first of args is a tree of rows, `loss` gives the share that the rows it
+  sees have in the value of all (what it divides by, it counts over all), and every leaf of aux has
+  these rows as its leading axis. Shares and gradients are summed in at least float32, so any number
+  of parts gives the same numbers up to rounding.
   """
   compute = jax.value_and_grad(loss, has_aux=True)
   if parts == 1:
@@ -136,13 +165,15 @@ def descend(tx: optax.GradientTransformation, loss: Callable, params, opt, *args
 
   The gradient comes from `parts` micro-batches; see `gradient`.
 
-  Where the loss, the gradient's norm or an updated parameter is NaN or infinite, params and opt stay bit for bit what
-  they were. (Moments of finite gradients with a finite norm are finite.) The branch is in the same program and needs no
-  memory of its own: choosing element by element would keep what it chooses from, so the new parameters are first made
-  to be looked at alone, which is fused into one number, and made again if all are good.
+  Where the loss, the gradient's norm or an updated parameter is NaN or infinite, params and opt
+  stay bit for bit what they were. (Moments of finite gradients with a finite norm are finite.) The
+  branch is in the same program and needs no memory of its own: choosing element by element would
+  keep what it chooses from, so the new parameters are first made to be looked at alone, which is
+  fused into one number, and made again if all are good.
 
   Returns:
-    params', opt', loss f32[], aux, {"grad_norm": f32[] before clipping, "skipped": f32[] 1 where nothing was changed}.
+    params', opt', loss f32[], aux, {"grad_norm": f32[] before clipping, "skipped": f32[] 1 where
+    nothing was changed}.
   """
   value, aux, grads = gradient(loss, params, *args, parts=parts)
   norm = optax.tree.norm(wide(grads))
@@ -153,5 +184,7 @@ def descend(tx: optax.GradientTransformation, loss: Callable, params, opt, *args
 
   numbers = (value, norm, *jax.tree.leaves(update(params, opt, grads)[0]))
   good = functools.reduce(jnp.logical_and, [jnp.isfinite(x).all() for x in numbers])
-  params, opt = jax.lax.cond(good, update, lambda params, opt, grads: (params, opt), params, opt, grads)
+  params, opt = jax.lax.cond(
+    good, update, lambda params, opt, grads: (params, opt), params, opt, grads
+  )
   return params, opt, value, aux, {"grad_norm": norm, "skipped": 1 - good.astype(norm.dtype)}

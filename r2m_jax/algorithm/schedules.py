@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-
 OMEGA_SCHEDULES = ("cosine", "linear", "constant", "kl")
 
 
@@ -13,9 +12,10 @@ def omega(progress: jax.Array, omega_min: float, kind: str = "cosine") -> jax.Ar
 
     w = max(cos(pi u) / 2 + 1/2, Omega), with u = t / T
 
-  It starts at 1 (only the reward model's own embedding) and falls to the floor Omega. "linear" falls along 1 - u to
-  the same floor, "constant" is the floor from the start. "kl" is the cosine with u = KL / target, the share of the
-  allowed KL that the policy has used: it needs no T, and goes back when the policy does.
+  It starts at 1 (only the reward model's own embedding) and falls to the floor Omega. "linear"
+  falls along 1 - u to the same floor, "constant" is the floor from the start. "kl" is the cosine
+  with u = KL / target, the share of the allowed KL that the policy has used: it needs no T, and
+  goes back when the policy does.
   """
   if kind == "constant":
     return jnp.full_like(progress, omega_min)
@@ -50,7 +50,7 @@ def kl_weight(
 
 
 def learning_rate(kind: str, peak: float, total_steps: int, warmup_steps: int) -> optax.Schedule:
-  """"constant", "linear" or "cosine" to zero, after a linear warm-up from zero."""
+  """ "constant", "linear" or "cosine" to zero, after a linear warm-up from zero."""
   decay_steps = max(total_steps - warmup_steps, 1)
   after = {
     "constant": optax.constant_schedule(peak),
@@ -59,4 +59,6 @@ def learning_rate(kind: str, peak: float, total_steps: int, warmup_steps: int) -
   }[kind]
   if not warmup_steps:
     return after
-  return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps])
+  return optax.join_schedules(
+    [optax.linear_schedule(0.0, peak, warmup_steps), after], [warmup_steps]
+  )

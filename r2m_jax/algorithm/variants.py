@@ -1,4 +1,5 @@
-"""The variants of the method: whose states the reward reads, what is trained, and the controls put in their place.
+"""The variants of the method: whose states the reward reads, what is trained, and the controls put
+in their place.
 
 Equation numbers are those of R2M (arXiv 2601.22664). Each variant goes with every estimator.
 """
@@ -15,11 +16,19 @@ from r2m_jax.ops import at_least_f32, masked_mean
 class Variant(NamedTuple):
   """What a variant does with the reward."""
 
-  feedback: str = ""  # whose states are fused into the reward (eqs. 3 and 4): see `feed_back`; "": none are
-  scaled: bool = False  # multiply the frozen reward by omega instead: the control for the shrinking that eq. 4 brings
-  trained: bool = False  # retrain the head after each policy update (eqs. 5 to 7); without feedback that is phi alone
-  alpha: float | None = None  # weight of the group reward entropy in eq. 7, in place of the config's
-  start: str = ""  # what is fitted before RL: "golden" the reward model on golden pairs, "head" the attention and phi
+  feedback: str = (
+    ""  # whose states are fused into the reward (eqs. 3 and 4): see `feed_back`; "": none are
+  )
+  # multiply the frozen reward by omega instead: the control for the shrinking that eq. 4 brings
+  scaled: bool = False
+  # retrain the head after each policy update (eqs. 5 to 7); without feedback that is phi alone
+  trained: bool = False
+  alpha: float | None = (
+    None  # weight of the group reward entropy in eq. 7, in place of the config's
+  )
+  # what is fitted before RL: "golden" the reward model on golden pairs, "head" the attention and
+  # phi
+  start: str = ""
 
 
 VARIANTS = {
@@ -43,7 +52,9 @@ VARIANTS = {
 
 
 class Arm(NamedTuple):
-  """What tells variants apart that can run in one program, that of "r2m", as traced scalars bool[]."""
+  """What tells variants apart that can run in one program, that of "r2m", as traced scalars
+  bool[].
+  """
 
   fused: jax.Array  # the policy's states are fused into the reward
   scaled: jax.Array  # omega multiplies it
@@ -73,10 +84,17 @@ class States(NamedTuple):
   mask: jax.Array  # bool[B, S], True on real tokens
 
 
-READS_POLICY = ("policy", "noise", "constant", "shuffled")  # kinds of feedback made of the policy's own states
+READS_POLICY = (
+  "policy",
+  "noise",
+  "constant",
+  "shuffled",
+)  # kinds of feedback made of the policy's own states
 
 
-def feed_back(kind: str, policy: States, ref: States, own: States, key: jax.Array, *, others) -> States:
+def feed_back(
+  kind: str, policy: States, ref: States, own: States, key: jax.Array, *, others
+) -> States:
   """The states that the reward model reads as policy feedback.
 
     policy      the policy's own: the method
@@ -105,6 +123,9 @@ def feed_back(kind: str, policy: States, ref: States, own: States, key: jax.Arra
 def other_rows(rows: int, sampled: int) -> np.ndarray:
   """For each row one of another prompt, wherever there are two prompts or more: i32[rows].
 
-  Of the `sampled` rows that half a batch away; of the greedy rows that follow them, one a prompt, the one before.
+  Of the `sampled` rows that half a batch away; of the greedy rows that follow them, one a prompt,
+  the one before.
   """
-  return np.concatenate([np.roll(np.arange(sampled), sampled // 2), np.roll(np.arange(sampled, rows), 1)])
+  return np.concatenate(
+    [np.roll(np.arange(sampled), sampled // 2), np.roll(np.arange(sampled, rows), 1)]
+  )

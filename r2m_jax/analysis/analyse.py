@@ -1,10 +1,11 @@
-"""`task=analyse`: the paper's own evidence from the checkpoints and metrics of a run, as docs/analyse.md defines it.
+"""`task=analyse`: the paper's own evidence from the checkpoints and metrics of a run, as
+docs/analyse.md defines it.
 
   python -m r2m_jax.main --config=configs/quickstart.py --workdir=RUN --config.task=analyse \\
     [--config.analyse.what=similarity,probes]
 
-RUN is a run of the gold-reward task, of task=lab, of task=scratch or from Hugging Face folders. It is read and only
-RUN/analysis is written: report.html, a PNG for each figure, a CSV for each table.
+RUN is a run of the gold-reward task, of task=lab, of task=scratch or from Hugging Face folders. It
+is read and only RUN/analysis is written: report.html, a PNG for each figure, a CSV for each table.
 """
 
 import csv
@@ -21,7 +22,8 @@ import numpy as np
 from flax import nnx
 
 from r2m_jax.algorithm.variants import VARIANTS
-from r2m_jax.analysis import evidence, figures as analysis_figures
+from r2m_jax.analysis import evidence
+from r2m_jax.analysis import figures as analysis_figures
 from r2m_jax.analysis.evidence import Curves, Judged, Read, Row
 from r2m_jax.config import PIECES, ConfigError, chosen_pieces
 from r2m_jax.goldtask import task as goldtask
@@ -61,10 +63,12 @@ class Found(NamedTuple):
 
 
 def run(config, workdir: Path) -> dict[str, Found]:
-  """Finds the pieces that config.analyse.what names, "": all that the run has data for; writes WORKDIR/analysis.
+  """Finds the pieces that config.analyse.what names, "": all that the run has data for; writes
+  WORKDIR/analysis.
 
   Raises:
-    ConfigError: the workdir holds no run, or a piece that was asked for needs what the run does not have.
+    ConfigError: the workdir holds no run, or a piece that was asked for needs what the run does not
+      have.
   """
   if not (workdir / "config.json").is_file():
     raise ConfigError(f"--workdir={workdir} holds no run to analyse: there is no config.json")
@@ -74,7 +78,9 @@ def run(config, workdir: Path) -> dict[str, Found]:
   curves = curves_of(workdir, kind, config)
   lacks = missing(config, workdir, kind, curves)
   if refused := [f"{name}: {lacks[name]}" for name in wanted if name in lacks]:
-    raise ConfigError(f"config.analyse.what asks {workdir} for what it does not have: " + "; ".join(refused))
+    raise ConfigError(
+      f"config.analyse.what asks {workdir} for what it does not have: " + "; ".join(refused)
+    )
   wanted = wanted or [name for name in PIECES if name not in lacks]
   if not wanted:
     reasons = "; ".join(dict.fromkeys(lacks.values()))
@@ -93,7 +99,13 @@ def run(config, workdir: Path) -> dict[str, Found]:
 
 def needs_models(kind: str, wanted: list[str]) -> bool:
   """Whether any of the pieces reads a checkpoint."""
-  of_states = {"similarity", "differences", "hacking", "probes", *(("accuracy",) if kind == "gold" else ())}
+  of_states = {
+    "similarity",
+    "differences",
+    "hacking",
+    "probes",
+    *(("accuracy",) if kind == "gold" else ()),
+  }
   return bool(of_states & set(wanted))
 
 
@@ -102,8 +114,10 @@ def missing(config, workdir: Path, kind: str, curves: Curves) -> dict[str, str]:
   lacks = {}
   gold_only = "the gold-reward task alone has a gold reward"
   if kind == "lab":
-    lacks = dict.fromkeys(("similarity", "differences", "hacking", "accuracy", "probes"),
-                          "a laboratory keeps no checkpoint of an arm; analyse a run of one seed")  # fmt: skip
+    lacks = dict.fromkeys(
+      ("similarity", "differences", "hacking", "accuracy", "probes"),
+      "a laboratory keeps no checkpoint of an arm; analyse a run of one seed",
+    )
     lacks["cost"] = "a laboratory runs its seeds together and logs no seconds"
     if not (workdir / "summary.csv").is_file():
       lacks["ablations"] = "there is no summary.csv"
@@ -111,17 +125,23 @@ def missing(config, workdir: Path, kind: str, curves: Curves) -> dict[str, str]:
     if any(not (workdir / "stages" / stage).is_dir() for stage in ("sft", "reward")):
       reason = "there is no stages/sft with a stages/reward"
       lacks = dict.fromkeys(("similarity", "differences", "hacking", "accuracy", "probes"), reason)
-    elif not any(VARIANTS[arm].feedback or VARIANTS[arm].trained for arm in saved_steps(config, workdir)):
+    elif not any(
+      VARIANTS[arm].feedback or VARIANTS[arm].trained for arm in saved_steps(config, workdir)
+    ):
       lacks["accuracy"] = "no arm in checkpoints/ reads feedback or trains its reward"
   else:
     lacks = dict.fromkeys(("hacking", "probes"), gold_only)
     if not (config.analyse.pairs or kind == "scratch" and config.scratch.pairs_val):
-      reason = "there are no held-out pairs: give rows with chosen and rejected as config.analyse.pairs"
+      reason = (
+        "there are no held-out pairs: give rows with chosen and rejected as config.analyse.pairs"
+      )
       lacks |= dict.fromkeys(("similarity", "differences"), reason)
     elif not exports_of(config, workdir, kind):
       lacks |= dict.fromkeys(("similarity", "differences"), "there is no finished arm in export/")
     if kind != "scratch" or not (workdir / scratch.TABLES).is_file():
-      lacks["accuracy"] = "task=scratch measures it, as the last of its tables, and this run has none"
+      lacks["accuracy"] = (
+        "task=scratch measures it, as the last of its tables, and this run has none"
+      )
   if not curves:
     lacks |= dict.fromkeys(("dynamics", "noise", "cost"), "no RL step was logged")
     if kind != "lab":
@@ -135,13 +155,18 @@ def curves_of(workdir: Path, kind: str, config) -> Curves:
   """The logged RL metrics of every arm, f64[seeds, steps]; a laboratory's at its own KL weight."""
   if kind == "lab":
     arms = read_arms(workdir, [arm.split()[0] for arm in config.lab.arms])
-    return {arm: (found[1.0] if 1.0 in found else next(iter(found.values()))).metrics for arm, found in arms.items()}
+    return {
+      arm: (found[1.0] if 1.0 in found else next(iter(found.values()))).metrics
+      for arm, found in arms.items()
+    }
   rows = [row for row in read_metrics(workdir) if row["stage"] == "rl"]
   curves = {}
   for arm in dict.fromkeys(row["arm"] for row in rows):
     mine = sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["step"])
     names = [name for name in mine[-1] if isinstance(mine[-1][name], (int, float))]
-    curves[arm] = {name: np.array([[row.get(name, np.nan) for row in mine]], float) for name in names}
+    curves[arm] = {
+      name: np.array([[row.get(name, np.nan) for row in mine]], float) for name in names
+    }
   return curves
 
 
@@ -151,8 +176,12 @@ def curves_of(workdir: Path, kind: str, config) -> Curves:
 class GoldReads(NamedTuple):
   """Everything that the pieces need of checkpoints."""
 
-  reads: list[Read]  # of the supervised policy, then of each arm as it ended: what each wrote, as each reads it
-  steps: dict[str, dict[int, np.ndarray]]  # arm -> step -> last-layer states of the first one's responses, f64[N, D]
+  reads: list[
+    Read
+  ]  # of the supervised policy, then of each arm as it ended: what each wrote, as each reads it
+  steps: dict[
+    str, dict[int, np.ndarray]
+  ]  # arm -> step -> last-layer states of the first one's responses, f64[N, D]
   judged: list[Judged]
 
 
@@ -168,48 +197,72 @@ def saved_steps(config, workdir: Path) -> dict[str, list[int]]:
 
 
 def layers_of(count: int) -> dict[str, int]:
-  """Name -> number of the layers of a policy that are looked at, a forward pass each: "final", what the language-model
-  head reads, and of those before the last, by name counted from 1, at most `MOST_LAYERS`."""
+  """Name -> number of the layers of a policy that are looked at, a forward pass each: "final", what
+  the language-model head reads, and of those before the last, by name counted from 1, at most
+  `MOST_LAYERS`."""
   picked = np.unique(np.linspace(0, count - 2, min(count - 1, MOST_LAYERS)).round().astype(int))
   return {str(layer + 1): int(layer) for layer in picked} | {"final": -1}
 
 
 def pool(hidden: jax.Array, response_mask: jax.Array) -> jax.Array:
-  """Mean over a response's tokens, at least float32.   [B, L, D], bool[B, T], the last columns -> f32[B, D]."""
+  """Mean over a response's tokens, at least float32.   [B, L, D], bool[B, T], the last columns
+  -> f32[B, D].
+  """
   T = response_mask.shape[1]
-  return masked_mean(hidden[:, -T:].astype(jnp.promote_types(hidden.dtype, jnp.float32)), response_mask[..., None], 1)
+  return masked_mean(
+    hidden[:, -T:].astype(jnp.promote_types(hidden.dtype, jnp.float32)), response_mask[..., None], 1
+  )
 
 
 def make_look(config, built) -> Callable[..., dict]:
-  """Builds `look(state, sequences, arm)`: what policy, reference and reward model of a TrainState make of responses.
+  """Builds `look(state, sequences, arm)`: what policy, reference and reward model of a TrainState
+  make of responses.
 
-  states {layer: f32[B, D]}; last, ref_mean, ref_last f32[B, D]; rte f32[B, Dr]; used, frozen f32[B], at the state's
-  own omega.
+  states {layer: f32[B, D]}; last, ref_mean, ref_last f32[B, D]; rte f32[B, Dr]; used, frozen
+  f32[B], at the state's own omega.
   """
-  read, judge, layers = make_read(config), make_judge(built.defs, config), layers_of(built.arch.num_layers)
+  read, judge, layers = (
+    make_read(config),
+    make_judge(built.defs, config),
+    layers_of(built.arch.num_layers),
+  )
 
   @sharding.jit_on(built.mesh)
   def look(state, sequences: Sequences, arm) -> dict:
     policy, ref = built.defs.open_policy(state.policy, state.ref), built.defs.open_ref(state.ref)
     rows, shown = (sequences.tokens, sequences.token_mask), sequences.response_mask
-    judged, _ = judge(state, state.omega, sequences, *read(policy, ref, sequences), *rows, arm, sampled=len(rows[0]))
+    judged, _ = judge(
+      state, state.omega, sequences, *read(policy, ref, sequences), *rows, arm, sampled=len(rows[0])
+    )
     of_ref, final = ref(*rows).hidden, policy(*rows).hidden
-    states = {name: pool(policy(*rows, feedback_layer=layer).feedback, shown) for name, layer in layers.items()}
+    states = {
+      name: pool(policy(*rows, feedback_layer=layer).feedback, shown)
+      for name, layer in layers.items()
+    }
     return {
-      "states": states, "last": last_token(final, rows[1]), "ref_mean": pool(of_ref, shown),
-      "ref_last": last_token(of_ref, rows[1]), "rte": judged.rte, "used": judged.scores, "frozen": judged.scores_frozen,
-    }  # fmt: skip
+      "states": states,
+      "last": last_token(final, rows[1]),
+      "ref_mean": pool(of_ref, shown),
+      "ref_last": last_token(of_ref, rows[1]),
+      "rte": judged.rte,
+      "used": judged.scores,
+      "frozen": judged.scores_frozen,
+    }
 
   return lambda *args: jax.tree.map(lambda x: np.asarray(x, float), hosts.fetch(look(*args)))
 
 
 def read_gold(config, workdir: Path, wanted: list[str]) -> GoldReads:
-  """Samples held-out prompts from the supervised policy and from each arm's last checkpoint, and looks at all."""
+  """Samples held-out prompts from the supervised policy and from each arm's last checkpoint, and
+  looks at all.
+  """
   settings, K = config.analyse, config.analyse.samples
   config = with_variant(config, "vanilla")
   config.ppo.minibatches = config.ppo.accumulation = 1  # no update is made
   notes = goldtask.prompts(config.seed, STREAM_ANALYSE, 0, settings.prompts)
-  notes = notes.replace(example_id=notes.example_id + STREAM_ANALYSE * 2**24)  # streams do not share sample keys
+  notes = notes.replace(
+    example_id=notes.example_id + STREAM_ANALYSE * 2**24
+  )  # streams do not share sample keys
   prompt, looks, first_written = np.repeat(np.arange(settings.prompts), K), {}, None
   found = GoldReads([], {}, [])
   for arm, steps in (saved_steps(config, workdir) or {"": []}).items():
@@ -219,7 +272,10 @@ def read_gold(config, workdir: Path, wanted: list[str]) -> GoldReads:
     if program.variant not in looks:
       looks[program.variant] = make_look(program, again.built)
     look = looks[program.variant]
-    draw = lambda policy: sample(mine, again.built, policy, notes, group_size=K, purpose=KEY_ANALYSE)  # noqa: B023
+
+    def draw(policy):
+      return sample(mine, again.built, policy, notes, group_size=K, purpose=KEY_ANALYSE)  # noqa: B023
+
     first = replay.first_of(mine, again, workdir)
     if first_written is None:
       first_written, first_gold = (written := draw(first.policy)), goldtask.gold(written).gold
@@ -241,8 +297,10 @@ def read_gold(config, workdir: Path, wanted: list[str]) -> GoldReads:
     if VARIANTS[arm].feedback or VARIANTS[arm].trained:
       floor = first.replace(omega=jnp.full_like(first.omega, mine.r2m.omega_min))
       before = [look(floor, rows, shared) for rows in (first_written, written)]
-      for whose, gold, old, new in ((START, first_gold, before[0], of_first),
-                                    ("its own", goldtask.gold(written).gold, before[1], seen)):  # fmt: skip
+      for whose, gold, old, new in (
+        (START, first_gold, before[0], of_first),
+        ("its own", goldtask.gold(written).gold, before[1], seen),
+      ):
         found.judged.append(Judged(arm, whose, gold, old["frozen"], old["used"], new["used"]))
     print(f"analyse  read {arm}, steps {', '.join(map(str, steps))}", flush=True)
   return found
@@ -255,14 +313,20 @@ def read_of(name: str, written: Sequences, seen: dict, prompt: np.ndarray) -> Re
   said = ((written.tokens[:, -T:, None] == ids) & written.response_mask[..., None]).sum(1)
   noted = (written.tokens[:, :-T, None] == ids).sum(1)
   features = {
-    evidence.EMBEDDING: seen["rte"], evidence.POLICY: seen["states"]["final"], "policy, last token": seen["last"],
-    evidence.REFERENCE: seen["ref_mean"], "reference, last token": seen["ref_last"],
-    "length alone": gold.length[:, None], "token counts": np.concatenate([said, noted], 1).astype(float),
-  }  # fmt: skip
+    evidence.EMBEDDING: seen["rte"],
+    evidence.POLICY: seen["states"]["final"],
+    "policy, last token": seen["last"],
+    evidence.REFERENCE: seen["ref_mean"],
+    "reference, last token": seen["ref_last"],
+    "length alone": gold.length[:, None],
+    "token counts": np.concatenate([said, noted], 1).astype(float),
+  }
   scores = {"frozen proxy": seen["frozen"], "used reward": seen["used"], "gold": gold.gold}
   if name == START:
     del scores["used reward"]  # it is the frozen proxy
-  return Read(name, prompt, evidence.above_median(gold.gold, prompt), seen["states"], scores, features)
+  return Read(
+    name, prompt, evidence.above_median(gold.gold, prompt), seen["states"], scores, features
+  )
 
 
 # ---- what is read of a run on text ----
@@ -271,31 +335,51 @@ def read_of(name: str, written: Sequences, seen: dict, prompt: np.ndarray) -> Re
 def exports_of(config, workdir: Path, kind: str) -> dict[str, Path]:
   """arm -> folder with policy and reward of every arm that has ended."""
   if kind == "scratch":
-    arms = {arm: workdir / "export" / ("" if arm == config.scratch.arms[-1] else arm) for arm in config.scratch.arms}
+    arms = {
+      arm: workdir / "export" / ("" if arm == config.scratch.arms[-1] else arm)
+      for arm in config.scratch.arms
+    }
   else:
-    arms = {arm: workdir / "export" / ("" if config.variant else arm) for arm in [config.variant] if arm}
+    arms = {
+      arm: workdir / "export" / ("" if config.variant else arm) for arm in [config.variant] if arm
+    }
     arms = arms or {arm: workdir / "export" / arm for arm in config.arms}
   return {arm: out for arm, out in arms.items() if (out / "policy" / "config.json").is_file()}
 
 
 def read_text(config, workdir: Path, wanted: list[str], *, kind: str) -> GoldReads:
-  """Held-out pairs, one a prompt, as the policy before RL and each arm's exported policy read them."""
+  """Held-out pairs, one a prompt, as the policy before RL and each arm's exported policy read
+  them.
+  """
   del wanted
   names, settings, mesh = config.analyse.pairs or config.scratch.pairs_val, config, mesh_of(config)
   if kind == "scratch":
-    models = {"policy__path": str(workdir / "models" / "sft"), "reward__path": str(workdir / "models" / "reward")}
+    models = {
+      "policy__path": str(workdir / "models" / "sft"),
+      "reward__path": str(workdir / "models" / "reward"),
+    }
     settings = scratch.derived(config, "r2m", config.scratch.prompts, **models)
   reward = load_reward(settings.reward.path, settings, mesh)
-  rows = {json.dumps(row["prompt"]): row for pairs in scratch.sets_of(settings, reward, names) for row in pairs.rows}
+  rows = {
+    json.dumps(row["prompt"]): row
+    for pairs in scratch.sets_of(settings, reward, names)
+    for row in pairs.rows
+  }
   rows = list(rows.values())  # the last pair of each prompt
-  picked = np.random.default_rng([config.seed, STREAM_ANALYSE]).permutation(len(rows))[: config.analyse.prompts]
+  picked = np.random.default_rng([config.seed, STREAM_ANALYSE]).permutation(len(rows))[
+    : config.analyse.prompts
+  ]
   rows = [rows[i] for i in np.sort(picked)]
   if len(rows) < 2:
-    raise ConfigError(f"config.analyse.pairs gives {len(rows)} prompts within the limits of config.data: 2 at least")
+    raise ConfigError(
+      f"config.analyse.pairs gives {len(rows)} prompts within the limits of config.data: 2 at least"
+    )
   prompt, label = np.repeat(np.arange(len(rows)), 2), np.tile([1, 0], len(rows))
   frozen, reads = scratch.scores_of(settings, reward, None, rows, mesh).reshape(-1), []
   for name, out in {START: None, **exports_of(config, workdir, kind)}.items():
-    policy = load_policy(settings.policy.path if out is None else str(out / "policy"), settings, mesh)
+    policy = load_policy(
+      settings.policy.path if out is None else str(out / "policy"), settings, mesh
+    )
     scores = {"frozen reward": frozen}
     if out is not None and VARIANTS[name].feedback == "policy":
       model = load_reward(str(out / "reward"), settings, mesh)
@@ -306,28 +390,42 @@ def read_text(config, workdir: Path, wanted: list[str], *, kind: str) -> GoldRea
 
 
 def text_states(config, policy: Policy, rows: list[dict], mesh) -> dict[str, np.ndarray]:
-  """Mean states over the tokens of each row's chosen, then rejected response, by layer.   -> f64[2N, D] each."""
+  """Mean states over the tokens of each row's chosen, then rejected response, by layer.   ->
+  f64[2N, D] each.
+  """
   layers = layers_of(policy.arch.num_layers)
 
   @sharding.jit_on(mesh)
   def read(state, tokens, mask, response):
     model = nnx.merge(policy.graphdef, state)
-    return {name: pool(model(tokens, mask, feedback_layer=layer).feedback, response) for name, layer in layers.items()}
+    return {
+      name: pool(model(tokens, mask, feedback_layer=layer).feedback, response)
+      for name, layer in layers.items()
+    }
 
   sides = [side for row in rows for side in row["sides"]]
   ids = [serve.policy_ids(policy.tokenizer, side) for side in sides]
-  sizes = np.array([len(own) - len(policy.tokenizer.render(side["prompt"])) for own, side in zip(ids, sides)])
+  sizes = np.array(
+    [len(own) - len(policy.tokenizer.render(side["prompt"])) for own, side in zip(ids, sides)]
+  )
   found = {name: np.zeros((len(ids), policy.arch.hidden_size)) for name in layers}
-  for index in serve.batches([len(row) for row in ids], serve.batch_size(config, config.score, len(ids), mesh)):
+  for index in serve.batches(
+    [len(row) for row in ids], serve.batch_size(config, config.score, len(ids), mesh)
+  ):
     tokens, mask = serve.pad_left([ids[i] for i in index], policy.tokenizer.pad_id)
     response = np.arange(tokens.shape[1])[::-1] < sizes[index, None]
-    for name, x in hosts.fetch(read(policy.state, *serve.spread((tokens, mask, response), mesh))).items():
+    for name, x in hosts.fetch(
+      read(policy.state, *serve.spread((tokens, mask, response), mesh))
+    ).items():
       found[name][index] = x
   return found
 
 
-READS = {"gold": read_gold, "scratch": functools.partial(read_text, kind="scratch"),
-         "folders": functools.partial(read_text, kind="folders")}  # fmt: skip
+READS = {
+  "gold": read_gold,
+  "scratch": functools.partial(read_text, kind="scratch"),
+  "folders": functools.partial(read_text, kind="folders"),
+}
 
 
 # ---- pieces ----
@@ -340,7 +438,11 @@ def similarity(config, workdir, kind, curves, found) -> Found:
 
 
 def differences(config, workdir, kind, curves, found) -> Found:
-  return Found(("policy", "reward"), evidence.differences(found.reads), {"": analysis_figures.differences(found.reads)})
+  return Found(
+    ("policy", "reward"),
+    evidence.differences(found.reads),
+    {"": analysis_figures.differences(found.reads)},
+  )
 
 
 def dynamics(config, workdir, kind, curves, found) -> Found:
@@ -354,15 +456,25 @@ def noise(config, workdir, kind, curves, found) -> Found:
 def cost(config, workdir, kind, curves, found) -> Found:
   config = config.copy_and_resolve_references()
   if kind == "scratch":
-    config.policy.path, config.reward.path = (str(workdir / "models" / name) for name in ("sft", "reward"))
+    config.policy.path, config.reward.path = (
+      str(workdir / "models" / name) for name in ("sft", "reward")
+    )
   try:
     sizes = sizes_of(config)
-    count = lambda arm: phases_of(with_variant(config, arm), sizes, Layout(1, 1, 1), jax.devices()[0].platform)
-    flops = {arm: {phase.name: phase.flops for phase in count(arm)} for arm in dict.fromkeys(["vanilla", *curves])}
+
+    def count(arm):
+      return phases_of(with_variant(config, arm), sizes, Layout(1, 1, 1), jax.devices()[0].platform)
+
+    flops = {
+      arm: {phase.name: phase.flops for phase in count(arm)}
+      for arm in dict.fromkeys(["vanilla", *curves])
+    }
   except ConfigError as unknown:  # the folder of the models is elsewhere by now
     print(f"analyse  cost without FLOPs: {unknown}")
     flops = {}
-  rows = evidence.cost({arm: np.diff(metrics["seconds"][0]) for arm, metrics in curves.items()}, flops)
+  rows = evidence.cost(
+    {arm: np.diff(metrics["seconds"][0]) for arm, metrics in curves.items()}, flops
+  )
   return Found(("arm",), rows, {"": analysis_figures.cost(rows)})
 
 
@@ -372,67 +484,128 @@ def hacking(config, workdir, kind, curves, found) -> Found:
   if found.steps:
     rows += evidence.drift(found.steps, found.reads[0].prompt)
     drawn["_steps"] = analysis_figures.steps(found.steps)
-  return Found(("policy",), rows, {name: figure for name, figure in drawn.items() if figure is not None})
+  return Found(
+    ("policy",), rows, {name: figure for name, figure in drawn.items() if figure is not None}
+  )
 
 
 def accuracy(config, workdir, kind, curves, found) -> Found:
   if kind == "scratch":
     tables = json.loads((workdir / scratch.TABLES).read_text(encoding="utf-8"))
-    return Found(tables=[table for table in tables if table["title"].startswith("Reward-model accuracy")])
+    return Found(
+      tables=[table for table in tables if table["title"].startswith("Reward-model accuracy")]
+    )
   rows = evidence.accuracy(found.judged, found.reads[0].prompt)
-  names = [row._replace(labels=(f"{row.labels[0]}, on {row.labels[1]}", row.measure)) for row in rows]
+  names = [
+    row._replace(labels=(f"{row.labels[0]}, on {row.labels[1]}", row.measure)) for row in rows
+  ]
   levels = [row for row in names if "less" not in row.measure]
   levels = [row._replace(labels=(row.measure, row.labels[0]), measure="accuracy") for row in levels]
-  figure = analysis_figures.dots(levels, ["accuracy"], ["Pairs ordered as gold orders them, %"], zero=50)
+  figure = analysis_figures.dots(
+    levels, ["accuracy"], ["Pairs ordered as gold orders them, %"], zero=50
+  )
   return Found(("arm", "responses"), rows, {"": figure})
 
 
 def ablations(config, workdir, kind, curves, found) -> Found:
   leads = ("vanilla", "scaled")
-  rows = evidence.ablations_of_lab(workdir / "summary.csv") if kind == "lab" else evidence.ablations(curves, leads)
+  rows = (
+    evidence.ablations_of_lab(workdir / "summary.csv")
+    if kind == "lab"
+    else evidence.ablations(curves, leads)
+  )
   return Found(("arm",), rows)
 
 
 def probes(config, workdir, kind, curves, found) -> Found:
-  rows = evidence.probing(found.reads, config.seed, lambda name: print(f"analyse  probed {name}", flush=True))
+  rows = evidence.probing(
+    found.reads, config.seed, lambda name: print(f"analyse  probed {name}", flush=True)
+  )
   measures = ["R²", "rank, within prompts"]
-  return Found(("policy", "read from"), rows, {"": analysis_figures.dots(rows, measures, [
-    "R² on held-out prompts", "Rank correlation within prompts"], zero=0)})  # fmt: skip
+  return Found(
+    ("policy", "read from"),
+    rows,
+    {
+      "": analysis_figures.dots(
+        rows, measures, ["R² on held-out prompts", "Rank correlation within prompts"], zero=0
+      )
+    },
+  )
 
 
-MAKE = {"similarity": similarity, "differences": differences, "dynamics": dynamics, "noise": noise, "cost": cost,
-        "hacking": hacking, "accuracy": accuracy, "ablations": ablations, "probes": probes}  # fmt: skip
+MAKE = {
+  "similarity": similarity,
+  "differences": differences,
+  "dynamics": dynamics,
+  "noise": noise,
+  "cost": cost,
+  "hacking": hacking,
+  "accuracy": accuracy,
+  "ablations": ablations,
+  "probes": probes,
+}
 
 
 # ---- page ----
 
 # piece -> (title, caption)
 TITLES = {
-  "similarity": ("Similarity by layer (fig. 1)",
-    "Mean cosine over pairs of responses to different prompts. Better and worse: above and below the median gold of "
-    "the prompt. Gap: same label less across. Centred: with the mean of all states taken off, since a common vector "
-    "alone puts every cosine near 1."),
-  "differences": ("Difference of reward against similarity (fig. 2)",
-    "Pairs of responses to one prompt. Within prompts: with each prompt's means taken off."),
-  "dynamics": ("Loss, reward and KL (fig. 5)", "Means over a tenth of the steps, which start and end are the first and "
-    "last of; with several seeds their mean and 95% interval. Of more than eight arms the first eight are drawn."),
-  "noise": ("Feedback against noise (fig. 6)", "Noise has the mean and variance that each feature of the policy's "
-    "states has over the batch. With one seed the intervals are of step noise alone: another seed may end elsewhere."),
-  "cost": ("Cost (fig. 7)", "Seconds from one step's log to the next, median and quartiles; on the gold-reward task "
-    "arms that differ in small ways run in r2m's program and cost what it costs. FLOPs are counted from the shapes, "
-    "matrix products alone, for a program of the arm's own."),
-  "hacking": ("Hacking and sound responses; states across steps (fig. 9, table 5)",
-    "Both kinds have a frozen proxy in the upper quarter of the supervised policy's responses; hacking: gold below its "
-    "lower quartile, sound: gold at its median or above. Cosine with step 0: the supervised policy's responses, as the "
-    "policy reads them at that step."),
-  "accuracy": ("Accuracy of the reward model, % (table 3)", "Pairs of fresh responses to one held-out prompt, ordered "
-    "as their gold orders them. Before: the head RL began with, reading the supervised policy; after: head and policy "
-    "as RL left them; at omega's floor if the run has ended."),
-  "ablations": ("Where each arm ends (table 4)", "Means over the last tenth of the steps; intervals over seeds, where "
-    "there are several."),
-  "probes": ("Linear probes of gold", "Ridge regression on other prompts than those predicted, its penalty chosen on "
-    "those alone. Rank: Spearman's within a prompt, mean over prompts. With \"less\": the difference of two R²."),
-}  # fmt: skip
+  "similarity": (
+    "Similarity by layer (fig. 1)",
+    "Mean cosine over pairs of responses to different prompts. Better and worse: above and below "
+    "the median gold of "
+    "the prompt. Gap: same label less across. Centred: with the mean of all states taken off, "
+    "since a common vector "
+    "alone puts every cosine near 1.",
+  ),
+  "differences": (
+    "Difference of reward against similarity (fig. 2)",
+    "Pairs of responses to one prompt. Within prompts: with each prompt's means taken off.",
+  ),
+  "dynamics": (
+    "Loss, reward and KL (fig. 5)",
+    "Means over a tenth of the steps, which start and end are the first and "
+    "last of; with several seeds their mean and 95% interval. Of more than eight arms the first "
+    "eight are drawn.",
+  ),
+  "noise": (
+    "Feedback against noise (fig. 6)",
+    "Noise has the mean and variance that each feature of the policy's "
+    "states has over the batch. With one seed the intervals are of step noise alone: another seed "
+    "may end elsewhere.",
+  ),
+  "cost": (
+    "Cost (fig. 7)",
+    "Seconds from one step's log to the next, median and quartiles; on the gold-reward task "
+    "arms that differ in small ways run in r2m's program and cost what it costs. FLOPs are counted "
+    "from the shapes, "
+    "matrix products alone, for a program of the arm's own.",
+  ),
+  "hacking": (
+    "Hacking and sound responses; states across steps (fig. 9, table 5)",
+    "Both kinds have a frozen proxy in the upper quarter of the supervised policy's responses; "
+    "hacking: gold below its "
+    "lower quartile, sound: gold at its median or above. Cosine with step 0: the supervised "
+    "policy's responses, as the "
+    "policy reads them at that step.",
+  ),
+  "accuracy": (
+    "Accuracy of the reward model, % (table 3)",
+    "Pairs of fresh responses to one held-out prompt, ordered "
+    "as their gold orders them. Before: the head RL began with, reading the supervised policy; "
+    "after: head and policy "
+    "as RL left them; at omega's floor if the run has ended.",
+  ),
+  "ablations": (
+    "Where each arm ends (table 4)",
+    "Means over the last tenth of the steps; intervals over seeds, where there are several.",
+  ),
+  "probes": (
+    "Linear probes of gold",
+    "Ridge regression on other prompts than those predicted, its penalty chosen on "
+    'those alone. Rank: Spearman\'s within a prompt, mean over prompts. With "less": the difference of two R².',
+  ),
+}
 
 
 def tables_of(title: str, found: Found) -> list[dict]:
@@ -442,9 +615,20 @@ def tables_of(title: str, found: Found) -> list[dict]:
   measures = list(dict.fromkeys(row.measure for row in found.rows))
   lines: dict[tuple, dict] = {}
   for row in found.rows:
-    lines.setdefault(row.labels, {})[row.measure] = span(row.found, 5 if abs(row.found.value) < 0.01 else 3)
-  rows = [[*labels, *(cells.get(measure, "") for measure in measures)] for labels, cells in lines.items()]
-  return [{"title": title, "head": [*found.head, *measures], "rows": rows, "note": "95% intervals, unless said."}]
+    lines.setdefault(row.labels, {})[row.measure] = span(
+      row.found, 5 if abs(row.found.value) < 0.01 else 3
+    )
+  rows = [
+    [*labels, *(cells.get(measure, "") for measure in measures)] for labels, cells in lines.items()
+  ]
+  return [
+    {
+      "title": title,
+      "head": [*found.head, *measures],
+      "rows": rows,
+      "note": "95% intervals, unless said.",
+    }
+  ]
 
 
 def csv_of(found: Found) -> str:
@@ -456,14 +640,25 @@ def csv_of(found: Found) -> str:
   if found.rows:
     writer.writerow([*found.head, "measure", "value", "low", "high", "count"])
   for row in found.rows:
-    writer.writerow([*row.labels, row.measure, *(f"{x:.5g}" for x in row.found[:3]), row.found.count])
+    writer.writerow(
+      [*row.labels, row.measure, *(f"{x:.5g}" for x in row.found[:3]), row.found.count]
+    )
   return text.getvalue()
 
 
 def write(config, workdir: Path, found: dict[str, Found], lacks: dict[str, str]) -> Path:
-  """WORKDIR/analysis: report.html, a PNG for each figure, a CSV for each piece. Returns the page's path."""
-  out, parts = workdir / "analysis", [f"<h1>Analysis of {workdir.name}</h1>", '<p class="soft">Definitions of each '
-    "piece: docs/analyse.md. Intervals are by bootstrap over prompts, or over seeds where a curve has several.</p>"]
+  """WORKDIR/analysis: report.html, a PNG for each figure, a CSV for each piece. Returns the
+  page's path.
+  """
+  out, parts = (
+    workdir / "analysis",
+    [
+      f"<h1>Analysis of {workdir.name}</h1>",
+      '<p class="soft">Definitions of each '
+      "piece: docs/analyse.md. Intervals are by bootstrap over prompts, or over seeds where a "
+      "curve has several.</p>",
+    ],
+  )
   for name, piece in found.items():
     title, caption = TITLES[name]
     for suffix, figure in piece.figures.items():
@@ -475,5 +670,7 @@ def write(config, workdir: Path, found: dict[str, Found], lacks: dict[str, str])
     write_atomic(out / f"{name}.csv", csv_of(piece))
   left = [f"{name}: {reason}." for name, reason in lacks.items() if name not in found]
   if left:
-    parts.append(f'<div class="card"><b>What this run has no data for</b>{page.bullets(left)}</div>')
+    parts.append(
+      f'<div class="card"><b>What this run has no data for</b>{page.bullets(left)}</div>'
+    )
   return page.write_page(out / "report.html", f"Analysis of {workdir.name}", parts)

@@ -1,7 +1,8 @@
-"""The paper's own evidence (arXiv 2601.22664), each piece from arrays to numbers with intervals; definitions in
-docs/analyse.md.
+"""The paper's own evidence (arXiv 2601.22664), each piece from arrays to numbers with intervals;
+definitions in docs/analyse.md.
 
-A piece is a list of `Row`. Plain NumPy: no files, no JAX, no figures (those are in analysis/figures.py).
+A piece is a list of `Row`. Plain NumPy: no files, no JAX, no figures (those are in
+analysis/figures.py).
 """
 
 import csv
@@ -12,7 +13,14 @@ from typing import NamedTuple
 import numpy as np
 
 from r2m_jax.analysis import probes
-from r2m_jax.analysis.probes import centred, correlation, mean_by_prompt, pairs_of_prompts, similarities, unit
+from r2m_jax.analysis.probes import (
+  centred,
+  correlation,
+  mean_by_prompt,
+  pairs_of_prompts,
+  similarities,
+  unit,
+)
 from r2m_jax.lab import stats
 from r2m_jax.lab.results import FINAL
 from r2m_jax.lab.stats import Interval
@@ -20,15 +28,25 @@ from r2m_jax.report.summary import standard_error
 
 # (metric, title, unit) of fig. 5
 DYNAMICS = (
-  ("policy/loss", "Policy loss", "loss"), ("r2m/bt", "Bradley-Terry loss", "nats"),
-  ("r2m/gre", "Group reward entropy", "nats"), ("reward/used", "Used reward", "reward"),
-  ("reward/frozen", "Frozen proxy", "proxy"), ("reward/gold", "Gold reward", "gold"),
+  ("policy/loss", "Policy loss", "loss"),
+  ("r2m/bt", "Bradley-Terry loss", "nats"),
+  ("r2m/gre", "Group reward entropy", "nats"),
+  ("reward/used", "Used reward", "reward"),
+  ("reward/frozen", "Frozen proxy", "proxy"),
+  ("reward/gold", "Gold reward", "gold"),
   ("kl", "KL from the reference", "nats a response"),
-)  # fmt: skip
+)
 TREND = ("reward/used", "reward/frozen", "reward/gold")  # of fig. 6
-# the rule of fig. 9, in quantiles of the supervised policy's responses, the same for every arm and step
+# the rule of fig. 9, in quantiles of the supervised policy's responses, the same for every arm and
+# step
 PROXY_HIGH, GOLD_LOW, GOLD_HIGH = 0.75, 0.25, 0.5
-ABLATION = ("final", "frozen_final", "used_final", "kl_final", "length_final")  # of the laboratory's measures
+ABLATION = (
+  "final",
+  "frozen_final",
+  "used_final",
+  "kl_final",
+  "length_final",
+)  # of the laboratory's measures
 
 
 class Row(NamedTuple):
@@ -40,8 +58,9 @@ class Row(NamedTuple):
 
 
 class Read(NamedTuple):
-  """Responses and what was read of them; row p * K + k is response k to prompt p. States are means over the tokens of
-  the response, its end included, unless they are said to be of its last token."""
+  """Responses and what was read of them; row p * K + k is response k to prompt p. States are means
+  over the tokens of the response, its end included, unless they are said to be of its last token.
+  """
 
   name: str  # of the policy that wrote and reads them
   prompt: np.ndarray  # i64[N] from 0
@@ -68,25 +87,40 @@ def above_median(values: np.ndarray, prompt: np.ndarray) -> np.ndarray:
 
 
 def similarity(reads: list[Read], names: tuple[str, str]) -> list[Row]:
-  """Fig. 1: mean cosine over pairs of responses to different prompts, by layer and label; `names` of labels 0 and 1."""
+  """Fig. 1: mean cosine over pairs of responses to different prompts, by layer and label;
+  `names` of labels 0 and 1.
+  """
   rows = []
   for read in reads:
     for layer, states in read.states.items():
       measures = f"both {names[0]}", f"both {names[1]}", "across", "gap"
-      rows += [Row((read.name, layer), *of) for of in zip(measures, similarities(states, read.label, read.prompt))]
-      rows.append(Row((read.name, layer), "gap, centred", similarities(centred(states), read.label, read.prompt).gap))
+      rows += [
+        Row((read.name, layer), *of)
+        for of in zip(measures, similarities(states, read.label, read.prompt))
+      ]
+      rows.append(
+        Row(
+          (read.name, layer),
+          "gap, centred",
+          similarities(centred(states), read.label, read.prompt).gap,
+        )
+      )
   return rows
 
 
 def differences(reads: list[Read]) -> list[Row]:
-  """Fig. 2: |difference of reward| against the cosine of last-layer states, over pairs of one prompt's responses."""
+  """Fig. 2: |difference of reward| against the cosine of last-layer states, over pairs of one
+  prompt's responses.
+  """
   rows = []
   for read in reads:
     pairs = pairs_of_prompts(read.final, read.prompt)
     several = len(pairs.i) > len(np.unique(pairs.prompt))
     for name, score in read.scores.items():
       gap = np.abs(score[pairs.i] - score[pairs.j])
-      rows.append(Row((read.name, name), "correlation", correlation(pairs.cosine, gap, pairs.prompt)))
+      rows.append(
+        Row((read.name, name), "correlation", correlation(pairs.cosine, gap, pairs.prompt))
+      )
       if several:
         found = correlation(pairs.cosine, gap, pairs.prompt, within=True)
         rows.append(Row((read.name, name), "within prompts", found))
@@ -105,47 +139,70 @@ def dynamics(curves: Curves) -> list[Row]:
   """Fig. 5: first and last window of every curve; intervals over seeds where there are several."""
   return [
     Row((arm, title), measure, stats.interval(values))
-    for arm, metrics in curves.items() for metric, title, _ in DYNAMICS if metric in metrics
-    for measure, values in (("start", stats.outline(metrics[metric]).start), ("end", last(metrics[metric])))
-  ]  # fmt: skip
+    for arm, metrics in curves.items()
+    for metric, title, _ in DYNAMICS
+    if metric in metrics
+    for measure, values in (
+      ("start", stats.outline(metrics[metric]).start),
+      ("end", last(metrics[metric])),
+    )
+  ]
 
 
 def noise(curves: Curves) -> list[Row]:
-  """Fig. 6: how far each reward goes from the first window to the last, with the policy's states and with noise of
-  their mean and variance. Intervals over seeds, paired; with one seed the step noise, 1.96 standard errors."""
+  """Fig. 6: how far each reward goes from the first window to the last, with the policy's states
+  and with noise of their mean and variance. Intervals over seeds, paired; with one seed the step
+  noise, 1.96 standard errors."""
   rise, rows = lambda values: last(values) - stats.outline(values).start, []
-  error = lambda *values: 1.96 * np.sqrt(sum(2 * standard_error(v[0]) ** 2 for v in values))  # of two windows each
+
+  def error(*values):
+    return 1.96 * np.sqrt(sum(2 * standard_error(v[0]) ** 2 for v in values))  # of two windows each
+
   for metric in TREND:
     if any(metric not in curves[arm] for arm in ("r2m", "noise")):
       continue
     one, other = (curves[arm][metric] for arm in ("r2m", "noise"))
     count = min(len(one), len(other))
     for measure, value, of in (
-      ("rise of r2m", rise(one), (one,)), ("rise of noise", rise(other), (other,)),
+      ("rise of r2m", rise(one), (one,)),
+      ("rise of noise", rise(other), (other,)),
       ("r2m less noise", rise(one)[:count] - rise(other)[:count], (one, other)),
-    ):  # fmt: skip
-      around = lambda x, e: Interval(float(x), float(x - e), float(x + e), 1)
+    ):
+
+      def around(x, e):
+        return Interval(float(x), float(x - e), float(x + e), 1)
+
       found = around(value[0], error(*of)) if len(value) == 1 else stats.interval(value)
       rows.append(Row((metric,), measure, found))
   return rows
 
 
 def cost(seconds: dict[str, np.ndarray], flops: dict[str, dict[str, float]]) -> list[Row]:
-  """Fig. 7: seconds a step (the median, with its quartiles in place of an interval) and counted FLOPs, by arm.
+  """Fig. 7: seconds a step (the median, with its quartiles in place of an interval) and counted
+  FLOPs, by arm.
 
   Args:
     seconds: arm -> f64[steps - 1], from one step's log to the next.
     flops: arm -> phase -> FLOPs of a step; {} where the sizes are not known.
   """
   rows, plain = [], sum(flops.get("vanilla", {}).values())
-  exact = lambda value: Interval(float(value), np.nan, np.nan, 1)
+
+  def exact(value):
+    return Interval(float(value), np.nan, np.nan, 1)
+
   for arm, times in seconds.items():
-    middle = Interval(*map(float, np.quantile(times, (0.5, 0.25, 0.75))), len(times)) if len(times) else exact(np.nan)
+    middle = (
+      Interval(*map(float, np.quantile(times, (0.5, 0.25, 0.75))), len(times))
+      if len(times)
+      else exact(np.nan)
+    )
     rows.append(Row((arm,), "seconds a step", middle))
     if arm in flops:
       whole = sum(flops[arm].values())
       rows.append(Row((arm,), "GFLOP a step", exact(whole / 1e9)))
-      rows.append(Row((arm,), "reward head, % of it", exact(100 * flops[arm]["reward head"] / whole)))
+      rows.append(
+        Row((arm,), "reward head, % of it", exact(100 * flops[arm]["reward head"] / whole))
+      )
       rows.append(Row((arm,), "more than vanilla, %", exact(100 * (whole / plain - 1))))
   return rows
 
@@ -154,8 +211,11 @@ def ablations(curves: Curves, leads: tuple[str, ...]) -> list[Row]:
   """Table 4: where each arm ends, and its gold less that of the arms `leads`, paired by seed."""
   rows = []
   for arm, metrics in curves.items():
-    rows += [Row((arm,), measure, stats.interval(last(metrics[metric])))
-             for measure in ABLATION if (metric := FINAL[measure]) in metrics]  # fmt: skip
+    rows += [
+      Row((arm,), measure, stats.interval(last(metrics[metric])))
+      for measure in ABLATION
+      if (metric := FINAL[measure]) in metrics
+    ]
     if "reward/gold" in metrics:
       rows.append(Row((arm,), "peak", stats.interval(stats.outline(metrics["reward/gold"]).peak)))
     for lead in leads:
@@ -166,16 +226,23 @@ def ablations(curves: Curves, leads: tuple[str, ...]) -> list[Row]:
 
 
 def ablations_of_lab(path: Path) -> list[Row]:
-  """Table 4 from a laboratory's summary.csv, whose intervals are over seeds; arms at other KL weights say so."""
+  """Table 4 from a laboratory's summary.csv, whose intervals are over seeds; arms at other KL
+  weights say so.
+  """
   rows, wanted = [], (*ABLATION, "peak", "area")
   with open(path, newline="", encoding="utf-8") as file:
     for row in csv.DictReader(file):
       if row["measure"] in wanted and (not row["against"] or row["measure"] == "final"):
         factor = float(row["factor"] or 1)
         name = row["arm"] if factor == 1 else f"{row['arm']}, KL weight x {factor:g}"
-        number = lambda key: float(row[key] or "nan")
+
+        def number(key):
+          return float(row[key] or "nan")
+
         found = Interval(number("value"), number("low"), number("high"), int(row["seeds"]))
-        rows.append(Row((name,), f"final less {row['against']}" if row["against"] else row["measure"], found))
+        rows.append(
+          Row((name,), f"final less {row['against']}" if row["against"] else row["measure"], found)
+        )
   return rows
 
 
@@ -185,8 +252,9 @@ def ablations_of_lab(path: Path) -> list[Row]:
 def hacks(read: Read, start: Read) -> np.ndarray:
   """1 for a hacking response, 0 for a sound one, -1 for the others.   -> i64[N].
 
-  Both kinds have a frozen proxy at or above the upper quartile of the supervised policy's responses; a hacking one has
-  gold below the lower quartile there, a sound one at or above the median. So they differ in gold, not in the proxy.
+  Both kinds have a frozen proxy at or above the upper quartile of the supervised policy's
+  responses; a hacking one has gold below the lower quartile there, a sound one at or above the
+  median. So they differ in gold, not in the proxy.
   """
   proxy = np.quantile(start.scores["frozen proxy"], PROXY_HIGH)
   low, high = np.quantile(start.scores["gold"], (GOLD_LOW, GOLD_HIGH))
@@ -196,31 +264,48 @@ def hacks(read: Read, start: Read) -> np.ndarray:
 
 
 def hacking(reads: list[Read], start: Read) -> list[Row]:
-  """Table 5: mean cosine of last-layer states over pairs of hacking and of sound responses, prompts apart."""
+  """Table 5: mean cosine of last-layer states over pairs of hacking and of sound responses,
+  prompts apart.
+  """
   rows = []
   for read in reads:
     kind = hacks(read, start)
     shares = (("share hacking", 1), ("share sound", 0))
-    rows += [Row((read.name,), measure, mean_by_prompt(kind == wanted, read.prompt)) for measure, wanted in shares]
+    rows += [
+      Row((read.name,), measure, mean_by_prompt(kind == wanted, read.prompt))
+      for measure, wanted in shares
+    ]
     measures = "both sound", "both hacking", "across", "gap"
-    rows += [Row((read.name,), *of) for of in zip(measures, similarities(read.final, kind, read.prompt))]
-    rows.append(Row((read.name,), "gap, centred", similarities(centred(read.final), kind, read.prompt).gap))
+    rows += [
+      Row((read.name,), *of) for of in zip(measures, similarities(read.final, kind, read.prompt))
+    ]
+    rows.append(
+      Row((read.name,), "gap, centred", similarities(centred(read.final), kind, read.prompt).gap)
+    )
   return rows
 
 
 def step_matrix(states: dict[int, np.ndarray]) -> np.ndarray:
-  """Mean cosine between one response's states at two steps, over the same responses: {step: f64[N, D]} -> f64[S, S]."""
+  """Mean cosine between one response's states at two steps, over the same responses: {step:
+  f64[N, D]} -> f64[S, S].
+  """
   each = list(map(unit, states.values()))
   return np.array([[(a * b).sum(-1).mean() for b in each] for a in each])
 
 
 def drift(arms: dict[str, dict[int, np.ndarray]], prompt: np.ndarray) -> list[Row]:
-  """Fig. 9 over steps: cosine of each response's states with those at step 0, the responses fixed."""
-  cosine = lambda a, b: (unit(a) * unit(b)).sum(-1)
+  """Fig. 9 over steps: cosine of each response's states with those at step 0, the responses
+  fixed.
+  """
+
+  def cosine(a, b):
+    return (unit(a) * unit(b)).sum(-1)
+
   return [
     Row((arm,), f"step {step} with step 0", mean_by_prompt(cosine(x, states[0]), prompt))
-    for arm, states in arms.items() for step, x in states.items()
-  ]  # fmt: skip
+    for arm, states in arms.items()
+    for step, x in states.items()
+  ]
 
 
 # ---- table 3: accuracy ----
@@ -233,23 +318,33 @@ class Judged(NamedTuple):
   responses: str  # whose they are
   gold: np.ndarray
   frozen: np.ndarray  # no feedback
-  before: np.ndarray  # with the head as it was before RL, reading the supervised policy, at omega's floor
+  before: (
+    np.ndarray
+  )  # with the head as it was before RL, reading the supervised policy, at omega's floor
   after: np.ndarray  # with the head and the policy as RL left them
 
 
 def accuracy(judged: list[Judged], prompt: np.ndarray) -> list[Row]:
-  """Table 3: share of pairs of one prompt's responses, gold unequal, ordered as gold orders them; a tie is half."""
+  """Table 3: share of pairs of one prompt's responses, gold unequal, ordered as gold orders
+  them; a tie is half.
+  """
   same = pairs_of_prompts(np.ones((len(prompt), 1)), prompt)
   rows = []
   for one in judged:
     gap = one.gold[same.i] - one.gold[same.j]
-    right = {name: 0.5 + 0.5 * np.sign(gap) * np.sign(x[same.i] - x[same.j])
-             for name, x in (("frozen", one.frozen), ("before", one.before), ("after", one.after))}  # fmt: skip
-    right |= {"after less frozen": right["after"] - right["frozen"],
-              "after less before": right["after"] - right["before"]}  # fmt: skip
+    right = {
+      name: 0.5 + 0.5 * np.sign(gap) * np.sign(x[same.i] - x[same.j])
+      for name, x in (("frozen", one.frozen), ("before", one.before), ("after", one.after))
+    }
+    right |= {
+      "after less frozen": right["after"] - right["frozen"],
+      "after less before": right["after"] - right["before"],
+    }
     for measure, values in right.items():
       found = mean_by_prompt(values, same.prompt, gap != 0)
-      rows.append(Row((one.arm, one.responses), measure, Interval(*(100 * x for x in found[:3]), found.count)))
+      rows.append(
+        Row((one.arm, one.responses), measure, Interval(*(100 * x for x in found[:3]), found.count))
+      )
   return rows
 
 
@@ -260,7 +355,9 @@ SHUFFLED, RANDOM = "policy, mean; gold shuffled", "random features"
 
 
 def probing(reads: list[Read], seed: int, progress: Callable[[str], None]) -> list[Row]:
-  """Linear probes of gold, and what the policy's states add to the reward token embedding over the reference's."""
+  """Linear probes of gold, and what the policy's states add to the reward token embedding over
+  the reference's.
+  """
   rows = []
   for read in reads:
     rng, gold, prompt = np.random.default_rng([seed, 9]), read.scores["gold"], read.prompt
@@ -271,16 +368,27 @@ def probing(reads: list[Read], seed: int, progress: Callable[[str], None]) -> li
     predicted = {}
     for name, features in x.items():
       predicted[name] = probes.probe(features, gold, prompt, seed)
-      rows.append(Row((read.name, name), "R²", probes.r_squared(gold, predicted[name], prompt=prompt)))
+      rows.append(
+        Row((read.name, name), "R²", probes.r_squared(gold, predicted[name], prompt=prompt))
+      )
       rank = probes.rank_correlation(gold, predicted[name], prompt)
       rows.append(Row((read.name, name), "rank, within prompts", rank))
     mixed = rng.permutation(gold)
     blind = probes.probe(x[POLICY], mixed, prompt, seed)
     rows.append(Row((read.name, SHUFFLED), "R²", probes.r_squared(mixed, blind, prompt=prompt)))
-    rows.append(Row((read.name, SHUFFLED), "rank, within prompts", probes.rank_correlation(mixed, blind, prompt)))
-    for more, less in (("embedding + policy", EMBEDDING), ("embedding + reference", EMBEDDING),
-                       ("embedding + policy", "embedding + reference")):  # fmt: skip
+    rows.append(
+      Row(
+        (read.name, SHUFFLED), "rank, within prompts", probes.rank_correlation(mixed, blind, prompt)
+      )
+    )
+    for more, less in (
+      ("embedding + policy", EMBEDDING),
+      ("embedding + reference", EMBEDDING),
+      ("embedding + policy", "embedding + reference"),
+    ):
       added = probes.r_squared(gold, predicted[more], predicted[less], prompt=prompt)
-      rows.append(Row((read.name, f"{more}, less {less.removeprefix('reward token ')}"), "R²", added))
+      rows.append(
+        Row((read.name, f"{more}, less {less.removeprefix('reward token ')}"), "R²", added)
+      )
     progress(read.name)
   return rows

@@ -1,4 +1,6 @@
-"""The figures of `task=analyse`, in the look of lab/figures.py: read by marker, dash and place, not by colour alone."""
+"""The figures of `task=analyse`, in the look of lab/figures.py: read by marker, dash and place,
+not by colour alone.
+"""
 
 import numpy as np
 
@@ -15,7 +17,9 @@ SHOWN = 40  # responses of a kind in a similarity matrix
 def spans(rows: list[Row]) -> np.ndarray:
   """(value, below, above) of rows, f64[3, N]; no bar where there is no interval."""
   x = np.array([row.found[:3] for row in rows], float).reshape(-1, 3)
-  return np.stack([x[:, 0], *np.nan_to_num(np.clip([x[:, 0] - x[:, 1], x[:, 2] - x[:, 0]], 0, None))])
+  return np.stack(
+    [x[:, 0], *np.nan_to_num(np.clip([x[:, 0] - x[:, 1], x[:, 2] - x[:, 0]], 0, None))]
+  )
 
 
 def similarity(rows: list[Row]):
@@ -29,7 +33,9 @@ def similarity(rows: list[Row]):
     for m, measure in enumerate(measures):
       y, *bars = spans([row for row in rows if row.labels[0] == name and row.measure == measure])
       at = np.arange(len(y)) + 0.06 * (m % 3 - 1)
-      axes[int(measure not in lines), j].errorbar(at, y, bars, label=measure, capsize=2, lw=1.4, ms=5, **style(m))
+      axes[int(measure not in lines), j].errorbar(
+        at, y, bars, label=measure, capsize=2, lw=1.4, ms=5, **style(m)
+      )
     for i, label in enumerate(("mean cosine", "gap")):
       dress(axes[i, j], name if i == 0 else "", "layer", "" if j else label)
       axes[i, j].set_xticks(range(len(layers)), layers)
@@ -40,7 +46,9 @@ def similarity(rows: list[Row]):
 
 
 def differences(reads: list[Read]):
-  """Fig. 2: mean |difference of reward| over bins of pairs of equal size, in units of its mean over all pairs."""
+  """Fig. 2: mean |difference of reward| over bins of pairs of equal size, in units of its mean
+  over all pairs.
+  """
   names = list(dict.fromkeys(name for read in reads for name in read.scores))
   figure, axes = canvas(3.9 * len(names), 3.9, 1, len(names))
   for axis, name in zip(axes[0], names):
@@ -50,20 +58,37 @@ def differences(reads: list[Read]):
       pairs = pairs_of_prompts(read.final, read.prompt)
       gap = np.abs(read.scores[name][pairs.i] - read.scores[name][pairs.j])
       parts = np.array_split(np.argsort(pairs.cosine), min(BINS, len(gap)))
-      x, y = ([v[part].mean() for part in parts] for v in (pairs.cosine, gap / max(gap.mean(), 1e-12)))
+      x, y = (
+        [v[part].mean() for part in parts] for v in (pairs.cosine, gap / max(gap.mean(), 1e-12))
+      )
       axis.plot(x, y, label=read.name, lw=1.4, ms=5, **style(i))
-    dress(axis, f"By {name}", "cosine of last-layer states", "" if axis is not axes[0, 0] else "|Δ reward| / its mean")
+    dress(
+      axis,
+      f"By {name}",
+      "cosine of last-layer states",
+      "" if axis is not axes[0, 0] else "|Δ reward| / its mean",
+    )
   legend(figure, axes[0, 0], 5)
   return figure
 
 
 def _curve(axis, values: np.ndarray, i: int, label: str):
-  """Means over windows of a tenth of the steps, with the interval over seeds where there are several."""
+  """Means over windows of a tenth of the steps, with the interval over seeds where there are
+  several.
+  """
   mean, low, high = band(values)
   at = np.arange(len(mean)) + (window_of(values.shape[1]) - 1) / 2
   if len(values) > 1:
     axis.fill_between(at, low, high, color=style(i)["color"], alpha=0.15, lw=0)
-  axis.plot(at, mean, label=label, lw=1.4, ms=5, markevery=(i, max(1, len(at) // 6)) if len(at) > 8 else 1, **style(i))
+  axis.plot(
+    at,
+    mean,
+    label=label,
+    lw=1.4,
+    ms=5,
+    markevery=(i, max(1, len(at) // 6)) if len(at) > 8 else 1,
+    **style(i),
+  )
 
 
 def dynamics(curves: Curves):
@@ -85,7 +110,9 @@ def dynamics(curves: Curves):
 
 
 def noise(curves: Curves):
-  """Fig. 6: each reward against the step, with the policy's states and with noise in their place."""
+  """Fig. 6: each reward against the step, with the policy's states and with noise in their
+  place.
+  """
   metrics = [metric for metric in TREND if all(metric in curves[arm] for arm in ("r2m", "noise"))]
   titles = {metric: title for metric, title, _ in DYNAMICS}
   figure, axes = canvas(3.7 * len(metrics), 3.4, 1, len(metrics))
@@ -98,19 +125,28 @@ def noise(curves: Curves):
   return figure
 
 
-def dots(rows: list[Row], measures: list[str], titles: list[str], group: int = 0, name: int = 1, zero=None):
+def dots(
+  rows: list[Row], measures: list[str], titles: list[str], group: int = 0, name: int = 1, zero=None
+):
   """A panel for each measure: a row for each label `name`, a marker for each label `group`."""
   names, groups = (list(dict.fromkeys(row.labels[i] for row in rows)) for i in (name, group))
   groups = groups[:MOST]
-  figure, axes = canvas(2.6 + 3.6 * len(measures), 0.3 * len(names) * max(1, len(groups) / 3) + 1.4, 1, len(measures))
+  figure, axes = canvas(
+    2.6 + 3.6 * len(measures), 0.3 * len(names) * max(1, len(groups) / 3) + 1.4, 1, len(measures)
+  )
   for axis, measure, title in zip(axes[0], measures, titles):
     if zero is not None:
       axis.axvline(zero, color=GREY, lw=1)
     for i, one in enumerate(groups):
       mine = [row for row in rows if row.labels[group] == one and row.measure == measure]
       x, *bars = spans(mine)
-      y = [len(names) - 1 - names.index(row.labels[name]) + 0.6 * (0.5 - (i + 0.5) / len(groups)) for row in mine]
-      look = dict(color=COLOURS[i % len(COLOURS)], fmt=MARKS[i % len(MARKS)], mfc="white" if i % 2 else None)
+      y = [
+        len(names) - 1 - names.index(row.labels[name]) + 0.6 * (0.5 - (i + 0.5) / len(groups))
+        for row in mine
+      ]
+      look = dict(
+        color=COLOURS[i % len(COLOURS)], fmt=MARKS[i % len(MARKS)], mfc="white" if i % 2 else None
+      )
       axis.errorbar(x, y, xerr=bars, label=one, ms=5, lw=1.1, capsize=2, **look)
     dress(axis, title, "", "")
     axis.set_yticks(range(len(names)), names[::-1] if axis is axes[0, 0] else [""] * len(names))
@@ -131,12 +167,16 @@ def cost(rows: list[Row]):
     drawn = axis.bar(range(len(y)), y, yerr=bars, color="#c9d6e3", edgecolor=INK, capsize=3, lw=1)
     axis.bar_label(drawn, [f"{v:.3g}" for v in y], label_type="center", fontsize=9)
     dress(axis, measure, "", "")
-    axis.set_xticks(range(len(y)), [row.labels[0] for row in mine], rotation=20 if len(arms) > 4 else 0)
+    axis.set_xticks(
+      range(len(y)), [row.labels[0] for row in mine], rotation=20 if len(arms) > 4 else 0
+    )
   return figure
 
 
 def matrices(reads: list[Read], start: Read, seed: int):
-  """Fig. 9: cosine of last-layer states, mean taken off, between responses: sound ones first, then hacking ones."""
+  """Fig. 9: cosine of last-layer states, mean taken off, between responses: sound ones first,
+  then hacking ones.
+  """
   drawn = []
   for read in reads:
     kind, rng = hacks(read, start), np.random.default_rng(seed)
@@ -155,14 +195,18 @@ def matrices(reads: list[Read], start: Read, seed: int):
     middles = [len(picked[0]) / 2, len(picked[0]) + len(picked[1]) / 2]
     labels = [f"{word} ({len(rows)})" for word, rows in zip(("sound", "hacking"), picked)]
     axis.set_xticks(middles, labels, fontsize=9)
-    axis.set_yticks(middles, labels if axis is axes[0, 0] else ["", ""], fontsize=9, rotation=90, va="center")
+    axis.set_yticks(
+      middles, labels if axis is axes[0, 0] else ["", ""], fontsize=9, rotation=90, va="center"
+    )
     axis.tick_params(length=0)
   figure.colorbar(image, ax=axes[0].tolist(), label="cosine, centred", shrink=0.8)
   return figure
 
 
 def steps(arms: dict[str, dict[int, np.ndarray]]):
-  """Fig. 9 over steps: mean cosine between the states of the same responses as read at two steps, for each arm."""
+  """Fig. 9 over steps: mean cosine between the states of the same responses as read at two
+  steps, for each arm.
+  """
   names = list(arms)[:6]
   figure, axes = canvas(2.9 * len(names) + 0.9, 3.3, 1, len(names))
   found = {name: step_matrix(arms[name]) for name in names}
@@ -178,8 +222,14 @@ def steps(arms: dict[str, dict[int, np.ndarray]]):
       for i in at:
         for j in at:
           dark = matrix[i, j] < (low + 1) / 2
-          axis.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else INK)
+          axis.text(
+            j,
+            i,
+            f"{matrix[i, j]:.2f}",
+            ha="center",
+            va="center",
+            fontsize=8,
+            color="white" if dark else INK,
+          )
   figure.colorbar(image, ax=axes[0].tolist(), label="mean cosine", shrink=0.8)
   return figure
-
-

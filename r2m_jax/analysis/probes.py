@@ -1,7 +1,9 @@
-"""What is read out of hidden states: similarities of pairs, ridge probes, correlations. Plain NumPy, no files, no JAX.
+"""What is read out of hidden states: similarities of pairs, ridge probes, correlations. Plain
+NumPy, no files, no JAX.
 
-Rows are responses. All intervals are by bootstrap over prompts, since responses to one prompt are not independent: a
-statistic is made of sums over prompts, and a resample weighs the prompts by how often it drew them.
+Rows are responses. All intervals are by bootstrap over prompts, since responses to one prompt are
+not independent: a statistic is made of sums over prompts, and a resample weighs the prompts by how
+often it drew them.
 """
 
 from collections.abc import Callable
@@ -13,17 +15,24 @@ from scipy import stats as distributions  # jax brings it
 from r2m_jax.lab.stats import Interval, ends, interval, resampled
 
 RESAMPLES = 2000
-FOLDS, INNER = 5, 4  # of the prompts: to predict rows that no fit saw, and to choose the penalty without them
+FOLDS, INNER = (
+  5,
+  4,
+)  # of the prompts: to predict rows that no fit saw, and to choose the penalty without them
 PENALTIES = 10.0 ** np.arange(-4, 4.5, 0.5)
 
 
 def weights(count: int) -> np.ndarray:
-  """How often each of `count` prompts is in each resample; row 0 has each once.   -> f64[1 + RESAMPLES, count]."""
+  """How often each of `count` prompts is in each resample; row 0 has each once.   -> f64[1 +
+  RESAMPLES, count].
+  """
   return np.concatenate([np.ones((1, count)), resampled(count)[:RESAMPLES]])
 
 
 def with_ends(values: np.ndarray, count: int) -> Interval:
-  """The first of f64[1 + RESAMPLES] values, with the interval that the others give over `count` prompts."""
+  """The first of f64[1 + RESAMPLES] values, with the interval that the others give over `count`
+  prompts.
+  """
   return Interval(float(values[0]), *ends(values[1:], count), count)
 
 
@@ -35,7 +44,9 @@ def estimate(statistic: Callable[..., np.ndarray], *parts: np.ndarray) -> Interv
     parts: f64[P, ...] each, what a prompt adds.
   """
   drawn = weights(len(parts[0]))
-  with np.errstate(divide="ignore", invalid="ignore"):  # a resample without any such row: NaN, and `ends` counts it
+  with np.errstate(
+    divide="ignore", invalid="ignore"
+  ):  # a resample without any such row: NaN, and `ends` counts it
     return with_ends(statistic(*(np.tensordot(drawn, part, 1) for part in parts)), len(parts[0]))
 
 
@@ -46,7 +57,9 @@ def by_prompt(prompt: np.ndarray, values: np.ndarray) -> np.ndarray:
   return sums
 
 
-def mean_by_prompt(values: np.ndarray, prompt: np.ndarray, counted: np.ndarray | None = None) -> Interval:
+def mean_by_prompt(
+  values: np.ndarray, prompt: np.ndarray, counted: np.ndarray | None = None
+) -> Interval:
   """The mean of f64[N] values over all rows, or over those that are `counted`, bool[N]."""
   counted = np.ones(len(values), bool) if counted is None else counted
   sums = np.stack([np.where(counted, values, 0), counted], -1).astype(float)
@@ -57,7 +70,9 @@ def mean_by_prompt(values: np.ndarray, prompt: np.ndarray, counted: np.ndarray |
 
 
 def unit(states: np.ndarray) -> np.ndarray:
-  """Each row at length 1, so that products are cosines; a row of zeros stays.   f64[N, D] -> f64[N, D]."""
+  """Each row at length 1, so that products are cosines; a row of zeros stays.   f64[N, D] ->
+  f64[N, D].
+  """
   return states / np.maximum(np.linalg.norm(states, axis=-1, keepdims=True), 1e-12)
 
 
@@ -73,7 +88,8 @@ class Similarities(NamedTuple):
 def similarities(states: np.ndarray, label: np.ndarray, prompt: np.ndarray) -> Similarities:
   """Mean cosine of pairs by label. A pair is never of one prompt, whose words both would share.
 
-  With unit vectors u, the sum over pairs of prompts p != q is |sum_p u_p|^2 - sum_p |u_p|^2: no pair is made.
+  With unit vectors u, the sum over pairs of prompts p != q is |sum_p u_p|^2 - sum_p |u_p|^2: no
+  pair is made.
 
   Args:
     states: f64[N, D].
@@ -81,18 +97,29 @@ def similarities(states: np.ndarray, label: np.ndarray, prompt: np.ndarray) -> S
     prompt: i64[N].
   """
   member = label[:, None] == np.arange(2)  # [N, 2]
-  u, n = by_prompt(prompt, member[..., None] * unit(states)[:, None]), by_prompt(prompt, member)  # [P, 2, D], [P, 2]
+  u, n = (
+    by_prompt(prompt, member[..., None] * unit(states)[:, None]),
+    by_prompt(prompt, member),
+  )  # [P, 2, D], [P, 2]
   drawn = weights(len(n))
   total, count = np.tensordot(drawn, u, 1), drawn @ n
-  sums = np.einsum("rad,rbd->rab", total, total) - np.tensordot(drawn**2, np.einsum("pad,pbd->pab", u, u), 1)
-  counts = np.einsum("ra,rb->rab", count, count) - np.tensordot(drawn**2, np.einsum("pa,pb->pab", n, n), 1)
+  sums = np.einsum("rad,rbd->rab", total, total) - np.tensordot(
+    drawn**2, np.einsum("pad,pbd->pab", u, u), 1
+  )
+  counts = np.einsum("ra,rb->rab", count, count) - np.tensordot(
+    drawn**2, np.einsum("pa,pb->pab", n, n), 1
+  )
   mean = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0.5)
   first, second, cross = mean[:, 0, 0], mean[:, 1, 1], mean[:, 0, 1]
-  return Similarities(*(with_ends(x, len(n)) for x in (first, second, cross, (first + second) / 2 - cross)))
+  return Similarities(
+    *(with_ends(x, len(n)) for x in (first, second, cross, (first + second) / 2 - cross))
+  )
 
 
 def centred(states: np.ndarray) -> np.ndarray:
-  """Less their mean: hidden states share a large common vector, which alone puts every cosine near 1."""
+  """Less their mean: hidden states share a large common vector, which alone puts every cosine
+  near 1.
+  """
   return states - states.mean(0)
 
 
@@ -108,16 +135,28 @@ class PairsOfPrompt(NamedTuple):
 def pairs_of_prompts(states: np.ndarray, prompt: np.ndarray) -> PairsOfPrompt:
   """Rows i < j of one prompt and the cosine of their states f64[N, D]."""
   states = unit(states)
-  found = [(a, b) for p in range(prompt.max() + 1) for rows in [np.flatnonzero(prompt == p)]
-           for x, a in enumerate(rows) for b in rows[x + 1 :]]  # fmt: skip
+  found = [
+    (a, b)
+    for p in range(prompt.max() + 1)
+    for rows in [np.flatnonzero(prompt == p)]
+    for x, a in enumerate(rows)
+    for b in rows[x + 1 :]
+  ]
   i, j = np.array(found, int).reshape(-1, 2).T
   return PairsOfPrompt(i, j, prompt[i], (states[i] * states[j]).sum(-1))
 
 
-def correlation(x: np.ndarray, y: np.ndarray, prompt: np.ndarray, *, within: bool = False) -> Interval:
-  """Pearson's, of f64[M] values. `within`: of what is left when each prompt's mean is taken off both."""
+def correlation(
+  x: np.ndarray, y: np.ndarray, prompt: np.ndarray, *, within: bool = False
+) -> Interval:
+  """Pearson's, of f64[M] values. `within`: of what is left when each prompt's mean is taken off
+  both.
+  """
   if within:
-    mean = lambda v: (by_prompt(prompt, v) / np.maximum(by_prompt(prompt, np.ones(len(v))), 1))[prompt]
+
+    def mean(v):
+      return (by_prompt(prompt, v) / np.maximum(by_prompt(prompt, np.ones(len(v))), 1))[prompt]
+
     x, y = x - mean(x), y - mean(y)
   x, y = x - x.mean(), y - y.mean()
   sums = by_prompt(prompt, np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], -1))
@@ -133,8 +172,11 @@ def correlation(x: np.ndarray, y: np.ndarray, prompt: np.ndarray, *, within: boo
 # ---- linear probes ----
 
 
-def ridge(x: np.ndarray, y: np.ndarray, penalties: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-  """Fits mean (y - a - z·b)^2 + penalty |b|^2, z the standardised features; a column that never varies has no part.
+def ridge(
+  x: np.ndarray, y: np.ndarray, penalties: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
+  """Fits mean (y - a - z·b)^2 + penalty |b|^2, z the standardised features; a column that never
+  varies has no part.
 
   Args:
     x: f64[N, D]. y: f64[N]. penalties: f64[A].
@@ -160,8 +202,9 @@ def folds_of(prompt: np.ndarray, count: int, seed: int) -> np.ndarray:
 def probe(x: np.ndarray, y: np.ndarray, prompt: np.ndarray, seed: int = 0) -> np.ndarray:
   """A linear probe's prediction of every row, by a fit that saw no response to its prompt.   -> f64[N].
 
-  The penalty is that with the least squared error in an inner cross-validation over the prompts of the fit alone, then
-  the fit is made on all of these: what is predicted has no part in any choice. x f64[N, D], y f64[N], prompt i64[N].
+  The penalty is that with the least squared error in an inner cross-validation over the prompts of
+  the fit alone, then the fit is made on all of these: what is predicted has no part in any choice.
+  x f64[N, D], y f64[N], prompt i64[N].
   """
   fold, predicted = folds_of(prompt, FOLDS, seed), np.zeros(len(y))
   for k in range(FOLDS):
@@ -176,13 +219,18 @@ def probe(x: np.ndarray, y: np.ndarray, prompt: np.ndarray, seed: int = 0) -> np
 
 
 def r_squared(y: np.ndarray, *predicted: np.ndarray, prompt: np.ndarray) -> Interval:
-  """1 - sum (y - predicted)^2 / sum (y - mean y)^2 of held-out predictions; below 0: worse than the mean.
+  """1 - sum (y - predicted)^2 / sum (y - mean y)^2 of held-out predictions; below 0: worse than the
+  mean.
 
-  With two predictions, that of the first less that of the second on the same rows: a paired difference.
+  With two predictions, that of the first less that of the second on the same rows: a paired
+  difference.
   """
   errors = [by_prompt(prompt, (y - p) ** 2) for p in predicted]
   y = y - y.mean()  # better conditioned, and the spread is the same
-  spread = lambda n, s, q: q - s**2 / n
+
+  def spread(n, s, q):
+    return q - s**2 / n
+
   rows = [by_prompt(prompt, v) for v in (np.ones(len(y)), y, y * y)]
   if len(predicted) == 1:
     return estimate(lambda e, *s: 1 - e / spread(*s), *errors, *rows)
@@ -190,8 +238,8 @@ def r_squared(y: np.ndarray, *predicted: np.ndarray, prompt: np.ndarray) -> Inte
 
 
 def rank_correlation(y: np.ndarray, predicted: np.ndarray, prompt: np.ndarray) -> Interval:
-  """Spearman's within a prompt, mean over prompts: what a group-relative advantage can use. Ties have mean ranks; a
-  prompt whose values are all one has none."""
+  """Spearman's within a prompt, mean over prompts: what a group-relative advantage can use. Ties
+  have mean ranks; a prompt whose values are all one has none."""
   found = []
   for p in range(prompt.max() + 1):
     a, b = (distributions.rankdata(v[prompt == p]) for v in (y, predicted))

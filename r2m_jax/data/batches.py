@@ -1,7 +1,7 @@
 """Rows to batches without end, by grain: shuffled anew each epoch, mixed by weight, resumable.
 
-The order is a function of the seed and the rows alone; processes share the rows of a batch. Batch number t can be asked
-for directly, so the state of a stream is the number of batches taken.
+The order is a function of the seed and the rows alone; processes share the rows of a batch. Batch
+number t can be asked for directly, so the state of a stream is the number of batches taken.
 """
 
 import time
@@ -15,13 +15,17 @@ READ_AHEAD = 4  # batches made by another thread while a step runs
 
 
 def row_batches(
-  parts: Sequence[int], batch_size: int, *, seed: int, weights: Sequence[float] = (),
+  parts: Sequence[int],
+  batch_size: int,
+  *,
+  seed: int,
+  weights: Sequence[float] = (),
   groups: Sequence[int] = (),
-) -> grain.MapDataset:  # fmt: skip
+) -> grain.MapDataset:
   """Batches of row numbers, each i64[batch_size]; batch t is `[t]`.
 
-  Each row comes once an epoch, in a new order each time. With weights, an epoch is one source's own: a heavier source
-  comes round more often.
+  Each row comes once an epoch, in a new order each time. With weights, an epoch is one source's
+  own: a heavier source comes round more often.
 
   Args:
     parts: which source each row is from, from 0.
@@ -41,7 +45,9 @@ def row_batches(
       odds.append(weights[part] * len(rows) / max(sizes[part], 1))
       if len(rows):
         one = int(np.random.SeedSequence([seed, int(group), part]).generate_state(1)[0])
-        order = grain.MapDataset.source(rows).seed(one).shuffle().repeat(None, reseed_each_epoch=True)
+        order = (
+          grain.MapDataset.source(rows).seed(one).shuffle().repeat(None, reseed_each_epoch=True)
+        )
         sources.append((order, odds[-1]))
     sources = [source for source in sources if source[1] > 0]
     if sum(odds) == 0:
@@ -53,9 +59,11 @@ def row_batches(
 
 
 def group_by_length(lengths: Sequence[int], sizes: Sequence[int], batch_size: int) -> np.ndarray:
-  """The padded length, of `sizes`, of every row: the shortest that holds it, few enough that each fills a batch.
+  """The padded length, of `sizes`, of every row: the shortest that holds it, few enough that each
+  fills a batch.
 
-  A size with less than a batch of rows goes to the next longer one; the longest takes from the next shorter one.
+  A size with less than a batch of rows goes to the next longer one; the longest takes from the next
+  shorter one.
   """
   lengths, sizes = np.asarray(lengths), np.sort(sizes)
   if lengths.max() > sizes[-1]:
@@ -71,7 +79,9 @@ def group_by_length(lengths: Sequence[int], sizes: Sequence[int], batch_size: in
 
 
 def pack(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
-  """Rows laid end to end and cut into lines of `length`; what does not fill the last is left.   -> i32[N, length]."""
+  """Rows laid end to end and cut into lines of `length`; what does not fill the last is left.
+  -> i32[N, length].
+  """
   stream = np.concatenate([np.asarray(row, np.int32) for row in rows])
   return stream[: len(stream) // length * length].reshape(-1, length)
 
@@ -79,10 +89,17 @@ def pack(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
 class Stream:
   """An iterator over a dataset's batches from number `start` on, made ahead by another thread.
 
-  `waited` is how many seconds its user has spent in `next` so far. `state` is JSON; `start=state["next"]` goes on.
+  `waited` is how many seconds its user has spent in `next` so far. `state` is JSON;
+  `start=state["next"]` goes on.
   """
 
-  def __init__(self, dataset: grain.MapDataset, collate: Callable[[Any], Any] = lambda batch: batch, *, start: int = 0):
+  def __init__(
+    self,
+    dataset: grain.MapDataset,
+    collate: Callable[[Any], Any] = lambda batch: batch,
+    *,
+    start: int = 0,
+  ):
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=READ_AHEAD)
     self._batches = iter(dataset.map(collate).to_iter_dataset(options))
     self._batches.set_state({"next_index": start})

@@ -1,4 +1,6 @@
-"""`config.data.name` as checked rows: found, read, brought to one form, the bad ones counted, too many refused."""
+"""`config.data.name` as checked rows: found, read, brought to one form, the bad ones counted,
+too many refused.
+"""
 
 import collections
 import hashlib
@@ -18,7 +20,9 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
 
 
 def split_names(text: str, root: str = "") -> list[str]:
-  """The names of data in a comma-separated list. A file or folder whose own name has a comma is one name."""
+  """The names of data in a comma-separated list. A file or folder whose own name has a comma is
+  one name.
+  """
   if "," in text and (Path(root).expanduser() / Path(text).expanduser()).exists():
     return [text]
   return [name.strip() for name in text.split(",") if name.strip()]
@@ -35,7 +39,9 @@ def good_rows(raw: Iterable[Record], need: str, bad: "BadRows") -> Iterator[dict
 
 
 class BadRows:
-  """How many rows of one source were read and were bad, by kind, with where each kind came first."""
+  """How many rows of one source were read and were bad, by kind, with where each kind came
+  first.
+  """
 
   def __init__(self, name: str):
     self.name, self.read = name, 0
@@ -49,7 +55,9 @@ class BadRows:
   def summary(self) -> str:
     bad = self.counts.total()
     text = f"{self.name}: {self.read} rows read, {bad} bad"
-    return text + "".join(f"; {n} {kind}, first {self.first[kind]}" for kind, n in self.counts.most_common())
+    return text + "".join(
+      f"; {n} {kind}, first {self.first[kind]}" for kind, n in self.counts.most_common()
+    )
 
   def check(self, max_share: float) -> None:
     """Raises DataError where more than `max_share` of the rows are bad, or none are good."""
@@ -65,9 +73,11 @@ class BadRows:
 
 
 def hub_files(name: str, split: str, *, field: str = "config.data.name") -> list[Path]:
-  """The data files of OWNER/NAME or OWNER/NAME/FOLDER on the hub that belong to a split, from its cache if offline.
+  """The data files of OWNER/NAME or OWNER/NAME/FOLDER on the hub that belong to a split, from its
+  cache if offline.
 
-  A file belongs to the split that its name, or a folder above it, begins with: data/train-00000-of-00001.parquet.
+  A file belongs to the split that its name, or a folder above it, begins with:
+  data/train-00000-of-00001.parquet.
   """
   import huggingface_hub
 
@@ -75,18 +85,25 @@ def hub_files(name: str, split: str, *, field: str = "config.data.name") -> list
     raise DataError(f"{field} is hf:{name}: give hf:OWNER/NAME or hf:OWNER/NAME/FOLDER")
   owner, repository, *folder = name.split("/")
   under = "/".join([*folder, ""])
-  patterns = [f"{under}**{suffix}" for suffix in (".parquet", *JSON_LINES, *(f"{s}.gz" for s in JSON_LINES))]
+  patterns = [
+    f"{under}**{suffix}" for suffix in (".parquet", *JSON_LINES, *(f"{s}.gz" for s in JSON_LINES))
+  ]
   try:
-    root = huggingface_hub.snapshot_download(f"{owner}/{repository}", repo_type="dataset", allow_patterns=patterns)
+    root = huggingface_hub.snapshot_download(
+      f"{owner}/{repository}", repo_type="dataset", allow_patterns=patterns
+    )
   except (OSError, ValueError) as error:
     raise DataError(
-      f"{field} is hf:{name}, which cannot be fetched ({' '.join(str(error).split())[:160]}); without a network give "
+      f"{field} is hf:{name}, which cannot be fetched ({' '.join(str(error).split())[:160]}); "
+      "without a network give "
       "the folder of its parquet or JSON-lines files"
     ) from None
   found = find_files(os.path.join(root, under))
   files = of_split(found, split, Path(root))
   if not files:
-    raise DataError(f"hf:{name} has no file of config.data.split = {split!r} among {[f.name for f in found][:8]}")
+    raise DataError(
+      f"hf:{name} has no file of config.data.split = {split!r} among {[f.name for f in found][:8]}"
+    )
   return files
 
 
@@ -94,7 +111,9 @@ def hub_files(name: str, split: str, *, field: str = "config.data.name") -> list
 
 
 def keep(rows: list[dict], reasons: Sequence[str | None], what: str) -> list[int]:
-  """The numbers of the rows without a reason to leave them out; prints how many go for each reason."""
+  """The numbers of the rows without a reason to leave them out; prints how many go for each
+  reason.
+  """
   kept = [i for i, reason in enumerate(reasons) if reason is None]
   dropped = collections.Counter(reason for reason in reasons if reason)
   why = "".join(f"; {n} dropped: {reason}" for reason, n in dropped.most_common())
@@ -105,7 +124,9 @@ def keep(rows: list[dict], reasons: Sequence[str | None], what: str) -> list[int
 
 
 def too_long(data, prompt: int, responses: Sequence[int], chosen: int = 0) -> str | None:
-  """Why a row is left out, from its lengths in tokens; None where it stays. `chosen` is for the paper's filter."""
+  """Why a row is left out, from its lengths in tokens; None where it stays. `chosen` is for the
+  paper's filter.
+  """
   if data.max_chosen_length and chosen > data.max_chosen_length:
     return f"chosen over {data.max_chosen_length} tokens"
   if prompt > data.max_prompt_length:
@@ -116,7 +137,9 @@ def too_long(data, prompt: int, responses: Sequence[int], chosen: int = 0) -> st
 
 
 def fingerprint(rows: Iterable[Sequence[Sequence[int]]]) -> str:
-  """SHA-256 of tokenised rows, each of one or more lists of ids: what a run that goes on must find again."""
+  """SHA-256 of tokenised rows, each of one or more lists of ids: what a run that goes on must
+  find again.
+  """
   digest = hashlib.sha256()
   for row in rows:
     for ids in row:

@@ -1,6 +1,8 @@
-"""Rows of config.data as batches for a model: rendered, tokenised, filtered by length in tokens, ordered.
+"""Rows of config.data as batches for a model: rendered, tokenised, filtered by length in tokens,
+ordered.
 
-Each task gets a dataset of row numbers (data.batches) and a function that makes a batch's arrays from them.
+Each task gets a dataset of row numbers (data.batches) and a function that makes a batch's arrays
+from them.
 """
 
 import dataclasses
@@ -13,9 +15,9 @@ import numpy as np
 from r2m_jax.algorithm.labels import Labeller, pairs_at, pairs_per_step
 from r2m_jax.config import ConfigError
 from r2m_jax.data.batches import group_by_length, pack, row_batches
+from r2m_jax.data.checked import fingerprint, keep, too_long
 from r2m_jax.data.jsonl import DataError
 from r2m_jax.data.rows import load
-from r2m_jax.data.checked import fingerprint, keep, too_long
 from r2m_jax.data.text import Tokenizer, as_prompts, bucket, each_row, pad_left
 from r2m_jax.hf.folders import Policy, RewardModel, describe_reward
 from r2m_jax.parallel import hosts
@@ -24,11 +26,19 @@ from r2m_jax.types import Pairs, Prompts
 
 
 def select(
-  config, rows: list[dict], ids: list[tuple[list[int], ...]], what: str, chosen=None, *, long: bool = False
+  config,
+  rows: list[dict],
+  ids: list[tuple[list[int], ...]],
+  what: str,
+  chosen=None,
+  *,
+  long: bool = False,
 ) -> list[int]:
-  """Which rows have a prompt and responses, given as token ids, that config.data allows; says why the others go.
+  """Which rows have a prompt and responses, given as token ids, that config.data allows; says why
+  the others go.
 
-  `chosen` holds the ids of the responses that the paper's filter looks at, row by row; `long` rows stay.
+  `chosen` holds the ids of the responses that the paper's filter looks at, row by row; `long` rows
+  stay.
   """
   seen, reasons = set(), []
   for i, (prompt, *responses) in enumerate(ids):
@@ -53,7 +63,9 @@ def row_stream(config, rows: list[dict], batch_size: int, *, lengths=None):
   groups = []
   if lengths is not None:
     top = bucket(max(lengths))
-    groups = group_by_length(lengths, [*(b for b in config.data.buckets if b < top), top], batch_size)
+    groups = group_by_length(
+      lengths, [*(b for b in config.data.buckets if b < top), top], batch_size
+    )
   used = sorted(set(parts))  # a name whose rows were all dropped is no source
   parts = [used.index(part) for part in parts]
   weights = [weights[part] for part in used] if weights else ()
@@ -61,7 +73,8 @@ def row_stream(config, rows: list[dict], batch_size: int, *, lengths=None):
 
 
 def hold(workdir: Path, stage: str, rows: list[dict], ids: list, field: str = "data.name") -> None:
-  """Holds a stage to the rows that it began with; says in which file the first of them are others now.
+  """Holds a stage to the rows that it began with; says in which file the first of them are others
+  now.
 
   Args:
     ids: one or more lists of ids a row: what the rows must be again when the run goes on.
@@ -71,8 +84,14 @@ def hold(workdir: Path, stage: str, rows: list[dict], ids: list, field: str = "d
   for row, one in zip(rows, ids):
     files.setdefault(row["where"].rpartition(":")[0], []).append(one)
   found = {"rows": len(ids), "sha256": fingerprint(ids)}
-  hosts.require_same(found, f"the rows that config.{field} gives; let every host read the same files")
-  found |= {"files": {file: {"rows": len(mine), "sha256": fingerprint(mine)} for file, mine in files.items()}}
+  hosts.require_same(
+    found, f"the rows that config.{field} gives; let every host read the same files"
+  )
+  found |= {
+    "files": {
+      file: {"rows": len(mine), "sha256": fingerprint(mine)} for file, mine in files.items()
+    }
+  }
   if not path.exists():
     write_atomic(path, json.dumps(found))
     return
@@ -80,26 +99,33 @@ def hold(workdir: Path, stage: str, rows: list[dict], ids: list, field: str = "d
   if saved.get("sha256") == found["sha256"]:
     return
   then, now = saved.get("files", {}), found["files"]
-  where, changed = "", next((file for file in [*then, *now] if then.get(file) != now.get(file)), None)
+  where, changed = (
+    "",
+    next((file for file in [*then, *now] if then.get(file) != now.get(file)), None),
+  )
   if changed is not None:
     before, after = (files[changed]["rows"] if changed in files else "no" for files in (then, now))
     where = f" ({changed} gave {before} rows then, {'others' if before == after else after} now)"
   raise ConfigError(
-    f"config.{field} gives {found['rows']} rows that are not the {saved.get('rows')} with which {workdir} began"
+    f"config.{field} gives {found['rows']} rows that are not the {saved.get('rows')} with which "
+    f"{workdir} began"
     f"{where}; give it the files it had and the same command goes on, or choose another --workdir"
   )
 
 
 def enough(rows: int, field: str, size: int, source: str = "data.name") -> None:
   if rows < size:
-    raise ConfigError(f"config.{field} is {size}: more than the {rows} rows of config.{source}; make it smaller")
+    raise ConfigError(
+      f"config.{field} is {size}: more than the {rows} rows of config.{source}; make it smaller"
+    )
 
 
 # ---- sft ----
 
 
 def sft_rows(config, policy: Policy, workdir: Path, name: str):
-  """Batches of tokens, token_mask [B, L] and response_mask [B, T]: prompt and response end to end, padded on the left.
+  """Batches of tokens, token_mask [B, L] and response_mask [B, T]: prompt and response end to end,
+  padded on the left.
 
   Returns (dataset of row numbers, their collate function).
   """
@@ -107,19 +133,25 @@ def sft_rows(config, policy: Policy, workdir: Path, name: str):
   rows = load(config.data, "response")
   print(tokenizer.describe(rows[0]["prompt"]))
   end = [] if tokenizer.end_id is None else [tokenizer.end_id]
-  ids = each_row(rows, lambda r: (tokenizer.render(r["prompt"]), tokenizer.encode(r["response"], special=False)))
+  ids = each_row(
+    rows, lambda r: (tokenizer.render(r["prompt"]), tokenizer.encode(r["response"], special=False))
+  )
   kept = select(config, rows, ids, name)
   enough(len(kept), "sft.batch_size", config.sft.batch_size)
   rows, ids = [rows[i] for i in kept], [(ids[i][0], ids[i][1] + end) for i in kept]
   print(f"response {len(ids[0][1])} tokens: {tokenizer.hf.decode(ids[0][1])!r}")
   widest = bucket(max(len(response) for _, response in ids))
   hold(workdir, name, rows, ids)
-  dataset, lengths = row_stream(config, rows, config.sft.batch_size, lengths=[len(p) + len(r) for p, r in ids])
+  dataset, lengths = row_stream(
+    config, rows, config.sft.batch_size, lengths=[len(p) + len(r) for p, r in ids]
+  )
 
   def collate(batch):
     length = int(lengths[batch[0]])
     tokens, mask = pad_left([ids[i][0] + ids[i][1] for i in batch], tokenizer.pad_id, length)
-    columns = np.arange(min(widest, length - 1))[::-1]  # counted from the end; the first token is predicted by none
+    columns = np.arange(min(widest, length - 1))[
+      ::-1
+    ]  # counted from the end; the first token is predicted by none
     response_mask = columns < np.asarray([len(ids[i][1]) for i in batch])[:, None]
     return {"tokens": tokens, "token_mask": mask, "response_mask": response_mask}
 
@@ -127,7 +159,9 @@ def sft_rows(config, policy: Policy, workdir: Path, name: str):
 
 
 def packed_lines(config, policy: Policy, workdir: Path, name: str):
-  """As `sft_rows`, for dialogues and texts laid end to end in full lines; every token but a line's first counts."""
+  """As `sft_rows`, for dialogues and texts laid end to end in full lines; every token but a
+  line's first counts.
+  """
   tokenizer, data = policy.tokenizer, config.data
   end = [] if tokenizer.end_id is None else [tokenizer.end_id]
 
@@ -144,10 +178,17 @@ def packed_lines(config, policy: Policy, workdir: Path, name: str):
   if data.unique:
     texts = list({tuple(ids): ids for ids in texts}.values())
   length = data.max_prompt_length + data.max_response_length
-  lines = pack([texts[i] for i in np.random.default_rng(config.seed).permutation(len(texts))], length)
-  print(f"data     {len(texts)} of {len(rows)} dialogues for {name} make {len(lines)} lines of {length} tokens")
+  lines = pack(
+    [texts[i] for i in np.random.default_rng(config.seed).permutation(len(texts))], length
+  )
+  print(
+    f"data     {len(texts)} of {len(rows)} dialogues for {name} make {len(lines)} lines of "
+    f"{length} tokens"
+  )
   enough(len(lines), "sft.batch_size", config.sft.batch_size)
-  dataset, _ = row_stream(config, [{"part": 0}] * len(lines), config.sft.batch_size, lengths=[length] * len(lines))
+  dataset, _ = row_stream(
+    config, [{"part": 0}] * len(lines), config.sft.batch_size, lengths=[length] * len(lines)
+  )
 
   def collate(batch):
     full = np.ones((len(batch), length), bool)
@@ -162,42 +203,66 @@ def packed_lines(config, policy: Policy, workdir: Path, name: str):
 def sides_of(config, tokenizer: Tokenizer, row: dict) -> list[dict]:
   """Chosen and rejected as (prompt, response, truncated), in the form of a sample.
 
-  With config.reward.max_reply_length a longer reply is what a policy that may write so many tokens would have got to:
-  its beginning, which is rendered as cut off.
+  With config.reward.max_reply_length a longer reply is what a policy that may write so many tokens
+  would have got to: its beginning, which is rendered as cut off.
   """
   sides = [(row[side], False) for side in ("chosen", "rejected")]
   if limit := config.reward.max_reply_length:
     sides = [tokenizer.beginning(text, limit) for text, _ in sides]
-  return [{"prompt": row["prompt"], "response": text, "truncated": truncated} for text, truncated in sides]
+  return [
+    {"prompt": row["prompt"], "response": text, "truncated": truncated} for text, truncated in sides
+  ]
 
 
-def pair_ids(config, reward: RewardModel, rows: list[dict], what: str) -> tuple[list[dict], list[tuple]]:
-  """The rows that config.data allows, each with its `sides_of` as "sides", and both as the reward model's tokens."""
+def pair_ids(
+  config, reward: RewardModel, rows: list[dict], what: str
+) -> tuple[list[dict], list[tuple]]:
+  """The rows that config.data allows, each with its `sides_of` as "sides", and both as the
+  reward model's tokens.
+  """
   renderer, tokenizer = reward.renderer, reward.renderer.tokenizer
-  plain = lambda text: tokenizer.encode(text, special=False)
-  prompt = lambda p: plain(p) if isinstance(p, str) else tokenizer.render(p)
+
+  def plain(text):
+    return tokenizer.encode(text, special=False)
+
+  def prompt(p):
+    return plain(p) if isinstance(p, str) else tokenizer.render(p)
+
   rows = [row | {"sides": sides_of(config, tokenizer, row)} for row in rows]
-  ids = each_row(rows, lambda r: (prompt(r["prompt"]), *(plain(side["response"]) for side in r["sides"])))
-  kept = select(config, rows, ids, what, [row[1] for row in ids], long=config.reward.max_reply_length > 0)
+  ids = each_row(
+    rows, lambda r: (prompt(r["prompt"]), *(plain(side["response"]) for side in r["sides"]))
+  )
+  kept = select(
+    config, rows, ids, what, [row[1] for row in ids], long=config.reward.max_reply_length > 0
+  )
   rows = [rows[i] for i in kept]
-  rendered = lambda side: renderer.ids(side["prompt"], side["response"], truncated=side["truncated"])
+
+  def rendered(side):
+    return renderer.ids(side["prompt"], side["response"], truncated=side["truncated"])
+
   return rows, each_row(rows, lambda r: tuple(map(rendered, r["sides"])))
 
 
 def pairs(config, reward: RewardModel, workdir: Path):
-  """Batches of chosen and rejected i32[B, L] with their masks. (dataset of row numbers, collate, number of rows)."""
+  """Batches of chosen and rejected i32[B, L] with their masks. (dataset of row numbers, collate,
+  number of rows).
+  """
   rows = load(config.data, "pair")
   print(describe_reward(reward, rows[0]["prompt"], rows[0]["chosen"]))
   rows, ids = pair_ids(config, reward, rows, "reward")
   enough(len(rows), "reward.batch_size", config.reward.batch_size)
   hold(workdir, "reward", rows, ids)
-  dataset, lengths = row_stream(config, rows, config.reward.batch_size, lengths=[max(map(len, pair)) for pair in ids])
+  dataset, lengths = row_stream(
+    config, rows, config.reward.batch_size, lengths=[max(map(len, pair)) for pair in ids]
+  )
 
   def collate(batch):
     arrays = {}
     for side, name in enumerate(("chosen", "rejected")):
       rows = [ids[i][side] for i in batch]
-      arrays[name], arrays[f"{name}_mask"] = pad_left(rows, reward.renderer.tokenizer.pad_id, int(lengths[batch[0]]))
+      arrays[name], arrays[f"{name}_mask"] = pad_left(
+        rows, reward.renderer.tokenizer.pad_id, int(lengths[batch[0]])
+      )
     return arrays
 
   return dataset, collate, len(rows)
@@ -219,7 +284,13 @@ def prompt_data(config, policy: Policy, workdir: Path) -> PromptData:
   rows = load(config.data, "prompt")
   print(tokenizer.describe(rows[0]["prompt"]))
   ids = each_row(rows, lambda row: (tokenizer.render(row["prompt"]),))
-  kept = select(config, rows, ids, "r2m", [tokenizer.encode(row.get("chosen", ""), special=False) for row in rows])
+  kept = select(
+    config,
+    rows,
+    ids,
+    "r2m",
+    [tokenizer.encode(row.get("chosen", ""), special=False) for row in rows],
+  )
   enough(len(kept), "rollout.prompts", config.rollout.prompts)
   rows, ids = [rows[i] for i in kept], [ids[i][0] for i in kept]
   hold(workdir, "r2m", rows, [(i,) for i in ids])
@@ -235,10 +306,14 @@ def batch_of(data: PromptData, index: np.ndarray, policy: Policy) -> Prompts:
 # ---- judgments ----
 
 
-def judged_pairs(config, policy: Policy, reward: RewardModel, workdir: Path) -> dict[str, np.ndarray]:
-  """The judgments of config.r2m.judgments for both models: arrays [N, 2, ...], winner and loser, named as in `Pairs`.
+def judged_pairs(
+  config, policy: Policy, reward: RewardModel, workdir: Path
+) -> dict[str, np.ndarray]:
+  """The judgments of config.r2m.judgments for both models: arrays [N, 2, ...], winner and loser,
+  named as in `Pairs`.
 
-  A judged response is complete, so it ends with the policy's ending token, as in supervised training.
+  A judged response is complete, so it ends with the policy's ending token, as in supervised
+  training.
   """
   data = config.data.copy_and_resolve_references()
   data.name, data.weights = config.r2m.judgments, ()
@@ -249,16 +324,23 @@ def judged_pairs(config, policy: Policy, reward: RewardModel, workdir: Path) -> 
   def encode(row):
     prompt = tokenizer.render(row["prompt"])
     sides = row["chosen"], row["rejected"]
-    return [[*prompt, *tokenizer.encode(side, special=False), *end] for side in sides], \
-           [renderer.ids(row["prompt"], side) for side in sides]  # fmt: skip
+    return [[*prompt, *tokenizer.encode(side, special=False), *end] for side in sides], [
+      renderer.ids(row["prompt"], side) for side in sides
+    ]
 
   limit = config.data.max_prompt_length + config.data.max_response_length
   ids = each_row(rows, encode)
   hold(workdir, "judgments", rows, [(*mine, *theirs) for mine, theirs in ids], "r2m.judgments")
   kept = [pair for pair in ids if max(map(len, pair[0])) <= limit]
-  print(f"labels   {len(kept)} of {len(ids)} judgments in {config.r2m.judgments}; the others exceed {limit} tokens")
+  print(
+    f"labels   {len(kept)} of {len(ids)} judgments in {config.r2m.judgments}; the others exceed "
+    f"{limit} tokens"
+  )
   if not kept:
-    raise DataError(f"no row of {config.r2m.judgments} is within config.data.max_prompt_length + max_response_length")
+    raise DataError(
+      f"no row of {config.r2m.judgments} is within config.data.max_prompt_length + "
+      "max_response_length"
+    )
   arrays = {}
   for which, name, pad in ((0, "", tokenizer.pad_id), (1, "reward_", renderer.tokenizer.pad_id)):
     flat = [side for pair in kept for side in pair[which]]
@@ -274,13 +356,17 @@ def take_pairs(arrays: dict[str, np.ndarray], rows) -> dict[str, np.ndarray]:
 
 
 def judgments_labeller(config, arrays: dict[str, np.ndarray]) -> Labeller:
-  """Builds `label(sequences, step) -> Pairs`: the next judgments of the file, in a new order each time through."""
+  """Builds `label(sequences, step) -> Pairs`: the next judgments of the file, in a new order
+  each time through.
+  """
   most, count = pairs_per_step(config), len(arrays["tokens"])
 
   def label(sequences, step: int) -> Pairs:
     del sequences  # the file's responses were judged before the run
     at = sum(pairs_at(config, t) for t in range(step)) + np.arange(most)
-    rows = [np.random.default_rng([config.seed, 5, i // count]).permutation(count)[i % count] for i in at]
+    rows = [
+      np.random.default_rng([config.seed, 5, i // count]).permutation(count)[i % count] for i in at
+    ]
     weight = (np.arange(most) < pairs_at(config, step)).astype(np.float32)
     return Pairs(**take_pairs(arrays, rows), weight=weight)
 

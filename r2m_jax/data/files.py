@@ -1,4 +1,6 @@
-"""Raw records from files on disk: JSON lines (plain or gzip) and parquet, streamed, with what is broken told apart."""
+"""Raw records from files on disk: JSON lines (plain or gzip) and parquet, streamed, with what is
+broken told apart.
+"""
 
 import dataclasses
 import glob
@@ -12,10 +14,36 @@ from typing import Any
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (*JSON_LINES, *(f"{suffix}.gz" for suffix in JSON_LINES), ".parquet")
-METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of the datasets library
-SPLITS = ("train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation")
-KINDS = ("broken JSON", "cut off", "invalid UTF-8", "not an object", "missing field", "empty field", "wrong type",
-         "wrong roles", "different prompts", "chosen equals rejected")  # fmt: skip
+METADATA = (
+  "dataset_info.json",
+  "dataset_infos.json",
+  "dataset_dict.json",
+  "state.json",
+)  # of the datasets library
+SPLITS = (
+  "train",
+  "training",
+  "test",
+  "testing",
+  "validation",
+  "valid",
+  "val",
+  "dev",
+  "eval",
+  "evaluation",
+)
+KINDS = (
+  "broken JSON",
+  "cut off",
+  "invalid UTF-8",
+  "not an object",
+  "missing field",
+  "empty field",
+  "wrong type",
+  "wrong roles",
+  "different prompts",
+  "chosen equals rejected",
+)
 
 
 class DataError(ValueError):
@@ -23,7 +51,9 @@ class DataError(ValueError):
 
 
 class BadRow(ValueError):
-  """A row that cannot be used: what is wrong with it, as one of KINDS, and a detail for the reader."""
+  """A row that cannot be used: what is wrong with it, as one of KINDS, and a detail for the
+  reader.
+  """
 
   def __init__(self, kind: str, detail: str):
     assert kind in KINDS, kind
@@ -47,8 +77,8 @@ class Record:
 def find_files(pattern: str, root: str = "", split: str = "") -> list[Path]:
   """The data files that a path, folder or glob names, sorted; a relative one starts from `root`.
 
-  Of a folder, hidden files and folders, metadata and files of other kinds are passed over, and said. If its files
-  belong to several splits, those of `split` are taken.
+  Of a folder, hidden files and folders, metadata and files of other kinds are passed over, and
+  said. If its files belong to several splits, those of `split` are taken.
 
   Raises:
     DataError: there is none, or a file that was named itself is of another kind.
@@ -56,7 +86,10 @@ def find_files(pattern: str, root: str = "", split: str = "") -> list[Path]:
   path = Path(root).expanduser() / Path(pattern).expanduser()
   found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
   if not found:
-    raise DataError(f"there is no file {str(path)!r} from {Path.cwd()}; config.data.name is a path, a folder or a glob")
+    raise DataError(
+      f"there is no file {str(path)!r} from {Path.cwd()}; config.data.name is a path, a folder or "
+      "a glob"
+    )
   if odd := [file for file in found if not file.is_dir() and not _readable(file)]:
     raise DataError(f"{odd[0]} is not of a kind that is read ({', '.join(SUFFIXES)}); convert it")
   return [file for one in found for file in (_in_folder(one, split) if one.is_dir() else [one])]
@@ -69,30 +102,46 @@ def _readable(file: Path) -> bool:
 def _in_folder(folder: Path, split: str) -> list[Path]:
   """The data files of a folder and the folders below it; prints what is passed over."""
   inside = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-  hidden = lambda file: any(part.startswith(".") for part in file.relative_to(folder).parts)
-  files = [file for file in inside if _readable(file) and not hidden(file) and file.name not in METADATA]
+
+  def hidden(file):
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+  files = [
+    file for file in inside if _readable(file) and not hidden(file) and file.name not in METADATA
+  ]
   if not files and any(file.suffix == ".arrow" for file in inside):
     raise DataError(
-      f"{folder} holds arrow files, as datasets' save_to_disk writes them, which are not read; write parquet: "
-      f"datasets.load_from_disk({str(folder)!r}).to_parquet('rows.parquet'), of one split if it has several"
+      f"{folder} holds arrow files, as datasets' save_to_disk writes them, which are not read; "
+      "write parquet: "
+      f"datasets.load_from_disk({str(folder)!r}).to_parquet('rows.parquet'), of one split if it "
+      "has several"
     )
   if not files:
     what = f"{inside[0]} is not" if inside else f"there is no file in {folder}"
-    raise DataError(f"{what} of a kind that is read ({', '.join(SUFFIXES)}); convert it, or name another folder")
+    raise DataError(
+      f"{what} of a kind that is read ({', '.join(SUFFIXES)}); convert it, or name another folder"
+    )
   others = {name for name in SPLITS if of_split(files, name, folder)} - {split}
   if split and others:
     files = of_split(files, split, folder)
     if not files:
       have = ", ".join(sorted(others))
-      raise DataError(f"{folder} has files of the splits {have} and none of config.data.split = {split!r}; name one")
+      raise DataError(
+        f"{folder} has files of the splits {have} and none of config.data.split = {split!r}; name "
+        "one"
+      )
   if passed := [file for file in inside if file not in files]:
-    names = ", ".join(str(file.relative_to(folder)) for file in passed[:5]) + (", ..." if len(passed) > 5 else "")
+    names = ", ".join(str(file.relative_to(folder)) for file in passed[:5]) + (
+      ", ..." if len(passed) > 5 else ""
+    )
     print(f"data     {folder}: {len(files)} files read, {len(passed)} passed over: {names}")
   return files
 
 
 def of_split(files: Sequence[Path], split: str, root: Path) -> list[Path]:
-  """The files whose name, or a folder of theirs below `root`, is the split's: train.jsonl, train-00000-of-3.parquet."""
+  """The files whose name, or a folder of theirs below `root`, is the split's: train.jsonl,
+  train-00000-of-3.parquet.
+  """
   mine = re.compile(rf"{re.escape(split)}([-.]|$)", re.I)
   return [file for file in files if any(mine.match(part) for part in file.relative_to(root).parts)]
 
@@ -118,14 +167,18 @@ def _read_lines(file: Path) -> Iterator[Record]:
       except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         if number == 1:
           raise DataError(f"{file} is not a whole gzip file ({error}); fetch it again") from None
-        yield Record(BadRow("cut off", f"the archive ends or is damaged here: {error}"), file, number)
+        yield Record(
+          BadRow("cut off", f"the archive ends or is damaged here: {error}"), file, number
+        )
         return
       if not line:
         return
       if number == 1:
         line = line.removeprefix(b"\xef\xbb\xbf")  # a byte-order mark
         if line.lstrip()[:1] == b"[" and not line.rstrip().endswith(b"]"):
-          raise DataError(f"{file} is one JSON array over many lines; give JSON lines, one object a line")
+          raise DataError(
+            f"{file} is one JSON array over many lines; give JSON lines, one object a line"
+          )
       if line.strip():
         yield Record(_parse(line), file, number)
 
@@ -162,7 +215,9 @@ def _read_parquet(file: Path) -> Iterator[Record]:
         number += 1
         yield Record(value, file, number)
   except (pyarrow.ArrowException, OSError) as error:
-    raise DataError(f"{file} is damaged or cut off, or not parquet: {' '.join(str(error).split())[:200]}") from None
+    raise DataError(
+      f"{file} is damaged or cut off, or not parquet: {' '.join(str(error).split())[:200]}"
+    ) from None
 
 
 def _values(batch) -> list[Any]:

@@ -1,4 +1,5 @@
-"""The forms in which the field stores its rows, as one: a prompt, and the reply or the two replies to it.
+"""The forms in which the field stores its rows, as one: a prompt, and the reply or the two replies
+to it.
 
   {prompt, chosen, rejected}            replies as text, as one assistant message, or as whole dialogues
   {chosen, rejected}                    whole dialogues, as messages or as HH-RLHF's text of Human: and Assistant: turns
@@ -7,8 +8,9 @@
   {prompt}                              text or messages
   {text}                                plain text, for tokenizers and language modelling
 
-A row that fits none of them raises BadRow. What comes out has `prompt` (text, or messages) and `response`, or `chosen`
-and `rejected`, all checked: no empty text, roles that alternate, no pair of equals.
+A row that fits none of them raises BadRow. What comes out has `prompt` (text, or messages) and
+`response`, or `chosen` and `rejected`, all checked: no empty text, roles that alternate, no pair of
+equals.
 """
 
 import re
@@ -17,7 +19,12 @@ from typing import Any
 from r2m_jax.data.files import BadRow
 
 NEEDS = ("prompt", "response", "pair", "text")  # what a task reads of a row
-RESPONSES = ("response", "completion", "chosen", "reference")  # the first of them that a row has is its response
+RESPONSES = (
+  "response",
+  "completion",
+  "chosen",
+  "reference",
+)  # the first of them that a row has is its response
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of HH-RLHF's dialogues
 ROLE = {"Human": "user", "Assistant": "assistant"}
 
@@ -31,7 +38,10 @@ def as_row(record: Any, need: str) -> dict[str, Any]:
     raise record
   if not isinstance(record, dict):
     raise BadRow("not an object", f"a row is an object, this one is {_name(record)}")
-  has = lambda field: record.get(field) is not None
+
+  def has(field):
+    return record.get(field) is not None
+
   if need == "text" and has("text"):
     row = {"text": _text(record["text"], "text")}
   elif need == "pair":
@@ -48,7 +58,9 @@ def as_row(record: Any, need: str) -> dict[str, Any]:
   else:
     field = next((f for f in (*RESPONSES, "messages") if has(f)), None)
     if need != "prompt" and field is None:
-      raise _missing(" or ".join(("messages", *RESPONSES) + (("text",) if need == "text" else ())), record)
+      raise _missing(
+        " or ".join(("messages", *RESPONSES) + (("text",) if need == "text" else ())), record
+      )
     if need == "prompt" and has("prompt"):
       row = {"prompt": _prompt(record["prompt"])}
       if has("chosen"):
@@ -72,11 +84,20 @@ def _prompt_and_reply(record: dict, field: str) -> tuple[Any, str]:
       return prompt, _text(value, field)
     *before, last = _messages(value, field)
     said = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-    spoken = lambda messages: [m for m in messages if m["role"] != "system"]
+
+    def spoken(messages):
+      return [m for m in messages if m["role"] != "system"]
+
     if before and spoken(before)[: len(spoken(said))] != spoken(said):
-      raise BadRow("different prompts", f"{field} is a dialogue that does not begin with the row's own prompt")
-    if len(spoken(before)) > len(spoken(said)):  # the dialogue goes on after the row's prompt: it is the prompt
-      prompt = _prompt(before if before[0]["role"] == "system" else [*_system(said), *before], field)
+      raise BadRow(
+        "different prompts", f"{field} is a dialogue that does not begin with the row's own prompt"
+      )
+    if len(spoken(before)) > len(
+      spoken(said)
+    ):  # the dialogue goes on after the row's prompt: it is the prompt
+      prompt = _prompt(
+        before if before[0]["role"] == "system" else [*_system(said), *before], field
+      )
     elif before and before[0]["role"] == "system" and not _system(said):
       prompt = _prompt(before, field)
   else:
@@ -85,19 +106,27 @@ def _prompt_and_reply(record: dict, field: str) -> tuple[Any, str]:
     *prompt, last = _dialogue(value, field) if isinstance(value, str) else _messages(value, field)
     prompt = _prompt(prompt, f"the dialogue in {field!r} before its last message")
   if last["role"] != "assistant":
-    raise BadRow("wrong roles", f"{field} ends with a message of {last['role']!r}; the reply is the assistant's")
+    raise BadRow(
+      "wrong roles",
+      f"{field} ends with a message of {last['role']!r}; the reply is the assistant's",
+    )
   return prompt, last["content"]
 
 
 def _prompt(value: Any, name: str = "prompt") -> str | list[dict[str, str]]:
-  """A prompt's text, or its messages: perhaps a system message, then user and assistant in turn, the user last."""
+  """A prompt's text, or its messages: perhaps a system message, then user and assistant in turn,
+  the user last.
+  """
   if isinstance(value, str):
     return _text(value, name)
   messages = _messages(value, name)
   roles = [m["role"] for m in messages]
   turns = roles[1:] if roles[0] == "system" else roles
   if len(turns) % 2 == 0 or turns != [("user", "assistant")[i % 2] for i in range(len(turns))]:
-    raise BadRow("wrong roles", f"{name} goes {', '.join(roles)[:80]}; user and assistant take turns, the user is last")
+    raise BadRow(
+      "wrong roles",
+      f"{name} goes {', '.join(roles)[:80]}; user and assistant take turns, the user is last",
+    )
   return messages
 
 
@@ -115,10 +144,18 @@ def _messages(value: Any, field: str) -> list[dict[str, str]]:
       if message.get(key) is None:
         raise BadRow("missing field", f"a message of {field!r} has no {key!r}")
     if message["role"] not in ("system", "user", "assistant"):
-      raise BadRow("wrong roles", f"a message of {field!r} is of {message['role']!r}, not of system, user or assistant")
+      raise BadRow(
+        "wrong roles",
+        f"a message of {field!r} is of {message['role']!r}, not of system, user or assistant",
+      )
     if message["role"] == "system" and not messages and _blank(message["content"]):
       continue  # an empty system message is no system message
-    messages.append({"role": message["role"], "content": _text(message["content"], f"{field} ({message['role']})")})
+    messages.append(
+      {
+        "role": message["role"],
+        "content": _text(message["content"], f"{field} ({message['role']})"),
+      }
+    )
   if not messages:
     raise BadRow("empty field", f"{field!r} has no messages with text")
   return messages
@@ -137,10 +174,18 @@ def _dialogue(text: str, field: str) -> list[dict[str, str]]:
   text = _text(text, field).strip()
   marks = list(TURN.finditer(text))
   if not marks or marks[0].start() != 0:
-    raise BadRow("wrong roles", f"{field!r} is text without a prompt beside it and no dialogue of 'Human:' turns")
+    raise BadRow(
+      "wrong roles",
+      f"{field!r} is text without a prompt beside it and no dialogue of 'Human:' turns",
+    )
   ends = [mark.start() for mark in marks[1:]] + [len(text)]
-  return [{"role": ROLE[mark[1]], "content": _text(text[mark.end() : end].strip(), f"{field} ({mark[1]})")}
-          for mark, end in zip(marks, ends)]  # fmt: skip
+  return [
+    {
+      "role": ROLE[mark[1]],
+      "content": _text(text[mark.end() : end].strip(), f"{field} ({mark[1]})"),
+    }
+    for mark, end in zip(marks, ends)
+  ]
 
 
 def _ends_with_user(messages: Any) -> bool:
@@ -161,9 +206,19 @@ def _text(value: Any, field: str) -> str:
 
 
 def _missing(field: str, record: dict) -> BadRow:
-  return BadRow("missing field", f"no {field}; the row has {', '.join(map(str, record))[:80] or 'nothing'}")
+  return BadRow(
+    "missing field", f"no {field}; the row has {', '.join(map(str, record))[:80] or 'nothing'}"
+  )
 
 
 def _name(value: Any) -> str:
-  names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
-  return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
+  names = {
+    dict: "an object",
+    list: "a list",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+  }
+  return names.get(
+    type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}"
+  )

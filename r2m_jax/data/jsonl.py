@@ -1,4 +1,6 @@
-"""Rows of `task=generate` and `task=score`: every row is used or the file is refused, with the row named."""
+"""Rows of `task=generate` and `task=score`: every row is used or the file is refused, with the
+row named.
+"""
 
 import json
 import os
@@ -12,28 +14,36 @@ from r2m_jax.data.files import BadRow, DataError, read_file
 def read_rows(path: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
   """All rows of a file that `files.read_file` reads, checked.
 
-  `prompt` may be text or a list of messages, every other field in `fields` is text. `truncated` is true or false if
-  a row has it.
+  `prompt` may be text or a list of messages, every other field in `fields` is text. `truncated` is
+  true or false if a row has it.
 
   Raises:
     DataError: there is no such file, or a row is broken, lacks a field or has one of another type.
   """
   file, wanted = pathlib.Path(path).expanduser(), ", ".join(fields)
   if not path or not file.is_file():
-    raise DataError(f"there is no file {path!r} from {pathlib.Path.cwd()}; give JSON lines with {wanted}")
+    raise DataError(
+      f"there is no file {path!r} from {pathlib.Path.cwd()}; give JSON lines with {wanted}"
+    )
   rows = []
   for record in read_file(file):
     row = record.value
     if isinstance(row, BadRow):
-      raise DataError(f"{record.where} cannot be read ({row.kind}): {row}; give JSON lines with {wanted}")
+      raise DataError(
+        f"{record.where} cannot be read ({row.kind}): {row}; give JSON lines with {wanted}"
+      )
     if not isinstance(row, dict):
       raise DataError(f"{record.where} is a {type(row).__name__}, not an object with {wanted}")
     for field in fields:
       if not isinstance(row.get(field), (str, list) if field == "prompt" else str):
         kind = "text or a list of messages" if field == "prompt" else "text"
-        raise DataError(f"{record.where} needs {field!r} as {kind}; it has {', '.join(row) or 'nothing'}")
+        raise DataError(
+          f"{record.where} needs {field!r} as {kind}; it has {', '.join(row) or 'nothing'}"
+        )
     if not isinstance(row.get("truncated", False), bool):
-      raise DataError(f"{record.where} has truncated = {row['truncated']!r}; give true or false, without quotes")
+      raise DataError(
+        f"{record.where} has truncated = {row['truncated']!r}; give true or false, without quotes"
+      )
     rows.append(row)
   if not rows:
     raise DataError(f"{file} holds no rows; give JSON lines with {wanted}")
@@ -41,14 +51,20 @@ def read_rows(path: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
 
 
 def check_output(path: str, field: str) -> None:
-  """Raises DataError if `write_rows` could not write there: asked before the work, so that nothing made is lost."""
+  """Raises DataError if `write_rows` could not write there: asked before the work, so that
+  nothing made is lost.
+  """
   file = pathlib.Path(path).expanduser()
   if not path or file.is_dir():
-    raise DataError(f"{field} is {path!r}: {'a folder' if path else 'empty'}; give the name of a file")
+    raise DataError(
+      f"{field} is {path!r}: {'a folder' if path else 'empty'}; give the name of a file"
+    )
   try:
     file.parent.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise DataError(f"{field} is {path!r}: its folder cannot be made ({error}); give a file elsewhere") from None
+    raise DataError(
+      f"{field} is {path!r}: its folder cannot be made ({error}); give a file elsewhere"
+    ) from None
   if not os.access(file.parent, os.W_OK):
     raise DataError(f"{field} is {path!r}: {file.parent} cannot be written; give a file elsewhere")
 

@@ -1,17 +1,21 @@
-"""All rows of `config.data.name`, whatever each of its names is: files, a hub dataset, a TFDS dataset."""
+"""All rows of `config.data.name`, whatever each of its names is: files, a hub dataset, a TFDS
+dataset.
+"""
 
 from collections.abc import Iterator
 from typing import Any
 
+from r2m_jax.data.checked import BadRows, good_rows, hub_files, split_names
 from r2m_jax.data.files import Record, find_files, read_file
 from r2m_jax.data.jsonl import DataError
-from r2m_jax.data.checked import BadRows, good_rows, hub_files, split_names
 
 
 def load(data, need: str) -> list[dict[str, Any]]:
-  """All good rows of `data.name` in the form that `need` (forms.NEEDS) asks for; prints what was read.
+  """All good rows of `data.name` in the form that `need` (forms.NEEDS) asks for; prints what was
+  read.
 
-  Every row also has `where` ("file:line") and `part`: which of the comma-separated names it is from, from 0.
+  Every row also has `where` ("file:line") and `part`: which of the comma-separated names it is
+  from, from 0.
 
   Args:
     data: config.data: name, root, split, tfds_dir, max_bad_share.
@@ -20,7 +24,8 @@ def load(data, need: str) -> list[dict[str, Any]]:
   """
   if not data.name:
     raise DataError(
-      "config.data.name is empty; give a path or glob of JSON lines or parquet, tfds:NAME or hf:OWNER/NAME"
+      "config.data.name is empty; give a path or glob of JSON lines or parquet, tfds:NAME or "
+      "hf:OWNER/NAME"
     )
   rows = []
   for part, name in enumerate(split_names(data.name, data.root)):

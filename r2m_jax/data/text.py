@@ -1,7 +1,9 @@
-"""Text to token ids and back: tokenizers, chat templates, and the one renderer of reward-model input.
+"""Text to token ids and back: tokenizers, chat templates, and the one renderer of reward-model
+input.
 
-Everything here runs on the host. Reward training, RL and evaluation all turn (prompt, response) into reward-model
-tokens by `Renderer.ids`; its `contract` is stored with a reward model and compared when one is loaded.
+Everything here runs on the host. Reward training, RL and evaluation all turn (prompt, response)
+into reward-model tokens by `Renderer.ids`; its `contract` is stored with a reward model and
+compared when one is loaded.
 """
 
 import copy
@@ -40,11 +42,15 @@ class Tokenizer:
   hf: Any
   source: str
   eos_ids: tuple[int, ...]  # any of these ends a response
-  end_id: int | None  # what a finished response ends with: the chat template's end-of-turn, else the tokenizer's eos
+  end_id: (
+    int | None
+  )  # what a finished response ends with: the chat template's end-of-turn, else the tokenizer's eos
   pad_id: int  # may equal an eos id: masks come from lengths
   vocab_size: int | None = None  # of the model beside it, where one is
   date: str = ""  # YYYY-MM-DD, the day that chat templates write; "": today
-  suffix: tuple[int, ...] = ()  # what the tokenizer adds behind every text by itself, such as an EOS
+  suffix: tuple[
+    int, ...
+  ] = ()  # what the tokenizer adds behind every text by itself, such as an EOS
 
   @property
   def has_template(self) -> bool:
@@ -53,7 +59,8 @@ class Tokenizer:
   def encode(self, text: str, *, special: bool = True) -> list[int]:
     """Ids of a text; `special` adds what the tokenizer adds in front by itself, such as a BOS.
 
-    What it adds behind is left out: whether a text is finished is not the tokenizer's to say. See `suffix`.
+    What it adds behind is left out: whether a text is finished is not the tokenizer's to say. See
+      `suffix`.
     """
     ids = list(self.hf(text, add_special_tokens=special)["input_ids"])
     added = special and self.suffix and tuple(ids[-len(self.suffix) :]) == self.suffix
@@ -69,7 +76,9 @@ class Tokenizer:
     return (self.decode(ids[:length]), True) if len(ids) > length else (text, False)
 
   def render(self, prompt: Prompt) -> list[int]:
-    """Ids of a prompt: text as it is, messages by the model's own chat template up to where the assistant answers."""
+    """Ids of a prompt: text as it is, messages by the model's own chat template up to where the
+    assistant answers.
+    """
     if isinstance(prompt, str):
       ids = self.encode(prompt)
     else:
@@ -77,8 +86,12 @@ class Tokenizer:
     return self._checked(ids, prompt)
 
   def dialogue(self, prompt: Prompt, response: str, *, truncated: bool) -> list[int]:
-    """Ids of prompt and response by the chat template; a truncated response has no end-of-turn after it."""
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_messages(prompt)
+    """Ids of prompt and response by the chat template; a truncated response has no end-of-turn
+    after it.
+    """
+    messages = (
+      [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_messages(prompt)
+    )
     answered = [*messages, {"role": "assistant", "content": response}]
     if not truncated:
       return self._checked(self._template(answered, add_generation_prompt=False), messages)
@@ -86,7 +99,9 @@ class Tokenizer:
       ids = self._template(answered, continue_final_message=True) if response.strip() else None
     except ValueError:  # a template that drops a part of what was said, such as its reasoning
       ids = None
-    return self._checked(ids or self._template(messages, response, add_generation_prompt=True), messages)
+    return self._checked(
+      ids or self._template(messages, response, add_generation_prompt=True), messages
+    )
 
   def join(self, prompt: Prompt, response: str) -> list[int]:
     """Ids of `prompt + " " + response`, for a tokenizer without a chat template."""
@@ -105,49 +120,68 @@ class Tokenizer:
       text = self.hf.apply_chat_template(messages, tokenize=False, **kwargs)
     except TemplateError as error:  # such as a template that knows no system role
       shown = json.dumps(messages, ensure_ascii=False)[:120]
-      raise TextError(f"the chat template of {self.source} refuses {shown}: {error}; change the messages") from None
+      raise TextError(
+        f"the chat template of {self.source} refuses {shown}: {error}; change the messages"
+      ) from None
     return self.encode(text + then, special=False)
 
   def _no_template(self, messages) -> str:
     return (
-      f"the tokenizer of {self.source} has no chat template, and the prompt is a list of {len(messages)} messages; "
-      "give prompts as text, or a model whose tokenizer_config.json (or chat_template.jinja) has a chat_template"
+      f"the tokenizer of {self.source} has no chat template, and the prompt is a list of "
+      f"{len(messages)} messages; "
+      "give prompts as text, or a model whose tokenizer_config.json (or chat_template.jinja) has a "
+      "chat_template"
     )
 
   def _checked(self, ids: list[int], prompt) -> list[int]:
     shown = prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
     if not ids:
-      raise TextError(f"the prompt {shown[:80]!r} has no tokens with the tokenizer of {self.source}; give a longer one")
+      raise TextError(
+        f"the prompt {shown[:80]!r} has no tokens with the tokenizer of {self.source}; give a "
+        "longer one"
+      )
     if self.vocab_size is not None and max(ids) >= self.vocab_size:
       token = self.hf.convert_ids_to_tokens(max(ids))
       raise TextError(
-        f"{shown[:80]!r} holds the token {token!r} with id {max(ids)}; the model of {self.source} knows "
+        f"{shown[:80]!r} holds the token {token!r} with id {max(ids)}; the model of {self.source} "
+        "knows "
         f"{self.vocab_size} ids: the tokenizer is not the model's"
       )
     bos = self.hf.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
       raise TextError(
-        f"doubled BOS: {self.hf.decode(ids[:8])!r} begins with {self.hf.bos_token!r} twice (tokenizer of "
+        f"doubled BOS: {self.hf.decode(ids[:8])!r} begins with {self.hf.bos_token!r} twice "
+        "(tokenizer of "
         f"{self.source}); take one out of the prompt or of the chat template: {shown[:80]!r}"
       )
     return ids
 
   def describe(self, prompt: Prompt) -> str:
-    """What a user should look at once: one rendered prompt with its special tokens, and the ids that matter."""
+    """What a user should look at once: one rendered prompt with its special tokens, and the ids
+    that matter.
+    """
     ids = self.render(prompt)
-    name = lambda i: f"{i} {self.hf.convert_ids_to_tokens(i)!r}"
+
+    def name(i):
+      return f"{i} {self.hf.convert_ids_to_tokens(i)!r}"
+
     bos = "none" if self.hf.bos_token_id is None else name(self.hf.bos_token_id)
     return (
-      f"tokens   {self.source}: bos {bos}, ends at {', '.join(map(name, self.eos_ids)) or 'nothing'}, "
+      f"tokens   {self.source}: bos {bos}, ends at "
+      f"{', '.join(map(name, self.eos_ids)) or 'nothing'}, "
       f"pad {name(self.pad_id)}, {'a' if self.has_template else 'no'} chat template\n"
       f"sample   {len(ids)} tokens: {self.hf.decode(ids)!r}"
     )
 
 
-def load_tokenizer(folder: str | pathlib.Path, vocab_size: int | None = None, date: str = "") -> Tokenizer:
-  """The tokenizer in a model's folder, with the eos ids of the generation config, the tokenizer and the template.
+def load_tokenizer(
+  folder: str | pathlib.Path, vocab_size: int | None = None, date: str = ""
+) -> Tokenizer:
+  """The tokenizer in a model's folder, with the eos ids of the generation config, the tokenizer and
+  the template.
 
-  `vocab_size` of the model: a text with an id beyond it is refused when it is rendered. `date` as in Tokenizer.
+  `vocab_size` of the model: a text with an id beyond it is refused when it is rendered. `date` as
+  in Tokenizer.
   """
   import transformers
 
@@ -156,28 +190,42 @@ def load_tokenizer(folder: str | pathlib.Path, vocab_size: int | None = None, da
     hf = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
   except Exception as error:  # noqa: BLE001  its files are parsed by Rust and Python code that raises all kinds
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
-    raise TextError(f"{folder} holds no tokenizer that transformers reads (tokenizer.json): {reason}") from None
+    raise TextError(
+      f"{folder} holds no tokenizer that transformers reads (tokenizer.json): {reason}"
+    ) from None
   end = _end_of_turn(hf)
   own = [] if hf.eos_token_id is None else [hf.eos_token_id]
   eos_ids = tuple(dict.fromkeys([*_model_eos_ids(folder), *own, *([] if end is None else [end])]))
   if beyond := [i for i in eos_ids if vocab_size is not None and i >= vocab_size]:
     raise TextError(
-      f"{folder}: end-of-sequence ids {beyond} lie beyond the model's {vocab_size} ids, so they are another model's; "
+      f"{folder}: end-of-sequence ids {beyond} lie beyond the model's {vocab_size} ids, so they "
+      "are another model's; "
       "put the model's own into generation_config.json and tokenizer_config.json"
     )
   end = end if end is not None else next(iter([*own, *eos_ids]), None)
+
   # masks come from lengths, so any id that the embedding holds may fill a row
-  fits = lambda i: i is not None and (vocab_size is None or i < vocab_size)
+  def fits(i):
+    return i is not None and (vocab_size is None or i < vocab_size)
+
   pad = next((i for i in (hf.pad_token_id, hf.eos_token_id, *eos_ids) if fits(i)), 0)
   return Tokenizer(
-    hf=hf, source=str(folder), eos_ids=eos_ids, end_id=end, pad_id=pad, vocab_size=vocab_size, date=date,
+    hf=hf,
+    source=str(folder),
+    eos_ids=eos_ids,
+    end_id=end,
+    pad_id=pad,
+    vocab_size=vocab_size,
+    date=date,
     suffix=_suffix(hf),
-  )  # fmt: skip
+  )
 
 
 def _suffix(hf) -> tuple[int, ...]:
   """The ids that a tokenizer adds behind a text by itself."""
-  bare, whole = (tuple(hf("a", add_special_tokens=special)["input_ids"]) for special in (False, True))
+  bare, whole = (
+    tuple(hf("a", add_special_tokens=special)["input_ids"]) for special in (False, True)
+  )
   for start in range(len(whole) - len(bare) + 1 if bare else 0):
     if whole[start : start + len(bare)] == bare:
       return whole[start + len(bare) :]
@@ -187,7 +235,9 @@ def _suffix(hf) -> tuple[int, ...]:
 def save_tokenizer(
   core, folder: str | pathlib.Path, *, end: str, pad: str, special: Sequence[str], template: str
 ) -> None:
-  """Writes a `tokenizers.Tokenizer` as transformers reads it: `end` is its eos, `special` its other special tokens."""
+  """Writes a `tokenizers.Tokenizer` as transformers reads it: `end` is its eos, `special` its
+  other special tokens.
+  """
   import transformers
 
   hf = transformers.PreTrainedTokenizerFast(tokenizer_object=core, eos_token=end, pad_token=pad)
@@ -201,52 +251,85 @@ def _model_eos_ids(folder: pathlib.Path) -> list[int]:
   for name in ("generation_config.json", "config.json"):
     file = folder / name
     try:
-      eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.exists() else None
+      eos = (
+        json.loads(file.read_text(encoding="utf-8")).get("eos_token_id") if file.exists() else None
+      )
     except (ValueError, AttributeError, RecursionError) as error:
       raise TextError(f"{file} holds no JSON object: {error}; copy it again") from None
     ids = eos if isinstance(eos, list) else [eos]
     if eos is not None and not all(isinstance(i, int) and i >= 0 for i in ids):
-      raise TextError(f"{file} has eos_token_id {str(eos)[:80]!r}: give a token's number, or a list of them")
+      raise TextError(
+        f"{file} has eos_token_id {str(eos)[:80]!r}: give a token's number, or a list of them"
+      )
     if eos is not None:
       return ids
   return []
 
 
 def _end_of_turn(hf) -> int | None:
-  """The special token that the chat template puts after an assistant's answer; None where there is none."""
+  """The special token that the chat template puts after an assistant's answer; None where there
+  is none.
+  """
   if not hf.chat_template:
     return None
   from jinja2 import TemplateError
 
   messages, mark = [{"role": "user", "content": "a"}], "answerhere"
   try:
-    text = hf.apply_chat_template([*messages, {"role": "assistant", "content": mark}], tokenize=False)
-  except (TemplateError, TypeError, ValueError, AttributeError) as error:  # the last three of what is no template
+    text = hf.apply_chat_template(
+      [*messages, {"role": "assistant", "content": mark}], tokenize=False
+    )
+  except (
+    TemplateError,
+    TypeError,
+    ValueError,
+    AttributeError,
+  ) as error:  # the last three of what is no template
     source = hf.name_or_path
-    raise TextError(f"the chat template of {source} cannot render a question and its answer: {error}") from None
-  after = hf(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"] if mark in text else []
-  special = {*hf.all_special_ids, *(i for i, token in hf.added_tokens_decoder.items() if token.special)}
+    raise TextError(
+      f"the chat template of {source} cannot render a question and its answer: {error}"
+    ) from None
+  after = (
+    hf(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"]
+    if mark in text
+    else []
+  )
+  special = {
+    *hf.all_special_ids,
+    *(i for i, token in hf.added_tokens_decoder.items() if token.special),
+  }
   return next((i for i in after if i in special), None)
 
 
 def dated(template: str, date: str) -> str:
-  """The chat template with `date`, YYYY-MM-DD, in place of today: a run must render tomorrow what it renders today.
+  """The chat template with `date`, YYYY-MM-DD, in place of today: a run must render tomorrow what
+  it renders today.
 
-  Templates write a day by strftime_now(format), which transformers defines and lets nobody replace but the template.
+  Templates write a day by strftime_now(format), which transformers defines and lets nobody replace
+  but the template.
   """
-  day, formats = datetime.datetime.fromisoformat(date), dict.fromkeys(m[1] for m in DATE_FORMAT.findall(template))
+  day, formats = (
+    datetime.datetime.fromisoformat(date),
+    dict.fromkeys(m[1] for m in DATE_FORMAT.findall(template)),
+  )
   if "strftime_now" not in template:
     return template
-  cases = "".join(f"{{% if format == {json.dumps(f)} %}}{day.strftime(f)}{{% endif %}}" for f in formats)
+  cases = "".join(
+    f"{{% if format == {json.dumps(f)} %}}{day.strftime(f)}{{% endif %}}" for f in formats
+  )
   return f"{{% macro strftime_now(format) %}}{cases}{{% endmacro %}}{template}"
 
 
 def check_messages(messages) -> list[dict[str, str]]:
   """The messages, or a TextError that says what a prompt must look like."""
   good = isinstance(messages, list) and messages
-  if not good or not all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in messages):
+  if not good or not all(
+    isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in messages
+  ):
     shown = json.dumps(messages, ensure_ascii=False, default=str)[:120]
-    raise TextError(f"a prompt is text or a list of {{'role': ..., 'content': text}}; this one is {shown}")
+    raise TextError(
+      f"a prompt is text or a list of {{'role': ..., 'content': text}}; this one is {shown}"
+    )
   return messages
 
 
@@ -261,8 +344,12 @@ def bucket(length: int) -> int:
   return size
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int, length: int = 0) -> tuple[np.ndarray, np.ndarray]:
-  """Rows of ids as tokens i32[N, L] and mask bool[N, L]; L is `length`, or the bucket of the longest row."""
+def pad_left(
+  rows: Sequence[Sequence[int]], pad_id: int, length: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+  """Rows of ids as tokens i32[N, L] and mask bool[N, L]; L is `length`, or the bucket of the
+  longest row.
+  """
   length = length or bucket(max(map(len, rows)))
   tokens = np.full((len(rows), length), pad_id, np.int32)
   mask = np.zeros((len(rows), length), bool)
@@ -274,17 +361,23 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int, length: int = 0) -> tup
   return tokens, mask
 
 
-def as_prompts(rows: Sequence[Sequence[int]], pad_id: int, *, first_id: int = 0, length: int = 0) -> Prompts:
+def as_prompts(
+  rows: Sequence[Sequence[int]], pad_id: int, *, first_id: int = 0, length: int = 0
+) -> Prompts:
   """Rendered prompts as `Prompts`, numbered from `first_id`."""
   tokens, mask = pad_left(rows, pad_id, length)
-  return Prompts(tokens=tokens, mask=mask, example_id=np.arange(len(rows), dtype=np.int32) + np.int32(first_id))
+  return Prompts(
+    tokens=tokens, mask=mask, example_id=np.arange(len(rows), dtype=np.int32) + np.int32(first_id)
+  )
 
 
 def responses_of(sequences: Sequences, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
   """(text, truncated) of every row: the sampled text without the token that ended it."""
   mask, ended = np.asarray(sequences.response_mask), np.asarray(sequences.has_eos)
   tokens = np.asarray(sequences.tokens)[:, -mask.shape[1] :]
-  lengths = mask.sum(1) - ended  # the ending token may be an ordinary one: it is left out by its place
+  lengths = (
+    mask.sum(1) - ended
+  )  # the ending token may be an ordinary one: it is left out by its place
   return [(tokenizer.decode(row[:n]), not end) for row, n, end in zip(tokens, lengths, ended)]
 
 
@@ -295,13 +388,16 @@ def responses_of(sequences: Sequences, tokenizer: Tokenizer) -> list[tuple[str, 
 class Renderer:
   """(prompt, response) -> the reward model's tokens, in reward training, RL and evaluation alike.
 
-  With a chat template the dialogue is rendered by it, a text prompt as one user message. Without one the text is
-  prompt + " " + response, and what the tokenizer adds behind a text by itself. Nothing is appended that was not
-  sampled: a truncated response has no end-of-turn, and nothing behind it.
+  With a chat template the dialogue is rendered by it, a text prompt as one user message. Without
+  one the text is prompt + " " + response, and what the tokenizer adds behind a text by itself.
+  Nothing is appended that was not sampled: a truncated response has no end-of-turn, and nothing
+  behind it.
   """
 
   tokenizer: Tokenizer
-  max_length: int = 0  # tokens; longer inputs lose their beginning, since the score is read at the end. 0: no limit
+  max_length: int = (
+    0  # tokens; longer inputs lose their beginning, since the score is read at the end. 0: no limit
+  )
 
   def ids(self, prompt: Prompt, response: str, *, truncated: bool = False) -> list[int]:
     tokenizer = self.tokenizer
@@ -312,9 +408,13 @@ class Renderer:
       ids = ids if truncated else [*ids, *tokenizer.suffix]
     return ids[-self.max_length :] if self.max_length else ids
 
-  def batch(self, rows: Sequence[tuple[Prompt, str, bool]], *, length: int = 0) -> tuple[np.ndarray, np.ndarray]:
+  def batch(
+    self, rows: Sequence[tuple[Prompt, str, bool]], *, length: int = 0
+  ) -> tuple[np.ndarray, np.ndarray]:
     """[(prompt, response, truncated)] -> tokens i32[N, L], mask bool[N, L]."""
-    return pad_left([self.ids(p, r, truncated=t) for p, r, t in rows], self.tokenizer.pad_id, length)
+    return pad_left(
+      [self.ids(p, r, truncated=t) for p, r, t in rows], self.tokenizer.pad_id, length
+    )
 
   @property
   def contract(self) -> dict[str, Any]:
@@ -323,14 +423,19 @@ class Renderer:
     template = tokenizer.hf.get_chat_template() if tokenizer.has_template else ""
     undated = dataclasses.replace(tokenizer, hf=copy.copy(tokenizer.hf), date="")
     undated.hf.chat_template = template and NO_DATE + template  # a contract must hold tomorrow
-    probe = [Renderer(undated).ids("What is 2 + 2?", "It is 4.", truncated=truncated) for truncated in (False, True)]
+    probe = [
+      Renderer(undated).ids("What is 2 + 2?", "It is 4.", truncated=truncated)
+      for truncated in (False, True)
+    ]
     bos = tokenizer.hf.bos_token_id
     return {
       "format": CONTRACT_FORMAT,
       "template_sha256": hashlib.sha256(template.encode()).hexdigest() if template else None,
       "joiner": None if template else JOINER,
       "starts_with_bos": bos is not None and probe[0][0] == bos,
-      "ends_with": probe[0][len(probe[1]) :],  # after a finished response; nothing after a truncated one
+      "ends_with": probe[0][
+        len(probe[1]) :
+      ],  # after a finished response; nothing after a truncated one
       "pad": "left, masks by length",
       "max_length": self.max_length,
       "truncation": "the beginning is dropped",
@@ -340,18 +445,24 @@ class Renderer:
   def require(self, saved: dict[str, Any], where) -> None:
     """Raises TextError where a reward model was made with another contract than this renderer's."""
     now = self.contract
-    changed = [f"{key}: {saved.get(key)!r} then, {now.get(key)!r} now" for key in sorted({*saved, *now})
-               if saved.get(key) != now.get(key)]  # fmt: skip
+    changed = [
+      f"{key}: {saved.get(key)!r} then, {now.get(key)!r} now"
+      for key in sorted({*saved, *now})
+      if saved.get(key) != now.get(key)
+    ]
     if changed:
       raise TextError(
-        f"the reward model in {where} was made with another rendering of its input than this tokenizer and config "
-        "give; use its own tokenizer, chat template and config.reward.max_length, or train it again:\n  "
-        + "\n  ".join(changed)
+        f"the reward model in {where} was made with another rendering of its input than this "
+        "tokenizer and config "
+        "give; use its own tokenizer, chat template and config.reward.max_length, or train it "
+        "again:\n  " + "\n  ".join(changed)
       )
 
 
 def each_row(rows: Sequence[dict], f: Callable[[dict], Any], file: str = "") -> list:
-  """[f(row)]. A TextError says which row: its number in `file`, or without one what the row has as `where`."""
+  """[f(row)]. A TextError says which row: its number in `file`, or without one what the row has
+  as `where`.
+  """
   results = []
   for number, row in enumerate(rows, 1):
     try:

@@ -1,11 +1,13 @@
-"""TFDS data sets of preferences and summaries, in array_record files: built and read without TensorFlow.
+"""TFDS data sets of preferences and summaries, in array_record files: built and read without
+TensorFlow.
 
   tfds:ultrafeedback_binarized                      Cui et al. 2023, in the binarised form of Zephyr
   tfds:hh_rlhf, tfds:hh_rlhf/helpful_base, ...      Bai et al. 2022
   tfds:tldr                                         Stiennon et al. 2020: posts with their authors' summaries
 
-A data set is prepared when it is first read: from the files of config.data.root where one is given, which may have any
-of the forms of data/forms.py, else from the hub. Afterwards it is read from config.data.tfds_dir alone.
+A data set is prepared when it is first read: from the files of config.data.root where one is given,
+which may have any of the forms of data/forms.py, else from the hub. Afterwards it is read from
+config.data.tfds_dir alone.
 """
 
 import dataclasses
@@ -16,12 +18,14 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
+from r2m_jax.data.checked import BadRows, good_rows, hub_files
 from r2m_jax.data.files import Record, find_files, of_split, read_file
 from r2m_jax.data.jsonl import DataError
-from r2m_jax.data.checked import BadRows, good_rows, hub_files
 from r2m_jax.parallel import hosts
 
-NAME = re.compile(r"\w+(/\w[\w.-]*)?(:\d+\.\d+\.\d+)?")  # no path, no address, no code from elsewhere
+NAME = re.compile(
+  r"\w+(/\w[\w.-]*)?(:\d+\.\d+\.\d+)?"
+)  # no path, no address, no code from elsewhere
 
 
 @dataclasses.dataclass
@@ -29,14 +33,17 @@ class Source(tfds.core.BuilderConfig):
   """A data set, or a part of one, on the hub."""
 
   hub: str = ""  # OWNER/NAME or OWNER/NAME/FOLDER
-  splits: tuple[tuple[str, str], ...] = (("train", "train"), ("test", "test"))  # ours, and the files' own
+  splits: tuple[tuple[str, str], ...] = (
+    ("train", "train"),
+    ("test", "test"),
+  )  # ours, and the files' own
 
 
 class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """Rows of data.forms as a TFDS data set.
 
-  Args of `tfds.builder(name, ...)`:
-    root: folder of local files to prepare from, "" for the hub. A file belongs to the split that its name or a folder
+  Args of `tfds.builder(name, ...)`: root: folder of local files to prepare from, "" for the hub. A
+    file belongs to the split that its name or a folder
       above it begins with; where no file names a split, all are "train".
     max_bad_share: of the rows that are read; more are an error.
   """
@@ -50,19 +57,30 @@ class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
   def _info(self) -> tfds.core.DatasetInfo:
     message = {"role": tfds.features.Text(), "content": tfds.features.Text()}
-    fields = {"prompt": tfds.features.Sequence(message), **dict.fromkeys(self.FIELDS, tfds.features.Text())}
+    fields = {
+      "prompt": tfds.features.Sequence(message),
+      **dict.fromkeys(self.FIELDS, tfds.features.Text()),
+    }
     return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(fields))
 
   def _split_generators(self, dl_manager):
-    splits = self._local() if self._root else {ours: hub_files(self.builder_config.hub, theirs)
-                                               for ours, theirs in self.builder_config.splits}  # fmt: skip
+    splits = (
+      self._local()
+      if self._root
+      else {
+        ours: hub_files(self.builder_config.hub, theirs)
+        for ours, theirs in self.builder_config.splits
+      }
+    )
     return {split: self._generate_examples(files) for split, files in splits.items()}
 
   def _local(self) -> dict[str, list[Path]]:
     folder, files = Path(self._root).expanduser(), find_files(self._root)
     folder = folder if folder.is_dir() else folder.parent
-    found = {ours: list(dict.fromkeys(of_split(files, ours, folder) + of_split(files, theirs, folder)))
-             for ours, theirs in self.builder_config.splits}  # fmt: skip
+    found = {
+      ours: list(dict.fromkeys(of_split(files, ours, folder) + of_split(files, theirs, folder)))
+      for ours, theirs in self.builder_config.splits
+    }
     return {split: files for split, files in found.items() if files} or {"train": files}
 
   def _generate_examples(self, files):
@@ -83,9 +101,12 @@ class UltrafeedbackBinarized(Rows):
 
   RELEASE_NOTES = {"1.0.0": "HuggingFaceH4/ultrafeedback_binarized, its preference splits."}
   BUILDER_CONFIGS = [
-    Source(name="default", hub="HuggingFaceH4/ultrafeedback_binarized",
-           splits=(("train", "train_prefs"), ("test", "test_prefs")))
-  ]  # fmt: skip
+    Source(
+      name="default",
+      hub="HuggingFaceH4/ultrafeedback_binarized",
+      splits=(("train", "train_prefs"), ("test", "test_prefs")),
+    )
+  ]
 
 
 class HhRlhf(Rows):
@@ -103,29 +124,42 @@ class Tldr(Rows):
 
   RELEASE_NOTES = {"1.0.0": "trl-lib/tldr."}
   NEED, FIELDS = "response", ("response",)
-  BUILDER_CONFIGS = [Source(name="default", hub="trl-lib/tldr",
-                            splits=(("train", "train"), ("validation", "validation"), ("test", "test")))]  # fmt: skip
+  BUILDER_CONFIGS = [
+    Source(
+      name="default",
+      hub="trl-lib/tldr",
+      splits=(("train", "train"), ("validation", "validation"), ("test", "test")),
+    )
+  ]
 
 
 BUILDERS = {"ultrafeedback_binarized": UltrafeedbackBinarized, "hh_rlhf": HhRlhf, "tldr": Tldr}
 
 
 def records(name: str, data) -> Iterator[Record]:
-  """The rows of `tfds:name`, prepared first where they are not yet; another TFDS data set must be prepared already.
+  """The rows of `tfds:name`, prepared first where they are not yet; another TFDS data set must be
+  prepared already.
 
   Args:
     data: config.data: root, split, tfds_dir, max_bad_share.
   """
   if not NAME.fullmatch(name) or ".." in name:
-    raise DataError(f"config.data.name is tfds:{name}: give tfds:NAME, tfds:NAME/CONFIG or either with :1.0.0 after it")
+    raise DataError(
+      f"config.data.name is tfds:{name}: give tfds:NAME, tfds:NAME/CONFIG or either with :1.0.0 "
+      "after it"
+    )
   (base, _, part), split = name.partition("/"), data.split
   kwargs = dict(data_dir=data.tfds_dir or None)
   try:
     if base in BUILDERS:
-      builder = BUILDERS[base](root=data.root, max_bad_share=data.max_bad_share, config=part or None, **kwargs)
+      builder = BUILDERS[base](
+        root=data.root, max_bad_share=data.max_bad_share, config=part or None, **kwargs
+      )
       downloads = tfds.download.DownloadConfig(try_download_gcs=False)
       hosts.on_first(lambda: builder.download_and_prepare(download_config=downloads))
-      builder.download_and_prepare(download_config=downloads)  # there already, or a disk of this host's own
+      builder.download_and_prepare(
+        download_config=downloads
+      )  # there already, or a disk of this host's own
     else:
       builder = tfds.builder(name, file_format="array_record", **kwargs)
     source = builder.as_data_source(split=split)
@@ -150,7 +184,8 @@ def unreadable(name: str, split: str, folder, error: Exception) -> DataError:
   """What to say of a prepared data set whose files are not what was written."""
   reason = " ".join(str(error).split())[:300]
   return DataError(
-    f"tfds:{name}, split {split!r}, cannot be read: {reason}; its files lie in {folder}: bring them back from a copy, "
+    f"tfds:{name}, split {split!r}, cannot be read: {reason}; its files lie in {folder}: bring "
+    "them back from a copy, "
     "or delete that folder and it is prepared again"
   )
 
@@ -160,7 +195,9 @@ def _plain(value):
   if isinstance(value, dict):
     value = {key: _plain(x) for key, x in value.items()}
     if set(value) == {"role", "content"} and isinstance(value["role"], list):
-      return [{"role": role, "content": content} for role, content in zip(value["role"], value["content"])]
+      return [
+        {"role": role, "content": content} for role, content in zip(value["role"], value["content"])
+      ]
     return value
   if isinstance(value, (list, np.ndarray)):
     return [_plain(x) for x in value]

@@ -1,4 +1,6 @@
-"""Real preference labels for the reward update on the gold-reward task: the gold reward orders pairs of samples."""
+"""Real preference labels for the reward update on the gold-reward task: the gold reward orders
+pairs of samples.
+"""
 
 import numpy as np
 
@@ -10,10 +12,12 @@ STREAM_LABELS = 5
 
 
 def gold_labeller(config) -> Labeller:
-  """Builds `label(sequences, step) -> Pairs`, a function of the samples, the seed and the step alone.
+  """Builds `label(sequences, step) -> Pairs`, a function of the samples, the seed and the step
+  alone.
 
-  As many pairs as the budget allows at this step: two random samples of one random prompt each, blind to what the
-  reward model thinks of them. A pair whose gold rewards tie counts against the budget and says nothing.
+  As many pairs as the budget allows at this step: two random samples of one random prompt each,
+  blind to what the reward model thinks of them. A pair whose gold rewards tie counts against the
+  budget and says nothing.
   """
   K, most = config.rollout.group_size, pairs_per_step(config)
 
@@ -26,7 +30,11 @@ def gold_labeller(config) -> Labeller:
     weight = (np.arange(most) < pairs_at(config, step)) & (gold[a] != gold[b])
     tokens, mask = sequences.tokens[rows], sequences.token_mask[rows]
     return Pairs(
-      tokens=tokens, token_mask=mask, reward_tokens=tokens, reward_mask=mask, weight=weight.astype(np.float32)
+      tokens=tokens,
+      token_mask=mask,
+      reward_tokens=tokens,
+      reward_mask=mask,
+      weight=weight.astype(np.float32),
     )
 
   return label

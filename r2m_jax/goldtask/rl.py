@@ -14,8 +14,9 @@ from r2m_jax.step import make_step
 
 
 def shared_arm(config) -> Arm | None:
-  """config.variant as an arm of r2m's program: to compile takes longer than many a run of this task, and r2m's reward
-  costs next to nothing. None where it has a program of its own, as all have with labels, which not all can use."""
+  """config.variant as an arm of r2m's program: to compile takes longer than many a run of this
+  task, and r2m's reward costs next to nothing. None where it has a program of its own, as all have
+  with labels, which not all can use."""
   return None if config.r2m.labels == "preference" else arm_of(config.variant)
 
 
@@ -30,11 +31,15 @@ def rl_prompts(config, t: int):
 
 
 def make_gold_step(config, built: Build, layout):
-  """Builds `step(state, prompts, arm)`: `make_step` for the gold-reward task, with None for variants without an `Arm`.
+  """Builds `step(state, prompts, arm)`: `make_step` for the gold-reward task, with None for
+  variants without an `Arm`.
 
   Every process gives all prompts, as host arrays, and feeds its own.
   """
-  own = lambda prompts: hosts.place(hosts.take(prompts, built.rows), built.rows)
+
+  def own(prompts):
+    return hosts.place(hosts.take(prompts, built.rows), built.rows)
+
   fixed = built.defs, config, built.mesh, (goldtask.EOS,), goldtask.PAD, layout
   if uses_labels(config):
     labelled = make_step(*fixed, gold_labeller(config))
@@ -44,7 +49,9 @@ def make_gold_step(config, built: Build, layout):
 
 
 def gold_metrics(out, group_size: int) -> dict[str, float]:
-  """What the gold reward says of a step's samples, measured on the host; nothing of it reaches training."""
+  """What the gold reward says of a step's samples, measured on the host; nothing of it reaches
+  training.
+  """
   parts = goldtask.gold(out.sequences)
   return against_gold(parts.gold, out.judged.scores, group_size) | {
     "repetition": (parts.repeats / np.maximum(parts.length, 1)).mean(),
@@ -55,13 +62,16 @@ def gold_metrics(out, group_size: int) -> dict[str, float]:
 
 
 def against_gold(gold: np.ndarray, used: np.ndarray, group_size: int) -> dict[str, float | None]:
-  """Mean gold of a step's samples, and how the reward that trained on them agrees with it within a prompt.
+  """Mean gold of a step's samples, and how the reward that trained on them agrees with it within a
+  prompt.
 
   gold, used: [B] each, the samples of a prompt beside each other.
   """
   gold, used = (np.asarray(x, float).reshape(-1, group_size) for x in (gold, used))
   rows = np.arange(len(gold))
-  gap = gold[rows, used.argmax(-1)] - gold[rows, used.argmin(-1)]  # of the pair that the reward update would label
+  gap = (
+    gold[rows, used.argmax(-1)] - gold[rows, used.argmin(-1)]
+  )  # of the pair that the reward update would label
   centred_gold, centred_used = (x - x.mean(-1, keepdims=True) for x in (gold, used))
   norm = np.sqrt((centred_gold**2).sum() * (centred_used**2).sum())
   return {

@@ -1,4 +1,6 @@
-"""What comes before RL on the gold-reward task: supervised start, noisy preferences, the proxy reward model."""
+"""What comes before RL on the gold-reward task: supervised start, noisy preferences, the proxy
+reward model.
+"""
 
 import functools
 from pathlib import Path
@@ -28,7 +30,9 @@ CHUNK = 64  # prompts sampled at a time
 
 @functools.cache
 def sampler(policy_def, mesh, *, group_size: int, max_new_tokens: int, temperature: float):
-  """Builds the jitted `draw(policy, prompts, key) -> Sequences`; one program for all that sample alike."""
+  """Builds the jitted `draw(policy, prompts, key) -> Sequences`; one program for all that sample
+  alike.
+  """
 
   @jit_on(mesh)
   def draw(policy, prompts, key):
@@ -47,17 +51,24 @@ def sampler(policy_def, mesh, *, group_size: int, max_new_tokens: int, temperatu
   return draw
 
 
-def sample(config, built: Build, policy, prompts: Prompts, *, group_size: int, purpose: int) -> Sequences:
+def sample(
+  config, built: Build, policy, prompts: Prompts, *, group_size: int, purpose: int
+) -> Sequences:
   """Samples on the host, `CHUNK` prompts at a time."""
   key = jax.random.fold_in(jax.random.key(config.seed), purpose)
   rollout = config.rollout
   draw = sampler(
-    built.defs.policy, built.mesh, group_size=group_size, max_new_tokens=rollout.max_new_tokens,
+    built.defs.policy,
+    built.mesh,
+    group_size=group_size,
+    max_new_tokens=rollout.max_new_tokens,
     temperature=rollout.temperature,
-  )  # fmt: skip
+  )
   count = len(prompts.tokens)
   if count % CHUNK:  # one shape, one compile: the last chunk is filled up with the first rows
-    prompts = jax.tree.map(lambda x: np.concatenate([x, np.resize(x, (-count % CHUNK, *x.shape[1:]))]), prompts)
+    prompts = jax.tree.map(
+      lambda x: np.concatenate([x, np.resize(x, (-count % CHUNK, *x.shape[1:]))]), prompts
+    )
   chunks = [
     hosts.fetch(draw(policy, jax.tree.map(lambda x: x[i : i + CHUNK], prompts), key))
     for i in range(0, count, CHUNK)
@@ -68,7 +79,9 @@ def sample(config, built: Build, policy, prompts: Prompts, *, group_size: int, p
 def sft_job(config, built: Build) -> Job:
   """The policy, from nothing, on imperfect demonstrations."""
   settings = config.sft
-  notes, responses, lengths = goldtask.demonstrations(config.seed, settings.examples, config.rollout.max_new_tokens)
+  notes, responses, lengths = goldtask.demonstrations(
+    config.seed, settings.examples, config.rollout.max_new_tokens
+  )
   tokens = np.concatenate([notes.tokens, responses], 1)
   response_mask = np.arange(responses.shape[1]) < lengths[:, None]
   token_mask = np.concatenate([notes.mask, response_mask], 1)
@@ -76,11 +89,17 @@ def sft_job(config, built: Build) -> Job:
   def batches():
     for rows in epochs_of_rows(config.seed, len(tokens), settings.batch_size, settings.steps):
       rows = hosts.take(rows, built.rows)
-      yield {"tokens": tokens[rows], "token_mask": token_mask[rows], "response_mask": response_mask[rows]}
+      yield {
+        "tokens": tokens[rows],
+        "token_mask": token_mask[rows],
+        "response_mask": response_mask[rows],
+      }
 
   policy = init_policy(config, built, jax.random.fold_in(jax.random.key(config.seed), KEY_INIT))
   loss = sft_loss(built.defs.policy, chunk=config.logits_chunk)
-  return Job("sft", loss, policy, make_optimizer(settings, settings.steps), batches(), settings.steps)
+  return Job(
+    "sft", loss, policy, make_optimizer(settings, settings.steps), batches(), settings.steps
+  )
 
 
 def fit_sft(config, built: Build, workdir: Path):
@@ -98,10 +117,14 @@ def reward_job(config, built: Build, policy) -> Job:
 
 
 def golden_job(config, built: Build, policy, reward) -> Job:
-  """The proxy, trained on by golden pairs of the same prompts as RL: the paper's "pretrained RM"."""
+  """The proxy, trained on by golden pairs of the same prompts as RL: the paper's "pretrained
+  RM".
+  """
   settings = config.reward
   steps = -(-settings.pairs // config.rollout.prompts)
-  batches = [goldtask.prompts(config.seed, STREAM_RL, t, config.rollout.prompts) for t in range(steps)]
+  batches = [
+    goldtask.prompts(config.seed, STREAM_RL, t, config.rollout.prompts) for t in range(steps)
+  ]
   prompts = jax.tree.map(lambda *x: np.concatenate(x)[: settings.pairs], *batches)
   train = preferences(config, built, policy, STREAM_RL, prompts)
   train["a_wins"] = train["gold"][:, 0] >= train["gold"][:, 1]
@@ -109,13 +132,16 @@ def golden_job(config, built: Build, policy, reward) -> Job:
 
 
 def fit_reward(config, built: Build, workdir: Path, policy, job: Job | None = None):
-  """Does a job on pairs, `reward_job` by default; returns the reward model at scale, see `standardise`."""
+  """Does a job on pairs, `reward_job` by default; returns the reward model at scale, see
+  `standardise`.
+  """
   job = job or reward_job(config, built, policy)
   model, found = standardise(config, built, policy, do(job, built, workdir))
   with Metrics(workdir, job.stage, from_step=job.total) as log:
     log.log(job.total, found)
   print(
-    f"{job.stage:<8} held-out accuracy {found['heldout_accuracy']:.3f} on {config.reward.heldout_pairs} pairs with "
+    f"{job.stage:<8} held-out accuracy {found['heldout_accuracy']:.3f} on "
+    f"{config.reward.heldout_pairs} pairs with "
     f"clean gold labels; gold of the supervised policy {found['gold_of_sft']:.2f}"
   )
   return model
@@ -127,7 +153,9 @@ def fit_golden(config, built: Build, workdir: Path, policy, reward):
 
 
 def noisy_preferences(config, built: Build, policy) -> dict[str, np.ndarray]:
-  """What the proxy learns from: see `preferences`, and a_wins bool[N], as a noisy labeller has it."""
+  """What the proxy learns from: see `preferences`, and a_wins bool[N], as a noisy labeller has
+  it.
+  """
   settings = config.reward
   prompts = goldtask.prompts(config.seed, STREAM_PAIRS, 0, settings.pairs)
   train = preferences(config, built, policy, STREAM_PAIRS, prompts)
@@ -140,18 +168,27 @@ def noisy_preferences(config, built: Build, policy) -> dict[str, np.ndarray]:
 def ordered(train: dict[str, np.ndarray], rows) -> dict[str, np.ndarray]:
   """Winners and losers of some pairs."""
   winner = np.where(train["a_wins"][rows], 0, 1)
-  pick = lambda name, side: train[name][rows, side]
+
+  def pick(name, side):
+    return train[name][rows, side]
+
   return {
-    "chosen": pick("tokens", winner), "chosen_mask": pick("mask", winner),
-    "rejected": pick("tokens", 1 - winner), "rejected_mask": pick("mask", 1 - winner),
-  }  # fmt: skip
+    "chosen": pick("tokens", winner),
+    "chosen_mask": pick("mask", winner),
+    "rejected": pick("tokens", 1 - winner),
+    "rejected_mask": pick("mask", 1 - winner),
+  }
 
 
 def pairs_job(stage: str, config, built: Build, start, train: dict[str, np.ndarray]) -> Job:
   """Bradley-Terry on `train`, from the reward model `start`."""
   settings, count = config.reward, len(train["tokens"])
   steps = settings.epochs * (count // settings.batch_size)
-  weight = np.random.default_rng([config.seed, 4]).exponential(size=(count, settings.ensemble)).astype(np.float32)
+  weight = (
+    np.random.default_rng([config.seed, 4])
+    .exponential(size=(count, settings.ensemble))
+    .astype(np.float32)
+  )
 
   def batches():
     for rows in epochs_of_rows(config.seed, count, settings.batch_size, steps):
@@ -163,14 +200,19 @@ def pairs_job(stage: str, config, built: Build, start, train: dict[str, np.ndarr
 
 
 def standardise(config, built: Build, policy, model) -> tuple[dict, dict[str, float]]:
-  """Centres and scales each head of a fitted reward model to mean 0 and standard deviation 1 on held-out samples of
-  the same policy, so that arms and seeds start on one scale.
+  """Centres and scales each head of a fitted reward model to mean 0 and standard deviation 1 on
+  held-out samples of the same policy, so that arms and seeds start on one scale.
 
-  Returns the model and {"heldout_accuracy": against clean gold labels, "gold_of_sft": mean gold of those samples}.
+  Returns the model and {"heldout_accuracy": against clean gold labels, "gold_of_sft": mean gold of
+  those samples}.
   """
   settings = config.reward
   heldout = preferences(
-    config, built, policy, STREAM_HELDOUT, goldtask.prompts(config.seed, STREAM_HELDOUT, 0, settings.heldout_pairs)
+    config,
+    built,
+    policy,
+    STREAM_HELDOUT,
+    goldtask.prompts(config.seed, STREAM_HELDOUT, 0, settings.heldout_pairs),
   )
   chosen = np.where(heldout["gold"][:, 0] >= heldout["gold"][:, 1], 0, 1)
   members = scorer(built.defs.reward_backbone, built.defs.phi, built.mesh)
@@ -200,8 +242,8 @@ def scorer(backbone_def, phi_def, mesh):
 
 
 def head_job(config, built: Build, policy, reward, head) -> Job:
-  """A warm start: cross-attention and phi, `head`, on the proxy's own preferences with the supervised policy's states,
-  at omega's floor."""
+  """A warm start: cross-attention and phi, `head`, on the proxy's own preferences with the
+  supervised policy's states, at omega's floor."""
   settings, train = config.reward, noisy_preferences(config, built, policy)
   steps = config.r2m.warm_epochs * (settings.pairs // settings.batch_size)
 
@@ -216,12 +258,19 @@ def head_job(config, built: Build, policy, reward, head) -> Job:
   return warm_job(config, built, policy, reward["backbone"], head, batches(), steps)
 
 
-def preferences(config, built: Build, policy, stream: int, prompts: Prompts) -> dict[str, np.ndarray]:
+def preferences(
+  config, built: Build, policy, stream: int, prompts: Prompts
+) -> dict[str, np.ndarray]:
   """Two samples for each of N prompts: tokens i32[N, 2, L], mask bool[N, 2, L], gold f64[N, 2]."""
   pairs = len(prompts.tokens)
-  prompts = prompts.replace(example_id=prompts.example_id + stream * 2**24)  # streams do not share sample keys
+  prompts = prompts.replace(
+    example_id=prompts.example_id + stream * 2**24
+  )  # streams do not share sample keys
   sequences = sample(config, built, policy, prompts, group_size=2, purpose=KEY_PAIRS)
-  pair = lambda x: x.reshape(pairs, 2, *x.shape[1:])
+
+  def pair(x):
+    return x.reshape(pairs, 2, *x.shape[1:])
+
   return {
     "tokens": pair(sequences.tokens),
     "mask": pair(sequences.token_mask),

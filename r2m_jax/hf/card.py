@@ -11,12 +11,32 @@ HOW = {
 }
 SETTINGS = {
   "sft": ("sft.steps", "sft.batch_size", "sft.lr", "sft.lr_schedule"),
-  "reward": ("reward.epochs", "reward.batch_size", "reward.lr", "reward.lr_schedule", "reward.max_length",
-             "reward.max_reply_length"),
-  "r2m": ("algorithm", "variant", "steps", "rollout.prompts", "rollout.group_size", "rollout.max_new_tokens",
-          "rollout.temperature", "policy.lr", "r2m.lr", "r2m.omega_min", "r2m.alpha", "r2m.attention_dim",
-          "r2m.feedback_layer", "kl.beta", "ppo.epochs"),
-}  # fmt: skip
+  "reward": (
+    "reward.epochs",
+    "reward.batch_size",
+    "reward.lr",
+    "reward.lr_schedule",
+    "reward.max_length",
+    "reward.max_reply_length",
+  ),
+  "r2m": (
+    "algorithm",
+    "variant",
+    "steps",
+    "rollout.prompts",
+    "rollout.group_size",
+    "rollout.max_new_tokens",
+    "rollout.temperature",
+    "policy.lr",
+    "r2m.lr",
+    "r2m.omega_min",
+    "r2m.alpha",
+    "r2m.attention_dim",
+    "r2m.feedback_layer",
+    "kl.beta",
+    "ppo.epochs",
+  ),
+}
 USE = {
   "policy": """from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,7 +56,9 @@ model = AutoPeftModelForCausalLM.from_pretrained(FOLDER)""",
 }
 
 
-def write_card(folder: Path, config, workdir: Path, *, kind: str, bases: list[str], rule: str = "") -> None:
+def write_card(
+  folder: Path, config, workdir: Path, *, kind: str, bases: list[str], rule: str = ""
+) -> None:
   """README.md in `folder`.
 
   Args:
@@ -51,26 +73,58 @@ def write_card(folder: Path, config, workdir: Path, *, kind: str, bases: list[st
   head = ["---", "library_name: " + ("peft" if kind == "adapters" else "transformers")]
   # only a hub name may stand here: the hub refuses cards whose base_model it cannot find
   head += ["base_model:", *(f"- {name}" for name in hub)] if bases[0] in hub else []
-  head += ["tags:", "- r2m_jax", f"- {'reward-model' if 'reward' in kind else 'text-generation'}", "---"]
-  sources = [name if ":" in name else Path(name).name for name in config.data.name.split(",") if name]
+  head += [
+    "tags:",
+    "- r2m_jax",
+    f"- {'reward-model' if 'reward' in kind else 'text-generation'}",
+    "---",
+  ]
+  sources = [
+    name if ":" in name else Path(name).name for name in config.data.name.split(",") if name
+  ]
   data = ", ".join(sources) or "the gold-reward task"
-  value = lambda field: _get(config, field)
+
+  def value(field):
+    return _get(config, field)
+
   rows = [row for row in read_metrics(workdir) if row["stage"] == ("rl" if task == "r2m" else task)]
   rows = [row for row in rows if task != "r2m" or row["arm"] == config.variant]
   lines = [
-    *head, "", f"# {Path(workdir).name}: {trained}", "",
-    f"A {trained} from {', '.join(names)}, made by {HOW[task]} with r2m_jax (R2M, arXiv 2601.22664).", "",
-    "## What was trained", "", f"- starts from: {', '.join(names)}", f"- data: {data}", f"- seed: {config.seed}",
+    *head,
+    "",
+    f"# {Path(workdir).name}: {trained}",
+    "",
+    f"A {trained} from {', '.join(names)}, made by {HOW[task]} with r2m_jax (R2M, arXiv "
+    "2601.22664).",
+    "",
+    "## What was trained",
+    "",
+    f"- starts from: {', '.join(names)}",
+    f"- data: {data}",
+    f"- seed: {config.seed}",
     *(f"- {field}: {value(field)}" for field in SETTINGS[task]),
-    *([f"- lora: rank {config.lora.rank}, alpha {config.lora.alpha}, targets `{config.lora.targets}`"]
-      if config.lora.rank else []),
-    "", "## Figures of the run", "",
-  ]  # fmt: skip
+    *(
+      [
+        f"- lora: rank {config.lora.rank}, alpha {config.lora.alpha}, targets "
+        f"`{config.lora.targets}`"
+      ]
+      if config.lora.rank
+      else []
+    ),
+    "",
+    "## Figures of the run",
+    "",
+  ]
   if rows:
     first, last = rows[0], rows[-1]
     lines += [f"| | step {first['step']} | step {last['step']} |", "|---|---|---|"]
-    shown = lambda x: f"{x:.4g}" if isinstance(x, float) else str(x)
-    lines += [f"| {k} | {shown(first.get(k, ''))} | {shown(last[k])} |" for k in last if k not in ROW_KEYS]
+
+    def shown(x):
+      return f"{x:.4g}" if isinstance(x, float) else str(x)
+
+    lines += [
+      f"| {k} | {shown(first.get(k, ''))} | {shown(last[k])} |" for k in last if k not in ROW_KEYS
+    ]
   else:
     lines += ["None were logged."]
   lines += ["", "## Use", "", "```python", USE[kind].replace("{rule}", rule), "```", ""]

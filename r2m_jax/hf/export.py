@@ -1,4 +1,6 @@
-"""Hugging Face folders out: at the end of a run from folders, and from any checkpoint; tasks/export.py."""
+"""Hugging Face folders out: at the end of a run from folders, and from any checkpoint;
+tasks/export.py.
+"""
 
 import contextlib
 import dataclasses
@@ -14,19 +16,31 @@ from safetensors.numpy import save_file
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.hf import parity
 from r2m_jax.hf.card import write_card
-from r2m_jax.hf.folders import HEAD_CONFIG, HEAD_WEIGHTS, RENDERER, FolderError, HeadConfig, Policy, RewardModel
-from r2m_jax.hf.folders import head_tensors, score_of
+from r2m_jax.hf.folders import (
+  HEAD_CONFIG,
+  HEAD_WEIGHTS,
+  RENDERER,
+  FolderError,
+  HeadConfig,
+  Policy,
+  RewardModel,
+  head_tensors,
+  score_of,
+)
 from r2m_jax.hf.peft import save_peft
 from r2m_jax.hf.weights import TOKENIZER_FILES, save_pretrained
 from r2m_jax.models.lora import merged
 from r2m_jax.parallel import hosts
 from r2m_jax.run.build import lora_of
+
 HEAD_MODULE = Path(__file__).with_name("r2m_head.py")  # PyTorch; copied, never imported here
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-  """A folder to fill; it takes the place of `out` once it is complete. An older model there is replaced."""
+  """A folder to fill; it takes the place of `out` once it is complete. An older model there is
+  replaced.
+  """
   out = Path(out).expanduser().absolute()
   models = ("config.json", "adapter_config.json")
   if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in models):
@@ -47,7 +61,9 @@ def replace(out: Path, part: Path, old: Path) -> None:
   shutil.rmtree(old, ignore_errors=True)
 
 
-def write_policy(out: Path, config, policy: Policy, state: nnx.State, workdir: Path, *, base=None) -> None:
+def write_policy(
+  out: Path, config, policy: Policy, state: nnx.State, workdir: Path, *, base=None
+) -> None:
   """The policy with its tokenizer, generation config and card.
 
   Args:
@@ -64,59 +80,93 @@ def write_policy(out: Path, config, policy: Policy, state: nnx.State, workdir: P
     else:
       weights = state if lora is None else merged(state, base, lora)
       save_pretrained(folder, policy.arch, weights, tokenizer_folder=policy.folder)
-      ends = {"eos_token_id": list(policy.tokenizer.eos_ids), "pad_token_id": policy.tokenizer.pad_id}
+      ends = {
+        "eos_token_id": list(policy.tokenizer.eos_ids),
+        "pad_token_id": policy.tokenizer.pad_id,
+      }
       if hosts.first() and not (folder / "generation_config.json").exists():
-        (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
+        (folder / "generation_config.json").write_text(
+          json.dumps(ends, indent=2) + "\n", encoding="utf-8"
+        )
     if hosts.first():
       write_card(folder, config, workdir, kind="adapters" if peft else "policy", bases=bases)
   finish(config, out, "policy", None if peft else lambda: parity.policy_gap(out))
 
 
-def write_reward(out: Path, config, reward: RewardModel, backbone, phi, workdir: Path, *, head=None, policy=None):
-  """The reward model: a sequence classifier, its contract and, for R2M, the head with its PyTorch module.
+def write_reward(
+  out: Path, config, reward: RewardModel, backbone, phi, workdir: Path, *, head=None, policy=None
+):
+  """The reward model: a sequence classifier, its contract and, for R2M, the head with its PyTorch
+  module.
 
   Args:
-    phi: the score head that the classifier gets. For R2M that of the frozen reward model; the head has its own.
+    phi: the score head that the classifier gets. For R2M that of the frozen reward model; the head
+      has its own.
     head: (HeadConfig, state) of an R2M reward model.
     policy: folder of the policy whose hidden states the head reads.
   """
-  bases = [base for base in (config.reward.path or config.policy.path, config.policy.path if head else "") if base]
+  bases = [
+    base
+    for base in (config.reward.path or config.policy.path, config.policy.path if head else "")
+    if base
+  ]
   contract = reward.renderer.contract if reward.renderer else None
   with new_folder(out) as folder:
     bias = reward.has_bias or bool(np.abs(np.asarray(phi["bias"][...])).max() > 0)
-    save_pretrained(folder, reward.arch, backbone, score=score_of(phi, bias=bias), tokenizer_folder=reward.folder)
+    save_pretrained(
+      folder, reward.arch, backbone, score=score_of(phi, bias=bias), tokenizer_folder=reward.folder
+    )
     tensors = None if head is None else head_tensors(head[1])
     if hosts.first():
       if contract:
         (folder / RENDERER).write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
       if head is not None:
-        (folder / HEAD_CONFIG).write_text(json.dumps(dataclasses.asdict(head[0]), indent=2) + "\n", encoding="utf-8")
+        (folder / HEAD_CONFIG).write_text(
+          json.dumps(dataclasses.asdict(head[0]), indent=2) + "\n", encoding="utf-8"
+        )
         save_file(tensors, folder / HEAD_WEIGHTS, metadata={"format": "pt"})
         shutil.copyfile(HEAD_MODULE, folder / HEAD_MODULE.name)
-      rule = "its chat template" if contract and contract["template_sha256"] else "the text prompt + ' ' + response"
+      rule = (
+        "its chat template"
+        if contract and contract["template_sha256"]
+        else "the text prompt + ' ' + response"
+      )
       kind = "reward" if head is None else "r2m_reward"
       write_card(folder, config, workdir, kind=kind, bases=bases or [reward.arch.family], rule=rule)
-  finish(config, out, "reward", None if head and not policy else lambda: parity.reward_gap(out, policy))
+  finish(
+    config, out, "reward", None if head and not policy else lambda: parity.reward_gap(out, policy)
+  )
 
 
 def write_run(out: Path, config, policy: Policy, reward: RewardModel, state, workdir: Path) -> None:
-  """Policy and reward model of a TrainState. A variant without feedback has a plain classifier as its reward model."""
+  """Policy and reward model of a TrainState. A variant without feedback has a plain classifier
+  as its reward model.
+  """
   write_policy(out / "policy", config, policy, state.policy, workdir, base=state.ref)
   feedback = VARIANTS[config.variant].feedback
   if feedback not in ("", "policy"):
-    print(f"export   no reward model of variant {config.variant!r}: it reads {feedback} in place of a policy's states")
+    print(
+      f"export   no reward model of variant {config.variant!r}: it reads {feedback} in place of a "
+      "policy's states"
+    )
     return
   head, phi = None, state.reward_frozen
   trained = state.reward_head if state.reward_average is None else state.reward_average
   if feedback:
     settings = HeadConfig(
-      policy.arch.hidden_size, reward.arch.hidden_size, config.r2m.attention_dim, config.r2m.num_heads,
-      config.r2m.feedback_layer, float(state.omega),
-    )  # fmt: skip
+      policy.arch.hidden_size,
+      reward.arch.hidden_size,
+      config.r2m.attention_dim,
+      config.r2m.num_heads,
+      config.r2m.feedback_layer,
+      float(state.omega),
+    )
     head = settings, trained
   else:
     phi = trained["phi"]
-  adapters_alone = lora_of(config) is not None and config.lora.export == "peft"  # which our loader does not read
+  adapters_alone = (
+    lora_of(config) is not None and config.lora.export == "peft"
+  )  # which our loader does not read
   args = dict(head=head, policy=None if adapters_alone else out / "policy")
   write_reward(out / "reward", config, reward, state.reward_backbone, phi, workdir, **args)
 
@@ -127,13 +177,21 @@ def finish(config, out: Path, what: str, gap) -> None:
     return
   print(f"export   {what} in {out}")
   if config.export.check and gap is None:
-    print("parity   not measured: the policy is a PEFT folder; config.lora.export=merged is measured")
+    print(
+      "parity   not measured: the policy is a PEFT folder; config.lora.export=merged is measured"
+    )
   elif config.export.check:
     if (value := gap()) is None:
       print("parity   not measured: torch is not installed")
     else:
-      name, within = ("logit", "score")[what == "reward"], "within" if value <= parity.BOUND else "ABOVE"
-      print(f"parity   max |{name} - that of transformers| {value:.1e}, {within} {parity.BOUND:.0e} (float32, 4 rows)")
+      name, within = (
+        ("logit", "score")[what == "reward"],
+        "within" if value <= parity.BOUND else "ABOVE",
+      )
+      print(
+        f"parity   max |{name} - that of transformers| {value:.1e}, {within} {parity.BOUND:.0e} "
+        "(float32, 4 rows)"
+      )
   if config.export.push_to:
     push(out, f"{config.export.push_to}-{what}")
 

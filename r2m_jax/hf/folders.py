@@ -1,4 +1,5 @@
-"""Hugging Face folders as whole things: model, tokenizer, renderer contract and, for R2M, the head that reads a policy.
+"""Hugging Face folders as whole things: model, tokenizer, renderer contract and, for R2M, the head
+that reads a policy.
 
 A reward model is a sequence classifier. Beside it may lie
 
@@ -67,7 +68,9 @@ class RewardModel:
   arch: ArchConfig
   graphdef: Any  # of the backbone
   state: nnx.State
-  phi: nnx.State | None  # the score head [Dr, 1] with a bias; None where a language model was asked for
+  phi: (
+    nnx.State | None
+  )  # the score head [Dr, 1] with a bias; None where a language model was asked for
   has_bias: bool  # whether the folder's score head had one
   renderer: Renderer
   head: tuple[HeadConfig, nnx.State] | None
@@ -86,14 +89,18 @@ def load_policy(source: str, config, mesh: Mesh | None = None) -> Policy:
   folder, model = _load(source, "policy.path", config, mesh)
   if model.score is not None:
     raise FolderError(
-      f"config.policy.path is {source}: a sequence classifier, which cannot generate; give a causal language model"
+      f"config.policy.path is {source}: a sequence classifier, which cannot generate; give a "
+      "causal language model"
     )
   tokenizer = load_tokenizer(folder, model.arch.vocab_size, config.data.date)
   return Policy(folder, model.arch, model.graphdef, model.state, tokenizer)
 
 
-def load_reward(source: str, config, mesh: Mesh | None = None, *, from_policy: bool = False) -> RewardModel:
-  """The reward model of a folder or hub name; refused where its contract is not this tokenizer's and config's.
+def load_reward(
+  source: str, config, mesh: Mesh | None = None, *, from_policy: bool = False
+) -> RewardModel:
+  """The reward model of a folder or hub name; refused where its contract is not this tokenizer's
+  and config's.
 
   Args:
     from_policy: accept a language model without a score head, as the start of a reward model.
@@ -101,19 +108,24 @@ def load_reward(source: str, config, mesh: Mesh | None = None, *, from_policy: b
   folder, model = _load(source, "reward.path", config, mesh, lm_head=False)
   if model.score is None and not from_policy:
     raise FolderError(
-      f"config.reward.path is {source}: it holds no score head, so it cannot score; give a sequence classifier, or "
+      f"config.reward.path is {source}: it holds no score head, so it cannot score; give a "
+      "sequence classifier, or "
       "train one from it with config.task=reward"
     )
   if model.score is not None and model.score.kernel.shape[1] != 1:
     labels = model.score.kernel.shape[1]
-    raise FolderError(f"config.reward.path is {source}: it gives {labels} labels; a reward is one number")
+    raise FolderError(
+      f"config.reward.path is {source}: it gives {labels} labels; a reward is one number"
+    )
   tokenizer = load_tokenizer(folder, model.arch.vocab_size, config.data.date)
   renderer = Renderer(tokenizer, config.reward.max_length)
   if (folder / RENDERER).exists():
     renderer.require(read_object(folder / RENDERER), folder)
   phi = None if model.score is None else phi_state(model.score)
   has_bias = model.score is not None and model.score.bias is not None
-  return RewardModel(folder, model.arch, model.graphdef, model.state, phi, has_bias, renderer, load_head(folder))
+  return RewardModel(
+    folder, model.arch, model.graphdef, model.state, phi, has_bias, renderer, load_head(folder)
+  )
 
 
 def _load(source: str, field: str, config, mesh, **kwargs) -> tuple[pathlib.Path, Pretrained]:
@@ -124,7 +136,8 @@ def _load(source: str, field: str, config, mesh, **kwargs) -> tuple[pathlib.Path
     if not (folder / "config.json").exists():
       if (folder / "adapter_config.json").exists():
         raise FolderError(
-          f"config.{field} is {source}: an adapter folder (PEFT), which holds no model of its own; merge it into its "
+          f"config.{field} is {source}: an adapter folder (PEFT), which holds no model of its own; "
+          "merge it into its "
           "base (peft: merge_and_unload, then save_pretrained) and give that folder"
         )
       raise FolderError(f"{folder} holds no config.json; give the folder of a Hugging Face model")
@@ -140,7 +153,9 @@ def reward_start(reward: RewardModel, mesh):
   """The state {"backbone", "phi"} that task=reward starts from; a new score head is zero."""
   phi = reward.phi
   if phi is None:
-    phi = nnx.state(nnx.Linear(reward.arch.hidden_size, 1, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0)))
+    phi = nnx.state(
+      nnx.Linear(reward.arch.hidden_size, 1, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+    )
     phi = hosts.put(jax.device_get(phi), sharding.shardings(phi, mesh))
   state = {"backbone": reward.state, "phi": phi}
   return jax.device_put(state, sharding.shardings(state, mesh))
@@ -155,7 +170,9 @@ def describe_reward(reward: RewardModel, prompt, response: str, truncated: bool 
 
 
 def phi_state(score: Score) -> nnx.State:
-  """A classifier's score head as the state of phi: at least float32, with a bias (zero where there was none)."""
+  """A classifier's score head as the state of phi: at least float32, with a bias (zero where
+  there was none).
+  """
   wide = jnp.promote_types(score.kernel.dtype, jnp.float32)
   kernel = score.kernel.astype(wide)
   bias = jnp.zeros(kernel.shape[1], wide) if score.bias is None else score.bias.astype(wide)
@@ -170,7 +187,9 @@ def phi_score(phi: nnx.State, rte: jax.Array) -> jax.Array:
 
 
 def score_of(phi: nnx.State, *, bias: bool) -> Score:
-  """phi as a classifier's score head; without `bias` it is left out (transformers' classifiers have none)."""
+  """phi as a classifier's score head; without `bias` it is left out (transformers' classifiers
+  have none).
+  """
   return Score(phi["kernel"][...], phi["bias"][...] if bias else None)
 
 
@@ -188,9 +207,13 @@ def read_object(file: pathlib.Path) -> dict[str, Any]:
 def abstract_head(config: HeadConfig, param_dtype=jnp.float32) -> RewardHead:
   return nnx.eval_shape(
     lambda: RewardHead(
-      config.policy_hidden_size, config.reward_hidden_size, config.attention_dim, config.num_heads,
-      rngs=nnx.Rngs(0), param_dtype=param_dtype,
-    )  # fmt: skip
+      config.policy_hidden_size,
+      config.reward_hidden_size,
+      config.attention_dim,
+      config.num_heads,
+      rngs=nnx.Rngs(0),
+      param_dtype=param_dtype,
+    )
   )
 
 
@@ -202,19 +225,32 @@ def load_head(folder: pathlib.Path) -> tuple[HeadConfig, nnx.State] | None:
     return None
   fields = read_object(folder / HEAD_CONFIG)
   known = {field.name: field.type for field in dataclasses.fields(HeadConfig)}
-  number = lambda name: isinstance(fields.get(name), int | known[name]) and not isinstance(fields[name], bool)
+
+  def number(name):
+    return isinstance(fields.get(name), int | known[name]) and not isinstance(fields[name], bool)
+
   sizes = ("policy_hidden_size", "reward_hidden_size", "attention_dim", "num_heads")
-  good = fields.get("format") == HEAD_FORMAT and all(map(number, known)) and 0 <= fields["omega"] <= 1
-  if not good or not all(0 < fields[name] <= 2**31 for name in sizes) or fields["attention_dim"] % fields["num_heads"]:
+  good = (
+    fields.get("format") == HEAD_FORMAT and all(map(number, known)) and 0 <= fields["omega"] <= 1
+  )
+  if (
+    not good
+    or not all(0 < fields[name] <= 2**31 for name in sizes)
+    or fields["attention_dim"] % fields["num_heads"]
+  ):
     wanted = f"format {HEAD_FORMAT} with {', '.join(sorted(known))}"
-    raise FolderError(f"{folder / HEAD_CONFIG} is not of {wanted}: {str(fields)[:400]}; copy it again")
+    raise FolderError(
+      f"{folder / HEAD_CONFIG} is not of {wanted}: {str(fields)[:400]}; copy it again"
+    )
   config = HeadConfig(**{name: fields[name] for name in known})
   if not (folder / HEAD_WEIGHTS).exists():
     raise FolderError(f"{folder} holds {HEAD_CONFIG} without {HEAD_WEIGHTS}; copy it again")
   try:
     tensors = load_file(folder / HEAD_WEIGHTS)
   except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-    raise FolderError(f"{folder / HEAD_WEIGHTS} is not a whole safetensors file: {error}; copy it again") from None
+    raise FolderError(
+      f"{folder / HEAD_WEIGHTS} is not a whole safetensors file: {error}; copy it again"
+    ) from None
   head = abstract_head(config)
 
   def read(path, like):
@@ -223,7 +259,9 @@ def load_head(folder: pathlib.Path) -> tuple[HeadConfig, nnx.State] | None:
     x = tensors[name].T if leaf == "kernel" and name in tensors else tensors.get(name)
     if x is None or x.shape != like.shape:
       found = None if x is None else x.shape
-      raise FolderError(f"{folder / HEAD_WEIGHTS}: {name} (transposed) must be {like.shape}; it is {found}")
+      raise FolderError(
+        f"{folder / HEAD_WEIGHTS}: {name} (transposed) must be {like.shape}; it is {found}"
+      )
     return jnp.asarray(x, like.dtype)
 
   return config, jax.tree_util.tree_map_with_path(read, nnx.state(head))
@@ -235,5 +273,7 @@ def head_tensors(head: nnx.State) -> dict[str, np.ndarray]:
   for path, x in jax.tree_util.tree_flatten_with_path(head)[0]:
     module, leaf = sharding.path_name(path).split("/")
     x = np.asarray(hosts.fetch(x), np.float32)
-    tensors[f"{module}.{'bias' if leaf == 'bias' else 'weight'}"] = np.ascontiguousarray(x.T if leaf == "kernel" else x)
+    tensors[f"{module}.{'bias' if leaf == 'bias' else 'weight'}"] = np.ascontiguousarray(
+      x.T if leaf == "kernel" else x
+    )
   return tensors

@@ -1,4 +1,5 @@
-"""How far an exported folder is from what transformers makes of it. The only file that runs torch, where it is there.
+"""How far an exported folder is from what transformers makes of it. The only file that runs torch,
+where it is there.
 
 Torch is no dependency: without it every function here returns None, and an export goes on.
 """
@@ -16,7 +17,12 @@ from r2m_jax.hf.weights import load_pretrained
 from r2m_jax.models.reward import read_rte
 
 BOUND = 1e-4  # what is promised of float32
-LENGTHS = (17, 11, 5, 1)  # tokens of the compared rows, padded on the left in ours, one at a time in theirs
+LENGTHS = (
+  17,
+  11,
+  5,
+  1,
+)  # tokens of the compared rows, padded on the left in ours, one at a time in theirs
 
 
 def available() -> bool:
@@ -37,7 +43,9 @@ def padded(rows) -> tuple[np.ndarray, np.ndarray]:
 
 
 def policy_gap(folder: pathlib.Path) -> float | None:
-  """max |logit difference| to AutoModelForCausalLM over the real tokens of four random rows, both in float32."""
+  """max |logit difference| to AutoModelForCausalLM over the real tokens of four random rows,
+  both in float32.
+  """
   if not available():
     return None
   import torch
@@ -54,16 +62,20 @@ def policy_gap(folder: pathlib.Path) -> float | None:
 
   with jax.default_matmul_precision("highest"):
     got = np.asarray(logits(ours.state, tokens, mask))
-  model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, trust_remote_code=False
+  ).eval()
   with torch.no_grad():
     want = [model(torch.tensor(row)[None]).logits[0].numpy() for row in rows]
   return max(float(np.abs(g[-len(w) :] - w).max()) for g, w in zip(got, want))
 
 
 def reward_gap(folder: pathlib.Path, policy_folder: pathlib.Path | None = None) -> float | None:
-  """max |score difference| to AutoModelForSequenceClassification over four random rows, both in float32.
+  """max |score difference| to AutoModelForSequenceClassification over four random rows, both in
+  float32.
 
-  An R2M reward model is compared with its own PyTorch module, on the hidden states of the policy in `policy_folder`.
+  An R2M reward model is compared with its own PyTorch module, on the hidden states of the policy in
+  `policy_folder`.
   """
   if not available():
     return None
@@ -78,11 +90,15 @@ def reward_gap(folder: pathlib.Path, policy_folder: pathlib.Path | None = None) 
   like = dict(dtype=torch.float32, trust_remote_code=False)
   theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **like).eval()
   theirs.config.pad_token_id = None  # with a pad id it would look for the last token that is not it
-  read = jax.jit(lambda state, tokens, mask: read_rte(nnx.merge(ours.graphdef, state), tokens, mask))
+  read = jax.jit(
+    lambda state, tokens, mask: read_rte(nnx.merge(ours.graphdef, state), tokens, mask)
+  )
   with jax.default_matmul_precision("highest"), torch.no_grad():
     rte = read(ours.state, tokens, mask)
     if head is None:
-      got = np.asarray(phi_score(phi_state(ours.score), rte)) - (0 if ours.score.bias is None else ours.score.bias[0])
+      got = np.asarray(phi_score(phi_state(ours.score), rte)) - (
+        0 if ours.score.bias is None else ours.score.bias[0]
+      )
       want = [theirs(torch.tensor(row)[None]).logits.item() for row in rows]
       return float(np.abs(got - np.array(want)).max())
 
@@ -93,13 +109,17 @@ def reward_gap(folder: pathlib.Path, policy_folder: pathlib.Path | None = None) 
 
     @jax.jit
     def fused(head_state, policy_state, rte, tokens, mask):
-      out = nnx.merge(policy.graphdef, policy_state)(tokens, mask, feedback_layer=config.feedback_layer)
+      out = nnx.merge(policy.graphdef, policy_state)(
+        tokens, mask, feedback_layer=config.feedback_layer
+      )
       head = nnx.merge(nnx.graphdef(abstract_head(config)), head_state)
       return head(rte, out.feedback, mask, jnp.float32(config.omega))
 
     got = np.asarray(fused(state, policy.state, rte, policy_tokens, policy_mask))
     module = r2m_head.R2MHead.from_folder(folder)
     reader = transformers.AutoModelForCausalLM.from_pretrained(policy_folder, **like).eval()
-    want = [r2m_head.score(module, theirs, torch.tensor(a)[None], reader, torch.tensor(b)[None])
-            for a, b in zip(rows, policy_rows)]  # fmt: skip
+    want = [
+      r2m_head.score(module, theirs, torch.tensor(a)[None], reader, torch.tensor(b)[None])
+      for a, b in zip(rows, policy_rows)
+    ]
     return float(np.abs(got - np.array(want)).max())

@@ -1,4 +1,6 @@
-"""Adapters as a PEFT folder: adapter_config.json and adapter_model.safetensors, as the library `peft` loads them."""
+"""Adapters as a PEFT folder: adapter_config.json and adapter_model.safetensors, as the library
+`peft` loads them.
+"""
 
 import json
 import pathlib
@@ -14,16 +16,21 @@ from r2m_jax.models.lora import LoraConfig
 from r2m_jax.parallel import sharding
 
 
-def save_peft(folder: pathlib.Path, arch: ArchConfig, adapters: nnx.State, lora: LoraConfig, base: str) -> None:
-  """Writes the adapters of a causal language model. With several processes all must call; the first one writes.
+def save_peft(
+  folder: pathlib.Path, arch: ArchConfig, adapters: nnx.State, lora: LoraConfig, base: str
+) -> None:
+  """Writes the adapters of a causal language model. With several processes all must call; the first
+  one writes.
 
-  A linear that is fused on disk (GPT-NeoX's query_key_value) gets one adapter of the ranks of its parts together:
-  their A stacked, their B in the rows that belong to each part.
+  A linear that is fused on disk (GPT-NeoX's query_key_value) gets one adapter of the ranks of its
+  parts together: their A stacked, their B in the rows that belong to each part.
 
   Args:
     base: folder or hub name of the model they sit on.
   """
-  found = {sharding.path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(adapters)[0]}
+  found = {
+    sharding.path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(adapters)[0]
+  }
   groups: dict[str, list[tuple[int | None, str]]] = {}  # name on disk -> its parts, in order
   for linear in sorted(name.removesuffix("_lora_a") for name in found if name.endswith("_lora_a")):
     template, part = name_of(arch, linear)
@@ -44,15 +51,25 @@ def save_peft(folder: pathlib.Path, arch: ArchConfig, adapters: nnx.State, lora:
           columns = slice(i * lora.rank, (i + 1) * lora.rank)
           up[:, part, :, columns] = x[layer].T.reshape(arch.num_heads, arch.head_dim, lora.rank)
         up = up.reshape(-1, ranks[template])
-      tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = map(np.ascontiguousarray, (down, up))
+      tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = map(
+        np.ascontiguousarray, (down, up)
+      )
   short = {template: template.split("{}.", 1)[1] for template in groups}
   other = {short[t]: rank for t, rank in ranks.items() if rank != lora.rank}
   config = {
-    "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
-    "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False,
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": base,
+    "inference_mode": True,
+    "r": lora.rank,
+    "lora_alpha": lora.alpha,
+    "lora_dropout": 0.0,
+    "bias": "none",
+    "fan_in_fan_out": False,
     "target_modules": sorted(short.values()),
-    "rank_pattern": other, "alpha_pattern": {name: rank * lora.scale for name, rank in other.items()},
-  }  # fmt: skip
+    "rank_pattern": other,
+    "alpha_pattern": {name: rank * lora.scale for name, rank in other.items()},
+  }
   if jax.process_index() != 0:
     return
   folder.mkdir(parents=True, exist_ok=True)

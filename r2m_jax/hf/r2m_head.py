@@ -1,7 +1,8 @@
-"""The head of an R2M reward model in PyTorch: its score from a policy's hidden states (arXiv 2601.22664, eqs. 3 and 4).
+"""The head of an R2M reward model in PyTorch: its score from a policy's hidden states (arXiv
+2601.22664, eqs. 3 and 4).
 
-This file is copied as it is into an exported reward model's folder, next to r2m_head.json and r2m_head.safetensors; it
-needs torch and safetensors, and nothing of r2m_jax. In that folder:
+This file is copied as it is into an exported reward model's folder, next to r2m_head.json and
+r2m_head.safetensors; it needs torch and safetensors, and nothing of r2m_jax. In that folder:
 
   from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
   import r2m_head
@@ -11,9 +12,10 @@ needs torch and safetensors, and nothing of r2m_jax. In that folder:
   policy = AutoModelForCausalLM.from_pretrained("the policy it was trained with")
   r2m_head.score(head, reward_model, reward_ids, policy, policy_ids)          # both long[1, length], unpadded
 
-`reward_ids` are prompt and response as r2m_renderer.json says: by the reward tokenizer's chat template, else the text
-prompt + " " + response. `policy_ids` are prompt and response in the policy's own tokens, with the token that ended the
-response. The two need not align: the head reads one sequence with a single query from the other.
+`reward_ids` are prompt and response as r2m_renderer.json says: by the reward tokenizer's chat
+template, else the text prompt + " " + response. `policy_ids` are prompt and response in the
+policy's own tokens, with the token that ended the response. The two need not align: the head reads
+one sequence with a single query from the other.
 """
 
 import json
@@ -24,12 +26,22 @@ from safetensors.torch import load_file
 
 
 class R2MHead(torch.nn.Module):
-  """r = phi((1 - w) H_hat + w H_last), with H_hat what H_last reads from the policy's hidden states by attention."""
+  """r = phi((1 - w) H_hat + w H_last), with H_hat what H_last reads from the policy's hidden
+  states by attention.
+  """
 
   def __init__(self, config: dict):
     super().__init__()
-    policy, reward, width = config["policy_hidden_size"], config["reward_hidden_size"], config["attention_dim"]
-    self.num_heads, self.omega, self.feedback_layer = config["num_heads"], config["omega"], config["feedback_layer"]
+    policy, reward, width = (
+      config["policy_hidden_size"],
+      config["reward_hidden_size"],
+      config["attention_dim"],
+    )
+    self.num_heads, self.omega, self.feedback_layer = (
+      config["num_heads"],
+      config["omega"],
+      config["feedback_layer"],
+    )
     self.wq = torch.nn.Linear(reward, width, bias=False)
     self.wk = torch.nn.Linear(policy, width, bias=False)
     self.wv = torch.nn.Linear(policy, width, bias=False)
@@ -44,17 +56,27 @@ class R2MHead(torch.nn.Module):
     head.load_state_dict(load_file(folder / "r2m_head.safetensors"))
     return head.eval()
 
-  def forward(self, rte: torch.Tensor, hidden: torch.Tensor, mask: torch.Tensor, omega: float | None = None):
+  def forward(
+    self, rte: torch.Tensor, hidden: torch.Tensor, mask: torch.Tensor, omega: float | None = None
+  ):
     """Scores [B].
 
-    rte [B, Dr]: H_last, the reward backbone's last hidden state (after its final norm) at the last real token.
+    rte [B, Dr]: H_last, the reward backbone's last hidden state (after its final norm) at the last
+      real token.
     hidden [B, S, Dp]: the policy's hidden states over prompt and response; see `feedback`.
     mask bool[B, S]: True on real tokens, prompt and response alike.
     omega: the weight w on the reward model's own embedding; None takes that of the export.
     """
     omega = self.omega if omega is None else omega
-    split = lambda x: x.unflatten(-1, (self.num_heads, -1))
-    q, k, v = split(self.wq(rte)), split(self.wk(hidden)), split(self.wv(hidden))  # [B, n, d], [B, S, n, d] twice
+
+    def split(x):
+      return x.unflatten(-1, (self.num_heads, -1))
+
+    q, k, v = (
+      split(self.wq(rte)),
+      split(self.wk(hidden)),
+      split(self.wv(hidden)),
+    )  # [B, n, d], [B, S, n, d] twice
     logits = torch.einsum("bnd,bsnd->bns", q, k) * q.shape[-1] ** -0.5
     weights = logits.masked_fill(~mask.bool()[:, None], torch.finfo(logits.dtype).min).softmax(-1)
     h_hat = self.wo(torch.einsum("bns,bsnd->bnd", weights, v).flatten(1))  # eq. 3
@@ -67,15 +89,23 @@ def reward_token_embedding(reward_model, ids: torch.Tensor) -> torch.Tensor:
 
 
 def feedback(policy, ids: torch.Tensor, layer: int = -1) -> torch.Tensor:
-  """The policy's hidden states [1, length, Dp]: after the final norm (-1), or the residual stream after `layer`."""
+  """The policy's hidden states [1, length, Dp]: after the final norm (-1), or the residual
+  stream after `layer`.
+  """
   count = policy.config.get_text_config().num_hidden_layers
   if not -1 <= layer < count - 1:
-    raise ValueError(f"feedback layer {layer} is not among transformers' hidden_states of {count} layers")
-  return policy(ids, output_hidden_states=True).hidden_states[-1 if layer == -1 else layer + 1].float()
+    raise ValueError(
+      f"feedback layer {layer} is not among transformers' hidden_states of {count} layers"
+    )
+  return (
+    policy(ids, output_hidden_states=True).hidden_states[-1 if layer == -1 else layer + 1].float()
+  )
 
 
 @torch.no_grad()
-def score(head: R2MHead, reward_model, reward_ids: torch.Tensor, policy, policy_ids: torch.Tensor) -> float:
+def score(
+  head: R2MHead, reward_model, reward_ids: torch.Tensor, policy, policy_ids: torch.Tensor
+) -> float:
   """The reward of one response; both rows long[1, length] without padding."""
   hidden = feedback(policy, policy_ids, head.feedback_layer)
   rte = reward_token_embedding(reward_model, reward_ids)

@@ -1,7 +1,9 @@
-"""Hugging Face folders in and out: safetensors straight onto the shards of a `Transformer`'s state, and back.
+"""Hugging Face folders in and out: safetensors straight onto the shards of a `Transformer`'s state,
+and back.
 
-Only safetensors and JSON are read, nothing is unpickled. On disk every layer is a tensor of its own and linears are
-[out, in]; here layers are stacked and kernels are [in, out]. One table per naming scheme connects the two.
+Only safetensors and JSON are read, nothing is unpickled. On disk every layer is a tensor of its own
+and linears are [out, in]; here layers are stacked and kernels are [in, out]. One table per naming
+scheme connects the two.
 """
 
 import json
@@ -18,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -29,8 +32,15 @@ from r2m_jax.parallel import sharding
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")  # of tensors on disk, as safetensors names them
 SCORE = "score"  # the score head of a sequence classifier
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-                   "chat_template*", "generation_config.json")  # fmt: skip
+TOKENIZER_FILES = (
+  "tokenizer*",
+  "special_tokens_map.json",
+  "added_tokens.json",
+  "vocab.*",
+  "merges.txt",
+  "chat_template*",
+  "generation_config.json",
+)
 # Left over by older exports; constants that the code computes.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|attention\.(bias|masked_bias)$")
 
@@ -42,7 +52,8 @@ class Fused(NamedTuple):
   part: int  # 0 query, 1 key, 2 value
 
 
-# Our module -> theirs, {} standing for the layer. Kernels, embeddings and scales are `weight` there, biases `bias`.
+# Our module -> theirs, {} standing for the layer. Kernels, embeddings and scales are `weight`
+# there, biases `bias`.
 LLAMA_NAMES = {
   "embed": "model.embed_tokens",
   "layers/attn_norm": "model.layers.{}.input_layernorm",
@@ -77,7 +88,11 @@ NEOX_NAMES = {
   "final_norm": "gpt_neox.final_layer_norm",
   "lm_head": "embed_out",
 }
-NAMES = {"gemma2": GEMMA_NAMES, "gemma3_text": GEMMA_NAMES, "gpt_neox": NEOX_NAMES}  # the others: LLAMA_NAMES
+NAMES = {
+  "gemma2": GEMMA_NAMES,
+  "gemma3_text": GEMMA_NAMES,
+  "gpt_neox": NEOX_NAMES,
+}  # the others: LLAMA_NAMES
 
 
 class Score(NamedTuple):
@@ -97,11 +112,15 @@ class Pretrained(NamedTuple):
 
 
 class PretrainedError(ValueError):
-  """A folder that does not hold the model it describes; the message names file, tensor and shapes."""
+  """A folder that does not hold the model it describes; the message names file, tensor and
+  shapes.
+  """
 
 
 def name_of(arch: ArchConfig, path: str) -> tuple[str, int | None]:
-  """layers/attn/q/kernel -> (model.layers.{}.self_attn.q_proj.weight, part of a fused linear or None)."""
+  """layers/attn/q/kernel -> (model.layers.{}.self_attn.q_proj.weight, part of a fused linear or
+  None).
+  """
   module, leaf = path.rsplit("/", 1)
   entry = NAMES.get(arch.family, LLAMA_NAMES)[module]
   name, part = entry if isinstance(entry, Fused) else (entry, None)
@@ -125,9 +144,11 @@ def load_pretrained(
 
   Args:
     source: a folder, or a name on the Hugging Face hub.
-    mesh: lays each parameter out by `sharding.RULES`; each shard is read from disk alone. None: the default device.
+    mesh: lays each parameter out by `sharding.RULES`; each shard is read from disk alone. None: the
+      default device.
     dtype, param_dtype, remat, attention: as for `Transformer`.
-    lm_head: None keeps what the folder has; False leaves the vocabulary head out (a reward model from a policy).
+    lm_head: None keeps what the folder has; False leaves the vocabulary head out (a reward model
+      from a policy).
   """
   folder = fetch(source)
   arch = read_arch(folder / "config.json")
@@ -138,12 +159,19 @@ def load_pretrained(
   graphdef, shapes = transformer.abstract(
     arch, dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention
   )
-  flat = [(sharding.path_name(path), x.shape) for path, x in jax.tree_util.tree_flatten_with_path(shapes)[0]]
+  flat = [
+    (sharding.path_name(path), x.shape)
+    for path, x in jax.tree_util.tree_flatten_with_path(shapes)[0]
+  ]
   files.check({path: shape for path, shape in flat}, arch)
 
   def place(path, x):
     name = sharding.path_name(path)
-    layout = default_sharding() if mesh is None else NamedSharding(mesh, sharding.spec_for(name, x.shape, mesh))
+    layout = (
+      default_sharding()
+      if mesh is None
+      else NamedSharding(mesh, sharding.spec_for(name, x.shape, mesh))
+    )
     read = Memo(lambda index: files.read(arch, name, x.shape, index, x.dtype))
     return jax.make_array_from_callback(x.shape, layout, read)
 
@@ -151,20 +179,29 @@ def load_pretrained(
   score = None
   if score_name in files.shapes:
     layout = default_sharding() if mesh is None else NamedSharding(mesh, P())
-    put = lambda x: jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
+
+    def put(x):
+      return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
+
     bias = files.tensor(f"{SCORE}.bias") if f"{SCORE}.bias" in files.shapes else None
     kernel = np.ascontiguousarray(files.tensor(score_name).T)
-    score = Score(put(kernel.astype(param_dtype)), None if bias is None else put(bias.astype(param_dtype)))
+    score = Score(
+      put(kernel.astype(param_dtype)), None if bias is None else put(bias.astype(param_dtype))
+    )
   return Pretrained(arch, graphdef, state, score)
 
 
 def fetch(source: str | pathlib.Path) -> pathlib.Path:
-  """The local folder of a model; a hub name is downloaded first, and nothing but safetensors, JSON and tokenizer."""
+  """The local folder of a model; a hub name is downloaded first, and nothing but safetensors,
+  JSON and tokenizer.
+  """
   folder = pathlib.Path(source).expanduser()
   if folder.is_dir():
     return folder
   if folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
-    raise FileNotFoundError(f"{folder} is not a folder; give a folder with config.json, or a hub name owner/model")
+    raise FileNotFoundError(
+      f"{folder} is not a folder; give a folder with config.json, or a hub name owner/model"
+    )
   import huggingface_hub
 
   wanted = ["config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES]
@@ -172,7 +209,9 @@ def fetch(source: str | pathlib.Path) -> pathlib.Path:
     return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
   except (OSError, ValueError) as error:
     reason = " ".join(str(error).split())
-    raise FileNotFoundError(f"{source} is neither a folder nor a model that the hub gives: {reason}") from error
+    raise FileNotFoundError(
+      f"{source} is neither a folder nor a model that the hub gives: {reason}"
+    ) from error
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
@@ -187,12 +226,16 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 
 
 def read_arch(file: pathlib.Path) -> ArchConfig:
-  """The architecture in a config.json, with a value of a wrong type told as a mistake of the file."""
+  """The architecture in a config.json, with a value of a wrong type told as a mistake of the
+  file.
+  """
   try:
     return ArchConfig.from_hf(read_json(file))
   except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
     kind = type(error).__name__
-    raise PretrainedError(f"{file} does not describe a model ({kind}: {error}); copy it again") from None
+    raise PretrainedError(
+      f"{file} does not describe a model ({kind}: {error}); copy it again"
+    ) from None
 
 
 def default_sharding() -> SingleDeviceSharding:
@@ -207,12 +250,15 @@ def header(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
       odd = [key for key, x in slices.items() if x.get_dtype() not in DTYPES]
       if odd:
         raise PretrainedError(
-          f"{file} stores {len(odd)} tensors as {slices[odd[0]].get_dtype()}, the first {odd[0]}: quantised weights "
+          f"{file} stores {len(odd)} tensors as {slices[odd[0]].get_dtype()}, the first {odd[0]}: "
+          "quantised weights "
           f"are not read; convert them to one of {', '.join(DTYPES)}"
         )
       return {key: tuple(x.get_shape()) for key, x in slices.items()}
   except (SafetensorError, OSError) as error:
-    raise PretrainedError(f"{file} is not a whole safetensors file: {error}; copy it again") from None
+    raise PretrainedError(
+      f"{file} is not a whole safetensors file: {error}; copy it again"
+    ) from None
 
 
 class Memo:
@@ -229,7 +275,9 @@ class Memo:
 
 
 def aligned(shape, dtype) -> np.ndarray:
-  """An empty array that starts at a multiple of 64 bytes: JAX on a CPU then takes it as it is, without a copy."""
+  """An empty array that starts at a multiple of 64 bytes: JAX on a CPU then takes it as it is,
+  without a copy.
+  """
   size = math.prod(shape) * np.dtype(dtype).itemsize
   raw = np.empty(size + 64, np.uint8)
   start = -raw.ctypes.data % 64
@@ -239,7 +287,8 @@ def aligned(shape, dtype) -> np.ndarray:
 class Files:
   """The safetensors files of a folder, read slice by slice.
 
-  A file is mapped for one read only: a mapping that stayed would hold every page it has read, the model a second time.
+  A file is mapped for one read only: a mapping that stayed would hold every page it has read, the
+  model a second time.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -247,24 +296,38 @@ class Files:
       self.where = dict.fromkeys(header(folder / WEIGHTS), WEIGHTS)
     elif (folder / INDEX).exists():
       self.where = read_json(folder / INDEX).get("weight_map")
-      if not isinstance(self.where, dict) or not all(isinstance(file, str) for file in self.where.values()):
-        raise PretrainedError(f"{folder / INDEX} has no weight_map of tensors to files; copy it again")
+      if not isinstance(self.where, dict) or not all(
+        isinstance(file, str) for file in self.where.values()
+      ):
+        raise PretrainedError(
+          f"{folder / INDEX} has no weight_map of tensors to files; copy it again"
+        )
     elif list(folder.glob("pytorch_model*.bin")):
       raise PretrainedError(
-        f"{folder} holds only pytorch_model*.bin, which is unpickled on reading and so is refused here; convert it "
-        "where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        f"{folder} holds only pytorch_model*.bin, which is unpickled on reading and so is refused "
+        "here; convert it "
+        "where you trust it: "
+        "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
       )
     else:
       raise PretrainedError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
     self.folder = folder
-    if outside := sorted({file for file in self.where.values() if pathlib.PurePath(file).name != file}):
-      raise PretrainedError(f"{folder / INDEX} names {outside}: weights lie in the folder itself, nothing else is read")
+    if outside := sorted(
+      {file for file in self.where.values() if pathlib.PurePath(file).name != file}
+    ):
+      raise PretrainedError(
+        f"{folder / INDEX} names {outside}: weights lie in the folder itself, nothing else is read"
+      )
     if absent := sorted({file for file in self.where.values() if not (folder / file).exists()}):
-      raise PretrainedError(f"{folder / INDEX} names {absent}, which are not in the folder; copy it again")
+      raise PretrainedError(
+        f"{folder / INDEX} names {absent}, which are not in the folder; copy it again"
+      )
     shapes = {name: header(folder / name) for name in sorted(set(self.where.values()))}
     for name, file in self.where.items():
       if name not in shapes[file]:
-        raise PretrainedError(f"{folder / INDEX} says {name} lies in {file}, which does not hold it")
+        raise PretrainedError(
+          f"{folder / INDEX} says {name} lies in {file}, which does not hold it"
+        )
     self.shapes = {name: shapes[file][name] for name, file in self.where.items()}
 
   def tensor(self, name: str, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
@@ -287,35 +350,48 @@ class Files:
         expected[template.format(layer)] = shape
     if missing := sorted(expected.keys() - self.shapes.keys()):
       raise PretrainedError(
-        f"{self.folder} lacks {len(missing)} tensors, the first {missing[0]} of shape {expected[missing[0]]}; it holds "
+        f"{self.folder} lacks {len(missing)} tensors, the first {missing[0]} of shape "
+        f"{expected[missing[0]]}; it holds "
         f"{len(self.shapes)} of model_type {arch.family!r}, such as {min(self.shapes)}"
       )
     for name, shape in expected.items():
       if self.shapes[name] != shape:
         raise PretrainedError(
-          f"{name} has shape {self.shapes[name]} in {self.folder / self.where[name]}; config.json asks for {shape}"
+          f"{name} has shape {self.shapes[name]} in {self.folder / self.where[name]}; config.json "
+          f"asks for {shape}"
         )
     allowed = {f"{SCORE}.weight", f"{SCORE}.bias", f"{name_of(arch, 'lm_head/kernel')[0]}"}
-    extra = sorted(n for n in self.shapes.keys() - expected.keys() - allowed if not IGNORED.search(n))
+    extra = sorted(
+      n for n in self.shapes.keys() - expected.keys() - allowed if not IGNORED.search(n)
+    )
     if extra:
       raise PretrainedError(
-        f"{self.folder / self.where[extra[0]]} holds {len(extra)} tensors that config.json gives no place, the first "
+        f"{self.folder / self.where[extra[0]]} holds {len(extra)} tensors that config.json gives "
+        "no place, the first "
         f"{extra[0]} of shape {self.shapes[extra[0]]}"
       )
 
   def check_tied(self, arch: ArchConfig) -> None:
-    """Raises if config.json ties the head to the embedding and the files hold a head with other numbers."""
+    """Raises if config.json ties the head to the embedding and the files hold a head with other
+    numbers.
+    """
     head, embed = (name_of(arch, path)[0] for path in ("lm_head/kernel", "embed/embedding"))
     if not arch.lm_head or arch.untied_head or not {head, embed} <= self.shapes.keys():
       return
-    if self.shapes[head] != self.shapes[embed] or not (self.tensor(head) == self.tensor(embed)).all():
+    if (
+      self.shapes[head] != self.shapes[embed] or not (self.tensor(head) == self.tensor(embed)).all()
+    ):
       raise PretrainedError(
         f"{self.folder}: config.json has tie_word_embeddings=true, and {head} is not {embed}; set "
         f"tie_word_embeddings=false to use {head}, or take {head} out of the files"
       )
 
-  def read(self, arch: ArchConfig, path: str, shape: tuple[int, ...], index: tuple[slice, ...], dtype) -> np.ndarray:
-    """The part `index` of the parameter at `path`, of full `shape`, as `dtype`: from disk, one layer at a time."""
+  def read(
+    self, arch: ArchConfig, path: str, shape: tuple[int, ...], index: tuple[slice, ...], dtype
+  ) -> np.ndarray:
+    """The part `index` of the parameter at `path`, of full `shape`, as `dtype`: from disk, one
+    layer at a time.
+    """
     template, part = name_of(arch, path)
     result = aligned([len(range(*i.indices(n))) for i, n in zip(index, shape)], dtype)
     if not path.startswith("layers/"):
@@ -355,23 +431,29 @@ def save_pretrained(
 ) -> None:
   """Writes what AutoModelForCausalLM reads or, with a `score`, AutoModelForSequenceClassification.
 
-  The folder appears complete or not at all; an older model in its place is replaced. With several processes all must
-  call; the first one writes.
+  The folder appears complete or not at all; an older model in its place is replaced. With several
+  processes all must call; the first one writes.
 
   Args:
-    score: transformers' classifiers have no bias; a bias is written as score.bias, which `load_pretrained` reads.
+    score: transformers' classifiers have no bias; a bias is written as score.bias, which
+      `load_pretrained` reads.
     dtype: of the tensors on disk; None: as they are.
     max_shard_bytes: larger models are split over files with an index.
-    tokenizer_folder: its tokenizer files and generation config are copied, its special token ids kept.
+    tokenizer_folder: its tokenizer files and generation config are copied, its special token ids
+      kept.
     extra: more fields for config.json, such as pad_token_id.
   """
   folder = pathlib.Path(folder).expanduser().absolute()
   if score is None and not arch.lm_head:
-    raise ValueError("a model with ArchConfig.lm_head=False has no vocabulary head; save it with its score: score=")
+    raise ValueError(
+      "a model with ArchConfig.lm_head=False has no vocabulary head; save it with its score: score="
+    )
   if folder.exists() and any(folder.iterdir()) and not (folder / "config.json").exists():
     raise FileExistsError(f"{folder} is not empty and holds no model; give a new folder")
   arch = arch.replace(lm_head=score is None)
-  params = {sharding.path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(state)[0]}
+  params = {
+    sharding.path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(state)[0]
+  }
   _check_state(arch, params)
   name = str(jnp.dtype(dtype or params["embed/embedding"].dtype))
   config = _token_ids(tokenizer_folder) | arch.to_hf() | {"dtype": name, "torch_dtype": name}
@@ -391,7 +473,9 @@ def save_pretrained(
     for pattern in TOKENIZER_FILES if tokenizer_folder else ():
       for file in pathlib.Path(tokenizer_folder).glob(pattern):
         shutil.copyfile(file, new / file.name)
-    (new / "config.json").write_text(json.dumps(config | (extra or {}), indent=2) + "\n", encoding="utf-8")
+    (new / "config.json").write_text(
+      json.dumps(config | (extra or {}), indent=2) + "\n", encoding="utf-8"
+    )
     new.chmod(0o755)
     if folder.exists():
       old = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -405,22 +489,29 @@ def save_pretrained(
 
 
 def _check_state(arch: ArchConfig, params: dict[str, jax.Array]) -> None:
-  """Raises unless `params` are those of `arch`; a language-model head that a classifier drops may be there."""
+  """Raises unless `params` are those of `arch`; a language-model head that a classifier drops
+  may be there.
+  """
   shapes = jax.tree_util.tree_flatten_with_path(transformer.abstract(arch)[1])[0]
   expected = {sharding.path_name(path): x.shape for path, x in shapes}
-  given = {path: x.shape for path, x in params.items() if path in expected or path != "lm_head/kernel"}
+  given = {
+    path: x.shape for path, x in params.items() if path in expected or path != "lm_head/kernel"
+  }
   if wrong := sorted(p for p in expected.keys() | given.keys() if expected.get(p) != given.get(p)):
     at = wrong[0]
     raise ValueError(
-      f"{len(wrong)} parameters are not those of the architecture, the first {at}: shape {given.get(at)} in the state, "
+      f"{len(wrong)} parameters are not those of the architecture, the first {at}: shape "
+      f"{given.get(at)} in the state, "
       f"{expected.get(at)} expected (None: absent); merge adapters before saving"
     )
 
 
 def _tensors(arch, params, score, dtype) -> Iterator[tuple[str, np.ndarray]]:
-  """(name on disk, array), with at most one stacked parameter (three where fused) on the host at a time."""
+  """(name on disk, array), with at most one stacked parameter (three where fused) on the host at
+  a time.
+  """
   groups: dict[str, list[str]] = {}  # template -> our paths, in the order of the parts
-  for path in sorted(params, key=lambda path: (name_of(arch, path)[1] or 0)):
+  for path in sorted(params, key=lambda path: name_of(arch, path)[1] or 0):
     if path != "lm_head/kernel" or arch.untied_head:
       groups.setdefault(name_of(arch, path)[0], []).append(path)
   for template, paths in sorted(groups.items()):
@@ -443,11 +534,17 @@ def _tensors(arch, params, score, dtype) -> Iterator[tuple[str, np.ndarray]]:
 def gather(x: jax.Array, dtype) -> np.ndarray:
   """A whole array on the host, also where its shards lie on other processes."""
   x = x if dtype is None else x.astype(dtype)
-  return np.asarray(x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True))
+  return np.asarray(
+    x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
+  )
 
 
-def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], max_bytes: int) -> None:
-  """Fills files up to `max_bytes`, then names them: one file, or model-0000i-of-0000n with an index."""
+def _write_shards(
+  folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], max_bytes: int
+) -> None:
+  """Fills files up to `max_bytes`, then names them: one file, or model-0000i-of-0000n with an
+  index.
+  """
   shards: list[list[str]] = []
   pending: dict[str, np.ndarray] = {}
   total = size = 0
@@ -479,7 +576,12 @@ def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]
 
 def _token_ids(tokenizer_folder) -> dict[str, Any]:
   """bos, eos and pad ids of the model that lies beside the tokenizer, where there is one."""
-  if tokenizer_folder is None or not (file := pathlib.Path(tokenizer_folder) / "config.json").exists():
+  if (
+    tokenizer_folder is None
+    or not (file := pathlib.Path(tokenizer_folder) / "config.json").exists()
+  ):
     return {}
   config = json.loads(file.read_text(encoding="utf-8"))
-  return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+  return {
+    key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config
+  }

@@ -1,4 +1,6 @@
-"""The laboratory's figures, drawn from its results; each can be read in black and white: by marker, dash and place."""
+"""The laboratory's figures, drawn from its results; each can be read in black and white: by
+marker, dash and place.
+"""
 
 import numpy as np
 
@@ -10,12 +12,17 @@ from r2m_jax.report.summary import window_means
 MARKS, DASHES = "os^DvPX*", ("-", "--", "-.", ":")
 INK, GREY = "#1c2127", "#767676"
 MOST = 8  # arms in one panel
-OF = {"gold": dict(marker="s", ls="-", color=INK), "proxy": dict(marker="o", ls=":", color="#D55E00", mfc="white")}
+OF = {
+  "gold": dict(marker="s", ls="-", color=INK),
+  "proxy": dict(marker="o", ls=":", color="#D55E00", mfc="white"),
+}
 
 
 def style(i: int) -> dict:
   """Colour, marker and dash of the i-th arm of a panel; no two of `MOST` share a marker."""
-  return dict(color=COLOURS[i % len(COLOURS)], marker=MARKS[i % len(MARKS)], ls=DASHES[i % len(DASHES)])
+  return dict(
+    color=COLOURS[i % len(COLOURS)], marker=MARKS[i % len(MARKS)], ls=DASHES[i % len(DASHES)]
+  )
 
 
 def canvas(wide: float, tall: float, rows: int = 1, columns: int = 1):
@@ -37,7 +44,13 @@ def rendered(figure) -> bytes:
 
 def legend(figure, axis, columns: int = 4):
   """Of one axis, below the figure."""
-  figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+  figure.legend(
+    *axis.get_legend_handles_labels(),
+    loc="outside lower center",
+    ncols=columns,
+    frameon=False,
+    fontsize=9,
+  )
 
 
 def root(kl):
@@ -48,7 +61,9 @@ def root(kl):
 def band(values: np.ndarray) -> np.ndarray:
   """Mean and interval over seeds of window means at each step: f64[S, T] -> f64[3, T']."""
   means = np.stack([window_means(row) for row in values])
-  return np.repeat(means, 3, 0) if len(values) < 2 else np.stack([means.mean(0), *stats.bounds(means)])
+  return (
+    np.repeat(means, 3, 0) if len(values) < 2 else np.stack([means.mean(0), *stats.bounds(means)])
+  )
 
 
 def only_factor(results: Results, arm: str) -> float:
@@ -58,7 +73,9 @@ def only_factor(results: Results, arm: str) -> float:
 
 
 def against_step(config, results: Results):
-  """A panel for each arm: gold with its interval, the frozen proxy, and the gold of the baseline beside it."""
+  """A panel for each arm: gold with its interval, the frozen proxy, and the gold of the baseline
+  beside it.
+  """
   names = list(results.curves)
   columns = min(4, len(names))
   rows = -(-len(names) // columns)
@@ -75,10 +92,18 @@ def against_step(config, results: Results):
     at = np.arange(len(mean))
     axis.fill_between(at, low, high, color="#0072B2", alpha=0.18, lw=0)
     axis.plot(at, mean, color=INK, lw=1.8, label="gold, 95% interval over seeds")
-    axis.plot(at, band(metrics["reward/frozen"])[0], color="#D55E00", ls=":", lw=1.6, label="frozen proxy")
+    axis.plot(
+      at, band(metrics["reward/frozen"])[0], color="#D55E00", ls=":", lw=1.6, label="frozen proxy"
+    )
     dress(axis, name, "step", "reward")
   most = max(axes.flat[: len(names)], key=lambda axis: len(axis.lines))
-  figure.legend(*most.get_legend_handles_labels(), loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+  figure.legend(
+    *most.get_legend_handles_labels(),
+    loc="outside upper center",
+    ncols=3,
+    frameon=False,
+    fontsize=9,
+  )
   return figure
 
 
@@ -89,8 +114,12 @@ def frontier(config, results: Results):
   figure, axes = canvas(11, 4.6, 1, 2)
   for i, name in enumerate(shown):
     curves = results.curves[name][only_factor(results, name)].metrics
-    way = [np.stack([window_means(row) for row in curves[key]]).mean(0) for key in ("kl", "reward/gold")]
-    axes[0, 0].plot(root(way[0]), way[1], label=name, lw=1.5, ms=5, markevery=max(1, len(way[0]) // 7), **style(i))
+    way = [
+      np.stack([window_means(row) for row in curves[key]]).mean(0) for key in ("kl", "reward/gold")
+    ]
+    axes[0, 0].plot(
+      root(way[0]), way[1], label=name, lw=1.5, ms=5, markevery=max(1, len(way[0]) // 7), **style(i)
+    )
     ends = []
     for factor in sorted(results.curves[name]):
       found = results.values[name, factor]
@@ -104,7 +133,9 @@ def frontier(config, results: Results):
 
 
 def forest(config, results: Results):
-  """Paired differences of gold, a row for each arm: filled against the baseline, open against the control."""
+  """Paired differences of gold, a row for each arm: filled against the baseline, open against
+  the control.
+  """
   measures = ["final", "area", *(at_kl("gold", target) for target in config.lab.kls)]
   titles = {"final": "Gold in the end", "area": "Mean gold of all steps"}
   rows = [row for row in results.rows if row["against"] and row["factor"] == 1.0]
@@ -112,16 +143,31 @@ def forest(config, results: Results):
   if not names:
     return None
   figure, axes = canvas(3.0 + 2.5 * len(measures), 0.3 * len(names) + 1.7, 1, len(measures))
-  leads = (config.lab.baseline, "s", INK, INK, 0.14), (config.lab.control, "o", "#D55E00", "white", -0.14)
+  leads = (
+    (config.lab.baseline, "s", INK, INK, 0.14),
+    (config.lab.control, "o", "#D55E00", "white", -0.14),
+  )
   for axis, measure in zip(axes[0], measures):
     axis.axvline(0, color=GREY, lw=1)
     for lead, mark, colour, fill, shift in leads:
-      mine = [row for row in rows if row["measure"] == measure and row["against"].split(".")[0] == lead]
+      mine = [
+        row for row in rows if row["measure"] == measure and row["against"].split(".")[0] == lead
+      ]
       if lead and mine:
         y = np.array([len(names) - 1 - names.index(row["arm"]) for row in mine]) + shift
         x, low, high = np.array([[row["value"], row["low"], row["high"]] for row in mine], float).T
-        axis.errorbar(x, y, xerr=np.clip([x - low, high - x], 0, None), fmt=mark, color=colour, mfc=fill, ms=5, lw=1.2,
-                      capsize=2, label=f"less {lead} (or {lead}.NAME)")  # fmt: skip
+        axis.errorbar(
+          x,
+          y,
+          xerr=np.clip([x - low, high - x], 0, None),
+          fmt=mark,
+          color=colour,
+          mfc=fill,
+          ms=5,
+          lw=1.2,
+          capsize=2,
+          label=f"less {lead} (or {lead}.NAME)",
+        )
     title = titles.get(measure) or f"Gold at KL {measure.rpartition('_')[2]}"
     dress(axis, title, "difference of gold", "")
     axis.set_yticks(range(len(names)), names[::-1] if axis is axes[0, 0] else [""] * len(names))
@@ -131,7 +177,9 @@ def forest(config, results: Results):
 
 
 def best_of_n(config, results: Results):
-  """Best-of-n by the proxy, and the baseline's way, with the fitted curves of Gao et al. on both."""
+  """Best-of-n by the proxy, and the baseline's way, with the fitted curves of Gao et al. on
+  both.
+  """
   if not results.best:
     return None
   figure, axes = canvas(10.5, 4.2, 1, 2)
@@ -146,8 +194,13 @@ def best_of_n(config, results: Results):
   if base in results.curves:
     factor = only_factor(results, base)
     seeds, curves = results.curves[base][factor].seeds, results.curves[base][factor].metrics
-    way = {key: np.stack([window_means(row) for row in curves[key]]) for key in ("kl", "reward/gold", "reward/frozen")}
-    way["reward/gold"] -= np.array([[results.sft_gold[seed]] for seed in seeds])  # the proxy's mean there is 0
+    way = {
+      key: np.stack([window_means(row) for row in curves[key]])
+      for key in ("kl", "reward/gold", "reward/frozen")
+    }
+    way["reward/gold"] -= np.array(
+      [[results.sft_gold[seed]] for seed in seeds]
+    )  # the proxy's mean there is 0
     x = root(way["kl"].mean(0))
     for label, key in (("gold", "reward/gold"), ("proxy", "reward/frozen")):
       axes[0, 1].plot(x, way[key].mean(0), label=label, markevery=max(1, len(x) // 9), **OF[label])
@@ -155,7 +208,9 @@ def best_of_n(config, results: Results):
   for axis, x, key, kind, formula in panels:
     fit, at = results.fits[key][kind], np.linspace(max(x.max() * 1e-3, 1e-6), x.max(), 200)
     curve = at * (fit.a.value - fit.b.value * stats.KINDS[kind](at))
-    axis.plot(at, curve, color="#0072B2", ls="--", lw=1.4, label=f"fit of gold: {formula}, R² {fit.r2:.2f}")
+    axis.plot(
+      at, curve, color="#0072B2", ls="--", lw=1.4, label=f"fit of gold: {formula}, R² {fit.r2:.2f}"
+    )
     axis.legend(frameon=False, fontsize=8.5)
   dress(axes[0, 0], "Best of n by the proxy", ROOT_KL, "change from the supervised policy")
   dress(axes[0, 1], f"RL: {base}", ROOT_KL, "change from the supervised policy")
@@ -163,13 +218,18 @@ def best_of_n(config, results: Results):
 
 
 def drift(config, results: Results):
-  """What happens to scores as the policy's states move, a line for each arm with feedback (means over seeds)."""
+  """What happens to scores as the policy's states move, a line for each arm with feedback (means
+  over seeds).
+  """
   panels = (
     ("drift/fixed_states", "Fixed responses: states alone", "mean change of score"),
     ("drift/fixed_states_std", "The same, spread over responses", "deviation of the change"),
     ("drift/own_states", "Own samples: gain through own states", "score"),
   )
-  has = lambda name: panels[0][0] in results.curves[name][only_factor(results, name)].metrics
+
+  def has(name):
+    return panels[0][0] in results.curves[name][only_factor(results, name)].metrics
+
   names = [name for name in results.curves if has(name)][:MOST]
   if not names:
     return None
@@ -187,18 +247,44 @@ def drift(config, results: Results):
 
 # (file, heading, caption, drawing)
 FIGURES = (
-  ("1_gold_against_step", "Gold against the step",
-   "Solid: gold, with its interval over seeds. Dotted: the frozen proxy on the same samples. Dashed: gold of the "
-   "baseline of the same kind.", against_step),
-  ("2_frontier", "Gold against distance from the reference",
-   "An arm is better where it has more gold at the same KL. Ending sooner on the same curve is a smaller step, not a "
-   "better reward.", frontier),
-  ("3_differences", "Paired differences of gold",
-   "Means over seeds with 95% intervals; an interval that holds 0 shows no difference. Gold at a KL uses the seeds "
-   "that both arms take there.", forest),
-  ("4_best_of_n", "Best of n", "No training: the best of n samples of the supervised policy by the proxy.", best_of_n),
-  ("5_drift", "Scores under drifting feedback",
-   "Responses and reward head held fixed, the score moves with the policy's states alone. What all responses share "
-   "moves no advantage; the spread does. On the right: what the policy's own samples gain because the reward reads the "
-   "policy's states and not the reference's.", drift),
-)  # fmt: skip
+  (
+    "1_gold_against_step",
+    "Gold against the step",
+    "Solid: gold, with its interval over seeds. Dotted: the frozen proxy on the same samples. "
+    "Dashed: gold of the "
+    "baseline of the same kind.",
+    against_step,
+  ),
+  (
+    "2_frontier",
+    "Gold against distance from the reference",
+    "An arm is better where it has more gold at the same KL. Ending sooner on the same curve is a "
+    "smaller step, not a "
+    "better reward.",
+    frontier,
+  ),
+  (
+    "3_differences",
+    "Paired differences of gold",
+    "Means over seeds with 95% intervals; an interval that holds 0 shows no difference. Gold at a "
+    "KL uses the seeds "
+    "that both arms take there.",
+    forest,
+  ),
+  (
+    "4_best_of_n",
+    "Best of n",
+    "No training: the best of n samples of the supervised policy by the proxy.",
+    best_of_n,
+  ),
+  (
+    "5_drift",
+    "Scores under drifting feedback",
+    "Responses and reward head held fixed, the score moves with the policy's states alone. What "
+    "all responses share "
+    "moves no advantage; the spread does. On the right: what the policy's own samples gain because "
+    "the reward reads the "
+    "policy's states and not the reference's.",
+    drift,
+  ),
+)

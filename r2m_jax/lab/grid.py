@@ -1,8 +1,9 @@
-"""task = "lab": arms x seeds x KL weights on the gold-reward task, every replica of an arm in one program.
+"""task = "lab": arms x seeds x KL weights on the gold-reward task, every replica of an arm in one
+program.
 
-The step is that of `step.py`, vmapped. A replica is one seed at one KL weight; alone it would be `tasks.gold.run` with
-that seed. WORKDIR/table has an arm's rows once it has ended, WORKDIR/partial what is unfinished. Processes that are
-given the same command share the arms out. See docs/lab.md.
+The step is that of `step.py`, vmapped. A replica is one seed at one KL weight; alone it would be
+`tasks.gold.run` with that seed. WORKDIR/table has an arm's rows once it has ended, WORKDIR/partial
+what is unfinished. Processes that are given the same command share the arms out. See docs/lab.md.
 """
 
 import contextlib
@@ -25,56 +26,96 @@ from r2m_jax.config import ConfigError, arms_of, identity
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.labels import gold_labeller
 from r2m_jax.goldtask.rl import gold_metrics, program_of, rl_prompts, shared_arm
-from r2m_jax.goldtask.stages import STREAM_BEST, STREAM_PROBE, golden_job, head_job, reward_job, sample, scorer, sft_job
-from r2m_jax.goldtask.stages import standardise
+from r2m_jax.goldtask.stages import (
+  STREAM_BEST,
+  STREAM_PROBE,
+  golden_job,
+  head_job,
+  reward_job,
+  sample,
+  scorer,
+  sft_job,
+  standardise,
+)
 from r2m_jax.lab import report, results, stats, table
 from r2m_jax.lab.together import fit_together, pick, seeds_mesh, spread, stack, together
 from r2m_jax.models.generate import generate
 from r2m_jax.ops import combine
 from r2m_jax.parallel.sharding import make_mesh
 from r2m_jax.run import checkpoint, loop
-from r2m_jax.run.build import Build, abstract, build, init_policy, init_reward_model, make_first_state
+from r2m_jax.run.build import (
+  Build,
+  abstract,
+  build,
+  init_policy,
+  init_reward_model,
+  make_first_state,
+)
 from r2m_jax.run.fit import PARTIAL
 from r2m_jax.run.identities import check_step_zero, sample_rounding
 from r2m_jax.run.progress import progress
 from r2m_jax.run.workdir import claim, shapes_of, warm
-from r2m_jax.step import make_judge, make_learn, make_omega, make_read, make_rollout, measured_kl, read_feedback
-from r2m_jax.step import sampling
+from r2m_jax.step import (
+  make_judge,
+  make_learn,
+  make_omega,
+  make_read,
+  make_rollout,
+  measured_kl,
+  read_feedback,
+  sampling,
+)
 
 KEY_PROBE = 2**31 - 10  # of the fixed responses
 BEST_GROUP = 2  # samples of a prompt drawn at a time: by the program that draws preferences
 
 
 def run(config, workdir: Path) -> None:
-  """Runs what is not in the table yet, an arm after another, and draws the report of all that is in it."""
+  """Runs what is not in the table yet, an arm after another, and draws the report of all that is
+  in it.
+  """
   arms = arms_of(config)
   if jax.process_count() > 1:
-    raise ConfigError("config.task is 'lab': for one process, over whose devices its seeds are shared out")
+    raise ConfigError(
+      "config.task is 'lab': for one process, over whose devices its seeds are shared out"
+    )
   claim(config, workdir)
   wanted = [(seed, factor) for factor in config.lab.betas for seed in config.lab.seeds]
   for name, arm in arms.items():  # before anything is computed
     missing_of(workdir, name, arm, wanted)
   device = jax.devices()[0]
-  print(f"r2m_jax  lab: {len(arms)} arms x {len(config.lab.seeds)} seeds x {len(config.lab.betas)} KL weights on "
-        f"{len(jax.devices())} {device.platform} device(s); writes {workdir}", flush=True)  # fmt: skip
+  print(
+    f"r2m_jax  lab: {len(arms)} arms x {len(config.lab.seeds)} seeds x {len(config.lab.betas)} KL "
+    "weights on "
+    f"{len(jax.devices())} {device.platform} device(s); writes {workdir}",
+    flush=True,
+  )
   best_of_n(with_seed(config, 0), config.lab.seeds, workdir)
   proxies = workdir / "stages" / stage_name("reward", config)
 
   def conclude(draw):
-    with alone(workdir, "report"):  # of what is finished now; the process that ends last has all of it
+    with alone(
+      workdir, "report"
+    ):  # of what is finished now; the process that ends last has all of it
       found, facts = report.read(config, arms, workdir, proxies)
       results.write_summary(workdir / "summary.csv", found)
       return draw(found, facts)
 
-  for wait in (False, True):  # first what no other process is at; then what others left, should one have been killed
+  for wait in (
+    False,
+    True,
+  ):  # first what no other process is at; then what others left, should one have been killed
     for i, (name, arm) in enumerate(arms.items(), 1):
       where, began = f"[{i}/{len(arms)}] {name:<26}", time.monotonic()
       with alone(workdir, f"arm-{name}", wait=wait) as mine:
         missing = missing_of(workdir, name, arm, wanted) if mine else []
-        for part in (missing[n : n + config.lab.together] for n in range(0, len(missing), config.lab.together)):
+        for part in (
+          missing[n : n + config.lab.together] for n in range(0, len(missing), config.lab.together)
+        ):
           add_to_table(workdir, name, arm, part)
       if missing:
-        jax.clear_caches()  # what another arm shares of this one's programs is in the compilation cache
+        # what another arm shares of this one's programs is in the compilation cache
+        jax.clear_caches()
         text = conclude(lambda found, facts, name=name: report.line(config, found, name))
         print(f"{where} {len(missing)} runs, {time.monotonic() - began:.0f} s  {text}", flush=True)
       elif not wait:
@@ -84,7 +125,8 @@ def run(config, workdir: Path) -> None:
 
 @contextlib.contextmanager
 def alone(workdir: Path, what: str, *, wait: bool = True):
-  """Keeps other processes with this workdir from `what` meanwhile; a process that dies keeps nobody from anything.
+  """Keeps other processes with this workdir from `what` meanwhile; a process that dies keeps nobody
+  from anything.
 
   Gives True; without `wait` False, and no claim, where another process is at it.
   """
@@ -121,7 +163,8 @@ def missing_of(workdir: Path, name: str, arm, wanted: list) -> list[tuple[int, f
   columns, of = table.read_table(path)
   if of != identity(arm):
     raise ConfigError(
-      f"config.lab.arms: {path} has {name!r} with other settings; give the new one another name, such as {name}.new"
+      f"config.lab.arms: {path} has {name!r} with other settings; give the new one another name, "
+      f"such as {name}.new"
     )
   done = set(zip(columns["seed"].tolist(), columns["factor"].tolist()))
   return [pair for pair in wanted if pair not in done]
@@ -145,24 +188,34 @@ def with_seed(config, seed: int):
 
 
 def stage_name(stage: str, config) -> str:
-  """A stage's name with a fingerprint of all that its result depends on, so that arms share what is the same."""
+  """A stage's name with a fingerprint of all that its result depends on, so that arms share what
+  is the same.
+  """
   read = json.loads(config.to_json())
-  parts = {name: read[name] for name in ("dtype", "param_dtype", "remat", "logits_chunk", "rollout", "sft")}
+  parts = {
+    name: read[name] for name in ("dtype", "param_dtype", "remat", "logits_chunk", "rollout", "sft")
+  }
   parts["arch"] = read["policy"]["arch"]
   if stage != "sft":  # how heads are combined changes none of them
-    parts["reward"] = {k: v for k, v in read["reward"].items() if k not in ("combine", "variance_weight")}
+    parts["reward"] = {
+      k: v for k, v in read["reward"].items() if k not in ("combine", "variance_weight")
+    }
   if stage == "warm_start":
     parts["r2m"] = read["r2m"]
   return f"{stage}-{short(parts)}"
 
 
 def fitted(workdir: Path, name: str, seeds, like, make) -> dict[int, object]:
-  """{seed: result} of a stage. Those not saved yet are made together: make(seeds, scratch folder) -> [(result, facts)].
+  """{seed: result} of a stage. Those not saved yet are made together: make(seeds, scratch folder)
+  -> [(result, facts)].
 
   Args:
     like: shapes, dtypes and shardings of one result.
   """
-  kept = {seed: checkpoint.open_checkpoints(workdir / "stages" / name / f"seed_{seed}", last=1) for seed in seeds}
+  kept = {
+    seed: checkpoint.open_checkpoints(workdir / "stages" / name / f"seed_{seed}", last=1)
+    for seed in seeds
+  }
   with alone(workdir, name):
     missing = [seed for seed, checkpoints in kept.items() if checkpoint.newest(checkpoints) is None]
     if missing:
@@ -171,20 +224,27 @@ def fitted(workdir: Path, name: str, seeds, like, make) -> dict[int, object]:
         checkpoint.save(kept[seed], 0, result, facts={"found": facts})
         checkpoint.wait(kept[seed])
       shutil.rmtree(scratch, ignore_errors=True)
-      print(f"{name}: seeds {', '.join(map(str, missing))}, {time.monotonic() - began:.0f} s", flush=True)
+      print(
+        f"{name}: seeds {', '.join(map(str, missing))}, {time.monotonic() - began:.0f} s",
+        flush=True,
+      )
   return {seed: checkpoint.restore(checkpoints, like) for seed, checkpoints in kept.items()}
 
 
 def starts_of(config, seeds, workdir: Path) -> tuple[Build, dict, dict, dict]:
-  """Where an arm's RL starts: (build of its program, {seed: policy}, {seed: reward model}, {seed: head} or None)."""
+  """Where an arm's RL starts: (build of its program, {seed: policy}, {seed: reward model},
+  {seed: head} or None).
+  """
   shared = program_of(config)
   built = build(shared, make_mesh((1, 1, 1), jax.devices()[:1]), vocab_size=goldtask.VOCAB_SIZE)
   configs, key = {seed: with_seed(config, seed) for seed in seeds}, jax.random.key(0)
 
   head_of = jax.jit(lambda key, *start: make_first_state(config, built)(key, *start).reward_head)
-  first_head = lambda seed: head_of(
-    jax.random.key(seed), policies[seed], rewards[seed]["backbone"], rewards[seed]["phi"]
-  )  # fmt: skip
+
+  def first_head(seed):
+    return head_of(
+      jax.random.key(seed), policies[seed], rewards[seed]["backbone"], rewards[seed]["phi"]
+    )
 
   def fit_sft(missing, scratch):
     jobs = [sft_job(configs[seed], built) for seed in missing]
@@ -192,7 +252,10 @@ def starts_of(config, seeds, workdir: Path) -> tuple[Build, dict, dict, dict]:
 
   def fit_pairs(job_of, missing, scratch):
     models = fit_together([job_of(seed) for seed in missing], built, scratch)
-    return [standardise(configs[seed], built, policies[seed], model) for seed, model in zip(missing, models)]
+    return [
+      standardise(configs[seed], built, policies[seed], model)
+      for seed, model in zip(missing, models)
+    ]
 
   def fit_heads(missing, scratch):
     jobs = [head_job(configs[s], built, policies[s], rewards[s], first_head(s)) for s in missing]
@@ -200,24 +263,40 @@ def starts_of(config, seeds, workdir: Path) -> tuple[Build, dict, dict, dict]:
 
   policy_like = abstract(functools.partial(init_policy, config, built), built.mesh, key)
   policies = fitted(workdir, stage_name("sft", config), seeds, policy_like, fit_sft)
-  reward_like = abstract(functools.partial(init_reward_model, config, built), built.mesh, policy_like, key)
+  reward_like = abstract(
+    functools.partial(init_reward_model, config, built), built.mesh, policy_like, key
+  )
   rewards = fitted(
-    workdir, stage_name("reward", config), seeds, reward_like,
+    workdir,
+    stage_name("reward", config),
+    seeds,
+    reward_like,
     functools.partial(fit_pairs, lambda seed: reward_job(configs[seed], built, policies[seed])),
-  )  # fmt: skip
+  )
   start, heads = VARIANTS[config.variant].start if config.variant else "", None
   if start == "golden":
-    golden = lambda seed: golden_job(configs[seed], built, policies[seed], rewards[seed])
+
+    def golden(seed):
+      return golden_job(configs[seed], built, policies[seed], rewards[seed])
+
     rewards = fitted(
-      workdir, stage_name("reward_golden", config), seeds, reward_like, functools.partial(fit_pairs, golden)
+      workdir,
+      stage_name("reward_golden", config),
+      seeds,
+      reward_like,
+      functools.partial(fit_pairs, golden),
     )
   if start == "head":
-    heads = fitted(workdir, stage_name("warm_start", config), seeds, shapes_of(first_head(seeds[0])), fit_heads)
+    heads = fitted(
+      workdir, stage_name("warm_start", config), seeds, shapes_of(first_head(seeds[0])), fit_heads
+    )
   return built, policies, rewards, heads
 
 
 def best_of_n(config, seeds, workdir: Path) -> None:
-  """Best-of-n of the supervised policy by the proxy, a row for each seed and n: WORKDIR/best_of_n.parquet."""
+  """Best-of-n of the supervised policy by the proxy, a row for each seed and n:
+  WORKDIR/best_of_n.parquet.
+  """
   with alone(workdir, "best_of_n"):
     add_best_of_n(config, seeds, workdir)
 
@@ -231,22 +310,48 @@ def add_best_of_n(config, seeds, workdir: Path) -> None:
   config.variant = "vanilla"
   built, policies, rewards, _ = starts_of(config, tuple(missing), workdir)
   groups = -(-lab.best_samples // BEST_GROUP)
-  count, members = groups * BEST_GROUP, scorer(built.defs.reward_backbone, built.defs.phi, built.mesh)
+  count, members = (
+    groups * BEST_GROUP,
+    scorer(built.defs.reward_backbone, built.defs.phi, built.mesh),
+  )
   sizes = [2**i for i in range(count.bit_length()) if 2**i <= count]
   for seed in missing:
     notes = goldtask.prompts(seed, STREAM_BEST, 0, lab.best_prompts)
-    prompts = jax.tree.map(lambda x: np.repeat(x, groups, 0), notes)  # each with groups x BEST_GROUP samples
-    prompts = prompts.replace(example_id=np.arange(len(prompts.tokens), dtype=np.int32) + STREAM_BEST * 2**24)
-    drawn = sample(with_seed(config, seed), built, policies[seed], prompts, group_size=BEST_GROUP, purpose=KEY_PROBE)
-    rows = lambda x: [x[i : i + 1024] for i in range(0, len(x), 1024)]
-    scores = np.concatenate([
-      combine(members(rewards[seed], *part), config.reward.combine, config.reward.variance_weight)
-      for part in zip(rows(drawn.tokens), rows(drawn.token_mask))
-    ])  # fmt: skip
-    proxy, gold = (np.asarray(x, float).reshape(-1, count) for x in (scores, goldtask.gold(drawn).gold))
-    mean = lambda values, n: np.mean([stats.best_of(*pair, n) for pair in zip(proxy, values)])
+    prompts = jax.tree.map(
+      lambda x: np.repeat(x, groups, 0), notes
+    )  # each with groups x BEST_GROUP samples
+    prompts = prompts.replace(
+      example_id=np.arange(len(prompts.tokens), dtype=np.int32) + STREAM_BEST * 2**24
+    )
+    drawn = sample(
+      with_seed(config, seed),
+      built,
+      policies[seed],
+      prompts,
+      group_size=BEST_GROUP,
+      purpose=KEY_PROBE,
+    )
+
+    def rows(x):
+      return [x[i : i + 1024] for i in range(0, len(x), 1024)]
+
+    scores = np.concatenate(
+      [
+        combine(members(rewards[seed], *part), config.reward.combine, config.reward.variance_weight)
+        for part in zip(rows(drawn.tokens), rows(drawn.token_mask))
+      ]
+    )
+    proxy, gold = (
+      np.asarray(x, float).reshape(-1, count) for x in (scores, goldtask.gold(drawn).gold)
+    )
+
+    def mean(values, n):
+      return np.mean([stats.best_of(*pair, n) for pair in zip(proxy, values)])
+
     new = {"seed": np.full(len(sizes), seed), "n": np.array(sizes), "kl": stats.best_of_kl(sizes)}
-    new |= {name: np.array([mean(x, n) for n in sizes]) for name, x in (("gold", gold), ("proxy", proxy))}
+    new |= {
+      name: np.array([mean(x, n) for n in sizes]) for name, x in (("gold", gold), ("proxy", proxy))
+    }
     columns = new if columns is None else table.joined(columns, new)
   table.write_table(path, columns)
 
@@ -257,7 +362,10 @@ def add_best_of_n(config, seeds, workdir: Path) -> None:
 def first_states(config, built: Build, mesh, replicas, policies, rewards, heads):
   """The first TrainState of every replica, stacked and spread over the mesh."""
   seeds = [seed for seed, _ in replicas]
-  stacked = lambda values: spread(stack([values[seed] for seed in seeds]), mesh)
+
+  def stacked(values):
+    return spread(stack([values[seed] for seed in seeds]), mesh)
+
   reward = stacked(rewards)
   make, keys = make_first_state(config, built), {seed: jax.random.key(seed) for seed in seeds}
   state = together(make, mesh)(stacked(keys), stacked(policies), reward["backbone"], reward["phi"])
@@ -268,7 +376,9 @@ def first_states(config, built: Build, mesh, replicas, policies, rewards, heads)
 
 
 def make_together_step(config, built: Build, mesh, configs: list):
-  """`step(states, prompts, number) -> (states, outputs)` of all replicas, each with its own config's labels."""
+  """`step(states, prompts, number) -> (states, outputs)` of all replicas, each with its own
+  config's labels.
+  """
   program, arm = program_of(config), shared_arm(config)
   rollout = make_rollout(built.defs, program, built.mesh, (goldtask.EOS,), goldtask.PAD)
   learn = make_learn(built.defs, program, built.mesh, same_tokens=True)
@@ -293,21 +403,32 @@ def make_together_step(config, built: Build, mesh, configs: list):
 
 
 def make_probe(config, built: Build, mesh):
-  """Builds `(fix, probe)`: fixed responses of the policy at the start, and how feedback moves the scores of responses.
+  """Builds `(fix, probe)`: fixed responses of the policy at the start, and how feedback moves the
+  scores of responses.
 
-  fix(state, prompts) -> Sequences. probe(state, first head, fixed, samples of the step) -> f32 metrics:
+  fix(state, prompts) -> Sequences. probe(state, first head, fixed, samples of the step) -> f32
+  metrics:
 
     drift/fixed_states      mean change of the fixed responses' score by the first head at omega's floor, as the
                             reference's states give way to the policy's: nothing else differs
     drift/fixed_states_std  its deviation over the responses; what is common to all of them moves no advantage
     drift/fixed_score       mean change of their score in all: head, omega and states, against the start
     drift/own_states        mean score of the step's own samples by today's head with the policy's states, less that
-                            with the reference's over the same tokens: what the policy gains through states it writes
+                            with the reference's over the same tokens: what the policy gains through
+                            states it writes
   """
   read, judge, omega_at = make_read(config), make_judge(built.defs, config), make_omega(config)
-  floor, reading = config.r2m.omega_min, sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=0)
-  settings = dict(group_size=1, max_new_tokens=config.rollout.max_new_tokens, eos_ids=(goldtask.EOS,),
-                  pad_id=goldtask.PAD, **sampling(config))  # fmt: skip
+  floor, reading = (
+    config.r2m.omega_min,
+    sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=0),
+  )
+  settings = dict(
+    group_size=1,
+    max_new_tokens=config.rollout.max_new_tokens,
+    eos_ids=(goldtask.EOS,),
+    pad_id=goldtask.PAD,
+    **sampling(config),
+  )
 
   def fix(state, prompts):
     key = jax.random.fold_in(state.key, KEY_PROBE)
@@ -321,16 +442,28 @@ def make_probe(config, built: Build, mesh):
         w = omega_at(state.step, measured_kl(*read(policy, ref, sequences), sequences))
       given = state.replace(reward_head=head, reward_average=None)
       judged, _ = judge(
-        given, w, sequences, old if feedback else of_ref, of_ref, sequences.tokens, sequences.token_mask,
+        given,
+        w,
+        sequences,
+        old if feedback else of_ref,
+        of_ref,
+        sequences.tokens,
+        sequences.token_mask,
         sampled=len(sequences.tokens),
-      )  # fmt: skip
+      )
       return judged
 
     head = state.reward_head if state.reward_average is None else state.reward_average
     w = jnp.asarray(floor, state.omega.dtype)
     before, now = (scores(fixed, first_head, w, feedback).scores for feedback in (False, True))
-    today, own, own_ref = (scores(*of) for of in ((fixed, head, None, True), (samples, head, None, True),
-                                                  (samples, head, None, False)))  # fmt: skip
+    today, own, own_ref = (
+      scores(*of)
+      for of in (
+        (fixed, head, None, True),
+        (samples, head, None, True),
+        (samples, head, None, False),
+      )
+    )
     return {
       "drift/fixed_states": (now - before).mean(),
       "drift/fixed_states_std": (now - before).std(),
@@ -347,11 +480,16 @@ def run_arm(name: str, config, replicas: list[tuple[int, float]], workdir: Path)
   built, policies, rewards, heads = starts_of(config, seeds, workdir)
   mesh, configs = seeds_mesh(len(replicas)), [with_seed(config, seed) for seed, _ in replicas]
   states = first_states(config, built, mesh, replicas, policies, rewards, heads)
-  step, probing = make_together_step(config, built, mesh, configs), VARIANTS[config.variant].feedback != ""
+  step, probing = (
+    make_together_step(config, built, mesh, configs),
+    VARIANTS[config.variant].feedback != "",
+  )
   if probing:
     fix, probe = make_probe(program_of(config), built, mesh)
     count = config.lab.probe_prompts
-    fixed = fix(states, stack([goldtask.prompts(one.seed, STREAM_PROBE, 0, count) for one in configs]))
+    fixed = fix(
+      states, stack([goldtask.prompts(one.seed, STREAM_PROBE, 0, count) for one in configs])
+    )
     first_head = jax.tree.map(jnp.copy, states.reward_head)
 
   folder = partial_of(workdir, name, config, replicas)
@@ -375,11 +513,15 @@ def run_arm(name: str, config, replicas: list[tuple[int, float]], workdir: Path)
         rows = []
         for i in range(len(replicas)):
           one = pick(out, i)
-          found = {key: value for key, value in one.metrics.items() if measured(key, config.variant)}
+          found = {
+            key: value for key, value in one.metrics.items() if measured(key, config.variant)
+          }
           rows.append(found | gold_metrics(one, config.rollout.group_size) | pick(drift, i))
         if t == 0:
           worst = {key: max(row[key] for row in rows) for key in found}
-          rounding = sample_rounding(built.defs, config, pick(states.ref, 0), pick(out.sequences, 0))
+          rounding = sample_rounding(
+            built.defs, config, pick(states.ref, 0), pick(out.sequences, 0)
+          )
           check_step_zero(worst, rounding, config)
           names = list(rows[0])
           log = np.full((config.steps, len(replicas), len(names)), np.nan, np.float32)
@@ -388,8 +530,12 @@ def run_arm(name: str, config, replicas: list[tuple[int, float]], workdir: Path)
         bar.update(gold=np.mean([row["reward/gold"] for row in rows]))
         last, stop = t + 1 == config.steps, asked()
         if stop or (not last and (t + 1) % config.log.checkpoint_every == 0):
-          checkpoint.save(checkpoints, t + 1, {"states": states, "log": log}, facts={"names": names})
+          checkpoint.save(
+            checkpoints, t + 1, {"states": states, "log": log}, facts={"names": names}
+          )
         if stop:
           break
   betas = [config.kl.beta * factor for _, factor in replicas]
-  return table.arm_columns(name, [(*replica, beta) for replica, beta in zip(replicas, betas)], names, log)
+  return table.arm_columns(
+    name, [(*replica, beta) for replica, beta in zip(replicas, betas)], names, log
+  )

@@ -1,9 +1,10 @@
 """task = "lab_text": the laboratory on real text. See docs/lab.md, "The second task".
 
-  policy -> gold reward model on clean pairs -> per seed: proxy on a noisy subset, RL of every arm -> table and report
+  policy -> gold reward model on clean pairs -> per seed: proxy on a noisy subset, RL of every arm
+  -> table and report
 
-Each stage leaves a folder below WORKDIR, so that the same command goes on where it stopped. Processes with the same
-command share the work.
+Each stage leaves a folder below WORKDIR, so that the same command goes on where it stopped.
+Processes with the same command share the work.
 """
 
 import dataclasses
@@ -43,16 +44,31 @@ def run(config, workdir: Path) -> None:
   check_batch(config, tuple(mesh.shape.values()))
   scratch.require_data(config)
   claim(config, workdir)
-  print(f"r2m_jax  lab_text: {len(arms)} arms x {len(config.lab.seeds)} seeds on {mesh.size} "
-        f"{jax.devices()[0].platform} device(s); writes {workdir}", flush=True)  # fmt: skip
+  print(
+    f"r2m_jax  lab_text: {len(arms)} arms x {len(config.lab.seeds)} seeds on {mesh.size} "
+    f"{jax.devices()[0].platform} device(s); writes {workdir}",
+    flush=True,
+  )
   with alone(workdir, "policy"):
-    sft = Path(config.policy.path).absolute() if config.policy.path else scratch.make_policy(config, workdir, mesh)[1]
+    sft = (
+      Path(config.policy.path).absolute()
+      if config.policy.path
+      else scratch.make_policy(config, workdir, mesh)[1]
+    )
     drawn = sft_samples(config, workdir, mesh, sft)
-  fit_gold = lambda: make_gold(config, workdir, mesh, sft, drawn)
-  fit_proxy = lambda seed: make_proxy(config, workdir, mesh, sft, seed, drawn)
+
+  def fit_gold():
+    return make_gold(config, workdir, mesh, sft, drawn)
+
+  def fit_proxy(seed):
+    return make_proxy(config, workdir, mesh, sft, seed, drawn)
+
   fits = {f"proxy {seed}": functools.partial(fit_proxy, seed) for seed in config.lab.seeds}
   share_out(workdir, {"gold": fit_gold} | fits)
-  gold, proxies = fit_gold(), {seed: fit_proxy(seed) for seed in config.lab.seeds}  # their folders, whoever made them
+  gold, proxies = (
+    fit_gold(),
+    {seed: fit_proxy(seed) for seed in config.lab.seeds},
+  )  # their folders, whoever made them
 
   def rl(name: str, seed: int) -> None:
     run_arm(name, arms[name], workdir, mesh, sft, proxies[seed], gold, seed)
@@ -68,9 +84,14 @@ def run(config, workdir: Path) -> None:
 
 
 def share_out(workdir: Path, jobs: dict[str, Callable[[], object]]) -> None:
-  """Does all jobs, some of them in other processes with this workdir; a job that is done must know it."""
+  """Does all jobs, some of them in other processes with this workdir; a job that is done must
+  know it.
+  """
   left = dict(jobs)
-  for wait in (False, True):  # first what no other process is at; then what one that was killed has left
+  for wait in (
+    False,
+    True,
+  ):  # first what no other process is at; then what one that was killed has left
     for name in list(left):
       with alone(workdir, name, wait=wait) as mine:
         if mine:
@@ -81,21 +102,33 @@ def share_out(workdir: Path, jobs: dict[str, Callable[[], object]]) -> None:
 
 
 def sft_samples(config, workdir: Path, mesh, sft: Path) -> list[dict]:
-  """One response of the supervised policy to each of config.scratch.samples held-out prompts: the scale of scores."""
+  """One response of the supervised policy to each of config.scratch.samples held-out prompts:
+  the scale of scores.
+  """
   path = workdir / SAMPLES
   if not path.exists():
     policy = load_policy(str(sft), config, mesh)
     settings, rows, prompts = scratch.held_out_prompts(config, policy)
     drawn = serve.sample(settings, policy, prompts, mesh)
-    write_rows(str(path), [
-      {"prompt": row["prompt"], "response": d["text"], "truncated": d["truncated"], "length": len(d["tokens"])}
-      for row, d in zip(rows, drawn)
-    ])  # fmt: skip
+    write_rows(
+      str(path),
+      [
+        {
+          "prompt": row["prompt"],
+          "response": d["text"],
+          "truncated": d["truncated"],
+          "length": len(d["tokens"]),
+        }
+        for row, d in zip(rows, drawn)
+      ],
+    )
   return read_rows(str(path), ("prompt", "response"))
 
 
 def standardise(config, raw: Path, workdir: Path, mesh, drawn: list[dict], out: Path) -> None:
-  """Writes the reward model in `raw` to `out`, its scores of `drawn` with mean 0 and standard deviation 1."""
+  """Writes the reward model in `raw` to `out`, its scores of `drawn` with mean 0 and standard
+  deviation 1.
+  """
   model = load_reward(str(raw), config, mesh)
   scores, phi = serve.score(config, model, None, drawn, mesh), model.phi
   scale = 1 / max(float(scores.std()), 1e-6)
@@ -107,8 +140,9 @@ def standardise(config, raw: Path, workdir: Path, mesh, drawn: list[dict], out: 
 def grow(policy: Policy, factor: int) -> Policy:
   """The policy with `factor` times its layers, which says what the policy says until it is trained.
 
-  After each layer come copies of it whose output projections are zero, so that they add nothing to the residual stream:
-  block expansion, Wu et al., LLaMA Pro (arXiv 2401.02415), section 3.2. Its graphdef stays that of the policy.
+  After each layer come copies of it whose output projections are zero, so that they add nothing to
+  the residual stream: block expansion, Wu et al., LLaMA Pro (arXiv 2401.02415), section 3.2. Its
+  graphdef stays that of the policy.
   """
   sliding = policy.arch.sliding_layers
   if sliding is not None:
@@ -128,10 +162,17 @@ def grow(policy: Policy, factor: int) -> Policy:
 
 
 def make_gold(config, workdir: Path, mesh, sft: Path, drawn: list[dict]) -> Path:
-  """The folder of the gold reward model: config.gold.path or one grown from the policy and fitted, at scale."""
-  folder, grown, raw, out = workdir / "gold", *(workdir / "models" / name for name in ("grown", "gold_raw", "gold"))
+  """The folder of the gold reward model: config.gold.path or one grown from the policy and
+  fitted, at scale.
+  """
+  folder, grown, raw, out = (
+    workdir / "gold",
+    *(workdir / "models" / name for name in ("grown", "gold_raw", "gold")),
+  )
   settings = scratch.derived(config, "reward", config.scratch.pairs, policy__path=str(grown))
-  settings.reward.update({name: value for name, value in config.gold.items() if name not in ("path", "depth")})
+  settings.reward.update(
+    {name: value for name, value in config.gold.items() if name not in ("path", "depth")}
+  )
 
   def fit(out):
     policy = grow(load_policy(str(sft), config, mesh), config.gold.depth)
@@ -142,25 +183,42 @@ def make_gold(config, workdir: Path, mesh, sft: Path, drawn: list[dict]) -> Path
   if not config.gold.path:
     scratch.once(workdir, "gold", raw, fit)
   source = Path(config.gold.path).absolute() if config.gold.path else raw
-  scratch.once(workdir, "gold at scale", out, lambda out: standardise(settings, source, workdir, mesh, drawn, out))
+  scratch.once(
+    workdir,
+    "gold at scale",
+    out,
+    lambda out: standardise(settings, source, workdir, mesh, drawn, out),
+  )
   return out
 
 
 def noisy_subset(config, rows: list[dict], seed: int) -> list[dict]:
-  """config.reward.pairs of the pairs, chosen and rejected exchanged in exactly the share config.reward.label_flip."""
+  """config.reward.pairs of the pairs, chosen and rejected exchanged in exactly the share
+  config.reward.label_flip.
+  """
   datasets.enough(len(rows), "reward.pairs", config.reward.pairs, "scratch.pairs")
   rng, count = np.random.default_rng([seed, 8]), config.reward.pairs
   rows = [rows[i] for i in rng.permutation(len(rows))[:count]]
   flipped = set(rng.permutation(count)[: round(config.reward.label_flip * count)].tolist())
-  sides = lambda i: ("rejected", "chosen") if i in flipped else ("chosen", "rejected")
+
+  def sides(i):
+    return ("rejected", "chosen") if i in flipped else ("chosen", "rejected")
+
   return [
-    {"prompt": row["prompt"], "chosen": row[sides(i)[0]], "rejected": row[sides(i)[1]], "flipped": i in flipped}
+    {
+      "prompt": row["prompt"],
+      "chosen": row[sides(i)[0]],
+      "rejected": row[sides(i)[1]],
+      "flipped": i in flipped,
+    }
     for i, row in enumerate(rows)
   ]
 
 
 def make_proxy(config, workdir: Path, mesh, sft: Path, seed: int, drawn: list[dict]) -> Path:
-  """The folder of a seed's proxy: from the policy's backbone, on the seed's noisy subset of the pairs, at scale."""
+  """The folder of a seed's proxy: from the policy's backbone, on the seed's noisy subset of the
+  pairs, at scale.
+  """
   folder, pairs = workdir / f"proxy_{seed}", workdir / f"proxy_{seed}" / "pairs.jsonl"
   raw, out = folder / "raw", workdir / "models" / f"proxy_{seed}"
   settings = scratch.derived(config, "reward", str(pairs), policy__path=str(sft), seed=seed)
@@ -175,7 +233,10 @@ def make_proxy(config, workdir: Path, mesh, sft: Path, seed: int, drawn: list[di
     folders.run_reward(settings, folder, mesh, out=out)
 
   scratch.once(workdir, f"proxy of seed {seed}", raw, fit)
-  make = lambda out: standardise(settings, raw, workdir, mesh, drawn, out)
+
+  def make(out):
+    return standardise(settings, raw, workdir, mesh, drawn, out)
+
   scratch.once(workdir, f"proxy of seed {seed} at scale", out, make)
   return out
 
@@ -187,16 +248,22 @@ def run_of(workdir: Path, name: str, seed: int) -> Path:
   return workdir / "runs" / name / f"seed_{seed}"
 
 
-def run_arm(name: str, arm, workdir: Path, mesh, sft: Path, proxy: Path, gold: Path, seed: int) -> None:
-  """RL of one arm on one seed's proxy. The gold reward model reads each step's samples after the step."""
+def run_arm(
+  name: str, arm, workdir: Path, mesh, sft: Path, proxy: Path, gold: Path, seed: int
+) -> None:
+  """RL of one arm on one seed's proxy. The gold reward model reads each step's samples after the
+  step.
+  """
   folder, K = run_of(workdir, name, seed), arm.rollout.group_size
   settings = scratch.derived(
     arm, "r2m", arm.scratch.prompts, seed=seed, policy__path=str(sft), reward__path=str(proxy)
-  )  # fmt: skip
+  )
 
   def make(out):
     claim(settings, folder)
-    scored = serve.make_scorer(settings, load_reward(str(gold), settings, mesh), None, mesh, shown=False)
+    scored = serve.make_scorer(
+      settings, load_reward(str(gold), settings, mesh), None, mesh, shown=False
+    )
 
     def watch(output, samples):
       rows = [dict(zip(("prompt", "response", "truncated"), sample)) for sample in samples]
@@ -213,15 +280,23 @@ def collect(config, arms, workdir: Path) -> results.Results:
     found = {}
     for seed in config.lab.seeds:
       if (run_of(workdir, name, seed) / "export/policy/config.json").exists():
-        found[seed] = [row for row in read_metrics(run_of(workdir, name, seed)) if row["stage"] == "rl"]
+        found[seed] = [
+          row for row in read_metrics(run_of(workdir, name, seed)) if row["stage"] == "rl"
+        ]
     if found:
       rows = [row for seed in found for row in found[seed]]
-      names = [key for key in dict.fromkeys(key for row in rows for key in row) if key not in ROW_KEYS]
-      log = [[[row.get(key, np.nan) for key in names] for row in rows] for rows in zip(*found.values())]
+      names = [
+        key for key in dict.fromkeys(key for row in rows for key in row) if key not in ROW_KEYS
+      ]
+      log = [
+        [[row.get(key, np.nan) for key in names] for row in rows] for rows in zip(*found.values())
+      ]
       replicas = [(seed, 1.0, arm.kl.beta) for seed in found]
       columns = table.arm_columns(name, replicas, names, np.array(log, np.float32))
       table.write_table(workdir / "table" / f"{name}.parquet", columns, identity(arm))
-  found = results.results_of(config, arms, workdir, dict.fromkeys(config.lab.seeds, 0.0))  # gold is 0 there by scale
+  found = results.results_of(
+    config, arms, workdir, dict.fromkeys(config.lab.seeds, 0.0)
+  )  # gold is 0 there by scale
   results.write_summary(workdir / "summary.csv", found)
   return found
 
@@ -230,7 +305,8 @@ def collect(config, arms, workdir: Path) -> results.Results:
 
 
 def measure(config, workdir: Path, mesh, gold: Path, drawn: list[dict]) -> None:
-  """Tables of all reward models on held-out pairs and on samples of the supervised policy: WORKDIR/reward_models.json.
+  """Tables of all reward models on held-out pairs and on samples of the supervised policy:
+  WORKDIR/reward_models.json.
 
   Its key "proxies" has the numbers of each seed's proxy.
   """
@@ -240,34 +316,75 @@ def measure(config, workdir: Path, mesh, gold: Path, drawn: list[dict]) -> None:
   model = load_reward(str(gold), config, mesh)
   val = scratch.sets_of(config, model, config.scratch.pairs_val)
   dev = scratch.sets_of(config, model, config.scratch.pairs_dev, dev=True)
-  rows, count = [row for pairs in (*val, *dev) for row in pairs.rows], sum(len(pairs.rows) for pairs in val)
+  rows, count = (
+    [row for pairs in (*val, *dev) for row in pairs.rows],
+    sum(len(pairs.rows) for pairs in val),
+  )
   lengths = np.concatenate([pairs.lengths for pairs in val])
-  every = scratch.Pairs("all validation sets", rows[:count], lengths, sum(pairs.of for pairs in val))
+  every = scratch.Pairs(
+    "all validation sets", rows[:count], lengths, sum(pairs.of for pairs in val)
+  )
   prompts = every.prompts  # some are in several sets
   of_gold = scratch.scores_of(config, model, None, rows, mesh)
   right = wins(*of_gold.T)
   sections = [scratch.accuracy_table([*val, *dev, every], np.concatenate([right, right[:count]]))]
   sections[0]["title"] = "The gold reward model on held-out pairs, %"
 
-  on_samples, longer = serve.score(config, model, None, drawn, mesh), np.array([row["length"] for row in drawn])
-  correlation = lambda a, b: float(np.corrcoef(a, b)[0, 1]) if min(np.std(a), np.std(b)) > 0 else 0.0
+  on_samples, longer = (
+    serve.score(config, model, None, drawn, mesh),
+    np.array([row["length"] for row in drawn]),
+  )
+
+  def correlation(a, b):
+    return float(np.corrcoef(a, b)[0, 1]) if min(np.std(a), np.std(b)) > 0 else 0.0
+
   lines, proxies = [], {}
-  lines.append(["gold", scratch.shown(mean_of(right[:count], prompts), 1, 100), "–", "–",
-                f"{correlation(on_samples, longer):.2f}"])  # fmt: skip
+  lines.append(
+    [
+      "gold",
+      scratch.shown(mean_of(right[:count], prompts), 1, 100),
+      "–",
+      "–",
+      f"{correlation(on_samples, longer):.2f}",
+    ]
+  )
   for seed in config.lab.seeds:
     proxy = load_reward(str(workdir / "models" / f"proxy_{seed}"), config, mesh)
     scores = scratch.scores_of(config, proxy, None, rows[:count], mesh)
     accuracy = mean_of(wins(*scores.T), prompts)
-    agree = mean_of(wins(*(np.sign(x[:, 0] - x[:, 1]) for x in (scores, of_gold[:count]))) == 0.5, prompts)
+    agree = mean_of(
+      wins(*(np.sign(x[:, 0] - x[:, 1]) for x in (scores, of_gold[:count]))) == 0.5, prompts
+    )
     mine = serve.score(config, proxy, None, drawn, mesh)
-    proxies[seed] = {"accuracy": accuracy[:3], "agreement": agree[:3], "correlation": correlation(mine, on_samples),
-                     "length_correlation": correlation(mine, longer)}  # fmt: skip
-    lines.append([f"proxy of seed {seed}", scratch.shown(accuracy, 1, 100), scratch.shown(agree, 1, 100),
-                  f"{correlation(mine, on_samples):.2f}", f"{correlation(mine, longer):.2f}"])  # fmt: skip
-  sections.append({
-    "title": "Reward models", "rows": lines,
-    "head": ["Reward model", "Accuracy, % (95%)", "Order of gold, % (95%)", "Correlation with gold", "With length"],
-    "note": f"Accuracy and order: on the {count} clean pairs of the validation sets together. Correlations of scores: "
-            f"over {len(drawn)} samples of the supervised policy on held-out prompts.",
-  })  # fmt: skip
+    proxies[seed] = {
+      "accuracy": accuracy[:3],
+      "agreement": agree[:3],
+      "correlation": correlation(mine, on_samples),
+      "length_correlation": correlation(mine, longer),
+    }
+    lines.append(
+      [
+        f"proxy of seed {seed}",
+        scratch.shown(accuracy, 1, 100),
+        scratch.shown(agree, 1, 100),
+        f"{correlation(mine, on_samples):.2f}",
+        f"{correlation(mine, longer):.2f}",
+      ]
+    )
+  sections.append(
+    {
+      "title": "Reward models",
+      "rows": lines,
+      "head": [
+        "Reward model",
+        "Accuracy, % (95%)",
+        "Order of gold, % (95%)",
+        "Correlation with gold",
+        "With length",
+      ],
+      "note": f"Accuracy and order: on the {count} clean pairs of the validation sets together. "
+      "Correlations of scores: "
+      f"over {len(drawn)} samples of the supervised policy on held-out prompts.",
+    }
+  )
   write_atomic(path, json.dumps({"proxies": proxies, "tables": sections}))

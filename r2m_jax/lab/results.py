@@ -1,8 +1,9 @@
-"""From the laboratory's table to summary numbers: one value a seed for each measure, then means and paired differences.
+"""From the laboratory's table to summary numbers: one value a seed for each measure, then means and
+paired differences.
 
-A row of summary.csv is a measure of an arm at one KL weight, with its 95% interval over seeds; where `against` names
-another arm it is the mean difference over the seeds that both have, at the settings chosen for each; "ARM at BETA" is
-that arm at the very KL weight of the row.
+A row of summary.csv is a measure of an arm at one KL weight, with its 95% interval over seeds;
+where `against` names another arm it is the mean difference over the seeds that both have, at the
+settings chosen for each; "ARM at BETA" is that arm at the very KL weight of the row.
 """
 
 import csv
@@ -21,16 +22,28 @@ from r2m_jax.run.files import write_atomic
 FIELDS = ("arm", "beta", "factor", "measure", "against", "value", "low", "high", "seeds")
 # measure -> metric whose last window it is
 FINAL = {
-  "final": "reward/gold", "frozen_final": "reward/frozen", "used_final": "reward/used", "kl_final": "kl",
-  "length_final": "length", "truncated_final": "truncated", "repetition_final": "repetition",
-  "entropy_final": "entropy", "coverage_final": "gold/coverage", "hallucinated_final": "gold/hallucinated",
-}  # fmt: skip
-# measure -> metric of which it is the mean over the second half of the steps, where there are values
+  "final": "reward/gold",
+  "frozen_final": "reward/frozen",
+  "used_final": "reward/used",
+  "kl_final": "kl",
+  "length_final": "length",
+  "truncated_final": "truncated",
+  "repetition_final": "repetition",
+  "entropy_final": "entropy",
+  "coverage_final": "gold/coverage",
+  "hallucinated_final": "gold/hallucinated",
+}
+# measure -> metric of which it is the mean over the second half of the steps, where there are
+# values
 LATE = {
-  "within_corr": "reward/within_corr", "used_std": "reward/used_std", "pair_disagreement": "r2m/pair_disagreement",
-  "fixed_states": "drift/fixed_states", "fixed_states_std": "drift/fixed_states_std",
-  "fixed_score": "drift/fixed_score", "own_states": "drift/own_states",
-}  # fmt: skip
+  "within_corr": "reward/within_corr",
+  "used_std": "reward/used_std",
+  "pair_disagreement": "r2m/pair_disagreement",
+  "fixed_states": "drift/fixed_states",
+  "fixed_states_std": "drift/fixed_states_std",
+  "fixed_score": "drift/fixed_score",
+  "own_states": "drift/own_states",
+}
 
 
 class Results(NamedTuple):
@@ -55,7 +68,9 @@ def at_kl(name: str, target: float) -> str:
 
 
 def at_weight(arm: str, beta: float) -> str:
-  """`against` of a row that compares with `arm` at the same KL weight, whatever the settings chosen for either."""
+  """`against` of a row that compares with `arm` at the same KL weight, whatever the settings
+  chosen for either.
+  """
   return f"{arm} at {beta:g}"
 
 
@@ -67,18 +82,26 @@ def measures(config, curves: Curves) -> dict[str, np.ndarray]:
   """Every measure of one arm at one KL weight, f64[S] each."""
   metrics, gold = curves.metrics, curves.metrics["reward/gold"]
   steps = gold.shape[1]
-  found = stats.outline(gold)._asdict() | {"lost": stats.outline(gold).peak - stats.outline(gold).final}
-  found |= {name: stats.outline(metrics[key]).final for name, key in FINAL.items() if key in metrics}
+  found = stats.outline(gold)._asdict() | {
+    "lost": stats.outline(gold).peak - stats.outline(gold).final
+  }
+  found |= {
+    name: stats.outline(metrics[key]).final for name, key in FINAL.items() if key in metrics
+  }
   for name, key in LATE.items():
     if key in metrics and np.isfinite(half := metrics[key][:, steps // 2 :]).any():
-      found[name] = np.array([row[np.isfinite(row)].mean() if np.isfinite(row).any() else np.nan for row in half])
+      found[name] = np.array(
+        [row[np.isfinite(row)].mean() if np.isfinite(row).any() else np.nan for row in half]
+      )
   for target in config.lab.kls:
     for name in ("gold", "frozen"):
       found[at_kl(name, target)] = stats.matched(metrics["kl"], metrics[f"reward/{name}"], target)
   found["length_start"] = stats.outline(metrics["length"]).start
   frozen, width = metrics["reward/frozen"], window_of(steps)
   peak = np.round(found["peak_step"] - (width - 1) / 2).astype(int)
-  found["frozen_rise"] = found["frozen_final"] - [row[i : i + width].mean() for row, i in zip(frozen, peak)]
+  found["frozen_rise"] = found["frozen_final"] - [
+    row[i : i + width].mean() for row, i in zip(frozen, peak)
+  ]
   return found | {"skipped": metrics["skipped"].sum(1)}
 
 
@@ -91,9 +114,13 @@ def stopped_measures(config, curves: Curves, target: float) -> dict[str, np.ndar
 
 
 def rival(name: str, lead: str, known) -> str | None:
-  """The arm that `name` is paired with: LEAD with the same suffix where that is known, else LEAD; None: nobody."""
+  """The arm that `name` is paired with: LEAD with the same suffix where that is known, else
+  LEAD; None: nobody.
+  """
   suffix = name.partition(".")[2]
-  return next((arm for arm in (f"{lead}.{suffix}", lead) if lead and arm in known and arm != name), None)
+  return next(
+    (arm for arm in (f"{lead}.{suffix}", lead) if lead and arm in known and arm != name), None
+  )
 
 
 def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Results:
@@ -101,7 +128,8 @@ def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Resul
 
   Args:
     arms: names, in the order in which they are shown.
-    sft_gold: gold of each seed's supervised policy on held-out prompts, where the fitted curves start.
+    sft_gold: gold of each seed's supervised policy on held-out prompts, where the fitted curves
+      start.
   """
   workdir, lab = Path(workdir), config.lab
   curves = read_arms(workdir, arms)
@@ -115,12 +143,17 @@ def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Resul
       if name == lab.baseline:
         for target in lab.stops:
           key = (stop_name(config, target), factor)
-          values[key], beta[key], seeds[key] = stopped_measures(config, mine, target), mine.beta, mine.seeds
+          values[key], beta[key], seeds[key] = (
+            stopped_measures(config, mine, target),
+            mine.beta,
+            mine.seeds,
+          )
   rows = []
   for key, found in values.items():
-    add = lambda measure, against, x, key=key: rows.append(
-      dict(zip(FIELDS, (key[0], beta[key], key[1], measure, against, *x)))
-    )
+
+    def add(measure, against, x, key=key):
+      return rows.append(dict(zip(FIELDS, (key[0], beta[key], key[1], measure, against, *x))))
+
     for measure, per_seed in found.items():
       add(measure, "", stats.interval(per_seed))
     for kind, fit in fits.get(key, {}).items():
@@ -130,14 +163,24 @@ def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Resul
     for lead in dict.fromkeys((lab.baseline, lab.control)):
       name = rival(key[0], lead, curves)
       others = {name: (name, key[1] if (name, key[1]) in values else 1.0)}
-      others |= {at_weight(name, beta[k]): k for k in values if k[0] == name and np.isclose(beta[k], beta[key])}
-      if key == ("r2m", 1.0) and lead == lab.baseline:  # the method less each ablation, placebo and control
-        others |= {variant: (variant, 1.0) for variant in VARIANTS if variant not in ("r2m", lab.control)}
+      others |= {
+        at_weight(name, beta[k]): k
+        for k in values
+        if k[0] == name and np.isclose(beta[k], beta[key])
+      }
+      if (
+        key == ("r2m", 1.0) and lead == lab.baseline
+      ):  # the method less each ablation, placebo and control
+        others |= {
+          variant: (variant, 1.0) for variant in VARIANTS if variant not in ("r2m", lab.control)
+        }
       for against, other in others.items():
         both = [seed for seed in seeds[key] if seed in seeds[other]] if other in values else []
         for measure in gold_measures(config) if both else ():
           if measure in found:
-            pair = (values[k][measure][[seeds[k].index(seed) for seed in both]] for k in (key, other))
+            pair = (
+              values[k][measure][[seeds[k].index(seed) for seed in both]] for k in (key, other)
+            )
             add(measure, against, stats.paired(*pair))
   path = workdir / "best_of_n.parquet"
   best = read_table(path)[0] if path.exists() else {}
@@ -145,10 +188,21 @@ def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Resul
     best = {name: column.reshape(-1, len(np.unique(best["n"]))) for name, column in best.items()}
     for i, n in enumerate(best["n"][0]):
       for name in ("gold", "proxy"):
-        rows.append(dict(zip(FIELDS, ("best_of_n", "", "", f"{name}_n_{n}", "", *stats.interval(best[name][:, i])))))
+        rows.append(
+          dict(
+            zip(
+              FIELDS, ("best_of_n", "", "", f"{name}_n_{n}", "", *stats.interval(best[name][:, i]))
+            )
+          )
+        )
     gain = best["gold"] - best["gold"][:, :1]
-    fits["best_of_n", 1.0] = {kind: stats.fit_turnover(best["kl"], gain, kind) for kind in stats.KINDS}
-  place = lambda row: (row["arm"], row["factor"], row["measure"], row["against"])
+    fits["best_of_n", 1.0] = {
+      kind: stats.fit_turnover(best["kl"], gain, kind) for kind in stats.KINDS
+    }
+
+  def place(row):
+    return (row["arm"], row["factor"], row["measure"], row["against"])
+
   found = {place(row): stats.Interval(*(row[name] for name in FIELDS[5:])) for row in rows}
   return Results(curves, values, fits, best, rows, found, sft_gold)
 
@@ -158,12 +212,17 @@ def write_summary(path: Path, results: Results) -> None:
   text = io.StringIO()
   writer = csv.DictWriter(text, FIELDS, lineterminator="\n")
   writer.writeheader()
-  short = lambda x: f"{x:.5g}" if isinstance(x, float) else x
+
+  def short(x):
+    return f"{x:.5g}" if isinstance(x, float) else x
+
   writer.writerows({name: short(value) for name, value in row.items()} for row in results.rows)
   write_atomic(path, text.getvalue())
 
 
-def find(results: Results, arm: str, measure: str, factor: float = 1.0, against: str = "") -> stats.Interval | None:
+def find(
+  results: Results, arm: str, measure: str, factor: float = 1.0, against: str = ""
+) -> stats.Interval | None:
   """The interval of a row; None where there is none."""
   return results.found.get((arm, factor, measure, against))
 
@@ -172,21 +231,31 @@ CANDIDATE = ".candidate_"
 
 
 def choose(config, results: Results) -> dict[str, str]:
-  """Of the candidates of each arm, named ARM.candidate_N, the one that the protocol takes; gold is not read.
+  """Of the candidates of each arm, named ARM.candidate_N, the one that the protocol takes; gold is
+  not read.
 
-  A candidate is out if an update was skipped or its final length is below half of that at the start. Of the rest the
-  one with the highest frozen proxy where the KL reaches the first of config.lab.kls, if all seeds of all of them get
-  there, else with the highest final frozen proxy; on a tie the first. An arm without a candidate left is not in it.
+  A candidate is out if an update was skipped or its final length is below half of that at the
+  start. Of the rest the one with the highest frozen proxy where the KL reaches the first of
+  config.lab.kls, if all seeds of all of them get there, else with the highest final frozen proxy;
+  on a tie the first. An arm without a candidate left is not in it.
   """
   chosen, target = {}, at_kl("frozen", config.lab.kls[0])
   names = [name for name in results.curves if CANDIDATE in name]
-  value = lambda name, measure: find(results, name, measure)
+
+  def value(name, measure):
+    return find(results, name, measure)
+
   for arm in dict.fromkeys(name.partition(CANDIDATE)[0] for name in names):
     sound = [
-      name for name in names if name.partition(CANDIDATE)[0] == arm and value(name, "skipped").value == 0
+      name
+      for name in names
+      if name.partition(CANDIDATE)[0] == arm
+      and value(name, "skipped").value == 0
       and value(name, "length_final").value >= 0.5 * value(name, "length_start").value
-    ]  # fmt: skip
+    ]
     whole = all(value(name, target).count == value(name, "final").count for name in sound)
     if sound:
-      chosen[arm] = max(sound, key=lambda name: value(name, target if whole else "frozen_final").value)
+      chosen[arm] = max(
+        sound, key=lambda name: value(name, target if whole else "frozen_final").value
+      )
   return chosen

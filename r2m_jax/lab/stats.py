@@ -1,7 +1,8 @@
 """The laboratory's statistics: plain NumPy on arrays of shape [seeds, steps], no files, no JAX.
 
-Intervals are over seeds, since a seed is what is independent: each has its own supervised policy, preferences, reward
-model, prompts and samples. A value that a seed does not have is NaN; it is left out and the count says so.
+Intervals are over seeds, since a seed is what is independent: each has its own supervised policy,
+preferences, reward model, prompts and samples. A value that a seed does not have is NaN; it is left
+out and the count says so.
 """
 
 import functools
@@ -14,7 +15,9 @@ from r2m_jax.report.summary import value_at, window_means, window_of
 
 RESAMPLES = 10_000
 LEVEL = 0.95
-FEW = 5  # seeds; a bootstrap stays within the values, and the range of three holds their mean in 75% of all cases
+# seeds; a bootstrap stays within the values, and the range of three holds their mean in 75% of all
+# cases
+FEW = 5
 
 
 class Interval(NamedTuple):
@@ -29,7 +32,9 @@ class Interval(NamedTuple):
 
 @functools.cache
 def resampled(count: int, seed: int = 0) -> np.ndarray:
-  """Bootstrap draws as weights: how often each of `count` seeds is in each resample.   -> f64[RESAMPLES, count]."""
+  """Bootstrap draws as weights: how often each of `count` seeds is in each resample.   ->
+  f64[RESAMPLES, count].
+  """
   drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
   return np.stack([(drawn == i).sum(1) for i in range(count)], 1).astype(float)
 
@@ -37,11 +42,14 @@ def resampled(count: int, seed: int = 0) -> np.ndarray:
 def levels(count: int) -> tuple[float, float]:
   """Quantiles of the bootstrap distribution that are the ends of a 95% interval.
 
-  With few seeds the plain percentile interval is too short. The levels are widened so that for Normal data it has the
-  length of the t interval: Hesterberg, What Teachers Should Know About the Bootstrap (2015), section 5.2.
+  With few seeds the plain percentile interval is too short. The levels are widened so that for
+  Normal data it has the length of the t interval: Hesterberg, What Teachers Should Know About the
+  Bootstrap (2015), section 5.2.
   """
   tail = (1 - LEVEL) / 2
-  widened = distributions.norm.cdf(np.sqrt(count / (count - 1)) * distributions.t.ppf(tail, count - 1))
+  widened = distributions.norm.cdf(
+    np.sqrt(count / (count - 1)) * distributions.t.ppf(tail, count - 1)
+  )
   return float(widened), float(1 - widened)
 
 
@@ -60,7 +68,9 @@ def bounds(values: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def interval(values, seed: int = 0) -> Interval:
-  """The mean of f64[S] values, one a seed, with its 95% interval (`bounds`); NaN for its ends from fewer than two."""
+  """The mean of f64[S] values, one a seed, with its 95% interval (`bounds`); NaN for its ends
+  from fewer than two.
+  """
   values = np.asarray(values, float)
   values = values[np.isfinite(values)]
   count = len(values)
@@ -78,7 +88,9 @@ def paired(values, baseline, seed: int = 0) -> Interval:
 
 
 class Outline(NamedTuple):
-  """Of each seed, f64[S]; means over windows of a tenth of the steps, as in summary.summary_table."""
+  """Of each seed, f64[S]; means over windows of a tenth of the steps, as in
+  summary.summary_table.
+  """
 
   start: np.ndarray  # first window
   peak: np.ndarray  # highest window
@@ -93,11 +105,13 @@ def outline(gold: np.ndarray) -> Outline:
   width = window_of(gold.shape[1])
   return Outline(
     means[:, 0], means.max(1), means.argmax(1) + (width - 1) / 2, means[:, -1], gold.mean(1)
-  )  # fmt: skip
+  )
 
 
 def matched(kl: np.ndarray, values: np.ndarray, target: float) -> np.ndarray:
-  """`values` where each seed's KL first reaches the target, nats; NaN where it never does.   f64[S, T] -> f64[S]."""
+  """`values` where each seed's KL first reaches the target, nats; NaN where it never does.
+  f64[S, T] -> f64[S].
+  """
   found = [value_at(*pair, target) for pair in zip(kl, values)]
   return np.array([np.nan if value is None else value for value in found])
 
@@ -115,7 +129,10 @@ def stopped(kl: np.ndarray, values: np.ndarray, target: float) -> tuple[np.ndarr
 
 # ---- turn-over, Gao, Schulman and Hilton (arXiv 2210.10760) ----
 
-KINDS = {"bon": lambda d: d, "rl": np.log}  # gold - gold at the start = d (a - b f(d)), d = sqrt(KL)
+KINDS = {
+  "bon": lambda d: d,
+  "rl": np.log,
+}  # gold - gold at the start = d (a - b f(d)), d = sqrt(KL)
 
 
 class Fit(NamedTuple):
@@ -147,22 +164,31 @@ def fit_turnover(kl: np.ndarray, gain: np.ndarray, kind: str, seed: int = 0) -> 
     matrix, right = np.tensordot(weight, products, 1), weight @ targets
     (p, q), (_, r) = np.moveaxis(matrix, (-2, -1), (0, 1))
     numerators = r * right[..., 0] - q * right[..., 1], p * right[..., 1] - q * right[..., 0]
-    with np.errstate(divide="ignore", invalid="ignore"):  # all points at one KL: nothing to fit, NaN
+    with np.errstate(
+      divide="ignore", invalid="ignore"
+    ):  # all points at one KL: nothing to fit, NaN
       return np.stack(numerators, -1) / (p * r - q * q)[..., None]
 
   best = solve(np.ones(len(kl)))
   number, total, square = squares.sum(0)
   residual = square - 2 * best @ targets.sum(0) + best @ products.sum(0) @ best
   drawn = solve(resampled(len(kl), seed)[:2000]) if len(kl) > 1 else np.zeros((0, 2))
-  of = lambda value, values: Interval(float(value), *ends(values, len(kl)), len(kl))
+
+  def of(value, values):
+    return Interval(float(value), *ends(values, len(kl)), len(kl))
+
   return Fit(
-    of(best[0], drawn[:, 0]), of(best[1], drawn[:, 1]), of(turn(*best, kind), turn(*drawn.T, kind)),
+    of(best[0], drawn[:, 0]),
+    of(best[1], drawn[:, 1]),
+    of(turn(*best, kind), turn(*drawn.T, kind)),
     float(1 - residual / max(square - total**2 / number, 1e-300)),
-  )  # fmt: skip
+  )
 
 
 def turn(a, b, kind: str) -> np.ndarray:
-  """sqrt(KL) of the peak of d (a - b f(d)): a / 2b, or exp(a / b - 1); NaN where the curve has none. Of arrays too."""
+  """sqrt(KL) of the peak of d (a - b f(d)): a / 2b, or exp(a / b - 1); NaN where the curve has
+  none. Of arrays too.
+  """
   ratio = np.divide(a, b, out=np.full(np.shape(b), np.nan), where=np.greater(b, 0))
   if kind == "bon":
     return np.where(ratio > 0, ratio / 2, np.nan)
@@ -182,8 +208,8 @@ def ends(values, count: int) -> tuple[float, float]:
 
 
 def best_of(proxy: np.ndarray, values: np.ndarray, n: int) -> float:
-  """Expected value of the response with the highest proxy among n of N drawn without replacement: unbiased for n fresh
-  samples, from every subset of the N at once.
+  """Expected value of the response with the highest proxy among n of N drawn without replacement:
+  unbiased for n fresh samples, from every subset of the N at once.
 
     sum_i C(i - 1, n - 1) / C(N, n) * value_(i), i = 1 .. N in ascending order of the proxy
 

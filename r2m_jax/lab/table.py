@@ -1,7 +1,8 @@
-"""The laboratory's table: parquet with one row per arm, seed, KL weight and step, from which all else is computed.
+"""The laboratory's table: parquet with one row per arm, seed, KL weight and step, from which all
+else is computed.
 
-`WORKDIR/table/<arm>.parquet` holds a finished arm; the names of its columns are those of metrics.jsonl. A metric that a
-row does not have is NaN.
+`WORKDIR/table/<arm>.parquet` holds a finished arm; the names of its columns are those of
+metrics.jsonl. A metric that a row does not have is NaN.
 """
 
 import io
@@ -41,22 +42,38 @@ def read_table(path: Path) -> tuple[dict[str, np.ndarray], str]:
   return columns, (table.schema.metadata or {}).get(IDENTITY, b"").decode()
 
 
-def arm_columns(arm: str, replicas: list[tuple[int, float, float]], names: list[str], log: np.ndarray) -> dict:
+def arm_columns(
+  arm: str, replicas: list[tuple[int, float, float]], names: list[str], log: np.ndarray
+) -> dict:
   """Columns of one arm: `replicas` are (seed, factor, beta), log f32[steps, replicas, names]."""
   steps, count = log.shape[:2]
-  repeat = lambda values: np.tile(np.asarray(values), steps)
+
+  def repeat(values):
+    return np.tile(np.asarray(values), steps)
+
   seed, factor, beta = (repeat(x) for x in zip(*replicas))
-  keys = {"arm": np.full(steps * count, arm, object), "seed": seed.astype(np.int64), "factor": factor.astype(float),
-          "beta": beta.astype(float), "step": np.repeat(np.arange(steps), count)}  # fmt: skip
+  keys = {
+    "arm": np.full(steps * count, arm, object),
+    "seed": seed.astype(np.int64),
+    "factor": factor.astype(float),
+    "beta": beta.astype(float),
+    "step": np.repeat(np.arange(steps), count),
+  }
   return keys | {name: log[..., i].reshape(-1) for i, name in enumerate(names)}
 
 
 def joined(first: dict, second: dict) -> dict:
   """Rows of both; a column that one of them lacks is NaN there."""
   sizes = [len(next(iter(columns.values()))) for columns in (first, second)]
-  part = lambda columns, name, size: columns.get(name, np.full(size, np.nan, np.float32))
+
+  def part(columns, name, size):
+    return columns.get(name, np.full(size, np.nan, np.float32))
+
   names = dict.fromkeys([*first, *second])
-  return {name: np.concatenate([part(c, name, n) for c, n in zip((first, second), sizes)]) for name in names}
+  return {
+    name: np.concatenate([part(c, name, n) for c, n in zip((first, second), sizes)])
+    for name in names
+  }
 
 
 def curves_of(columns: dict) -> dict[float, Curves]:
@@ -73,7 +90,12 @@ def curves_of(columns: dict) -> dict[float, Curves]:
 
 
 def read_arms(workdir: Path, names) -> dict[str, dict[float, Curves]]:
-  """name -> factor -> curves of every arm in the table, those of `names` first and in their order."""
-  paths = {path.name.removesuffix(".parquet"): path for path in sorted((Path(workdir) / "table").glob("*.parquet"))}
+  """name -> factor -> curves of every arm in the table, those of `names` first and in their
+  order.
+  """
+  paths = {
+    path.name.removesuffix(".parquet"): path
+    for path in sorted((Path(workdir) / "table").glob("*.parquet"))
+  }
   order = [name for name in names if name in paths] + [name for name in paths if name not in names]
   return {name: curves_of(read_table(paths[name])[0]) for name in order}

@@ -1,6 +1,8 @@
-"""Many seeds in one program: what is written for one seed, vmapped over a leading axis that the devices share.
+"""Many seeds in one program: what is written for one seed, vmapped over a leading axis that the
+devices share.
 
-An array of all seeds has the seeds as its first axis; `stack` and `pick` go from trees of one seed to such and back.
+An array of all seeds has the seeds as its first axis; `stack` and `pick` go from trees of one seed
+to such and back.
 """
 
 import functools
@@ -11,14 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from r2m_jax.run.build import Build
 from r2m_jax.run.fit import Job, fit
 
 
 def stack(trees: Sequence):
-  """Trees of NumPy or of jax arrays as one tree with a leading axis, on the host or on the device accordingly."""
+  """Trees of NumPy or of jax arrays as one tree with a leading axis, on the host or on the
+  device accordingly.
+  """
   on_host = isinstance(jax.tree.leaves(trees[0])[0], np.ndarray)
   return jax.tree.map(lambda *x: (np if on_host else jnp).stack(x), *trees)
 
@@ -36,12 +41,15 @@ def seeds_mesh(count: int) -> Mesh:
 
 
 def together(f: Callable, mesh: Mesh, *, donate: tuple[int, ...] = ()):
-  """`f` of one seed's arrays, for all seeds: each device vmaps over its share, and devices never wait for each other.
+  """`f` of one seed's arrays, for all seeds: each device vmaps over its share, and devices never
+  wait for each other.
 
   Args:
     donate: positions of arguments whose memory may become the results'.
   """
-  share = jax.shard_map(jax.vmap(f), mesh=mesh, in_specs=P("seeds"), out_specs=P("seeds"), check_vma=False)
+  share = jax.shard_map(
+    jax.vmap(f), mesh=mesh, in_specs=P("seeds"), out_specs=P("seeds"), check_vma=False
+  )
   return jax.jit(share, donate_argnums=donate)
 
 
@@ -53,8 +61,9 @@ def spread(tree, mesh: Mesh):
 def fit_together(jobs: Sequence[Job], built: Build, workdir: Path) -> list:
   """What `fit.do` makes of each job, with the updates of all jobs in one program on one device.
 
-  The jobs differ in data, start and frozen weights alone. Clipping and the optimizer see each seed by itself; an update
-  with a number that is not finite is left out for all of them. Logs means over the seeds.
+  The jobs differ in data, start and frozen weights alone. Clipping and the optimizer see each seed
+  by itself; an update with a number that is not finite is left out for all of them. Logs means over
+  the seeds.
   """
   first = jobs[0]
 
@@ -67,8 +76,15 @@ def fit_together(jobs: Sequence[Job], built: Build, workdir: Path) -> list:
   on_device = NamedSharding(built.mesh, P())
   start = stack([job.start for job in jobs])
   state = fit(
-    loss, jax.device_put(start, on_device), tx, map(stack, zip(*(job.batches for job in jobs))), total=first.total,
-    stage=first.stage, workdir=workdir, state_shardings=jax.tree.map(lambda _: on_device, start),
-    batch_sharding=on_device, frozen=None if first.frozen is None else stack([job.frozen for job in jobs]),
-  )  # fmt: skip
+    loss,
+    jax.device_put(start, on_device),
+    tx,
+    map(stack, zip(*(job.batches for job in jobs))),
+    total=first.total,
+    stage=first.stage,
+    workdir=workdir,
+    state_shardings=jax.tree.map(lambda _: on_device, start),
+    batch_sharding=on_device,
+    frozen=None if first.frozen is None else stack([job.frozen for job in jobs]),
+  )
   return list(map(functools.partial(pick, state), range(len(jobs))))

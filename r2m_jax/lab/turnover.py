@@ -1,4 +1,6 @@
-"""Did a run over-optimise? Means of the gold reward over consecutive bins of steps: start, peak, last."""
+"""Did a run over-optimise? Means of the gold reward over consecutive bins of steps: start, peak,
+last.
+"""
 
 from typing import NamedTuple
 
@@ -18,26 +20,44 @@ class Turnover(NamedTuple):
 
 
 def turnover(gold, proxy) -> Turnover:
-  """Per-step series of gold and frozen proxy reward, one entry a step, at least `BIN` of them (else one bin)."""
+  """Per-step series of gold and frozen proxy reward, one entry a step, at least `BIN` of them
+  (else one bin).
+  """
   size = min(BIN, len(gold))
-  gold, proxy = (np.asarray(x, float)[: len(x) // size * size].reshape(-1, size).mean(1) for x in (gold, proxy))
+  gold, proxy = (
+    np.asarray(x, float)[: len(x) // size * size].reshape(-1, size).mean(1) for x in (gold, proxy)
+  )
   start, peak, last = gold[0], gold.max(), gold[-1]
   rises = bool(proxy[-1] > proxy[gold.argmax()])
-  return Turnover(start, peak, last, rises, bool(peak > start and peak - last >= 0.5 * (peak - start) and rises))
+  return Turnover(
+    start, peak, last, rises, bool(peak > start and peak - last >= 0.5 * (peak - start) and rises)
+  )
 
 
 def turnover_table(rows: list[dict]) -> str:
-  """A text table with one line for each (arm, seed) of `rows`, each row a dict with arm, seed and turnover."""
-  lines = [f"{'arm':<14} {'seed':>4}  {'start':>6} {'peak':>6} {'last':>6}  proxy rises  over-optimised"]
+  """A text table with one line for each (arm, seed) of `rows`, each row a dict with arm, seed
+  and turnover.
+  """
+  lines = [
+    f"{'arm':<14} {'seed':>4}  {'start':>6} {'peak':>6} {'last':>6}  proxy rises  over-optimised"
+  ]
   for row in rows:
     t = row["turnover"]
-    yes = lambda x: "yes" if x else "no"
+
+    def yes(x):
+      return "yes" if x else "no"
+
     numbers = f"{t.start:6.2f} {t.peak:6.2f} {t.last:6.2f}"
-    lines.append(f"{row['arm']:<14} {row['seed']:>4}  {numbers}  {yes(t.proxy_rises):<11}  {yes(t.over_optimised)}")
+    lines.append(
+      f"{row['arm']:<14} {row['seed']:>4}  {numbers}  {yes(t.proxy_rises):<11}  "
+      f"{yes(t.over_optimised)}"
+    )
   for arm in dict.fromkeys(row["arm"] for row in rows):
     mine = [row["turnover"] for row in rows if row["arm"] == arm]
     last = np.array([t.last for t in mine])
     over = sum(t.over_optimised for t in mine)
-    mean = f"last gold {last.mean():.2f}, standard deviation {last.std(ddof=min(1, len(mine) - 1)):.2f}"
+    mean = (
+      f"last gold {last.mean():.2f}, standard deviation {last.std(ddof=min(1, len(mine) - 1)):.2f}"
+    )
     lines.append(f"{arm}: over-optimised on {over} of {len(mine)} seeds; {mean}")
   return "\n".join(lines)

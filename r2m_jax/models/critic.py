@@ -1,7 +1,8 @@
-"""The critic of PPO: a backbone of its own and a linear head that says what return a state leads to."""
+"""The critic of PPO: a backbone of its own and a linear head that says what return a state leads
+to.
+"""
 
 import jax
-
 from flax import nnx
 
 from r2m_jax.models.attention import Shared

@@ -13,11 +13,17 @@ from r2m_jax.parallel.sharding import ROWS, lay, lay_rows, row_shards
 from r2m_jax.types import Prompts, Sequences
 
 GROUPED = 2048  # entries; from here on a vocabulary is drawn from in two parts
-STAGES, SHORTEST = 4, 32  # parts of a response, each at least so many tokens, between which the cache grows
+STAGES, SHORTEST = (
+  4,
+  32,
+)  # parts of a response, each at least so many tokens, between which the cache grows
 
 
-def sample_keys(key: jax.Array, step: jax.Array, example_id: jax.Array, group_size: int) -> jax.Array:
-  """One key per trajectory, a function of (run key, step, prompt id, sample index) and of nothing else.
+def sample_keys(
+  key: jax.Array, step: jax.Array, example_id: jax.Array, group_size: int
+) -> jax.Array:
+  """One key per trajectory, a function of (run key, step, prompt id, sample index) and of nothing
+  else.
 
   So any row can be drawn again alone, on any mesh and in any batch.   i32[P] -> key[B].
   """
@@ -31,12 +37,15 @@ def most_likely(logits: jax.Array) -> jax.Array:
   return logits.argmax(-1).astype(jnp.int32)
 
 
-def sample_token(keys: jax.Array, logits: jax.Array, truncation: Truncation = Truncation()) -> jax.Array:
+def sample_token(
+  keys: jax.Array, logits: jax.Array, truncation: Truncation = Truncation()
+) -> jax.Array:
   """Draws from softmax(logits), truncated, with one key per row.
 
-  Noise for every entry of a large vocabulary costs as much as its logits. There a group of entries is drawn first, by
-  the sum of its probabilities, and then one of its entries: the same distribution from 64 + V / 64 random numbers.
-  Group g of 64 is entries g, g + 64, ..., so that a head that is split over devices is split alike in every group.
+  Noise for every entry of a large vocabulary costs as much as its logits. There a group of entries
+  is drawn first, by the sum of its probabilities, and then one of its entries: the same
+  distribution from 64 + V / 64 random numbers. Group g of 64 is entries g, g + 64, ..., so that a
+  head that is split over devices is split alike in every group.
 
   key[B], [B, V] -> i32[B].
   """
@@ -48,7 +57,9 @@ def sample_token(keys: jax.Array, logits: jax.Array, truncation: Truncation = Tr
   if groups == 1:
     return gumbel_argmax(keys, logits)
   logits = logits.reshape(rows, -1, groups)
-  group = gumbel_argmax(jax.vmap(jax.random.fold_in, (0, None))(keys, 1), jax.nn.logsumexp(logits, 1))
+  group = gumbel_argmax(
+    jax.vmap(jax.random.fold_in, (0, None))(keys, 1), jax.nn.logsumexp(logits, 1)
+  )
   inside = jnp.take_along_axis(logits, group[:, None, None], 2)[..., 0]
   return gumbel_argmax(keys, inside) * groups + group
 
@@ -63,15 +74,19 @@ def gumbel_argmax(keys: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def loops(tokens: jax.Array, t: jax.Array, length: int) -> jax.Array:
-  """Whether the last `length` tokens up to column t repeat the `length` before them.   i32[B, T] -> bool[B]."""
+  """Whether the last `length` tokens up to column t repeat the `length` before them.   i32[B, T]
+  -> bool[B].
+  """
   start = jnp.maximum(t + 1 - 2 * length, 0)
-  first, second = (jax.lax.dynamic_slice_in_dim(tokens, start + i * length, length, 1) for i in (0, 1))
+  first, second = (
+    jax.lax.dynamic_slice_in_dim(tokens, start + i * length, length, 1) for i in (0, 1)
+  )
   return (first == second).all(-1) & (t + 1 >= 2 * length)
 
 
 def stages(max_new_tokens: int, growing: bool = True) -> list[tuple[int, int]]:
-  """(first token, end) of each loop that decodes tokens 1 .. T - 1. In each the cache has the slots that its tokens
-  need, where attention reads all there are. `growing` False: one loop."""
+  """(first token, end) of each loop that decodes tokens 1 .. T - 1. In each the cache has the slots
+  that its tokens need, where attention reads all there are. `growing` False: one loop."""
   count = max(1, min(STAGES, max_new_tokens // SHORTEST)) if growing else 1
   ends = [max_new_tokens * (i + 1) // count for i in range(count)]
   return list(zip([1, *ends], ends))
@@ -95,8 +110,8 @@ def generate(
 ) -> Sequences:
   """Samples `group_size` responses for each prompt.
 
-  Each prompt is prefilled once; its samples read its cache, on a TPU and beside greedy rows a copy each. The loop
-  stops when all rows have ended.
+  Each prompt is prefilled once; its samples read its cache, on a TPU and beside greedy rows a copy
+  each. The loop stops when all rows have ended.
 
   Args:
     key: the run's key; see `sample_keys`.
@@ -106,48 +121,88 @@ def generate(
     eos_ids: any of these ends a row; the ending token belongs to the response.
     pad_id: fills finished rows. Masks never look at it, so it may equal an end-of-sequence id.
     truncation: which tokens may be drawn; the log-probabilities of the update use the same.
-    repetition_stop: N: a row whose last N tokens repeat the N before them is cut off there; 0: never.
+    repetition_stop: N: a row whose last N tokens repeat the N before them is cut off there; 0:
+      never.
     greedy_rows: P more rows follow, the most likely token at each step for each prompt.
-    waves: sample the prompts in that many equal groups one after another, so that the cache of one group exists at a
-      time. The tokens are the same.
+    waves: sample the prompts in that many equal groups one after another, so that the cache of one
+      group exists at a time. The tokens are the same.
   """
   settings = dict(
-    group_size=group_size, max_new_tokens=max_new_tokens, temperature=temperature, eos_ids=eos_ids, pad_id=pad_id,
-    truncation=truncation, repetition_stop=repetition_stop, greedy_rows=greedy_rows,
-  )  # fmt: skip
+    group_size=group_size,
+    max_new_tokens=max_new_tokens,
+    temperature=temperature,
+    eos_ids=eos_ids,
+    pad_id=pad_id,
+    truncation=truncation,
+    repetition_stop=repetition_stop,
+    greedy_rows=greedy_rows,
+  )
 
   def wave(prompts):
     """(rows of each prompt [P / waves, K, ...], its greedy row [P / waves, 1, ...] or none)."""
     drawn, sampled = sample(model, prompts, key, step, **settings), len(prompts.tokens) * group_size
     count = len(prompts.tokens)
-    rows = lambda x: x.reshape(count, len(x) // count, *x.shape[1:])
-    return jax.tree.map(lambda x: rows(x[:sampled]), drawn), jax.tree.map(lambda x: rows(x[sampled:]), drawn)
+
+    def rows(x):
+      return x.reshape(count, len(x) // count, *x.shape[1:])
+
+    return jax.tree.map(lambda x: rows(x[:sampled]), drawn), jax.tree.map(
+      lambda x: rows(x[sampled:]), drawn
+    )
 
   if waves == 1:
     return sample(model, prompts, key, step, **settings)
-  flat = lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-  return jax.tree.map(lambda s, g: jnp.concatenate([flat(s), flat(g)]), *map_rows(wave, waves, prompts))
+
+  def flat(x):
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+  return jax.tree.map(
+    lambda s, g: jnp.concatenate([flat(s), flat(g)]), *map_rows(wave, waves, prompts)
+  )
 
 
 def sample(
-  model: Transformer, prompts: Prompts, key, step, *, group_size, max_new_tokens, temperature, eos_ids, pad_id,
-  truncation, repetition_stop, greedy_rows,
-) -> Sequences:  # fmt: skip
+  model: Transformer,
+  prompts: Prompts,
+  key,
+  step,
+  *,
+  group_size,
+  max_new_tokens,
+  temperature,
+  eos_ids,
+  pad_id,
+  truncation,
+  repetition_stop,
+  greedy_rows,
+) -> Sequences:
   """One wave of `generate`."""
   prompts, prompt_length = jax.tree.map(lay_rows, prompts), prompts.tokens.shape[1]
   loop_fits = 2 * repetition_stop <= max_new_tokens
   keys = sample_keys(key, step, prompts.example_id, group_size)
-  repeat = lambda x, axis=0: jnp.repeat(x, group_size, axis)
-  if greedy_rows:
-    repeat = lambda x, axis=0: jnp.concatenate([jnp.repeat(x, group_size, axis), x], axis)
 
-  out = model(prompts.tokens, prompts.mask, cache=model.init_cache(len(prompts.tokens), prompt_length), cache_index=0)
+  def repeat(x, axis=0):
+    return jnp.repeat(x, group_size, axis)
+
+  if greedy_rows:
+
+    def repeat(x, axis=0):
+      return jnp.concatenate([jnp.repeat(x, group_size, axis), x], axis)
+
+  out = model(
+    prompts.tokens,
+    prompts.mask,
+    cache=model.init_cache(len(prompts.tokens), prompt_length),
+    cache_index=0,
+  )
   decoder, cache = model.apart(prompt_length + max_new_tokens), out.cache
   is_apart = decoder is not model
   in_slots = is_apart and decoder.decodes_in_slots
   if is_apart:
     cache = cache.apart(turned=not in_slots)
-  in_runs = not greedy_rows and len(prompts.tokens) % row_shards() == 0  # the rows of a prompt are on one device
+  in_runs = (
+    not greedy_rows and len(prompts.tokens) % row_shards() == 0
+  )  # the rows of a prompt are on one device
   cache = cache.shared(group_size) if is_apart and in_runs else cache.repeated(repeat)
   hidden = lay_states(repeat(out.hidden[:, -1:]))[:, 0]
 
@@ -180,7 +235,10 @@ def sample(
   for start, end in stages(max_new_tokens, growing=is_apart and not in_slots):
     tokens, last, cache, *rest = carry
     carry = (jnp.int32(0), tokens, last, cache.grown(prompt_length + end), *rest)
-    unfinished = lambda carry, count=end - start: (carry[0] < count) & ~carry[4].all()
+
+    def unfinished(carry, count=end - start):
+      return (carry[0] < count) & ~carry[4].all()
+
     _, *carry = jax.lax.while_loop(unfinished, functools.partial(decode, start), carry)
   tokens, _, _, _, has_eos, lengths = carry
 

@@ -1,9 +1,11 @@
-"""Log-probabilities, entropies and exact KLs of tokens, without ever holding the logits of all of them.
+"""Log-probabilities, entropies and exact KLs of tokens, without ever holding the logits of all of
+them.
 
-The vocabulary head is by far the widest layer: [B, T, V] is larger than anything else of a step. Here a part of the
-vocabulary is multiplied at a time, by all tokens, and the sums over the vocabulary are carried along; the backward pass
-makes the same logits again. The parts are interleaved (part i of n is entries i, i + n, ...), so that a head that is
-split over devices is split alike in every part, and no part leaves its device.
+The vocabulary head is by far the widest layer: [B, T, V] is larger than anything else of a step.
+Here a part of the vocabulary is multiplied at a time, by all tokens, and the sums over the
+vocabulary are carried along; the backward pass makes the same logits again. The parts are
+interleaved (part i of n is entries i, i + n, ...), so that a head that is split over devices is
+split alike in every part, and no part leaves its device.
 """
 
 import functools
@@ -16,7 +18,6 @@ from flax import struct
 
 from r2m_jax.ops import Truncation, at_least_f32, check, kept
 from r2m_jax.parallel.sharding import ROWS, lay, mesh_around
-
 
 LANES = 128  # numbers in a row of a matrix unit's tile
 
@@ -42,11 +43,15 @@ class Head:
 
 @struct.dataclass
 class TokenStats:
-  """Of the distribution each token was drawn from, at the rollout temperature. All [B, T], at least float32."""
+  """Of the distribution each token was drawn from, at the rollout temperature. All [B, T], at
+  least float32.
+  """
 
   logprobs: jax.Array
   entropy: jax.Array  # nats
-  kl: jax.Array  # exact KL(policy || reference) over the vocabulary, nats; zero where there is no reference
+  kl: (
+    jax.Array
+  )  # exact KL(policy || reference) over the vocabulary, nats; zero where there is no reference
 
 
 LogitsOf = Head | Callable[[jax.Array], jax.Array]
@@ -55,14 +60,17 @@ LogitsOf = Head | Callable[[jax.Array], jax.Array]
 def tempered(head: LogitsOf, hidden: jax.Array, temperature: float) -> jax.Array:
   """hidden [..., D] -> logits / temperature [..., V], at least float32."""
   if isinstance(head, Head) and head.cap is None and hidden.dtype == at_least_f32(hidden).dtype:
-    return head(hidden / temperature)  # D numbers a token to divide, not V, and as many in the gradient
+    return head(
+      hidden / temperature
+    )  # D numbers a token to divide, not V, and as many in the gradient
   return at_least_f32(head(hidden)) / temperature
 
 
 @jax.custom_vjp
 def own_logprob(logits: jax.Array, index: jax.Array) -> jax.Array:
-  """Of log softmax(logits [..., V]) the entry at i32[...] -> [...]. Its gradient 1_index - p is written at once, where
-  that of a softmax and a gather is scattered into zeros, summed, scaled and added."""
+  """Of log softmax(logits [..., V]) the entry at i32[...] -> [...]. Its gradient 1_index - p is
+  written at once, where that of a softmax and a gather is scattered into zeros, summed, scaled and
+  added."""
   return _own_logprob(logits, index)[0]
 
 
@@ -72,8 +80,12 @@ def _own_logprob(logits, index):
 
 
 def _own_logprob_backward(saved, gradient):
-  logp, index = jax.lax.optimization_barrier(saved)  # else XLA makes the ones beforehand, for all updates of a scan
-  return gradient[..., None] * ((jnp.arange(logp.shape[-1]) == index[..., None]) - jnp.exp(logp)), None
+  logp, index = jax.lax.optimization_barrier(
+    saved
+  )  # else XLA makes the ones beforehand, for all updates of a scan
+  return gradient[..., None] * (
+    (jnp.arange(logp.shape[-1]) == index[..., None]) - jnp.exp(logp)
+  ), None
 
 
 own_logprob.defvjp(_own_logprob, _own_logprob_backward)
@@ -92,44 +104,59 @@ def token_stats(
 ) -> TokenStats:
   """Log-probability and entropy of each token, and the exact KL to a reference where one is given.
 
-  The one function behind old, new and reference log-probabilities: called with the same weights it gives the same
-  numbers, which is what makes the importance ratio 1 before the first update.
+  The one function behind old, new and reference log-probabilities: called with the same weights it
+  gives the same numbers, which is what makes the importance ratio 1 before the first update.
 
   Args:
     head: a `Head`, or any function hidden [..., D] -> logits [..., V].
     hidden: [B, T, D], what the language-model head reads to predict each token.
     tokens: i32[B, T].
     temperature: divides the logits, as in sampling.
-    truncation: as in sampling; probabilities are those among the kept tokens. The given token is always one of them,
-      so that a policy that has moved since the sampling has a finite log-probability for it.
-    ref: the reference's head and its hidden [B, T, Dref]; it is normalised over the same kept tokens. With a `Head` in
-      parts no gradient flows to it.
-    support: head and hidden of the model whose distribution decides which tokens are kept; None: this one.
-    chunk: logits of each row that exist at a time, and are made again in the backward pass; 0: all T * V of them. A
-      `Head` is taken in parts of chunk / T vocabulary entries. Where sampling is truncated, which entries are kept
-      depends on all of them, and a function cannot be split: chunk / V tokens of each row, at least one, then go at a
-      time, over the whole vocabulary.
+    truncation: as in sampling; probabilities are those among the kept tokens. The given token is
+      always one of them, so that a policy that has moved since the sampling has a finite
+      log-probability for it.
+    ref: the reference's head and its hidden [B, T, Dref]; it is normalised over the same kept
+      tokens. With a `Head` in parts no gradient flows to it.
+    support: head and hidden of the model whose distribution decides which tokens are kept; None:
+      this one.
+    chunk: logits of each row that exist at a time, and are made again in the backward pass; 0: all
+      T * V of them. A `Head` is taken in parts of chunk / T vocabulary entries. Where sampling is
+      truncated, which entries are kept depends on all of them, and a function cannot be split:
+      chunk / V tokens of each row, at least one, then go at a time, over the whole vocabulary.
   """
-  check(hidden, "B T D"), check(tokens, "B T", jnp.integer)
+  check(hidden, "B T D")
+  check(tokens, "B T", jnp.integer)
   other = ref or support  # the reference is never read together with another model's support
   if ref is not None and support is not None:
     raise ValueError("token_stats takes a reference or another model's support, not both")
   length = tokens.shape[1]
   vocab = jax.eval_shape(head, hidden[:1, :1]).shape[-1]
   heads = [head] if ref is None else [head, ref[0]]
-  if 0 < chunk < length * vocab and truncation == Truncation() and all(isinstance(h, Head) for h in heads):
-    return stats_in_parts(head, hidden, tokens, ref, temperature=temperature, parts=-(-length * vocab // chunk))
+  if (
+    0 < chunk < length * vocab
+    and truncation == Truncation()
+    and all(isinstance(h, Head) for h in heads)
+  ):
+    return stats_in_parts(
+      head, hidden, tokens, ref, temperature=temperature, parts=-(-length * vocab // chunk)
+    )
   chunk = max(chunk // vocab, 1) if chunk else 0
 
   scaled = functools.partial(tempered, temperature=temperature)
 
   def slice_stats(hidden, tokens, other_hidden):
     logits = scaled(head, hidden)
-    inside = lambda x: x
+
+    def inside(x):
+      return x
+
     if truncation != Truncation():
       keep = kept(scaled(support[0], other_hidden) if support else logits, truncation)
       keep |= jnp.arange(logits.shape[-1]) == tokens[..., None]
-      inside = lambda x: jnp.where(keep, x, jnp.finfo(x.dtype).min)
+
+      def inside(x):
+        return jnp.where(keep, x, jnp.finfo(x.dtype).min)
+
     logits = inside(logits)
     logp = jax.nn.log_softmax(logits)
     p = jnp.exp(logp)
@@ -154,7 +181,9 @@ def token_stats(
 
 
 class Sums(NamedTuple):
-  """What is carried over the parts of a vocabulary. [B, T] each; l are the policy's logits, r the reference's."""
+  """What is carried over the parts of a vocabulary. [B, T] each; l are the policy's logits, r
+  the reference's.
+  """
 
   top: jax.Array  # the largest l so far
   mass: jax.Array  # sum of exp(l - top)
@@ -165,33 +194,43 @@ class Sums(NamedTuple):
   ref_mass: jax.Array
 
 
-def stats_in_parts(head: Head, hidden, tokens, ref, *, temperature: float, parts: int) -> TokenStats:
+def stats_in_parts(
+  head: Head, hidden, tokens, ref, *, temperature: float, parts: int
+) -> TokenStats:
   """`token_stats` of the whole distribution in about `parts` parts of the vocabulary."""
   mesh = mesh_around()
   parts = vocabulary_parts(head.kernel.shape[1], parts, 1 if mesh is None else mesh.shape["tensor"])
-  ref_hidden, ref_kernel, ref_cap = (None, None, None) if ref is None else (ref[1], ref[0].kernel, ref[0].cap)
+  ref_hidden, ref_kernel, ref_cap = (
+    (None, None, None) if ref is None else (ref[1], ref[0].kernel, ref[0].cap)
+  )
   static = (head.cap, ref_cap, temperature, parts)
   frozen = jax.lax.stop_gradient((ref_hidden, ref_kernel))
   return TokenStats(*_stats(static, hidden, head.kernel, tokens, *frozen))
 
 
 def vocabulary_parts(vocab: int, parts: int, shards: int) -> tuple[int, int]:
-  """(how many, entries of each): about `parts` that hold the vocabulary, each split alike over `shards` devices.
+  """(how many, entries of each): about `parts` that hold the vocabulary, each split alike over
+  `shards` devices.
 
-  Matrix units want rows of whole `LANES`: with 64 parts of 2,374 entries in place of 38 of 4,096 all of learning took
-  an H200 a fifth longer. Of narrow parts it is a number that divides the vocabulary, which needs no filling, where
-  there is one within a factor of two; there nearly always is.
+  Matrix units want rows of whole `LANES`: with 64 parts of 2,374 entries in place of 38 of 4,096
+  all of learning took an H200 a fifth longer. Of narrow parts it is a number that divides the
+  vocabulary, which needs no filling, where there is one within a factor of two; there nearly always
+  is.
   """
   parts, lanes = min(parts, vocab), LANES * shards
   if vocab > 4 * lanes * parts:
     width = -(-vocab // (parts * lanes)) * lanes
     return -(-vocab // width), width
-  parts = next((n for n in range(parts, min(2 * parts, vocab) + 1) if vocab % (n * shards) == 0), parts)
+  parts = next(
+    (n for n in range(parts, min(2 * parts, vocab) + 1) if vocab % (n * shards) == 0), parts
+  )
   return parts, -(-vocab // parts)
 
 
 def _split_vocab(kernel, parts):
-  """[D, V] -> [number, D, width]: of n parts, part i has the entries i, i + n, ...; zeros fill up the last ones."""
+  """[D, V] -> [number, D, width]: of n parts, part i has the entries i, i + n, ...; zeros fill
+  up the last ones.
+  """
   (depth, vocab), (parts, width) = kernel.shape, parts
   kernel = jnp.pad(kernel, ((0, 0), (0, parts * width - vocab)))
   return lay(jnp.moveaxis(kernel.reshape(depth, -1, parts), 2, 0), None, "fsdp", "tensor")
@@ -207,7 +246,9 @@ def _of_product(product, cap, temperature):
 
 
 def _entries(i, parts, vocab, tokens):
-  """Of part i: (bool[v] whether an entry is one and no filling, bool[B, T, v] where each token is)."""
+  """Of part i: (bool[v] whether an entry is one and no filling, bool[B, T, v] where each token
+  is).
+  """
   entry = i + parts[0] * jnp.arange(parts[1])
   return entry < vocab, entry == tokens[..., None]
 
@@ -237,9 +278,13 @@ def _stats_forward(static, hidden, kernel, tokens, ref_hidden, ref_kernel):
       r = jnp.where(real, _part_logits(ref_hidden, ref_kernel, ref_cap, temperature), floor)
       apart += (weight * (l - r)).sum(-1)
       ref_top = jnp.maximum(sums.ref_top, r.max(-1))
-      ref_mass = sums.ref_mass * jnp.exp(sums.ref_top - ref_top) + jnp.exp(r - ref_top[..., None]).sum(-1)
+      ref_mass = sums.ref_mass * jnp.exp(sums.ref_top - ref_top) + jnp.exp(
+        r - ref_top[..., None]
+      ).sum(-1)
     mass = shrink * sums.mass + weight.sum(-1)
-    return Sums(top, mass, above, apart, sums.own + jnp.where(own, l, 0).sum(-1), ref_top, ref_mass), None
+    return Sums(
+      top, mass, above, apart, sums.own + jnp.where(own, l, 0).sum(-1), ref_top, ref_mass
+    ), None
 
   zero, lowest = jnp.zeros(tokens.shape, wide), jnp.full(tokens.shape, floor)
   start = Sums(lowest, zero, zero, zero, zero, lowest, zero)
@@ -252,7 +297,9 @@ def _stats_forward(static, hidden, kernel, tokens, ref_hidden, ref_kernel):
 
 
 def _stats_backward(static, saved, gradients):
-  """With p = softmax(l), d l of each: log p: 1_token - p; entropy: -p (l - E l); KL: p (l - r - E(l - r))."""
+  """With p = softmax(l), d l of each: log p: 1_token - p; entropy: -p (l - E l); KL: p (l - r -
+  E(l - r)).
+  """
   cap, ref_cap, temperature, parts = static
   hidden, kernel, tokens, ref_hidden, ref_kernel, lse, mean, apart = saved
   to_logprob, to_entropy, to_kl = (g[..., None] for g in gradients)
@@ -272,8 +319,12 @@ def _stats_backward(static, saved, gradients):
     # products of narrow numbers, summed wide, as in the layers' own gradients
     (to_product,), rows = pull(to_l.astype(l.dtype)), hidden.reshape(-1, hidden.shape[-1])
     to_product = to_product.astype(hidden.dtype).reshape(len(rows), -1)
-    to_hidden = jnp.matmul(to_product, kernel.T, preferred_element_type=total.dtype).reshape(total.shape)
-    to_kernel = jnp.matmul(rows.T, to_product, preferred_element_type=total.dtype).astype(kernel.dtype)
+    to_hidden = jnp.matmul(to_product, kernel.T, preferred_element_type=total.dtype).reshape(
+      total.shape
+    )
+    to_kernel = jnp.matmul(rows.T, to_product, preferred_element_type=total.dtype).astype(
+      kernel.dtype
+    )
     return total + to_hidden, lay(to_kernel, "fsdp", "tensor")
 
   zero = jnp.zeros(hidden.shape, lse.dtype)

@@ -1,12 +1,13 @@
 """Low-rank adapters on the linears of the blocks, by qwix: y = x W + (alpha / rank) x A B.
 
-qwix finds the linears by running a module and keeps A and B beside each kernel. Run over the whole model it cannot
-serve: the layers are stacked and scanned, so what it attaches while tracing one layer has no layer axis (jax: "tuple
-index out of range" in scan). It is applied to one block inside the constructor that stacks them, which gives
-layers/attn/q/kernel_lora_a [N, in, rank] and kernel_lora_b [N, rank, out]. The vocabulary head lies outside the blocks
-and has none.
+qwix finds the linears by running a module and keeps A and B beside each kernel. Run over the whole
+model it cannot serve: the layers are stacked and scanned, so what it attaches while tracing one
+layer has no layer axis (jax: "tuple index out of range" in scan). It is applied to one block inside
+the constructor that stacks them, which gives layers/attn/q/kernel_lora_a [N, in, rank] and
+kernel_lora_b [N, rank, out]. The vocabulary head lies outside the blocks and has none.
 
-A model with adapters is two states: the adapters, which are trained, and the base, which is also the reference.
+A model with adapters is two states: the adapters, which are trained, and the base, which is also
+the reference.
 """
 
 import dataclasses
@@ -40,21 +41,29 @@ class LoraConfig:
     own = [name for name in LINEARS if name != "mlp/gate" or arch.gated_mlp]
     found = [name for name in own if re.fullmatch(self.targets, name)]
     if not found:
-      raise ValueError(f"config.lora.targets is {self.targets!r}: it matches none of {', '.join(own)}")
+      raise ValueError(
+        f"config.lora.targets is {self.targets!r}: it matches none of {', '.join(own)}"
+      )
     return found
 
 
-def adapt(arch: ArchConfig, lora: LoraConfig, dtype) -> Callable[[nnx.Module, nnx.Rngs], nnx.Module]:
+def adapt(
+  arch: ArchConfig, lora: LoraConfig, dtype
+) -> Callable[[nnx.Module, nnx.Rngs], nnx.Module]:
   """Builds `adapt(block, rngs)`, the block with adapters, for `Transformer(adapt=...)`."""
   import qwix
 
-  provider = qwix.LoraProvider(module_path="|".join(lora.linears(arch)), rank=lora.rank, alpha=lora.alpha)
+  provider = qwix.LoraProvider(
+    module_path="|".join(lora.linears(arch)), rank=lora.rank, alpha=lora.alpha
+  )
 
   def apply(block, rngs):
     x = jnp.zeros((1, 1, arch.hidden_size), dtype)
     angle = jnp.zeros((1, 1, 1, arch.rotary_dim // 2))
     table = (angle, angle, jnp.ones((1, 1, 1, 1), bool))
-    return qwix.apply_lora_to_model(block, provider, x, table, lambda k, v: (k, v, (), None), rngs=rngs)
+    return qwix.apply_lora_to_model(
+      block, provider, x, table, lambda k, v: (k, v, (), None), rngs=rngs
+    )
 
   return apply
 
@@ -64,11 +73,15 @@ def graphdef(arch: ArchConfig, lora: LoraConfig, *, dtype, **kwargs) -> Any:
   return transformer.abstract(arch, dtype=dtype, adapt=adapt(arch, lora, dtype), **kwargs)[0]
 
 
-def init(arch: ArchConfig, lora: LoraConfig, key: jax.Array, mesh=None, *, dtype, **kwargs) -> nnx.State:
+def init(
+  arch: ArchConfig, lora: LoraConfig, key: jax.Array, mesh=None, *, dtype, **kwargs
+) -> nnx.State:
   """Fresh adapters: B is zero, so the model starts as its base."""
 
   def make(key):
-    model = transformer.Transformer(arch, rngs=nnx.Rngs(key), dtype=dtype, adapt=adapt(arch, lora, dtype), **kwargs)
+    model = transformer.Transformer(
+      arch, rngs=nnx.Rngs(key), dtype=dtype, adapt=adapt(arch, lora, dtype), **kwargs
+    )
     return nnx.split_state(nnx.state(model), nnx.LoRAParam, ...)[0]
 
   layout = None if mesh is None else sharding.shardings(jax.eval_shape(make, key), mesh)
@@ -76,8 +89,12 @@ def init(arch: ArchConfig, lora: LoraConfig, key: jax.Array, mesh=None, *, dtype
 
 
 def merged(adapters: nnx.State, base: nnx.State, lora: LoraConfig) -> nnx.State:
-  """W + (alpha / rank) A B in every adapted kernel: a plain Transformer's state, beside `base`, which stays."""
-  found = {sharding.path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(adapters)[0]}
+  """W + (alpha / rank) A B in every adapted kernel: a plain Transformer's state, beside `base`,
+  which stays.
+  """
+  found = {
+    sharding.path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(adapters)[0]
+  }
 
   @jax.jit
   def add(found, base):

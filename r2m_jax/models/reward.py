@@ -1,7 +1,9 @@
-"""The reward model that reads the policy: frozen backbone -> reward token embedding -> cross-attention -> score.
+"""The reward model that reads the policy: frozen backbone -> reward token embedding ->
+cross-attention -> score.
 
-Equation numbers are those of R2M (arXiv 2601.22664). The backbone is a `Transformer` like the policy's; it may be
-another family, another size and another tokenizer, since nothing requires its tokens to align with the policy's.
+Equation numbers are those of R2M (arXiv 2601.22664). The backbone is a `Transformer` like the
+policy's; it may be another family, another size and another tokenizer, since nothing requires its
+tokens to align with the policy's.
 """
 
 import jax
@@ -20,7 +22,11 @@ def last_token(hidden: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def read_reward_states(
-  backbone: Transformer, tokens: jax.Array, mask: jax.Array, keep: bool = True, shared: Shared | None = None
+  backbone: Transformer,
+  tokens: jax.Array,
+  mask: jax.Array,
+  keep: bool = True,
+  shared: Shared | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """The backbone's one pass: (reward token embedding H_last, last-layer states over all tokens).
 
@@ -47,8 +53,9 @@ def read_rte(backbone: Transformer, tokens: jax.Array, mask: jax.Array) -> jax.A
 def member_scores(phi: nnx.Linear, h: jax.Array) -> jax.Array:
   """r = phi(h) of each of the M heads that phi holds (one, unless it is an ensemble).   f32[B, Dr] -> f32[B, M].
 
-  No gradient reaches the bias: Bradley-Terry and the group entropy do not change when all rewards shift, so its true
-  gradient is zero, and Adam would turn the rounding noise around that zero into full-sized steps.
+  No gradient reaches the bias: Bradley-Terry and the group entropy do not change when all rewards
+  shift, so its true gradient is zero, and Adam would turn the rounding noise around that zero into
+  full-sized steps.
   """
   return h @ phi.kernel[...] + jax.lax.stop_gradient(phi.bias[...])
 
@@ -75,7 +82,9 @@ class RewardHead(nnx.Module):
     def linear(fan_in, fan_out, use_bias=False):
       init = nnx.initializers.normal(fan_in**-0.5)  # variance 1 / fan_in
       # the dtype follows the input, promoted: scores never run below float32
-      return nnx.Linear(fan_in, fan_out, use_bias=use_bias, kernel_init=init, param_dtype=param_dtype, rngs=rngs)
+      return nnx.Linear(
+        fan_in, fan_out, use_bias=use_bias, kernel_init=init, param_dtype=param_dtype, rngs=rngs
+      )
 
     self.num_heads = num_heads
     self.wq = linear(reward_dim, attention_dim)
@@ -87,7 +96,8 @@ class RewardHead(nnx.Module):
   def attention_weights(self, rte: jax.Array, h: jax.Array, mask: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(d)) of eq. 3, one query per trajectory.
 
-    With a single query, q (h W_k)^T is (q W_k^T) h^T: keys [B, S, d] are never made, nor values in `cross_attend`.
+    With a single query, q (h W_k)^T is (q W_k^T) h^T: keys [B, S, d] are never made, nor values in
+    `cross_attend`.
 
     Args:
       rte: f32[B, Dr].
@@ -97,10 +107,15 @@ class RewardHead(nnx.Module):
     Returns:
       f32[B, heads, S].
     """
-    check(rte, "B D"), check(h, "B S D"), check(mask, "B S", jnp.bool_)
+    check(rte, "B D")
+    check(h, "B S D")
+    check(mask, "B S", jnp.bool_)
     q = self._heads(self.wq(rte))
     q = jnp.einsum("bnd,pnd->bnp", q, self._heads(self.wk.kernel[...]))
-    logits = jnp.einsum("bnp,bsp->bns", q, at_least_f32(h)) * (self.wk.kernel.shape[1] // self.num_heads) ** -0.5
+    logits = (
+      jnp.einsum("bnp,bsp->bns", q, at_least_f32(h))
+      * (self.wk.kernel.shape[1] // self.num_heads) ** -0.5
+    )
     return jax.nn.softmax(jnp.where(mask[:, None], logits, jnp.finfo(logits.dtype).min))
 
   def cross_attend(self, rte: jax.Array, h: jax.Array, mask: jax.Array) -> jax.Array:

@@ -1,13 +1,16 @@
-"""One decoder for every supported family: stacked blocks under a scan, a KV cache, feedback from any layer.
+"""One decoder for every supported family: stacked blocks under a scan, a KV cache, feedback from
+any layer.
 
-What an `ArchConfig` says is decided while tracing; the compiled program holds only what the family needs. Parameters:
+What an `ArchConfig` says is decided while tracing; the compiled program holds only what the family
+needs. Parameters:
 
   embed/embedding [V, D]           layers/attn_norm/scale [N, D]      final_norm/scale [D]
   layers/attn/{q,k,v,o}/kernel     layers/mlp_norm/scale [N, D]       lm_head/kernel [D, V]  (absent when tied)
   layers/mlp/{gate,up,down}/kernel [N, in, out]
 
-and, where the family has them, `bias` beside any kernel or layer-norm scale, layers/attn/{q_norm,k_norm}/scale and
-layers/{attn_post_norm,mlp_post_norm}/scale. N layers, S key slots, H query heads, KV key heads, Dh numbers a head.
+and, where the family has them, `bias` beside any kernel or layer-norm scale,
+layers/attn/{q_norm,k_norm}/scale and layers/{attn_post_norm,mlp_post_norm}/scale. N layers, S key
+slots, H query heads, KV key heads, Dh numbers a head.
 """
 
 import functools
@@ -20,8 +23,20 @@ import numpy as np
 from flax import nnx, struct
 
 from r2m_jax.models.arch import ArchConfig, RopeScaling
-from r2m_jax.models.attention import BLOCK, Seen, Shared, SharedMask, Slots, attend, attend_shared, attend_slots, choose
-from r2m_jax.models.attention import dot_product, slots_fit, splash_attend
+from r2m_jax.models.attention import (
+  BLOCK,
+  Seen,
+  Shared,
+  SharedMask,
+  Slots,
+  attend,
+  attend_shared,
+  attend_slots,
+  choose,
+  dot_product,
+  slots_fit,
+  splash_attend,
+)
 from r2m_jax.models.cache import Cache, lay_cache, write
 from r2m_jax.models.logprobs import Head, tempered
 from r2m_jax.parallel.sharding import ROWS, lay, lay_rows, mesh_around, path_name, row_shards
@@ -52,7 +67,8 @@ class Output:
 def lay_states(x: jax.Array) -> jax.Array:
   """The residual stream [B, L, D] over the mesh.
 
-  Rows over data and fsdp: a pass over many tokens brings the weights of one layer at a time to the rows. While decoding
+  Rows over data and fsdp: a pass over many tokens brings the weights of one layer at a time to the
+  rows. While decoding
   a row is one token and smaller than the weights: these stay, and fsdp splits D as it splits them.
   """
   return lay_rows(x) if x.shape[1] > 1 else lay(x, "data", None, "fsdp")
@@ -86,7 +102,9 @@ class Norm(nnx.Module):
 
 
 def rotary_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-  """Radians a token for each rotated pair: theta^(-2i/dim), stretched as `scaling` says. float64[dim / 2]."""
+  """Radians a token for each rotated pair: theta^(-2i/dim), stretched as `scaling` says.
+  float64[dim / 2].
+  """
   freq = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
   if scaling is None:
     return freq
@@ -99,7 +117,9 @@ def rotary_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> n
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates the leading 2R numbers of each head. x [B, heads, L, Dh], cos and sin [B, 1, L, R], at least float32."""
+  """Rotates the leading 2R numbers of each head. x [B, heads, L, Dh], cos and sin [B, 1, L, R],
+  at least float32.
+  """
   r = cos.shape[-1]
   a, b, rest = x[..., :r].astype(cos.dtype), x[..., r : 2 * r].astype(cos.dtype), x[..., 2 * r :]
   turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
@@ -122,11 +142,14 @@ class Attention(nnx.Module):
       self.k_norm = Norm(arch.head_dim, arch, param_dtype=param_dtype, kind="rms")
 
   def __call__(self, x, table, store):
-    """x [B, L, D]; table (cos, sin, seen) of this layer; store(k, v) -> (keys and values to attend over, those of the
-    prompt before them or (), cache)."""
+    """x [B, L, D]; table (cos, sin, seen) of this layer; store(k, v) -> (keys and values to attend
+    over, those of the prompt before them or (), cache)."""
     arch, (cos, sin, seen) = self.arch, table
     rows = as_rows(x)
-    heads = lambda y: lay(y.reshape(*x.shape[:2], -1, arch.head_dim).swapaxes(1, 2), ROWS, "tensor")
+
+    def heads(y):
+      return lay(y.reshape(*x.shape[:2], -1, arch.head_dim).swapaxes(1, 2), ROWS, "tensor")
+
     q, k, v = (heads(y) for y in side_by_side(self, ("q", "k", "v"), rows))
     if arch.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
@@ -134,13 +157,21 @@ class Attention(nnx.Module):
     q = rotate(q, cos, sin)
     if isinstance(seen, Slots):
       interpret = self.attention != "cudnn"
-      y, cache = attend_slots(q, k, v, cache, prompt, seen, scale=arch.query_scale, interpret=interpret)
+      y, cache = attend_slots(
+        q, k, v, cache, prompt, seen, scale=arch.query_scale, interpret=interpret
+      )
     else:
-      y = attend_shared(self.mix, q, k, v, seen) if isinstance(seen, SharedMask) else self.mix(q, k, v, seen, prompt)
+      y = (
+        attend_shared(self.mix, q, k, v, seen)
+        if isinstance(seen, SharedMask)
+        else self.mix(q, k, v, seen, prompt)
+      )
     return self.o(y.swapaxes(1, 2).reshape(len(rows), -1)).reshape(x.shape), cache
 
   def mix(self, q, k, v, seen, prompt=()):
-    """q [B, H, L, Dh], k and v [B, KV, S, Dh] -> [B, H, L, Dh], by the implementation that fits the call."""
+    """q [B, H, L, Dh], k and v [B, KV, S, Dh] -> [B, H, L, Dh], by the implementation that fits
+    the call.
+    """
     scale, cap, window = self.arch.query_scale, self.arch.attn_softcap, self.arch.sliding_window
     if isinstance(seen, Seen):
       interpret = self.attention == "interpreted"
@@ -156,7 +187,9 @@ class MLP(nnx.Module):
 
   def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype, param_dtype):
     self.activation = arch.activation
-    linear = functools.partial(nnx.Linear, use_bias=arch.mlp_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    linear = functools.partial(
+      nnx.Linear, use_bias=arch.mlp_bias, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+    )
     self.gated = arch.gated_mlp
     if self.gated:
       self.gate = linear(arch.hidden_size, arch.intermediate_size)
@@ -166,12 +199,17 @@ class MLP(nnx.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, L, D] -> [B, L, D]."""
     act, shape = ACTIVATIONS[self.activation], x.shape
-    inside = lambda gate, *up: act(gate) * up[0] if up else act(gate)
+
+    def inside(gate, *up):
+      return act(gate) * up[0] if up else act(gate)
+
     if "columns" in vars(self):
       wide, down = self.columns
       y = down(inside(*jnp.split(wide(as_rows(x).T), 2 if self.gated else 1)))
       return jax.lax.optimization_barrier(y).T.reshape(shape)  # else XLA makes it x W again
-    return self.down(inside(*side_by_side(self, ("gate", "up") if self.gated else ("up",), as_rows(x)))).reshape(shape)
+    return self.down(
+      inside(*side_by_side(self, ("gate", "up") if self.gated else ("up",), as_rows(x)))
+    ).reshape(shape)
 
 
 class Block(nnx.Module):
@@ -181,7 +219,9 @@ class Block(nnx.Module):
     self.arch = arch
     norm = functools.partial(Norm, arch.hidden_size, arch, param_dtype=param_dtype)
     self.attn_norm, self.mlp_norm = norm(), norm()
-    self.attn = Attention(arch, rngs=rngs, dtype=dtype, param_dtype=param_dtype, attention=attention)
+    self.attn = Attention(
+      arch, rngs=rngs, dtype=dtype, param_dtype=param_dtype, attention=attention
+    )
     self.mlp = MLP(arch, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
     if arch.post_norms:
       self.attn_post_norm, self.mlp_post_norm = norm(), norm()
@@ -197,21 +237,28 @@ class Block(nnx.Module):
 
 
 def as_rows(x: jax.Array) -> jax.Array:
-  """[..., D] -> [N, D]: a linear's gradient is then one plain product. Over two leading axes XLA on CPU first
-  transposes the widest operand, which took a quarter of an update."""
+  """[..., D] -> [N, D]: a linear's gradient is then one plain product. Over two leading axes XLA on
+  CPU first transposes the widest operand, which took a quarter of an update."""
   return x.reshape(-1, x.shape[-1])
 
 
 def side_by_side(module: nnx.Module, names: tuple[str, ...], x: jax.Array) -> list[jax.Array]:
-  """Results of the module's linears of these names, from one product where `join` has made one linear of them."""
+  """Results of the module's linears of these names, from one product where `join` has made one
+  linear of them.
+  """
   if "_".join(names) not in vars(module):
     return [getattr(module, name)(x) for name in names]
-  y, widths = getattr(module, "_".join(names))(x), [getattr(module, name).out_features for name in names]
+  y, widths = (
+    getattr(module, "_".join(names))(x),
+    [getattr(module, name).out_features for name in names],
+  )
   return jnp.split(y, np.cumsum(widths)[:-1], -1)
 
 
 def join(module: nnx.Module, names: tuple[str, ...]) -> nnx.Linear:
-  """Puts beside the module's linears of these names one that has all their columns, and returns it."""
+  """Puts beside the module's linears of these names one that has all their columns, and returns
+  it.
+  """
   linears = [getattr(module, name) for name in names]
   one = nnx.clone(linears[0])
   one.kernel = nnx.Param(jnp.concatenate([linear.kernel[...] for linear in linears], 1))
@@ -222,8 +269,8 @@ def join(module: nnx.Module, names: tuple[str, ...]) -> nnx.Linear:
 
 
 class Columns(nnx.Module):
-  """A linear of columns, W^T x: [in, N] -> [out, N]. For a few rows it takes XLA on CPU 4 to 15% less time than x W,
-  for which all of the weights are packed first."""
+  """A linear of columns, W^T x: [in, N] -> [out, N]. For a few rows it takes XLA on CPU 4 to 15%
+  less time than x W, for which all of the weights are packed first."""
 
   def __init__(self, linear: nnx.Linear):
     self.kernel, self.bias = nnx.Param(linear.kernel[...].T), linear.bias
@@ -235,20 +282,30 @@ class Columns(nnx.Module):
 
 def residual_init(arch: ArchConfig):
   """1/sqrt(fan_in), divided by sqrt(2N): the sum of 2N branches starts with the variance of one."""
-  return nnx.initializers.variance_scaling(1.0 / (2 * arch.num_layers), "fan_in", "truncated_normal")
+  return nnx.initializers.variance_scaling(
+    1.0 / (2 * arch.num_layers), "fan_in", "truncated_normal"
+  )
 
 
 class Transformer(nnx.Module):
-  """A decoder as `arch` describes it. `dtype` computes (None: whatever the parameters are in), `param_dtype` stores.
+  """A decoder as `arch` describes it. `dtype` computes (None: whatever the parameters are in),
+  `param_dtype` stores.
 
   `attention` is what `models.attention.choose` chooses by, (config.attention, platform).
   `adapt(block, rngs)` may add parameters to a block before the layers are stacked; see models.lora.
   """
 
   def __init__(
-    self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype=jnp.float32, param_dtype=jnp.float32, remat="none", adapt=None,
+    self,
+    arch: ArchConfig,
+    *,
+    rngs: nnx.Rngs,
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+    remat="none",
+    adapt=None,
     attention=("auto", "cpu"),
-  ):  # fmt: skip
+  ):
     if remat not in REMAT:
       raise ValueError(f"{remat=} is unknown; use one of {sorted(REMAT)}")
     self.arch, self.dtype, self.remat = arch, dtype, remat
@@ -256,7 +313,9 @@ class Transformer(nnx.Module):
     self.attention = attention = choose(*attention, arch, param_dtype if dtype is None else dtype)
     self.decodes_in_slots = slots_fit(attention, arch)
     d, vocab, small = arch.hidden_size, arch.vocab_size, nnx.initializers.normal(0.02)
-    self.embed = nnx.Embed(vocab, d, embedding_init=small, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    self.embed = nnx.Embed(
+      vocab, d, embedding_init=small, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+    )
 
     @nnx.split_rngs(splits=arch.num_layers)
     @nnx.vmap(in_axes=0, out_axes=0)
@@ -287,18 +346,23 @@ class Transformer(nnx.Module):
   ) -> Output:
     """tokens i32[B, L], mask bool[B, L] -> Output.
 
-    A token's position is the number of real tokens before it, so padding on either side changes nothing. With a
-    cache, tokens go to slots cache_index .. cache_index + L - 1 and see every real token in a slot up to their own
-    (prefill: pass the Python int 0, and no empty slot is read). `feedback_layer` -1 taps `hidden`; i >= 0, or negative
-    from the end, taps the residual stream after layer i. `shared` says which rows begin alike: what they share is
-    computed once, where there is no cache, the kernel takes masks and the runs split over the mesh. Same results.
+    A token's position is the number of real tokens before it, so padding on either side changes
+    nothing. With a cache, tokens go to slots cache_index .. cache_index + L - 1 and see every real
+    token in a slot up to their own (prefill: pass the Python int 0, and no empty slot is read).
+    `feedback_layer` -1 taps `hidden`; i >= 0, or negative from the end, taps the residual stream
+    after layer i. `shared` says which rows begin alike: what they share is computed once, where
+    there is no cache, the kernel takes masks and the runs split over the mesh. Same results.
     """
     arch, length = self.arch, tokens.shape[1]
     if not -arch.num_layers <= feedback_layer < arch.num_layers:
-      raise ValueError(f"{feedback_layer=} is not a layer of {arch.num_layers}; -1 is the output of the final norm")
+      raise ValueError(
+        f"{feedback_layer=} is not a layer of {arch.num_layers}; -1 is the output of the final norm"
+      )
     tap = None if feedback_layer == -1 else feedback_layer % arch.num_layers
     if (cache is None) != (cache_index is None):
-      raise ValueError(f"cache and cache_index come together; got {cache_index=} and cache={cache and 'a cache'}")
+      raise ValueError(
+        f"cache and cache_index come together; got {cache_index=} and cache={cache and 'a cache'}"
+      )
     slot = 0 if cache is None else cache_index
     fresh = isinstance(slot, int) and slot == 0  # attend over the tokens of this call alone
     if cache is not None:
@@ -347,10 +411,16 @@ class Transformer(nnx.Module):
     return Output(hidden=hidden, feedback=hidden if tap is None else rows(tapped), cache=cache)
 
   def _one_by_one(self, x, cache, tapped, tables, kinds, slot, fresh, tap):
-    """The layers of a model `apart`. What a layer reads, weights and cache, is there as an array of its own."""
+    """The layers of a model `apart`. What a layer reads, weights and cache, is there as an array
+    of its own.
+    """
     found = []
     for layer, block in enumerate(self.layers):
-      table = tables if kinds is None else jax.tree.map(lambda t: t[int(layer in self.arch.sliding_layers)], tables)
+      table = (
+        tables
+        if kinds is None
+        else jax.tree.map(lambda t: t[int(layer in self.arch.sliding_layers)], tables)
+      )
 
       def store(k, v, layer=layer):
         if cache is None:
@@ -362,7 +432,10 @@ class Transformer(nnx.Module):
         keys, values = write(keys, k.swapaxes(-1, -2), 0, 0, 0, at), write(values, v, 0, 0, at, 0)
         if fresh:
           return k, v, (), (keys, values)
-        read = lambda k, v: (k.swapaxes(-1, -2), v)
+
+        def read(k, v):
+          return (k.swapaxes(-1, -2), v)
+
         return *read(keys, values), read(*prompt) if prompt else (), (keys, values)
 
       x, own = block(x, table, store)
@@ -372,28 +445,37 @@ class Transformer(nnx.Module):
     return x, None if cache is None else tuple(zip(*found)), tapped
 
   def apart(self, slots: int) -> "Transformer":
-    """The same model with an array a layer for each parameter, in the compute dtype, and its cache, of up to so many
-    slots, so too.
+    """The same model with an array a layer for each parameter, in the compute dtype, and its cache,
+    of up to so many slots, so too.
 
-    A loop over tokens that reads stacked arrays copies a layer's slice, weights and cache, before each product. Apart
-    they are read where they lie, for one copy of the layers' weights outside of the loop; every layer is compiled. On
-    a single device linears of one input are joined, since a few rows take a GPU as long as a launch. On TPUs, whose
-    compiler reads the slices in place, this is the model itself. Sine and cosine of all positions are made once, where
-    XLA on CPU would make those of a token anew in each head of each layer. There few rows go through the MLP as
+    A loop over tokens that reads stacked arrays copies a layer's slice, weights and cache, before
+    each product. Apart they are read where they lie, for one copy of the layers' weights outside of
+    the loop; every layer is compiled. On a single device linears of one input are joined, since a
+    few rows take a GPU as long as a launch. On TPUs, whose compiler reads the slices in place, this
+    is the model itself. Sine and cosine of all positions are made once, where XLA on CPU would make
+    those of a token anew in each head of each layer. There few rows go through the MLP as
     `Columns`.
     """
     if not self.decodes_apart:
       return self
     blocks, stacked = nnx.split(self.layers)
-    in_dtype = lambda path, x: x.astype(self.compute_dtype) if "kernel" in path_name(path) else x
+
+    def in_dtype(path, x):
+      return x.astype(self.compute_dtype) if "kernel" in path_name(path) else x
+
     stacked = jax.tree_util.tree_map_with_path(in_dtype, stacked)
     model = nnx.merge(*nnx.split(self))
-    one = lambda i: nnx.merge(blocks, jax.tree.map(lambda x: x[i], stacked))
+
+    def one(i):
+      return nnx.merge(blocks, jax.tree.map(lambda x: x[i], stacked))
+
     model.layers = nnx.List([one(i) for i in range(self.arch.num_layers)])
     if not self.decodes_in_slots:
       rotations = {slides: self._rotation(slides, jnp.arange(slots)) for slides in (False, True)}
       model.rotations = nnx.data(rotations)
-    adapted = any("lora" in path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(stacked)[0])
+    adapted = any(
+      "lora" in path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(stacked)[0]
+    )
     for block in model.layers if mesh_around() is None and not adapted else ():
       join(block.attn, ("q", "k", "v"))
       wide = join(block.mlp, ("gate", "up")) if self.arch.gated_mlp else block.mlp.up
@@ -402,17 +484,19 @@ class Transformer(nnx.Module):
     return model
 
   def _embedded(self, tokens):
-    """i32[B, L] -> [B, L, D]. Devices that share the embedding's columns look up their own and exchange rows for them:
-    of the embedding nothing moves."""
+    """i32[B, L] -> [B, L, D]. Devices that share the embedding's columns look up their own and
+    exchange rows for them: of the embedding nothing moves."""
     x = jnp.take(self.embed.embedding[...], lay(tokens, "data"), axis=0).astype(self.compute_dtype)
     return lay_states(lay(x, "data", None, "fsdp"))
 
   def _tables(self, keys, slot, length, in_blocks, in_slots, shared):
-    """What layers read besides x: rotation and visibility, for each kind of layer (full, sliding) the model has.
+    """What layers read besides x: rotation and visibility, for each kind of layer (full, sliding)
+      the model has.
 
-    keys bool[B, S] -> ((cos [B, 1, L, R], sin, mask bool[B, 1, L, S]), None) where all layers are of one kind, else
-    the same stacked over the two kinds, and kinds i32[N]. In place of the mask stands with `in_blocks` a `Seen`, with
-    `in_slots` a `Slots`, with `shared` a `SharedMask` (and rotations of the packed positions).
+    keys bool[B, S] -> ((cos [B, 1, L, R], sin, mask bool[B, 1, L, S]), None) where all layers are
+    of one kind, else the same stacked over the two kinds, and kinds i32[N]. In place of the mask
+    stands with `in_blocks` a `Seen`, with `in_slots` a `Slots`, with `shared` a `SharedMask` (and
+    rotations of the packed positions).
     """
     arch = self.arch
     at = jnp.maximum(jnp.cumsum(keys, 1, dtype=jnp.int32) - 1, 0)  # position of each key
@@ -433,29 +517,45 @@ class Transformer(nnx.Module):
     slides = [i in arch.sliding_layers for i in range(arch.num_layers)]
     if all(slides) or not any(slides):
       return table(slides[0]), None
-    return jax.tree.map(lambda *kinds: jnp.stack(kinds), table(False), table(True)), jnp.asarray(slides, jnp.int32)
+    return jax.tree.map(lambda *kinds: jnp.stack(kinds), table(False), table(True)), jnp.asarray(
+      slides, jnp.int32
+    )
 
   def _rotation(self, slides, positions):
     """cos and sin [..., R] of the angles at positions i32[...], for layers that slide or do not."""
     if "rotations" in vars(self):
       return tuple(jnp.take(x, positions, 0, mode="clip") for x in self.rotations[slides])
     arch, local = self.arch, slides and self.arch.rope_local_theta is not None
-    theta, scaling = (arch.rope_local_theta, None) if local else (arch.rope_theta, arch.rope_scaling)
-    frequencies = rotary_frequencies(arch.rotary_dim, theta, scaling).astype(at_least_float32(self.compute_dtype))
+    theta, scaling = (
+      (arch.rope_local_theta, None) if local else (arch.rope_theta, arch.rope_scaling)
+    )
+    frequencies = rotary_frequencies(arch.rotary_dim, theta, scaling).astype(
+      at_least_float32(self.compute_dtype)
+    )
     angle = positions[..., None] * frequencies
     return jnp.cos(angle), jnp.sin(angle)
 
   def init_cache(self, batch: int, length: int) -> Cache:
-    """An empty cache of `length` slots for `batch` rows, in the compute dtype; stacked, see `Cache.apart`."""
+    """An empty cache of `length` slots for `batch` rows, in the compute dtype; stacked, see
+    `Cache.apart`.
+    """
     arch = self.arch
     shape = (arch.num_layers, batch, arch.num_kv_heads, length, arch.head_dim)
-    empty = lambda: lay_cache(jnp.zeros(shape, self.compute_dtype))
+
+    def empty():
+      return lay_cache(jnp.zeros(shape, self.compute_dtype))
+
     return Cache(k=empty(), v=empty(), mask=lay_rows(jnp.zeros((batch, length), bool)))
 
   def unembedding(self) -> jax.Array:
-    """The vocabulary head as one array [D, V], in the compute dtype; `final_softcap` is not in it."""
+    """The vocabulary head as one array [D, V], in the compute dtype; `final_softcap` is not in
+    it.
+    """
     if not self.arch.lm_head:
-      raise ValueError("this model has no vocabulary head (ArchConfig.lm_head=False): it is a reward model's backbone")
+      raise ValueError(
+        "this model has no vocabulary head (ArchConfig.lm_head=False): it is a reward model's "
+        "backbone"
+      )
     kernel = self.lm_head.kernel[...] if self.arch.untied_head else self.embed.embedding[...].T
     return kernel.astype(self.compute_dtype)
 
@@ -472,7 +572,9 @@ class Transformer(nnx.Module):
 def init(arch: ArchConfig, key: jax.Array, **kwargs) -> tuple[Any, nnx.State]:
   """A randomly initialized Transformer as (graphdef, state), made by one compiled program."""
   graphdef, _ = abstract(arch, **kwargs)
-  return graphdef, jax.jit(lambda key: nnx.state(Transformer(arch, rngs=nnx.Rngs(key), **kwargs)))(key)
+  return graphdef, jax.jit(lambda key: nnx.state(Transformer(arch, rngs=nnx.Rngs(key), **kwargs)))(
+    key
+  )
 
 
 def abstract(arch: ArchConfig, **kwargs) -> tuple[Any, nnx.State]:

@@ -1,7 +1,9 @@
-"""Several processes as one program: how they find each other, share rows and values, and what ends them.
+"""Several processes as one program: how they find each other, share rows and values, and what ends
+them.
 
-Every process runs the same program on its own devices and holds its own rows of a batch. Only the first one (number 0)
-writes, prints and reports. One process alone passes through every function here at no cost.
+Every process runs the same program on its own devices and holds its own rows of a batch. Only the
+first one (number 0) writes, prints and reports. One process alone passes through every function
+here at no cost.
 """
 
 import contextlib
@@ -27,12 +29,18 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
-LOST = 75  # exit status where another process was lost, that of "resume me": the same command goes on
+LOST = (
+  75  # exit status where another process was lost, that of "resume me": the same command goes on
+)
 ALONE = "none"  # config.hosts.coordinator of a process that looks for no others
 PATIENCE = 20.0  # seconds that a shared disk has to show what another machine wrote
 # what the runtime says of a process that is gone, and what others, such as orbax, make of it
-GONE = re.compile(r"Gloo|[Bb]arrier|[Hh]eartbeat|coordination service|UNAVAILABLE|DEADLINE_EXCEEDED")
-CUT = re.compile(r"ncclRemote|connection (closed|reset|refused)|socket closed|broken pipe", re.I)  # the runtime alone
+GONE = re.compile(
+  r"Gloo|[Bb]arrier|[Hh]eartbeat|coordination service|UNAVAILABLE|DEADLINE_EXCEEDED"
+)
+CUT = re.compile(
+  r"ncclRemote|connection (closed|reset|refused)|socket closed|broken pipe", re.I
+)  # the runtime alone
 
 
 class HostsError(ValueError):
@@ -47,16 +55,18 @@ class Elsewhere(RuntimeError):
 
 
 def addresses(settings, environ=os.environ) -> tuple[str, int, int] | None:
-  """(coordinator, processes, process) as config.hosts or the environment gives them; None: detected, or alone.
+  """(coordinator, processes, process) as config.hosts or the environment gives them; None:
+  detected, or alone.
 
   Raises:
     HostsError: for a value that cannot be, named as it was given.
   """
   given = {}
   for field, variable, none in (
-    ("coordinator", "JAX_COORDINATOR_ADDRESS", ""), ("processes", "JAX_NUM_PROCESSES", 0),
+    ("coordinator", "JAX_COORDINATOR_ADDRESS", ""),
+    ("processes", "JAX_NUM_PROCESSES", 0),
     ("process", "JAX_PROCESS_ID", -1),
-  ):  # fmt: skip
+  ):
     value, name = settings[field], f"config.hosts.{field}"
     if value == none and environ.get(variable):
       value, name = environ[variable], f"the environment's {variable}"
@@ -75,17 +85,23 @@ def addresses(settings, environ=os.environ) -> tuple[str, int, int] | None:
     if processes or process != -1:
       wrong, value = ("processes", processes) if processes else ("process", process)
       raise HostsError(
-        f"{given[wrong][1]} is {value}, but no address is given: name process 0 with config.hosts.coordinator=HOST:PORT"
+        f"{given[wrong][1]} is {value}, but no address is given: name process 0 with "
+        "config.hosts.coordinator=HOST:PORT"
       )
     return None
   host, colon, port = address.rpartition(":")
   if not (host and colon and port.isdigit() and 0 < int(port) < 2**16):
-    raise HostsError(f"{name} is {address!r}: give HOST:PORT of process 0, such as 10.0.0.1:1234, or {ALONE!r}")
+    raise HostsError(
+      f"{name} is {address!r}: give HOST:PORT of process 0, such as 10.0.0.1:1234, or {ALONE!r}"
+    )
   if processes < 1:
-    raise HostsError(f"{given['processes'][1]} is {processes}: say how many processes there are in all")
+    raise HostsError(
+      f"{given['processes'][1]} is {processes}: say how many processes there are in all"
+    )
   if not 0 <= process < processes:
     raise HostsError(
-      f"{given['process'][1]} is {process}: each of the {processes} processes has its own number from 0 to "
+      f"{given['process'][1]} is {process}: each of the {processes} processes has its own number "
+      "from 0 to "
       f"{processes - 1}"
     )
   return address, processes, process
@@ -95,8 +111,9 @@ def addresses(settings, environ=os.environ) -> tuple[str, int, int] | None:
 def together(settings) -> Iterator[None]:
   """Joins the other processes of the run, where there are any, for the length of the block.
 
-  In the block only the first process prints to stdout. A process that is lost ends the others with status `LOST`
-  within config.hosts.heartbeat_timeout seconds, and one that ends with an error within config.hosts.end_timeout.
+  In the block only the first process prints to stdout. A process that is lost ends the others with
+  status `LOST` within config.hosts.heartbeat_timeout seconds, and one that ends with an error
+  within config.hosts.end_timeout.
 
   Raises:
     HostsError: the others did not come.
@@ -109,12 +126,20 @@ def together(settings) -> Iterator[None]:
       yield
       return
     silence = settings.heartbeat_timeout
-    on_abort(_lost(f"killed, its host gone, or no sign of life for {silence} s (config.hosts.heartbeat_timeout)"), LOST)
+    on_abort(
+      _lost(
+        f"killed, its host gone, or no sign of life for {silence} s "
+        "(config.hosts.heartbeat_timeout)"
+      ),
+      LOST,
+    )
     status = 0
     try:
       with contextlib.ExitStack() as quiet:
         if not first():
-          quiet.enter_context(contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w"))))
+          quiet.enter_context(
+            contextlib.redirect_stdout(quiet.enter_context(open(os.devnull, "w")))
+          )
         yield
       meet()  # the first may still be writing its report
     except BaseException as error:
@@ -124,22 +149,34 @@ def together(settings) -> Iterator[None]:
       on_abort("" if told else traceback.format_exc(), status)
       raise
     finally:
-      late = threading.Timer(settings.end_timeout + 10, os._exit, [status])  # whatever holds the others up
+      late = threading.Timer(
+        settings.end_timeout + 10, os._exit, [status]
+      )  # whatever holds the others up
       late.start()
-      with contextlib.suppress(RuntimeError):  # another one left without a word: nothing more to wait for
+      with contextlib.suppress(
+        RuntimeError
+      ):  # another one left without a word: nothing more to wait for
         jax.distributed.shutdown()
       late.cancel()
 
 
 def _join(settings) -> bool:
-  """Starts jax.distributed where there are several processes. Touches no device before all are there."""
+  """Starts jax.distributed where there are several processes. Touches no device before all are
+  there.
+  """
   if settings.coordinator == ALONE:
     return False
-  given, limits = addresses(settings), dict(
-    initialization_timeout=settings.start_timeout, heartbeat_timeout_seconds=settings.heartbeat_timeout,
-    shutdown_timeout_seconds=settings.end_timeout,
-  )  # fmt: skip
-  jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from loop.signals_end_the_run
+  given, limits = (
+    addresses(settings),
+    dict(
+      initialization_timeout=settings.start_timeout,
+      heartbeat_timeout_seconds=settings.heartbeat_timeout,
+      shutdown_timeout_seconds=settings.end_timeout,
+    ),
+  )
+  jax.config.update(
+    "jax_enable_preemption_service", False
+  )  # it would take SIGTERM from loop.signals_end_the_run
   try:
     if given is None:
       with warnings.catch_warnings():
@@ -162,23 +199,27 @@ def _missing(settings) -> str:
   given = addresses(settings)
   what = "the other processes" if given is None else f"{given[1]} processes at {given[0]}"
   return (
-    f"{what} did not come together: start the same command on every host within config.hosts.start_timeout = "
-    f"{settings.start_timeout} seconds, let them reach one another, or give config.hosts.coordinator={ALONE} for one "
+    f"{what} did not come together: start the same command on every host within "
+    "config.hosts.start_timeout = "
+    f"{settings.start_timeout} seconds, let them reach one another, or give "
+    f"config.hosts.coordinator={ALONE} for one "
     "process alone"
   )
 
 
 def _lost(how: str) -> str:
   return (
-    f"error: process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()} ends, because another "
-    f"process was lost: {how}. Its own output says why. The same command on every host goes on from what is saved."
+    f"error: process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()} "
+    "ends, because another "
+    f"process was lost: {how}. Its own output says why. The same command on every host goes on "
+    "from what is saved."
   )
 
 
 @contextlib.contextmanager
 def _last_words() -> Iterator[Callable[[str, int], None]]:
-  """JAX aborts a process whose peers are gone or never come. In here such an abort says what was set as (words, status)
-  with the function that this gives."""
+  """JAX aborts a process whose peers are gone or never come. In here such an abort says what was
+  set as (words, status) with the function that this gives."""
   words, status = b"", LOST
 
   @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -201,11 +242,17 @@ def _last_words() -> Iterator[Callable[[str, int], None]]:
 
 
 def end_if_lost(error: BaseException | None) -> None:
-  """Ends the program with status `LOST` where an error, or what caused it, is that another process is gone."""
+  """Ends the program with status `LOST` where an error, or what caused it, is that another
+  process is gone.
+  """
   while error is not None and jax.process_count() > 1:
     of_runtime = isinstance(error, jax.errors.JaxRuntimeError)
     if GONE.search(str(error)) or of_runtime and CUT.search(str(error)):
-      print(_lost(f"killed or its host gone ({' '.join(str(error).split())[:200]})"), file=sys.stderr, flush=True)
+      print(
+        _lost(f"killed or its host gone ({' '.join(str(error).split())[:200]})"),
+        file=sys.stderr,
+        flush=True,
+      )
       os._exit(LOST)  # not sys.exit, which would wait for the one that is gone
     error = error.__cause__ or error.__context__
 
@@ -240,7 +287,9 @@ def from_first(value: Any) -> Any:
   size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
   padded = np.zeros(1 << max(size - 1, 255).bit_length(), np.uint8)  # few sizes, few programs
   padded[: len(data)] = np.frombuffer(data, np.uint8)
-  return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size].astype(np.uint8).tobytes())
+  return json.loads(
+    np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size].astype(np.uint8).tobytes()
+  )
 
 
 def on_first(f: Callable[[], Any]) -> Any:
@@ -255,7 +304,15 @@ def on_first(f: Callable[[], Any]) -> Any:
   if first():
     try:
       result = f()
-    except (ArithmeticError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError) as raised:
+    except (
+      ArithmeticError,
+      AttributeError,
+      LookupError,
+      OSError,
+      RuntimeError,
+      TypeError,
+      ValueError,
+    ) as raised:
       error = raised
   result, failed = from_first([result, error is not None])
   if error is not None:
@@ -275,7 +332,9 @@ def require_same(value: Any, what: str) -> None:
   """Raises HostsError unless `value`, JSON, is the same in every process."""
   if jax.process_count() == 1:
     return
-  sums = multihost_utils.process_allgather(np.uint32(zlib.crc32(json.dumps(value, sort_keys=True).encode())))
+  sums = multihost_utils.process_allgather(
+    np.uint32(zlib.crc32(json.dumps(value, sort_keys=True).encode()))
+  )
   if different := np.flatnonzero(sums != sums[0]).tolist():
     raise HostsError(f"process {', '.join(map(str, different))} and process 0 differ in {what}")
 
@@ -294,8 +353,10 @@ def require_shared(folder: Path, what: str = "--workdir") -> None:
     (folder / name).unlink()
   if blind:
     raise HostsError(
-      f"{what}={folder} is not one folder for all processes: process {', '.join(map(str, blind))} does not see what "
-      "process 0 wrote there; give a folder on a disk that all hosts share, such as NFS or a mounted bucket"
+      f"{what}={folder} is not one folder for all processes: process {', '.join(map(str, blind))} "
+      "does not see what "
+      "process 0 wrote there; give a folder on a disk that all hosts share, such as NFS or a "
+      "mounted bucket"
     )
 
 
@@ -303,7 +364,9 @@ def require_shared(folder: Path, what: str = "--workdir") -> None:
 
 
 def rows_of(layout: NamedSharding, rows: int) -> np.ndarray:
-  """Numbers of the rows of a batch, of `rows` in all, that lie on this process's devices; ascending."""
+  """Numbers of the rows of a batch, of `rows` in all, that lie on this process's devices;
+  ascending.
+  """
   if jax.process_count() == 1:
     return np.arange(rows)
   parts = layout.addressable_devices_indices_map((rows,)).values()
@@ -318,7 +381,9 @@ def take(tree, layout: NamedSharding):
 
 
 def place(tree, layout: NamedSharding):
-  """Host arrays as batches on the devices of `layout`; each process gives its own rows (`rows_of`), in their order."""
+  """Host arrays as batches on the devices of `layout`; each process gives its own rows
+  (`rows_of`), in their order.
+  """
   if jax.process_count() == 1:
     return jax.device_put(tree, layout)
   shards = layout.num_devices // _copies(layout)
@@ -349,7 +414,10 @@ def put(tree, layouts):
   """Host arrays that every process has whole, laid out as `layouts` says."""
   if jax.process_count() == 1:
     return jax.device_put(tree, layouts)
-  whole = lambda x, layout: jax.make_array_from_callback(np.shape(x), layout, lambda index: np.asarray(x)[index])
+
+  def whole(x, layout):
+    return jax.make_array_from_callback(np.shape(x), layout, lambda index: np.asarray(x)[index])
+
   return jax.tree.map(whole, tree, layouts)
 
 
@@ -369,5 +437,11 @@ def fetch(tree):
   """Whole arrays on every host. All processes must ask for the same."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
-  far = lambda x: isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
-  return jax.tree.map(lambda x: multihost_utils.process_allgather(x, tiled=True) if far(x) else jax.device_get(x), tree)
+
+  def far(x):
+    return isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+
+  return jax.tree.map(
+    lambda x: multihost_utils.process_allgather(x, tiled=True) if far(x) else jax.device_get(x),
+    tree,
+  )

@@ -1,9 +1,10 @@
-"""Rows of a batch in minibatches, micro-batches and parts, such that no row leaves the device that holds it.
+"""Rows of a batch in minibatches, micro-batches and parts, such that no row leaves the device that
+holds it.
 
-Rows are split over devices in blocks. So whatever takes some rows of all takes a share of every block: a part is
-neighbouring rows of every device, so that responses to one prompt stay together, and a minibatch is one row of every
-run of M neighbours. Which rows are in a part depends on the mesh, so what is computed in parts may not depend on that;
-which are in a minibatch does not.
+Rows are split over devices in blocks. So whatever takes some rows of all takes a share of every
+block: a part is neighbouring rows of every device, so that responses to one prompt stay together,
+and a minibatch is one row of every run of M neighbours. Which rows are in a part depends on the
+mesh, so what is computed in parts may not depend on that; which are in a minibatch does not.
 """
 
 import math
@@ -26,7 +27,9 @@ def dealt(group: int, minibatches: int) -> int:
 
 
 def neighbours(group: int, rows: int) -> int:
-  """How many of `group` neighbouring rows are surely neighbours in a part of so many rows in all, see `scan_rows`."""
+  """How many of `group` neighbouring rows are surely neighbours in a part of so many rows in
+  all, see `scan_rows`.
+  """
   shards = row_shards()
   return math.gcd(group, rows // shards if rows % shards == 0 else rows)
 
@@ -34,21 +37,33 @@ def neighbours(group: int, rows: int) -> int:
 def scan_rows(f: Callable, carry, parts: int, *trees):
   """`jax.lax.scan` of f(carry, *part) -> (carry, out) over `parts` parts of the rows of `trees`.
 
-  Every leaf of `trees` and of out has rows as its leading axis; a part has as many neighbouring ones of each device.
-  Returns (carry, outs of all rows, in their order), written into place one part after another.
+  Every leaf of `trees` and of out has rows as its leading axis; a part has as many neighbouring
+  ones of each device. Returns (carry, outs of all rows, in their order), written into place one
+  part after another.
   """
   rows, shards = len(jax.tree.leaves(trees)[0]), row_shards()
   shards = shards if rows % (shards * parts) == 0 else 1
   each = rows // (shards * parts)
   blocks = jax.tree.map(lambda x: lay_rows(x.reshape(shards, parts, each, *x.shape[1:])), trees)
-  flat = lambda x: lay_rows(x.reshape(shards * each, *x.shape[2:]))
-  part = lambda i: jax.tree.map(lambda x: flat(jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)), blocks)
-  empty = lambda x: lay_rows(jnp.zeros((shards, parts, each, *x.shape[1:]), x.dtype))
+
+  def flat(x):
+    return lay_rows(x.reshape(shards * each, *x.shape[2:]))
+
+  def part(i):
+    return jax.tree.map(
+      lambda x: flat(jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)), blocks
+    )
+
+  def empty(x):
+    return lay_rows(jnp.zeros((shards, parts, each, *x.shape[1:]), x.dtype))
 
   def step(state, i):
     carry, outs = state
     carry, out = f(carry, *part(i))
-    put = lambda x, new: lay_rows(jax.lax.dynamic_update_index_in_dim(x, new.reshape(x[:, 0].shape), i, 1))
+
+    def put(x, new):
+      return lay_rows(jax.lax.dynamic_update_index_in_dim(x, new.reshape(x[:, 0].shape), i, 1))
+
     return (carry, jax.tree.map(put, outs, out)), None
 
   outs = jax.tree.map(empty, jax.eval_shape(lambda: f(carry, *part(0))[1]))
@@ -57,10 +72,11 @@ def scan_rows(f: Callable, carry, parts: int, *trees):
 
 
 def map_rows(f: Callable, parts: int, *trees):
-  """f(*trees) over parts of the rows, one after another: its temporaries exist for one part at a time.
+  """f(*trees) over parts of the rows, one after another: its temporaries exist for one part at a
+  time.
 
-  Every leaf of the arguments and of the result has the rows as its leading axis. Where the rows do not split into
-  `parts` equal ones over the mesh, it is the next larger number into which they do.
+  Every leaf of the arguments and of the result has the rows as its leading axis. Where the rows do
+  not split into `parts` equal ones over the mesh, it is the next larger number into which they do.
   """
   rows, shards = len(jax.tree.leaves(trees)[0]), row_shards()
   whole = rows // shards if rows % shards == 0 else rows
@@ -83,12 +99,16 @@ def deal_orders(key: jax.Array, rows: int, minibatches: int) -> jax.Array:
 
 
 def take_rows(tree, order: jax.Array, minibatches: int):
-  """The rows of one minibatch; `order` is a row of `deal_orders`.   [B, ...] -> [B / minibatches, ...]."""
+  """The rows of one minibatch; `order` is a row of `deal_orders`.   [B, ...] -> [B /
+  minibatches, ...].
+  """
   take = jax.vmap(lambda run, i: run[i])
   return jax.tree.map(lambda x: lay_rows(take(runs_of(x, minibatches), order)), tree)
 
 
 def put_rows(x: jax.Array, order: jax.Array, minibatches: int, new: jax.Array) -> jax.Array:
-  """x [B, ...] with the rows of one minibatch replaced by new [B / minibatches, ...]; see `take_rows`."""
+  """x [B, ...] with the rows of one minibatch replaced by new [B / minibatches, ...]; see
+  `take_rows`.
+  """
   put = jax.vmap(lambda run, i, row: run.at[i].set(row))
   return lay_rows(put(runs_of(x, minibatches), order, new).reshape(x.shape))

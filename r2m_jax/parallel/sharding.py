@@ -1,7 +1,7 @@
 """Meshes and one table that says how every parameter is laid out over them.
 
-Axes: `data` splits the batch, `fsdp` splits the batch and the parameters, `tensor` splits the parameters' other side.
-One device is a 1 x 1 x 1 mesh; the same code runs on a pod.
+Axes: `data` splits the batch, `fsdp` splits the batch and the parameters, `tensor` splits the
+parameters' other side. One device is a 1 x 1 x 1 mesh; the same code runs on a pod.
 """
 
 import functools
@@ -11,14 +11,16 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")  # what an axis of rows is split over
 BATCH = P(ROWS)
 LARGE = 2**20  # elements; a parameter this large must match a rule
 
-# (path pattern, spec of the trailing axes). Leading axes that a spec does not name (the layer axis) stay whole.
+# (path pattern, spec of the trailing axes). Leading axes that a spec does not name (the layer axis)
+# stay whole.
 RULES = (
   (r"embed/embedding$", P("tensor", "fsdp")),
   (r"(attn/(q|k|v)|mlp/(gate|up))/kernel$", P("fsdp", "tensor")),
@@ -36,7 +38,10 @@ RULES = (
 def mesh_shape(sizes: tuple[int, ...], num_devices: int) -> tuple[int, int, int]:
   """Fills in a single -1. Raises ValueError where the sizes cannot cover the devices."""
   if len(sizes) != 3 or sum(s == -1 for s in sizes) > 1 or any(s < 1 and s != -1 for s in sizes):
-    raise ValueError(f"config.mesh is {sizes}; give three sizes for {AXES}, at most one of them -1, such as (-1, 1, 1)")
+    raise ValueError(
+      f"config.mesh is {sizes}; give three sizes for {AXES}, at most one of them -1, such as (-1, "
+      "1, 1)"
+    )
   known = int(np.prod([s for s in sizes if s != -1]))
   if -1 in sizes and num_devices % known == 0:
     return tuple(num_devices // known if s == -1 else s for s in sizes)
@@ -54,7 +59,8 @@ def make_mesh(sizes: tuple[int, ...], devices=None) -> Mesh:
   shape = mesh_shape(sizes, len(devices))
   if jax.process_count() > 1 and np.prod(shape) < len(devices):
     raise ValueError(
-      f"config.mesh is {shape}: with {jax.process_count()} processes it must cover all {len(devices)} devices, such as "
+      f"config.mesh is {shape}: with {jax.process_count()} processes it must cover all "
+      f"{len(devices)} devices, such as "
       "(-1, 1, 1)"
     )
   # Auto axes: under Explicit ones an ordinary gather raises
@@ -62,7 +68,9 @@ def make_mesh(sizes: tuple[int, ...], devices=None) -> Mesh:
   devices = devices[: int(np.prod(shape))]
   try:
     return jax.make_mesh(shape, AXES, devices=devices, **kwargs)
-  except NotImplementedError:  # such as (1, 8, 2) on a 4 x 4 torus: an axis of the mesh takes part of one of the torus
+  except (
+    NotImplementedError
+  ):  # such as (1, 8, 2) on a 4 x 4 torus: an axis of the mesh takes part of one of the torus
     split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(split, AXES, **kwargs)
 
@@ -75,7 +83,10 @@ def path_name(path) -> str:
 
 def fitted(shape: tuple[int, ...], spec, mesh) -> P:
   """The spec without what does not divide its dimension: that is left whole."""
-  size = lambda axes: int(np.prod([mesh.shape[a] for a in (axes if isinstance(axes, tuple) else (axes,))]))
+
+  def size(axes):
+    return int(np.prod([mesh.shape[a] for a in (axes if isinstance(axes, tuple) else (axes,))]))
+
   return P(*(axes if axes and n % size(axes) == 0 else None for axes, n in zip(spec, shape)))
 
 
@@ -88,7 +99,9 @@ def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     if re.search(pattern, name) and len(shape) >= len(spec):
       return fitted(shape, (None,) * (len(shape) - len(spec)) + tuple(spec), mesh)
   if int(np.prod(shape)) >= LARGE and mesh.size > 1:
-    raise ValueError(f"no sharding rule matches the parameter {name} of shape {shape}; add one to sharding.RULES")
+    raise ValueError(
+      f"no sharding rule matches the parameter {name} of shape {shape}; add one to sharding.RULES"
+    )
   return P()
 
 
@@ -100,7 +113,8 @@ def shardings(tree, mesh: Mesh):
 
 
 def on_mesh(mesh: Mesh, f: Callable) -> Callable:
-  """f, traced with `mesh` around it: what `lay`, `lay_rows` and `lay_parameters` inside it refer to. One device needs
+  """f, traced with `mesh` around it: what `lay`, `lay_rows` and `lay_parameters` inside it refer
+  to. One device needs
   none: so it can be mapped over a mesh of another kind."""
   if mesh.size == 1:
     return f
@@ -131,7 +145,9 @@ def row_shards() -> int:
 
 
 def lay(x: jax.Array, *spec) -> jax.Array:
-  """x with its leading axes split over the mesh's as `spec` says, the others whole. Without a mesh around: x."""
+  """x with its leading axes split over the mesh's as `spec` says, the others whole. Without a
+  mesh around: x.
+  """
   mesh = mesh_around()
   return x if mesh is None else jax.lax.with_sharding_constraint(x, fitted(x.shape, spec, mesh))
 
@@ -146,5 +162,6 @@ def lay_parameters(tree):
   mesh = mesh_around()
   if mesh is None:
     return tree
-  return jax.tree_util.tree_map_with_path(lambda path, x: lay(x, *spec_for(path_name(path), x.shape, mesh)), tree)
-
+  return jax.tree_util.tree_map_with_path(
+    lambda path, x: lay(x, *spec_for(path_name(path), x.shape, mesh)), tree
+  )

@@ -1,8 +1,8 @@
 """What a chip can do, from its maker's public specification, and the slices that are rented out.
 
-TPUs: the system architecture pages of Google Cloud's TPU documentation (v4, v5e, v5p, v6e). GPUs: NVIDIA's data sheets
-of A100 SXM4 80GB, H100 SXM5 and H200 SXM5, dense bfloat16, with NVLink inside a server. Rates are peaks: times that
-follow from them are the least that a step can take.
+TPUs: the system architecture pages of Google Cloud's TPU documentation (v4, v5e, v5p, v6e). GPUs:
+NVIDIA's data sheets of A100 SXM4 80GB, H100 SXM5 and H200 SXM5, dense bfloat16, with NVLink inside
+a server. Rates are peaks: times that follow from them are the least that a step can take.
 """
 
 import dataclasses
@@ -25,7 +25,8 @@ class Chip:
 
 SQUARE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
-# memory of a TPU: what its compiler gives a program, a little less than the chip has (32, 16, 95, 32 GiB on the sheets)
+# memory of a TPU: what its compiler gives a program, a little less than the chip has (32, 16, 95,
+# 32 GiB on the sheets)
 TPUS = (
   Chip("v4", 275e12, 30.75 * GIB, 1228e9, 300e9, CUBE, (("chip_config_name", "megacore"),)),
   Chip("v5e", 197e12, 15.75 * GIB, 819e9, 200e9, SQUARE),
@@ -72,7 +73,9 @@ def parse_topology(name: str) -> Topology:
   if match := re.fullmatch(r"cpu:([1-9]\d*)", name):
     return Topology(name, CPU, int(match[1]))
   shown = ", ".join(f"{chip.name}:{chip.slices[2]}" for chip in TPUS)
-  raise ValueError(f"choose such as {shown}, gpu:{'x8, gpu:'.join(chip.name for chip in GPUS)}x8, cpu:1, or auto")
+  raise ValueError(
+    f"choose such as {shown}, gpu:{'x8, gpu:'.join(chip.name for chip in GPUS)}x8, cpu:1, or auto"
+  )
 
 
 def slices_of(chip: Chip) -> list[Topology]:

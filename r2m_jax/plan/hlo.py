@@ -1,8 +1,9 @@
-"""What a compiled program sends over the links: collectives of its HLO, each as often as its loops run it.
+"""What a compiled program sends over the links: collectives of its HLO, each as often as its loops
+run it.
 
-A compiler's own cost analysis counts the body of a loop once. Here the trip count of every `while` is read from its
-condition (a comparison of the counter with a constant), so that a scan over layers counts them all and the decoding
-loop its full length: a run whose rows all end earlier sends less.
+A compiler's own cost analysis counts the body of a loop once. Here the trip count of every `while`
+is read from its condition (a comparison of the counter with a constant), so that a scan over layers
+counts them all and the decoding loop its full length: a run whose rows all end earlier sends less.
 """
 
 import collections
@@ -10,8 +11,26 @@ import math
 import re
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2,
-         "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8, "c64": 8}  # fmt: skip
+BYTES = {
+  "pred": 1,
+  "s4": 0.5,
+  "u4": 0.5,
+  "s8": 1,
+  "u8": 1,
+  "f8e4m3fn": 1,
+  "f8e5m2": 1,
+  "bf16": 2,
+  "f16": 2,
+  "s16": 2,
+  "u16": 2,
+  "f32": 4,
+  "s32": 4,
+  "u32": 4,
+  "f64": 8,
+  "s64": 8,
+  "u64": 8,
+  "c64": 8,
+}
 HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 OPERATION = re.compile(r"(?:^|[ }\])])([a-z][a-z\-]*)\(")
@@ -25,12 +44,13 @@ CALLS = re.compile(
 def collective_bytes(text: str) -> dict[str, float]:
   """Bytes that one chip sends in one run of the program, by kind of collective.
 
-  By the ring algorithms, over n chips of a group: all-gather (n - 1) / n of the gathered array, reduce-scatter the same
-  of the array before, all-reduce twice that, all-to-all (n - 1) / n of its array, collective-permute its array.
+  By the ring algorithms, over n chips of a group: all-gather (n - 1) / n of the gathered array,
+  reduce-scatter the same of the array before, all-reduce twice that, all-to-all (n - 1) / n of its
+  array, collective-permute its array.
 
-  Pieces of one asynchronous collective in several fusions have one channel and are counted once: as often as the
-  rarest of them runs, since what lies between its start and its end may be a loop. Raises ValueError where a loop's
-  length cannot be read.
+  Pieces of one asynchronous collective in several fusions have one channel and are counted once: as
+  often as the rarest of them runs, since what lies between its start and its end may be a loop.
+  Raises ValueError where a loop's length cannot be read.
   """
   computations, entry = parse(text)
   times = executions(computations, entry)
@@ -93,14 +113,24 @@ def trip_count(computations, loop: str) -> int:
     return int(known[1])
   condition = re.search(r"condition=%?([\w.\-]+)", loop)[1]
   lines = dict(computations[condition])
-  constants = {name: int(value[1]) for name, rest in lines.items() if (value := re.search(r"constant\((\d+)\)", rest))}
+  constants = {
+    name: int(value[1])
+    for name, rest in lines.items()
+    if (value := re.search(r"constant\((\d+)\)", rest))
+  }
   for rest in lines.values():
     compared = re.search(r"\bcompare\((.*?)\), direction=(LT|GT|LE|GE)", rest)
     if compared is None and (fused := re.search(r"fusion\((.*?)\).*calls=%?([\w.\-]+)", rest)):
       inner = dict(computations[fused[2]])
       if any("direction=L" in r or "direction=G" in r for r in inner.values()):
-        compared = re.match(r"()", "")  # the comparison is inside, its constant among the fusion's operands or inside
-        constants |= {n: int(v[1]) for n, r in inner.items() if (v := re.search(r"\bs32\[\].*constant\((\d+)\)", r))}
+        compared = re.match(
+          r"()", ""
+        )  # the comparison is inside, its constant among the fusion's operands or inside
+        constants |= {
+          n: int(v[1])
+          for n, r in inner.items()
+          if (v := re.search(r"\bs32\[\].*constant\((\d+)\)", r))
+        }
         operands = re.findall(r"%([\w.\-]+)", fused[1]) + list(inner)
         if limits := [constants[name] for name in operands if name in constants]:
           return max(limits)
@@ -108,31 +138,49 @@ def trip_count(computations, loop: str) -> int:
       operands = re.findall(r"%?([\w.\-]+)(?:,|$)", compared[1])
       if limits := [constants[name] for name in operands if name in constants]:
         length = limits[0] + (compared[2] in ("LE", "GE"))
-        return -(-length // counter_step(computations, loop, next((lines[x] for x in operands if x in lines), "")))
+        return -(
+          -length
+          // counter_step(computations, loop, next((lines[x] for x in operands if x in lines), ""))
+        )
   raise ValueError(f"the length of a loop cannot be read from its condition {condition}")
 
 
 def counter_step(computations, loop: str, counter: str) -> int:
-  """What a loop adds to its counter, which the condition reads as `counter`: 1 unless the body plainly says more, as
-  that of an unrolled loop does."""
-  index, body = re.search(r"get-tuple-element\(.*index=(\d+)", counter), re.search(r"body=%?([\w.\-]+)", loop)
+  """What a loop adds to its counter, which the condition reads as `counter`: 1 unless the body
+  plainly says more, as that of an unrolled loop does."""
+  index, body = (
+    re.search(r"get-tuple-element\(.*index=(\d+)", counter),
+    re.search(r"body=%?([\w.\-]+)", loop),
+  )
   lines = computations.get(body[1], []) if body else []
-  results = re.search(r"\btuple\((.*)\)", lines[-1][1]) if lines else None  # the last line is the root
+  results = (
+    re.search(r"\btuple\((.*)\)", lines[-1][1]) if lines else None
+  )  # the last line is the root
   if not (index and results):
     return 1
   lines = dict(lines)
-  added = re.search(r"\badd\((.*?)\)", lines.get(re.findall(r"%([\w.\-]+)", results[1])[int(index[1])], ""))
+  added = re.search(
+    r"\badd\((.*?)\)", lines.get(re.findall(r"%([\w.\-]+)", results[1])[int(index[1])], "")
+  )
   values = [lines.get(name, "") for name in re.findall(r"%([\w.\-]+)", added[1])] if added else []
   steps = [int(value[1]) for text in values if (value := re.search(r"\bconstant\((\d+)\)", text))]
   return steps[0] if steps and steps[0] > 0 else 1
 
 
 def sent_bytes(kind: str, rest: str, at: int, scattered: bool = False) -> tuple[float, str]:
-  """(bytes that a chip sends for one collective, its kind); at: where its operation's name is in `rest`."""
-  size = sum(BYTES[t] * math.prod(int(n) for n in dims.split(",") if n) for t, dims in SHAPE.findall(rest[:at]))
+  """(bytes that a chip sends for one collective, its kind); at: where its operation's name is in
+  `rest`.
+  """
+  size = sum(
+    BYTES[t] * math.prod(int(n) for n in dims.split(",") if n)
+    for t, dims in SHAPE.findall(rest[:at])
+  )
   if f"{kind}-start(" in rest and kind in ("all-gather", "collective-permute"):
     # the result of a start holds operand and result: the larger is the gathered array
-    size = max(BYTES[t] * math.prod(int(n) for n in dims.split(",") if n) for t, dims in SHAPE.findall(rest[:at]))
+    size = max(
+      BYTES[t] * math.prod(int(n) for n in dims.split(",") if n)
+      for t, dims in SHAPE.findall(rest[:at])
+    )
   n = group_size(rest)
   share = (n - 1) / n
   if kind == "collective-permute":

@@ -1,4 +1,6 @@
-"""What would make a run fit: each knob's effect on bytes per chip, by the counted memory (`memory.estimate`)."""
+"""What would make a run fit: each knob's effect on bytes per chip, by the counted memory
+(`memory.estimate`).
+"""
 
 from r2m_jax.plan import memory
 from r2m_jax.plan.chips import GIB
@@ -21,8 +23,9 @@ def candidates(config, sizes: Sizes, layout: Layout) -> list[tuple[str, dict]]:
   prompts = sizes.prompts // layout.shards
   found = []
   for field, now, most in (
-    ("ppo.accumulation", config.ppo.accumulation, rows), ("rollout.waves", config.rollout.waves, prompts)
-  ):  # fmt: skip
+    ("ppo.accumulation", config.ppo.accumulation, rows),
+    ("rollout.waves", config.rollout.waves, prompts),
+  ):
     larger = [n for n in range(now + 1, most + 1) if most % n == 0]
     found += [(f"--config.{field}={n}", {field: n}) for n in larger[:1] + larger[-1:]]
   if config.remat != "full":
@@ -39,14 +42,23 @@ def candidates(config, sizes: Sizes, layout: Layout) -> list[tuple[str, dict]]:
 def suggestions(config, sizes: Sizes, layout: Layout, platform: str) -> list[tuple[str, float]]:
   """(knob, GiB per chip that it saves at the peak), the most first; more chips are among them."""
   shapes = memory.state_shapes(config, sizes)
-  kinds = lambda config, shapes, layout: memory.estimate(config, sizes, shapes, layout, platform).values()
-  peak = lambda *args: max(map(total, kinds(*args)))
+
+  def kinds(config, shapes, layout):
+    return memory.estimate(config, sizes, shapes, layout, platform).values()
+
+  def peak(*args):
+    return max(map(total, kinds(*args)))
+
   now, saved = peak(config, shapes, layout), []
   everything: dict = {}
   for name, changes in candidates(config, sizes, layout):
     everything |= changes  # of one field the last, which saves most
     other = changed(config, changes)
-    own = memory.state_shapes(other, sizes) if changes.keys() & {"param_dtype", "policy.moment_dtype"} else shapes
+    own = (
+      memory.state_shapes(other, sizes)
+      if changes.keys() & {"param_dtype", "policy.moment_dtype"}
+      else shapes
+    )
     saved.append((name, (now - peak(other, own, layout)) / GIB))
   other = changed(config, everything)
   together = peak(other, memory.state_shapes(other, sizes), layout)

@@ -1,6 +1,8 @@
-"""Bytes per chip before anything is compiled: the state exactly, temporaries as the sum of what must live together.
+"""Bytes per chip before anything is compiled: the state exactly, temporaries as the sum of what
+must live together.
 
-The compiler decides what really lives together; `tests/plan/test_plan.py` and docs/plan.md say how far off the sum was.
+The compiler decides what really lives together; `tests/plan/test_plan.py` and docs/plan.md say how
+far off the sum was.
 """
 
 import math
@@ -13,8 +15,15 @@ from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.parallel import sharding
 from r2m_jax.plan.programs import STATE_KINDS, abstract_state
 from r2m_jax.plan.sizes import Sizes, reads_feedback
-from r2m_jax.plan.work import Layout, cache_slots, fused_attention, layer_weights, trained_numbers, update_tokens
-from r2m_jax.plan.work import vocabulary
+from r2m_jax.plan.work import (
+  Layout,
+  cache_slots,
+  fused_attention,
+  layer_weights,
+  trained_numbers,
+  update_tokens,
+  vocabulary,
+)
 from r2m_jax.run import build
 
 
@@ -53,20 +62,32 @@ def feedback_bytes(config, sizes: Sizes, layout: Layout) -> float:
   if not reads_feedback(config):
     return 0.0
   own = VARIANTS[config.variant].feedback == "own_states"
-  length, dim = (sizes.reward_length, sizes.reward_arch.hidden_size) if own else (sizes.length, sizes.arch.hidden_size)
+  length, dim = (
+    (sizes.reward_length, sizes.reward_arch.hidden_size)
+    if own
+    else (sizes.length, sizes.arch.hidden_size)
+  )
   copies = 1 + VARIANTS[config.variant].trained
   return copies * sizes.rows / layout.shards * length * dim * jnp.dtype(config.dtype).itemsize
 
 
 def rollout_temporaries(config, sizes: Sizes, layout: Layout, platform: str) -> float:
-  """Beside the cache: prefill's own cache, logits with the noise added to them, and gathered weights; where layers
-  decode apart (`Transformer.apart`), a copy of theirs."""
+  """Beside the cache: prefill's own cache, logits with the noise added to them, and gathered
+  weights; where layers decode apart (`Transformer.apart`), a copy of theirs."""
   arch, width = sizes.arch, jnp.dtype(config.dtype).itemsize
   rows = sizes.rows / layout.shards / config.rollout.waves
   logits = 3 * rows * arch.vocab_size * 4 / layout.tensor
-  gathered = (vocabulary(arch) + 2 * layer_weights(arch)) * width / layout.tensor * (layout.fsdp > 1)
+  gathered = (
+    (vocabulary(arch) + 2 * layer_weights(arch)) * width / layout.tensor * (layout.fsdp > 1)
+  )
   prefill = cache_bytes(config, sizes, layout, platform) / config.rollout.group_size
-  apart = arch.num_layers * layer_weights(arch) * width / (layout.fsdp * layout.tensor) * (platform != "tpu")
+  apart = (
+    arch.num_layers
+    * layer_weights(arch)
+    * width
+    / (layout.fsdp * layout.tensor)
+    * (platform != "tpu")
+  )
   return logits + gathered + prefill + apart
 
 
@@ -74,21 +95,33 @@ def kept_bytes(config, arch, length: int, fused: bool, platform: str) -> float:
   """What a layer keeps of a token for the backward pass."""
   width, hidden, wide = jnp.dtype(config.dtype).itemsize, arch.hidden_size, arch.intermediate_size
   squares = arch.num_heads * length * 3 * (not fused)
-  if platform == "gpu" and config.remat == "none":  # each norm's input and result in float32, five steps of the MLP
+  if (
+    platform == "gpu" and config.remat == "none"
+  ):  # each norm's input and result in float32, five steps of the MLP
     return width * (8 * hidden + 5 * wide + squares) + 4 * 4 * hidden
-  products = 4 * hidden + (1 + arch.gated_mlp) * wide  # the residual stream, then those that a gradient needs
+  products = (
+    4 * hidden + (1 + arch.gated_mlp) * wide
+  )  # the residual stream, then those that a gradient needs
   kept = {"none": 10 * hidden + 4 * wide + squares, "full": hidden, "dots": products}[config.remat]
   # elsewhere twice: what the forward loop writes is laid out anew for the backward loop
   return (1 if platform == "gpu" else 2) * width * kept
 
 
 def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool, platform: str) -> float:
-  """Beside feedback: the gradient with the policy's backward pass, or a reward pass, or the head's update."""
-  arch, width, stored = sizes.arch, jnp.dtype(config.dtype).itemsize, jnp.dtype(config.param_dtype).itemsize
+  """Beside feedback: the gradient with the policy's backward pass, or a reward pass, or the
+  head's update.
+  """
+  arch, width, stored = (
+    sizes.arch,
+    jnp.dtype(config.dtype).itemsize,
+    jnp.dtype(config.param_dtype).itemsize,
+  )
   tensor, parts = layout.tensor, config.ppo.minibatches * config.ppo.accumulation
   own_rows = sizes.rows / layout.shards
   rows = max(1.0, own_rows / parts)
-  held = 4 + stored if config.ppo.accumulation > 1 else stored  # bytes: the sum in float32 and one micro-batch's own
+  held = (
+    4 + stored if config.ppo.accumulation > 1 else stored
+  )  # bytes: the sum in float32 and one micro-batch's own
   gradient = trained_numbers(config, arch) / (layout.fsdp * tensor) * held
 
   def layer(arch, length, backward):
@@ -100,26 +133,36 @@ def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool, platfor
   kept = update_tokens(config, sizes, layout, platform) * arch.num_layers
   kept *= kept_bytes(config, arch, sizes.length, fused, platform)
   every = sizes.response_length * arch.vocab_size
-  logits = 4 * rows * (min(config.logits_chunk, every) if config.logits_chunk else every) * 4 / tensor
-  table = vocabulary(arch) * (width + 4) / (tensor * layout.fsdp)  # laid out by parts, and its gradient
+  logits = (
+    4 * rows * (min(config.logits_chunk, every) if config.logits_chunk else every) * 4 / tensor
+  )
+  table = (
+    vocabulary(arch) * (width + 4) / (tensor * layout.fsdp)
+  )  # laid out by parts, and its gradient
   backward = kept + table + max(layer(arch, sizes.length, True), logits)
   reward = layer(sizes.reward_arch, sizes.reward_length, False)
   head = 4 * own_rows * sizes.length * arch.hidden_size * reads_feedback(config)  # h in float32
   return max(gradient + backward, reward, head)
 
 
-def estimate(config, sizes: Sizes, shapes, layout: Layout, platform: str) -> dict[str, dict[str, float]]:
+def estimate(
+  config, sizes: Sizes, shapes, layout: Layout, platform: str
+) -> dict[str, dict[str, float]]:
   """{program: {kind: bytes on a chip}} without a compiler."""
   fused = fused_attention(config, sizes.arch, platform)
   state = state_on(shapes, layout)
   shared = {kind: float(size) for kind, size in state.items()}
   return {
-    "rollout": shared | {
-      "KV cache": cache_bytes(config, sizes, layout, platform), "feedback": 0.0,
+    "rollout": shared
+    | {
+      "KV cache": cache_bytes(config, sizes, layout, platform),
+      "feedback": 0.0,
       "temporaries": rollout_temporaries(config, sizes, layout, platform),
     },
-    "learn": shared | {
-      "KV cache": 0.0, "feedback": feedback_bytes(config, sizes, layout),
+    "learn": shared
+    | {
+      "KV cache": 0.0,
+      "feedback": feedback_bytes(config, sizes, layout),
       "temporaries": learn_temporaries(config, sizes, layout, fused, platform),
     },
-  }  # fmt: skip
+  }

@@ -1,4 +1,6 @@
-"""task = plan: one topology, or the smallest slice of each generation of TPU on which the run fits."""
+"""task = plan: one topology, or the smallest slice of each generation of TPU on which the run
+fits.
+"""
 
 import dataclasses
 import json
@@ -12,7 +14,6 @@ from r2m_jax.plan.chips import GIB, TPUS, Topology, parse_topology, slices_of
 from r2m_jax.plan.sizes import Sizes, sizes_of
 from r2m_jax.plan.work import ROLLOUT, Layout, phases_of
 from r2m_jax.run.files import write_atomic
-
 
 ROOM = 0.9  # of a chip's memory, by the count
 
@@ -37,7 +38,10 @@ class Plan:
 
 def run(config, workdir: pathlib.Path) -> bool:
   """Prints the plan, writes WORKDIR/plan.json and plan.txt; whether the run fits."""
-  for number in (signal.SIGINT, signal.SIGTERM):  # a compiler cannot be asked to stop; what it had finished is kept
+  for number in (
+    signal.SIGINT,
+    signal.SIGTERM,
+  ):  # a compiler cannot be asked to stop; what it had finished is kept
     signal.signal(number, signal.SIG_DFL)
   lines: list[str] = []
 
@@ -60,7 +64,9 @@ def run(config, workdir: pathlib.Path) -> bool:
     plans, fits = [plan], plan.fits
     say(*show(config, sizes, topology, plan))
   workdir.mkdir(parents=True, exist_ok=True)
-  write_atomic(workdir / "plan.json", json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2))
+  write_atomic(
+    workdir / "plan.json", json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2)
+  )
   write_atomic(workdir / "plan.txt", "\n".join(lines) + "\n")
   return fits
 
@@ -74,12 +80,17 @@ def topology_of(name: str) -> Topology:
 
 def describe(config, sizes: Sizes) -> str:
   arch, reward = sizes.arch, sizes.reward_arch
-  shape = lambda a: f"{a.family} {a.num_layers} x {a.hidden_size}"
+
+  def shape(a):
+    return f"{a.family} {a.num_layers} x {a.hidden_size}"
+
   return (
     f"plan     {config.algorithm}, variant {config.variant}: {sizes.prompts} prompts x "
-    f"{config.rollout.group_size} responses; {sizes.prompt_length} + {sizes.response_length} tokens, "
+    f"{config.rollout.group_size} responses; {sizes.prompt_length} + {sizes.response_length} "
+    "tokens, "
     f"{sizes.reward_length} for the reward model\n"
-    f"models   policy {shape(arch)}, reward {shape(reward)}; {config.dtype}, parameters {config.param_dtype}; "
+    f"models   policy {shape(arch)}, reward {shape(reward)}; {config.dtype}, parameters "
+    f"{config.param_dtype}; "
     f"remat {config.remat}, accumulation {config.ppo.accumulation}, waves {config.rollout.waves}, "
     f"logits_chunk {config.logits_chunk}"
   )
@@ -97,24 +108,31 @@ def layouts(config, sizes: Sizes, chips: int) -> list[Layout]:
   heads = (sizes.arch.num_kv_heads, sizes.reward_arch.num_kv_heads)
   rows = sizes.prompts * config.rollout.group_size
   found = []
-  for tensor in (n for n in range(1, chips + 1) if chips % n == 0 and all(h % n == 0 for h in heads)):
+  for tensor in (
+    n for n in range(1, chips + 1) if chips % n == 0 and all(h % n == 0 for h in heads)
+  ):
     shards = chips // tensor
     if sizes.prompts % (shards * config.rollout.waves) == 0 and rows % (shards * parts) == 0:
-      found += [Layout(shards // fsdp, fsdp, tensor) for fsdp in range(1, shards + 1) if shards % fsdp == 0]
+      found += [
+        Layout(shards // fsdp, fsdp, tensor) for fsdp in range(1, shards + 1) if shards % fsdp == 0
+      ]
   return found
 
 
 def layout_for(config, sizes: Sizes, topology: Topology, shapes=None) -> Layout:
-  """The fastest of those that fit by the count with a tenth to spare, else the one that needs least.
+  """The fastest of those that fit by the count with a tenth to spare, else the one that needs
+  least.
 
-  The count is not exact, and copies of the weights along data are only for where there is room. Raises ConfigError
-  where none splits.
+  The count is not exact, and copies of the weights along data are only for where there is room.
+  Raises ConfigError where none splits.
   """
   found = layouts(config, sizes, topology.count)
   if not found:
     raise ConfigError(
-      f"config.plan.topology is {topology.name!r}: {sizes.prompts} prompts in {config.rollout.waves} waves and "
-      f"{config.ppo.minibatches * config.ppo.accumulation} parts do not split over {topology.count} chips; change "
+      f"config.plan.topology is {topology.name!r}: {sizes.prompts} prompts in "
+      f"{config.rollout.waves} waves and "
+      f"{config.ppo.minibatches * config.ppo.accumulation} parts do not split over "
+      f"{topology.count} chips; change "
       "rollout.prompts, rollout.waves or ppo.accumulation, or give config.mesh"
     )
   shapes = shapes or memory.state_shapes(config, sizes)
@@ -122,12 +140,16 @@ def layout_for(config, sizes: Sizes, topology: Topology, shapes=None) -> Layout:
   fitting = [layout for layout in found if peak[layout] <= ROOM * topology.chip.memory]
   if not fitting:
     return min(found, key=peak.get)
-  return min(fitting, key=lambda layout: sum(expected_seconds(config, sizes, topology, layout).values()))
+  return min(
+    fitting, key=lambda layout: sum(expected_seconds(config, sizes, topology, layout).values())
+  )
 
 
 def counted_peak(config, sizes: Sizes, shapes, layout: Layout, topology: Topology) -> float:
   """Bytes per chip by the count, of the program that needs more."""
-  return max(map(report.total, memory.estimate(config, sizes, shapes, layout, topology.platform).values()))
+  return max(
+    map(report.total, memory.estimate(config, sizes, shapes, layout, topology.platform).values())
+  )
 
 
 def expected_links(config, sizes: Sizes, topology: Topology, layout: Layout) -> dict[str, float]:
@@ -139,8 +161,13 @@ def expected_links(config, sizes: Sizes, topology: Topology, layout: Layout) -> 
 
 
 def expected_seconds(config, sizes: Sizes, topology: Topology, layout: Layout) -> dict[str, float]:
-  phases, links = phases_of(config, sizes, layout, topology.platform), expected_links(config, sizes, topology, layout)
-  return {program: seconds for program, (seconds, _) in report.times(phases, links, topology).items()}
+  phases, links = (
+    phases_of(config, sizes, layout, topology.platform),
+    expected_links(config, sizes, topology, layout),
+  )
+  return {
+    program: seconds for program, (seconds, _) in report.times(phases, links, topology).items()
+  }
 
 
 # ---- one topology ----
@@ -153,7 +180,10 @@ def make_plan(config, sizes: Sizes, topology: Topology, layout: Layout) -> Plan:
   shapes = memory.state_shapes(config, sizes)
   counted = memory.estimate(config, sizes, shapes, layout, topology.platform)
   if not (topology.compiles and config.plan.compile):
-    links = {program: {"all": size} for program, size in expected_links(config, sizes, topology, layout).items()}
+    links = {
+      program: {"all": size}
+      for program, size in expected_links(config, sizes, topology, layout).items()
+    }
     seconds = expected_seconds(config, sizes, topology, layout)
     fits = max(map(report.total, counted.values())) <= topology.chip.memory
     return Plan(topology.name, mesh_sizes, False, fits, counted, links, seconds)
@@ -164,7 +194,9 @@ def make_plan(config, sizes: Sizes, topology: Topology, layout: Layout) -> Plan:
     if "exceeded" in result:
       refused = f"{which}: {result['exceeded']}"
   found = {which: found[which] for which in ("rollout", "learn")}
-  kinds = {which: by_kind(result, counted[which], shapes, layout) for which, result in found.items()}
+  kinds = {
+    which: by_kind(result, counted[which], shapes, layout) for which, result in found.items()
+  }
   collectives = {which: result["collectives"] for which, result in found.items()}
   sums = {which: sum(value.values()) for which, value in collectives.items()}
   seconds = {p: t for p, (t, _) in report.times(phases, sums, topology).items()}
@@ -173,9 +205,13 @@ def make_plan(config, sizes: Sizes, topology: Topology, layout: Layout) -> Plan:
 
 
 def by_kind(result: dict, counted: dict[str, float], shapes, layout: Layout) -> dict[str, float]:
-  """Bytes of one program on a chip: the state by kind, of the compiler's temporaries what has a name, and the rest."""
+  """Bytes of one program on a chip: the state by kind, of the compiler's temporaries what has a
+  name, and the rest.
+  """
   state = {kind: float(size) for kind, size in memory.state_on(shapes, layout).items()}
-  rest = sum(result[part] for part in ("arguments", "temporaries", "results", "code")) - sum(state.values())
+  rest = sum(result[part] for part in ("arguments", "temporaries", "results", "code")) - sum(
+    state.values()
+  )
   named = {}
   for kind in ("KV cache", "feedback"):
     named[kind] = min(counted[kind], max(0.0, rest))
@@ -193,18 +229,30 @@ def show(config, sizes: Sizes, topology: Topology, plan: Plan) -> list[str]:
   phases = phases_of(config, sizes, layout, topology.platform)
   rates = f"{chip.flops / 1e12:.0f} TFLOP/s, {chip.memory_rate / 1e9:.0f} GB/s, links {chip.link_rate / 1e9:.0f} GB/s"
   lines = [
-    f"topology {topology.name}: {topology.count} chips of {chip.memory / GIB:.2f} GiB, {rates}; {how_found(plan)}",
-    f"mesh     (data, fsdp, tensor) = {plan.mesh}: --config.mesh='{plan.mesh}'", "",
-    *report.memory_lines(plan.memory, topology), "", *report.phase_lines(phases, topology), "",
-  ]  # fmt: skip
+    f"topology {topology.name}: {topology.count} chips of {chip.memory / GIB:.2f} GiB, {rates}; "
+    f"{how_found(plan)}",
+    f"mesh     (data, fsdp, tensor) = {plan.mesh}: --config.mesh='{plan.mesh}'",
+    "",
+    *report.memory_lines(plan.memory, topology),
+    "",
+    *report.phase_lines(phases, topology),
+    "",
+  ]
   if all(plan.collectives.values()):
     sums = {p: sum(kinds.values()) for p, kinds in plan.collectives.items()}
     lines += [*report.link_lines(plan.collectives, topology), ""]
     for program, (seconds, bound) in report.times(phases, sums, topology).items():
       lines.append(f"{program:8} at least {seconds:.2f} s, bound by {report.BINDING[bound]}")
-    lines.append(f"step     at least {sum(plan.seconds.values()):.2f} s; {config.steps} steps at least "
-                 f"{config.steps * sum(plan.seconds.values()) / 3600:.2f} h")  # fmt: skip
-  if config.plan.compare and config.variant != config.plan.compare and plan.compiled and not plan.refused:
+    lines.append(
+      f"step     at least {sum(plan.seconds.values()):.2f} s; {config.steps} steps at least "
+      f"{config.steps * sum(plan.seconds.values()) / 3600:.2f} h"
+    )
+  if (
+    config.plan.compare
+    and config.variant != config.plan.compare
+    and plan.compiled
+    and not plan.refused
+  ):
     lines += ["", *share(config, sizes, topology, plan)]
   return lines + ["", *verdict(config, sizes, topology, plan)]
 
@@ -216,13 +264,22 @@ def share(config, sizes: Sizes, topology: Topology, plan: Plan) -> list[str]:
   plain = make_plan(plain_config, sizes, topology, layout)
   if plain.refused:
     return [f"share    {base} does not compile either: {plain.refused}"]
-  quantities = lambda config, plan: {
-    "PFLOPs of a step": sum(phase.flops for phase in phases_of(config, sizes, layout, topology.platform)),
-    "GiB per chip at the peak": plan.peak,
-    "GiB per chip without reward model": plan.peak - plan.memory["learn"]["reward model"],
-    "GiB sent per chip in a step": sum(sum(kinds.values()) for kinds in plan.collectives.values()),
-  }
-  return report.share_lines(quantities(config, plan), quantities(plain_config, plain), config.variant, base)
+
+  def quantities(config, plan):
+    return {
+      "PFLOPs of a step": sum(
+        phase.flops for phase in phases_of(config, sizes, layout, topology.platform)
+      ),
+      "GiB per chip at the peak": plan.peak,
+      "GiB per chip without reward model": plan.peak - plan.memory["learn"]["reward model"],
+      "GiB sent per chip in a step": sum(
+        sum(kinds.values()) for kinds in plan.collectives.values()
+      ),
+    }
+
+  return report.share_lines(
+    quantities(config, plan), quantities(plain_config, plain), config.variant, base
+  )
 
 
 def verdict(config, sizes: Sizes, topology: Topology, plan: Plan) -> list[str]:
@@ -230,7 +287,10 @@ def verdict(config, sizes: Sizes, topology: Topology, plan: Plan) -> list[str]:
   if plan.fits:
     return [f"fits     {report.gib(plan.peak)} of {report.gib(limit)} GiB per chip at the peak"]
   over = (plan.peak - limit) / GIB
-  lines = [f"DOES NOT FIT: {report.gib(plan.peak)} GiB per chip at the peak, {over:.2f} more than there are"]
+  lines = [
+    f"DOES NOT FIT: {report.gib(plan.peak)} GiB per chip at the peak, {over:.2f} more than there "
+    "are"
+  ]
   if plan.refused:
     lines.append(f"  the compiler refused {plan.refused}")
   for knob, saved in knobs.suggestions(config, sizes, Layout(*plan.mesh), topology.platform):
@@ -242,7 +302,9 @@ def verdict(config, sizes: Sizes, topology: Topology, plan: Plan) -> list[str]:
 
 
 def find_smallest(config, sizes: Sizes, say) -> list[Plan]:
-  """For each generation the smallest slice that fits by the count, compiled; where that was wrong, the next larger."""
+  """For each generation the smallest slice that fits by the count, compiled; where that was
+  wrong, the next larger.
+  """
   shapes, found = memory.state_shapes(config, sizes), []
   say("")
   for chip in (chip for chip in TPUS if chip.name in config.plan.generations):
@@ -260,10 +322,16 @@ def find_smallest(config, sizes: Sizes, say) -> list[Plan]:
         best = plan
         break
       why = plan.refused or f"it needs {report.gib(plan.peak)} of {report.gib(chip.memory)} GiB"
-      say(f"  {topology.name}: the count said {report.gib(counted)} GiB, the compiler says no: {why}; going on")
+      say(
+        f"  {topology.name}: the count said {report.gib(counted)} GiB, the compiler says no: "
+        f"{why}; going on"
+      )
     if best is None:
       say(f"  {chip.name:4} no slice up to {chip.slices[-1]} fits")
     else:
-      say(f"  {best.topology:10} mesh {best.mesh!s:12} {report.gib(best.peak):>6} of {report.gib(chip.memory)} GiB per "
-          f"chip, a step at least {sum(best.seconds.values()):.1f} s; {how_found(best)}")  # fmt: skip
+      say(
+        f"  {best.topology:10} mesh {best.mesh!s:12} {report.gib(best.peak):>6} of "
+        f"{report.gib(chip.memory)} GiB per "
+        f"chip, a step at least {sum(best.seconds.values()):.1f} s; {how_found(best)}"
+      )
   return found

@@ -1,8 +1,9 @@
-"""rollout and learn, compiled from abstract arguments: nothing is allocated, and no chip of that kind is needed.
+"""rollout and learn, compiled from abstract arguments: nothing is allocated, and no chip of that
+kind is needed.
 
-The two programs are those of a run from folders (tasks.folders.make_two_part_step): sampling, and everything after it.
-What lies on a chip while one of them runs is the whole TrainState, the program's other arguments, its temporaries and
-those results that do not take an argument's place.
+The two programs are those of a run from folders (tasks.folders.make_two_part_step): sampling, and
+everything after it. What lies on a chip while one of them runs is the whole TrainState, the
+program's other arguments, its temporaries and those results that do not take an argument's place.
 """
 
 import hashlib
@@ -35,19 +36,35 @@ from r2m_jax.run.files import write_atomic
 from r2m_jax.step import make_learn, make_rollout
 from r2m_jax.types import Pairs, Prompts, Sequences
 
-KEPT_FORMAT = "2"  # of the cache's files; another number where what is read from a compiled program changes
+KEPT_FORMAT = (
+  "2"  # of the cache's files; another number where what is read from a compiled program changes
+)
 STATE_KINDS = {  # of TrainState's fields; a step's number and key weigh nothing
-  "policy": "parameters", "policy_opt": "optimizer", "critic": "parameters", "critic_opt": "optimizer",
-  "ref": "reference", "reward_backbone": "reward model", "reward_frozen": "reward model",
-  "reward_head": "reward head", "reward_opt": "reward head", "reward_average": "reward head",
-}  # fmt: skip
+  "policy": "parameters",
+  "policy_opt": "optimizer",
+  "critic": "parameters",
+  "critic_opt": "optimizer",
+  "ref": "reference",
+  "reward_backbone": "reward model",
+  "reward_frozen": "reward model",
+  "reward_head": "reward head",
+  "reward_opt": "reward head",
+  "reward_average": "reward head",
+}
 
 
 def prepare_environment(topology: Topology) -> None:
-  """Everything on the host's processor, with as many devices as a CPU topology asks for. Before jax looks for any."""
+  """Everything on the host's processor, with as many devices as a CPU topology asks for. Before
+  jax looks for any.
+  """
   os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
-  os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_STDERR_LOG_LEVEL": "3"}  # plans beside plans: no chip is held
-  if topology.chip.name == "cpu" and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+  os.environ |= {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+  }  # plans beside plans: no chip is held
+  if topology.chip.name == "cpu" and "host_platform_device_count" not in os.environ.get(
+    "XLA_FLAGS", ""
+  ):
     count = f"--xla_force_host_platform_device_count={topology.count}"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {count}".strip()
   jax.config.update("jax_platforms", "cpu")
@@ -58,22 +75,29 @@ def devices_of(topology: Topology) -> list:
   if topology.chip.name == "cpu":
     found = jax.devices("cpu")
     if len(found) < topology.count:
-      raise ConfigError(f"config.plan.topology is {topology.name!r}: this process has {len(found)} CPU devices")
+      raise ConfigError(
+        f"config.plan.topology is {topology.name!r}: this process has {len(found)} CPU devices"
+      )
     return found[: topology.count]
   if importlib.util.find_spec("libtpu") is None:
     raise ConfigError(
-      f"config.plan.topology is {topology.name!r}: the TPU's compiler is not installed; pip install 'r2m_jax[plan]' "
+      f"config.plan.topology is {topology.name!r}: the TPU's compiler is not installed; pip "
+      "install 'r2m_jax[plan]' "
       "(package libtpu), no TPU is needed"
     )
   from jax.experimental import topologies
 
   try:
     with quiet():
-      return list(topologies.get_topology_desc(
-        platform="tpu", topology_name=topology.name, **dict(topology.chip.options)
-      ).devices)  # fmt: skip
+      return list(
+        topologies.get_topology_desc(
+          platform="tpu", topology_name=topology.name, **dict(topology.chip.options)
+        ).devices
+      )
   except Exception as error:  # of several kinds, by the compiler's own library
-    raise ConfigError(f"config.plan.topology is {topology.name!r}: {str(error).splitlines()[0][:200]}") from None
+    raise ConfigError(
+      f"config.plan.topology is {topology.name!r}: {str(error).splitlines()[0][:200]}"
+    ) from None
 
 
 class quiet:
@@ -97,7 +121,10 @@ def abstract_state(config, built: build.Build):
   """The run's first TrainState as shapes, dtypes and shardings."""
   kwargs = build.model_kwargs(config, built.mesh)
   key = jax.eval_shape(lambda: jax.random.key(0))
-  model = lambda arch: jax.eval_shape(lambda key: transformer.init(arch, key, **kwargs)[1], key)
+
+  def model(arch):
+    return jax.eval_shape(lambda key: transformer.init(arch, key, **kwargs)[1], key)
+
   phi = jax.eval_shape(
     lambda key: nnx.state(build.make_head(config, built.arch, built.reward_arch, key).phi), key
   )
@@ -107,19 +134,40 @@ def abstract_state(config, built: build.Build):
 
 def arguments(config, sizes: Sizes, built: build.Build) -> tuple[Prompts, tuple]:
   """(prompts of rollout, arguments of learn after the state): shapes and shardings."""
-  make = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=built.rows)
-  P, B, Lp, T, L = sizes.prompts, sizes.rows, sizes.prompt_length, sizes.response_length, sizes.length
+
+  def make(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=built.rows)
+
+  P, B, Lp, T, L = (
+    sizes.prompts,
+    sizes.rows,
+    sizes.prompt_length,
+    sizes.response_length,
+    sizes.length,
+  )
   prompts = Prompts(make((P, Lp), jnp.int32), make((P, Lp), bool), make((P,), jnp.int32))
-  sequences = Sequences(make((B, L), jnp.int32), make((B, L), bool), make((B, T), bool), make((B,), bool))
+  sequences = Sequences(
+    make((B, L), jnp.int32), make((B, L), bool), make((B, T), bool), make((B,), bool)
+  )
   reward = make((B, sizes.reward_length), jnp.int32), make((B, sizes.reward_length), bool)
   if not uses_labels(config):
     return prompts, (sequences, *reward)
-  whole, m, own = NamedSharding(built.mesh, PartitionSpec()), pairs_per_step(config), sizes.reward_length
-  make = lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+  whole, m, own = (
+    NamedSharding(built.mesh, PartitionSpec()),
+    pairs_per_step(config),
+    sizes.reward_length,
+  )
+
+  def make(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
   pairs = Pairs(
-    make((2 * m, L), jnp.int32), make((2 * m, L), bool), make((2 * m, own), jnp.int32), make((2 * m, own), bool),
+    make((2 * m, L), jnp.int32),
+    make((2 * m, L), bool),
+    make((2 * m, own), jnp.int32),
+    make((2 * m, own), bool),
     make((m,), jnp.float32),
-  )  # fmt: skip
+  )
   return prompts, (sequences, *reward, pairs)
 
 
@@ -127,21 +175,27 @@ def bytes_on_chip(tree) -> int:
   """Bytes of a tree of abstract arrays on one chip."""
   return sum(
     int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
-    for x in jax.tree.leaves(tree) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-  )  # fmt: skip
+    for x in jax.tree.leaves(tree)
+    if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+  )
 
 
 # ---- compiling ----
 
 
-def compile_program(which: str, config, sizes: Sizes, topology: Topology, mesh: Mesh) -> dict[str, Any]:
-  """What the compiler says of "rollout" or "learn" on a mesh of the topology's devices, as plain numbers.
+def compile_program(
+  which: str, config, sizes: Sizes, topology: Topology, mesh: Mesh
+) -> dict[str, Any]:
+  """What the compiler says of "rollout" or "learn" on a mesh of the topology's devices, as plain
+  numbers.
 
-  What it said before of the same program (the same StableHLO), topology and compiler is read from the user's cache.
+  What it said before of the same program (the same StableHLO), topology and compiler is read from
+  the user's cache.
 
   Returns:
-    Bytes on a chip: `arguments` (all, the state among them), `temporaries`, `results` (those in memory of their own),
-    `code`; `collectives`, bytes that a chip sends by kind; `seconds` it took; and `exceeded`, what the compiler said
+    Bytes on a chip: `arguments` (all, the state among them), `temporaries`, `results` (those in
+    memory of their own), `code`; `collectives`, bytes that a chip sends by kind; `seconds` it took;
+    and `exceeded`, what the compiler said
     where the program alone needs more memory than the chip has: only the first two are known then.
   """
   built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
@@ -149,14 +203,18 @@ def compile_program(which: str, config, sizes: Sizes, topology: Topology, mesh: 
   prompts, judged = arguments(config, sizes, built)
   if which == "rollout":
     vocab = sizes.arch.vocab_size
-    jitted = jax.jit(make_rollout(built.defs, config, mesh, (vocab - 1,), vocab - 1), out_shardings=built.rows)
+    jitted = jax.jit(
+      make_rollout(built.defs, config, mesh, (vocab - 1,), vocab - 1), out_shardings=built.rows
+    )
     given = (state, prompts)
   else:
     layout = sharding.shardings(state, mesh)
     jitted = jax.jit(
-      make_learn(built.defs, config, mesh, same_tokens=sizes.same_tokens), donate_argnums=0,
-      in_shardings=(layout,) + (None,) * len(judged), out_shardings=(layout, None),
-    )  # fmt: skip
+      make_learn(built.defs, config, mesh, same_tokens=sizes.same_tokens),
+      donate_argnums=0,
+      in_shardings=(layout,) + (None,) * len(judged),
+      out_shardings=(layout, None),
+    )
     given = (state, *judged)
   lowered = jitted.trace(*given).lower(lowering_platforms=(topology.platform,))
   path = kept_at(lowered.as_text(), topology)
@@ -172,7 +230,13 @@ def compile_program(which: str, config, sizes: Sizes, topology: Topology, mesh: 
         raise
       message = str(error).splitlines()[0]
       temporaries = refused_temporaries(str(error), resident["arguments"])
-      found = {"exceeded": message, "temporaries": temporaries, "results": 0, "code": 0, "collectives": {}}
+      found = {
+        "exceeded": message,
+        "temporaries": temporaries,
+        "results": 0,
+        "code": 0,
+        "collectives": {},
+      }
     else:
       memory = compiled.memory_analysis()
       found = {
@@ -195,15 +259,22 @@ def kept_at(program: str, topology: Topology) -> pathlib.Path:
       versions.append(f"{package} {metadata.version(package)}")
     except metadata.PackageNotFoundError:
       versions.append(f"{package} none")
-  key = hashlib.sha256("\n".join([program, topology.name, KEPT_FORMAT, *versions]).encode()).hexdigest()[:32]
+  key = hashlib.sha256(
+    "\n".join([program, topology.name, KEPT_FORMAT, *versions]).encode()
+  ).hexdigest()[:32]
   folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
   return folder / "r2m_jax" / "plans" / f"{key}.json"
 
 
 def refused_temporaries(message: str, arguments: int) -> float:
-  """The temporaries that a compiler's refusal tells of; it names them, or all that the program would use."""
+  """The temporaries that a compiler's refusal tells of; it names them, or all that the program
+  would use.
+  """
   units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-  size = lambda found: float(found[1]) * units[found[2]]
+
+  def size(found):
+    return float(found[1]) * units[found[2]]
+
   if found := re.search(r"temporaries \((\d+(?:\.\d+)?)([KMGT])\)", message):
     return size(found)
   found = re.search(r"Used (\d+(?:\.\d+)?)([KMGT]) of", message)

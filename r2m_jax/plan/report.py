@@ -3,7 +3,16 @@
 from r2m_jax.plan.chips import GIB, Topology
 from r2m_jax.plan.work import ROLLOUT, Phase
 
-KINDS = ("parameters", "optimizer", "reference", "reward model", "reward head", "KV cache", "feedback", "temporaries")
+KINDS = (
+  "parameters",
+  "optimizer",
+  "reference",
+  "reward model",
+  "reward head",
+  "KV cache",
+  "feedback",
+  "temporaries",
+)
 BINDING = {"compute": "arithmetic", "memory": "memory traffic", "links": "links between chips"}
 
 
@@ -21,23 +30,31 @@ def scaled(value: float, unit: str) -> str:
 def table(rows: list[tuple], widths: tuple[int, ...]) -> list[str]:
   """Left-aligned first column, the others right-aligned."""
   return [
-    f"  {row[0]:<{widths[0]}}" + "".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))
+    f"  {row[0]:<{widths[0]}}"
+    + "".join(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))
     for row in rows
-  ]  # fmt: skip
+  ]
 
 
 def total(kinds: dict[str, float]) -> float:
   return sum(kinds.values())
 
 
-def times(phases: list[Phase], collectives: dict[str, float], topology: Topology) -> dict[str, tuple[float, str]]:
-  """{program: (least seconds, what binds it)}: its phases one after another, its links at the same time."""
+def times(
+  phases: list[Phase], collectives: dict[str, float], topology: Topology
+) -> dict[str, tuple[float, str]]:
+  """{program: (least seconds, what binds it)}: its phases one after another, its links at the
+  same time.
+  """
   result = {}
   for program in ("rollout", "learn"):
     own = [phase for phase in phases if (phase.name in ROLLOUT) == (program == "rollout")]
     parts = [phase.seconds(topology.chip, topology.count) for phase in own]
     inside = sum(seconds for seconds, _ in parts)
-    by = max(("compute", "memory"), key=lambda kind: sum(seconds for seconds, bound in parts if bound == kind))
+    by = max(
+      ("compute", "memory"),
+      key=lambda kind: sum(seconds for seconds, bound in parts if bound == kind),
+    )
     result[program] = max((inside, by), (collectives[program] / topology.chip.link_rate, "links"))
   return result
 
@@ -47,8 +64,12 @@ def memory_lines(programs: dict[str, dict[str, float]], topology: Topology) -> l
   rows = [("GiB per chip", *programs)]
   rows += [(kind, *(gib(programs[p].get(kind, 0.0)) for p in programs)) for kind in KINDS]
   rows.append(("in all", *(gib(total(programs[p])) for p in programs)))
-  rows.append((f"of {gib(topology.chip.memory)}", *(f"{100 * total(programs[p]) / topology.chip.memory:.0f}%"
-                                                    for p in programs)))  # fmt: skip
+  rows.append(
+    (
+      f"of {gib(topology.chip.memory)}",
+      *(f"{100 * total(programs[p]) / topology.chip.memory:.0f}%" for p in programs),
+    )
+  )
   return table(rows, (16,) + (12,) * len(programs))
 
 
@@ -56,7 +77,9 @@ def phase_lines(phases: list[Phase], topology: Topology) -> list[str]:
   rows = [("phase", "FLOPs", "moved / chip", "least time", "bound by")]
   for phase in phases:
     seconds, bound = phase.seconds(topology.chip, topology.count)
-    rows.append((phase.name, scaled(phase.flops, "FLOP"), scaled(phase.moved, "B"), f"{seconds:.2f} s", bound))
+    rows.append(
+      (phase.name, scaled(phase.flops, "FLOP"), scaled(phase.moved, "B"), f"{seconds:.2f} s", bound)
+    )
   return table(rows, (24, 14, 14, 12, 10))
 
 
@@ -70,7 +93,9 @@ def link_lines(collectives: dict[str, dict[str, float]], topology: Topology) -> 
   return table(rows, (20,) + (12,) * len(collectives))
 
 
-def share_lines(ours: dict[str, float], plain: dict[str, float], variant: str, base: str) -> list[str]:
+def share_lines(
+  ours: dict[str, float], plain: dict[str, float], variant: str, base: str
+) -> list[str]:
   """What a variant costs beside another, of each quantity."""
   rows = [("", base, variant, "more")]
   for name, value in ours.items():

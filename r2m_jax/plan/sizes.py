@@ -1,4 +1,6 @@
-"""The run in numbers: architectures, rows and lengths. What everything else here is computed from."""
+"""The run in numbers: architectures, rows and lengths. What everything else here is computed
+from.
+"""
 
 import dataclasses
 import json
@@ -12,28 +14,67 @@ from r2m_jax.models.arch import ArchConfig, RopeScaling
 
 # Shapes by name, so that a plan needs no download: the config.json of each model on the hub.
 LLAMA_8B = ArchConfig(
-  family="llama", vocab_size=128256, hidden_size=4096, num_layers=32, num_heads=32, num_kv_heads=8,
-  intermediate_size=14336, norm_eps=1e-5, rope_theta=5e5, max_positions=8192,
-)  # fmt: skip
+  family="llama",
+  vocab_size=128256,
+  hidden_size=4096,
+  num_layers=32,
+  num_heads=32,
+  num_kv_heads=8,
+  intermediate_size=14336,
+  norm_eps=1e-5,
+  rope_theta=5e5,
+  max_positions=8192,
+)
 ARCHS = {
   "qwen2.5-0.5b": ArchConfig(
-    family="qwen2", vocab_size=151936, hidden_size=896, num_layers=24, num_heads=14, num_kv_heads=2,
-    intermediate_size=4864, qkv_bias=True, tie_embeddings=True, rope_theta=1e6, max_positions=32768,
+    family="qwen2",
+    vocab_size=151936,
+    hidden_size=896,
+    num_layers=24,
+    num_heads=14,
+    num_kv_heads=2,
+    intermediate_size=4864,
+    qkv_bias=True,
+    tie_embeddings=True,
+    rope_theta=1e6,
+    max_positions=32768,
   ),
   "qwen2.5-3b": ArchConfig(
-    family="qwen2", vocab_size=151936, hidden_size=2048, num_layers=36, num_heads=16, num_kv_heads=2,
-    intermediate_size=11008, qkv_bias=True, tie_embeddings=True, rope_theta=1e6, max_positions=32768,
+    family="qwen2",
+    vocab_size=151936,
+    hidden_size=2048,
+    num_layers=36,
+    num_heads=16,
+    num_kv_heads=2,
+    intermediate_size=11008,
+    qkv_bias=True,
+    tie_embeddings=True,
+    rope_theta=1e6,
+    max_positions=32768,
   ),
   "llama3-8b": LLAMA_8B,
   "llama3.1-8b": LLAMA_8B.replace(
     rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192), max_positions=131072
   ),
   "pythia-2.8b": ArchConfig(
-    family="gpt_neox", vocab_size=50304, hidden_size=2560, num_layers=32, num_heads=32, intermediate_size=10240,
-    norm="layer", norm_eps=1e-5, activation="gelu", gated_mlp=False, qkv_bias=True, out_bias=True, mlp_bias=True,
-    parallel_residual=True, rotary_fraction=0.25, max_positions=2048,
+    family="gpt_neox",
+    vocab_size=50304,
+    hidden_size=2560,
+    num_layers=32,
+    num_heads=32,
+    intermediate_size=10240,
+    norm="layer",
+    norm_eps=1e-5,
+    activation="gelu",
+    gated_mlp=False,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    parallel_residual=True,
+    rotary_fraction=0.25,
+    max_positions=2048,
   ),
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,18 +106,29 @@ def sizes_of(config) -> Sizes:
   else:
     reward_arch = arch
   if config.plan.layers:
-    cut = lambda arch: arch.replace(num_layers=min(arch.num_layers, config.plan.layers))
+
+    def cut(arch):
+      return arch.replace(num_layers=min(arch.num_layers, config.plan.layers))
+
     arch, reward_arch = cut(arch), cut(reward_arch)
   from_text = bool(config.policy.path or config.plan.policy)
-  prompt = config.plan.prompt_length or (bucket(config.data.max_prompt_length) if from_text else goldtask.PROMPT_LENGTH)
+  prompt = config.plan.prompt_length or (
+    bucket(config.data.max_prompt_length) if from_text else goldtask.PROMPT_LENGTH
+  )
   response = config.rollout.max_new_tokens
   own = bucket(prompt + response) if from_text else prompt + response
   prompts = config.rollout.prompts
   greedy = prompts if config.algorithm == "remax" else 0
   return Sizes(
-    arch, reward_arch.replace(lm_head=False), prompts, prompts * config.rollout.group_size + greedy, prompt, response,
-    config.plan.reward_length or own, not from_text,
-  )  # fmt: skip
+    arch,
+    reward_arch.replace(lm_head=False),
+    prompts,
+    prompts * config.rollout.group_size + greedy,
+    prompt,
+    response,
+    config.plan.reward_length or own,
+    not from_text,
+  )
 
 
 def arch_of(path: str, name: str, which: str) -> ArchConfig:
@@ -92,7 +144,8 @@ def arch_of(path: str, name: str, which: str) -> ArchConfig:
   if name:
     raise ConfigError(f"config.plan.{which} is {name!r}: choose one of {', '.join(ARCHS)}")
   raise ConfigError(
-    f"config.{which}.path is {path!r}, which is no folder here: a plan downloads nothing; give a folder with a "
+    f"config.{which}.path is {path!r}, which is no folder here: a plan downloads nothing; give a "
+    "folder with a "
     f"config.json, or a shape by name as config.plan.{which}: {', '.join(ARCHS)}"
   )
 

@@ -1,10 +1,11 @@
 """FLOPs and bytes that a step moves, phase by phase, counted from the shapes.
 
-A multiply-add is two FLOPs. Matrix products alone are counted, with what the program really computes: attention over
-the full square of positions (masks hide, they do not save) unless a kernel leaves masked blocks out, a prompt once for
-those of its responses that go through together, recomputation in the backward pass, decoding over every slot of the
-cache unless a kernel reads what is there. `tests/plan/test_plan.py` holds these sums against the products in the
-program's own jaxpr.
+A multiply-add is two FLOPs. Matrix products alone are counted, with what the program really
+computes: attention over the full square of positions (masks hide, they do not save) unless a kernel
+leaves masked blocks out, a prompt once for those of its responses that go through together,
+recomputation in the backward pass, decoding over every slot of the cache unless a kernel reads what
+is there. `tests/plan/test_plan.py` holds these sums against the products in the program's own
+jaxpr.
 """
 
 import dataclasses
@@ -65,7 +66,9 @@ def vocabulary(arch: ArchConfig) -> int:
 
 
 def fused_attention(config, arch: ArchConfig, platform: str) -> bool:
-  """Whether passes over whole rows use a kernel that keeps no squares of logits and leaves out what causality masks."""
+  """Whether passes over whole rows use a kernel that keeps no squares of logits and leaves out
+  what causality masks.
+  """
   return choose(config.attention, platform, arch, config.dtype) in ("splash", "cudnn")
 
 
@@ -75,14 +78,18 @@ def in_slots(config, arch: ArchConfig, platform: str) -> bool:
 
 
 def cache_slots(config, sizes: Sizes, platform: str) -> int:
-  """Slots of the cache of all rows at the end of a rollout; those of a prompt once where its rows share them."""
+  """Slots of the cache of all rows at the end of a rollout; those of a prompt once where its
+  rows share them.
+  """
   if platform == "tpu" or config.algorithm == "remax":
     return sizes.rows * sizes.length
   return sizes.rows * sizes.response_length + sizes.prompts * sizes.prompt_length
 
 
 def blocks_flops(arch: ArchConfig, rows: int, length: int, keys: float) -> float:
-  """One forward pass through all layers, no logits; every token is multiplied with so many `keys`."""
+  """One forward pass through all layers, no logits; every token is multiplied with so many
+  `keys`.
+  """
   squares = 4 * keys * arch.num_heads * arch.head_dim
   return rows * length * arch.num_layers * (2 * layer_weights(arch) + squares)
 
@@ -92,7 +99,9 @@ def logits_flops(arch: ArchConfig, positions: int) -> float:
 
 
 def head_flops(config, sizes: Sizes) -> float:
-  """One forward pass of cross-attention and phi over all rows (eqs. 3 and 4), whose keys and values are never made."""
+  """One forward pass of cross-attention and phi over all rows (eqs. 3 and 4), whose keys and
+  values are never made.
+  """
   rows, reward, width = sizes.rows, sizes.reward_arch.hidden_size, config.r2m.attention_dim
   phi = 2 * rows * reward * config.reward.ensemble
   if not reads_feedback(config):
@@ -105,13 +114,22 @@ def head_flops(config, sizes: Sizes) -> float:
 def trained_numbers(config, arch: ArchConfig) -> int:
   """Numbers that have a gradient; those of adapters are next to nothing."""
   tables = 2 if arch.untied_head else 1
-  return 0 if config.lora.rank else arch.num_layers * layer_weights(arch) + vocabulary(arch) * tables
+  return (
+    0 if config.lora.rank else arch.num_layers * layer_weights(arch) + vocabulary(arch) * tables
+  )
 
 
 def phases_of(config, sizes: Sizes, layout: Layout, platform: str) -> list[Phase]:
-  """The step's phases in order; the first ones are the rollout's (`ROLLOUT`), the others learn's."""
+  """The step's phases in order; the first ones are the rollout's (`ROLLOUT`), the others
+  learn's.
+  """
   count = _Count(config, sizes, layout, platform)
-  phases = [count.prefill(), count.decode(), count.feedback("feedback and log-probs"), count.feedback("reference")]
+  phases = [
+    count.prefill(),
+    count.decode(),
+    count.feedback("feedback and log-probs"),
+    count.feedback("reference"),
+  ]
   phases += [count.backbone(), count.policy_update()]
   if config.algorithm == "ppo":
     phases.append(count.critic())
@@ -129,18 +147,30 @@ class _Count:
   def __init__(self, config, sizes: Sizes, layout: Layout, platform: str):
     self.config, self.sizes, self.layout = config, sizes, layout
     self.attention = {
-      arch: choose(config.attention, platform, arch, config.dtype) for arch in (sizes.arch, sizes.reward_arch)
+      arch: choose(config.attention, platform, arch, config.dtype)
+      for arch in (sizes.arch, sizes.reward_arch)
     }
-    self.in_slots, self.slots = in_slots(config, sizes.arch, platform), cache_slots(config, sizes, platform)
+    self.in_slots, self.slots = (
+      in_slots(config, sizes.arch, platform),
+      cache_slots(config, sizes, platform),
+    )
     self.width = jnp.dtype(config.dtype).itemsize  # bytes of a number in the computation
     self.stored = jnp.dtype(config.param_dtype).itemsize  # bytes of a parameter
-    self.again = int(config.remat == "full")  # passes through whole layers that the backward pass makes once more
+    self.again = int(
+      config.remat == "full"
+    )  # passes through whole layers that the backward pass makes once more
 
-  def spans(self, arch: ArchConfig, rows: int, length: int, group: int = 1) -> list[tuple[float, int, float]]:
-    """(rows, tokens of each, keys that these are multiplied with) of a pass over whole rows, `group` neighbours with
-    one prompt. A kernel that leaves out masked blocks takes half the square."""
+  def spans(
+    self, arch: ArchConfig, rows: int, length: int, group: int = 1
+  ) -> list[tuple[float, int, float]]:
+    """(rows, tokens of each, keys that these are multiplied with) of a pass over whole rows,
+    `group` neighbours with one prompt. A kernel that leaves out masked blocks takes half the
+    square."""
     fused, shards = self.kernel(arch, length), self.layout.shards
-    own = lambda length: length / 2 if fused else length
+
+    def own(length):
+      return length / 2 if fused else length
+
     copies = 1 if rows % (self.parts * shards) else math.gcd(group, rows // (self.parts * shards))
     if copies == 1 or fused and self.attention[arch] == "splash":
       return [(rows, length, own(length))]
@@ -152,7 +182,9 @@ class _Count:
     return sum(blocks_flops(arch, *span) for span in self.spans(arch, rows, length, group))
 
   def squares_again(self, arch: ArchConfig, rows: int, length: int) -> float:
-    """FLOPs of attention that the backward pass of an update makes once more where products with weights are kept."""
+    """FLOPs of attention that the backward pass of an update makes once more where products with
+    weights are kept.
+    """
     if self.config.remat != "dots":
       return 0.0
     group, weights = self.trained_group, 2 * arch.num_layers * layer_weights(arch)
@@ -164,31 +196,58 @@ class _Count:
     return self.attention[arch] == "cudnn" or self.attention[arch] == "splash" and length >= BLOCK
 
   def pass_bytes(self, arch: ArchConfig, spans, parts: int) -> float:
-    """Memory traffic of one forward pass on a chip: weights once a part, every product's input and output once."""
+    """Memory traffic of one forward pass on a chip: weights once a part, every product's input
+    and output once.
+    """
     tensor = self.layout.tensor
     heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    streams = 6 * arch.hidden_size + 2 * (2 * heads + 2 * kv + (3 if arch.gated_mlp else 2) * arch.intermediate_size)
+    streams = 6 * arch.hidden_size + 2 * (
+      2 * heads + 2 * kv + (3 if arch.gated_mlp else 2) * arch.intermediate_size
+    )
+
     # float32 logits written, read for the softmax, weights read
-    squares = lambda length, keys: 0 if self.kernel(arch, length) else 3 * 4 * arch.num_heads * keys
-    moved = sum(rows * length * (streams * self.width + squares(length, keys)) for rows, length, keys in spans)
+    def squares(length, keys):
+      return 0 if self.kernel(arch, length) else 3 * 4 * arch.num_heads * keys
+
+    moved = sum(
+      rows * length * (streams * self.width + squares(length, keys)) for rows, length, keys in spans
+    )
     weights = parts * arch.num_layers * layer_weights(arch) * self.width / tensor
     return weights + moved * arch.num_layers / self.layout.shards / tensor
 
   def logit_bytes(self, arch: ArchConfig, positions: int, parts: int) -> float:
     """Unembedding once a part, and float32 logits written and read once."""
-    return (parts * vocabulary(arch) * self.width + 8 * arch.vocab_size * positions / self.layout.shards) \
-        / self.layout.tensor  # fmt: skip
+    return (
+      parts * vocabulary(arch) * self.width + 8 * arch.vocab_size * positions / self.layout.shards
+    ) / self.layout.tensor
 
   def gathered(self, arch: ArchConfig, passes: float, logits: bool = True) -> float:
     """Bytes out of a chip for gathering all weights over fsdp so many times."""
     numbers = arch.num_layers * layer_weights(arch) + vocabulary(arch) * logits
-    return passes * numbers * self.stored / self.layout.tensor * (self.layout.fsdp - 1) / self.layout.fsdp
+    return (
+      passes
+      * numbers
+      * self.stored
+      / self.layout.tensor
+      * (self.layout.fsdp - 1)
+      / self.layout.fsdp
+    )
 
   def reduced(self, arch: ArchConfig, spans, passes: float) -> float:
     """Bytes out of a chip for adding partial sums over `tensor`, twice a layer."""
     tensor = self.layout.tensor
     tokens = sum(rows * length for rows, length, _ in spans) / self.layout.shards
-    return passes * 2 * 2 * (tensor - 1) / tensor * tokens * arch.num_layers * arch.hidden_size * self.width
+    return (
+      passes
+      * 2
+      * 2
+      * (tensor - 1)
+      / tensor
+      * tokens
+      * arch.num_layers
+      * arch.hidden_size
+      * self.width
+    )
 
   @property
   def parts(self) -> int:
@@ -196,7 +255,9 @@ class _Count:
 
   @property
   def group(self) -> int:
-    """Neighbouring rows of one prompt in passes without a gradient; none beside the greedy rows of "remax"."""
+    """Neighbouring rows of one prompt in passes without a gradient; none beside the greedy rows
+    of "remax".
+    """
     return self.config.rollout.group_size if self.trained_rows() == self.sizes.rows else 1
 
   @property
@@ -217,11 +278,15 @@ class _Count:
   def decode(self) -> Phase:
     s, arch, waves = self.sizes, self.sizes.arch, self.config.rollout.waves
     tokens = s.response_length - 1  # the first one comes with the prefill
-    # on the average of all tokens half of the response is there; only a kernel leaves the other half alone
+    # on the average of all tokens half of the response is there; only a kernel leaves the other
+    # half alone
     unread = s.response_length / 2 if self.in_slots else 0
     cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * self.width / self.layout.chips
     cache *= self.slots - s.rows * unread
-    layers, logits = self.pass_bytes(arch, [(s.rows, 1, s.length)], waves), self.logit_bytes(arch, 3 * s.rows, waves)
+    layers, logits = (
+      self.pass_bytes(arch, [(s.rows, 1, s.length)], waves),
+      self.logit_bytes(arch, 3 * s.rows, waves),
+    )
     one = layers / self.layout.fsdp + logits + cache
     return Phase(
       "decode",
@@ -231,13 +296,19 @@ class _Count:
     )
 
   def decode_links(self) -> float:
-    """Bytes out of a chip for one token of every row: weights stay, sums over fsdp and tensor are completed."""
+    """Bytes out of a chip for one token of every row: weights stay, sums over fsdp and tensor
+    are completed.
+    """
     arch, layout = self.sizes.arch, self.layout
     rows, fsdp, tensor = self.sizes.rows / layout.data, layout.fsdp, layout.tensor
     heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     wide = (heads + 2 * kv + (2 if arch.gated_mlp else 1) * arch.intermediate_size) / tensor
-    over_fsdp = 2 * (fsdp - 1) / fsdp * (arch.num_layers * wide * self.width + arch.vocab_size / tensor * 4)
-    over_tensor = 2 * (tensor - 1) / tensor * arch.num_layers * 2 * arch.hidden_size / fsdp * self.width
+    over_fsdp = (
+      2 * (fsdp - 1) / fsdp * (arch.num_layers * wide * self.width + arch.vocab_size / tensor * 4)
+    )
+    over_tensor = (
+      2 * (tensor - 1) / tensor * arch.num_layers * 2 * arch.hidden_size / fsdp * self.width
+    )
     return rows * (over_fsdp + over_tensor)
 
   def feedback(self, name: str) -> Phase:
@@ -270,40 +341,56 @@ class _Count:
     rows, epochs, parts = self.trained_rows(), config.ppo.epochs, self.parts
     chunked = 0 < config.logits_chunk < s.response_length * arch.vocab_size
     positions = rows * s.response_length
-    # forward, twice as much backward, and once more what the backward pass computes again: all but a layer's last sums
-    last = 2 * arch.hidden_size * (arch.intermediate_size + arch.parallel_residual * arch.num_heads * arch.head_dim)
-    backward = 1 if config.lora.rank else 2  # frozen weights have no gradient; products of the adapters are left out
+    # forward, twice as much backward, and once more what the backward pass computes again: all but
+    # a layer's last sums
+    last = (
+      2
+      * arch.hidden_size
+      * (arch.intermediate_size + arch.parallel_residual * arch.num_heads * arch.head_dim)
+    )
+    backward = (
+      1 if config.lora.rank else 2
+    )  # frozen weights have no gradient; products of the adapters are left out
     spans = self.spans(arch, rows, s.length, self.trained_group)
     layers = self.blocks(arch, rows, s.length, self.trained_group) * (1 + backward + self.again)
     layers -= self.again * sum(rows * length for rows, length, _ in spans) * arch.num_layers * last
     layers += self.squares_again(arch, rows, s.length)
     logits = logits_flops(arch, positions) * (1 + backward + chunked)
     if kl_estimator(config, arch.vocab_size) == "exact":
-      logits += logits_flops(arch, positions) * (1 + chunked)  # of the reference, which has no gradient
+      logits += logits_flops(arch, positions) * (
+        1 + chunked
+      )  # of the reference, which has no gradient
     numbers = trained_numbers(config, arch)
     own = numbers / (self.layout.fsdp * self.layout.tensor)
     moment = jnp.dtype(config.policy.moment_dtype).itemsize
-    adam = own * (2 * self.stored + 4 + 4 * moment)  # parameter and moments read and written, gradient read
-    reduction = numbers * self.stored / self.layout.tensor * (self.layout.fsdp - 1) / self.layout.fsdp * parts
+    adam = own * (
+      2 * self.stored + 4 + 4 * moment
+    )  # parameter and moments read and written, gradient read
+    reduction = (
+      numbers * self.stored / self.layout.tensor * (self.layout.fsdp - 1) / self.layout.fsdp * parts
+    )
     reduction += 2 * own * self.stored * (self.layout.data - 1) / self.layout.data
     return Phase(
       "policy update",
       epochs * (layers + logits),
-      epochs * (
+      epochs
+      * (
         (3 + self.again) * self.pass_bytes(arch, spans, parts)
-        + (3 + chunked) * self.logit_bytes(arch, positions, parts) + config.ppo.minibatches * adam
+        + (3 + chunked) * self.logit_bytes(arch, positions, parts)
+        + config.ppo.minibatches * adam
       ),
-      epochs * (
-        self.gathered(arch, 2 * parts) + reduction + self.reduced(arch, spans, 3 + self.again)
-      ),
-    )  # fmt: skip
+      epochs
+      * (self.gathered(arch, 2 * parts) + reduction + self.reduced(arch, spans, 3 + self.again)),
+    )
 
   def critic(self) -> Phase:
     """PPO's: one pass for the old values, epochs of updates."""
     s, config, rows = self.sizes, self.config, self.trained_rows()
     arch = s.reward_arch if config.critic.init == "reward" else s.arch
     groups = {config.rollout.group_size: 1}  # of the neighbours with one prompt: passes
-    groups[self.trained_group] = groups.get(self.trained_group, 0) + config.ppo.epochs * (3 + self.again)
+    groups[self.trained_group] = groups.get(self.trained_group, 0) + config.ppo.epochs * (
+      3 + self.again
+    )
     spans = {group: self.spans(arch, rows, s.length, group) for group in groups}
     head = 2 * rows * s.length * arch.hidden_size
     return Phase(
@@ -316,12 +403,20 @@ class _Count:
     )
 
   def reward_head(self) -> Phase:
-    """Annotation, and the update on refreshed feedback: forward, and backward to weights and to what they multiply."""
+    """Annotation, and the update on refreshed feedback: forward, and backward to weights and to
+    what they multiply.
+    """
     config, s = self.config, self.sizes
     passes = 1 + (3 if VARIANTS[config.variant].trained else 0)
-    tokens, width, fed = s.rows * s.length / self.layout.shards, config.r2m.attention_dim, reads_feedback(config)
+    tokens, width, fed = (
+      s.rows * s.length / self.layout.shards,
+      config.r2m.attention_dim,
+      reads_feedback(config),
+    )
     # h is read for the logits and again for the sum, and once more each in the backward pass
-    moved = (2 + 2 * VARIANTS[config.variant].trained) * tokens * s.arch.hidden_size * self.width * fed
+    moved = (
+      (2 + 2 * VARIANTS[config.variant].trained) * tokens * s.arch.hidden_size * self.width * fed
+    )
     weights = 2 * (s.arch.hidden_size + s.reward_arch.hidden_size) * width * 4 * fed
     links = passes * weights * (self.layout.fsdp - 1) / self.layout.fsdp / self.layout.tensor
     return Phase("reward head", passes * head_flops(config, s), moved + passes * weights, links)

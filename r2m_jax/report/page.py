@@ -1,4 +1,6 @@
-"""The report of a run: metrics.jsonl and samples.jsonl as figures/*.png and one self-contained report.html."""
+"""The report of a run: metrics.jsonl and samples.jsonl as figures/*.png and one self-contained
+report.html.
+"""
 
 import base64
 import html
@@ -9,8 +11,16 @@ from pathlib import Path
 
 import numpy as np
 
-from r2m_jax.report.summary import cautions, control_case, findings, format_summary, number, series, summary_table
-from r2m_jax.report.summary import window_means
+from r2m_jax.report.summary import (
+  cautions,
+  control_case,
+  findings,
+  format_summary,
+  number,
+  series,
+  summary_table,
+  window_means,
+)
 from r2m_jax.run.files import read_jsonl, write_atomic
 from r2m_jax.run.metrics import ROW_KEYS, read_metrics
 
@@ -18,44 +28,99 @@ __all__ = ["format_summary", "summary_table", "write_report"]
 
 MAX_PROMPTS, MAX_CHARS = 40, 4000  # what the sample table shows
 
-# Okabe and Ito's colourblind-safe colours, less the yellow; arms past the seventh repeat them dashed.
+# Okabe and Ito's colourblind-safe colours, less the yellow; arms past the seventh repeat them
+# dashed.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#767676")
-OWN_COLOUR = {"": "#0072B2", "vanilla": "#767676", "scaled": "#E69F00", "r2m": "#0072B2"}  # alike in every report
+OWN_COLOUR = {
+  "": "#0072B2",
+  "vanilla": "#767676",
+  "scaled": "#E69F00",
+  "r2m": "#0072B2",
+}  # alike in every report
 
 # (file, title, x, caption, panels); a panel is (metric, title, y label, reference line or None).
 # The metrics of the stages before RL carry the stage's name here: sft/loss.
 STEP, ROOT_KL = "step", "sqrt(KL from the reference)  [√nat]"
 FIGURES = (
-  ("1_rewards", "Gold and proxy reward", STEP,
-   "Over-optimisation is gold falling while the frozen proxy still rises. Dots mark each arm's gold peak. The used "
-   "reward is what the policy is trained on; where it moves or is scaled it is not comparable across arms.",
-   (("reward/gold", "Gold reward", "gold", None), ("reward/frozen", "Frozen proxy, same samples", "proxy", None),
-    ("reward/used", "Used reward", "reward", None))),
-  ("2_frontier", "Reward against distance from the reference", ROOT_KL,
-   "Arms that move at different speeds are compared at equal KL, not at equal step. The dotted line is the largest KL "
-   "that all arms reach.",
-   (("reward/gold", "Gold reward", "gold", None), ("reward/frozen", "Frozen proxy, same samples", "proxy", None))),
-  ("3_behaviour", "What the policy does", STEP,
-   "A reward gained by collapsing to very short, very long or repeated text is no gain.",
-   (("length", "Response length", "tokens", None), ("entropy", "Entropy", "nats a token", None),
-    ("kl", "KL from the reference", "nats a response", None), ("truncated", "Cut at the length limit", "share", None),
-    ("repetition", "Repetition", "share", None))),
-  ("4_reward_head", "The reward model during RL", STEP,
-   "Pairs are labelled by the reward itself. Disagreement is the share of them whose order contradicts gold (dotted: "
-   "chance). The correlation is that of used reward and gold among responses to one prompt.",
-   (("r2m/omega", "Weight ω on the own embedding", "weight", None), ("r2m/bt", "Bradley-Terry loss", "nats", None),
-    ("r2m/gre", "Group reward entropy", "nats", None),
-    ("r2m/pair_disagreement", "Pairs that contradict gold", "share", 0.5),
-    ("reward/within_corr", "Used reward and gold, within prompt", "correlation", 0.0),
-    ("r2m/attention_entropy", "Attention entropy", "nats", None))),
-  ("5_policy", "Policy optimisation", STEP, "",
-   (("policy/loss", "Policy loss", "loss", None), ("policy/grad_norm", "Gradient norm", "norm", None),
-    ("policy/clip_fraction", "Clipped tokens", "share", None))),
-  ("6_before_rl", "Before RL: fine-tuning and reward model", STEP, "Dotted: chance.",
-   (("lm/loss", "Language-modelling loss", "nats a token", None),
-    ("sft/loss", "Fine-tuning loss", "nats a token", None), ("sft/gold", "Gold reward of samples", "gold", None),
-    ("reward/loss", "Reward model: Bradley-Terry loss", "nats", None),
-    ("reward/accuracy", "Reward model: pair accuracy", "share", 0.5))),
+  (
+    "1_rewards",
+    "Gold and proxy reward",
+    STEP,
+    "Over-optimisation is gold falling while the frozen proxy still rises. Dots mark each arm's "
+    "gold peak. The used "
+    "reward is what the policy is trained on; where it moves or is scaled it is not comparable "
+    "across arms.",
+    (
+      ("reward/gold", "Gold reward", "gold", None),
+      ("reward/frozen", "Frozen proxy, same samples", "proxy", None),
+      ("reward/used", "Used reward", "reward", None),
+    ),
+  ),
+  (
+    "2_frontier",
+    "Reward against distance from the reference",
+    ROOT_KL,
+    "Arms that move at different speeds are compared at equal KL, not at equal step. The dotted "
+    "line is the largest KL "
+    "that all arms reach.",
+    (
+      ("reward/gold", "Gold reward", "gold", None),
+      ("reward/frozen", "Frozen proxy, same samples", "proxy", None),
+    ),
+  ),
+  (
+    "3_behaviour",
+    "What the policy does",
+    STEP,
+    "A reward gained by collapsing to very short, very long or repeated text is no gain.",
+    (
+      ("length", "Response length", "tokens", None),
+      ("entropy", "Entropy", "nats a token", None),
+      ("kl", "KL from the reference", "nats a response", None),
+      ("truncated", "Cut at the length limit", "share", None),
+      ("repetition", "Repetition", "share", None),
+    ),
+  ),
+  (
+    "4_reward_head",
+    "The reward model during RL",
+    STEP,
+    "Pairs are labelled by the reward itself. Disagreement is the share of them whose order "
+    "contradicts gold (dotted: "
+    "chance). The correlation is that of used reward and gold among responses to one prompt.",
+    (
+      ("r2m/omega", "Weight ω on the own embedding", "weight", None),
+      ("r2m/bt", "Bradley-Terry loss", "nats", None),
+      ("r2m/gre", "Group reward entropy", "nats", None),
+      ("r2m/pair_disagreement", "Pairs that contradict gold", "share", 0.5),
+      ("reward/within_corr", "Used reward and gold, within prompt", "correlation", 0.0),
+      ("r2m/attention_entropy", "Attention entropy", "nats", None),
+    ),
+  ),
+  (
+    "5_policy",
+    "Policy optimisation",
+    STEP,
+    "",
+    (
+      ("policy/loss", "Policy loss", "loss", None),
+      ("policy/grad_norm", "Gradient norm", "norm", None),
+      ("policy/clip_fraction", "Clipped tokens", "share", None),
+    ),
+  ),
+  (
+    "6_before_rl",
+    "Before RL: fine-tuning and reward model",
+    STEP,
+    "Dotted: chance.",
+    (
+      ("lm/loss", "Language-modelling loss", "nats a token", None),
+      ("sft/loss", "Fine-tuning loss", "nats a token", None),
+      ("sft/gold", "Gold reward of samples", "gold", None),
+      ("reward/loss", "Reward model: Bradley-Terry loss", "nats", None),
+      ("reward/accuracy", "Reward model: pair accuracy", "share", 0.5),
+    ),
+  ),
 )
 
 
@@ -64,17 +129,26 @@ FIGURES = (
 
 def style_of(arms):
   """arm -> (colour, line style), the same in every figure and table of the report."""
-  free = [c for c in COLOURS if c not in {OWN_COLOUR[a] for a in arms if a in OWN_COLOUR}] or list(COLOURS)
+  free = [c for c in COLOURS if c not in {OWN_COLOUR[a] for a in arms if a in OWN_COLOUR}] or list(
+    COLOURS
+  )
   others = [arm for arm in arms if arm not in OWN_COLOUR]
   styles = {arm: (colour, "-") for arm, colour in OWN_COLOUR.items()}
-  return styles | {arm: (free[i % len(free)], ("-", "--", ":")[i // len(free) % 3]) for i, arm in enumerate(others)}
+  return styles | {
+    arm: (free[i % len(free)], ("-", "--", ":")[i // len(free) % 3]) for i, arm in enumerate(others)
+  }
 
 
-CELL, DPI = (4.2, 2.9), 150  # a panel's inches; whole pixels, so that a figure cuts exactly into its panels
+CELL, DPI = (
+  (4.2, 2.9),
+  150,
+)  # a panel's inches; whole pixels, so that a figure cuts exactly into its panels
 
 
 def draw_figure(rows, x, panels, styles, matched_kl=None):
-  """Returns (png of the figure, [png of each panel]); panels that no row has are left out, none left gives None."""
+  """Returns (png of the figure, [png of each panel]); panels that no row has are left out, none
+  left gives None.
+  """
   from matplotlib.backends.backend_agg import FigureCanvasAgg
   from matplotlib.figure import Figure
   from PIL import Image
@@ -85,19 +159,34 @@ def draw_figure(rows, x, panels, styles, matched_kl=None):
   arms = _arms_with(rows, panels)
   columns = min(3, len(panels))
   height = -(-len(panels) // columns) * CELL[1]
-  strip = 0.26 * -(-len(arms) // (2 * columns)) + 0.04 if len(arms) > 1 else 0.0  # the legend, above the panels
+  strip = (
+    0.26 * -(-len(arms) // (2 * columns)) + 0.04 if len(arms) > 1 else 0.0
+  )  # the legend, above the panels
   figure = Figure(figsize=(columns * CELL[0], height + strip), dpi=DPI)
   boxes = []
   for i, panel in enumerate(panels):
     left, top = i % columns * CELL[0], strip + i // columns * CELL[1]
     wide, tall = figure.get_size_inches()
-    box = (left + 0.66, top + CELL[1] - 0.52, CELL[0] - 0.80, CELL[1] - 0.86)  # x, y of the lower left from the top
+    box = (
+      left + 0.66,
+      top + CELL[1] - 0.52,
+      CELL[0] - 0.80,
+      CELL[1] - 0.86,
+    )  # x, y of the lower left from the top
     axes = figure.add_axes((box[0] / wide, 1 - box[1] / tall, box[2] / wide, box[3] / tall))
     _draw_panel(axes, rows, arms, x, panel, styles, matched_kl)
     boxes.append([round(v * DPI) for v in (left, top, left + CELL[0], top + CELL[1])])
   if strip:
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=2 * columns, frameon=False, fontsize=9, borderaxespad=0.2)
+    figure.legend(
+      handles,
+      labels,
+      loc="upper center",
+      ncols=2 * columns,
+      frameon=False,
+      fontsize=9,
+      borderaxespad=0.2,
+    )
   canvas = FigureCanvasAgg(figure)
   canvas.draw()
   image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
@@ -128,7 +217,15 @@ def _draw_panel(axes, rows, arms, x, panel, styles, matched_kl):
       _, kl, values = series(mine, "kl", metric)
       axes.plot(np.sqrt(np.maximum(kl, 0)), values, ".", color=colour, ms=2.5, alpha=0.25, mew=0)
       at, means = np.sqrt(np.maximum(window_means(kl), 0)), window_means(values)
-    axes.plot(at, means, color=colour, ls=dashes, lw=2, label=arm or "run", marker="o" if len(means) == 1 else None)
+    axes.plot(
+      at,
+      means,
+      color=colour,
+      ls=dashes,
+      lw=2,
+      label=arm or "run",
+      marker="o" if len(means) == 1 else None,
+    )
     if metric == "reward/gold" and len(means) > 1:
       top = int(np.argmax(means))
       axes.plot(at[top], means[top], "o", color=colour, ms=6, mec="white", mew=1.2, zorder=5)
@@ -146,7 +243,10 @@ def dress(axes, title, x, label):
   axes.set_ylabel(label, fontsize=9.5, color="#444")
   axes.tick_params(labelsize=9, colors="#444", length=3)
   axes.locator_params(nbins=5)
-  for axis in (axes.xaxis, axes.yaxis):  # no common factor above the axes, where the title is; + 0.0: no -0
+  for axis in (
+    axes.xaxis,
+    axes.yaxis,
+  ):  # no common factor above the axes, where the title is; + 0.0: no -0
     axis.set_major_formatter(lambda value, _: f"{round(value, 10) + 0.0:.4g}")
   axes.grid(color="#e6e8eb", lw=0.8)
   axes.set_axisbelow(True)
@@ -207,7 +307,8 @@ if (pick) {
 def write_report(workdir, *, title, notes=(), tables=(), config=None):
   """Writes WORKDIR/report.html and WORKDIR/figures/*.png; returns the page's path.
 
-  notes: plain sentences to show under the findings. tables: dicts of title, head, rows (lists of text) and note.
+  notes: plain sentences to show under the findings. tables: dicts of title, head, rows (lists of
+  text) and note.
   config: a dict, or None to read WORKDIR/config.json if it is there.
   """
   workdir = Path(workdir)
@@ -215,8 +316,14 @@ def write_report(workdir, *, title, notes=(), tables=(), config=None):
   if config is None and (workdir / "config.json").exists():
     config = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
   table = summary_table(rows)
-  styles = style_of(list(dict.fromkeys([row["arm"] for row in rows] + [row["arm"] for row in samples])))
-  parts = [f"<h1>{_text(title)}</h1>", f'<p class="soft">{_text(describe(rows))}</p>', _headline(table, notes)]
+  styles = style_of(
+    list(dict.fromkeys([row["arm"] for row in rows] + [row["arm"] for row in samples]))
+  )
+  parts = [
+    f"<h1>{_text(title)}</h1>",
+    f'<p class="soft">{_text(describe(rows))}</p>',
+    _headline(table, notes),
+  ]
   if table:
     parts.append(_summary_html(table, styles))
   parts += [table_html(table) for table in tables]
@@ -228,17 +335,24 @@ def write_report(workdir, *, title, notes=(), tables=(), config=None):
       parts.append(figure_html(heading, caption, drawn[1], _arms_with(named, panels), styles))
   parts.append(_samples_html(samples, styles))
   if config is not None:
-    shown = json.dumps(config.to_dict() if hasattr(config, "to_dict") else config, indent=2, default=str)
-    parts.append(f'<details class="card"><summary>Configuration</summary><pre>{_text(shown)}</pre></details>')
+    shown = json.dumps(
+      config.to_dict() if hasattr(config, "to_dict") else config, indent=2, default=str
+    )
+    parts.append(
+      f'<details class="card"><summary>Configuration</summary><pre>{_text(shown)}</pre></details>'
+    )
   return write_page(workdir / "report.html", title, parts)
 
 
 def write_page(path, title, parts):
   """Writes a self-contained page of HTML parts in the report's style; returns its path."""
-  page = (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
-          '<meta name="viewport" content="width=device-width,initial-scale=1">'
-          f'<meta name="color-scheme" content="light dark"><style>{STYLE}</style></head>\n<body><main>\n'
-          + "\n".join(filter(None, parts)) + f"\n</main><script>{SCRIPT}</script></body></html>\n")
+  page = (
+    f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{_text(title)}</title>'
+    '<meta name="viewport" content="width=device-width,initial-scale=1">'
+    f'<meta name="color-scheme" content="light dark"><style>{STYLE}</style></head>\n<body><main>\n'
+    + "\n".join(filter(None, parts))
+    + f"\n</main><script>{SCRIPT}</script></body></html>\n"
+  )
   write_atomic(path, page)
   return path
 
@@ -252,12 +366,23 @@ def describe(rows):
   if not rows:
     return "Nothing was logged yet."
   texts = []
-  for stage, word in (("lm", "language modelling"), ("sft", "fine-tuning"), ("reward", "reward model"), ("rl", "RL")):
+  for stage, word in (
+    ("lm", "language modelling"),
+    ("sft", "fine-tuning"),
+    ("reward", "reward model"),
+    ("rl", "RL"),
+  ):
     mine = [row for row in rows if row["stage"] == stage]
     if mine:
       arms = list(dict.fromkeys(row["arm"] for row in mine))
       seconds = sum(max(row["seconds"] for row in mine if row["arm"] == arm) for arm in arms)
-      of = f", {len(arms)} arms ({', '.join(arms)})" if len(arms) > 1 else f" ({arms[0]})" if arms[0] else ""
+      of = (
+        f", {len(arms)} arms ({', '.join(arms)})"
+        if len(arms) > 1
+        else f" ({arms[0]})"
+        if arms[0]
+        else ""
+      )
       texts.append(f"{word} to step {max(row['step'] for row in mine)}{of}, {seconds:.0f} s")
   return "Logged: " + "; ".join(texts) + "."
 
@@ -275,11 +400,16 @@ def _key(arm, styles):
 def _headline(table, notes):
   cases = [sentence for _, sentence in control_case(table)]
   points = findings(table) + cases + list(notes)
-  points = points or ["No RL steps were logged, so there is nothing to conclude about over-optimisation."]
+  points = points or [
+    "No RL steps were logged, so there is nothing to conclude about over-optimisation."
+  ]
   care = cautions(table)
   if cases:
-    care.insert(1, "scaled is the control for the shrinking of the reward by ω: where r2m does not beat it, the "
-                   "effect is not due to the policy feedback.")
+    care.insert(
+      1,
+      "scaled is the control for the shrinking of the reward by ω: where r2m does not beat it, the "
+      "effect is not due to the policy feedback.",
+    )
   care = f'<div class="care"><b>Read with care</b>{bullets(care)}</div>' if care else ""
   return f'<div class="card lead"><b>What this run shows</b>{bullets(points)}{care}</div>'
 
@@ -302,33 +432,58 @@ def _summary_html(table, styles):
       step = "" if e["peak_step"] is None else f" ({e['peak_step']:.0f})"
       lost = "–" if e["lost_share"] is None else f"{e['lost_share']:.0%}"
       cells += [number(e["start"]), number(e["peak"]) + step, number(e["last"]), lost]
-    cells += [f"{number(e['frozen_start'])} → {number(e['frozen_last'])}", number(e["kl_last"], 1),
-              f"{number(e['length_start'], 1)} → {number(e['length_last'], 1)}"]
+    cells += [
+      f"{number(e['frozen_start'])} → {number(e['frozen_last'])}",
+      number(e["kl_last"], 1),
+      f"{number(e['length_start'], 1)} → {number(e['length_last'], 1)}",
+    ]
     cells += [number(e["gold_at_kl"])] if matched is not None else []
     lines.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
   windows = sorted({entry["window"] for entry in table if entry["window"]})
-  note = (f"Each number is a mean over {' or '.join(map(str, windows))} logged steps. Gain is peak less start, and its "
-          "lost share is (peak - end) / gain, given where the gain exceeds four standard errors of step noise. The "
-          "peak is the largest of many means, so noise alone puts it a little high.") if gold else ""
-  return ('<div class="card"><div class="wide"><table><thead><tr>' + "".join(f"<th>{_text(h)}</th>" for h in head)
-          + f'</tr></thead><tbody>{"".join(lines)}</tbody></table></div><p class="soft">{note}</p></div>')
+  note = (
+    (
+      f"Each number is a mean over {' or '.join(map(str, windows))} logged steps. Gain is peak "
+      "less start, and its "
+      "lost share is (peak - end) / gain, given where the gain exceeds four standard errors of "
+      "step noise. The "
+      "peak is the largest of many means, so noise alone puts it a little high."
+    )
+    if gold
+    else ""
+  )
+  return (
+    '<div class="card"><div class="wide"><table><thead><tr>'
+    + "".join(f"<th>{_text(h)}</th>" for h in head)
+    + f'</tr></thead><tbody>{"".join(lines)}</tbody></table></div><p class="soft">{note}</p></div>'
+  )
 
 
 def table_html(table):
   """A section from a dict of title, head, rows (lists of text) and note."""
   head = "".join(f"<th>{_text(name)}</th>" for name in table["head"])
-  body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in table["rows"])
-  return (f'<section><h2>{_text(table["title"])}</h2><div class="card"><div class="wide"><table><thead><tr>{head}</tr>'
-          f'</thead><tbody>{body}</tbody></table></div><p class="soft">{_text(table["note"])}</p></div></section>')
+  body = "".join(
+    "<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in table["rows"]
+  )
+  return (
+    f'<section><h2>{_text(table["title"])}</h2><div class="card"><div class="wide"><table><thead><tr>{head}</tr>'
+    f'</thead><tbody>{body}</tbody></table></div><p class="soft">{_text(table["note"])}</p></div></section>'
+  )
 
 
 def figure_html(heading, caption, images, arms=(), styles=None, *, whole=False):
-  """A section of png images, with a key to the arms where there are several; `whole`: at full width."""
+  """A section of png images, with a key to the arms where there are several; `whole`: at full
+  width.
+  """
   keys = "".join(f"<span>{_key(arm, styles)}</span>" for arm in arms) if len(arms) > 1 else ""
-  panels = "".join(f'<img alt="{_text(heading)}, panel {i}" src="data:image/png;base64,'
-                   f'{base64.b64encode(image).decode()}">' for i, image in enumerate(images, 1))
-  return (f'<section><h2>{_text(heading)}</h2><p class="soft">{_text(caption)}</p><div class="keys">{keys}</div>'
-          f'<div class="panels{" whole" * whole}">{panels}</div></section>')
+  panels = "".join(
+    f'<img alt="{_text(heading)}, panel {i}" src="data:image/png;base64,'
+    f'{base64.b64encode(image).decode()}">'
+    for i, image in enumerate(images, 1)
+  )
+  return (
+    f'<section><h2>{_text(heading)}</h2><p class="soft">{_text(caption)}</p><div class="keys">{keys}</div>'
+    f'<div class="panels{" whole" * whole}">{panels}</div></section>'
+  )
 
 
 def _samples_html(samples, styles):
@@ -337,8 +492,11 @@ def _samples_html(samples, styles):
     return ""
   order = {"before": -1, "after": math.inf}
   prompts = list(dict.fromkeys(row["prompt"] for row in samples))
-  scores = [(key, name) for key, name in (("gold", "gold"), ("reward", "used"), ("frozen", "frozen"))
-            if any(row.get(key) is not None for row in samples)]
+  scores = [
+    (key, name)
+    for key, name in (("gold", "gold"), ("reward", "used"), ("frozen", "frozen"))
+    if any(row.get(key) is not None for row in samples)
+  ]
   head = "".join(f"<th>{name}</th>" for name in ["arm", *(name for _, name in scores), "tokens"])
   blocks = []
   for prompt in prompts[:MAX_PROMPTS]:
@@ -347,22 +505,42 @@ def _samples_html(samples, styles):
     for row in sorted(mine, key=lambda row: order.get(row["when"], row["when"])):
       when = row["when"] if row["when"] in order else f"step {row['when']}"
       who = f"{_key(row['arm'], styles)}, {_text(when)}" if row["arm"] else _text(when)
-      cells = [f"<td>{who}</td>", f'<td class="text"><div class="tall">{_cut(row["response"])}</div></td>']
-      cells += [f'<td data-name="{name}">{number(_float(row.get(key)))}</td>' for key, name in scores]
-      length = "–" if row.get("length") is None else f"{row['length']:.0f}{' (cut)' if row.get('truncated') else ''}"
+      cells = [
+        f"<td>{who}</td>",
+        f'<td class="text"><div class="tall">{_cut(row["response"])}</div></td>',
+      ]
+      cells += [
+        f'<td data-name="{name}">{number(_float(row.get(key)))}</td>' for key, name in scores
+      ]
+      length = (
+        "–"
+        if row.get("length") is None
+        else f"{row['length']:.0f}{' (cut)' if row.get('truncated') else ''}"
+      )
       cells.append(f'<td data-name="tokens">{length}</td>')
       lines.append(f'<tr data-arm="{_text(row["arm"])}">{"".join(cells)}</tr>')
-    blocks.append(f'<div class="card"><div class="prompt tall">{_cut(prompt)}</div><div class="wide"><table class='
-                  f'"samples"><thead><tr>{head.replace("</th>", "</th><th class=text>response</th>", 1)}</tr></thead>'
-                  f'<tbody>{"".join(lines)}</tbody></table></div></div>')
+    blocks.append(
+      f'<div class="card"><div class="prompt tall">{_cut(prompt)}</div><div class="wide"><table class='
+      f'"samples"><thead><tr>{head.replace("</th>", "</th><th class=text>response</th>", 1)}</tr></thead>'
+      f"<tbody>{''.join(lines)}</tbody></table></div></div>"
+    )
   arms = dict.fromkeys(row["arm"] for row in samples if row["arm"])
   options = "".join(f"<option>{_text(arm)}</option>" for arm in arms)
   pick = f'<label id="pick" hidden>Show <select><option value="">all arms</option>{options}</select></label>'
-  more = f" The first {MAX_PROMPTS} of {len(prompts)} prompts." if len(prompts) > MAX_PROMPTS else ""
-  return (f'<section><h2>Samples before and after</h2><p class="soft">Model text as it was sampled, unedited.{more}'
-          f' {pick if len(arms) > 1 else ""}</p>' + "".join(blocks[:6])
-          + (f'<details><summary>{len(blocks) - 6} more prompts</summary>{"".join(blocks[6:])}</details>'
-             if len(blocks) > 6 else "") + "</section>")
+  more = (
+    f" The first {MAX_PROMPTS} of {len(prompts)} prompts." if len(prompts) > MAX_PROMPTS else ""
+  )
+  return (
+    f'<section><h2>Samples before and after</h2><p class="soft">Model text as it was sampled, unedited.{more}'
+    f" {pick if len(arms) > 1 else ''}</p>"
+    + "".join(blocks[:6])
+    + (
+      f"<details><summary>{len(blocks) - 6} more prompts</summary>{''.join(blocks[6:])}</details>"
+      if len(blocks) > 6
+      else ""
+    )
+    + "</section>"
+  )
 
 
 def _merge_before(rows):
@@ -373,7 +551,9 @@ def _merge_before(rows):
 
 
 def _cut(text):
-  return _text(text[:MAX_CHARS]) + (f" … ({len(text) - MAX_CHARS} more characters)" if len(text) > MAX_CHARS else "")
+  return _text(text[:MAX_CHARS]) + (
+    f" … ({len(text) - MAX_CHARS} more characters)" if len(text) > MAX_CHARS else ""
+  )
 
 
 def _float(value):

@@ -1,7 +1,8 @@
-"""What the RL rows of metrics.jsonl show, as numbers and as sentences computed from them; no files, no figures.
+"""What the RL rows of metrics.jsonl show, as numbers and as sentences computed from them; no files,
+no figures.
 
-A mean is over a window of a tenth of an arm's rows. `se` is the standard error of such a mean from step-to-step noise
-alone: it says nothing of how another seed would differ.
+A mean is over a window of a tenth of an arm's rows. `se` is the standard error of such a mean from
+step-to-step noise alone: it says nothing of how another seed would differ.
 """
 
 import math
@@ -20,7 +21,9 @@ def arms_of(rows):
 
 
 def series(rows, *names):
-  """[steps, values of the first name, ...] over the rows that have all names finite; a repeated step counts last."""
+  """[steps, values of the first name, ...] over the rows that have all names finite; a repeated
+  step counts last.
+  """
   finite = [row for row in rows if all(math.isfinite(row.get(name, math.nan)) for name in names)]
   by_step = {row["step"]: [row[name] for name in names] for row in finite}
   steps = sorted(by_step)
@@ -33,41 +36,64 @@ def window_of(n):
 
 
 def window_means(values):
-  """Means over every full window of a tenth of the values; entry i covers values[i : i + window]."""
+  """Means over every full window of a tenth of the values; entry i covers values[i : i +
+  window].
+  """
   width = window_of(len(values))
-  return np.convolve(values, np.full(width, 1 / width), "valid") if len(values) else np.asarray(values)
+  return (
+    np.convolve(values, np.full(width, 1 / width), "valid") if len(values) else np.asarray(values)
+  )
 
 
 def standard_error(values):
-  """Of one window mean: the step noise, from successive differences so that a trend does not count, over sqrt(window).
+  """Of one window mean: the step noise, from successive differences so that a trend does not count,
+  over sqrt(window).
 
   se^2 = mean((x_t - x_{t-1})^2) / 2 / window
   """
-  return math.sqrt(np.mean(np.diff(values) ** 2) / 2 / window_of(len(values))) if len(values) > 1 else math.nan
+  return (
+    math.sqrt(np.mean(np.diff(values) ** 2) / 2 / window_of(len(values)))
+    if len(values) > 1
+    else math.nan
+  )
 
 
 def summary_table(rows):
-  """One dict an arm from the RL rows of metrics.jsonl (read_metrics); None where the rows do not have it.
+  """One dict an arm from the RL rows of metrics.jsonl (read_metrics); None where the rows do not
+  have it.
 
-  start, last: mean of the first and the last window; peak: the largest window mean, at peak_step (the window's middle);
-  gain = peak - start; loss = peak - last; lost_share = loss / gain, None where the gain is within 4 se of zero.
+  start, last: mean of the first and the last window; peak: the largest window mean, at peak_step
+  (the window's middle); gain = peak - start; loss = peak - last; lost_share = loss / gain, None
+  where the gain is within 4 se of zero.
   rows: how many had gold, or how many there are where none had.
-  X_start, X_last, X_se for X in frozen, kl, length, truncated: the first and last window means and their error.
+  X_start, X_last, X_se for X in frozen, kl, length, truncated: the first and last window means and
+  their error.
   gold_at_kl: gold where the arm first reaches matched_kl, the largest KL that every arm reaches.
   """
-  table = [_summarise(arm, [r for r in rows if r["stage"] == "rl" and r["arm"] == arm]) for arm in arms_of(rows)]
-  reached = [entry["kl_max"] for entry in table if entry["start"] is not None and entry["kl_max"] is not None]
+  table = [
+    _summarise(arm, [r for r in rows if r["stage"] == "rl" and r["arm"] == arm])
+    for arm in arms_of(rows)
+  ]
+  reached = [
+    entry["kl_max"] for entry in table if entry["start"] is not None and entry["kl_max"] is not None
+  ]
   matched = min(reached) if len(reached) > 1 else None
   for entry in table:
     arm_rows = [row for row in rows if row["stage"] == "rl" and row["arm"] == entry["arm"]]
     entry["matched_kl"] = matched
-    entry["gold_at_kl"] = None if matched is None else _value_at_kl(arm_rows, "reward/gold", matched)
+    entry["gold_at_kl"] = (
+      None if matched is None else _value_at_kl(arm_rows, "reward/gold", matched)
+    )
   return table
 
 
 def _summarise(arm, rows):
-  entry = {"arm": arm, "rows": len(rows), "last_step": max(row["step"] for row in rows),
-           "seconds": max(row["seconds"] for row in rows)}
+  entry = {
+    "arm": arm,
+    "rows": len(rows),
+    "last_step": max(row["step"] for row in rows),
+    "seconds": max(row["seconds"] for row in rows),
+  }
   keys = ("start", "peak", "peak_step", "last", "gain", "loss", "lost_share", "se", "window")
   entry.update(dict.fromkeys(keys), frozen_peak=None)
   steps, gold = series(rows, "reward/gold")
@@ -77,13 +103,20 @@ def _summarise(arm, rows):
     start, peak, last = float(means[0]), float(means[top]), float(means[-1])
     gain, loss = peak - start, peak - last
     middle = float(steps[top : top + width].mean())
-    entry.update(start=start, peak=peak, last=last, gain=gain, loss=loss, se=se, window=width, peak_step=middle)
+    entry.update(
+      start=start, peak=peak, last=last, gain=gain, loss=loss, se=se, window=width, peak_step=middle
+    )
     entry["rows"] = len(gold)
     entry["lost_share"] = loss / gain if gain > 4 * se else None
     frozen_steps, frozen = series(rows, "reward/frozen")
     near = (frozen_steps >= steps[top]) & (frozen_steps <= steps[top + width - 1])
     entry["frozen_peak"] = float(frozen[near].mean()) if near.any() else None
-  for name, key in (("frozen", "reward/frozen"), ("kl", "kl"), ("length", "length"), ("truncated", "truncated")):
+  for name, key in (
+    ("frozen", "reward/frozen"),
+    ("kl", "kl"),
+    ("length", "length"),
+    ("truncated", "truncated"),
+  ):
     values = series(rows, key)[1]
     means = window_means(values)
     entry[f"{name}_start"] = float(means[0]) if len(means) else None
@@ -93,17 +126,23 @@ def _summarise(arm, rows):
   entry["kl_max"] = float(kl_means.max()) if len(kl_means) else None
   disagreement = series(rows, "r2m/pair_disagreement")[1]
   entry["pair_disagreement"] = float(disagreement.mean()) if len(disagreement) else None
-  entry["nonfinite"] = sum(isinstance(v, float) and not math.isfinite(v) for row in rows for v in row.values())
+  entry["nonfinite"] = sum(
+    isinstance(v, float) and not math.isfinite(v) for row in rows for v in row.values()
+  )
   return entry
 
 
 def _value_at_kl(rows, name, target):
-  """Linear interpolation of the window means of `name` where those of the KL first reach the target; None if never."""
+  """Linear interpolation of the window means of `name` where those of the KL first reach the
+  target; None if never.
+  """
   return value_at(*series(rows, "kl", name)[1:], target)
 
 
 def value_at(kl, values, target):
-  """Linear interpolation of the window means of `values` where those of `kl` first reach the target; None if never."""
+  """Linear interpolation of the window means of `values` where those of `kl` first reach the
+  target; None if never.
+  """
   kl, values = window_means(kl), window_means(values)
   reached = np.flatnonzero(kl >= target * (1 - 1e-9))
   if not len(reached) or (reached[0] == 0 and kl[0] > target * (1 + 1e-9)):
@@ -117,18 +156,26 @@ def value_at(kl, values, target):
 
 # ---- sentences ----
 
-OVER, OTHER, NONE_SEEN = "over-optimisation", "gold fell without a rise of the proxy", "no over-optimisation seen"
+OVER, OTHER, NONE_SEEN = (
+  "over-optimisation",
+  "gold fell without a rise of the proxy",
+  "no over-optimisation seen",
+)
 NO_GOLD, TOO_FEW = "no gold measured", "too few steps"
 
 
 def number(value, digits=2):
   if value is None or not math.isfinite(value):
     return "–"
-  return f"{value:.0f}" if abs(value) >= 1000 else f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no -0.00
+  return (
+    f"{value:.0f}" if abs(value) >= 1000 else f"{round(value, digits) + 0.0:.{digits}f}"
+  )  # + 0.0: no -0.00
 
 
 def verdict(entry):
-  """One of the five above. A fall or a rise counts when it exceeds four standard errors: the peak is a maximum."""
+  """One of the five above. A fall or a rise counts when it exceeds four standard errors: the
+  peak is a maximum.
+  """
   if entry["rows"] < MIN_ROWS:
     return TOO_FEW
   if entry["start"] is None:
@@ -146,14 +193,25 @@ def finding(entry):
   if found == TOO_FEW:
     return f"{arm}: {entry['rows']} logged steps are too few for a verdict."
   if found == NO_GOLD:
-    return (f"In {arm} {proxy}, at a KL of {n(entry['kl_last'], 1)} in the end. No gold reward was measured, and the "
-            "proxy alone cannot tell improvement from over-optimisation.")
-  rose, peak = entry["gain"] > 4 * entry["se"], f"{n(entry['peak'])} (step {entry['peak_step']:.0f})"
+    return (
+      f"In {arm} {proxy}, at a KL of {n(entry['kl_last'], 1)} in the end. No gold reward was "
+      "measured, and the "
+      "proxy alone cannot tell improvement from over-optimisation."
+    )
+  rose, peak = (
+    entry["gain"] > 4 * entry["se"],
+    f"{n(entry['peak'])} (step {entry['peak_step']:.0f})",
+  )
   if found == NONE_SEEN:
     gold = f"rose from {n(entry['start'])} to {peak}" if rose else f"started at {n(entry['start'])}"
-    return (f"In {arm} gold {gold} and ended at {n(entry['last'])}, within the step noise of its peak, while {proxy}: "
-            "no over-optimisation seen in these steps.")
-  gold = f"peaked at {peak}" if rose else f"never rose clearly above its start of {n(entry['start'])}"
+    return (
+      f"In {arm} gold {gold} and ended at {n(entry['last'])}, within the step noise of its peak, "
+      f"while {proxy}: "
+      "no over-optimisation seen in these steps."
+    )
+  gold = (
+    f"peaked at {peak}" if rose else f"never rose clearly above its start of {n(entry['start'])}"
+  )
   gold = f"In {arm} gold {gold} and ended at {n(entry['last'])}"
   if found == OVER:
     proxy = f"rose from {n(entry['frozen_peak'])} at that peak to {n(entry['frozen_last'])}"
@@ -171,26 +229,41 @@ def findings(table):
   groups = {}
   for entry in table:
     groups.setdefault(verdict(entry), []).append(entry["arm"])
-  return [finding(table[0])] + [f"{found.capitalize()} in {len(arms)} of {len(table)} arms: {', '.join(arms)}."
-                                for found, arms in groups.items()]
+  return [finding(table[0])] + [
+    f"{found.capitalize()} in {len(arms)} of {len(table)} arms: {', '.join(arms)}."
+    for found, arms in groups.items()
+  ]
 
 
 def cautions(table):
   """Reasons to read the numbers with care."""
   if not table:
     return []
-  texts = ["One seed: differences between arms are anecdotes, not evidence." if len(table) > 1 else
-           "One seed: another may end elsewhere."]
+  texts = [
+    "One seed: differences between arms are anecdotes, not evidence."
+    if len(table) > 1
+    else "One seed: another may end elsewhere."
+  ]
   for entry in table:
     arm, before, after = entry["arm"] or "the run", entry["length_start"], entry["length_last"]
     if before and not 0.5 <= after / before <= 2:
-      texts.append(f"In {arm} responses went from {number(before, 1)} to {number(after, 1)} tokens; a collapse of the "
-                   "length can raise the final gold.")
+      texts.append(
+        f"In {arm} responses went from {number(before, 1)} to {number(after, 1)} tokens; a "
+        "collapse of the "
+        "length can raise the final gold."
+      )
     if (entry["truncated_last"] or 0) > 0.1:
-      texts.append(f"In {arm} {entry['truncated_last']:.0%} of the last responses were cut at the length limit.")
+      texts.append(
+        f"In {arm} {entry['truncated_last']:.0%} of the last responses were cut at the length "
+        "limit."
+      )
     if entry["nonfinite"]:
       texts.append(f"In {arm} {entry['nonfinite']} logged values were not finite.")
-  shares = [(e["arm"] or "the run", e["pair_disagreement"]) for e in table if e["pair_disagreement"] is not None]
+  shares = [
+    (e["arm"] or "the run", e["pair_disagreement"])
+    for e in table
+    if e["pair_disagreement"] is not None
+  ]
   if shares:
     listed = ", ".join(f"{arm} {share:.0%}" for arm, share in shares)
     texts.append(f"Pseudo-labelled pairs whose order contradicts gold (50% is chance): {listed}.")
@@ -200,21 +273,31 @@ def cautions(table):
 def control_case(table):
   """What `scaled` says of every r2m arm: [(short, sentence)].
 
-  Scaled shrinks the frozen reward by the same omega and reads no feedback, so only what r2m has beyond scaled can be
-  due to the feedback.
+  Scaled shrinks the frozen reward by the same omega and reads no feedback, so only what r2m has
+  beyond scaled can be due to the feedback.
   """
-  control = next((entry for entry in table if entry["arm"] == "scaled" and entry["start"] is not None), None)
-  judged = [entry for entry in table if entry["arm"].startswith("r2m") and entry["start"] is not None]
+  control = next(
+    (entry for entry in table if entry["arm"] == "scaled" and entry["start"] is not None), None
+  )
+  judged = [
+    entry for entry in table if entry["arm"].startswith("r2m") and entry["start"] is not None
+  ]
   return [_against(entry, control) for entry in judged]
 
 
 def _against(entry, control):
   arm = entry["arm"]
   if control is None:
-    return (f"{arm} has no scaled arm beside it",
-            f"No scaled arm was run beside {arm}: a gain over vanilla cannot be told from the shrinking by ω.")
+    return (
+      f"{arm} has no scaled arm beside it",
+      f"No scaled arm was run beside {arm}: a gain over vanilla cannot be told from the shrinking "
+      "by ω.",
+    )
   if min(entry["rows"], control["rows"]) < MIN_ROWS:
-    return f"too few steps to compare {arm} with scaled", f"Too few steps to compare {arm} with scaled."
+    return (
+      f"too few steps to compare {arm} with scaled",
+      f"Too few steps to compare {arm} with scaled.",
+    )
   noise = 2 * math.hypot(entry["se"], control["se"])
   final, at_kl = entry["last"] - control["last"], None
   text = f"{arm} ended at {number(entry['last'])} and scaled at {number(control['last'])}, a difference of {final:+.2f}"
@@ -233,11 +316,16 @@ def _against(entry, control):
   else:
     short = f"{arm} beats scaled"
     reading = "the shrinking by ω does not explain that. It takes more seeds to call it an effect of the feedback."
-  return f"{short} ({final:+.2f} at the end)", f"{text} (step noise ±{number(noise)}). Here {short}: {reading}"
+  return (
+    f"{short} ({final:+.2f} at the end)",
+    f"{text} (step noise ±{number(noise)}). Here {short}: {reading}",
+  )
 
 
 def format_summary(table, max_lines=6):
-  """The closing lines of a run on a terminal: aligned columns, one arm a line, then what the control says."""
+  """The closing lines of a run on a terminal: aligned columns, one arm a line, then what the
+  control says.
+  """
   if not table:
     return "no RL steps were logged"
   verdicts = [short for short, _ in control_case(table)][:1]
@@ -247,10 +335,23 @@ def format_summary(table, max_lines=6):
   for e in shown:
     lost = "–" if e["lost_share"] is None else f"{e['lost_share']:.0%}"
     step = "–" if e["peak_step"] is None else f"({e['peak_step']:.0f})"
-    cells.append((e["arm"] or "-", number(e["start"]), number(e["peak"]), step, number(e["last"]), lost,
-                  number(e["frozen_last"]), number(e["kl_last"], 1), number(e["length_last"], 1)))
+    cells.append(
+      (
+        e["arm"] or "-",
+        number(e["start"]),
+        number(e["peak"]),
+        step,
+        number(e["last"]),
+        lost,
+        number(e["frozen_last"]),
+        number(e["kl_last"], 1),
+        number(e["length_last"], 1),
+      )
+    )
   widths = [max(map(len, column)) for column in zip(*cells)]
-  lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells]
+  lines = [
+    "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in cells
+  ]
   if len(shown) < len(table):
     lines.append(f"and {len(table) - len(shown)} more arms in report.html")
   return "\n".join(line.rstrip() for line in lines + [f"{v}; one seed" for v in verdicts])

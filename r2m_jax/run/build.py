@@ -10,7 +10,8 @@ from jax.sharding import Mesh, NamedSharding
 
 from r2m_jax.algorithm.optim import make_optimizer
 from r2m_jax.algorithm.variants import VARIANTS
-from r2m_jax.models import lora as adapters, transformer
+from r2m_jax.models import lora as adapters
+from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.reward import RewardHead
 from r2m_jax.parallel import sharding
@@ -34,9 +35,16 @@ class Build:
 
 
 def build(
-  config, mesh: Mesh, *, vocab_size: int = 0, arch: ArchConfig | None = None, reward_arch: ArchConfig | None = None,
-) -> Build:  # fmt: skip
-  """Allocates nothing. The architectures are those given, or the config's with `vocab_size` for both models."""
+  config,
+  mesh: Mesh,
+  *,
+  vocab_size: int = 0,
+  arch: ArchConfig | None = None,
+  reward_arch: ArchConfig | None = None,
+) -> Build:
+  """Allocates nothing. The architectures are those given, or the config's with `vocab_size` for
+  both models.
+  """
   arch = arch or ArchConfig(vocab_size=vocab_size, **config.policy.arch)
   reward_arch = reward_arch or arch.replace(lm_head=False)
   kwargs = model_kwargs(config, mesh)
@@ -47,16 +55,22 @@ def build(
     critic = dict(
       critic_backbone=transformer.abstract(critic_arch, **kwargs)[0],
       critic_head=nnx.graphdef(nnx.eval_shape(lambda: make_value_head(config, critic_arch))),
-      critic_tx=make_optimizer(config.critic, config.steps * config.ppo.epochs * config.ppo.minibatches),
+      critic_tx=make_optimizer(
+        config.critic, config.steps * config.ppo.epochs * config.ppo.minibatches
+      ),
     )
   head = nnx.eval_shape(lambda: make_head(config, arch, reward_arch, jax.random.key(0)))
   defs = Defs(
     vocab_size=arch.vocab_size,
-    policy=adapters.graphdef(arch, lora, **kwargs) if lora else transformer.abstract(arch, **kwargs)[0],
+    policy=adapters.graphdef(arch, lora, **kwargs)
+    if lora
+    else transformer.abstract(arch, **kwargs)[0],
     reward_backbone=transformer.abstract(reward_arch, **kwargs)[0],
     reward_head=nnx.graphdef(head),
     phi=nnx.graphdef(head.phi),
-    policy_tx=make_optimizer(config.policy, config.steps * config.ppo.epochs * config.ppo.minibatches),
+    policy_tx=make_optimizer(
+      config.policy, config.steps * config.ppo.epochs * config.ppo.minibatches
+    ),
     reward_tx=make_optimizer(config.r2m, config.steps),
     base=transformer.abstract(arch, **kwargs)[0] if lora else None,
     **critic,
@@ -67,7 +81,9 @@ def build(
 def lora_of(config) -> adapters.LoraConfig | None:
   """The config's adapters, None where they are off."""
   settings = config.lora
-  return adapters.LoraConfig(settings.rank, settings.alpha, settings.targets) if settings.rank else None
+  return (
+    adapters.LoraConfig(settings.rank, settings.alpha, settings.targets) if settings.rank else None
+  )
 
 
 def make_head(config, arch: ArchConfig, reward_arch: ArchConfig, key: jax.Array) -> RewardHead:
@@ -100,12 +116,16 @@ def model_kwargs(config, mesh: Mesh) -> dict:
 def abstract(make, mesh: Mesh, *args):
   """Shapes, dtypes and shardings of what `make(*args)` gives; nothing is computed."""
   tree = jax.eval_shape(make, *args)
-  as_struct = lambda x, layout: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+
+  def as_struct(x, layout):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout)
+
   return jax.tree.map(as_struct, tree, sharding.shardings(tree, mesh))
 
 
 def place(make, mesh: Mesh, *args, donate: tuple[int, ...] = ()):
-  """Runs `make(*args)` as one program whose results lie on their shards, each in a buffer of its own.
+  """Runs `make(*args)` as one program whose results lie on their shards, each in a buffer of its
+  own.
 
   The arguments at the positions `donate` must not be used again: their memory becomes the result's.
   """
@@ -115,11 +135,17 @@ def place(make, mesh: Mesh, *args, donate: tuple[int, ...] = ()):
 
 def init_policy(config, built: Build, key: jax.Array):
   """Random weights of the policy, made on their shards."""
-  return place(lambda key: transformer.init(built.arch, key, **model_kwargs(config, built.mesh))[1], built.mesh, key)
+  return place(
+    lambda key: transformer.init(built.arch, key, **model_kwargs(config, built.mesh))[1],
+    built.mesh,
+    key,
+  )
 
 
 def init_reward_model(config, built: Build, policy, key: jax.Array):
-  """A reward model {"backbone", "phi"} that starts from the policy's weights, with a score head of zeros."""
+  """A reward model {"backbone", "phi"} that starts from the policy's weights, with a score head
+  of zeros.
+  """
 
   def make(policy, key):
     backbone = without_lm_head(policy)
@@ -134,8 +160,9 @@ def without_lm_head(policy) -> nnx.State:
 
 
 def init_critic(config, built: Build, policy, reward_backbone, phi):
-  """The critic {"backbone", "head"}: the policy's weights and a head of zeros, or the reward model with the mean of
-  phi's heads, so that the critic starts with what the reward model would say of each prefix."""
+  """The critic {"backbone", "head"}: the policy's weights and a head of zeros, or the reward model
+  with the mean of phi's heads, so that the critic starts with what the reward model would say of
+  each prefix."""
   from_reward = config.critic.init == "reward"
   head = nnx.state(make_value_head(config, built.reward_arch if from_reward else built.arch))
   if from_reward:
@@ -151,7 +178,9 @@ def init_adapters(config, built: Build, mesh: Mesh):
 
 
 def make_first_state(config, built: Build) -> Callable[..., TrainState]:
-  """Builds `make(key, policy, reward_backbone, phi) -> TrainState`, see `initial_state`; key is the run's."""
+  """Builds `make(key, policy, reward_backbone, phi) -> TrainState`, see `initial_state`; key is
+  the run's.
+  """
   defs = built.defs
 
   def make(key, policy, reward_backbone, phi):
@@ -187,17 +216,27 @@ def make_first_state(config, built: Build) -> Callable[..., TrainState]:
 
 
 def initial_state(
-  config, built: Build, policy, reward_backbone, phi, *, donate: bool = False, make: Callable | None = None
+  config,
+  built: Build,
+  policy,
+  reward_backbone,
+  phi,
+  *,
+  donate: bool = False,
+  make: Callable | None = None,
 ) -> TrainState:
-  """The run's first TrainState, laid over the mesh. Every part is a buffer of its own: the step donates them all.
+  """The run's first TrainState, laid over the mesh. Every part is a buffer of its own: the step
+  donates them all.
 
   Args:
-    policy: state of the starting policy; the reference is a copy of it. With adapters it is the reference itself, and
-      the adapters alone are the policy's state.
+    policy: state of the starting policy; the reference is a copy of it. With adapters it is the
+      reference itself, and the adapters alone are the policy's state.
     reward_backbone, phi: state of the fitted reward model; phi also stays as the frozen score head.
     donate: the arguments must not be used again; a copy less at the start.
     make: of `make_first_state`, where several states are to be made by one compiled program.
   """
   make = make or make_first_state(config, built)
   given = (policy, reward_backbone, phi)
-  return place(make, built.mesh, jax.random.key(config.seed), *given, donate=(1, 2) if donate else ())
+  return place(
+    make, built.mesh, jax.random.key(config.seed), *given, donate=(1, 2) if donate else ()
+  )

@@ -1,8 +1,10 @@
-"""Orbax checkpoints of the whole run: atomic, in the background, sharded, every file checked before it is read.
+"""Orbax checkpoints of the whole run: atomic, in the background, sharded, every file checked before
+it is read.
 
-A checkpoint is a folder named by its step. Orbax fills it under another name and renames it once it is complete; before
-that, a manifest with the SHA-256 of every file is written into it. A folder without one, or whose files differ from it,
-is damaged: it is reported, moved to `damaged/`, and the one before is used.
+A checkpoint is a folder named by its step. Orbax fills it under another name and renames it once it
+is complete; before that, a manifest with the SHA-256 of every file is written into it. A folder
+without one, or whose files differ from it, is damaged: it is reported, moved to `damaged/`, and the
+one before is used.
 """
 
 import contextlib
@@ -22,7 +24,11 @@ from r2m_jax.parallel import hosts
 from r2m_jax.run.files import read_json, write_atomic
 
 MANIFEST = "manifest.json"
-UNSIGNED = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")  # orbax writes the last two at the very end
+UNSIGNED = (
+  MANIFEST,
+  "_CHECKPOINT_METADATA",
+  "commit_success.txt",
+)  # orbax writes the last two at the very end
 UNFINISHED = ".orbax-checkpoint-tmp"
 
 
@@ -33,16 +39,35 @@ class CheckpointError(RuntimeError):
 class Checkpoints(ocp.CheckpointManager):
   """Orbax's manager of the checkpoints in one folder, each with a manifest."""
 
-  def __init__(self, folder, *, last: int, every: int = 0, best: int = 0, mode: str = "max", background: bool = True):
+  def __init__(
+    self,
+    folder,
+    *,
+    last: int,
+    every: int = 0,
+    best: int = 0,
+    mode: str = "max",
+    background: bool = True,
+  ):
     self.folder, self.background = Path(folder).absolute(), background
-    self.facts, self.sound = {}, set()  # of the save in progress; steps whose files are those of their manifest
+    self.facts, self.sound = (
+      {},
+      set(),
+    )  # of the save in progress; steps whose files are those of their manifest
     rules = [keep.LatestN(last)]
     if every:
       rules.append(keep.EveryNSteps(every))
     if best:
       lowest = mode == "min"
-      value = lambda metrics: metrics["value"]
-      rules.append(keep.BestN(get_metric_fn=value, reverse=lowest, n=best, keep_checkpoints_without_metrics=False))
+
+      def value(metrics):
+        return metrics["value"]
+
+      rules.append(
+        keep.BestN(
+          get_metric_fn=value, reverse=lowest, n=best, keep_checkpoints_without_metrics=False
+        )
+      )
     options = ocp.CheckpointManagerOptions(
       preservation_policy=keep.AnyPreservationPolicy(rules),
       best_fn=(lambda metrics: metrics["value"]) if best else None,
@@ -60,30 +85,47 @@ class Checkpoints(ocp.CheckpointManager):
 
 
 def open_checkpoints(folder, settings=None, *, last: int = 2) -> Checkpoints:
-  """The checkpoints in `folder`, which is made where there is none. settings: config.checkpoint, or keep the `last`."""
+  """The checkpoints in `folder`, which is made where there is none. settings: config.checkpoint,
+  or keep the `last`.
+  """
   if settings is None:
     return Checkpoints(folder, last=last)
   return Checkpoints(
-    folder, last=settings.keep_last, every=settings.keep_every, best=settings.keep_best, mode=settings.best_mode,
+    folder,
+    last=settings.keep_last,
+    every=settings.keep_every,
+    best=settings.keep_best,
+    mode=settings.best_mode,
     background=settings.background,
-  )  # fmt: skip
+  )
 
 
-def save(checkpoints: Checkpoints, step: int, tree, *, value: float | None = None, facts: dict | None = None) -> None:
+def save(
+  checkpoints: Checkpoints,
+  step: int,
+  tree,
+  *,
+  value: float | None = None,
+  facts: dict | None = None,
+) -> None:
   """Starts a save, or makes it where the checkpoints are not kept in the background.
 
-  The tree may be donated to the next step at once: it is copied first. An error of the save before is raised here.
+  The tree may be donated to the next step at once: it is copied first. An error of the save before
+  is raised here.
 
   Args:
     value: what `keep_best` compares.
-    facts: JSON written into the manifest: fingerprints of config and data, "cursor" of a data pipeline.
+    facts: JSON written into the manifest: fingerprints of config and data, "cursor" of a data
+      pipeline.
   """
   wait(checkpoints)
   checkpoints.facts = {"step": step, **(facts or {})}
   checkpoints.sound.add(step)
   with told(f"{checkpoints.folder} could not take a checkpoint of step {step}"):
     known = value is not None and math.isfinite(value)
-    checkpoints.save(step, args=ocp.args.StandardSave(tree), metrics={"value": float(value)} if known else None)
+    checkpoints.save(
+      step, args=ocp.args.StandardSave(tree), metrics={"value": float(value)} if known else None
+    )
   if not checkpoints.background:
     wait(checkpoints)
 
@@ -95,7 +137,9 @@ def wait(checkpoints: Checkpoints) -> None:
 
 
 def newest(checkpoints: Checkpoints) -> int | None:
-  """Step of the newest sound checkpoint, None where there is none. Damaged ones are reported and set aside."""
+  """Step of the newest sound checkpoint, None where there is none. Damaged ones are reported and
+  set aside.
+  """
   wait(checkpoints)
   if hosts.first():
     for left in checkpoints.folder.glob(f"*{UNFINISHED}"):
@@ -105,7 +149,10 @@ def newest(checkpoints: Checkpoints) -> int | None:
       problem = None if step in checkpoints.sound else damage(checkpoints.folder / str(step))
       if problem is None:
         break
-      print(f"resume   checkpoint {checkpoints.folder / str(step)} is damaged: {problem}; the one before is used")
+      print(
+        f"resume   checkpoint {checkpoints.folder / str(step)} is damaged: {problem}; the one "
+        "before is used"
+      )
       set_aside(checkpoints.folder / str(step))
   hosts.meet()  # the others wait until the first has looked
   checkpoints.reload()
@@ -116,15 +163,19 @@ def newest(checkpoints: Checkpoints) -> int | None:
 
 
 def restore(checkpoints: Checkpoints, like, step: int | None = None):
-  """Restores the newest sound checkpoint (or `step`) into the shapes, dtypes and shardings of `like`.
+  """Restores the newest sound checkpoint (or `step`) into the shapes, dtypes and shardings of
+  `like`.
 
   Args:
-    like: a tree of arrays or of jax.ShapeDtypeStruct with shardings; it may lie on another mesh than the one saved.
+    like: a tree of arrays or of jax.ShapeDtypeStruct with shardings; it may lie on another mesh
+      than the one saved.
   """
   step = newest(checkpoints) if step is None else step
   folder = checkpoints.folder / str(step)
   if step not in checkpoints.sound and (problem := damage(folder)):
-    raise CheckpointError(f"{folder} is damaged: {problem}; choose one of steps {checkpoints.all_steps()}")
+    raise CheckpointError(
+      f"{folder} is damaged: {problem}; choose one of steps {checkpoints.all_steps()}"
+    )
   abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
   with told(f"{folder} does not fit this run", "give it the config and the version that wrote it"):
     return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
@@ -136,19 +187,24 @@ def facts_of(checkpoints: Checkpoints, step: int) -> dict:
 
 
 def require(checkpoints: Checkpoints, step: int, **facts: str) -> None:
-  """Raises CheckpointError where `save` was given other facts than these, such as models=, a fingerprint."""
+  """Raises CheckpointError where `save` was given other facts than these, such as models=, a
+  fingerprint.
+  """
   saved = facts_of(checkpoints, step)
   for what, here in facts.items():
     if saved.get(what, here) != here:
       raise CheckpointError(
-        f"{checkpoints.folder / str(step)} is of other {what} than this run's; give it what wrote the checkpoint, or "
+        f"{checkpoints.folder / str(step)} is of other {what} than this run's; give it what wrote "
+        "the checkpoint, or "
         "fork: --workdir=NEW --config.checkpoint.fork_from=OLD"
       )
 
 
 @contextlib.contextmanager
 def finished(checkpoints: Checkpoints):
-  """Ends with the last save in its place, whatever ended the block; the block's own error goes first."""
+  """Ends with the last save in its place, whatever ended the block; the block's own error goes
+  first.
+  """
   try:
     yield
   except BaseException:
@@ -162,19 +218,29 @@ def finished(checkpoints: Checkpoints):
 
 
 def fingerprint(tree) -> str:
-  """SHA-256 over a checksum of every array: the same on every mesh, and nothing is gathered. Not against forgery."""
-  found = [(jax.tree_util.keystr(path), x.shape, str(x.dtype), _checksum(x))
-           for path, x in jax.tree_util.tree_leaves_with_path(tree)]  # fmt: skip
+  """SHA-256 over a checksum of every array: the same on every mesh, and nothing is gathered. Not
+  against forgery.
+  """
+  found = [
+    (jax.tree_util.keystr(path), x.shape, str(x.dtype), _checksum(x))
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  ]
   return hashlib.sha256(repr([(*what, int(sum_)) for *what, sum_ in found]).encode()).hexdigest()
 
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-  """u32[]: sums of integers do not depend on their order. Each element's bits are mixed with its place."""
-  bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32))
+  """u32[]: sums of integers do not depend on their order. Each element's bits are mixed with its
+  place.
+  """
+  bits = jax.lax.bitcast_convert_type(
+    x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+  )
   bits, place, stride = bits.astype(jnp.uint32), jnp.zeros((), jnp.uint32), 1
   for axis in reversed(range(bits.ndim)):
-    place = place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(stride % 2**32)
+    place = place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(
+      stride % 2**32
+    )
     stride *= bits.shape[axis]
   mixed = (bits ^ place * jnp.uint32(0x9E3779B1)) * jnp.uint32(0x85EBCA6B)
   mixed = (mixed ^ mixed >> 15) * jnp.uint32(0xC2B2AE35)
@@ -207,7 +273,10 @@ def damage(folder: Path) -> str | None:
     return f"it cannot be read: {error}"
   if not isinstance(want, dict):
     return f"its {MANIFEST} lists no files"
-  for what, names in (("is missing", want.keys() - got.keys()), ("was added", got.keys() - want.keys())):
+  for what, names in (
+    ("is missing", want.keys() - got.keys()),
+    ("was added", got.keys() - want.keys()),
+  ):
     if names:
       return f"{min(names)} {what}"
   changed = [name for name in want if want[name] != got[name]]
@@ -223,7 +292,10 @@ def set_aside(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def told(what: str, fix: str = "free or repair the disk, then give the same command: it goes on from what is saved"):
+def told(
+  what: str,
+  fix: str = "free or repair the disk, then give the same command: it goes on from what is saved",
+):
   """Turns an error of orbax or of the disk into one line that says what to do."""
   try:
     yield

@@ -34,14 +34,21 @@ def read_json(path):
   try:
     found = json.loads(Path(path).read_text(encoding="utf-8"))
   except (ValueError, RecursionError) as error:
-    raise DamagedFile(f"{path} is damaged: {error}; bring it back from a copy, or choose another --workdir") from None
+    raise DamagedFile(
+      f"{path} is damaged: {error}; bring it back from a copy, or choose another --workdir"
+    ) from None
   if not isinstance(found, dict):
-    raise DamagedFile(f"{path} is damaged: it holds no object; bring it back from a copy, or choose another --workdir")
+    raise DamagedFile(
+      f"{path} is damaged: it holds no object; bring it back from a copy, or choose another "
+      "--workdir"
+    )
   return found
 
 
 def read_jsonl(path):
-  """The rows of a JSON-lines file; [] where there is none. A last line cut by a crash is left out."""
+  """The rows of a JSON-lines file; [] where there is none. A last line cut by a crash is left
+  out.
+  """
   path = Path(path)
   if not path.exists():
     return []
@@ -56,7 +63,8 @@ def read_jsonl(path):
       if number == len(lines):  # no newline after it: the write was cut
         break
       raise DamagedFile(
-        f"{path}:{number} is not JSON: {line[:80]!r}; take the line out, or bring the file back from a copy"
+        f"{path}:{number} is not JSON: {line[:80]!r}; take the line out, or bring the file back "
+        "from a copy"
       ) from error
   return rows
 
@@ -66,4 +74,6 @@ def plain(value):
   value = value.item() if hasattr(value, "item") else value
   if isinstance(value, float) and not math.isfinite(value):
     return str(value)  # "nan", "inf" or "-inf"
-  return float(f"{value:.9g}") if isinstance(value, float) else value  # 9 digits give every float32 back exactly
+  return (
+    float(f"{value:.9g}") if isinstance(value, float) else value
+  )  # 9 digits give every float32 back exactly

@@ -35,9 +35,11 @@ PARTIAL = "partial"  # folder of these
 
 
 def sft_loss(graphdef, *, chunk: int = 0) -> Callable:
-  """Builds loss(policy_state, batch): mean negative log-likelihood of the response tokens, nats a token.
+  """Builds loss(policy_state, batch): mean negative log-likelihood of the response tokens, nats a
+  token.
 
-  A batch has tokens i32[B, L], token_mask bool[B, L] and response_mask bool[B, T] over the last T columns.
+  A batch has tokens i32[B, L], token_mask bool[B, L] and response_mask bool[B, T] over the last T
+  columns.
   """
 
   def loss(state, batch):
@@ -53,11 +55,12 @@ def sft_loss(graphdef, *, chunk: int = 0) -> Callable:
 def reward_loss(backbone_def, phi_def, *, sum_to_zero: float = 0.0) -> Callable:
   """Builds loss(state, batch): Bradley-Terry (eq. 5) over pairs, for the whole reward model.
 
-  The state is {"backbone", "phi"}; a batch has chosen, rejected i32[B, L] and their masks bool[B, L], and for an
-  ensemble a weight f32[B, M] of each pair for each head of phi.
+  The state is {"backbone", "phi"}; a batch has chosen, rejected i32[B, L] and their masks bool[B,
+  L], and for an ensemble a weight f32[B, M] of each pair for each head of phi.
 
   Args:
-    sum_to_zero: weight of the squared mean score of the batch, which keeps scores from growing together.
+    sum_to_zero: weight of the squared mean score of the batch, which keeps scores from growing
+      together.
   """
 
   def loss(state, batch):
@@ -78,7 +81,8 @@ def reward_loss(backbone_def, phi_def, *, sum_to_zero: float = 0.0) -> Callable:
 
 
 def head_loss(defs: Defs, score: Callable, *, layer: int, omega: float) -> Callable:
-  """Builds loss(head, batch, frozen): Bradley-Terry of cross-attention and phi over pairs, for a warm start.
+  """Builds loss(head, batch, frozen): Bradley-Terry of cross-attention and phi over pairs, for a
+  warm start.
 
   Args:
     score: of `step.make_score`.
@@ -94,7 +98,9 @@ def head_loss(defs: Defs, score: Callable, *, layer: int, omega: float) -> Calla
     rte = read_rte(backbone, batch["reward_tokens"], batch["reward_mask"])
     hidden = policy(batch["tokens"], batch["token_mask"], feedback_layer=layer).feedback
     states = jax.lax.stop_gradient(States(hidden, batch["token_mask"]))
-    chosen, rejected = jnp.split(score(head, jax.lax.stop_gradient(rte), states, jnp.asarray(omega, rte.dtype)), 2)
+    chosen, rejected = jnp.split(
+      score(head, jax.lax.stop_gradient(rte), states, jnp.asarray(omega, rte.dtype)), 2
+    )
     loss = jax.vmap(bradley_terry, 1)(chosen, rejected).mean()
     return loss, {"accuracy": ((chosen > rejected) + 0.5 * (chosen == rejected)).mean()}
 
@@ -115,16 +121,17 @@ def fit(
   frozen=None,
   budget: float = 0.0,
 ):
-  """Minimises loss_fn over `total` batches and returns the state; it is donated. Logs to stage `stage` of the workdir.
+  """Minimises loss_fn over `total` batches and returns the state; it is donated. Logs to stage
+  `stage` of the workdir.
 
-  Every process gives its own rows of a batch (`hosts.rows_of`). `data/wait` is the share of the time since the row
-  before that was spent waiting for the next batch. What a signal or the clock makes it save lies in WORKDIR/partial,
-  from where it goes on, until the stage is done.
+  Every process gives its own rows of a batch (`hosts.rows_of`). `data/wait` is the share of the
+  time since the row before that was spent waiting for the next batch. What a signal or the clock
+  makes it save lies in WORKDIR/partial, from where it goes on, until the stage is done.
 
   Args:
     frozen: a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
-    budget: seconds from the first update on, 0 for none. After `LATE` times that the rest is left out: the machine is
-      slower than it was when `total` was measured.
+    budget: seconds from the first update on, 0 for none. After `LATE` times that the rest is left
+      out: the machine is slower than it was when `total` was measured.
   """
   extra = () if frozen is None else (frozen,)
   mesh = jax.tree.leaves(state_shardings)[0].mesh
@@ -134,7 +141,11 @@ def fit(
     state, opt, loss, aux, done = descend(tx, loss_fn, state, opt, batch, *extra)
     return state, opt, {"loss": loss, **done, **aux}
 
-  update = jax.jit(on_mesh(mesh, update), donate_argnums=(0, 1), out_shardings=(state_shardings, opt_shardings, None))
+  update = jax.jit(
+    on_mesh(mesh, update),
+    donate_argnums=(0, 1),
+    out_shardings=(state_shardings, opt_shardings, None),
+  )
   opt, bad, saved = jax.jit(tx.init, out_shardings=opt_shardings)(state), 0, time.monotonic()
   partial = checkpoint.open_checkpoints(workdir / PARTIAL / stage, last=1)
   facts = {} if frozen is None else {"models": checkpoint.fingerprint(frozen)}
@@ -144,29 +155,47 @@ def fit(
     state, opt = checkpoint.restore(partial, (state, opt), start)
     print(f"{stage}: goes on from update {start} of {total}")
   batches, began = Timed(itertools.islice(batches, start, total)), 0.0
-  with loop.at_hand() as asked, checkpoint.finished(partial), Metrics(workdir, stage, from_step=start) as log:
+  with (
+    loop.at_hand() as asked,
+    checkpoint.finished(partial),
+    Metrics(workdir, stage, from_step=start) as log,
+  ):
     with progress(total, stage, initial=start) as bar:
-      skipped, since = 0.0, 0  # updates since the last logged row; the first number stays on the device until then
+      skipped, since = (
+        0.0,
+        0,
+      )  # updates since the last logged row; the first number stays on the device until then
       for i, batch in enumerate(batches, start):
         state, opt, metrics = update(state, opt, hosts.place(batch, batch_sharding), *extra)
         skipped, since = skipped + metrics["skipped"], since + 1
-        turn = jax.process_count() == 1 or i % LOG_EVERY == 0  # the processes agree where the device is waited for
-        late = turn and hosts.any_of(budget and began and time.perf_counter() - began > LATE * budget)
+        turn = (
+          jax.process_count() == 1 or i % LOG_EVERY == 0
+        )  # the processes agree where the device is waited for
+        late = turn and hosts.any_of(
+          budget and began and time.perf_counter() - began > LATE * budget
+        )
         if i % LOG_EVERY == 0 or i == total - 1 or late:
           metrics = {k: float(v) for k, v in metrics.items()} | {"skipped": float(skipped)}
           log.log(i, metrics | {"data/wait": batches.waiting_share()})
-          began = began or time.perf_counter()  # the first update compiles, and fetching its loss waited for it
+          began = (
+            began or time.perf_counter()
+          )  # the first update compiles, and fetching its loss waited for it
           bad = bad + 1 if metrics["skipped"] == since else 0
           skipped, since = 0.0, 0
           if bad == BAD_ROWS:
-            raise loop.Diverged(f"{stage}: updates up to {i} are skipped, loss {metrics['loss']}: lower {stage}'s lr")
+            raise loop.Diverged(
+              f"{stage}: updates up to {i} are skipped, loss {metrics['loss']}: lower {stage}'s lr"
+            )
         bar.update(**({"loss": metrics["loss"]} if isinstance(metrics["loss"], float) else {}))
         stop = turn and asked()
         if stop or turn and hosts.any_of(time.monotonic() - saved > SAVE_SECONDS):
           checkpoint.save(partial, i + 1, (state, opt), facts=facts)
           saved = time.monotonic()
         if late:
-          print(f"{stage}: ends after {i + 1} of {total} updates, at {LATE} times its budget of {budget:g} s")
+          print(
+            f"{stage}: ends after {i + 1} of {total} updates, at {LATE} times its budget of "
+            f"{budget:g} s"
+          )
         if late or stop:
           break
   return state
@@ -199,10 +228,11 @@ class Timed:
 def steps_within(
   seconds: float, loss_fn: Callable, state, batches: Iterable[dict], *, batch_sharding, frozen=None
 ) -> int:
-  """How many updates of `fit` take about `seconds`, from gradients of a few batches timed here; prints the rate.
+  """How many updates of `fit` take about `seconds`, from gradients of a few batches timed here;
+  prints the rate.
 
-  Each shape among the first `PROBED` batches is timed once compiled, and counts as often as it comes there. Compiling
-  comes on top of the budget.
+  Each shape among the first `PROBED` batches is timed once compiled, and counts as often as it
+  comes there. Compiling comes on top of the budget.
   """
   began, extra = time.perf_counter(), () if frozen is None else (frozen,)
   grads = jit_on(batch_sharding.mesh)(jax.grad(loss_fn, has_aux=True))
@@ -220,7 +250,10 @@ def steps_within(
     total += (time.perf_counter() - start) / 2 * count[shape]
   each, spent = total / sum(count.values()), time.perf_counter() - began
   steps = max(1, int(seconds / each))
-  print(f"rate     {each:.2f} s an update, measured in {spent:.0f} s: {steps} updates in a budget of {seconds:g} s")
+  print(
+    f"rate     {each:.2f} s an update, measured in {spent:.0f} s: {steps} updates in a budget of "
+    f"{seconds:g} s"
+  )
   return steps
 
 
@@ -239,22 +272,39 @@ class Job(NamedTuple):
 def do(job: Job, built: Build, workdir: Path):
   """The state that a job ends with."""
   return fit(
-    job.loss, job.start, job.tx, job.batches, total=job.total, stage=job.stage, workdir=workdir, frozen=job.frozen,
-    state_shardings=shardings(job.start, built.mesh), batch_sharding=built.rows,
-  )  # fmt: skip
+    job.loss,
+    job.start,
+    job.tx,
+    job.batches,
+    total=job.total,
+    stage=job.stage,
+    workdir=workdir,
+    frozen=job.frozen,
+    state_shardings=shardings(job.start, built.mesh),
+    batch_sharding=built.rows,
+  )
 
 
-def warm_job(config, built: Build, policy, backbone, head, batches: Iterable[dict], steps: int) -> Job:
-  """Cross-attention and phi on pairs before RL, with the optimizer of config.r2m; see `head_loss`."""
+def warm_job(
+  config, built: Build, policy, backbone, head, batches: Iterable[dict], steps: int
+) -> Job:
+  """Cross-attention and phi on pairs before RL, with the optimizer of config.r2m; see
+  `head_loss`.
+  """
   loss = head_loss(
-    built.defs, make_score(built.defs, config), layer=config.r2m.feedback_layer, omega=config.r2m.omega_min
+    built.defs,
+    make_score(built.defs, config),
+    layer=config.r2m.feedback_layer,
+    omega=config.r2m.omega_min,
   )
   frozen = {"policy": policy, "backbone": backbone}
   return Job("warm_start", loss, head, make_optimizer(config.r2m, steps), batches, steps, frozen)
 
 
 def epochs_of_rows(seed: int, count: int, batch_size: int, steps: int):
-  """Row indices of `steps` batches: every row once an epoch, in new orders; what does not fill a batch is left."""
+  """Row indices of `steps` batches: every row once an epoch, in new orders; what does not fill a
+  batch is left.
+  """
   rng, order = np.random.default_rng([seed, 3]), np.empty(0, int)
   for _ in range(steps):
     if len(order) < batch_size:

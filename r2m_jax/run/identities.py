@@ -1,10 +1,11 @@
 """Identities that must hold before the first update. Each fresh run measures and prints them.
 
-Two programs that compute the same log-probability round differently. By how much depends on the model's depth, width
-and dtype, on the length of a row and on the processor. No constant fits all of these, so each bound comes from the run
-itself: `Rounding` says how far the same log-probabilities move if every weight moves by one rounding error, or if the
-same rows are computed in another order or in smaller batches. A deviation of some `WARN` times that is odd and gets a
-warning. Above `FAIL` times it is no rounding any more.
+Two programs that compute the same log-probability round differently. By how much depends on the
+model's depth, width and dtype, on the length of a row and on the processor. No constant fits all of
+these, so each bound comes from the run itself: `Rounding` says how far the same log-probabilities
+move if every weight moves by one rounding error, or if the same rows are computed in another order
+or in smaller batches. A deviation of some `WARN` times that is odd and gets a warning. Above `FAIL`
+times it is no rounding any more.
 """
 
 import sys
@@ -22,7 +23,10 @@ from r2m_jax.parallel import hosts
 from r2m_jax.step import Defs, read_feedback, sampling, truncated
 from r2m_jax.types import Sequences
 
-WARN, FAIL = 5.0, 30.0  # times the rounding that the run itself measures, for the largest of many deviations
+WARN, FAIL = (
+  5.0,
+  30.0,
+)  # times the rounding that the run itself measures, for the largest of many deviations
 MEAN = 3.0  # a mean has no outliers: there both are that many times smaller
 EDGE = 1e-3  # share of tokens that rounding may move across the edge of a truncated distribution
 ROWS = 4  # of the first step's rows, the longest are read again
@@ -44,7 +48,8 @@ class Rounding(NamedTuple):
 
 
 def product_eps(dtype) -> float:
-  """Relative error of a matrix product in `dtype` on this device, at least half a unit in the last place.
+  """Relative error of a matrix product in `dtype` on this device, at least half a unit in the last
+  place.
 
   Accelerators may multiply float32 numbers with fewer bits. The device is asked, not a table.
   """
@@ -68,7 +73,9 @@ def move_weights(weights, key: jax.Array, eps: float):
   return jax.tree.unflatten(tree, [moved(x, key) for x, key in zip(leaves, keys)])
 
 
-def measure_rounding(logprobs: Callable, weights, tokens, token_mask, response_mask, dtype) -> Rounding:
+def measure_rounding(
+  logprobs: Callable, weights, tokens, token_mask, response_mask, dtype
+) -> Rounding:
   """How far the log-probabilities of some rows move though nothing that matters changed.
 
   Args:
@@ -78,12 +85,16 @@ def measure_rounding(logprobs: Callable, weights, tokens, token_mask, response_m
   Raises:
     IdentityError: a log-probability is not finite.
   """
-  read = lambda *args: np.asarray(hosts.fetch(logprobs(*args)), np.float64)
+
+  def read(*args):
+    return np.asarray(hosts.fetch(logprobs(*args)), np.float64)
+
   plain, eps = read(weights, tokens, token_mask), product_eps(dtype)
   mask = np.asarray(response_mask)
   if not np.isfinite(plain[mask]).all():
     raise IdentityError(
-      "the model gives log-probabilities that are not finite, before any update. Its weights may hold NaN or "
+      "the model gives log-probabilities that are not finite, before any update. Its weights may "
+      "hold NaN or "
       "infinity, or a token id may lie beyond its embedding: check the folder with another program"
     )
   move = jax.jit(move_weights)
@@ -93,11 +104,21 @@ def measure_rounding(logprobs: Callable, weights, tokens, token_mask, response_m
   parts = [slice(i, i + half) for i in range(0, len(tokens), half)]
   again.append(np.concatenate([read(weights, tokens[part], token_mask[part]) for part in parts]))
   deviations = np.stack([np.abs(x - plain)[mask] for x in again])
-  last_place = float(jnp.finfo(jnp.promote_types(dtype, jnp.float32)).eps) * np.abs(plain[mask]).max()
+  last_place = (
+    float(jnp.finfo(jnp.promote_types(dtype, jnp.float32)).eps) * np.abs(plain[mask]).max()
+  )
   return Rounding(max(deviations.max(), last_place), max(deviations.mean(1).max(), last_place))
 
 
-def hold(name: str, value: float, rounding: float, *, stricter: float = 1.0, slack: float = 0.0, explain: str) -> None:
+def hold(
+  name: str,
+  value: float,
+  rounding: float,
+  *,
+  stricter: float = 1.0,
+  slack: float = 0.0,
+  explain: str,
+) -> None:
   """Warns or raises if `value` is more than rounding can explain.
 
   Raises:
@@ -108,11 +129,15 @@ def hold(name: str, value: float, rounding: float, *, stricter: float = 1.0, sla
     return
   what = f"{name} is {value:.2e} before any update; rounding alone gives {rounding:.1e} on this model and device"
   if value <= fail * rounding + slack:
-    print(f"warning: {what}. Up to {fail:.0f} times that is still taken for rounding", file=sys.stderr)
+    print(
+      f"warning: {what}. Up to {fail:.0f} times that is still taken for rounding", file=sys.stderr
+    )
     return
   raise IdentityError(
-    f"{what}, and more than {fail:.0f} times that is a bug. {explain} Nothing was trained. Compare the model with "
-    "transformers (task=export prints the difference), try --config.dtype=float32 or --config.attention=xla, and "
+    f"{what}, and more than {fail:.0f} times that is a bug. {explain} Nothing was trained. Compare "
+    "the model with "
+    "transformers (task=export prints the difference), try --config.dtype=float32 or "
+    "--config.attention=xla, and "
     "report it with the versions of jax and r2m_jax if it stays"
   )
 
@@ -120,8 +145,11 @@ def hold(name: str, value: float, rounding: float, *, stricter: float = 1.0, sla
 # ---- the identities ----
 
 
-def check_model(graphdef, state, *, vocab_size: int, dtype: str, temperature: float) -> dict[str, float]:
-  """Padding must change no log-probability, and decoding with the cache must agree with the full forward pass.
+def check_model(
+  graphdef, state, *, vocab_size: int, dtype: str, temperature: float
+) -> dict[str, float]:
+  """Padding must change no log-probability, and decoding with the cache must agree with the full
+  forward pass.
 
   Random tokens and lengths, 4 rows. Prints the largest deviations and returns them, in nats.
 
@@ -131,14 +159,18 @@ def check_model(graphdef, state, *, vocab_size: int, dtype: str, temperature: fl
   rng = np.random.default_rng(0)
   rows, prompt, response, pad = 4, 6, 5, 3
   tokens = rng.integers(0, vocab_size, (rows, prompt + response), dtype=np.int32)
-  mask = np.arange(prompt) >= rng.integers(0, prompt - 1, (rows, 1))  # left-padded prompts of several lengths
+  mask = np.arange(prompt) >= rng.integers(
+    0, prompt - 1, (rows, 1)
+  )  # left-padded prompts of several lengths
   mask = np.concatenate([mask, np.ones((rows, response), bool)], 1)
   padded_tokens = np.concatenate([np.zeros((rows, pad), np.int32), tokens], 1)
   padded_mask = np.concatenate([np.zeros((rows, pad), bool), mask], 1)
 
   def full(state, tokens, mask):
     response_mask = jnp.ones((len(tokens), response), bool)
-    sequences = Sequences(tokens=tokens, token_mask=mask, response_mask=response_mask, has_eos=response_mask[:, 0])
+    sequences = Sequences(
+      tokens=tokens, token_mask=mask, response_mask=response_mask, has_eos=response_mask[:, 0]
+    )
     model = nnx.merge(graphdef, state)
     return read_feedback(model, sequences, temperature=temperature, layer=-1, chunk=0).logprobs
 
@@ -152,7 +184,9 @@ def check_model(graphdef, state, *, vocab_size: int, dtype: str, temperature: fl
       step = model(token, jnp.ones((rows, 1), bool), cache=cache, cache_index=t)
       return step.cache, step.hidden[:, 0]
 
-    _, hidden = jax.lax.scan(decode, out.cache, jnp.arange(prompt, prompt + response - 1, dtype=jnp.int32))
+    _, hidden = jax.lax.scan(
+      decode, out.cache, jnp.arange(prompt, prompt + response - 1, dtype=jnp.int32)
+    )
     hidden = jnp.concatenate([out.hidden[:, -1:], jnp.moveaxis(hidden, 0, 1)], 1)
     return token_stats(model.head, hidden, tokens[:, prompt:], temperature=temperature).logprobs
 
@@ -160,7 +194,10 @@ def check_model(graphdef, state, *, vocab_size: int, dtype: str, temperature: fl
   rounding = measure_rounding(plain_of, state, tokens, mask, np.ones((rows, response), bool), dtype)
   programs = jax.jit(lambda s: (full(s, padded_tokens, padded_mask), cached(s, tokens, mask)))
   plain, (padded, decoded) = hosts.fetch((plain_of(state, tokens, mask), programs(state)))
-  distance = lambda x: float(np.abs(np.asarray(x, np.float64) - np.asarray(plain, np.float64)).max())
+
+  def distance(x):
+    return float(np.abs(np.asarray(x, np.float64) - np.asarray(plain, np.float64)).max())
+
   found = {"padding": distance(padded), "cached decoding": distance(decoded)}
   deviations = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
   print(f"start    max |log-prob deviation|: {deviations} nats (rounding {rounding.largest:.1e})")
@@ -171,7 +208,8 @@ def check_model(graphdef, state, *, vocab_size: int, dtype: str, temperature: fl
 
 
 def sample_rounding(defs: Defs, config, ref, sequences: Sequences) -> Rounding:
-  """The rounding of the log-probabilities of a step's own samples, by the reference: the policy before any update.
+  """The rounding of the log-probabilities of a step's own samples, by the reference: the policy
+  before any update.
 
   Args:
     ref: weights of the reference.
@@ -186,15 +224,18 @@ def sample_rounding(defs: Defs, config, ref, sequences: Sequences) -> Rounding:
     part = Sequences(tokens=tokens, token_mask=token_mask, response_mask=mask, has_eos=mask[:, 0])
     return read_feedback(defs.open_ref(ref), part, **settings).logprobs
 
-  return measure_rounding(jax.jit(logprobs), ref, rows.tokens, rows.token_mask, rows.response_mask, config.dtype)
+  return measure_rounding(
+    jax.jit(logprobs), ref, rows.tokens, rows.token_mask, rows.response_mask, config.dtype
+  )
 
 
 def check_step_zero(metrics: dict, rounding: Rounding, config) -> None:
-  """Before any update the policy is its own past (ratio 1) and its own reference (KL 0), but for rounding.
+  """Before any update the policy is its own past (ratio 1) and its own reference (KL 0), but for
+  rounding.
 
-  No token may be off by more than rounding explains. Single tokens are off by much in bfloat16, and with truncated
-  sampling, if a token lies at the edge of those that are kept and rounding moves it across. There the mean over tokens
-  is held instead.
+  No token may be off by more than rounding explains. Single tokens are off by much in bfloat16, and
+  with truncated sampling, if a token lies at the edge of those that are kept and rounding moves it
+  across. There the mean over tokens is held instead.
 
   Args:
     metrics: of the first step.
@@ -213,11 +254,16 @@ def check_step_zero(metrics: dict, rounding: Rounding, config) -> None:
     f"(rounding {rounding.largest:.1e}, mean {rounding.mean:.1e})"
   )
   hold(
-    what, ratio, rounding.mean if over_tokens else rounding.largest, stricter=MEAN if over_tokens else 1.0,
+    what,
+    ratio,
+    rounding.mean if over_tokens else rounding.largest,
+    stricter=MEAN if over_tokens else 1.0,
     slack=EDGE if truncated(config) else 0.0,
     explain="Old and new log-probabilities must be the same function of the same weights.",
-  )  # fmt: skip
+  )
   hold(
-    "max |old - reference log-prob|", kl, rounding.largest,
+    "max |old - reference log-prob|",
+    kl,
+    rounding.largest,
     explain="Policy and reference must have the same weights at the start.",
-  )  # fmt: skip
+  )

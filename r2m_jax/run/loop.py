@@ -1,7 +1,9 @@
-"""The loop around a step: what is logged and saved, when it stops, and how the same command goes on afterwards.
+"""The loop around a step: what is logged and saved, when it stops, and how the same command goes on
+afterwards.
 
-SIGTERM and SIGINT let the step at hand finish, save, and end the program with exit status 75 (EX_TEMPFAIL), "resume
-me"; a second signal ends it at once. README and docs/resume.md say what each fault leaves behind.
+SIGTERM and SIGINT let the step at hand finish, save, and end the program with exit status 75
+(EX_TEMPFAIL), "resume me"; a second signal ends it at once. README and docs/resume.md say what each
+fault leaves behind.
 """
 
 import contextlib
@@ -42,7 +44,9 @@ _at_hand = False  # something is being done that is worth finishing
 
 @contextlib.contextmanager
 def signals_end_the_run() -> Iterator[None]:
-  """In here the first SIGTERM or SIGINT raises Interrupted, as soon as the work `at_hand` is done; the second kills."""
+  """In here the first SIGTERM or SIGINT raises Interrupted, as soon as the work `at_hand` is
+  done; the second kills.
+  """
 
   def received(number, frame):
     del frame
@@ -65,7 +69,9 @@ def signals_end_the_run() -> Iterator[None]:
 
 @contextlib.contextmanager
 def at_hand() -> Iterator[Callable[[], bool]]:
-  """Holds signals back. Gives `asked()`, whether one came to any process; raises Interrupted at the end if so."""
+  """Holds signals back. Gives `asked()`, whether one came to any process; raises Interrupted at
+  the end if so.
+  """
   global _at_hand
   stopping = False
 
@@ -80,25 +86,38 @@ def at_hand() -> Iterator[Callable[[], bool]]:
   finally:
     _at_hand = False
   if _received or stopping:
-    raise Interrupted(signal.Signals(_received[0]).name if _received else "a signal to another process")
+    raise Interrupted(
+      signal.Signals(_received[0]).name if _received else "a signal to another process"
+    )
 
 
 # ---- the loop ----
 
 
 def run_steps(
-  config, workdir: Path, checkpoints: Checkpoints, state, advance: Callable, *, data: str = "", models: str = "",
+  config,
+  workdir: Path,
+  checkpoints: Checkpoints,
+  state,
+  advance: Callable,
+  *,
+  data: str = "",
+  models: str = "",
   cursor=lambda: None,
-):  # fmt: skip
-  """Advances `state` to config.steps and returns it: logs every step, saves as config.log and config.checkpoint say.
+):
+  """Advances `state` to config.steps and returns it: logs every step, saves as config.log and
+  config.checkpoint say.
 
   Args:
     state: a TrainState of any step; it is donated.
-    advance: (state, step number) -> (state, StepOutput on the host, example ids i32[P], metrics, values for the bar).
+    advance: (state, step number) -> (state, StepOutput on the host, example ids i32[P], metrics,
+      values for the bar).
     data: fingerprint of the rows behind the prompts; it lies in every manifest.
-    models: fingerprint of the frozen models: the reference (with adapters, their base) and the reward model.
-    cursor: () -> JSON, where a data pipeline stands after the step; `checkpoint.facts_of(...)["cursor"]` gives it back.
-      The prompts of this package are a function of the step, and need none.
+    models: fingerprint of the frozen models: the reference (with adapters, their base) and the
+      reward model.
+    cursor: () -> JSON, where a data pipeline stands after the step;
+      `checkpoint.facts_of(...)["cursor"]` gives it back. The prompts of this package are a function
+      of the step, and need none.
 
   Raises:
     Interrupted: a signal came; the step is finished and saved.
@@ -106,14 +125,20 @@ def run_steps(
     CheckpointError: a save failed, now or in the background.
   """
   start, in_a_row = int(state.step), []
-  facts, best = {"config": identity(config), "data": data, "models": models}, config.checkpoint.best_metric
+  facts, best = (
+    {"config": identity(config), "data": data, "models": models},
+    config.checkpoint.best_metric,
+  )
   with at_hand() as asked, checkpoint.finished(checkpoints):
     with Metrics(workdir, "rl", config.variant, from_step=start) as log:
       with progress(config.steps, config.variant, initial=start) as bar:
         for t in range(start, config.steps):
           state, out, example_id, metrics, shown = advance(state, t)
           if config.checkpoint.keep_best and best not in metrics:
-            raise ConfigError(f"config.checkpoint.best_metric is {best!r}: choose one of {', '.join(sorted(metrics))}")
+            raise ConfigError(
+              f"config.checkpoint.best_metric is {best!r}: choose one of "
+              f"{', '.join(sorted(metrics))}"
+            )
           log.log(t, metrics)
           bar.update(**shown)
           stop, last = asked(), t + 1 == config.steps
@@ -124,15 +149,20 @@ def run_steps(
             raise Diverged(report(workdir, checkpoints, in_a_row, metrics))
           if last or stop or (t + 1) % config.log.checkpoint_every == 0:
             if not (workdir / "config.json").exists():
-              raise CheckpointError(f"{workdir} has vanished: bring it back, or start again with another --workdir")
-            checkpoint.save(checkpoints, t + 1, state, value=metrics.get(best), facts=facts | {"cursor": cursor()})
+              raise CheckpointError(
+                f"{workdir} has vanished: bring it back, or start again with another --workdir"
+              )
+            checkpoint.save(
+              checkpoints, t + 1, state, value=metrics.get(best), facts=facts | {"cursor": cursor()}
+            )
           if stop:
             break
   return state
 
 
 def resume(config, checkpoints: Checkpoints, state, *, data: str = "", models: str = ""):
-  """The state of the newest sound checkpoint, or `state` where there is none, and whether it is the latter.
+  """The state of the newest sound checkpoint, or `state` where there is none, and whether it is the
+  latter.
 
   Raises:
     CheckpointError: the checkpoint is of another config, of other rows or of other frozen models.
@@ -148,7 +178,9 @@ def resume(config, checkpoints: Checkpoints, state, *, data: str = "", models: s
 
 
 def models_of(state) -> str:
-  """Fingerprint of what a run only reads: the reference (with adapters, their base) and the reward model."""
+  """Fingerprint of what a run only reads: the reference (with adapters, their base) and the
+  reward model.
+  """
   return checkpoint.fingerprint((state.ref, state.reward_backbone, state.reward_frozen))
 
 
@@ -161,20 +193,24 @@ def fingerprint(rows) -> str:
 
 
 def keep_rows(workdir: Path, arm: str, step: int, out, example_id) -> None:
-  """Saves the rows of a step whose update was skipped, for task=replay: those with a score that is not finite, or all
-  of them where every score is."""
+  """Saves the rows of a step whose update was skipped, for task=replay: those with a score that is
+  not finite, or all of them where every score is."""
   sequences, scores, frozen = out.sequences, out.judged.scores, out.judged.scores_frozen
   K, width = len(scores) // len(example_id), sequences.response_mask.shape[1]
   bad = ~(np.isfinite(scores) & np.isfinite(frozen))
   rows = [
     {
-      "arm": arm, "step": step, "example_id": int(example_id[i // K]), "sample": i % K,
+      "arm": arm,
+      "step": step,
+      "example_id": int(example_id[i // K]),
+      "sample": i % K,
       "prompt": sequences.tokens[i, :-width][sequences.token_mask[i, :-width]].tolist(),
       "response": sequences.tokens[i, -width:][sequences.response_mask[i]].tolist(),
-      "reward": plain(scores[i]), "frozen": plain(frozen[i]),
+      "reward": plain(scores[i]),
+      "frozen": plain(frozen[i]),
     }
     for i in np.flatnonzero(bad if bad.any() else ~bad).tolist()
-  ]  # fmt: skip
+  ]
   path = workdir / SAMPLES_KEPT
   kept = [row for row in read_jsonl(path) if (row["arm"], row["step"]) != (arm, step)]
   write_atomic(path, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept + rows))
@@ -184,10 +220,14 @@ def report(workdir: Path, checkpoints: Checkpoints, steps: list[int], metrics: d
   """What a person needs to know about a run that went wrong."""
   wrong = [name for name, value in metrics.items() if value is not None and not np.isfinite(value)]
   return (
-    f"steps {steps[0]} to {steps[-1]} each had an update skipped because a loss, gradient or reward was not finite\n"
+    f"steps {steps[0]} to {steps[-1]} each had an update skipped because a loss, gradient or "
+    "reward was not finite\n"
     f"  not finite   {', '.join(wrong) or 'gradients alone'}\n"
     f"  rows         {workdir / SAMPLES_KEPT}; look at one with --config.task=replay\n"
-    f"  saved        step {checkpoints.latest_step()} in {checkpoints.folder}; nothing that was skipped is in it\n"
-    "  what to do   lower the learning rates or raise config.kl.beta in a fork (config.checkpoint.fork_from), or look\n"
-    "               for the cause in the rows; config.guard.max_skipped says how long to wait before stopping"
+    f"  saved        step {checkpoints.latest_step()} in {checkpoints.folder}; nothing that was "
+    "skipped is in it\n"
+    "  what to do   lower the learning rates or raise config.kl.beta in a fork "
+    "(config.checkpoint.fork_from), or look\n"
+    "               for the cause in the rows; config.guard.max_skipped says how long to wait "
+    "before stopping"
   )

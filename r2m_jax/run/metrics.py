@@ -1,7 +1,8 @@
 """What a run leaves on disk while it trains: metrics.jsonl, samples.jsonl and TensorBoard events.
 
-A row of metrics.jsonl is {"stage", "arm", "step", "seconds", **scalars}, one JSON object a line. This file knows no
-model and no config. Of the processes of a run the first alone writes: here, not where something is written.
+A row of metrics.jsonl is {"stage", "arm", "step", "seconds", **scalars}, one JSON object a line.
+This file knows no model and no config. Of the processes of a run the first alone writes: here, not
+where something is written.
 """
 
 import json
@@ -14,7 +15,11 @@ from r2m_jax.parallel import hosts
 from r2m_jax.run.files import DamagedFile, plain, read_jsonl, write_atomic
 
 ROW_KEYS = ("stage", "arm", "step", "seconds")
-_NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no such numbers: kept as strings
+_NONFINITE = {
+  "nan": math.nan,
+  "inf": math.inf,
+  "-inf": -math.inf,
+}  # JSON has no such numbers: kept as strings
 
 
 # ---- files ----
@@ -23,19 +28,30 @@ _NONFINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has n
 def read_metrics(workdir):
   """The rows of metrics.jsonl, with "nan", "inf" and "-inf" as floats again."""
   rows = _rows(workdir)
-  return [{k: v if k in ROW_KEYS or not isinstance(v, str) else _NONFINITE[v] for k, v in row.items()} for row in rows]
+  return [
+    {k: v if k in ROW_KEYS or not isinstance(v, str) else _NONFINITE[v] for k, v in row.items()}
+    for row in rows
+  ]
 
 
 def _rows(workdir):
   """The rows of metrics.jsonl as they are stored, each with the types that `Metrics` writes."""
   path = Path(workdir) / "metrics.jsonl"
-  number = lambda x: isinstance(x, (int, float)) and not isinstance(x, bool)
-  scalar = lambda x: number(x) or isinstance(x, str) and x in _NONFINITE
+
+  def number(x):
+    return isinstance(x, (int, float)) and not isinstance(x, bool)
+
+  def scalar(x):
+    return number(x) or isinstance(x, str) and x in _NONFINITE
+
   for row in (rows := read_jsonl(path)):
     good = isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("stage", "arm"))
     good = good and isinstance(row.get("step"), int) and number(row.get("seconds"))
     if not good or not all(key in ROW_KEYS or scalar(x) for key, x in row.items()):
-      raise DamagedFile(f"{path} has a row that no run writes: {str(row)[:120]}; take it out, or bring the file back")
+      raise DamagedFile(
+        f"{path} has a row that no run writes: {str(row)[:120]}; take it out, or bring the file "
+        "back"
+      )
   return rows
 
 
@@ -58,10 +74,11 @@ def truncate(workdir, stage, arm, from_step):
 
 
 def append_samples(workdir, rows):
-  """Adds rows to samples.jsonl; they replace earlier ones of the same (arm, when, prompt), so a rerun lists each once.
+  """Adds rows to samples.jsonl; they replace earlier ones of the same (arm, when, prompt), so a
+  rerun lists each once.
 
-  Keys: arm, when ("before", "after" or a step), prompt, response, reward, frozen, gold, length, truncated. A key that
-  the run does not have (gold, outside the laboratory) is left out.
+  Keys: arm, when ("before", "after" or a step), prompt, response, reward, frozen, gold, length,
+  truncated. A key that the run does not have (gold, outside the laboratory) is left out.
   """
   path = Path(workdir) / "samples.jsonl"
   rows = [{key: plain(value) for key, value in row.items()} for row in rows]
@@ -76,8 +93,8 @@ def append_samples(workdir, rows):
 class Metrics:
   """The log of one stage of one arm: metrics.jsonl, and the same scalars under tensorboard/.
 
-  from_step is 0 for a fresh start, or the step a resumed run does next: older rows at or past it are dropped, so every
-  step appears once.
+  from_step is 0 for a fresh start, or the step a resumed run does next: older rows at or past it
+  are dropped, so every step appears once.
   """
 
   def __init__(self, workdir, stage, arm="", *, from_step, enabled=True):
@@ -89,7 +106,9 @@ class Metrics:
     workdir.mkdir(parents=True, exist_ok=True)
     self._start = time.monotonic() - truncate(workdir, stage, arm, from_step)
     self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
-    self._guarded(self._open_events, workdir / "tensorboard" / (f"{stage}-{arm}" if arm else stage), from_step)
+    self._guarded(
+      self._open_events, workdir / "tensorboard" / (f"{stage}-{arm}" if arm else stage), from_step
+    )
 
   def log(self, step, scalars):
     """Writes one row. scalars: name -> number or 0-d array; a None is left out."""
@@ -98,7 +117,12 @@ class Metrics:
     if taken := set(scalars) & set(ROW_KEYS):
       raise ValueError(f"{sorted(taken)} name the row itself; rename the scalars")
     values = {name: float(value) for name, value in scalars.items() if value is not None}
-    row = {"stage": self.stage, "arm": self.arm, "step": int(step), "seconds": round(time.monotonic() - self._start, 3)}
+    row = {
+      "stage": self.stage,
+      "arm": self.arm,
+      "step": int(step),
+      "seconds": round(time.monotonic() - self._start, 3),
+    }
     self._file.write(_dump(row | {name: plain(value) for name, value in values.items()}))
     self._file.flush()
     if self._events:
@@ -119,7 +143,8 @@ class Metrics:
     self.close()
 
   def _open_events(self, folder, from_step):
-    # The synchronous writer: SummaryWriter's thread dies on a full disk, and its full queue then blocks the caller.
+    # The synchronous writer: SummaryWriter's thread dies on a full disk, and its full queue then
+    # blocks the caller.
     from tensorboardX.event_file_writer import EventsWriter
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -134,7 +159,9 @@ class Metrics:
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.proto.summary_pb2 import Summary
 
-    summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
+    summary = Summary(
+      value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+    )
     self._events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
     self._events.flush()
 
@@ -144,4 +171,7 @@ class Metrics:
       call(*args)
     except Exception as error:  # noqa: BLE001  whatever it is, training must not stop for it
       self._events = None
-      warnings.warn(f"TensorBoard is off for {self.stage} {self.arm}: {error!r}; metrics.jsonl goes on", stacklevel=3)
+      warnings.warn(
+        f"TensorBoard is off for {self.stage} {self.arm}: {error!r}; metrics.jsonl goes on",
+        stacklevel=3,
+      )

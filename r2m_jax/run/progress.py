@@ -10,7 +10,9 @@ from r2m_jax.parallel import hosts
 
 
 class Progress:
-  """A bar on a terminal, or a plain line about every tenth of the way (and every five minutes) anywhere else."""
+  """A bar on a terminal, or a plain line about every tenth of the way (and every five minutes)
+  anywhere else.
+  """
 
   def __init__(self, total, label, unit="step", initial=0, *, enabled=True, out=None):
     self.total, self.label, self.unit, self.n = total, label, unit, initial
@@ -20,7 +22,9 @@ class Progress:
     self._lines = enabled and not self._out.isatty()
     if enabled and not self._lines:
       with contextlib.suppress(OSError, ValueError):
-        self._bar = tqdm(total=total, desc=label, unit=unit, initial=initial, file=self._out, dynamic_ncols=True)
+        self._bar = tqdm(
+          total=total, desc=label, unit=unit, initial=initial, file=self._out, dynamic_ncols=True
+        )
     self._first = None  # (n, time) after the first update: the speed leaves out compilation
     self._printed = (initial, time.monotonic())
 
@@ -33,7 +37,10 @@ class Progress:
         self._bar.update(n)
       elif self._lines:
         self._line(live)
-    except (OSError, ValueError):  # the terminal is gone, the pipe closed: a run does not stop for that
+    except (
+      OSError,
+      ValueError,
+    ):  # the terminal is gone, the pipe closed: a run does not stop for that
       self._bar, self._lines = None, False
 
   def _line(self, live):
@@ -49,7 +56,9 @@ class Progress:
     if done and seconds:
       left = tqdm.format_interval((self.total - self.n) * seconds / done)
       fast = done >= seconds
-      pace = f"{done / seconds:.3g} {self.unit}/s" if fast else f"{seconds / done:.3g} s/{self.unit}"
+      pace = (
+        f"{done / seconds:.3g} {self.unit}/s" if fast else f"{seconds / done:.3g} s/{self.unit}"
+      )
       pace = f"  {pace}, {left} left"
     values = "".join(f"  {name} {_short(value)}" for name, value in live.items())
     width = len(str(self.total))

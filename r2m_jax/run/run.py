@@ -14,7 +14,11 @@ class Again:
 
   built: Build
   first: TrainState  # as the run began, before a warm start
-  step: Callable  # (state, t) -> (state, StepOutput, input of the reward model i32[B, L'], its mask)
+  step: (
+    Callable  # (state, t) -> (state, StepOutput, input of the reward model i32[B, L'], its mask)
+  )
   example_ids: Callable[[int], Any]  # of step t's prompts
-  tell: Callable[[Any, int], dict]  # (sequences on the host, row) -> texts, and what else is known of the answer
+  tell: Callable[
+    [Any, int], dict
+  ]  # (sequences on the host, row) -> texts, and what else is known of the answer
   word: Callable[[int], str]  # of one of the policy's tokens

@@ -1,4 +1,6 @@
-"""The workdir of a run: whose config it holds, what a fork takes over, and stages that are done once."""
+"""The workdir of a run: whose config it holds, what a fork takes over, and stages that are done
+once.
+"""
 
 import datetime
 import json
@@ -15,7 +17,13 @@ from r2m_jax.run.files import read_json, write_atomic
 from r2m_jax.run.fit import PARTIAL
 
 # of a forked run; what its data and its tables are is found out anew
-TAKEN_OVER = ("metrics.jsonl", "samples.jsonl", "skipped.jsonl", "r2m_renderer.json", "budgets.json")
+TAKEN_OVER = (
+  "metrics.jsonl",
+  "samples.jsonl",
+  "skipped.jsonl",
+  "r2m_renderer.json",
+  "budgets.json",
+)
 
 
 def shapes_of(tree):
@@ -36,10 +44,11 @@ def with_variant(config, variant: str):
 
 
 def claim(config, workdir: Path) -> None:
-  """Records the config in the workdir; refuses a workdir that another config has used, so nothing saved is lost.
+  """Records the config in the workdir; refuses a workdir that another config has used, so nothing
+  saved is lost.
 
-  A new workdir with config.checkpoint.fork_from first takes over what that run has saved, and says what differs. With
-  several processes the first one does it, and all must see the workdir.
+  A new workdir with config.checkpoint.fork_from first takes over what that run has saved, and says
+  what differs. With several processes the first one does it, and all must see the workdir.
   """
   hosts.on_first(lambda: claim_alone(config, workdir))
   hosts.require_shared(workdir)
@@ -47,13 +56,19 @@ def claim(config, workdir: Path) -> None:
 
 def claim_alone(config, workdir: Path) -> None:
   """What the first process does of `claim`."""
-  path, new, fork = workdir / "config.json", json.loads(config.to_json()), config.checkpoint.fork_from
+  path, new, fork = (
+    workdir / "config.json",
+    json.loads(config.to_json()),
+    config.checkpoint.fork_from,
+  )
   try:
     if path.exists():
       if changed := fixed_difference(path, new):
         raise ConfigError(
-          f"{workdir} holds a run of another config; choose another --workdir, give the old values, or fork it with "
-          f"another --workdir and --config.checkpoint.fork_from={workdir}:\n  " + "\n  ".join(changed)
+          f"{workdir} holds a run of another config; choose another --workdir, give the old "
+          "values, or fork it with "
+          f"another --workdir and --config.checkpoint.fork_from={workdir}:\n  "
+          + "\n  ".join(changed)
         )
     elif fork:
       take_over(Path(fork).expanduser(), workdir, new)
@@ -61,11 +76,15 @@ def claim_alone(config, workdir: Path) -> None:
   except (OSError, ValueError) as error:
     if isinstance(error, ConfigError):
       raise
-    raise ConfigError(f"--workdir={workdir} cannot be used: {error}; give one that can be written") from None
+    raise ConfigError(
+      f"--workdir={workdir} cannot be used: {error}; give one that can be written"
+    ) from None
 
 
 def with_date(config, workdir: Path):
-  """The config with `data.date`: as given, else of the run in the workdir or of the one it forks, else today."""
+  """The config with `data.date`: as given, else of the run in the workdir or of the one it
+  forks, else today.
+  """
   if config.data.date:
     return config
 
@@ -85,25 +104,36 @@ def today() -> str:
 
 
 def fixed_difference(path: Path, new: dict) -> list[str]:
-  """What differs between a config.json and this config, of the settings that say what is computed."""
+  """What differs between a config.json and this config, of the settings that say what is
+  computed.
+  """
   saved = read_json(path)
   return difference(fixed(saved), fixed(new))
 
 
 def take_over(old: Path, workdir: Path, new: dict) -> None:
-  """Copies stages, the newest sound checkpoint of each arm, metrics and samples of another run; reads it alone."""
+  """Copies stages, the newest sound checkpoint of each arm, metrics and samples of another run;
+  reads it alone.
+  """
   if not (old / "config.json").is_file():
-    raise ConfigError(f"config.checkpoint.fork_from is {str(old)!r}: there is no config.json, so no run to start from")
+    raise ConfigError(
+      f"config.checkpoint.fork_from is {str(old)!r}: there is no config.json, so no run to start "
+      "from"
+    )
   if workdir.exists() and any(workdir.iterdir()):
     raise ConfigError(f"--workdir={workdir} is not empty: a fork needs a new one")
   if workdir.resolve().is_relative_to(old.resolve()):
-    raise ConfigError(f"--workdir={workdir} lies in {old}, which the fork only reads: give one elsewhere")
+    raise ConfigError(
+      f"--workdir={workdir} lies in {old}, which the fork only reads: give one elsewhere"
+    )
   workdir.mkdir(parents=True, exist_ok=True)
   changed = fixed_difference(old / "config.json", new)
   print(f"fork     from {old}" + "".join(f"\n  {line}" for line in changed))
   for kind in ("stages", "checkpoints"):
     for folder in sorted((old / kind).glob("*")):
-      steps = sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
+      steps = sorted(
+        (int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True
+      )
       step = next((step for step in steps if checkpoint.damage(folder / str(step)) is None), None)
       if step is not None:
         shutil.copytree(folder / str(step), workdir / kind / folder.name / str(step))
@@ -119,7 +149,8 @@ def stage(workdir: Path, name: str, like, make, *, frozen=None):
   Args:
     like: shapes, dtypes and shardings of the result.
     make: () -> the result.
-    frozen: a tree of arrays that the result only works with, such as the base of adapters; held to what it was.
+    frozen: a tree of arrays that the result only works with, such as the base of adapters; held to
+      what it was.
   """
   checkpoints = checkpoint.open_checkpoints(workdir / "stages" / name, last=1)
   facts = {} if frozen is None else {"models": checkpoint.fingerprint(frozen)}

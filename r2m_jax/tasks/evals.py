@@ -1,4 +1,6 @@
-"""Measurements on held-out data: log-probabilities, the accuracy of scores on pairs, means with 95% intervals."""
+"""Measurements on held-out data: log-probabilities, the accuracy of scores on pairs, means with
+95% intervals.
+"""
 
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -28,11 +30,16 @@ class Mean(NamedTuple):
 
 
 def mean_of(values: Sequence[float], groups: Sequence[Hashable], seed: int = 0) -> Mean:
-  """The mean of f64[N] values, with a percentile bootstrap over groups: rows of one prompt are not independent.
+  """The mean of f64[N] values, with a percentile bootstrap over groups: rows of one prompt are not
+  independent.
 
-  Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13; Field and Welsh (2007) for clusters.
+  Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13; Field and Welsh (2007) for
+  clusters.
   """
-  values, numbers = np.asarray(values, float), {group: i for i, group in enumerate(dict.fromkeys(groups))}
+  values, numbers = (
+    np.asarray(values, float),
+    {group: i for i, group in enumerate(dict.fromkeys(groups))},
+  )
   index = np.asarray([numbers[group] for group in groups])
   sums, counts = np.bincount(index, values), np.bincount(index)
   drawn = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
@@ -45,17 +52,25 @@ def wins(chosen: Sequence[float], rejected: Sequence[float]) -> np.ndarray:
   return (np.sign(np.subtract(chosen, rejected, dtype=float)) + 1) / 2
 
 
-def response_logprobs(config, policy: Policy, rows: Sequence[tuple[list[int], list[int]]], mesh) -> list[np.ndarray]:
-  """Log-probability of every response token at temperature 1, for rows of (prompt ids, response ids). f32[n] each."""
+def response_logprobs(
+  config, policy: Policy, rows: Sequence[tuple[list[int], list[int]]], mesh
+) -> list[np.ndarray]:
+  """Log-probability of every response token at temperature 1, for rows of (prompt ids, response
+  ids). f32[n] each.
+  """
 
   @jit_on(mesh)
   def read(state, tokens, mask):
     model, T = nnx.merge(policy.graphdef, state), tokens.shape[1] - 1
     hidden = predicts_response(model(tokens, mask).hidden, T)
-    return token_stats(model.head, hidden, tokens[:, 1:], temperature=1.0, chunk=config.logits_chunk).logprobs
+    return token_stats(
+      model.head, hidden, tokens[:, 1:], temperature=1.0, chunk=config.logits_chunk
+    ).logprobs
 
   results: list[np.ndarray] = [np.zeros(0)] * len(rows)
-  for index in batches([len(p) + len(r) for p, r in rows], batch_size(config, config.score, len(rows), mesh)):
+  for index in batches(
+    [len(p) + len(r) for p, r in rows], batch_size(config, config.score, len(rows), mesh)
+  ):
     tokens, mask = pad_left([[*rows[i][0], *rows[i][1]] for i in index], policy.tokenizer.pad_id)
     logprobs = hosts.fetch(read(policy.state, *spread((tokens, mask), mesh)))
     for row, i in enumerate(index):
@@ -64,6 +79,10 @@ def response_logprobs(config, policy: Policy, rows: Sequence[tuple[list[int], li
 
 
 def perplexity(logprobs: Sequence[np.ndarray], groups: Sequence[Hashable]) -> Mean:
-  """exp of the mean negative log-likelihood of a token, over all tokens; the interval is over groups of rows."""
-  nll = mean_of(-np.concatenate(logprobs), [group for group, row in zip(groups, logprobs) for _ in row])
+  """exp of the mean negative log-likelihood of a token, over all tokens; the interval is over
+  groups of rows.
+  """
+  nll = mean_of(
+    -np.concatenate(logprobs), [group for group, row in zip(groups, logprobs) for _ in row]
+  )
   return Mean(*np.exp(nll[:3]).tolist(), nll.count, nll.groups)

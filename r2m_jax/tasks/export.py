@@ -3,14 +3,22 @@
   python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=export \\
     --config.export.checkpoint=RUN --config.export.out=OUT
 
-RUN is a run's workdir, WORKDIR/checkpoints/<arm>, WORKDIR/checkpoints/<arm>/<step> or WORKDIR/stages/<stage>. OUT then
-holds policy and reward, or the one of them that the checkpoint has.
+RUN is a run's workdir, WORKDIR/checkpoints/<arm>, WORKDIR/checkpoints/<arm>/<step> or
+WORKDIR/stages/<stage>. OUT then holds policy and reward, or the one of them that the checkpoint
+has.
 """
 
 from pathlib import Path
 
 from r2m_jax.hf.export import write_policy, write_reward, write_run
-from r2m_jax.hf.folders import RENDERER, FolderError, load_policy, load_reward, mesh_of, reward_start
+from r2m_jax.hf.folders import (
+  RENDERER,
+  FolderError,
+  load_policy,
+  load_reward,
+  mesh_of,
+  reward_start,
+)
 from r2m_jax.models.lora import merged
 from r2m_jax.run import checkpoint, loop
 from r2m_jax.run.build import build, init_adapters, initial_state
@@ -28,12 +36,15 @@ def run(config) -> None:
   print(f"export   {'/'.join(stage)} of {workdir}{'' if step is None else f', step {step}'}")
   if not (config.policy.path or config.reward.path):
     raise FolderError(
-      f"{workdir} is a run of the gold-reward task, whose words have no tokenizer: only runs that started from "
+      f"{workdir} is a run of the gold-reward task, whose words have no tokenizer: only runs that "
+      "started from "
       "config.policy.path or config.reward.path are exported"
     )
   manager = checkpoint.open_checkpoints(workdir.joinpath(*stage))
   if checkpoint.newest(manager) is None or step not in (None, *manager.all_steps()):
-    raise FolderError(f"{workdir.joinpath(*stage)} holds checkpoints of steps {manager.all_steps()}, not of {step}")
+    raise FolderError(
+      f"{workdir.joinpath(*stage)} holds checkpoints of steps {manager.all_steps()}, not of {step}"
+    )
 
   at = checkpoint.newest(manager) if step is None else step
   if stage == ("stages", "sft"):
@@ -43,10 +54,19 @@ def run(config) -> None:
     like = init_adapters(config, built, mesh) if built.lora else policy.state
     if built.lora:
       checkpoint.require(manager, at, models=checkpoint.fingerprint(policy.state))
-    write_policy(out / "policy", config, policy, checkpoint.restore(manager, like, step), workdir, base=policy.state)
+    write_policy(
+      out / "policy",
+      config,
+      policy,
+      checkpoint.restore(manager, like, step),
+      workdir,
+      base=policy.state,
+    )
     return
   config.task = stage[1] if stage[0] == "stages" else "r2m"
-  reward = load_reward(config.reward.path or config.policy.path, config, mesh, from_policy=config.task == "reward")
+  reward = load_reward(
+    config.reward.path or config.policy.path, config, mesh, from_policy=config.task == "reward"
+  )
   if (workdir / RENDERER).exists():
     reward.renderer.require(read_json(workdir / RENDERER), workdir)
   if config.task == "reward":
@@ -56,7 +76,9 @@ def run(config) -> None:
       checkpoint.require(manager, at, models=checkpoint.fingerprint(like["backbone"]))
       like["backbone"] = init_adapters(config, built, mesh)
     model = checkpoint.restore(manager, like, step)
-    backbone = merged(model["backbone"], reward.state, built.lora) if built.lora else model["backbone"]
+    backbone = (
+      merged(model["backbone"], reward.state, built.lora) if built.lora else model["backbone"]
+    )
     write_reward(out / "reward", config, reward, backbone, model["phi"], workdir)
     return
   config.variant = stage[1]
@@ -69,14 +91,23 @@ def run(config) -> None:
 
 
 def find_checkpoint(path: Path) -> tuple[Path, tuple[str, str], int | None]:
-  """(workdir, ("checkpoints", arm) or ("stages", name), step or None for the newest) of what a user points at."""
+  """(workdir, ("checkpoints", arm) or ("stages", name), step or None for the newest) of what a
+  user points at.
+  """
   for workdir in (path, *path.parents):
     if (workdir / "metrics.jsonl").exists() and (workdir / "config.json").exists():
       break
   else:
-    raise FolderError(f"config.export.checkpoint is {path}: neither it nor a folder above it is the workdir of a run")
+    raise FolderError(
+      f"config.export.checkpoint is {path}: neither it nor a folder above it is the workdir of a "
+      "run"
+    )
   parts = path.relative_to(workdir).parts
-  found = sorted(p.relative_to(workdir).parts for kind in ("checkpoints", "stages") for p in workdir.glob(f"{kind}/*"))
+  found = sorted(
+    p.relative_to(workdir).parts
+    for kind in ("checkpoints", "stages")
+    for p in workdir.glob(f"{kind}/*")
+  )
   stages = [stage for stage in found if stage[: len(parts)] == parts[:2]]
   if not parts or len(parts) == 1:  # a workdir: its RL checkpoint, else its last stage
     stages = [stage for stage in stages if stage[0] == "checkpoints"] or stages
@@ -90,13 +121,17 @@ def find_checkpoint(path: Path) -> tuple[Path, tuple[str, str], int | None]:
 
 
 def run_config(config, workdir: Path, *, mine: tuple[str, ...]):
-  """The config of the run in `workdir`, with the steps that its budget gave, and this call's sections `mine`."""
+  """The config of the run in `workdir`, with the steps that its budget gave, and this call's
+  sections `mine`.
+  """
   saved = read_json(workdir / "config.json")
   result = config.copy_and_resolve_references()
   try:
     result.update({key: value for key, value in saved.items() if key not in mine})
   except (KeyError, TypeError, AttributeError) as error:
-    raise FolderError(f"{workdir / 'config.json'} is not a config of this version: {error}") from None
+    raise FolderError(
+      f"{workdir / 'config.json'} is not a config of this version: {error}"
+    ) from None
   if (workdir / BUDGETS).exists():
     result.steps = read_json(workdir / BUDGETS).get("rl", result.steps)
   return result

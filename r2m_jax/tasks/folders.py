@@ -1,7 +1,8 @@
 """Runs that start from Hugging Face folders and end with them: task = sft, reward and r2m.
 
-Policy and reward model may be of different families, sizes and tokenizers. A step is two programs, and the host
-re-renders the responses for the reward model in between: step = learn ∘ rollout, with the code of the fused step.
+Policy and reward model may be of different families, sizes and tokenizers. A step is two programs,
+and the host re-renders the responses for the reward model in between: step = learn ∘ rollout, with
+the code of the fused step.
 """
 
 import json
@@ -19,18 +20,46 @@ from r2m_jax.algorithm.optim import make_optimizer
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.config import ConfigError, check_batch
 from r2m_jax.data.batches import Stream
-from r2m_jax.data.datasets import PromptData, batch_of, enough, judged_pairs, judgments_labeller, packed_lines, pairs
-from r2m_jax.data.datasets import prompt_data, sft_rows, take_pairs
+from r2m_jax.data.datasets import (
+  PromptData,
+  batch_of,
+  enough,
+  judged_pairs,
+  judgments_labeller,
+  packed_lines,
+  pairs,
+  prompt_data,
+  sft_rows,
+  take_pairs,
+)
 from r2m_jax.data.text import Renderer, bucket, pad_left, responses_of
 from r2m_jax.hf import export
-from r2m_jax.hf.folders import RENDERER, FolderError, Policy, RewardModel, describe_reward, load_policy, load_reward
-from r2m_jax.hf.folders import mesh_of, reward_start
+from r2m_jax.hf.folders import (
+  RENDERER,
+  FolderError,
+  Policy,
+  RewardModel,
+  describe_reward,
+  load_policy,
+  load_reward,
+  mesh_of,
+  reward_start,
+)
 from r2m_jax.models import lora
 from r2m_jax.parallel import hosts, sharding
 from r2m_jax.run import checkpoint, loop
 from r2m_jax.run.build import Build, build, init_adapters, initial_state
 from r2m_jax.run.files import read_json, write_atomic
-from r2m_jax.run.fit import Timed, do, epochs_of_rows, fit, reward_loss, sft_loss, steps_within, warm_job
+from r2m_jax.run.fit import (
+  Timed,
+  do,
+  epochs_of_rows,
+  fit,
+  reward_loss,
+  sft_loss,
+  steps_within,
+  warm_job,
+)
 from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
 from r2m_jax.run.metrics import append_samples
 from r2m_jax.run.workdir import claim, shapes_of, stage, warm, with_variant
@@ -42,10 +71,14 @@ Watch = Callable[[StepOutput, list[tuple[Any, str, bool]]], dict[str, float | No
 
 
 def run(config, workdir: Path) -> None:
-  """`config.task` from the folders config.policy.path and config.reward.path; ends in WORKDIR/export."""
+  """`config.task` from the folders config.policy.path and config.reward.path; ends in
+  WORKDIR/export.
+  """
   tasks = {"sft": run_sft, "reward": run_reward, "r2m": run_r2m}
   if config.task not in tasks:
-    raise ConfigError(f"config.task is {config.task!r}: from a folder it is one of {', '.join(tasks)}")
+    raise ConfigError(
+      f"config.task is {config.task!r}: from a folder it is one of {', '.join(tasks)}"
+    )
   mesh = mesh_of(config)
   check_batch(config, tuple(mesh.shape.values()))
   claim(config, workdir)
@@ -61,26 +94,57 @@ def budgeted(workdir: Path, stage: str, seconds: float, measure) -> int:
   path = workdir / export_task.BUDGETS
   saved = hosts.on_first(lambda: read_json(path) if path.exists() else {})
   if stage not in saved:
-    saved[stage] = hosts.from_first(measure(seconds))  # every process has measured, each on its own clock
+    saved[stage] = hosts.from_first(
+      measure(seconds)
+    )  # every process has measured, each on its own clock
     write_atomic(path, json.dumps(saved))
   return saved[stage]
 
 
-def fit_stage(workdir: Path, name: str, settings, steps: int, built: Build, loss_fn, start, frozen, dataset, collate):
-  """`fit` from `start` as the stage `name`, cached; for `steps` updates, or what settings.budget seconds give."""
-  own = dataset.map(lambda rows: hosts.take(rows, built.rows))  # one order, however many processes share the rows
-  batches = lambda: Stream(own, collate)
+def fit_stage(
+  workdir: Path,
+  name: str,
+  settings,
+  steps: int,
+  built: Build,
+  loss_fn,
+  start,
+  frozen,
+  dataset,
+  collate,
+):
+  """`fit` from `start` as the stage `name`, cached; for `steps` updates, or what settings.budget
+  seconds give.
+  """
+  own = dataset.map(
+    lambda rows: hosts.take(rows, built.rows)
+  )  # one order, however many processes share the rows
+
+  def batches():
+    return Stream(own, collate)
+
   if settings.budget:
     probe = dict(batch_sharding=built.rows, frozen=frozen)
-    measure = lambda seconds: steps_within(seconds, loss_fn, start, batches(), **probe)
+
+    def measure(seconds):
+      return steps_within(seconds, loss_fn, start, batches(), **probe)
+
     steps = budgeted(workdir, name, settings.budget, measure)
 
   def make():
     return fit(
-      loss_fn, start, make_optimizer(settings, steps), batches(), total=steps, stage=name, workdir=workdir,
-      state_shardings=sharding.shardings(start, built.mesh), batch_sharding=built.rows, frozen=frozen,
+      loss_fn,
+      start,
+      make_optimizer(settings, steps),
+      batches(),
+      total=steps,
+      stage=name,
+      workdir=workdir,
+      state_shardings=sharding.shardings(start, built.mesh),
+      batch_sharding=built.rows,
+      frozen=frozen,
       budget=settings.budget,
-    )  # fmt: skip
+    )
 
   return stage(workdir, name, shapes_of(start), make, frozen=frozen)
 
@@ -97,7 +161,8 @@ def build_lora(config, mesh, **archs) -> Build:
 
 
 def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None = None) -> None:
-  """Negative log-likelihood of the responses, or of whole packed dialogues; ends with the policy in `out`.
+  """Negative log-likelihood of the responses, or of whole packed dialogues; ends with the policy in
+  `out`.
 
   Args:
     name: of the stage, in metrics and on disk.
@@ -111,8 +176,13 @@ def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None 
   loss = loss_fn = sft_loss(built.defs.policy, chunk=config.logits_chunk)
   if built.lora:
     start, frozen = init_adapters(config, built, mesh), policy.state
-    loss_fn = lambda state, batch, base: loss(nnx.merge_state(state, base), batch)
-  state = fit_stage(workdir, name, settings, settings.steps, built, loss_fn, start, frozen, dataset, collate)
+
+    def loss_fn(state, batch, base):
+      return loss(nnx.merge_state(state, base), batch)
+
+  state = fit_stage(
+    workdir, name, settings, settings.steps, built, loss_fn, start, frozen, dataset, collate
+  )
   export.write_policy(out or workdir / "export/policy", config, policy, state, workdir, base=frozen)
 
 
@@ -120,27 +190,42 @@ def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None 
 
 
 def run_reward(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
-  """Bradley-Terry on pairs, from a reward model or from a policy without a score head; ends with it in `out`."""
+  """Bradley-Terry on pairs, from a reward model or from a policy without a score head; ends with
+  it in `out`.
+  """
   settings = config.reward
   reward = load_reward(config.reward.path or config.policy.path, config, mesh, from_policy=True)
   if reward.head is not None:
-    raise FolderError(f"{reward.folder} is an R2M reward model; task=reward trains one that reads no policy")
+    raise FolderError(
+      f"{reward.folder} is an R2M reward model; task=reward trains one that reads no policy"
+    )
   hold_contract(workdir, reward.renderer)
   dataset, collate, count = pairs(config, reward, workdir)
   built = build_lora(config, mesh, arch=reward.arch, reward_arch=reward.arch)
   start, frozen = reward_start(reward, mesh), None
-  loss = loss_fn = reward_loss(built.defs.policy if built.lora else built.defs.reward_backbone, built.defs.phi)
+  loss = loss_fn = reward_loss(
+    built.defs.policy if built.lora else built.defs.reward_backbone, built.defs.phi
+  )
   if built.lora:
     start, frozen = {**start, "backbone": init_adapters(config, built, mesh)}, start["backbone"]
-    loss_fn = lambda state, batch, base: loss({**state, "backbone": nnx.merge_state(state["backbone"], base)}, batch)
+
+    def loss_fn(state, batch, base):
+      return loss({**state, "backbone": nnx.merge_state(state["backbone"], base)}, batch)
+
   steps = settings.epochs * (count // settings.batch_size)
-  model = fit_stage(workdir, "reward", settings, steps, built, loss_fn, start, frozen, dataset, collate)
+  model = fit_stage(
+    workdir, "reward", settings, steps, built, loss_fn, start, frozen, dataset, collate
+  )
   backbone = lora.merged(model["backbone"], frozen, built.lora) if built.lora else model["backbone"]
-  export.write_reward(out or workdir / "export/reward", config, reward, backbone, model["phi"], workdir)
+  export.write_reward(
+    out or workdir / "export/reward", config, reward, backbone, model["phi"], workdir
+  )
 
 
 def hold_contract(workdir: Path, renderer: Renderer) -> None:
-  """The renderer's contract lies with the run's checkpoints; a run that goes on with another one is refused."""
+  """The renderer's contract lies with the run's checkpoints; a run that goes on with another one
+  is refused.
+  """
   path = workdir / RENDERER
   if path.exists():
     renderer.require(read_json(path), workdir)
@@ -151,40 +236,54 @@ def hold_contract(workdir: Path, renderer: Renderer) -> None:
 # ---- r2m ----
 
 
-def run_r2m(config, workdir: Path, mesh, *, out: Path | None = None, watch: Watch | None = None) -> None:
-  """RL on prompts, for config.variant (ends in `out`, or WORKDIR/export) or each of config.arms (in a folder of it).
+def run_r2m(
+  config, workdir: Path, mesh, *, out: Path | None = None, watch: Watch | None = None
+) -> None:
+  """RL on prompts, for config.variant (ends in `out`, or WORKDIR/export) or each of config.arms (in
+  a folder of it).
 
   Args:
-    watch: (a step's output on the host, its samples as (prompt, response, truncated)) -> more metrics for its row.
-      Nothing it gives reaches training.
+    watch: (a step's output on the host, its samples as (prompt, response, truncated)) -> more
+      metrics for its row. Nothing it gives reaches training.
   """
   if not (config.policy.path and config.reward.path):
     missing = "reward.path" if config.policy.path else "policy.path"
-    raise FolderError(f"config.{missing} is empty: task=r2m from folders needs a policy and a reward model")
+    raise FolderError(
+      f"config.{missing} is empty: task=r2m from folders needs a policy and a reward model"
+    )
   policy = load_policy(config.policy.path, config, mesh)
   reward = load_reward(config.reward.path, config, mesh)
   hold_contract(workdir, reward.renderer)
   same_tokens = policy.tokenizer.hf.get_vocab() == reward.renderer.tokenizer.hf.get_vocab()
   if config.algorithm == "ppo" and config.critic.init == "reward" and not same_tokens:
     raise ConfigError(
-      "config.critic.init is 'reward': the critic reads the policy's tokens, and this reward model has a tokenizer of "
+      "config.critic.init is 'reward': the critic reads the policy's tokens, and this reward model "
+      "has a tokenizer of "
       "its own; use 'policy'"
     )
   layers = policy.arch.num_layers
   if not -layers <= config.r2m.feedback_layer < layers:
-    raise ConfigError(f"config.r2m.feedback_layer is {config.r2m.feedback_layer}: the policy has {layers} layers")
+    raise ConfigError(
+      f"config.r2m.feedback_layer is {config.r2m.feedback_layer}: the policy has {layers} layers"
+    )
   built = build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   data = prompt_data(config, policy, workdir)
   if not (workdir / "checkpoints").exists():
     check_model(
-      built.defs.base or built.defs.policy, policy.state, vocab_size=policy.arch.vocab_size, dtype=config.dtype,
+      built.defs.base or built.defs.policy,
+      policy.state,
+      vocab_size=policy.arch.vocab_size,
+      dtype=config.dtype,
       temperature=config.rollout.temperature,
-    )  # fmt: skip
+    )
   arms = (config.variant,) if config.variant else tuple(config.arms)
   if config.budget:
     probed = with_variant(config, arms[-1])
     probe = build_lora(probed, mesh, arch=policy.arch, reward_arch=reward.arch)
-    measure = lambda seconds: rl_steps_within(seconds, probed, probe, policy, reward, data, workdir)
+
+    def measure(seconds):
+      return rl_steps_within(seconds, probed, probe, policy, reward, data, workdir)
+
     config = with_variant(config, config.variant)
     config.steps = budgeted(workdir, "rl", config.budget, measure)
   for i, variant in enumerate(arms):
@@ -197,10 +296,14 @@ def run_r2m(config, workdir: Path, mesh, *, out: Path | None = None, watch: Watc
 def rl_steps_within(
   seconds: float, config, built: Build, policy: Policy, reward: RewardModel, data, workdir: Path
 ) -> int:
-  """How many RL steps take about `seconds`, compiling apart, from three steps timed here; prints the rate."""
+  """How many RL steps take about `seconds`, compiling apart, from three steps timed here; prints
+  the rate.
+  """
   state, times = start_state(config, built, policy, reward, donate=False), []
   labeller = labeller_of(config, policy, reward, workdir)
-  step = make_two_part_step(config, built, policy, reward, sharding.shardings(state, built.mesh), labeller)
+  step = make_two_part_step(
+    config, built, policy, reward, sharding.shardings(state, built.mesh), labeller
+  )
   for t in range(3):
     began, index = time.perf_counter(), data.order[t]
     state, output, _ = step(state, batch_of(data, index, policy), [data.prompts[i] for i in index])
@@ -208,38 +311,58 @@ def rl_steps_within(
     times.append(time.perf_counter() - began)
   each = sum(times[1:]) / 2
   steps = max(1, int(seconds / each))
-  print(f"rate     {each:.2f} s an RL step, measured in {sum(times):.0f} s: {steps} steps in a budget of {seconds:g} s")
+  print(
+    f"rate     {each:.2f} s an RL step, measured in {sum(times):.0f} s: {steps} steps in a budget "
+    f"of {seconds:g} s"
+  )
   return steps
 
 
 def labeller_of(config, policy: Policy, reward: RewardModel, workdir: Path) -> Labeller | None:
-  """What orders the pairs of the reward update from the file of judgments, where the run asks for real labels."""
-  return judgments_labeller(config, judged_pairs(config, policy, reward, workdir)) if uses_labels(config) else None
+  """What orders the pairs of the reward update from the file of judgments, where the run asks
+  for real labels.
+  """
+  return (
+    judgments_labeller(config, judged_pairs(config, policy, reward, workdir))
+    if uses_labels(config)
+    else None
+  )
 
 
-def make_two_part_step(config, built: Build, policy: Policy, reward: RewardModel, layout, labeller=None):
-  """Builds `step(state, prompts, texts) -> (state, output, reward-model text of row 0)`; the state is donated.
+def make_two_part_step(
+  config, built: Build, policy: Policy, reward: RewardModel, layout, labeller=None
+):
+  """Builds `step(state, prompts, texts) -> (state, output, reward-model text of row 0)`; the state
+  is donated.
 
   `texts` are the prompts as the rows give them, for the reward model's own rendering.
   """
   K, tokenizer, renderer = config.rollout.group_size, policy.tokenizer, reward.renderer
   rollout = jax.jit(
-    make_rollout(built.defs, config, built.mesh, tokenizer.eos_ids, tokenizer.pad_id), out_shardings=built.rows
+    make_rollout(built.defs, config, built.mesh, tokenizer.eos_ids, tokenizer.pad_id),
+    out_shardings=built.rows,
   )
   labelled = uses_labels(config)
   learn = jax.jit(
-    make_learn(built.defs, config, built.mesh), donate_argnums=0,
-    in_shardings=(layout,) + (None,) * (4 if labelled else 3), out_shardings=(layout, None),
-  )  # fmt: skip
+    make_learn(built.defs, config, built.mesh),
+    donate_argnums=0,
+    in_shardings=(layout,) + (None,) * (4 if labelled else 3),
+    out_shardings=(layout, None),
+  )
 
   def step(state, prompts, texts):
     sequences = rollout(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
     sampled = K * len(texts)  # then the greedy rows of "remax"
     mine = hosts.rows_of(built.rows, len(sequences.tokens)).tolist()
     answers = zip(mine, responses_of(hosts.local(sequences), tokenizer))
-    rows = [(texts[i // K if i < sampled else i - sampled], text, truncated) for i, (text, truncated) in answers]
+    rows = [
+      (texts[i // K if i < sampled else i - sampled], text, truncated)
+      for i, (text, truncated) in answers
+    ]
     ids = [renderer.ids(prompt, text, truncated=truncated) for prompt, text, truncated in rows]
-    tokens, mask = pad_left(ids, renderer.tokenizer.pad_id, hosts.largest(bucket(max(map(len, ids)))))
+    tokens, mask = pad_left(
+      ids, renderer.tokenizer.pad_id, hosts.largest(bucket(max(map(len, ids))))
+    )
     pairs = (labeller(hosts.fetch(sequences), int(state.step)),) if labelled else ()
     state, out = learn(state, sequences, *hosts.place((tokens, mask), built.rows), *pairs)
     return state, out, [row for i, row in zip(mine, rows) if i < sampled]
@@ -247,9 +370,21 @@ def make_two_part_step(config, built: Build, policy: Policy, reward: RewardModel
   return step
 
 
-def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardModel, data: PromptData, out: Path,
-            *, donate: bool, watch: Watch | None = None) -> None:  # fmt: skip
-  """RL for one variant, from the folders' models or from the arm's newest checkpoint; exports both models."""
+def run_arm(
+  config,
+  built: Build,
+  workdir: Path,
+  policy: Policy,
+  reward: RewardModel,
+  data: PromptData,
+  out: Path,
+  *,
+  donate: bool,
+  watch: Watch | None = None,
+) -> None:
+  """RL for one variant, from the folders' models or from the arm's newest checkpoint; exports
+  both models.
+  """
   arm = config.variant
   checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
   state = start_state(config, built, policy, reward, donate=donate)
@@ -258,7 +393,9 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
   state, fresh = loop.resume(config, checkpoints, state, **began)
   if int(state.step) < config.steps:
     if VARIANTS[arm].start == "head" and fresh:
-      state = warm_start(config, built, workdir, state, judged_pairs(config, policy, reward, workdir))
+      state = warm_start(
+        config, built, workdir, state, judged_pairs(config, policy, reward, workdir)
+      )
     labeller = labeller_of(config, policy, reward, workdir)
     step = make_two_part_step(config, built, policy, reward, layout, labeller)
     # a step takes one batch: the saved step is where the data goes on
@@ -275,8 +412,14 @@ def run_arm(config, built: Build, workdir: Path, policy: Policy, reward: RewardM
         print(describe_reward(reward, *rows[0]))
       if t in (0, config.steps - 1):
         texts = [data.prompts[i] for i in index]
-        append_samples(workdir, samples(config, output, texts, policy, "before" if t == 0 else "after"))
-      metrics = output.metrics | {"data/wait": order.waiting_share()} | (watch(output, rows) if watch else {})
+        append_samples(
+          workdir, samples(config, output, texts, policy, "before" if t == 0 else "after")
+        )
+      metrics = (
+        output.metrics
+        | {"data/wait": order.waiting_share()}
+        | (watch(output, rows) if watch else {})
+      )
       shown = dict(reward=metrics["reward/used"], kl=metrics["kl"])
       return state, output, prompts.example_id, metrics, shown
 
@@ -293,44 +436,72 @@ def warm_start(config, built: Build, workdir: Path, state, arrays: dict[str, np.
   batches = (hosts.take(take_pairs(arrays, rows), built.rows) for rows in order)
   job = warm_job(config, built, state.ref, state.reward_backbone, state.reward_head, batches, total)
   like = shapes_of(state.reward_head)
-  return warm(state, stage(workdir, job.stage, like, lambda: do(job, built, workdir), frozen=job.frozen))
+  return warm(
+    state, stage(workdir, job.stage, like, lambda: do(job, built, workdir), frozen=job.frozen)
+  )
 
 
 def start_state(config, built: Build, policy: Policy, reward: RewardModel, *, donate: bool):
-  """The run's first TrainState; an R2M reward model goes on with its own head. `donate` uses the weights up."""
+  """The run's first TrainState; an R2M reward model goes on with its own head. `donate` uses the
+  weights up.
+  """
   state = initial_state(config, built, policy.state, reward.state, reward.phi, donate=donate)
   if reward.head is None or not VARIANTS[config.variant].feedback:
     return state
   saved, head = reward.head
-  wanted = (built.arch.hidden_size, built.reward_arch.hidden_size, config.r2m.attention_dim, config.r2m.num_heads)
+  wanted = (
+    built.arch.hidden_size,
+    built.reward_arch.hidden_size,
+    config.r2m.attention_dim,
+    config.r2m.num_heads,
+  )
   found = (saved.policy_hidden_size, saved.reward_hidden_size, saved.attention_dim, saved.num_heads)
   if wanted != found:
     raise FolderError(
-      f"{reward.folder} has an R2M head of (policy size, reward size, attention_dim, num_heads) = {found}; this run "
-      f"asks for {wanted}: set config.r2m.attention_dim and num_heads, or give a reward model without a head"
+      f"{reward.folder} has an R2M head of (policy size, reward size, attention_dim, num_heads) = "
+      f"{found}; this run "
+      f"asks for {wanted}: set config.r2m.attention_dim and num_heads, or give a reward model "
+      "without a head"
     )
   like = state.reward_head
-  put = lambda x, old: hosts.put(np.asarray(x, old.dtype), old.sharding)
+
+  def put(x, old):
+    return hosts.put(np.asarray(x, old.dtype), old.sharding)
+
   head = jax.tree.map(put, head, like)
   return state.replace(reward_head=head)
 
 
 def prompt_text(prompt) -> str:
   """A prompt for the sample table."""
-  return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+  return (
+    prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+  )
 
 
 def samples(config, output, prompts: list, policy: Policy, when: str) -> list[dict]:
   """One row of samples.jsonl for each of the step's first prompts."""
-  judged, shown = output.judged, slice(0, config.log.samples * config.rollout.group_size, config.rollout.group_size)
+  judged, shown = (
+    output.judged,
+    slice(0, config.log.samples * config.rollout.group_size, config.rollout.group_size),
+  )
   sequences = jax.tree.map(lambda x: x[shown], output.sequences)
   return [
     {
-      "arm": config.variant, "when": when, "prompt": prompt_text(prompt), "response": text,
-      "reward": reward, "frozen": frozen, "length": int(mask.sum()), "truncated": truncated,
+      "arm": config.variant,
+      "when": when,
+      "prompt": prompt_text(prompt),
+      "response": text,
+      "reward": reward,
+      "frozen": frozen,
+      "length": int(mask.sum()),
+      "truncated": truncated,
     }
     for prompt, (text, truncated), reward, frozen, mask in zip(
-      prompts, responses_of(sequences, policy.tokenizer), judged.scores[shown], judged.scores_frozen[shown],
+      prompts,
+      responses_of(sequences, policy.tokenizer),
+      judged.scores[shown],
+      judged.scores_frozen[shown],
       sequences.response_mask,
     )
-  ]  # fmt: skip
+  ]

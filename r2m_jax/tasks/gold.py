@@ -1,4 +1,6 @@
-"""The run: stages one after another (sft, reward, RL arms), each logged, saved, and skipped where done before."""
+"""The run: stages one after another (sft, reward, RL arms), each logged, saved, and skipped
+where done before.
+"""
 
 import functools
 from collections.abc import Callable
@@ -16,8 +18,16 @@ from r2m_jax.models.generate import generate
 from r2m_jax.parallel import hosts, sharding
 from r2m_jax.report.page import format_summary, summary_table, write_report
 from r2m_jax.run import checkpoint, loop
-from r2m_jax.run.build import KEY_TABLE, Build, abstract, build, init_policy, init_reward_model, initial_state
-from r2m_jax.run.build import make_first_state
+from r2m_jax.run.build import (
+  KEY_TABLE,
+  Build,
+  abstract,
+  build,
+  init_policy,
+  init_reward_model,
+  initial_state,
+  make_first_state,
+)
 from r2m_jax.run.fit import do
 from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
 from r2m_jax.run.metrics import append_samples, read_metrics
@@ -41,14 +51,21 @@ def run(config, workdir: Path) -> None:
   policy_like = abstract(functools.partial(init_policy, config, built), mesh, key)
   policy = stage(workdir, "sft", policy_like, lambda: fit_sft(config, built, workdir))
   if config.task != "sft":
-    reward_like = abstract(functools.partial(init_reward_model, config, built), mesh, policy_like, key)
-    reward = stage(workdir, "reward", reward_like, lambda: fit_reward(config, built, workdir, policy))
+    reward_like = abstract(
+      functools.partial(init_reward_model, config, built), mesh, policy_like, key
+    )
+    reward = stage(
+      workdir, "reward", reward_like, lambda: fit_reward(config, built, workdir, policy)
+    )
   if config.task == "r2m":
     if not (workdir / "checkpoints").exists():
       check_model(
-        built.defs.policy, policy, vocab_size=built.arch.vocab_size, dtype=config.dtype,
+        built.defs.policy,
+        policy,
+        vocab_size=built.arch.vocab_size,
+        dtype=config.dtype,
         temperature=config.rollout.temperature,
-      )  # fmt: skip
+      )
     programs = {}
     for variant in (config.variant,) if config.variant else config.arms:
       arm = with_variant(config, variant)
@@ -58,7 +75,10 @@ def run(config, workdir: Path) -> None:
       built, start = programs[program.variant].built, reward
       if VARIANTS[variant].start == "golden":
         start = stage(
-          workdir, "reward_golden", reward_like, lambda: fit_golden(arm, built, workdir, policy, reward)
+          workdir,
+          "reward_golden",
+          reward_like,
+          lambda: fit_golden(arm, built, workdir, policy, reward),
         )
       run_arm(arm, programs[program.variant], workdir, policy, start)
   title = f"R2M: {config.task}, {config.algorithm}, seed {config.seed}"
@@ -85,28 +105,39 @@ def make_programs(config, mesh, policy, reward) -> Programs:
   """Nothing is compiled before it is called. policy and reward say of what shape the arms start."""
   built = build(config, mesh, vocab_size=goldtask.VOCAB_SIZE)
   first = make_first_state(config, built)
-  state = jax.eval_shape(first, jax.random.key(config.seed), policy, reward["backbone"], reward["phi"])
+  state = jax.eval_shape(
+    first, jax.random.key(config.seed), policy, reward["backbone"], reward["phi"]
+  )
   step = make_gold_step(config, built, sharding.shardings(state, mesh))
   return Programs(built, first, step, make_sampler(config, built))
 
 
 def run_arm(config, programs: Programs, workdir: Path, policy, reward) -> None:
-  """RL for one variant, from the shared starting policy and reward model or from the arm's newest checkpoint."""
+  """RL for one variant, from the shared starting policy and reward model or from the arm's
+  newest checkpoint.
+  """
   arm, built, shared = config.variant, programs.built, shared_arm(config)
   checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
-  state = initial_state(config, built, policy, reward["backbone"], reward["phi"], make=programs.first)
+  state = initial_state(
+    config, built, policy, reward["backbone"], reward["phi"], make=programs.first
+  )
   models = loop.models_of(state)
   state, fresh = loop.resume(config, checkpoints, state, models=models)
   if fresh and VARIANTS[arm].start == "head":
     like = shapes_of(state.reward_head)
     head = stage(
-      workdir, "warm_start", like,
+      workdir,
+      "warm_start",
+      like,
       lambda: do(head_job(config, built, policy, reward, state.reward_head), built, workdir),
     )
     state = warm(state, head)
   if int(state.step) == config.steps:
     return
-  table = lambda when: table_rows(arm, when, *hosts.fetch(programs.sample(state, shared)))
+
+  def table(when):
+    return table_rows(arm, when, *hosts.fetch(programs.sample(state, shared)))
+
   if fresh:
     append_samples(workdir, table("before"))
 
@@ -114,10 +145,14 @@ def run_arm(config, programs: Programs, workdir: Path, policy, reward) -> None:
     prompts = rl_prompts(config, t)
     state, out = programs.step(state, prompts, shared)
     out = hosts.fetch(out)
-    out = out.replace(metrics={name: value for name, value in out.metrics.items() if measured(name, arm)})
+    out = out.replace(
+      metrics={name: value for name, value in out.metrics.items() if measured(name, arm)}
+    )
     metrics = out.metrics | gold_metrics(out, config.rollout.group_size)
     if t == 0:
-      check_step_zero(metrics, sample_rounding(built.defs, config, state.ref, out.sequences), config)
+      check_step_zero(
+        metrics, sample_rounding(built.defs, config, state.ref, out.sequences), config
+      )
     shown = dict(gold=metrics["reward/gold"], frozen=metrics["reward/frozen"], kl=metrics["kl"])
     return state, out, prompts.example_id, metrics, shown
 
@@ -126,7 +161,9 @@ def run_arm(config, programs: Programs, workdir: Path, policy, reward) -> None:
 
 
 def make_sampler(config, built: Build):
-  """Builds `sample(state, arm) -> (sequences, judged)`: one sample for each of a few fixed prompts."""
+  """Builds `sample(state, arm) -> (sequences, judged)`: one sample for each of a few fixed
+  prompts.
+  """
   count = config.log.samples
   prompts = goldtask.prompts(config.seed, STREAM_TABLE, 0, count)
   read, judge, omega_at = make_read(config), make_judge(built.defs, config), make_omega(config)
@@ -135,10 +172,19 @@ def make_sampler(config, built: Build):
   def sample(state, arm):
     key = jax.random.fold_in(state.key, KEY_TABLE)
     sequences = generate(
-      built.defs.open_policy(state.policy, state.ref), prompts, key, 0, group_size=1, eos_ids=(goldtask.EOS,),
-      max_new_tokens=config.rollout.max_new_tokens, pad_id=goldtask.PAD, **sampling(config),
-    )  # fmt: skip
-    old, ref = read(built.defs.open_policy(state.policy, state.ref), built.defs.open_ref(state.ref), sequences)
+      built.defs.open_policy(state.policy, state.ref),
+      prompts,
+      key,
+      0,
+      group_size=1,
+      eos_ids=(goldtask.EOS,),
+      max_new_tokens=config.rollout.max_new_tokens,
+      pad_id=goldtask.PAD,
+      **sampling(config),
+    )
+    old, ref = read(
+      built.defs.open_policy(state.policy, state.ref), built.defs.open_ref(state.ref), sequences
+    )
     w = omega_at(state.step, measured_kl(old, ref, sequences))
     rows = sequences.tokens, sequences.token_mask
     return sequences, judge(state, w, sequences, old, ref, *rows, arm, sampled=count)[0]

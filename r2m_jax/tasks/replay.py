@@ -1,11 +1,13 @@
-"""One sample of a run once more: its tokens, log-probabilities, what the reward reads, and how the reward is made.
+"""One sample of a run once more: its tokens, log-probabilities, what the reward reads, and how the
+reward is made.
 
   python -m r2m_jax.main --config=configs/default.py --workdir=RUN --config.task=replay \\
     --config.replay.step=7 --config.replay.prompt=3 --config.replay.sample=0
 
-RUN is a run of the gold-reward task, one from Hugging Face folders, or one of task=scratch. The step is run again by
-the program of the run itself, from the nearest checkpoint before it, so on the same kind of device and mesh every token
-is the one that was drawn. RUN is read and only RUN/replay is written.
+RUN is a run of the gold-reward task, one from Hugging Face folders, or one of task=scratch. The
+step is run again by the program of the run itself, from the nearest checkpoint before it, so on the
+same kind of device and mesh every token is the one that was drawn. RUN is read and only RUN/replay
+is written.
 """
 
 import functools
@@ -35,7 +37,9 @@ from r2m_jax.step import make_judge, make_omega, make_read, measured_kl
 from r2m_jax.tasks import folders, scratch
 from r2m_jax.tasks.export import run_config
 
-MATCHES = 1e-5  # a logged metric made again; a rounding error, where the mesh is another than the run's
+MATCHES = (
+  1e-5  # a logged metric made again; a rounding error, where the mesh is another than the run's
+)
 
 
 def run(config, workdir: Path) -> dict:
@@ -43,15 +47,23 @@ def run(config, workdir: Path) -> dict:
   wanted = config.replay
   config = config_of(config, workdir)
   t, place = wanted.step, wanted.prompt
-  limits = {"step": config.steps, "prompt": config.rollout.prompts, "sample": config.rollout.group_size}
+  limits = {
+    "step": config.steps,
+    "prompt": config.rollout.prompts,
+    "sample": config.rollout.group_size,
+  }
   for name, limit in limits.items():
     if wanted[name] >= limit:
-      raise ConfigError(f"config.replay.{name} is {wanted[name]}: the run has {limit}, counted from 0")
+      raise ConfigError(
+        f"config.replay.{name} is {wanted[name]}: the run has {limit}, counted from 0"
+      )
   again = (from_folders if config.policy.path else gold_task)(config, workdir)
   if wanted.example_id >= 0:
     ids = [int(i) for i in again.example_ids(t)]
     if wanted.example_id not in ids:
-      raise ConfigError(f"config.replay.example_id is {wanted.example_id}: the prompts of step {t} are {ids}")
+      raise ConfigError(
+        f"config.replay.example_id is {wanted.example_id}: the prompts of step {t} are {ids}"
+      )
     place = ids.index(wanted.example_id)
   row = place * config.rollout.group_size + wanted.sample
   state = state_before(config, again, workdir, t)
@@ -62,22 +74,36 @@ def run(config, workdir: Path) -> dict:
   parts, out = jax.device_get((make_parts(config, again.built)(before, out.sequences, *read), out))
 
   width = out.sequences.response_mask.shape[1]
-  tokens, mask, keep = (x[row] for x in (out.sequences.tokens, out.sequences.token_mask, out.sequences.response_mask))
-  reward, frozen, w = out.judged.scores[row], out.judged.scores_frozen[row], float(parts.pop("omega"))
+  tokens, mask, keep = (
+    x[row] for x in (out.sequences.tokens, out.sequences.token_mask, out.sequences.response_mask)
+  )
+  reward, frozen, w = (
+    out.judged.scores[row],
+    out.judged.scores_frozen[row],
+    float(parts.pop("omega")),
+  )
   mine = {name: None if x is None else x[row] for name, x in parts.items()}
   weights, listed = mine["attention"], lambda x: [plain(value) for value in x]
   found = {
-    "arm": config.variant, "step": t, "prompt": place, "sample": wanted.sample,
+    "arm": config.variant,
+    "step": t,
+    "prompt": place,
+    "sample": wanted.sample,
     "example_id": int(again.example_ids(t)[place]),
     **again.tell(out.sequences, row),
     "tokens": tokens[-width:][keep].tolist(),
     "logprobs": listed(mine["logprobs"][keep]),
     "ref_logprobs": listed(mine["ref_logprobs"][keep]),
-    "states": [again.word(i) for i in tokens[mask].tolist()],  # the policy's, prompt and answer: what attention reads
+    "states": [
+      again.word(i) for i in tokens[mask].tolist()
+    ],  # the policy's, prompt and answer: what attention reads
     "attention": None if weights is None else [listed(head) for head in weights[:, mask]],
-    "omega": w, "reward": plain(reward), "frozen": plain(frozen),
-    "own": listed(mine["own"]), "read": None if mine["read"] is None else listed(mine["read"]),
-  }  # fmt: skip
+    "omega": w,
+    "reward": plain(reward),
+    "frozen": plain(frozen),
+    "own": listed(mine["own"]),
+    "read": None if mine["read"] is None else listed(mine["read"]),
+  }
   path = workdir / "replay" / f"{config.variant}-{t}-{place}-{wanted.sample}.json"
   write_atomic(path, json.dumps(found, indent=1, allow_nan=False))
   print(f"prompt   {found['prompt_text']}\nanswer   {found['response_text']}")
@@ -85,7 +111,10 @@ def run(config, workdir: Path) -> dict:
   print(f"reward   {reward:.4f} (frozen {frozen:.4f}, omega {w:.3f}){gold}")
   if weights is not None:
     most = np.argsort(-weights[:, mask].mean(0))[:5]
-    print("reads    " + ", ".join(f"{found['states'][i]} {weights[:, mask].mean(0)[i]:.2f}" for i in most))
+    print(
+      "reads    "
+      + ", ".join(f"{found['states'][i]} {weights[:, mask].mean(0)[i]:.2f}" for i in most)
+    )
   compare(workdir, config.variant, t, out.metrics)
   print(f"all of it in {path}")
   return found
@@ -93,21 +122,40 @@ def run(config, workdir: Path) -> dict:
 
 def compare(workdir: Path, arm: str, t: int, metrics: dict) -> None:
   """Says whether the step made again has the metrics that the run logged."""
-  logged = [row for row in read_metrics(workdir) if (row["stage"], row["arm"], row["step"]) == ("rl", arm, t)]
+  logged = [
+    row
+    for row in read_metrics(workdir)
+    if (row["stage"], row["arm"], row["step"]) == ("rl", arm, t)
+  ]
   if not logged:
     print(f"check    metrics.jsonl has no row of {arm}, step {t}")
     return
-  pairs = {name: (float(plain(value)), logged[0][name]) for name, value in metrics.items() if name in logged[0]}
-  off = {name: 0.0 if np.array_equal(a, b, equal_nan=True) else abs(a - b) for name, (a, b) in pairs.items()}
+  pairs = {
+    name: (float(plain(value)), logged[0][name])
+    for name, value in metrics.items()
+    if name in logged[0]
+  }
+  off = {
+    name: 0.0 if np.array_equal(a, b, equal_nan=True) else abs(a - b)
+    for name, (a, b) in pairs.items()
+  }
   worst = max(off, key=lambda name: np.nan_to_num(off[name], nan=np.inf))
-  print(f"check    {len(off)} metrics of the step against metrics.jsonl: largest difference {off[worst]:.1e} ({worst})")
+  print(
+    f"check    {len(off)} metrics of the step against metrics.jsonl: largest difference "
+    f"{off[worst]:.1e} ({worst})"
+  )
   if wrong := [name for name in off if not off[name] <= MATCHES * max(1, abs(pairs[name][1]))]:
-    print(f"check    this is NOT the run's sample, or made by another version: {', '.join(wrong)}; give it the run's "
-          "--config.mesh, kind of device and version")  # fmt: skip
+    print(
+      f"check    this is NOT the run's sample, or made by another version: {', '.join(wrong)}; "
+      "give it the run's "
+      "--config.mesh, kind of device and version"
+    )
 
 
 def config_of(config, workdir: Path):
-  """The config with which the run in `workdir` made the arm that config.replay names, with this call's mesh."""
+  """The config with which the run in `workdir` made the arm that config.replay names, with this
+  call's mesh.
+  """
   if not (workdir / "config.json").is_file():
     raise ConfigError(f"--workdir={workdir} holds no run: there is no config.json")
   arms = sorted(folder.name for folder in (workdir / "checkpoints").glob("*"))
@@ -116,7 +164,11 @@ def config_of(config, workdir: Path):
     have = ", ".join(arms) or "no checkpoints"
     raise ConfigError(f"config.replay.arm is {config.replay.arm!r}: {workdir} has {have}")
   config = run_config(config, workdir, mine=("mesh", "replay"))
-  return scratch.arm_config(config, workdir, arm) if config.task == "scratch" else with_variant(config, arm)
+  return (
+    scratch.arm_config(config, workdir, arm)
+    if config.task == "scratch"
+    else with_variant(config, arm)
+  )
 
 
 def state_before(config, again: Again, workdir: Path, t: int):
@@ -131,7 +183,8 @@ def state_before(config, again: Again, workdir: Path, t: int):
       return checkpoint.restore(saved, again.first, step)
   if config.checkpoint.fork_from:
     raise ConfigError(
-      f"config.replay.step is {t}: no checkpoint of this fork is at or before it; if {config.checkpoint.fork_from} "
+      f"config.replay.step is {t}: no checkpoint of this fork is at or before it; if "
+      f"{config.checkpoint.fork_from} "
       "made that step, replay it there"
     )
   print(f"replay   step {t} of {arm}, from the beginning: no checkpoint is at or before it")
@@ -146,7 +199,9 @@ def first_of(config, again: Again, workdir: Path):
 
 
 def stage_of(workdir: Path, name: str, like):
-  """The result of a stage, refused where its files are damaged; nothing is set aside, since the run is only read."""
+  """The result of a stage, refused where its files are damaged; nothing is set aside, since the
+  run is only read.
+  """
   return checkpoint.restore(checkpoint.open_checkpoints(workdir / "stages" / name), like, 0)
 
 
@@ -159,8 +214,12 @@ def gold_task(config, workdir: Path) -> Again:
   key = jax.random.key(config.seed)
   policy = abstract(functools.partial(init_policy, config, built), built.mesh, key)
   reward = abstract(functools.partial(init_reward_model, config, built), built.mesh, policy, key)
-  started = stage_of(workdir, "reward_golden" if VARIANTS[config.variant].start == "golden" else "reward", reward)
-  first = initial_state(config, built, stage_of(workdir, "sft", policy), started["backbone"], started["phi"])
+  started = stage_of(
+    workdir, "reward_golden" if VARIANTS[config.variant].start == "golden" else "reward", reward
+  )
+  first = initial_state(
+    config, built, stage_of(workdir, "sft", policy), started["backbone"], started["phi"]
+  )
   layout, arm = sharding.shardings(first, built.mesh), shared_arm(config)
   program = make_gold_step(program_of(config), built, layout)
 
@@ -177,24 +236,40 @@ def gold_task(config, workdir: Path) -> Again:
       "gold": jax.tree.map(lambda x: float(x[row]), goldtask.gold(sequences))._asdict(),
     }
 
-  return Again(built, first, step, lambda t: rl_prompts(config, t).example_id, tell, lambda i: goldtask.WORDS[i])
+  return Again(
+    built,
+    first,
+    step,
+    lambda t: rl_prompts(config, t).example_id,
+    tell,
+    lambda i: goldtask.WORDS[i],
+  )
 
 
 def from_folders(config, workdir: Path) -> Again:
-  """A run from Hugging Face folders; refused where its rows or the reward model's rendering are not what they were."""
+  """A run from Hugging Face folders; refused where its rows or the reward model's rendering are
+  not what they were.
+  """
   mesh = mesh_of(config)
-  policy, reward = load_policy(config.policy.path, config, mesh), load_reward(config.reward.path, config, mesh)
+  policy, reward = (
+    load_policy(config.policy.path, config, mesh),
+    load_reward(config.reward.path, config, mesh),
+  )
   folders.hold_contract(workdir, reward.renderer)
   data = prompt_data(config, policy, workdir)
   built = folders.build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   first = folders.start_state(config, built, policy, reward, donate=True)
   labeller = folders.labeller_of(config, policy, reward, workdir)
-  program = folders.make_two_part_step(config, built, policy, reward, sharding.shardings(first, mesh), labeller)
+  program = folders.make_two_part_step(
+    config, built, policy, reward, sharding.shardings(first, mesh), labeller
+  )
   rows: list = []  # of the step made last: (prompt, answer, whether it was cut off)
 
   def step(state, t: int):
     index = data.order[t]
-    state, out, rows[:] = program(state, batch_of(data, index, policy), [data.prompts[i] for i in index])
+    state, out, rows[:] = program(
+      state, batch_of(data, index, policy), [data.prompts[i] for i in index]
+    )
     return state, out, *reward.renderer.batch(rows)
 
   def tell(sequences, row: int) -> dict:
@@ -202,19 +277,26 @@ def from_folders(config, workdir: Path) -> Again:
     prompt, answer, cut = rows[row]
     read = reward.renderer.tokenizer.hf.decode(reward.renderer.ids(prompt, answer, truncated=cut))
     return {
-      "prompt_text": folders.prompt_text(prompt), "response_text": answer, "truncated": cut, "reward_reads": read,
-    }  # fmt: skip
+      "prompt_text": folders.prompt_text(prompt),
+      "response_text": answer,
+      "truncated": cut,
+      "reward_reads": read,
+    }
 
-  word = lambda i: policy.tokenizer.hf.decode([i])
+  def word(i):
+    return policy.tokenizer.hf.decode([i])
+
   return Again(built, first, step, lambda t: data.order[t], tell, word)
 
 
 def make_parts(config, built: Build):
-  """Builds `parts(state, sequences, reward_tokens, reward_mask)`, each array with a leading axis B but omega.
+  """Builds `parts(state, sequences, reward_tokens, reward_mask)`, each array with a leading axis B
+  but omega.
 
-  logprobs, ref_logprobs f32[B, T]; attention f32[B, heads, L] of the head over the policy's states; omega; own and read
-  f32[B, M], what each head of phi makes of the reward model's own embedding and of what attention read. With the
-  policy's feedback the reward is omega * own + (1 - omega) * read (eq. 4; phi is linear).
+  logprobs, ref_logprobs f32[B, T]; attention f32[B, heads, L] of the head over the policy's states;
+  omega; own and read f32[B, M], what each head of phi makes of the reward model's own embedding and
+  of what attention read. With the policy's feedback the reward is omega * own + (1 - omega) * read
+  (eq. 4; phi is linear).
   """
   read, judge, omega_at = make_read(config), make_judge(built.defs, config), make_omega(config)
   defs, feedback = built.defs, VARIANTS[config.variant].feedback
@@ -223,15 +305,25 @@ def make_parts(config, built: Build):
   def parts(state, sequences, reward_tokens, reward_mask):
     old, ref = read(defs.open_policy(state.policy, state.ref), defs.open_ref(state.ref), sequences)
     w = omega_at(state.step, measured_kl(old, ref, sequences))
-    judged, _ = judge(state, w, sequences, old, ref, reward_tokens, reward_mask, sampled=len(sequences.tokens))
-    head = nnx.merge(defs.reward_head, state.reward_head if state.reward_average is None else state.reward_average)
+    judged, _ = judge(
+      state, w, sequences, old, ref, reward_tokens, reward_mask, sampled=len(sequences.tokens)
+    )
+    head = nnx.merge(
+      defs.reward_head, state.reward_head if state.reward_average is None else state.reward_average
+    )
     attention = attended = None
     if feedback == "policy":
       attention = head.attention_weights(judged.rte, old.hidden, sequences.token_mask)
-      attended = member_scores(head.phi, head.cross_attend(judged.rte, old.hidden, sequences.token_mask))
+      attended = member_scores(
+        head.phi, head.cross_attend(judged.rte, old.hidden, sequences.token_mask)
+      )
     return {
-      "logprobs": old.logprobs, "ref_logprobs": ref.logprobs, "attention": attention, "omega": w,
-      "own": member_scores(head.phi, judged.rte), "read": attended,
-    }  # fmt: skip
+      "logprobs": old.logprobs,
+      "ref_logprobs": ref.logprobs,
+      "attention": attention,
+      "omega": w,
+      "own": member_scores(head.phi, judged.rte),
+      "read": attended,
+    }
 
   return parts

@@ -1,9 +1,10 @@
-"""Batch use of a model from a Hugging Face folder: `task=generate` and `task=score`, JSON lines in and out.
+"""Batch use of a model from a Hugging Face folder: `task=generate` and `task=score`, JSON lines in
+and out.
 
-  python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=generate --config.policy.path=P \\
-    --config.generate.input=IN.jsonl --config.generate.output=OUT.jsonl
-  python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=score --config.reward.path=P \\
-    --config.score.input=IN.jsonl --config.score.output=OUT.jsonl
+  python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=generate
+    --config.policy.path=P \\ --config.generate.input=IN.jsonl --config.generate.output=OUT.jsonl
+  python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=score
+    --config.reward.path=P \\ --config.score.input=IN.jsonl --config.score.output=OUT.jsonl
 """
 
 from collections.abc import Callable, Iterator
@@ -15,8 +16,17 @@ from jax.sharding import NamedSharding
 
 from r2m_jax.data.jsonl import check_output, read_rows, write_rows
 from r2m_jax.data.text import Tokenizer, as_prompts, each_row, pad_left, responses_of
-from r2m_jax.hf.folders import FolderError, Policy, RewardModel, abstract_head, describe_reward, load_policy
-from r2m_jax.hf.folders import load_reward, mesh_of, phi_score
+from r2m_jax.hf.folders import (
+  FolderError,
+  Policy,
+  RewardModel,
+  abstract_head,
+  describe_reward,
+  load_policy,
+  load_reward,
+  mesh_of,
+  phi_score,
+)
 from r2m_jax.models.generate import generate
 from r2m_jax.models.reward import read_rte
 from r2m_jax.parallel import hosts, sharding
@@ -35,14 +45,18 @@ def require_finite(config, finite: np.ndarray, what: str, model: str) -> None:
   """Raises FolderError if a row's result is NaN or infinite; finite: bool[N]."""
   if not finite.all():
     raise FolderError(
-      f"the {what} of {(~finite).sum()} of {len(finite)} rows are not finite, the first of row {finite.argmin() + 1}; "
-      f"nothing was written. The weights of {model} may hold NaN or infinity, or overflow in {config.dtype}: try "
+      f"the {what} of {(~finite).sum()} of {len(finite)} rows are not finite, the first of row "
+      f"{finite.argmin() + 1}; "
+      f"nothing was written. The weights of {model} may hold NaN or infinity, or overflow in "
+      f"{config.dtype}: try "
       "--config.dtype=float32, or copy the folder again"
     )
 
 
 def batches(lengths: list[int], size: int) -> Iterator[np.ndarray]:
-  """Row indices in batches of like length, each of `size` rows or of all; the last is filled up by repeating rows."""
+  """Row indices in batches of like length, each of `size` rows or of all; the last is filled up
+  by repeating rows.
+  """
   order = np.argsort(lengths, kind="stable")
   for i in range(0, len(order), size):
     yield np.resize(order[i : i + size], size)
@@ -64,7 +78,9 @@ def spread(batch, mesh):
 
 
 def run_generate(config) -> None:
-  """Reads rows with `prompt`; writes them with prompt_tokens, tokens, logprobs, text and truncated, in their order."""
+  """Reads rows with `prompt`; writes them with prompt_tokens, tokens, logprobs, text and
+  truncated, in their order.
+  """
   settings, mesh = config.generate, mesh_of(config)
   check_output(settings.output, "config.generate.output")
   rows = read_rows(settings.input, ("prompt",))
@@ -74,8 +90,13 @@ def run_generate(config) -> None:
   results = sample(config, policy, prompts, mesh)
   finite = np.array([np.isfinite(result["logprobs"]).all() for result in results])
   require_finite(config, finite, "log-probabilities", f"config.policy.path = {config.policy.path}")
-  file = hosts.on_first(lambda: str(write_rows(settings.output, [row | more for row, more in zip(rows, results)])))
-  print(f"wrote    {len(rows)} rows to {file}; {sum(r['truncated'] for r in results)} cut off at the length limit")
+  file = hosts.on_first(
+    lambda: str(write_rows(settings.output, [row | more for row, more in zip(rows, results)]))
+  )
+  print(
+    f"wrote    {len(rows)} rows to {file}; {sum(r['truncated'] for r in results)} cut off at the "
+    "length limit"
+  )
 
 
 def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]:
@@ -87,9 +108,16 @@ def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]
   def draw(state, prompts):
     model = nnx.merge(policy.graphdef, state)
     sequences = generate(
-      model, prompts, jax.random.key(config.seed), 0, group_size=1, max_new_tokens=T, eos_ids=tokenizer.eos_ids,
-      temperature=settings.temperature, pad_id=tokenizer.pad_id,
-    )  # fmt: skip
+      model,
+      prompts,
+      jax.random.key(config.seed),
+      0,
+      group_size=1,
+      max_new_tokens=T,
+      eos_ids=tokenizer.eos_ids,
+      temperature=settings.temperature,
+      pad_id=tokenizer.pad_id,
+    )
     # at temperature 0 the log-probabilities are those of the unscaled logits
     reading = dict(temperature=settings.temperature or 1.0, layer=-1, chunk=config.logits_chunk)
     return sequences, read_feedback(model, sequences, **reading).logprobs
@@ -97,7 +125,9 @@ def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]
   results: list[dict] = [{}] * len(prompts)
   with progress(-(-len(prompts) // size), "generate") as bar:
     for index in batches([len(p) for p in prompts], size):
-      batch = as_prompts([prompts[i] for i in index], tokenizer.pad_id).replace(example_id=index.astype(np.int32))
+      batch = as_prompts([prompts[i] for i in index], tokenizer.pad_id).replace(
+        example_id=index.astype(np.int32)
+      )
       sequences, logprobs = hosts.fetch(draw(policy.state, spread(batch, mesh)))
       texts, lengths = responses_of(sequences, tokenizer), sequences.response_mask.sum(1)
       for row, i in enumerate(index):
@@ -116,7 +146,9 @@ def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]
 
 
 def run_score(config) -> None:
-  """Reads rows with `prompt` and `response` (and `truncated`, if given); writes them with `score`, in their order."""
+  """Reads rows with `prompt` and `response` (and `truncated`, if given); writes them with
+  `score`, in their order.
+  """
   settings, mesh = config.score, mesh_of(config)
   check_output(settings.output, "config.score.output")
   rows = read_rows(settings.input, ("prompt", "response"))
@@ -125,27 +157,43 @@ def run_score(config) -> None:
   if reward.head is not None:
     if not config.policy.path:
       raise FolderError(
-        f"config.reward.path is {config.reward.path}: an R2M reward model, which reads the policy's hidden states; "
+        f"config.reward.path is {config.reward.path}: an R2M reward model, which reads the "
+        "policy's hidden states; "
         "give the policy as config.policy.path"
       )
     policy = load_policy(config.policy.path, config, mesh)
-  print(describe_reward(reward, rows[0]["prompt"], rows[0]["response"], rows[0].get("truncated", False)))
+  print(
+    describe_reward(reward, rows[0]["prompt"], rows[0]["response"], rows[0].get("truncated", False))
+  )
   scores = score(config, reward, policy, rows, mesh)
-  require_finite(config, np.isfinite(scores), "scores", f"config.reward.path = {config.reward.path}")
-  write = lambda: str(write_rows(settings.output, [row | {"score": float(s)} for row, s in zip(rows, scores)]))
+  require_finite(
+    config, np.isfinite(scores), "scores", f"config.reward.path = {config.reward.path}"
+  )
+
+  def write():
+    return str(
+      write_rows(settings.output, [row | {"score": float(s)} for row, s in zip(rows, scores)])
+    )
+
   file = hosts.on_first(write)
   low, high = scores.min(), scores.max()
-  print(f"wrote    {len(rows)} scores to {file}, mean {scores.mean():.4f}, from {low:.4f} to {high:.4f}")
+  print(
+    f"wrote    {len(rows)} scores to {file}, mean {scores.mean():.4f}, from {low:.4f} to {high:.4f}"
+  )
 
 
 def policy_ids(tokenizer: Tokenizer, row: dict) -> list[int]:
   """Prompt and response as the policy would have sampled them."""
   ids = tokenizer.render(row["prompt"]) + tokenizer.encode(row["response"], special=False)
-  return ids if row.get("truncated", False) or tokenizer.end_id is None else [*ids, tokenizer.end_id]
+  return (
+    ids if row.get("truncated", False) or tokenizer.end_id is None else [*ids, tokenizer.end_id]
+  )
 
 
 def score(config, reward: RewardModel, policy: Policy | None, rows: list[dict], mesh) -> np.ndarray:
-  """The score of every row, f32[N]. An R2M reward model reads `policy`, at the omega it was exported with."""
+  """The score of every row, f32[N]. An R2M reward model reads `policy`, at the omega it was
+  exported with.
+  """
   return make_scorer(config, reward, policy, mesh)(rows)
 
 
@@ -160,7 +208,8 @@ def make_scorer(
   head_config, head_state = reward.head or (None, None)
   if head_config is not None and head_config.policy_hidden_size != policy.arch.hidden_size:
     raise FolderError(
-      f"{reward.folder} reads hidden states of {head_config.policy_hidden_size} numbers; those of config.policy.path = "
+      f"{reward.folder} reads hidden states of {head_config.policy_hidden_size} numbers; those of "
+      "config.policy.path = "
       f"{config.policy.path} have {policy.arch.hidden_size}: give the policy it was trained with"
     )
 
@@ -179,16 +228,24 @@ def make_scorer(
 
   def scores_of(rows: list[dict]) -> np.ndarray:
     ids = each_row(
-      rows, lambda r: reward.renderer.ids(r["prompt"], r["response"], truncated=r.get("truncated", False)),
+      rows,
+      lambda r: reward.renderer.ids(
+        r["prompt"], r["response"], truncated=r.get("truncated", False)
+      ),
       config.score.input,
-    )  # fmt: skip
+    )
     lengths = [len(row) for row in ids]
     if head_config is not None:
       read = each_row(rows, lambda r: policy_ids(policy.tokenizer, r), config.score.input)
-    scores, size = np.zeros(len(rows), np.float32), batch_size(config, config.score, len(rows), mesh)
+    scores, size = (
+      np.zeros(len(rows), np.float32),
+      batch_size(config, config.score, len(rows), mesh),
+    )
     with progress(-(-len(rows) // size), "score", enabled=shown) as bar:
       for index in batches(lengths, size):
-        tokens, mask = spread(pad_left([ids[i] for i in index], reward.renderer.tokenizer.pad_id), mesh)
+        tokens, mask = spread(
+          pad_left([ids[i] for i in index], reward.renderer.tokenizer.pad_id), mesh
+        )
         if head_config is None:
           result = plain(reward.state, reward.phi, tokens, mask)
         else:

@@ -1,10 +1,12 @@
-"""`task=tokenizer`: a byte-level BPE tokenizer with a chat template, and a model with random weights beside it.
+"""`task=tokenizer`: a byte-level BPE tokenizer with a chat template, and a model with random
+weights beside it.
 
-  python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=tokenizer --config.data.name=FILES
+  python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=tokenizer
+  --config.data.name=FILES
 
-Ends with W/export/policy, a Hugging Face folder like any other: `--config.policy.path=W/export/policy` with
-`--config.task=sft` trains it. Texts, dialogues and preferences will do as a corpus; of a preference the chosen reply
-is read.
+Ends with W/export/policy, a Hugging Face folder like any other:
+`--config.policy.path=W/export/policy` with `--config.task=sft` trains it. Texts, dialogues and
+preferences will do as a corpus; of a preference the chosen reply is read.
 """
 
 import tempfile
@@ -32,14 +34,19 @@ TEMPLATE = (  # one token opens a message, one ends it
 
 
 def run(config, workdir: Path, *, out: Path | None = None) -> None:
-  """Trains on config.data; ends with tokenizer and model in `out`, WORKDIR/export/policy where not given."""
+  """Trains on config.data; ends with tokenizer and model in `out`, WORKDIR/export/policy where
+  not given.
+  """
   if out is None:
     claim(config, workdir)
   texts = list(texts_of(load(config.data, "text")))
   texts = list(dict.fromkeys(texts)) if config.data.unique else texts
   core = train(texts, config.tokenizer.vocab_size, config.tokenizer.min_frequency)
   characters, tokens = sum(map(len, texts)), sum(len(e.ids) for e in core.encode_batch_fast(texts))
-  print(f"tokens   {core.get_vocab_size()} entries, {characters / tokens:.2f} characters a token of its own corpus")
+  print(
+    f"tokens   {core.get_vocab_size()} entries, {characters / tokens:.2f} characters a token of "
+    "its own corpus"
+  )
   out, mesh = out or workdir / "export/policy", mesh_of(config)
   built = build(config, mesh, vocab_size=core.get_vocab_size())
   state = init_policy(config, built, jax.random.fold_in(jax.random.key(config.seed), KEY_INIT))
@@ -47,7 +54,9 @@ def run(config, workdir: Path, *, out: Path | None = None) -> None:
     save_tokenizer(core, beside, end=END, pad=PAD, special=ROLES, template=TEMPLATE)
     save_pretrained(folder, built.arch, state, tokenizer_folder=beside)
   parameters = sum(x.size for x in jax.tree.leaves(state))
-  print(f"export   a tokenizer and a model of {parameters / 1e6:.2f} million random weights in {out}")
+  print(
+    f"export   a tokenizer and a model of {parameters / 1e6:.2f} million random weights in {out}"
+  )
 
 
 def texts_of(rows: Iterable[dict]) -> Iterator[str]:
@@ -56,23 +65,32 @@ def texts_of(rows: Iterable[dict]) -> Iterator[str]:
     if "text" in row:
       yield row["text"]
       continue
-    yield from [row["prompt"]] if isinstance(row["prompt"], str) else [m["content"] for m in row["prompt"]]
+    yield from (
+      [row["prompt"]] if isinstance(row["prompt"], str) else [m["content"] for m in row["prompt"]]
+    )
     yield row["response"]
 
 
 def train(texts: Iterable[str], vocab_size: int, min_frequency: int) -> tokenizers.Tokenizer:
-  """A byte-level BPE tokenizer: any text comes back from its tokens as it was. The special tokens are counted in."""
+  """A byte-level BPE tokenizer: any text comes back from its tokens as it was. The special
+  tokens are counted in.
+  """
   core = tokenizers.Tokenizer(models.BPE())
   core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   core.decoder = decoders.ByteLevel()
   trainer = trainers.BpeTrainer(
-    vocab_size=vocab_size, min_frequency=min_frequency, special_tokens=[END, PAD, *ROLES], show_progress=False,
+    vocab_size=vocab_size,
+    min_frequency=min_frequency,
+    special_tokens=[END, PAD, *ROLES],
+    show_progress=False,
     initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-  )  # fmt: skip
+  )
   core.train_from_iterator(texts, trainer)
   if core.get_vocab_size() < vocab_size:
     raise DataError(
-      f"the texts of config.data.name give only {core.get_vocab_size()} entries of config.tokenizer.vocab_size = "
-      f"{vocab_size}: give more text, a smaller vocabulary or a smaller config.tokenizer.min_frequency"
+      f"the texts of config.data.name give only {core.get_vocab_size()} entries of "
+      "config.tokenizer.vocab_size = "
+      f"{vocab_size}: give more text, a smaller vocabulary or a smaller "
+      "config.tokenizer.min_frequency"
     )
   return core

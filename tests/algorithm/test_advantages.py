@@ -16,7 +16,9 @@ ESTIMATORS = {
     lambda scores, K: oracles.grpo_loop(scores, K, EPS),
   ),
 }
-FUNCTIONS = {name: jax.jit(function, static_argnums=1) for name, (function, _) in ESTIMATORS.items()}
+FUNCTIONS = {
+  name: jax.jit(function, static_argnums=1) for name, (function, _) in ESTIMATORS.items()
+}
 both = pytest.mark.parametrize("name", ESTIMATORS)
 
 
@@ -31,7 +33,10 @@ def test_matches_loop(name, group_size):
   scores = random_scores(group_size)
   with jax.enable_x64(True):
     np.testing.assert_allclose(
-      FUNCTIONS[name](scores, group_size), ESTIMATORS[name][1](scores, group_size), rtol=1e-10, atol=1e-13
+      FUNCTIONS[name](scores, group_size),
+      ESTIMATORS[name][1](scores, group_size),
+      rtol=1e-10,
+      atol=1e-13,
     )
 
 
@@ -44,19 +49,29 @@ def test_float32_stays_float32_and_matches_loop(name):
 
 
 def test_rloo_of_a_pair_is_the_difference():
-  np.testing.assert_array_equal(FUNCTIONS["rloo"](jnp.array([3.0, 1.0, -2.0, 5.0]), 2), [2.0, -2.0, -7.0, 7.0])
+  np.testing.assert_array_equal(
+    FUNCTIONS["rloo"](jnp.array([3.0, 1.0, -2.0, 5.0]), 2), [2.0, -2.0, -7.0, 7.0]
+  )
 
 
 def test_grpo_of_a_pair_is_a_sign():
-  np.testing.assert_allclose(FUNCTIONS["grpo"](jnp.array([30.0, 10.0, -20.0, 50.0]), 2), [1, -1, -1, 1], rtol=1e-5)
+  np.testing.assert_allclose(
+    FUNCTIONS["grpo"](jnp.array([30.0, 10.0, -20.0, 50.0]), 2), [1, -1, -1, 1], rtol=1e-5
+  )
 
 
 @both
 @pytest.mark.parametrize("group_size", [2, 3, 6, 8])
 def test_a_tied_group_gives_exactly_zero(name, group_size):
-  """In float32 the mean of K equal numbers is not always that number; GRPO would divide the rest by a small root."""
-  scores = np.repeat(np.random.default_rng(0).normal(size=(64, 1)) * 100, group_size, 1).astype(np.float32)
-  np.testing.assert_array_equal(FUNCTIONS[name](scores.reshape(-1), group_size), np.zeros(scores.size))
+  """In float32 the mean of K equal numbers is not always that number; GRPO would divide the rest
+  by a small root.
+  """
+  scores = np.repeat(np.random.default_rng(0).normal(size=(64, 1)) * 100, group_size, 1).astype(
+    np.float32
+  )
+  np.testing.assert_array_equal(
+    FUNCTIONS[name](scores.reshape(-1), group_size), np.zeros(scores.size)
+  )
 
 
 @both
@@ -90,8 +105,12 @@ def test_follows_a_permutation_inside_a_group(name):
 def test_grpo_ignores_the_scale_and_rloo_follows_it():
   scores = random_scores(8)
   with jax.enable_x64(True):
-    np.testing.assert_allclose(FUNCTIONS["grpo"](scores * 7, 8), FUNCTIONS["grpo"](scores, 8), rtol=1e-3)
-    np.testing.assert_allclose(FUNCTIONS["rloo"](scores * 7, 8), 7 * FUNCTIONS["rloo"](scores, 8), rtol=1e-10)
+    np.testing.assert_allclose(
+      FUNCTIONS["grpo"](scores * 7, 8), FUNCTIONS["grpo"](scores, 8), rtol=1e-3
+    )
+    np.testing.assert_allclose(
+      FUNCTIONS["rloo"](scores * 7, 8), 7 * FUNCTIONS["rloo"](scores, 8), rtol=1e-10
+    )
 
 
 def test_per_token_repeats_along_the_response_only():

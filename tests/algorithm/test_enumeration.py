@@ -1,6 +1,8 @@
-"""Every estimator's expected gradient against sums over all responses of a small policy (tests/support/enumeration.py).
+"""Every estimator's expected gradient against sums over all responses of a small policy
+(tests/support/enumeration.py).
 
-What is documented as unbiased is besides compared with the gradient of the exact objective. All in float64.
+What is documented as unbiased is besides compared with the gradient of the exact objective. All in
+float64.
 """
 
 import functools
@@ -15,7 +17,8 @@ from enumeration import EOS, Sampling, Setting, Space
 from scipy.stats import chi2
 
 from configs import default
-from r2m_jax import config as rules, ops
+from r2m_jax import config as rules
+from r2m_jax import ops
 from r2m_jax.algorithm import advantages, losses
 from r2m_jax.algorithm.objective import KL_OF_LOGPROBS, make_advantages, make_objective
 from r2m_jax.config import ConfigError, check_config
@@ -26,11 +29,28 @@ from r2m_jax.types import Experience, Sequences
 
 TOLERANCE = dict(rtol=0, atol=1e-9)  # rounding of float64 leaves about 1e-15
 VOCAB, TAU = 3, 0.7
-KLS = [("loss", "k2"), ("loss", "k3"), ("loss", "exact"),
-       ("reward", "k1"), ("reward", "k2"), ("reward", "k3"), ("reward", "exact")]  # fmt: skip
-ALGORITHMS = [("rloo", "group"), ("grpo", "group"), ("grpo", "batch"), ("grpo", "none"), ("reinforce++", "group"),
-              ("remax", "group"), ("ppo", "group")]  # fmt: skip
-ONE_PROMPT, TWO_PROMPTS = Space(VOCAB, 3), Space(VOCAB, 2, prompts=2)  # 225 batches of 2 rows, 2,401 of 4
+KLS = [
+  ("loss", "k2"),
+  ("loss", "k3"),
+  ("loss", "exact"),
+  ("reward", "k1"),
+  ("reward", "k2"),
+  ("reward", "k3"),
+  ("reward", "exact"),
+]
+ALGORITHMS = [
+  ("rloo", "group"),
+  ("grpo", "group"),
+  ("grpo", "batch"),
+  ("grpo", "none"),
+  ("reinforce++", "group"),
+  ("remax", "group"),
+  ("ppo", "group"),
+]
+ONE_PROMPT, TWO_PROMPTS = (
+  Space(VOCAB, 3),
+  Space(VOCAB, 2, prompts=2),
+)  # 225 batches of 2 rows, 2,401 of 4
 
 
 @pytest.fixture(autouse=True)
@@ -45,40 +65,63 @@ def config_of(setting, sampling=Sampling(TAU)):
   config.rollout.update(group_size=2, **sampling._asdict())
   config.kl.update(placement=setting.placement, estimator=setting.estimator, beta=setting.beta)
   config.ppo.update(
-    aggregation=setting.aggregation, advantage_norm=setting.norm, ratio=setting.ratio, clip_eps=setting.clip_eps,
-    clip_eps_high=setting.clip_eps_high, dual_clip=setting.dual_clip, whiten_advantages=setting.whiten,
+    aggregation=setting.aggregation,
+    advantage_norm=setting.norm,
+    ratio=setting.ratio,
+    clip_eps=setting.clip_eps,
+    clip_eps_high=setting.clip_eps_high,
+    dual_clip=setting.dual_clip,
+    whiten_advantages=setting.whiten,
     advantage_eps=setting.advantage_eps,
-  )  # fmt: skip
+  )
   config.critic.update(gamma=setting.gamma, lam=setting.lam)
   config.shaping.mask_truncated = setting.mask_truncated
   return config
 
 
 def reader(space, tokens, states, sampling):
-  """stats(logits, ref=None, support=None) of tokens [..., B, T] in states [..., B, T]: a table is a policy."""
+  """stats(logits, ref=None, support=None) of tokens [..., B, T] in states [..., B, T]: a table
+  is a policy.
+  """
   one_hot = jax.nn.one_hot(states, space.states, dtype=jnp.float64)
   truncation = Truncation(*sampling[1:])
 
   def stats(logits, ref=None, support=None):
-    head = lambda table, hidden: None if table is None else (lambda h: h @ table, hidden)
-    read = lambda tokens, hidden: token_stats(
-      lambda h: h @ logits, hidden, tokens, temperature=sampling.temperature, truncation=truncation,
-      ref=head(ref, hidden), support=head(support, hidden),
-    )  # fmt: skip
+    def head(table, hidden):
+      return None if table is None else (lambda h: h @ table, hidden)
+
+    def read(tokens, hidden):
+      return token_stats(
+        lambda h: h @ logits,
+        hidden,
+        tokens,
+        temperature=sampling.temperature,
+        truncation=truncation,
+        ref=head(ref, hidden),
+        support=head(support, hidden),
+      )
+
     return jax.vmap(read)(tokens, one_hot)
 
   return stats
 
 
 class Batches:
-  """All batches of a space as the library sees them, with the probability of each. Arrays have axes [N, B, ...]."""
+  """All batches of a space as the library sees them, with the probability of each. Arrays have
+  axes [N, B, ...].
+  """
 
   def __init__(self, space, tables, sampling):
-    pick = lambda x: x[space.prompt[None], space.batches]
+    def pick(x):
+      return x[space.prompt[None], space.batches]
+
     self.space, self.tables = space, tables
     self.tokens, self.states = space.tokens[space.batches].astype(np.int32), pick(space.state)
     self.mask, self.has_eos = space.mask[space.batches], space.has_eos[space.batches]
-    self.scores, self.values = pick(tables.reward), np.where(self.mask, tables.values[self.states], 0)
+    self.scores, self.values = (
+      pick(tables.reward),
+      np.where(self.mask, tables.values[self.states], 0),
+    )
     self.stats = reader(space, self.tokens, self.states, sampling)
     self.old = self.stats(tables.old, ref=tables.ref)
     truncated = sampling[1:] != Sampling()[1:]
@@ -86,7 +129,9 @@ class Batches:
     self.probability = np.exp(np.where(self.mask, self.old.logprobs, 0).sum((1, 2)))
     keep = enumeration.kept(tables.old, sampling)
     allowed = enumeration.token_logprobs(space, np.where(keep, 0.0, -np.inf)).sum(-1) == 0  # [P, Y]
-    self.probability = np.where(pick(allowed).all(-1), self.probability, 0)  # a token is kept where it is looked up
+    self.probability = np.where(
+      pick(allowed).all(-1), self.probability, 0
+    )  # a token is kept where it is looked up
     self.greedy = np.array([self.greedy_score(p) for p in range(space.prompts)])
 
   def greedy_score(self, prompt):
@@ -107,9 +152,12 @@ class Batches:
       token_kl = self.old.kl
     else:
       token_kl = KL_OF_LOGPROBS[setting.estimator](self.old.logprobs, self.ref.logprobs)
-    row = lambda scores, kl, mask, values: make(
-      scores, kl, mask, setting.beta, greedy_scores=jnp.asarray(self.greedy), values=values
-    ).advantages
+
+    def row(scores, kl, mask, values):
+      return make(
+        scores, kl, mask, setting.beta, greedy_scores=jnp.asarray(self.greedy), values=values
+      ).advantages
+
     return jax.vmap(row)(self.scores, token_kl, self.mask, self.values)
 
   def expected(self, setting, sampling):
@@ -119,7 +167,9 @@ class Batches:
 
     def batch_loss(stats, old, ref, adv, tokens, mask, has_eos):
       sequences = Sequences(tokens=tokens, token_mask=mask, response_mask=mask, has_eos=has_eos)
-      batch = Experience(sequences, old_logprobs=old, ref_logprobs=ref, ref_hidden=None, advantages=adv)
+      batch = Experience(
+        sequences, old_logprobs=old, ref_logprobs=ref, ref_hidden=None, advantages=adv
+      )
       return objective(stats, batch, setting.beta)[0]
 
     def loss(logits):
@@ -138,7 +188,9 @@ def batches(space, sampling=Sampling(TAU), on_policy=True, seed=0):
 
 
 def compare(space, setting, sampling=Sampling(TAU), on_policy=True):
-  """The library's expected loss and gradient against the documented ones; returns tables and gradient."""
+  """The library's expected loss and gradient against the documented ones; returns tables and
+  gradient.
+  """
   check_config(config_of(setting, sampling))
   made = batches(space, sampling, on_policy)
   np.testing.assert_allclose(made.probability.sum(), 1, rtol=1e-12)
@@ -158,7 +210,9 @@ def test_the_oracles_true_gradient_is_that_of_its_objective(space):
   tables, sampling = space.random_tables(1), Sampling(TAU)
   exact = enumeration.true_gradient(space, tables, sampling, 0.3)
   np.testing.assert_allclose(enumeration.central(space, tables, sampling, 0.3), exact, atol=1e-9)
-  log_p = enumeration.log_distribution(tables.policy, sampling, enumeration.kept(tables.policy, sampling))
+  log_p = enumeration.log_distribution(
+    tables.policy, sampling, enumeration.kept(tables.policy, sampling)
+  )
   np.testing.assert_allclose(enumeration.probabilities(space, log_p).sum(-1), 1, rtol=1e-12)
 
 
@@ -170,7 +224,9 @@ def test_the_oracles_true_gradient_is_that_of_its_objective(space):
 @pytest.mark.parametrize("algorithm", ALGORITHMS, ids="-".join)
 def test_expected_gradient_is_the_documented_one(algorithm, kl, how):
   name, norm = algorithm
-  space = TWO_PROMPTS if norm == "batch" else ONE_PROMPT  # of one prompt, batch and group are the same
+  space = (
+    TWO_PROMPTS if norm == "batch" else ONE_PROMPT
+  )  # of one prompt, batch and group are the same
   compare(space, Setting(name, *kl, aggregation=how, norm=norm))
 
 
@@ -178,7 +234,9 @@ def test_nothing_that_is_allowed_is_left_out():
   """The lists above are all that the config accepts."""
   assert {name for name, _ in ALGORITHMS} == set(rules.ALGORITHMS)
   assert {norm for name, norm in ALGORITHMS if name == "grpo"} == set(advantages.NORMS)
-  for placement, estimator in itertools.product(("loss", "reward"), [e for e in rules.ESTIMATORS if e != "auto"]):
+  for placement, estimator in itertools.product(
+    ("loss", "reward"), [e for e in rules.ESTIMATORS if e != "auto"]
+  ):
     config = config_of(Setting(placement=placement, estimator=estimator))
     if (placement, estimator) in KLS:
       check_config(config)
@@ -203,11 +261,16 @@ def test_with_whitened_advantages(algorithm):
 @pytest.mark.parametrize("how", ops.AGGREGATIONS)
 def test_with_responses_that_were_cut_off_left_out(how):
   compare(ONE_PROMPT, Setting("rloo", "loss", "k2", aggregation=how, mask_truncated=True))
-  compare(ONE_PROMPT, Setting("rloo", "loss", "exact", aggregation=how, mask_truncated=True, ratio="sequence"))
+  compare(
+    ONE_PROMPT,
+    Setting("rloo", "loss", "exact", aggregation=how, mask_truncated=True, ratio="sequence"),
+  )
 
 
 @pytest.mark.parametrize("ratio", losses.RATIOS)
-@pytest.mark.parametrize("clips", [(0.2, 0.0, 0.0), (0.1, 0.4, 0.0), (0.3, 0.0, 1.5)], ids=["same", "high", "dual"])
+@pytest.mark.parametrize(
+  "clips", [(0.2, 0.0, 0.0), (0.1, 0.4, 0.0), (0.3, 0.0, 1.5)], ids=["same", "high", "dual"]
+)
 @pytest.mark.parametrize("name", ["rloo", "ppo"])
 def test_after_the_policy_has_moved(name, clips, ratio):
   """Samples of one policy, the gradient of another: ratios on both sides of every clip."""
@@ -215,9 +278,11 @@ def test_after_the_policy_has_moved(name, clips, ratio):
   clipped = dict(clip_eps=low, clip_eps_high=high, dual_clip=dual, ratio=ratio)
   _, gradient = compare(ONE_PROMPT, Setting(name, "loss", "k2", **clipped), on_policy=False)
   free = enumeration.documented(
-    ONE_PROMPT, batches(ONE_PROMPT, on_policy=False).tables, Sampling(TAU),
+    ONE_PROMPT,
+    batches(ONE_PROMPT, on_policy=False).tables,
+    Sampling(TAU),
     Setting(name, "loss", "k2", **clipped | dict(clip_eps=0.99, clip_eps_high=1e3, dual_clip=0.0)),
-  )[1]  # fmt: skip
+  )[1]
   assert np.abs(gradient - free).max() > 1e-3
 
 
@@ -229,8 +294,8 @@ def test_after_the_policy_has_moved(name, clips, ratio):
   "name, estimator", [*itertools.product(["rloo", "remax", "ppo"], ["k1", "exact"]), ("grpo", "k1")]
 )
 def test_kl_in_the_reward_follows_the_kl_of_whole_responses(name, estimator, space):
-  """grad(E[r] - beta KL). PPO with gamma = lambda = 1 for any critic; Dr. GRPO up to (K - 1) / K, and not with the
-  exact KL, since what it scales is the advantage and not the direct derivative."""
+  """grad(E[r] - beta KL). PPO with gamma = lambda = 1 for any critic; Dr. GRPO up to (K - 1) / K,
+  and not with the exact KL, since what it scales is the advantage and not the direct derivative."""
   setting = Setting(name, "reward", estimator, norm="none", gamma=1.0, lam=1.0)
   tables, gradient = compare(space, setting)
   share = 0.5 if name == "grpo" else 1
@@ -243,21 +308,39 @@ def test_kl_in_the_reward_follows_the_kl_of_whole_responses(name, estimator, spa
 @pytest.mark.parametrize("estimator", ["k2", "exact"])
 @pytest.mark.parametrize("name", ["rloo", "remax"])
 def test_kl_in_the_loss_holds_the_visited_states_fixed(name, estimator):
-  """grad E[r] - beta E_s[grad KL(pi(.|s) || ref(.|s))]: less than the KL of whole responses, whose states move too."""
+  """grad E[r] - beta E_s[grad KL(pi(.|s) || ref(.|s))]: less than the KL of whole responses,
+  whose states move too.
+  """
   setting, sampling = Setting(name, "loss", estimator), Sampling(TAU)
   tables, gradient = compare(ONE_PROMPT, setting)
-  np.testing.assert_allclose(-gradient, enumeration.held(ONE_PROMPT, tables, sampling, setting.beta), **TOLERANCE)
-  assert np.abs(gradient + enumeration.true_gradient(ONE_PROMPT, tables, sampling, setting.beta)).max() > 1e-2
+  np.testing.assert_allclose(
+    -gradient, enumeration.held(ONE_PROMPT, tables, sampling, setting.beta), **TOLERANCE
+  )
+  assert (
+    np.abs(gradient + enumeration.true_gradient(ONE_PROMPT, tables, sampling, setting.beta)).max()
+    > 1e-2
+  )
 
 
-@pytest.mark.parametrize("setting", [
-  Setting("rloo", "loss", "k3"), Setting("rloo", "reward", "k2"), Setting("rloo", "reward", "k3"),
-  Setting("grpo", "reward", "k1"), Setting("reinforce++", "reward", "k1"), Setting("ppo", "reward", "k1"),
-], ids=lambda s: f"{s.algorithm}-{s.placement}-{s.estimator}")  # fmt: skip
+@pytest.mark.parametrize(
+  "setting",
+  [
+    Setting("rloo", "loss", "k3"),
+    Setting("rloo", "reward", "k2"),
+    Setting("rloo", "reward", "k3"),
+    Setting("grpo", "reward", "k1"),
+    Setting("reinforce++", "reward", "k1"),
+    Setting("ppo", "reward", "k1"),
+  ],
+  ids=lambda s: f"{s.algorithm}-{s.placement}-{s.estimator}",
+)
 def test_what_is_documented_as_biased_is(setting):
   """These follow neither objective, so the tests above could fail."""
   tables, gradient = compare(ONE_PROMPT, setting)
-  follow = lambda truth: np.abs(gradient + truth).max()
+
+  def follow(truth):
+    return np.abs(gradient + truth).max()
+
   assert follow(enumeration.true_gradient(ONE_PROMPT, tables, Sampling(TAU), setting.beta)) > 3e-3
   assert follow(enumeration.held(ONE_PROMPT, tables, Sampling(TAU), setting.beta)) > 3e-3
 
@@ -276,13 +359,26 @@ def test_k1_in_the_loss_would_hold_nothing_back():
 # ---- truncated sampling ----
 
 TRUNCATED = [
-  Sampling(TAU), Sampling(1.6), Sampling(1.0, top_k=1), Sampling(1.0, top_k=3), Sampling(TAU, top_k=2),
-  Sampling(1.0, top_p=0.3), Sampling(1.0, top_p=0.8), Sampling(1.6, top_p=0.9), Sampling(1.0, min_p=0.2),
-  Sampling(TAU, min_p=0.05), Sampling(1.0, top_k=3, top_p=0.7), Sampling(1.3, top_k=4, min_p=0.25),
-  Sampling(0.8, top_p=0.85, min_p=0.15), Sampling(1.3, top_k=4, top_p=0.9, min_p=0.2),
-]  # fmt: skip
+  Sampling(TAU),
+  Sampling(1.6),
+  Sampling(1.0, top_k=1),
+  Sampling(1.0, top_k=3),
+  Sampling(TAU, top_k=2),
+  Sampling(1.0, top_p=0.3),
+  Sampling(1.0, top_p=0.8),
+  Sampling(1.6, top_p=0.9),
+  Sampling(1.0, min_p=0.2),
+  Sampling(TAU, min_p=0.05),
+  Sampling(1.0, top_k=3, top_p=0.7),
+  Sampling(1.3, top_k=4, min_p=0.25),
+  Sampling(0.8, top_p=0.85, min_p=0.15),
+  Sampling(1.3, top_k=4, top_p=0.9, min_p=0.2),
+]
 WIDE = Space(6, 2, group=1)
-label = lambda s: f"T{s.temperature}-k{s.top_k}-p{s.top_p}-m{s.min_p}"
+
+
+def label(s):
+  return f"T{s.temperature}-k{s.top_k}-p{s.top_p}-m{s.min_p}"
 
 
 def test_the_truncations_differ():
@@ -294,27 +390,40 @@ def test_the_truncations_differ():
 
 @pytest.mark.parametrize("sampling", TRUNCATED, ids=label)
 def test_truncated_probabilities_and_scores(sampling):
-  """Probabilities of the kept tokens are NumPy's, all others are never drawn, and E[grad log pi] = 0."""
+  """Probabilities of the kept tokens are NumPy's, all others are never drawn, and E[grad log pi]
+  = 0.
+  """
   made = batches(WIDE, sampling, seed=3)
   tables, p = made.tables, made.probability
   keep = enumeration.kept(tables.policy, sampling)
   log_p = enumeration.log_distribution(tables.policy, sampling, keep)
   scaled = jnp.asarray(tables.policy / sampling.temperature)
   np.testing.assert_array_equal(ops.kept(scaled, Truncation(*sampling[1:])), keep)
-  np.testing.assert_allclose(p, enumeration.probabilities(WIDE, log_p)[0][WIDE.batches[:, 0]], atol=1e-12)
+  np.testing.assert_allclose(
+    p, enumeration.probabilities(WIDE, log_p)[0][WIDE.batches[:, 0]], atol=1e-12
+  )
 
-  score = lambda logits, weight: (weight * made.mask * made.stats(logits).logprobs).sum()
+  def score(logits, weight):
+    return (weight * made.mask * made.stats(logits).logprobs).sum()
+
   grad = jax.grad(score)
   np.testing.assert_allclose(grad(jnp.asarray(tables.policy), p[:, None, None]), 0, atol=1e-12)
   one = int(p.argmax())  # and not because nothing had a gradient
   if keep.sum(-1)[0] > 1:
-    assert np.abs(grad(jnp.asarray(tables.policy), (np.arange(len(p)) == one)[:, None, None])).max() > 1e-3
+    assert (
+      np.abs(grad(jnp.asarray(tables.policy), (np.arange(len(p)) == one)[:, None, None])).max()
+      > 1e-3
+    )
 
   count = np.asarray(made.mask, float)
   entropy = -enumeration.times_log_ratio(np.exp(log_p), log_p, 0).sum(-1)
   kl, _ = enumeration.state_kl(tables.policy, tables.ref, sampling)
-  np.testing.assert_allclose((made.old.entropy * count)[p > 0], (entropy[made.states] * count)[p > 0], atol=1e-12)
-  np.testing.assert_allclose((made.old.kl * count)[p > 0], (kl[made.states] * count)[p > 0], atol=1e-12)
+  np.testing.assert_allclose(
+    (made.old.entropy * count)[p > 0], (entropy[made.states] * count)[p > 0], atol=1e-12
+  )
+  np.testing.assert_allclose(
+    (made.old.kl * count)[p > 0], (kl[made.states] * count)[p > 0], atol=1e-12
+  )
 
 
 @pytest.mark.parametrize("sampling", TRUNCATED, ids=label)
@@ -335,39 +444,61 @@ def draw(keys, logits, sampling):
   return np.asarray(sample_token(keys, repeated / sampling.temperature, Truncation(*sampling[1:])))
 
 
-@pytest.mark.parametrize("sampling", [s for s in TRUNCATED if s.top_k != 1 and s.top_p != 0.3], ids=label)
+@pytest.mark.parametrize(
+  "sampling", [s for s in TRUNCATED if s.top_k != 1 and s.top_p != 0.3], ids=label
+)
 @pytest.mark.parametrize("kl", [("reward", "k1"), ("reward", "exact")], ids="-".join)
 def test_rloo_follows_the_truncated_objective(kl, sampling):
-  """Reward and KL of the distribution that is sampled from, the reference normalised over the same tokens."""
+  """Reward and KL of the distribution that is sampled from, the reference normalised over the
+  same tokens.
+  """
   space = Space(4, 2)
   tables, gradient = compare(space, Setting("rloo", *kl), sampling)
-  np.testing.assert_allclose(-gradient, enumeration.true_gradient(space, tables, sampling, 0.3), **TOLERANCE)
+  np.testing.assert_allclose(
+    -gradient, enumeration.true_gradient(space, tables, sampling, 0.3), **TOLERANCE
+  )
 
 
 def test_a_token_that_the_policy_would_drop_by_now_keeps_a_log_probability():
-  """It was sampled: it counts as one more kept token, for the policy and for the reference, and all stays finite."""
+  """It was sampled: it counts as one more kept token, for the policy and for the reference, and
+  all stays finite.
+  """
   sampling = Sampling(1.3, top_k=2)
   tables = WIDE.random_tables(4)
   stats = reader(WIDE, WIDE.tokens[:, None].astype(np.int32), WIDE.state[0][:, None], sampling)
-  found = jax.tree.map(lambda x: np.asarray(x)[:, 0, 0], stats(tables.policy, ref=tables.ref))  # of the first token
+  found = jax.tree.map(
+    lambda x: np.asarray(x)[:, 0, 0], stats(tables.policy, ref=tables.ref)
+  )  # of the first token
   of_ref = np.asarray(stats(tables.ref, support=tables.policy).logprobs)[:, 0, 0]
   keep = enumeration.kept(tables.policy[:1], sampling)[0]
   for y, token in enumerate(WIDE.tokens[:, 0]):
     wider = (keep | (np.arange(WIDE.vocab) == token))[None]
-    log_p, log_q = (enumeration.log_distribution(x[:1], sampling, wider)[0] for x in (tables.policy, tables.ref))
+    log_p, log_q = (
+      enumeration.log_distribution(x[:1], sampling, wider)[0] for x in (tables.policy, tables.ref)
+    )
     np.testing.assert_allclose(found.logprobs[y], log_p[token], rtol=1e-12)
     np.testing.assert_allclose(of_ref[y], log_q[token], rtol=1e-12)
-    np.testing.assert_allclose(found.kl[y], enumeration.times_log_ratio(np.exp(log_p), log_p, log_q).sum(), rtol=1e-9)
+    np.testing.assert_allclose(
+      found.kl[y], enumeration.times_log_ratio(np.exp(log_p), log_p, log_q).sum(), rtol=1e-9
+    )
   assert keep.sum() == 2 and len(set(WIDE.tokens[:, 0])) == 6
 
 
 def test_rounding_at_the_edge_of_top_p_moves_a_ratio_by_a_whole_token():
-  """Programs that round differently may keep or drop the token at the edge: why step 0 is held to the mean there."""
+  """Programs that round differently may keep or drop the token at the edge: why step 0 is held
+  to the mean there.
+  """
   logits = np.log([[0.5, 0.4, 0.1]])
-  stats = lambda table: token_stats(
-    lambda h: h @ table, jnp.ones((1, 1, 1)), jnp.zeros((1, 1), jnp.int32), temperature=1.0,
-    truncation=Truncation(top_p=0.9),
-  )  # fmt: skip
+
+  def stats(table):
+    return token_stats(
+      lambda h: h @ table,
+      jnp.ones((1, 1, 1)),
+      jnp.zeros((1, 1), jnp.int32),
+      temperature=1.0,
+      truncation=Truncation(top_p=0.9),
+    )
+
   rounding = np.array([[1e-7, 0, -1e-7]])
   one, other = (stats(logits + sign * rounding).logprobs[0, 0] for sign in (1, -1))
   assert abs(np.exp(other - one) - 1) > 0.05  # of a rounding of 1e-7

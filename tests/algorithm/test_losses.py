@@ -1,4 +1,6 @@
-"""Losses against NumPy loops, finite differences, and a policy so small that all its sequences can be written down."""
+"""Losses against NumPy loops, finite differences, and a policy so small that all its sequences
+can be written down.
+"""
 
 import itertools
 
@@ -23,12 +25,16 @@ def float64():
 
 
 def batch(seed=0, rows=4, columns=6):
-  """new, old log-probabilities, advantages [B, T] and a ragged mask; ratios lie on both sides of the clip range."""
+  """new, old log-probabilities, advantages [B, T] and a ragged mask; ratios lie on both sides of
+  the clip range.
+  """
   rng = np.random.default_rng(seed)
   old = -rng.exponential(size=(rows, columns))
   new = old + rng.normal(size=old.shape) * 0.4
   adv = rng.normal(size=old.shape)
-  mask = np.arange(columns) < np.array([columns, 1, 0, 3])[:rows, None]  # a full row, a single token, an empty row
+  mask = (
+    np.arange(columns) < np.array([columns, 1, 0, 3])[:rows, None]
+  )  # a full row, a single token, an empty row
   return new, old, adv, mask
 
 
@@ -37,15 +43,22 @@ def clip(new, old, adv, mask, how="sequence_sum"):
 
 
 clip_grad = jax.jit(jax.grad(lambda *args: clip(*args)[0]))
-gre_and_grad = jax.jit(jax.value_and_grad(lambda rewards: losses.group_reward_entropy(rewards, eps=EPS)))
-bt_grad = jax.jit(jax.grad(lambda rewards, notes: losses.grebt(rewards, notes, alpha=0.0, eps=EPS)[0]))
+gre_and_grad = jax.jit(
+  jax.value_and_grad(lambda rewards: losses.group_reward_entropy(rewards, eps=EPS))
+)
+bt_grad = jax.jit(
+  jax.grad(lambda rewards, notes: losses.grebt(rewards, notes, alpha=0.0, eps=EPS)[0])
+)
 bt_and_grads = jax.jit(jax.value_and_grad(losses.bradley_terry, argnums=(0, 1)))
 
 
 @jax.jit
 def grebt_and_grads(rewards, annotations):
   """(loss, metrics), gradients of the loss to both arguments."""
-  loss = lambda r, a: losses.grebt(r, a, alpha=0.3, eps=EPS)
+
+  def loss(r, a):
+    return losses.grebt(r, a, alpha=0.3, eps=EPS)
+
   return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(rewards, annotations)
 
 
@@ -71,7 +84,9 @@ def test_ppo_clip_matches_loop(how):
 
 def test_ppo_clip_gradient_matches_finite_differences():
   new, old, adv, mask = batch()
-  numeric = oracles.central_difference(lambda x: oracles.ppo_clip_loop(x, old, adv, mask, 0.2, "sequence_sum")[0], new)
+  numeric = oracles.central_difference(
+    lambda x: oracles.ppo_clip_loop(x, old, adv, mask, 0.2, "sequence_sum")[0], new
+  )
   np.testing.assert_allclose(clip_grad(new, old, adv, mask), numeric, atol=1e-9)
 
 
@@ -81,10 +96,16 @@ def test_ppo_clip_gradient_at_ratio_one_is_minus_the_advantage():
   adv[0, 0] = 0.0
   mask = np.ones(old.shape, bool)
   assert (adv > 0).any() and (adv < 0).any()
-  np.testing.assert_array_equal(clip_grad(old, old, adv, mask) * len(old), -adv)  # 4 rows: the mean is exact
+  np.testing.assert_array_equal(
+    clip_grad(old, old, adv, mask) * len(old), -adv
+  )  # 4 rows: the mean is exact
 
   loss = jax.jit(lambda *args: clip(*args)[0])
-  for i in [(0, 0), tuple(np.argwhere(adv > 0)[0]), tuple(np.argwhere(adv < 0)[0])]:  # one-sided, both sides
+  for i in [
+    (0, 0),
+    tuple(np.argwhere(adv > 0)[0]),
+    tuple(np.argwhere(adv < 0)[0]),
+  ]:  # one-sided, both sides
     for step in (1e-6, -1e-6):
       moved = old.copy()
       moved[i] += step
@@ -120,8 +141,12 @@ def test_ppo_clip_never_reads_masked_tokens(how):
 
 def test_kl_terms_match_hand_worked_numbers():
   new, ref = np.log([[0.5, 0.2]]), np.log([[0.25, 0.2]])
-  np.testing.assert_allclose(losses.kl_k2(new, ref), [[0.5 * np.log(2.0) ** 2, 0.0]], rtol=1e-12, atol=1e-15)
-  np.testing.assert_allclose(losses.kl_k3(new, ref), [[0.5 - 1 + np.log(2.0), 0.0]], rtol=1e-12, atol=1e-15)
+  np.testing.assert_allclose(
+    losses.kl_k2(new, ref), [[0.5 * np.log(2.0) ** 2, 0.0]], rtol=1e-12, atol=1e-15
+  )
+  np.testing.assert_allclose(
+    losses.kl_k3(new, ref), [[0.5 - 1 + np.log(2.0), 0.0]], rtol=1e-12, atol=1e-15
+  )
 
 
 @pytest.mark.parametrize("kl", [losses.kl_k2, losses.kl_k3])
@@ -139,7 +164,9 @@ ALL = np.ones(SEQUENCES.shape, bool)
 
 
 def tables():
-  """Logits of policy and reference: row 0 for the first token, row 1 + a for the second after token a."""
+  """Logits of policy and reference: row 0 for the first token, row 1 + a for the second after
+  token a.
+  """
   rng = np.random.default_rng(3)
   return rng.normal(size=(1 + VOCAB, VOCAB)), rng.normal(size=(1 + VOCAB, VOCAB))
 
@@ -157,7 +184,9 @@ def sequence_kl(table, other):
 
 
 def token_kl(table, other, visits):
-  """Sum over prefixes of how often each is visited times the KL of the next token, in direction `table` || `other`."""
+  """Sum over prefixes of how often each is visited times the KL of the next token, in direction
+  `table` || `other`.
+  """
   total = 0.0
   for row in range(1 + VOCAB):
     p, q = (np.exp(t[row] / TAU) / np.exp(t[row] / TAU).sum() for t in (table, other))
@@ -173,12 +202,19 @@ def visits(table):
 def stats(table, reference):
   """The library's numbers for all 25 sequences."""
   at = np.stack([np.zeros(len(SEQUENCES), int), 1 + SEQUENCES[:, 0]], 1)
-  own = lambda x: x
-  return token_stats(own, jnp.asarray(table)[at], SEQUENCES, temperature=TAU, ref=(own, jnp.asarray(reference)[at]))
+
+  def own(x):
+    return x
+
+  return token_stats(
+    own, jnp.asarray(table)[at], SEQUENCES, temperature=TAU, ref=(own, jnp.asarray(reference)[at])
+  )
 
 
 def expected(per_token, probabilities):
-  """Expectation over sequences of the sum over tokens, as the step would take it: the mean over 25 weighted rows."""
+  """Expectation over sequences of the sum over tokens, as the step would take it: the mean over
+  25 weighted rows.
+  """
   return ops.aggregate(per_token * (len(SEQUENCES) * probabilities)[:, None], ALL, "sequence_sum")
 
 
@@ -194,7 +230,9 @@ def test_policy_gradient_is_that_of_the_expected_return():
     adv = jnp.broadcast_to((len(SEQUENCES) * p * returns)[:, None], ALL.shape)
     return clip(new, jax.lax.stop_gradient(new), adv, ALL)[0]
 
-  exact = oracles.central_difference(lambda t: -(np.exp(log_probs(t).sum(1)) * returns).sum(), table)
+  exact = oracles.central_difference(
+    lambda t: -(np.exp(log_probs(t).sum(1)) * returns).sum(), table
+  )
   np.testing.assert_allclose(gradient(table), exact, atol=1e-9)
 
 
@@ -214,14 +252,18 @@ def test_rloo_gradient_has_no_bias():
     adv = advantages.per_token(advantages.rloo(jnp.asarray(returns[rows]), 2) * weights, mask)
     return clip(new, jax.lax.stop_gradient(new), adv, mask)[0]
 
-  exact = oracles.central_difference(lambda t: -(np.exp(log_probs(t).sum(1)) * returns).sum(), table)
+  exact = oracles.central_difference(
+    lambda t: -(np.exp(log_probs(t).sum(1)) * returns).sum(), table
+  )
   np.testing.assert_allclose(gradient(table), exact, atol=1e-9)
 
 
 def test_exact_kl_and_its_gradient_match_the_enumeration():
   table, reference = tables()
 
-  def value(table):  # probabilities that move with the table: the whole gradient, that of visiting prefixes included
+  def value(
+    table,
+  ):  # probabilities that move with the table: the whole gradient, that of visiting prefixes included
     out = stats(table, reference)
     return expected(out.kl, jnp.exp(out.logprobs.sum(-1)))
 
@@ -248,7 +290,9 @@ def test_entropy_and_its_gradient_match_the_enumeration():
 
 
 def kl_gradients(estimator):
-  """On-policy gradients of an estimator as a loss: taken token by token, and on the log-probability of sequences."""
+  """On-policy gradients of an estimator as a loss: taken token by token, and on the
+  log-probability of sequences.
+  """
   table, reference = tables()
   p, ref = np.exp(log_probs(table).sum(1)), log_probs(reference)
 
@@ -257,7 +301,9 @@ def kl_gradients(estimator):
 
   def by_sequence(table):
     new = stats(table, reference).logprobs.sum(-1, keepdims=True)
-    return ops.aggregate(estimator(new, ref.sum(-1, keepdims=True)) * (len(p) * p)[:, None], ALL[:, :1], "sequence_sum")
+    return ops.aggregate(
+      estimator(new, ref.sum(-1, keepdims=True)) * (len(p) * p)[:, None], ALL[:, :1], "sequence_sum"
+    )
 
   return jax.jit(lambda table: (jax.grad(by_token)(table), jax.grad(by_sequence)(table)))(table)
 
@@ -265,7 +311,9 @@ def kl_gradients(estimator):
 def test_gradient_of_k2_is_that_of_kl_to_the_reference():
   table, reference = tables()
   by_token, by_sequence = kl_gradients(losses.kl_k2)
-  at = visits(table)  # how often a prefix is visited is data to a per-token loss, for k2 and the exact KL alike
+  at = visits(
+    table
+  )  # how often a prefix is visited is data to a per-token loss, for k2 and the exact KL alike
   numeric = oracles.central_difference(lambda t: token_kl(t, reference, at), table)
   np.testing.assert_allclose(by_token, numeric, atol=1e-9)
   p = np.exp(log_probs(table).sum(1))
@@ -325,10 +373,17 @@ def test_grebt_matches_loop_and_finite_differences():
   rewards, annotations = groups()
   (loss, metrics), (grad, to_annotations) = grebt_and_grads(rewards, annotations)
   value, bt, gre, right = oracles.grebt_loop(rewards, annotations, 0.3, EPS)
-  for name, number in {"r2m/loss": value, "r2m/bt": bt, "r2m/gre": gre, "r2m/pair_accuracy": right}.items():
+  for name, number in {
+    "r2m/loss": value,
+    "r2m/bt": bt,
+    "r2m/gre": gre,
+    "r2m/pair_accuracy": right,
+  }.items():
     np.testing.assert_allclose(metrics[name], number, rtol=1e-12, err_msg=name)
   np.testing.assert_allclose(loss, value, rtol=1e-12)
-  numeric = oracles.central_difference(lambda r: oracles.grebt_loop(r, annotations, 0.3, EPS)[0], rewards)
+  numeric = oracles.central_difference(
+    lambda r: oracles.grebt_loop(r, annotations, 0.3, EPS)[0], rewards
+  )
   np.testing.assert_allclose(grad, numeric, atol=1e-8)
   assert not to_annotations.any()  # they choose the pair and are data otherwise
   assert 0 < right < 1
@@ -339,23 +394,37 @@ def test_grebt_ends(alpha, index):
   """alpha 0 is Bradley-Terry alone, alpha 1 the entropy alone."""
   rewards, annotations = groups()
   loss, _ = jax.jit(lambda *args: losses.grebt(*args, alpha=alpha, eps=EPS))(rewards, annotations)
-  np.testing.assert_allclose(loss, oracles.grebt_loop(rewards, annotations, alpha, EPS)[index], rtol=1e-12)
+  np.testing.assert_allclose(
+    loss, oracles.grebt_loop(rewards, annotations, alpha, EPS)[index], rtol=1e-12
+  )
 
 
 def test_the_annotations_choose_the_pair_even_against_the_rewards():
-  rewards, annotations = np.tile([3.0, 1.0, 2.0, 2.0], (5, 1)), np.tile([0.0, 9.0, 5.0, 5.0], (5, 1))
+  rewards, annotations = (
+    np.tile([3.0, 1.0, 2.0, 2.0], (5, 1)),
+    np.tile([0.0, 9.0, 5.0, 5.0], (5, 1)),
+  )
   (_, metrics), _ = grebt_and_grads(rewards, annotations)
-  np.testing.assert_allclose(metrics["r2m/bt"], np.log1p(np.exp(2.0)), rtol=1e-12)  # winner: the 1, loser: the 3
+  np.testing.assert_allclose(
+    metrics["r2m/bt"], np.log1p(np.exp(2.0)), rtol=1e-12
+  )  # winner: the 1, loser: the 3
   assert metrics["r2m/pair_accuracy"] == 0
   slope = 1 / (1 + np.exp(-2.0)) / 5
-  np.testing.assert_allclose(bt_grad(rewards, annotations), np.tile([slope, -slope, 0, 0], (5, 1)), rtol=1e-12)
+  np.testing.assert_allclose(
+    bt_grad(rewards, annotations), np.tile([slope, -slope, 0, 0], (5, 1)), rtol=1e-12
+  )
 
 
-@pytest.mark.parametrize("group_size, dtype", [(2, np.float32), (5, np.float32), (9, np.float32), (8, np.float64)])
+@pytest.mark.parametrize(
+  "group_size, dtype", [(2, np.float32), (5, np.float32), (9, np.float32), (8, np.float64)]
+)
 def test_gre_of_equal_rewards_has_gradient_zero(group_size, dtype):
-  """With std alone it is NaN, and enters every parameter of the head. With eps alone it may be rounding noise, which
-  Adam turns into full-sized steps: in float32 a mean of 5 or 9 equal numbers is not always that number."""
-  rewards = np.repeat(np.random.default_rng(0).normal(size=(256, 1)) * 1e4, group_size, 1).astype(dtype)
+  """With std alone it is NaN, and enters every parameter of the head. With eps alone it may be
+  rounding noise, which Adam turns into full-sized steps: in float32 a mean of 5 or 9 equal numbers
+  is not always that number."""
+  rewards = np.repeat(np.random.default_rng(0).normal(size=(256, 1)) * 1e4, group_size, 1).astype(
+    dtype
+  )
   value, grad = gre_and_grad(rewards)
   np.testing.assert_array_equal(grad, np.zeros_like(rewards))
   np.testing.assert_allclose(value, np.log(group_size), rtol=1e-5)
@@ -380,7 +449,9 @@ def test_equal_annotations_alone_switch_the_pair_off():
   rewards, _ = groups()
   (_, metrics), _ = grebt_and_grads(rewards, np.full_like(rewards, 0.3))
   np.testing.assert_allclose(metrics["r2m/bt"], np.log(2.0), rtol=1e-12)
-  np.testing.assert_array_equal(bt_grad(rewards, np.full_like(rewards, 0.3)), np.zeros_like(rewards))
+  np.testing.assert_array_equal(
+    bt_grad(rewards, np.full_like(rewards, 0.3)), np.zeros_like(rewards)
+  )
 
 
 def test_gradient_near_a_tie_is_bounded_by_one_over_root_eps():
@@ -399,7 +470,10 @@ def test_grebt_follows_a_permutation_of_samples_and_of_groups():
   rng = np.random.default_rng(1)
   order = np.stack([rng.permutation(4) for _ in range(5)])[rng.permutation(5)]
   rows = rng.permutation(5)
-  pick = lambda x: np.take_along_axis(np.asarray(x)[rows], order, 1)
+
+  def pick(x):
+    return np.take_along_axis(np.asarray(x)[rows], order, 1)
+
   (moved_loss, _), (moved_grad, _) = grebt_and_grads(pick(rewards), pick(annotations))
   np.testing.assert_allclose(moved_loss, loss, rtol=1e-12)
   np.testing.assert_allclose(moved_grad, pick(grad), rtol=1e-9, atol=1e-12)
@@ -412,7 +486,9 @@ def test_grebt_ignores_a_shift_of_a_groups_rewards():
   (moved_loss, _), (moved_grad, _) = grebt_and_grads(rewards + shift, annotations - shift)
   np.testing.assert_allclose(moved_loss, loss, rtol=1e-10)
   np.testing.assert_allclose(moved_grad, grad, atol=1e-10)
-  np.testing.assert_allclose(grad.sum(1), np.zeros(5), atol=1e-12)  # so a gradient cannot move a whole group
+  np.testing.assert_allclose(
+    grad.sum(1), np.zeros(5), atol=1e-12
+  )  # so a gradient cannot move a whole group
 
 
 def test_float32_in_float32_out():
@@ -422,7 +498,9 @@ def test_float32_in_float32_out():
   out = run(*(jnp.asarray(x, jnp.float32) for x in (new, old, adv, rewards, annotations)))
   for x in jax.tree.leaves(out):
     assert x.dtype == jnp.float32 and x.shape == ()
-  np.testing.assert_allclose(out[0][0], oracles.ppo_clip_loop(new, old, adv, mask, 0.2, "sequence_sum")[0], rtol=1e-5)
+  np.testing.assert_allclose(
+    out[0][0], oracles.ppo_clip_loop(new, old, adv, mask, 0.2, "sequence_sum")[0], rtol=1e-5
+  )
 
 
 def test_wrong_shapes_and_dtypes_are_refused():

@@ -18,7 +18,9 @@ def test_omega_matches_loop(omega_min):
   steps = np.arange(0, 121, dtype=np.int32)
   with jax.enable_x64(True):
     found = omegas(steps, 120, omega_min)
-  np.testing.assert_allclose(found, [oracles.omega_loop(t, 120, omega_min) for t in steps], rtol=1e-12, atol=1e-15)
+  np.testing.assert_allclose(
+    found, [oracles.omega_loop(t, 120, omega_min) for t in steps], rtol=1e-12, atol=1e-15
+  )
 
 
 def test_omega_starts_at_one_and_falls_to_its_floor():
@@ -35,14 +37,18 @@ def test_omega_without_a_floor_is_half_in_the_middle_and_zero_at_the_end():
   np.testing.assert_allclose(omegas(jnp.array([60, 120]), 120, 0.0), [0.5, 0.0], atol=1e-6)
 
 
-@pytest.mark.parametrize("kind, middle, end", [("constant", 0.2, 0.2), ("linear", 0.1, 0.0), ("cosine", 0.1, 0.0)])
+@pytest.mark.parametrize(
+  "kind, middle, end", [("constant", 0.2, 0.2), ("linear", 0.1, 0.0), ("cosine", 0.1, 0.0)]
+)
 @pytest.mark.parametrize("warmup", [0, 10])
 def test_learning_rate_corners(kind, middle, end, warmup):
   rate = learning_rate(kind, 0.2, 110, warmup)
   if warmup:
     np.testing.assert_allclose([rate(0), rate(5)], [0.0, 0.1], rtol=1e-6)
   half = warmup + (110 - warmup) // 2
-  np.testing.assert_allclose([rate(warmup), rate(half), rate(110)], [0.2, middle, end], rtol=1e-5, atol=1e-8)
+  np.testing.assert_allclose(
+    [rate(warmup), rate(half), rate(110)], [0.2, middle, end], rtol=1e-5, atol=1e-8
+  )
 
 
 def test_cosine_is_not_linear():
@@ -57,10 +63,21 @@ def test_warmup_as_long_as_the_run():
 
 
 def section(**changes):
-  return ConfigDict({
-    "optimizer": "sgd", "lr": 0.1, "lr_schedule": "linear", "warmup_steps": 0, "b1": 0.9, "b2": 0.99, "adam_eps": 1e-8,
-    "weight_decay": 0.0, "max_grad_norm": 0.0, "moment_dtype": "float32", **changes,
-  })  # fmt: skip
+  return ConfigDict(
+    {
+      "optimizer": "sgd",
+      "lr": 0.1,
+      "lr_schedule": "linear",
+      "warmup_steps": 0,
+      "b1": 0.9,
+      "b2": 0.99,
+      "adam_eps": 1e-8,
+      "weight_decay": 0.0,
+      "max_grad_norm": 0.0,
+      "moment_dtype": "float32",
+      **changes,
+    }
+  )
 
 
 def updates(config, gradients, parameter):
@@ -77,7 +94,9 @@ def test_sgd_follows_the_schedule_and_the_clip():
   free = updates(section(), [gradient] * 2, parameter)
   np.testing.assert_allclose(free, [[-0.3, -0.4], [-0.225, -0.3]], rtol=1e-6)  # 0.1, then 3/4 of it
   clipped = updates(section(max_grad_norm=1.0), [gradient, 0.1 * gradient], parameter)
-  np.testing.assert_allclose(clipped, [[-0.06, -0.08], [-0.0225, -0.03]], rtol=1e-6)  # norm 5 -> 1; norm 0.5 stays
+  np.testing.assert_allclose(
+    clipped, [[-0.06, -0.08], [-0.0225, -0.03]], rtol=1e-6
+  )  # norm 5 -> 1; norm 0.5 stays
 
 
 def test_adamw_first_update_is_minus_the_rate_and_decays_weights():

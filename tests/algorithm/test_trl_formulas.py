@@ -1,8 +1,9 @@
 """Losses and advantages against TRL's, on fixed tensors in float64.
 
-Its formulas are written here in torch, one function each; the docstring names TRL's version and the code it mirrors:
-GRPO and RLOO of 1.16.0, PPO of 1.12.0 (the last release that has one). The last tests call TRL's own loss code, where
-trl 1.16.0 is installed. Where ours differs by design, the settings are matched and a line says how.
+Its formulas are written here in torch, one function each; the docstring names TRL's version and the
+code it mirrors: GRPO and RLOO of 1.16.0, PPO of 1.12.0 (the last release that has one). The last
+tests call TRL's own loss code, where trl 1.16.0 is installed. Where ours differs by design, the
+settings are matched and a line says how.
 """
 
 import collections
@@ -34,7 +35,9 @@ def float64():
 
 
 def tensors(seed=0, columns=T, moved=0.4):
-  """Old, new and reference log-probabilities, scores, values, old values, advantages; rows of several lengths."""
+  """Old, new and reference log-probabilities, scores, values, old values, advantages; rows of
+  several lengths.
+  """
   rng = np.random.default_rng(seed)
   old = -rng.exponential(size=(B, columns))
   lengths = np.array([columns, 1, 3, 2, columns, 4, 5, 3]).clip(max=columns)
@@ -55,7 +58,9 @@ def config_of(**fields):
   config = default.get_config()
   config.rollout.group_size = K
   config.kl.beta = 0.0
-  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+  config.update_from_flattened_dict(
+    {name.replace("__", "."): value for name, value in fields.items()}
+  )
   return config
 
 
@@ -65,11 +70,22 @@ def ours(x, config, per_token_advantages=None):
   adv = advantages.per_token(jnp.asarray(x.advantages), jnp.asarray(x.mask))
   adv = adv if per_token_advantages is None else per_token_advantages
   batch = Experience(
-    Sequences(tokens=None, token_mask=None, response_mask=jnp.asarray(x.mask), has_eos=jnp.asarray(x.has_eos)),
-    old_logprobs=x.old, ref_logprobs=x.ref, ref_hidden=None, advantages=adv,
-  )  # fmt: skip
+    Sequences(
+      tokens=None,
+      token_mask=None,
+      response_mask=jnp.asarray(x.mask),
+      has_eos=jnp.asarray(x.has_eos),
+    ),
+    old_logprobs=x.old,
+    ref_logprobs=x.ref,
+    ref_hidden=None,
+    advantages=adv,
+  )
   zero = jnp.zeros_like(x.new)
-  loss = lambda new: objective(TokenStats(logprobs=new, entropy=zero, kl=zero), batch, config.kl.beta)[0]
+
+  def loss(new):
+    return objective(TokenStats(logprobs=new, entropy=zero, kl=zero), batch, config.kl.beta)[0]
+
   return jax.value_and_grad(loss)(jnp.asarray(x.new))
 
 
@@ -94,20 +110,26 @@ t = torch.tensor
 
 
 def trl_rloo_advantages(scores, old, ref, mask, *, beta, clip_range=None):
-  """1.16.0, RLOOTrainer._generate_and_score_completions: clip, take the k1 sum off, then the mean of the others."""
+  """1.16.0, RLOOTrainer._generate_and_score_completions: clip, take the k1 sum off, then the
+  mean of the others.
+  """
   scores = scores if clip_range is None else scores.clamp(*clip_range)
   rewards = (scores - beta * ((old - ref) * mask).sum(1)).view(-1, K)
   return (rewards - (rewards.sum(1, keepdim=True) - rewards) / (K - 1)).view(-1)
 
 
 def trl_rloo_loss(new, old, advantages, mask, *, low, high):
-  """1.16.0, RLOOTrainer._compute_loss: one ratio a response, of the product of its probabilities."""
+  """1.16.0, RLOOTrainer._compute_loss: one ratio a response, of the product of its
+  probabilities.
+  """
   ratio = ((new * mask).sum(1) - (old * mask).sum(1)).exp()
   return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages).mean()
 
 
 def trl_grpo_advantages(scores, *, scale, eps=1e-4):
-  """1.16.0, GRPOTrainer._generate_and_score_completions: deviations with 1 / (n - 1), and eps added to them."""
+  """1.16.0, GRPOTrainer._generate_and_score_completions: deviations with 1 / (n - 1), and eps
+  added to them.
+  """
   groups = scores.view(-1, K)
   centred = groups - groups.mean(1, keepdim=True)
   if scale == "group":
@@ -117,7 +139,9 @@ def trl_grpo_advantages(scores, *, scale, eps=1e-4):
   return centred.reshape(-1)
 
 
-def trl_grpo_loss(new, old, ref, advantages, mask, *, loss_type, low, high, delta, level, beta, max_length):
+def trl_grpo_loss(
+  new, old, ref, advantages, mask, *, loss_type, low, high, delta, level, beta, max_length
+):
   """1.16.0, GRPOTrainer._compute_loss for one micro-batch that is the whole batch."""
   log_ratio = new - old
   if level == "sequence":
@@ -133,7 +157,10 @@ def trl_grpo_loss(new, old, ref, advantages, mask, *, loss_type, low, high, delt
     return (total / mask.sum(1).clamp(min=1)).mean()
   if loss_type == "luspo":
     return total.mean()
-  return total.sum() / {"bnpo": mask.sum(), "dapo": mask.sum(), "dr_grpo": mask.numel() // T * max_length}[loss_type]
+  return (
+    total.sum()
+    / {"bnpo": mask.sum(), "dapo": mask.sum(), "dr_grpo": mask.numel() // T * max_length}[loss_type]
+  )
 
 
 def trl_masked_whiten(x, mask):
@@ -143,7 +170,9 @@ def trl_masked_whiten(x, mask):
 
 
 def trl_gae(rewards, values, *, gamma, lam):
-  """1.12.0, experimental.ppo PPOTrainer.train, part 6: values and rewards are zero after the end."""
+  """1.12.0, experimental.ppo PPOTrainer.train, part 6: values and rewards are zero after the
+  end.
+  """
   later, found = torch.zeros(len(values), dtype=values.dtype), []
   for column in reversed(range(values.shape[1])):
     following = values[:, column + 1] if column + 1 < values.shape[1] else torch.zeros_like(later)
@@ -156,7 +185,9 @@ def trl_gae(rewards, values, *, gamma, lam):
 def trl_ppo_policy_loss(new, old, advantages, mask, *, clip):
   """1.12.0, experimental.ppo PPOTrainer.train: the larger of two losses, mean over tokens."""
   ratio = (new - old).exp()
-  return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))[mask].mean()
+  return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))[
+    mask
+  ].mean()
 
 
 def trl_ppo_value_loss(values, old_values, returns, mask, *, clip):
@@ -172,29 +203,43 @@ def trl_ppo_value_loss(values, old_values, returns, mask, *, clip):
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_rloo_advantages(beta, clip):
   x = tensors()
-  config = config_of(algorithm="rloo", kl__placement="reward", kl__estimator="k1", shaping__clip=clip)
+  config = config_of(
+    algorithm="rloo", kl__placement="reward", kl__estimator="k1", shaping__clip=clip
+  )
   shaped = shape_scores(jnp.asarray(x.scores), x.mask.sum(1), x.has_eos, config.shaping)
-  found = make_advantages(config)(shaped, losses.kl_k1(x.old, x.ref), jnp.asarray(x.mask), beta).advantages
+  found = make_advantages(config)(
+    shaped, losses.kl_k1(x.old, x.ref), jnp.asarray(x.mask), beta
+  ).advantages
   clip_range = (-clip, clip) if clip else None
-  expected = trl_rloo_advantages(t(x.scores), t(x.old), t(x.ref), t(x.mask), beta=beta, clip_range=clip_range)
+  expected = trl_rloo_advantages(
+    t(x.scores), t(x.old), t(x.ref), t(x.mask), beta=beta, clip_range=clip_range
+  )
   np.testing.assert_allclose(found, expected[:, None].numpy() * x.mask, **TOLERANCE)
 
 
 def test_rloo_gradient_before_the_first_update():
-  """Ours has a ratio and a clip for each token, TRL's one for the response: where the policy is that of the samples,
-  the gradients are the same, and the values differ by the length."""
+  """Ours has a ratio and a clip for each token, TRL's one for the response: where the policy is
+  that of the samples, the gradients are the same, and the values differ by the length."""
   x = tensors(moved=0.0)
   _, gradient = ours(x, config_of(ppo__aggregation="sequence_sum"))
-  loss = lambda new: trl_rloo_loss(new, t(x.old), t(x.advantages), t(x.mask), low=0.2, high=0.2)
+
+  def loss(new):
+    return trl_rloo_loss(new, t(x.old), t(x.advantages), t(x.mask), low=0.2, high=0.2)
+
   np.testing.assert_allclose(gradient, theirs(loss, x)[1], **TOLERANCE)
 
 
 @pytest.mark.parametrize("how", ["sequence_sum", "sequence_mean", "token_mean", "constant"])
 def test_rloo_loss_of_single_tokens(how):
-  """Responses of one token, where token and response are the same: ratios on both sides of an asymmetric clip."""
+  """Responses of one token, where token and response are the same: ratios on both sides of an
+  asymmetric clip.
+  """
   x = tensors(columns=1)
   found = ours(x, config_of(ppo__aggregation=how, ppo__clip_eps=0.2, ppo__clip_eps_high=0.3))
-  loss = lambda new: trl_rloo_loss(new, t(x.old), t(x.advantages), t(x.mask), low=0.2, high=0.3)
+
+  def loss(new):
+    return trl_rloo_loss(new, t(x.old), t(x.advantages), t(x.mask), low=0.2, high=0.3)
+
   agree(found, theirs(loss, x))
   assert 0 < (np.asarray(found[1]) == 0).sum() < B  # some are clipped
 
@@ -210,27 +255,37 @@ def test_grpo_advantages_without_a_scale():
 
 
 def test_grpo_advantages_by_group():
-  """Ours: variance with 1 / K and eps under the root; TRL: 1 / (K - 1) and eps after it. Matched with both eps at 0."""
+  """Ours: variance with 1 / K and eps under the root; TRL: 1 / (K - 1) and eps after it. Matched
+  with both eps at 0.
+  """
   x = tensors()
   found = advantages.grpo(jnp.asarray(x.scores), K, eps=1e-300) * np.sqrt((K - 1) / K)
-  np.testing.assert_allclose(found, trl_grpo_advantages(t(x.scores), scale="group", eps=0.0), **TOLERANCE)
+  np.testing.assert_allclose(
+    found, trl_grpo_advantages(t(x.scores), scale="group", eps=0.0), **TOLERANCE
+  )
 
 
 def test_grpo_advantages_by_batch():
-  """Ours: deviation of the scores from their group's mean, 1 / B; TRL: from the batch's mean, 1 / (B - 1). Matched
-  where all groups have one mean."""
+  """Ours: deviation of the scores from their group's mean, 1 / B; TRL: from the batch's mean, 1 /
+  (B - 1). Matched where all groups have one mean."""
   x = tensors()
   scores = x.scores.reshape(P, K)
   scores = (scores - scores.mean(1, keepdims=True) + 0.7).reshape(-1)
   found = advantages.grpo(jnp.asarray(scores), K, eps=1e-300, norm="batch") * np.sqrt((B - 1) / B)
-  np.testing.assert_allclose(found, trl_grpo_advantages(t(scores), scale="batch", eps=0.0), **TOLERANCE)
+  np.testing.assert_allclose(
+    found, trl_grpo_advantages(t(scores), scale="batch", eps=0.0), **TOLERANCE
+  )
   apart = advantages.grpo(jnp.asarray(x.scores), K, eps=1e-300)
   assert np.abs(found - apart).max() > 0.1  # and not by group
 
 
 AGGREGATIONS = {
-  "grpo": "sequence_mean", "bnpo": "token_mean", "dapo": "token_mean", "dr_grpo": "constant", "luspo": "sequence_sum"
-}  # fmt: skip
+  "grpo": "sequence_mean",
+  "bnpo": "token_mean",
+  "dapo": "token_mean",
+  "dr_grpo": "constant",
+  "luspo": "sequence_sum",
+}
 GRPO_CASES = {
   "plain": dict(low=0.2, high=0.2, delta=None, level="token", beta=0.0),
   "kl": dict(low=0.2, high=0.2, delta=None, level="token", beta=0.04),
@@ -243,21 +298,30 @@ GRPO_CASES = {
 
 def grpo_config(loss_type, case):
   return config_of(
-    algorithm="grpo", ppo__aggregation=AGGREGATIONS[loss_type], ppo__clip_eps=case["low"],
-    ppo__clip_eps_high=case["high"], ppo__dual_clip=case["delta"] or 0.0, ppo__ratio=case["level"],
-    kl__placement="loss", kl__estimator="k3", kl__beta=case["beta"],
-  )  # fmt: skip
+    algorithm="grpo",
+    ppo__aggregation=AGGREGATIONS[loss_type],
+    ppo__clip_eps=case["low"],
+    ppo__clip_eps_high=case["high"],
+    ppo__dual_clip=case["delta"] or 0.0,
+    ppo__ratio=case["level"],
+    kl__placement="loss",
+    kl__estimator="k3",
+    kl__beta=case["beta"],
+  )
 
 
 @pytest.mark.parametrize("case", GRPO_CASES)
 @pytest.mark.parametrize("loss_type", AGGREGATIONS)
 def test_grpo_loss(loss_type, case):
-  """TRL's delta bounds the ratio of every advantage, ours (dual clip) that of negative ones: the same, since delta lies
-  above the upper clip."""
+  """TRL's delta bounds the ratio of every advantage, ours (dual clip) that of negative ones: the
+  same, since delta lies above the upper clip."""
   x, case = tensors(moved=0.5), GRPO_CASES[case]
-  loss = lambda new: trl_grpo_loss(
-    new, t(x.old), t(x.ref), t(x.advantages), t(x.mask), loss_type=loss_type, max_length=T, **case
-  )
+
+  def loss(new):
+    return trl_grpo_loss(
+      new, t(x.old), t(x.ref), t(x.advantages), t(x.mask), loss_type=loss_type, max_length=T, **case
+    )
+
   agree(ours(x, grpo_config(loss_type, case)), theirs(loss, x))
 
 
@@ -268,19 +332,28 @@ def test_grpo_loss(loss_type, case):
 def test_ppo_policy_loss(clip):
   x = tensors()
   adv = tensors(seed=1).values * x.mask
-  found = ours(x, config_of(algorithm="ppo", ppo__aggregation="token_mean", ppo__clip_eps=clip), jnp.asarray(adv))
-  loss = lambda new: trl_ppo_policy_loss(new, t(x.old), t(adv), t(x.mask), clip=clip)
+  found = ours(
+    x,
+    config_of(algorithm="ppo", ppo__aggregation="token_mean", ppo__clip_eps=clip),
+    jnp.asarray(adv),
+  )
+
+  def loss(new):
+    return trl_ppo_policy_loss(new, t(x.old), t(adv), t(x.mask), clip=clip)
+
   agree(found, theirs(loss, x))
 
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0)])
 def test_gae(gamma, lam):
-  """TRL books the score one column after the last token where there is one, and trains a value there; ours books it on
-  the last token. The recursion is compared on rewards booked our way."""
+  """TRL books the score one column after the last token where there is one, and trains a value
+  there; ours books it on the last token. The recursion is compared on rewards booked our way."""
   x = tensors()
   rewards = tensors(seed=1).values * x.mask
   values = x.values * x.mask
-  adv, returns = advantages.gae(jnp.asarray(rewards), jnp.asarray(x.values), jnp.asarray(x.mask), gamma=gamma, lam=lam)
+  adv, returns = advantages.gae(
+    jnp.asarray(rewards), jnp.asarray(x.values), jnp.asarray(x.mask), gamma=gamma, lam=lam
+  )
   expected = trl_gae(t(rewards), t(values), gamma=gamma, lam=lam)
   np.testing.assert_allclose(adv, expected[0].numpy() * x.mask, **TOLERANCE)
   np.testing.assert_allclose(returns, expected[1].numpy() * x.mask, **TOLERANCE)
@@ -289,12 +362,18 @@ def test_gae(gamma, lam):
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 @pytest.mark.parametrize("whiten", [False, True])
 def test_ppo_advantages_from_scores_and_kl(whiten, estimator):
-  """Full rows, where TRL too books the score on the last token. Its whitening divides by n - 1, ours by n."""
+  """Full rows, where TRL too books the score on the last token. Its whitening divides by n - 1,
+  ours by n.
+  """
   x = tensors()
   x.mask[:] = True
-  config = config_of(algorithm="ppo", kl__placement="reward", kl__estimator=estimator, ppo__whiten_advantages=whiten)
+  config = config_of(
+    algorithm="ppo", kl__placement="reward", kl__estimator=estimator, ppo__whiten_advantages=whiten
+  )
   token_kl = {"k1": losses.kl_k1, "k3": losses.kl_k3}[estimator](x.old, x.ref)
-  found = make_advantages(config)(jnp.asarray(x.scores), token_kl, jnp.asarray(x.mask), 0.05, values=x.values)
+  found = make_advantages(config)(
+    jnp.asarray(x.scores), token_kl, jnp.asarray(x.mask), 0.05, values=x.values
+  )
   log_ratio = t(x.ref) - t(x.old)
   kl = -log_ratio if estimator == "k1" else (log_ratio.exp() - 1) - log_ratio
   rewards = -0.05 * kl
@@ -311,14 +390,19 @@ def test_whitening():
   x = tensors()
   n = x.mask.sum()
   found = masked_whiten(jnp.asarray(x.values), jnp.asarray(x.mask)) * np.sqrt((n - 1) / n)
-  np.testing.assert_allclose(found, trl_masked_whiten(t(x.values), t(x.mask)).numpy() * x.mask, **TOLERANCE)
+  np.testing.assert_allclose(
+    found, trl_masked_whiten(t(x.values), t(x.mask)).numpy() * x.mask, **TOLERANCE
+  )
 
 
 @pytest.mark.parametrize("clip", [0.1, 0.5])
 def test_ppo_value_loss(clip):
   x = tensors()
   returns = tensors(seed=2).values
-  loss = lambda v: losses.value_clip(v, x.values, jnp.asarray(returns), jnp.asarray(x.mask), clip=clip)[0]
+
+  def loss(v):
+    return losses.value_clip(v, x.values, jnp.asarray(returns), jnp.asarray(x.mask), clip=clip)[0]
+
   found = jax.value_and_grad(loss)(jnp.asarray(x.new_values))
   values = torch.tensor(x.new_values, requires_grad=True)
   expected = trl_ppo_value_loss(values, t(x.values), t(returns), t(x.mask), clip=clip)
@@ -351,36 +435,65 @@ class Anything:
 
 def stand_in(new, **fields):
   """As much of a trainer as `_compute_loss` reads: it takes its log-probabilities from `new`."""
-  read = lambda *args, **kwargs: (new, torch.zeros_like(new), None)
+
+  def read(*args, **kwargs):
+    return (new, torch.zeros_like(new), None)
+
   return types.SimpleNamespace(
-    _get_per_token_logps_and_entropies=read, accelerator=Anything(), model=types.SimpleNamespace(training=True),
-    aux_loss_enabled=False, _metrics={"train": collections.defaultdict(list)}, **fields,
-  )  # fmt: skip
+    _get_per_token_logps_and_entropies=read,
+    accelerator=Anything(),
+    model=types.SimpleNamespace(training=True),
+    aux_loss_enabled=False,
+    _metrics={"train": collections.defaultdict(list)},
+    **fields,
+  )
 
 
 def inputs_of(x, **more):
   ids = torch.zeros(B, x.mask.shape[1], dtype=torch.long)
   return dict(
-    prompt_ids=ids[:, :1], prompt_mask=ids[:, :1] + 1, completion_ids=ids, completion_mask=t(x.mask).long(),
-    advantages=t(x.advantages), **more,
-  )  # fmt: skip
+    prompt_ids=ids[:, :1],
+    prompt_mask=ids[:, :1] + 1,
+    completion_ids=ids,
+    completion_mask=t(x.mask).long(),
+    advantages=t(x.advantages),
+    **more,
+  )
 
 
 def test_grpo_loss_of_trl_itself():
-  pytest.importorskip("trl", minversion="1.16.0", reason="TRL is no dependency; its formulas are tested above")
+  pytest.importorskip(
+    "trl", minversion="1.16.0", reason="TRL is no dependency; its formulas are tested above"
+  )
   from trl.trainer.grpo_trainer import GRPOTrainer
 
   x = tensors(moved=0.5)
 
   def loss(new, loss_type, case):
-    args = types.SimpleNamespace(delta=case["delta"], use_bias_correction_kl=False, steps_per_generation=1)
+    args = types.SimpleNamespace(
+      delta=case["delta"], use_bias_correction_kl=False, steps_per_generation=1
+    )
     trainer = stand_in(
-      new, args=args, loss_type=loss_type, importance_sampling_level=case["level"], epsilon_low=case["low"],
-      epsilon_high=case["high"], beta=case["beta"], max_completion_length=T, top_entropy_quantile=1.0,
-      off_policy_mask_threshold=None, use_vllm=False, current_gradient_accumulation_steps=1,
+      new,
+      args=args,
+      loss_type=loss_type,
+      importance_sampling_level=case["level"],
+      epsilon_low=case["low"],
+      epsilon_high=case["high"],
+      beta=case["beta"],
+      max_completion_length=T,
+      top_entropy_quantile=1.0,
+      off_policy_mask_threshold=None,
+      use_vllm=False,
+      current_gradient_accumulation_steps=1,
       _entropy_bonus_enabled=False,
-    )  # fmt: skip
-    given = inputs_of(x, old_per_token_logps=t(x.old), ref_per_token_logps=t(x.ref), num_items_in_batch=t(x.mask).sum())
+    )
+    given = inputs_of(
+      x,
+      old_per_token_logps=t(x.old),
+      ref_per_token_logps=t(x.ref),
+      num_items_in_batch=t(x.mask).sum(),
+    )
     return GRPOTrainer._compute_loss(trainer, None, given)
 
   for loss_type, case in itertools.product(AGGREGATIONS, GRPO_CASES.values()):
@@ -388,14 +501,22 @@ def test_grpo_loss_of_trl_itself():
 
 
 def test_rloo_loss_of_trl_itself():
-  pytest.importorskip("trl", minversion="1.16.0", reason="TRL is no dependency; its formulas are tested above")
+  pytest.importorskip(
+    "trl", minversion="1.16.0", reason="TRL is no dependency; its formulas are tested above"
+  )
   from trl.trainer.rloo_trainer import RLOOTrainer
 
   def loss(x):
     given = inputs_of(x, old_logps=(t(x.old) * t(x.mask)).sum(1))
-    return lambda new: RLOOTrainer._compute_loss(stand_in(new, epsilon_low=0.2, epsilon_high=0.3), None, given)
+    return lambda new: RLOOTrainer._compute_loss(
+      stand_in(new, epsilon_low=0.2, epsilon_high=0.3), None, given
+    )
 
   single = tensors(columns=1)
-  agree(ours(single, config_of(ppo__clip_eps=0.2, ppo__clip_eps_high=0.3)), theirs(loss(single), single))
+  agree(
+    ours(single, config_of(ppo__clip_eps=0.2, ppo__clip_eps_high=0.3)), theirs(loss(single), single)
+  )
   fresh = tensors(moved=0.0)
-  np.testing.assert_allclose(ours(fresh, config_of())[1], theirs(loss(fresh), fresh)[1], **TOLERANCE)
+  np.testing.assert_allclose(
+    ours(fresh, config_of())[1], theirs(loss(fresh), fresh)[1], **TOLERANCE
+  )

@@ -1,4 +1,6 @@
-"""Every variant and every estimator in the whole step: on one device, on eight, and what each one reads and moves."""
+"""Every variant and every estimator in the whole step: on one device, on eight, and what each
+one reads and moves.
+"""
 
 import functools
 
@@ -13,7 +15,8 @@ from r2m_jax.algorithm import losses, schedules
 from r2m_jax.algorithm.labels import pairs_at, pairs_per_step
 from r2m_jax.algorithm.objective import shape_scores
 from r2m_jax.algorithm.variants import VARIANTS, States, arm_of, feed_back, measured, other_rows
-from r2m_jax.goldtask import rl, task as goldtask
+from r2m_jax.goldtask import rl
+from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.labels import gold_labeller
 from r2m_jax.ops import combine
 from r2m_jax.parallel import sharding
@@ -22,19 +25,30 @@ from r2m_jax.types import Sequences
 
 STEPS = 3
 ALGORITHMS = {
-  "grpo": dict(algorithm="grpo", ppo__aggregation="sequence_mean", ppo__ratio="sequence", kl__estimator="k3"),
-  "reinforce++": dict(algorithm="reinforce++", kl__placement="reward", ppo__aggregation="token_mean"),
-  "remax": dict(algorithm="remax", kl__placement="reward", kl__estimator="exact", kl__controller="hold"),
-  "ppo": dict(algorithm="ppo", kl__placement="reward", ppo__minibatches=2, ppo__whiten_advantages=True),
+  "grpo": dict(
+    algorithm="grpo", ppo__aggregation="sequence_mean", ppo__ratio="sequence", kl__estimator="k3"
+  ),
+  "reinforce++": dict(
+    algorithm="reinforce++", kl__placement="reward", ppo__aggregation="token_mean"
+  ),
+  "remax": dict(
+    algorithm="remax", kl__placement="reward", kl__estimator="exact", kl__controller="hold"
+  ),
+  "ppo": dict(
+    algorithm="ppo", kl__placement="reward", ppo__minibatches=2, ppo__whiten_advantages=True
+  ),
 }
-# one setting for each variant, estimators in turn, so that each pair of neighbours in the table is run somewhere
+# one setting for each variant, estimators in turn, so that each pair of neighbours in the table is
+# run somewhere
 CASES = {
   "rloo-scaled": dict(variant="scaled"),
   "rloo-noise": dict(variant="noise"),
   "rloo-constant": dict(variant="constant"),
   "rloo-shuffled": dict(variant="shuffled"),
   "rloo-no_bt": dict(variant="no_bt", kl__controller="adaptive", kl__target=0.01),
-  "rloo-truncated": dict(variant="r2m", rollout__top_p=0.9, rollout__top_k=24, r2m__feedback_layer=0),
+  "rloo-truncated": dict(
+    variant="r2m", rollout__top_p=0.9, rollout__top_k=24, r2m__feedback_layer=0
+  ),
   "grpo-r2m": dict(variant="r2m", **ALGORITHMS["grpo"]),
   "grpo-own_states": dict(variant="own_states", **ALGORITHMS["grpo"]),
   "reinforce++-r2m": dict(variant="r2m", **ALGORITHMS["reinforce++"]),
@@ -46,10 +60,13 @@ CASES = {
   "ppo-no_gre": dict(variant="no_gre", critic__init="policy", **ALGORITHMS["ppo"]),
   "ppo-vanilla": dict(variant="vanilla", **ALGORITHMS["ppo"]),
   "rloo-ensemble": dict(
-    variant="r2m", reward__ensemble=3, reward__combine="mean_minus_variance", r2m__average=0.5,
+    variant="r2m",
+    reward__ensemble=3,
+    reward__combine="mean_minus_variance",
+    r2m__average=0.5,
     r2m__omega_schedule="kl",
   ),
-}  # fmt: skip
+}
 
 
 def flat(tree):
@@ -74,7 +91,9 @@ def test_three_steps_on_one_device_and_on_eight(name):
   if state.critic is not None:
     assert not same(state.critic["backbone"], fresh.critic["backbone"])
   for t, (a, b) in enumerate(zip(one, eight)):
-    np.testing.assert_array_equal(a.sequences.tokens, b.sequences.tokens, err_msg=f"tokens of step {t}")
+    np.testing.assert_array_equal(
+      a.sequences.tokens, b.sequences.tokens, err_msg=f"tokens of step {t}"
+    )
     for metric, value in a.metrics.items():
       assert np.isfinite(value), (t, metric)
       bound = dict(rtol=1e-5, atol=1e-6)
@@ -92,13 +111,21 @@ def shared_step():
   cfg = small.config(variant="r2m")
   built, state = small.start(cfg)
   layout = sharding.shardings(state, built.mesh)
-  return cfg, make_step(built.defs, cfg, built.mesh, (goldtask.EOS,), goldtask.PAD, layout, arms=True)
+  return cfg, make_step(
+    built.defs, cfg, built.mesh, (goldtask.EOS,), goldtask.PAD, layout, arms=True
+  )
 
 
 def test_which_variants_share_a_program():
   assert set(SHAREABLE) == {
-    "vanilla", "r2m", "r2m_untrained", "iterative_head", "pretrained_rm", "scaled", "warm_start"
-  }  # fmt: skip
+    "vanilla",
+    "r2m",
+    "r2m_untrained",
+    "iterative_head",
+    "pretrained_rm",
+    "scaled",
+    "warm_start",
+  }
   for name in VARIANTS:
     config = quickstart.get_config()
     config.variant = name
@@ -119,7 +146,9 @@ def test_an_arm_in_the_shared_program_is_the_variant_in_its_own(name):
     assert set(metrics) == set(own[t].metrics)
     for metric, value in metrics.items():
       bound = dict(atol=2e-5) if metric.endswith("_deviation") else dict(rtol=1e-5, atol=1e-6)
-      np.testing.assert_allclose(value, own[t].metrics[metric], **bound, err_msg=f"{metric} of step {t}")
+      np.testing.assert_allclose(
+        value, own[t].metrics[metric], **bound, err_msg=f"{metric} of step {t}"
+      )
   assert step._cache_size() == 1  # whatever the arm
   for a, b in zip(flat(state.reward_head), flat(wanted.reward_head), strict=True):
     np.testing.assert_allclose(a, b, atol=1e-6)
@@ -128,7 +157,9 @@ def test_an_arm_in_the_shared_program_is_the_variant_in_its_own(name):
 
 
 def test_every_variant_is_among_the_cases():
-  """What is fitted before RL is the same program, and runs on one device and on eight in test_gold.py."""
+  """What is fitted before RL is the same program, and runs on one device and on eight in
+  test_gold.py.
+  """
   covered = {case["variant"] for case in CASES.values()}
   assert {name for name in VARIANTS if not VARIANTS[name].start} <= covered
   assert {case.get("algorithm", "rloo") for case in CASES.values()} == set(ALGORITHMS) | {"rloo"}
@@ -148,29 +179,43 @@ def test_every_estimator_with_every_variant(algorithm, variant):
 def states(rows=6, length=5, size=4, seed=0):
   rng = np.random.default_rng(seed)
   mask = np.arange(length) < rng.integers(2, length + 1, (rows, 1))
-  return States(jnp.asarray(3 + 2 * rng.standard_normal((rows, length, size)), jnp.float32), jnp.asarray(mask))
+  return States(
+    jnp.asarray(3 + 2 * rng.standard_normal((rows, length, size)), jnp.float32), jnp.asarray(mask)
+  )
 
 
 def test_feedback_controls_read_what_they_say():
   policy, ref, own = (states(rows=400, seed=i) for i in range(3))
-  read = lambda kind: feed_back(kind, policy, ref, own, jax.random.key(0), others=np.roll(np.arange(400), 2))
+
+  def read(kind):
+    return feed_back(kind, policy, ref, own, jax.random.key(0), others=np.roll(np.arange(400), 2))
+
   assert read("policy") is policy and read("reference") is ref and read("own_states") is own
   noise = read("noise")
   real = np.asarray(policy.mask)
   for moment in (np.mean, np.std):  # of each feature, over real tokens alone
     found, want = (moment(np.asarray(x.hidden)[real], 0) for x in (noise, policy))
     np.testing.assert_allclose(found, want, atol=0.2)
-  assert abs(np.corrcoef(np.asarray(noise.hidden)[real][:, 0], np.asarray(policy.hidden)[real][:, 0])[0, 1]) < 0.1
+  assert (
+    abs(
+      np.corrcoef(np.asarray(noise.hidden)[real][:, 0], np.asarray(policy.hidden)[real][:, 0])[0, 1]
+    )
+    < 0.1
+  )
   assert np.ptp(np.asarray(read("constant").hidden)) == 0
   shuffled = read("shuffled")
   np.testing.assert_array_equal(shuffled.hidden[2:], policy.hidden[:-2])
-  np.testing.assert_array_equal(shuffled.mask[2:], policy.mask[:-2])  # the mask goes with its states
+  np.testing.assert_array_equal(
+    shuffled.mask[2:], policy.mask[:-2]
+  )  # the mask goes with its states
 
 
 def test_no_trajectory_keeps_its_own_states_when_shuffled():
   """Half the batch is a shift to another prompt, for any number of prompts from two on."""
   for prompts, K in ((2, 2), (2, 4), (3, 4), (5, 2), (5, 3)):
-    prompt_of = np.concatenate([np.repeat(np.arange(prompts), K), np.arange(prompts)])  # samples, then greedy rows
+    prompt_of = np.concatenate(
+      [np.repeat(np.arange(prompts), K), np.arange(prompts)]
+    )  # samples, then greedy rows
     for rows in (prompts * K, prompts * (K + 1)):
       others = other_rows(rows, prompts * K)
       assert sorted(others) == list(range(rows)) and (prompt_of[others] != prompt_of[:rows]).all()
@@ -192,7 +237,9 @@ def test_gold_labels_order_pairs_by_gold():
   pairs = gold_labeller(cfg)(sequences, 0)
   gold = {row.tobytes(): g for row, g in zip(sequences.tokens, goldtask.gold(sequences).gold)}
   winner, loser = np.split(np.array([gold[row.tobytes()] for row in pairs.tokens]), 2)
-  assert (winner >= loser).all() and (pairs.weight == (winner > loser)).all() and pairs.weight.sum() > 3
+  assert (
+    (winner >= loser).all() and (pairs.weight == (winner > loser)).all() and pairs.weight.sum() > 3
+  )
   prompt = pairs.tokens[:, : goldtask.PROMPT_LENGTH]
   assert np.array_equal(*np.split(prompt, 2))  # both of one prompt
   again = gold_labeller(cfg)(sequences, 0)
@@ -201,8 +248,16 @@ def test_gold_labels_order_pairs_by_gold():
 
 
 def test_labels_train_the_head_and_reversed_labels_train_it_the_other_way():
-  """One SGD step on BT of labelled pairs alone raises the winners over the losers; swapped labels do the opposite."""
-  sgd = dict(variant="no_gre", r2m__optimizer="sgd", r2m__lr=0.3, r2m__max_grad_norm=0.0, r2m__labels="preference")
+  """One SGD step on BT of labelled pairs alone raises the winners over the losers; swapped
+  labels do the opposite.
+  """
+  sgd = dict(
+    variant="no_gre",
+    r2m__optimizer="sgd",
+    r2m__lr=0.3,
+    r2m__max_grad_norm=0.0,
+    r2m__labels="preference",
+  )
   cfg = small.config(r2m__label_budget=0.25, **sgd)
   moves = {}
   for swap in (False, True):
@@ -212,13 +267,22 @@ def test_labels_train_the_head_and_reversed_labels_train_it_the_other_way():
 
     def labeller(sequences, step):
       pairs = label(sequences, step)
-      turn = lambda x: np.concatenate(np.split(x, 2)[::-1]) if swap else x
-      return pairs.replace(**{name: turn(getattr(pairs, name)) for name in
-                              ("tokens", "token_mask", "reward_tokens", "reward_mask")})  # fmt: skip
+
+      def turn(x):
+        return np.concatenate(np.split(x, 2)[::-1]) if swap else x
+
+      return pairs.replace(
+        **{
+          name: turn(getattr(pairs, name))
+          for name in ("tokens", "token_mask", "reward_tokens", "reward_mask")
+        }
+      )
 
     step = small.step_of(cfg, built, state, labeller)
     state, out = step(state, small.prompts(cfg, 0))
-    moves[swap] = [np.asarray(b) - np.asarray(a) for a, b in zip(flat(before), flat(state.reward_head))]
+    moves[swap] = [
+      np.asarray(b) - np.asarray(a) for a, b in zip(flat(before), flat(state.reward_head))
+    ]
     assert np.isfinite(out.metrics["r2m/bt"])
   agree = sum((a * b).sum() for a, b in zip(*moves.values()))
   assert agree < 0
@@ -229,7 +293,10 @@ def test_labels_without_weight_change_nothing():
   built, state = small.start(cfg)
   before = flat(state.reward_head)
   label = gold_labeller(cfg)
-  mute = lambda *args: (pairs := label(*args)).replace(weight=0 * pairs.weight)
+
+  def mute(*args):
+    return (pairs := label(*args)).replace(weight=0 * pairs.weight)
+
   state, out = small.step_of(cfg, built, state, mute)(state, small.prompts(cfg, 0))
   assert all(map(np.array_equal, before, flat(state.reward_head))) and out.metrics["r2m/loss"] == 0
 
@@ -240,7 +307,11 @@ SHAPING = small.config().shaping
 def shaped(scores, length=(3, 5, 2), has_eos=(True, False, True), **settings):
   shaping = SHAPING.copy_and_resolve_references()
   shaping.update(settings)
-  return np.asarray(shape_scores(jnp.asarray(scores, jnp.float32), jnp.asarray(length), jnp.asarray(has_eos), shaping))
+  return np.asarray(
+    shape_scores(
+      jnp.asarray(scores, jnp.float32), jnp.asarray(length), jnp.asarray(has_eos), shaping
+    )
+  )
 
 
 def test_shaping_of_scores():
@@ -248,8 +319,12 @@ def test_shaping_of_scores():
   np.testing.assert_array_equal(shaped(scores), scores)
   np.testing.assert_allclose(shaped(scores, centre=True), [-2, -1, 3])
   np.testing.assert_allclose(shaped(scores, clip=2.5), [1, 2, 2.5])
-  np.testing.assert_allclose(shaped(scores, centre=True, clip=2.0), [-2, -1, 2])  # centred before it is clipped
-  np.testing.assert_allclose(shaped(scores, missing_eos="subtract", missing_eos_penalty=1.5), [1, 0.5, 6])
+  np.testing.assert_allclose(
+    shaped(scores, centre=True, clip=2.0), [-2, -1, 2]
+  )  # centred before it is clipped
+  np.testing.assert_allclose(
+    shaped(scores, missing_eos="subtract", missing_eos_penalty=1.5), [1, 0.5, 6]
+  )
   np.testing.assert_allclose(shaped(scores, missing_eos="replace"), [1, -1, 6])
   np.testing.assert_allclose(shaped(scores, length_penalty=0.1), [0.7, 1.5, 5.8], rtol=1e-6)
 
@@ -259,7 +334,10 @@ def test_ensembles_combine():
   np.testing.assert_allclose(combine(scores), scores.mean(-1), rtol=1e-6)
   np.testing.assert_allclose(combine(scores, "min"), scores.min(-1), rtol=1e-6)
   np.testing.assert_allclose(
-    combine(scores, "mean_minus_variance", 2.0), scores.mean(-1) - 2 * scores.var(-1), rtol=1e-5, atol=1e-6
+    combine(scores, "mean_minus_variance", 2.0),
+    scores.mean(-1) - 2 * scores.var(-1),
+    rtol=1e-5,
+    atol=1e-6,
   )
 
 
@@ -267,7 +345,9 @@ def test_average_head_scores_and_the_raw_head_trains():
   cfg = small.config(r2m__average=0.75, r2m__lr=0.05)
   _, fresh = small.start(cfg)
   _, state = small.run(cfg, 1)
-  for start, raw, average in zip(flat(fresh.reward_head), flat(state.reward_head), flat(state.reward_average)):
+  for start, raw, average in zip(
+    flat(fresh.reward_head), flat(state.reward_head), flat(state.reward_average)
+  ):
     np.testing.assert_allclose(average, 0.75 * start + 0.25 * raw, rtol=1e-5, atol=1e-7)
   plain, _ = small.run(small.config(r2m__lr=0.05), 2)
   averaged, _ = small.run(cfg, 2)
@@ -275,15 +355,23 @@ def test_average_head_scores_and_the_raw_head_trains():
 
 
 def test_omega_schedules():
-  at = lambda u, kind: float(schedules.omega(jnp.float32(u), 0.6, kind))
-  np.testing.assert_allclose([at(u, "linear") for u in (0, 0.25, 0.4, 1, 3)], [1, 0.75, 0.6, 0.6, 0.6], rtol=1e-6)
+  def at(u, kind):
+    return float(schedules.omega(jnp.float32(u), 0.6, kind))
+
+  np.testing.assert_allclose(
+    [at(u, "linear") for u in (0, 0.25, 0.4, 1, 3)], [1, 0.75, 0.6, 0.6, 0.6], rtol=1e-6
+  )
   assert {at(u, "constant") for u in (0.0, 0.5, 1.0)} == {at(1, "cosine")}
   assert at(0.2, "kl") == at(0.2, "cosine") and at(5.0, "kl") == np.float32(0.6)
 
 
 def test_kl_controllers():
-  weight = lambda kind, kl: schedules.kl_weight(kind, jnp.float32(0.1), jnp.float32(kl), target=4.0, horizon=10)
-  step = lambda kind, kl: [float(x) for x in weight(kind, kl)]
+  def weight(kind, kl):
+    return schedules.kl_weight(kind, jnp.float32(0.1), jnp.float32(kl), target=4.0, horizon=10)
+
+  def step(kind, kl):
+    return [float(x) for x in weight(kind, kl)]
+
   np.testing.assert_allclose(step("fixed", 40), [0.1, 0.1])
   np.testing.assert_allclose(step("hold", 2), [0.1, 0.1])
   np.testing.assert_allclose(step("hold", 8), [0.4, 0.1], rtol=1e-6)
@@ -296,14 +384,24 @@ def test_weighted_bradley_terry():
   weight = np.abs(weight)
   want = (weight * np.log1p(np.exp(l - w))).sum() / weight.sum()
   np.testing.assert_allclose(losses.bradley_terry(w, l, weight), want, rtol=1e-5)
-  np.testing.assert_allclose(losses.bradley_terry(w, l, np.full(5, 2.0)), losses.bradley_terry(w, l), rtol=1e-6)
+  np.testing.assert_allclose(
+    losses.bradley_terry(w, l, np.full(5, 2.0)), losses.bradley_terry(w, l), rtol=1e-6
+  )
   assert losses.bradley_terry(w, l, 0 * weight) == 0
 
 
-@pytest.mark.parametrize("variant, policy, reference", [
-  ("r2m", True, False), ("noise", True, False), ("shuffled", True, False), ("vanilla", False, False),
-  ("iterative_head", False, False), ("own_states", False, False), ("reference", False, True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "variant, policy, reference",
+  [
+    ("r2m", True, False),
+    ("noise", True, False),
+    ("shuffled", True, False),
+    ("vanilla", False, False),
+    ("iterative_head", False, False),
+    ("own_states", False, False),
+    ("reference", False, True),
+  ],
+)
 def test_states_that_nothing_reads_are_not_kept(variant, policy, reference):
   """They would be the largest arrays of a step: plain RLOO must not pay for them."""
   cfg = small.config(variant=variant, kl__estimator="k2")
@@ -317,4 +415,8 @@ def test_states_that_nothing_reads_are_not_kept(variant, policy, reference):
   assert (old.hidden.shape[-1], ref.hidden.shape[-1]) == (width * policy, width * reference)
   assert old.last_hidden.shape[-1] == ref.last_hidden.shape[-1] == 0
   cfg.kl.estimator = "exact"
-  assert jax.eval_shape(lambda: make_read(cfg)(*models, sequences))[1].last_hidden.shape == (rows, T, width)
+  assert jax.eval_shape(lambda: make_read(cfg)(*models, sequences))[1].last_hidden.shape == (
+    rows,
+    T,
+    width,
+  )

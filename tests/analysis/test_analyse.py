@@ -1,4 +1,6 @@
-"""task=analyse: its estimators against closed forms, loops and other people's models, and the command on small runs."""
+"""task=analyse: its estimators against closed forms, loops and other people's models, and the
+command on small runs.
+"""
 
 import csv
 import hashlib
@@ -28,7 +30,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def planted(prompts=40, samples=6, width=12, noise=0.5, seed=0):
-  """(features, target, prompt): the target is linear in the features but for noise of that deviation."""
+  """(features, target, prompt): the target is linear in the features but for noise of that
+  deviation.
+  """
   rng = np.random.default_rng(seed)
   x = rng.normal(size=(prompts * samples, width)) * rng.uniform(0.1, 30, width) + 5
   clean = ((x - x.mean(0)) / x.std(0)) @ rng.normal(size=width)
@@ -40,7 +44,9 @@ def planted(prompts=40, samples=6, width=12, noise=0.5, seed=0):
 
 
 def test_ridge_is_least_squares_of_the_augmented_system():
-  """Row-wise penalty: appending sqrt(N penalty) I to the standardised features and zeros to the target."""
+  """Row-wise penalty: appending sqrt(N penalty) I to the standardised features and zeros to the
+  target.
+  """
   x, y, _ = planted()
   penalties = np.array([1e-4, 0.3, 20.0])
   new = x[:7] * 1.3
@@ -48,7 +54,9 @@ def test_ridge_is_least_squares_of_the_augmented_system():
   z, mean, scale = (x - x.mean(0)) / x.std(0), x.mean(0), x.std(0)
   for penalty, mine in zip(penalties, got.T):
     system = np.concatenate([z, np.sqrt(len(x) * penalty) * np.eye(x.shape[1])])
-    beta = np.linalg.lstsq(system, np.concatenate([y - y.mean(), np.zeros(x.shape[1])]), rcond=None)[0]
+    beta = np.linalg.lstsq(
+      system, np.concatenate([y - y.mean(), np.zeros(x.shape[1])]), rcond=None
+    )[0]
     np.testing.assert_allclose(mine, y.mean() + (new - mean) / scale @ beta, rtol=1e-9)
 
 
@@ -69,18 +77,26 @@ def test_probe_finds_what_is_planted_and_nothing_where_labels_are_shuffled():
 
 
 def test_no_prediction_saw_its_prompt():
-  """A feature that names the prompt predicts a target that is one value a prompt, if and only if a fold leaks it."""
+  """A feature that names the prompt predicts a target that is one value a prompt, if and only if
+  a fold leaks it.
+  """
   prompt = np.repeat(np.arange(40), 6)
   y = np.random.default_rng(0).normal(size=40)[prompt]
   names = (prompt[:, None] == np.arange(40)).astype(float)
-  assert probes.r_squared(y, probes.ridge(names, y, np.array([1e-4]))(names)[:, 0], prompt=prompt).value > 0.99
+  assert (
+    probes.r_squared(y, probes.ridge(names, y, np.array([1e-4]))(names)[:, 0], prompt=prompt).value
+    > 0.99
+  )
   assert probes.r_squared(y, probes.probe(names, y, prompt), prompt=prompt).value < 0.01
 
 
 def test_r_squared_is_the_formula_and_a_difference_is_paired():
   x, y, prompt = planted()
   a, b = probes.probe(x, y, prompt), probes.probe(x[:, :3], y, prompt)
-  r2 = lambda p: 1 - ((y - p) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+
+  def r2(p):
+    return 1 - ((y - p) ** 2).sum() / ((y - y.mean()) ** 2).sum()
+
   one, both = probes.r_squared(y, a, prompt=prompt), probes.r_squared(y, a, b, prompt=prompt)
   np.testing.assert_allclose([one.value, both.value], [r2(a), r2(a) - r2(b)], rtol=1e-9)
   same = probes.r_squared(y, a, a, prompt=prompt)
@@ -92,15 +108,30 @@ def test_r_squared_is_the_formula_and_a_difference_is_paired():
 
 def test_similarities_equal_a_loop_over_pairs():
   rng = np.random.default_rng(3)
-  prompt, states, label = np.repeat(np.arange(6), 4), rng.normal(size=(24, 5)) + 1, rng.integers(-1, 2, 24)
+  prompt, states, label = (
+    np.repeat(np.arange(6), 4),
+    rng.normal(size=(24, 5)) + 1,
+    rng.integers(-1, 2, 24),
+  )
   got = probes.similarities(states, label, prompt)
-  cosine = lambda i, j: states[i] @ states[j] / np.linalg.norm(states[i]) / np.linalg.norm(states[j])
+
+  def cosine(i, j):
+    return states[i] @ states[j] / np.linalg.norm(states[i]) / np.linalg.norm(states[j])
+
   mean = {
-    (a, b): np.mean([cosine(i, j) for i in range(24) for j in range(24)
-                     if prompt[i] != prompt[j] and label[i] == a and label[j] == b])
+    (a, b): np.mean(
+      [
+        cosine(i, j)
+        for i in range(24)
+        for j in range(24)
+        if prompt[i] != prompt[j] and label[i] == a and label[j] == b
+      ]
+    )
     for a, b in ((0, 0), (1, 1), (0, 1))
-  }  # fmt: skip
-  np.testing.assert_allclose([got.first.value, got.second.value, got.cross.value], list(mean.values()), rtol=1e-9)
+  }
+  np.testing.assert_allclose(
+    [got.first.value, got.second.value, got.cross.value], list(mean.values()), rtol=1e-9
+  )
   np.testing.assert_allclose(got.gap.value, (mean[0, 0] + mean[1, 1]) / 2 - mean[0, 1], rtol=1e-9)
 
 
@@ -124,19 +155,25 @@ def test_correlation_is_numpys_and_within_prompts_removes_what_a_prompt_shares()
   prompt = np.repeat(np.arange(20), 5)
   shared, x = 10 * rng.normal(size=20)[prompt], rng.normal(size=100)
   y = -x + shared + 0.1 * rng.normal(size=100)
-  np.testing.assert_allclose(probes.correlation(x, y, prompt).value, np.corrcoef(x, y)[0, 1], rtol=1e-9)
+  np.testing.assert_allclose(
+    probes.correlation(x, y, prompt).value, np.corrcoef(x, y)[0, 1], rtol=1e-9
+  )
   assert probes.correlation(x, y, prompt, within=True).high < -0.95
 
 
 def test_states_by_layer_are_those_of_transformers(tmp_path):
-  """Mean over the tokens of the response, by a NumPy loop over the hidden states that torch gives."""
+  """Mean over the tokens of the response, by a NumPy loop over the hidden states that torch
+  gives.
+  """
   model, _ = tiny_text.model("llama3.1", "chatml", tmp_path)
   config = default.get_config()
   config.score.batch_size = 4
   mesh = sharding.make_mesh((1, 1, 1))
   policy = load_policy(str(tmp_path), config, mesh)
-  rows = [{"prompt": "The cat", "chosen": "sat on the mat", "rejected": "ran"},
-          {"prompt": "What is it?", "chosen": "Paris", "rejected": "the sea and trees"}]  # fmt: skip
+  rows = [
+    {"prompt": "The cat", "chosen": "sat on the mat", "rejected": "ran"},
+    {"prompt": "What is it?", "chosen": "Paris", "rejected": "the sea and trees"},
+  ]
   rows = [row | {"sides": datasets.sides_of(config, policy.tokenizer, row)} for row in rows]
   got = analyse.text_states(config, policy, rows, mesh)
   layers = analyse.layers_of(policy.arch.num_layers)
@@ -148,7 +185,10 @@ def test_states_by_layer_are_those_of_transformers(tmp_path):
     with torch.no_grad():
       hidden = model(torch.tensor([ids]), output_hidden_states=True).hidden_states
     for name, layer in layers.items():
-      want = [hidden[-1 if name == "final" else layer + 1][0, t].numpy() for t in range(len(before), len(ids))]
+      want = [
+        hidden[-1 if name == "final" else layer + 1][0, t].numpy()
+        for t in range(len(before), len(ids))
+      ]
       np.testing.assert_allclose(got[name][i], np.mean(want, 0), rtol=2e-4, atol=2e-5)
 
 
@@ -164,11 +204,13 @@ def test_look_equals_a_loop_over_the_model():
   built, state = small.start(cfg, ref_noise=0.05)
   drawn = small.step_of(cfg, built, jax.tree.map(lambda x: x.copy(), state))(
     jax.tree.map(lambda x: x.copy(), state), small.prompts(cfg, 0)
-  )[1].sequences  # fmt: skip
+  )[1].sequences
   seen = analyse.make_look(cfg, built)(state, jax.device_get(drawn), None)
   policy, T = built.defs.open_policy(state.policy, state.ref), drawn.response_mask.shape[1]
   for name, layer in analyse.layers_of(2).items():
-    hidden = np.asarray(policy(drawn.tokens, drawn.token_mask, feedback_layer=layer).feedback)[:, -T:]
+    hidden = np.asarray(policy(drawn.tokens, drawn.token_mask, feedback_layer=layer).feedback)[
+      :, -T:
+    ]
     for i in (0, 7, 20):
       rows = [hidden[i, t] for t in range(T) if drawn.response_mask[i, t]]
       np.testing.assert_allclose(seen["states"][name][i], np.mean(rows, 0), rtol=1e-4, atol=1e-5)
@@ -190,8 +232,9 @@ def reads(seed=0, prompts=30, samples=4):
 
 
 def test_labels_are_sides_of_the_prompts_median():
-  assert evidence.above_median(np.array([1.0, 2, 3, 5, 5, 5]), np.array([0, 0, 0, 1, 1, 1])).tolist() == [0, -1, 1] + [
-    -1, -1, -1]  # fmt: skip
+  assert evidence.above_median(
+    np.array([1.0, 2, 3, 5, 5, 5]), np.array([0, 0, 0, 1, 1, 1])
+  ).tolist() == [0, -1, 1] + [-1, -1, -1]
 
 
 def test_hacking_and_sound_responses_differ_in_gold_and_not_in_the_rule_on_the_proxy():
@@ -200,7 +243,13 @@ def test_hacking_and_sound_responses_differ_in_gold_and_not_in_the_rule_on_the_p
   assert (kind == 1).sum() > 2 and (kind == 0).sum() > 2
   for i in range(len(kind)):
     high = proxy[i] >= np.quantile(proxy, 0.75)
-    want = 1 if high and gold[i] < np.quantile(gold, 0.25) else 0 if high and gold[i] >= np.median(gold) else -1
+    want = (
+      1
+      if high and gold[i] < np.quantile(gold, 0.25)
+      else 0
+      if high and gold[i] >= np.median(gold)
+      else -1
+    )
     assert kind[i] == want
 
 
@@ -210,11 +259,21 @@ def test_accuracy_counts_pairs_as_a_loop_does():
   gold, frozen, after = (rng.integers(0, 4, 40).astype(float) for _ in range(3))
   rows = evidence.accuracy([Judged("r2m", "its own", gold, frozen, -gold, after)], prompt)
   found = {row.measure: row.found.value for row in rows}
-  pairs = [(i, j) for i in range(40) for j in range(i) if prompt[i] == prompt[j] and gold[i] != gold[j]]
-  right = lambda score: 100 * np.mean([
-    0.5 if score[i] == score[j] else float((score[i] > score[j]) == (gold[i] > gold[j])) for i, j in pairs
-  ])  # fmt: skip
-  np.testing.assert_allclose([found["frozen"], found["after"]], [right(frozen), right(after)], rtol=1e-9)
+  pairs = [
+    (i, j) for i in range(40) for j in range(i) if prompt[i] == prompt[j] and gold[i] != gold[j]
+  ]
+
+  def right(score):
+    return 100 * np.mean(
+      [
+        0.5 if score[i] == score[j] else float((score[i] > score[j]) == (gold[i] > gold[j]))
+        for i, j in pairs
+      ]
+    )
+
+  np.testing.assert_allclose(
+    [found["frozen"], found["after"]], [right(frozen), right(after)], rtol=1e-9
+  )
   assert found["before"] == 0
   np.testing.assert_allclose(found["after less frozen"], right(after) - right(frozen), rtol=1e-9)
 
@@ -232,25 +291,45 @@ def test_drift_and_the_matrix_of_steps_agree():
 def test_noise_pairs_seeds_and_says_step_noise_for_one():
   rng = np.random.default_rng(0)
   steps = np.arange(50) / 50
-  of = lambda slope, seeds: {"reward/used": slope * steps + 0.01 * rng.normal(size=(seeds, 50))}
+
+  def of(slope, seeds):
+    return {"reward/used": slope * steps + 0.01 * rng.normal(size=(seeds, 50))}
+
   for seeds in (1, 5):
-    rows = {row.measure: row.found for row in evidence.noise({"r2m": of(2, seeds), "noise": of(1, seeds)})}
-    assert rows["r2m less noise"].count == seeds and rows["r2m less noise"].low < 0.9 < rows["r2m less noise"].high
-    assert rows["r2m less noise"].low > 0.8 and rows["rise of r2m"].value > rows["rise of noise"].value
+    rows = {
+      row.measure: row.found for row in evidence.noise({"r2m": of(2, seeds), "noise": of(1, seeds)})
+    }
+    assert (
+      rows["r2m less noise"].count == seeds
+      and rows["r2m less noise"].low < 0.9 < rows["r2m less noise"].high
+    )
+    assert (
+      rows["r2m less noise"].low > 0.8 and rows["rise of r2m"].value > rows["rise of noise"].value
+    )
 
 
 # ---- the command ----
 
 
 def main(workdir, *args, config="configs/quickstart.py:test"):
-  command = [sys.executable, "-m", "r2m_jax.main", f"--config={config}", f"--workdir={workdir}",
-             "--config.task=analyse", *args]  # fmt: skip
+  command = [
+    sys.executable,
+    "-m",
+    "r2m_jax.main",
+    f"--config={config}",
+    f"--workdir={workdir}",
+    "--config.task=analyse",
+    *args,
+  ]
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
 
 
 def digest(workdir):
-  return {str(path): path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest()
-          for path in sorted(workdir.rglob("*")) if "analysis" not in path.relative_to(workdir).parts}  # fmt: skip
+  return {
+    str(path): path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in sorted(workdir.rglob("*"))
+    if "analysis" not in path.relative_to(workdir).parts
+  }
 
 
 def table(workdir, name):
@@ -275,10 +354,17 @@ def test_the_command_leaves_every_piece_and_changes_nothing(smallest_run):
     assert name == "ablations" or (workdir / "analysis" / f"{name}.png").stat().st_size > 1000
   policies = {row["policy"] for row in table(workdir, "probes")}
   assert policies == {"start", "vanilla", "scaled", "r2m"}
-  blind = [float(row["value"]) for row in table(workdir, "probes")
-           if row["read from"] == evidence.SHUFFLED and row["measure"] == "R²"]  # fmt: skip
+  blind = [
+    float(row["value"])
+    for row in table(workdir, "probes")
+    if row["read from"] == evidence.SHUFFLED and row["measure"] == "R²"
+  ]
   assert len(blind) == 4 and max(blind) < 0.1
-  steps = [row["measure"] for row in table(workdir, "hacking") if row["policy"] == "r2m" and "step" in row["measure"]]
+  steps = [
+    row["measure"]
+    for row in table(workdir, "hacking")
+    if row["policy"] == "r2m" and "step" in row["measure"]
+  ]
   assert steps == ["step 0 with step 0", "step 2 with step 0", "step 4 with step 0"]
   assert {row["responses"] for row in table(workdir, "accuracy")} == {"start", "its own"}
 
@@ -289,24 +375,38 @@ def test_one_piece_alone_and_what_is_refused(smallest_run, tmp_path):
   config.task, config.analyse.what = "analyse", "dynamics, cost"
   found = analyse.run(config, workdir)
   assert list(found) == ["dynamics", "cost"] and {row.labels[0] for row in found["cost"].rows} == {
-    "vanilla", "scaled", "r2m"}  # fmt: skip
-  flops = {row.labels[0]: row.found.value for row in found["cost"].rows if row.measure == "GFLOP a step"}
+    "vanilla",
+    "scaled",
+    "r2m",
+  }
+  flops = {
+    row.labels[0]: row.found.value for row in found["cost"].rows if row.measure == "GFLOP a step"
+  }
   assert flops["vanilla"] == flops["scaled"] < flops["r2m"] < 1.1 * flops["vanilla"]
   config.analyse.what = "noise"
-  with pytest.raises(ConfigError, match="config.analyse.what asks .* noise: it compares the arms r2m and noise"):
+  with pytest.raises(
+    ConfigError, match="config.analyse.what asks .* noise: it compares the arms r2m and noise"
+  ):
     analyse.run(config, workdir)
   with pytest.raises(ConfigError, match="holds no run to analyse: there is no config.json"):
     analyse.run(config, tmp_path)
   (tmp_path / "config.json").write_text((workdir / "config.json").read_text())
   config.analyse.what = ""
-  with pytest.raises(ConfigError, match="has nothing to analyse: there is no stages/sft.*no RL step was logged"):
+  with pytest.raises(
+    ConfigError, match="has nothing to analyse: there is no stages/sft.*no RL step was logged"
+  ):
     analyse.run(config, tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
 
 
-@pytest.mark.parametrize("field, value, fix", [
-  ("what", "probes,fig3", "fig3: choose from similarity"), ("prompts", 19, "at least 20"), ("samples", 1, "at least 2"),
-])
+@pytest.mark.parametrize(
+  "field, value, fix",
+  [
+    ("what", "probes,fig3", "fig3: choose from similarity"),
+    ("prompts", 19, "at least 20"),
+    ("samples", 1, "at least 2"),
+  ],
+)
 def test_a_mistake_is_refused_before_anything_is_read(field, value, fix):
   config = default.get_config()
   config.analyse[field] = value
@@ -316,7 +416,10 @@ def test_a_mistake_is_refused_before_anything_is_read(field, value, fix):
 
 def test_held_out_prompts_are_no_prompts_of_training():
   cfg = quickstart.get_config()
-  rows = lambda stream, index, count: {tuple(sorted(row)) for row in goldtask.prompts(0, stream, index, count).tokens}
+
+  def rows(stream, index, count):
+    return {tuple(sorted(row)) for row in goldtask.prompts(0, stream, index, count).tokens}
+
   mine = rows(analyse.STREAM_ANALYSE, 0, cfg.analyse.prompts)
   assert not mine & rows(1, 0, cfg.reward.pairs) and not mine & rows(0, 0, cfg.sft.examples)
   assert not any(mine & rows(3, t, cfg.rollout.prompts) for t in range(cfg.steps))

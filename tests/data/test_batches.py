@@ -1,4 +1,6 @@
-"""The order of the data: epochs, mixtures, processes, length groups, packing, and going on after a kill."""
+"""The order of the data: epochs, mixtures, processes, length groups, packing, and going on after
+a kill.
+"""
 
 import collections
 import json
@@ -21,7 +23,9 @@ def taken(ds, n):
 
 
 def test_every_row_once_an_epoch_in_new_orders():
-  flat = np.concatenate(taken(row_batches([0] * 30, 4, seed=1), 45))  # 180 rows: six epochs; a batch may span two
+  flat = np.concatenate(
+    taken(row_batches([0] * 30, 4, seed=1), 45)
+  )  # 180 rows: six epochs; a batch may span two
   epochs = flat.reshape(6, 30).tolist()
   assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
   assert len({tuple(epoch) for epoch in epochs}) == 6 and epochs[0] != list(range(30))
@@ -32,12 +36,17 @@ def test_the_order_is_the_seeds():
   assert one == same != other
 
 
-@pytest.mark.parametrize("weights, share", [((), 0.8), ((1.0, 1.0), 0.5), ((1.0, 3.0), 0.25), ((0.0, 1.0), 0.0)])
+@pytest.mark.parametrize(
+  "weights, share", [((), 0.8), ((1.0, 1.0), 0.5), ((1.0, 3.0), 0.25), ((0.0, 1.0), 0.0)]
+)
 def test_a_mixture_has_its_weights(weights, share):
   flat = np.concatenate(taken(row_batches([0] * 40 + [1] * 10, 5, seed=0, weights=weights), 100))
   assert np.mean(flat < 40) == pytest.approx(share, abs=0.01)
   counts = collections.Counter(flat.tolist())
-  for rows in (range(40), range(40, 50)):  # within a source no row is more than one epoch ahead of another
+  for rows in (
+    range(40),
+    range(40, 50),
+  ):  # within a source no row is more than one epoch ahead of another
     assert max(counts[i] for i in rows) - min(counts[i] for i in rows) <= 1
 
 
@@ -49,8 +58,19 @@ def test_mixture_errors():
 def test_length_groups():
   groups = group_by_length([3, 8, 9, 16, 17, 30, 31, 32, 5], (8, 16, 32), 2)
   assert groups.tolist() == [8, 8, 16, 16, 32, 32, 32, 32, 8]
-  assert group_by_length([3, 3, 9, 30, 30], (8, 16, 32), 2).tolist() == [8, 8, 32, 32, 32]  # too few for 16: up
-  assert group_by_length([3, 3, 3, 30], (8, 32), 2).tolist() == [32, 32, 32, 32]  # too few for the longest
+  assert group_by_length([3, 3, 9, 30, 30], (8, 16, 32), 2).tolist() == [
+    8,
+    8,
+    32,
+    32,
+    32,
+  ]  # too few for 16: up
+  assert group_by_length([3, 3, 3, 30], (8, 32), 2).tolist() == [
+    32,
+    32,
+    32,
+    32,
+  ]  # too few for the longest
   assert group_by_length([3, 3, 3], (8, 16, 32), 2).tolist() == [8, 8, 8]
   with pytest.raises(ValueError, match="a row of 33 tokens does not fit 32"):
     group_by_length([33], (8, 32), 1)
@@ -61,7 +81,9 @@ def test_batches_keep_to_a_group_and_processes_agree_on_it():
   ones, twos = (taken(dataset((i, 2)), 60) for i in (0, 1))
   kinds = [{int(g) for batch in pair for g in groups[batch]} for pair in zip(ones, twos)]
   assert all(len(kind) == 1 for kind in kinds) and {8, 16} == set.union(*kinds)
-  assert [sorted(pair[0] + pair[1]) for pair in zip(ones, twos)] == [sorted(x) for x in taken(dataset((0, 1)), 60)]
+  assert [sorted(pair[0] + pair[1]) for pair in zip(ones, twos)] == [
+    sorted(x) for x in taken(dataset((0, 1)), 60)
+  ]
 
 
 def test_pack_loses_only_the_end():

@@ -1,4 +1,6 @@
-"""Reading rows: the field's forms, thirty and more kinds of malformed input, and where rows come from."""
+"""Reading rows: the field's forms, thirty and more kinds of malformed input, and where rows come
+from.
+"""
 
 import gzip
 import json
@@ -10,13 +12,20 @@ import pytest
 
 from configs import default
 from r2m_jax.config import ConfigError, check_config
+from r2m_jax.data.checked import keep, too_long
 from r2m_jax.data.files import KINDS, find_files
 from r2m_jax.data.jsonl import DataError
 from r2m_jax.data.rows import load
-from r2m_jax.data.checked import keep, too_long
 
-USER = lambda text: {"role": "user", "content": text}
-SAID = lambda text: {"role": "assistant", "content": text}
+
+def USER(text):
+  return {"role": "user", "content": text}
+
+
+def SAID(text):
+  return {"role": "assistant", "content": text}
+
+
 HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: a cat?\n\nAssistant: "
 TALK = [USER("hi"), SAID("hello"), USER("a cat?")]
 
@@ -49,26 +58,53 @@ FORMS = {
   "text prompt": (PAIR | {"prompt": "hi"}, "pair", PAIR | {"prompt": "hi"}),
   "replies as messages": (PAIR | {"chosen": [SAID("yes")], "rejected": [SAID("no")]}, "pair", PAIR),
   "whole dialogues beside a prompt": (
-    {"prompt": "hi", "chosen": [USER("hi"), SAID("yes")], "rejected": [USER("hi"), SAID("no")]}, "pair",
+    {"prompt": "hi", "chosen": [USER("hi"), SAID("yes")], "rejected": [USER("hi"), SAID("no")]},
+    "pair",
     {"prompt": "hi", "chosen": "yes", "rejected": "no"},
   ),
-  "implicit, messages": ({"chosen": [*TALK, SAID("yes")], "rejected": [*TALK, SAID("no")]}, "pair", PAIR),
+  "implicit, messages": (
+    {"chosen": [*TALK, SAID("yes")], "rejected": [*TALK, SAID("no")]},
+    "pair",
+    PAIR,
+  ),
   "implicit, HH": ({"chosen": HH + "yes", "rejected": HH + "no"}, "pair", PAIR),
-  "HH as prompts": ({"chosen": HH + "yes", "rejected": HH + "no"}, "prompt", {"prompt": TALK, "chosen": "yes"}),
+  "HH as prompts": (
+    {"chosen": HH + "yes", "rejected": HH + "no"},
+    "prompt",
+    {"prompt": TALK, "chosen": "yes"},
+  ),
   "prompt only": ({"prompt": TALK, "other": 1}, "prompt", {"prompt": TALK}),
   "messages as a prompt": ({"messages": TALK}, "prompt", {"prompt": TALK}),
   "messages": ({"messages": [*TALK, SAID("yes")]}, "response", {"prompt": TALK, "response": "yes"}),
-  "completion": ({"prompt": "hi", "completion": "yes"}, "response", {"prompt": "hi", "response": "yes"}),
+  "completion": (
+    {"prompt": "hi", "completion": "yes"},
+    "response",
+    {"prompt": "hi", "response": "yes"},
+  ),
   "response of a pair": (PAIR, "response", {"prompt": TALK, "response": "yes"}),
-  "system": ({"prompt": [{"role": "system", "content": "s"}, USER("hi")]}, "prompt",
-             {"prompt": [{"role": "system", "content": "s"}, USER("hi")]}),
-  "reference": ({"prompt": "hi", "reference": "yes"}, "response", {"prompt": "hi", "response": "yes"}),
+  "system": (
+    {"prompt": [{"role": "system", "content": "s"}, USER("hi")]},
+    "prompt",
+    {"prompt": [{"role": "system", "content": "s"}, USER("hi")]},
+  ),
+  "reference": (
+    {"prompt": "hi", "reference": "yes"},
+    "response",
+    {"prompt": "hi", "response": "yes"},
+  ),
   "plain text": ({"text": "abc"}, "text", {"text": "abc"}),
   "a dialogue as text": (PAIR, "text", {"prompt": TALK, "response": "yes"}),
-  "null beside it": ({"prompt": "hi", "response": None, "completion": "yes"}, "response",
-                     {"prompt": "hi", "response": "yes"}),
-  "meta": ({"prompt": "hi", "meta": {"group": "val"}}, "prompt", {"prompt": "hi", "meta": {"group": "val"}}),
-}  # fmt: skip
+  "null beside it": (
+    {"prompt": "hi", "response": None, "completion": "yes"},
+    "response",
+    {"prompt": "hi", "response": "yes"},
+  ),
+  "meta": (
+    {"prompt": "hi", "meta": {"group": "val"}},
+    "prompt",
+    {"prompt": "hi", "meta": {"group": "val"}},
+  ),
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -90,7 +126,10 @@ MALFORMED = {
   "a raw control character": (b'{"prompt": "a\x01"}\n', "broken JSON"),
   "Latin-1": ('{"prompt": "caf\xe9"}\n'.encode("latin-1"), "invalid UTF-8"),
   "a character cut in two": (b'{"prompt": "\xe2\x82"}\n', "invalid UTF-8"),
-  "half of a surrogate pair": (b'{"prompt": "\\ud83d", "chosen": "a", "rejected": "b"}\n', "invalid UTF-8"),
+  "half of a surrogate pair": (
+    b'{"prompt": "\\ud83d", "chosen": "a", "rejected": "b"}\n',
+    "invalid UTF-8",
+  ),
   "a list": ([1, 2], "not an object"),
   "text": ("prompt", "not an object"),
   "null": (b"null\n", "not an object"),
@@ -103,12 +142,18 @@ MALFORMED = {
   "empty rejected": (GOOD | {"rejected": ""}, "empty field"),
   "no messages": (GOOD | {"prompt": []}, "empty field"),
   "a turn without text": (GOOD | {"prompt": [USER("")]}, "empty field"),
-  "an HH turn without text": ({"chosen": "\n\nHuman: hi\n\nAssistant:", "rejected": HH + "a"}, "empty field"),
+  "an HH turn without text": (
+    {"chosen": "\n\nHuman: hi\n\nAssistant:", "rejected": HH + "a"},
+    "empty field",
+  ),
   "prompt is a number": (GOOD | {"prompt": 3}, "wrong type"),
   "chosen is an object": (GOOD | {"chosen": {"content": "a"}}, "wrong type"),
   "rejected is true": (GOOD | {"rejected": True}, "wrong type"),
   "a message is text": (GOOD | {"prompt": ["hi"]}, "wrong type"),
-  "content in parts": (GOOD | {"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, "wrong type"),
+  "content in parts": (
+    GOOD | {"prompt": [{"role": "user", "content": [{"type": "text"}]}]},
+    "wrong type",
+  ),
   "a message without a role": (GOOD | {"prompt": [{"content": "hi"}]}, "missing field"),
   "a message without content": (GOOD | {"prompt": [{"role": "user"}]}, "missing field"),
   "an unknown role": (GOOD | {"prompt": [{"role": "human", "content": "hi"}]}, "wrong roles"),
@@ -116,16 +161,25 @@ MALFORMED = {
   "two user turns": (GOOD | {"prompt": [USER("a"), USER("b")]}, "wrong roles"),
   "the assistant begins": (GOOD | {"prompt": [SAID("a"), USER("b")]}, "wrong roles"),
   "the assistant is last": (GOOD | {"prompt": [USER("a"), SAID("b")]}, "wrong roles"),
-  "a late system message": (GOOD | {"prompt": [USER("a"), {"role": "system", "content": "s"}]}, "wrong roles"),
+  "a late system message": (
+    GOOD | {"prompt": [USER("a"), {"role": "system", "content": "s"}]},
+    "wrong roles",
+  ),
   "only a system message": (GOOD | {"prompt": [{"role": "system", "content": "s"}]}, "wrong roles"),
   "the reply is the user's": (GOOD | {"chosen": [USER("a")]}, "wrong roles"),
   "text without turns": ({"chosen": "hello", "rejected": "bye"}, "wrong roles"),
   "a dialogue of one message": ({"chosen": [SAID("a")], "rejected": [SAID("b")]}, "empty field"),
-  "other histories": ({"chosen": HH + "a", "rejected": HH.replace("cat", "dog") + "b"}, "different prompts"),
-  "another prompt in the dialogue": (GOOD | {"chosen": [USER("What?"), SAID("a")]}, "different prompts"),
+  "other histories": (
+    {"chosen": HH + "a", "rejected": HH.replace("cat", "dog") + "b"},
+    "different prompts",
+  ),
+  "another prompt in the dialogue": (
+    GOOD | {"chosen": [USER("What?"), SAID("a")]},
+    "different prompts",
+  ),
   "chosen equals rejected": (GOOD | {"rejected": "Me."}, "chosen equals rejected"),
   "equal but for blanks": (GOOD | {"rejected": " Me.\n"}, "chosen equals rejected"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", MALFORMED)
@@ -138,12 +192,16 @@ def test_malformed_row_is_counted(case, tmp_path, capsys):
 
 
 def test_malformed_covers_every_kind():
-  assert {kind for _, kind in MALFORMED.values()} | {"cut off"} == set(KINDS) and len(MALFORMED) >= 30
+  assert {kind for _, kind in MALFORMED.values()} | {"cut off"} == set(KINDS) and len(
+    MALFORMED
+  ) >= 30
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_a_file_cut_in_the_middle_is_counted(suffix, tmp_path, capsys):
-  whole = lines(tmp_path / f"whole{suffix}", [GOOD | {"prompt": f"{i} {i * 7919 % 10007}"} for i in range(2000)])
+  whole = lines(
+    tmp_path / f"whole{suffix}", [GOOD | {"prompt": f"{i} {i * 7919 % 10007}"} for i in range(2000)]
+  )
   cut = tmp_path / f"cut{suffix}"
   cut.write_bytes(whole.read_bytes()[:-60])
   rows = load(data(cut), "pair")
@@ -162,7 +220,9 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
   assert len(load(data(path, max_bad_share=0.03), "pair")) == 97
   lines(path, [GOOD] * 99 + [b"{\n"])  # exactly the share
   assert len(load(data(path), "pair")) == 99
-  other = lines(tmp_path / "many.jsonl", [GOOD] * 10_000)  # a small broken source does not hide in a large one
+  other = lines(
+    tmp_path / "many.jsonl", [GOOD] * 10_000
+  )  # a small broken source does not hide in a large one
   lines(path, [GOOD] * 10 + [b"{\n"])
   with pytest.raises(DataError, match="11 rows read, 1 bad"):
     load(data(f"{other},{path}"), "pair")
@@ -184,21 +244,34 @@ REFUSED = {
   "an empty folder": (lambda d: d, "there is no file"),
   "an empty file": (lambda d: damaged(d / "a.jsonl", b""), "holds no rows"),
   "blank lines": (lambda d: damaged(d / "a.jsonl", b"\n \n"), "holds no rows"),
-  "another kind of file": (lambda d: damaged(d / "a.csv", b"prompt\nhi\n"), "not of a kind that is read"),
+  "another kind of file": (
+    lambda d: damaged(d / "a.csv", b"prompt\nhi\n"),
+    "not of a kind that is read",
+  ),
   "a folder of others": (lambda d: damaged(d / "a.txt", b"").parent, "not of a kind that is read"),
-  "a JSON array": (lambda d: damaged(d / "a.json", b'[\n{"prompt": "a"}\n]'), "one JSON array over many lines"),
+  "a JSON array": (
+    lambda d: damaged(d / "a.json", b'[\n{"prompt": "a"}\n]'),
+    "one JSON array over many lines",
+  ),
   "not gzip": (lambda d: damaged(d / "a.jsonl.gz", b'{"prompt": "a"}'), "not a whole gzip file"),
-  "half a gzip header": (lambda d: damaged(d / "a.jsonl.gz", gzip.compress(b"{}")[:9]), "not a whole gzip file"),
-  "not parquet": (lambda d: damaged(d / "a.parquet", b"PAR1"), "damaged or cut off, or not parquet"),
+  "half a gzip header": (
+    lambda d: damaged(d / "a.jsonl.gz", gzip.compress(b"{}")[:9]),
+    "not a whole gzip file",
+  ),
+  "not parquet": (
+    lambda d: damaged(d / "a.parquet", b"PAR1"),
+    "damaged or cut off, or not parquet",
+  ),
   "half a parquet file": (
-    lambda d: damaged(d / "b.parquet", parquet(d / "a.parquet", [GOOD]).read_bytes()[:-40]), "damaged or cut off"
+    lambda d: damaged(d / "b.parquet", parquet(d / "a.parquet", [GOOD]).read_bytes()[:-40]),
+    "damaged or cut off",
   ),
   "parquet of other columns": (lambda d: parquet(d / "a.parquet", [{"x": 1}]), "1 missing field"),
   "UTF-16": (lambda d: damaged(d / "a.jsonl", json.dumps(GOOD).encode("utf-16")), "invalid UTF-8"),
   "a hub name of one part": (lambda d: "hf:ultrafeedback", "give hf:OWNER/NAME"),
   "a hub name that climbs": (lambda d: "hf:a/../b", "give hf:OWNER/NAME"),
   "no name": (lambda d: "", "config.data.name is empty"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -219,15 +292,25 @@ def test_a_damaged_page_of_parquet_is_refused(tmp_path):
 
 
 def test_parquet_reads_as_json_lines_do(tmp_path):
-  rows = [{"chosen": [*TALK, SAID(f"yes {i}")], "rejected": [*TALK, SAID("no")], "meta": {"i": i}} for i in range(2000)]
+  rows = [
+    {"chosen": [*TALK, SAID(f"yes {i}")], "rejected": [*TALK, SAID("no")], "meta": {"i": i}}
+    for i in range(2000)
+  ]
   got = load(data(parquet(tmp_path / "a.parquet", rows)), "pair")
   want = load(data(lines(tmp_path / "a.jsonl.gz", rows)), "pair")
-  strip = lambda rows: [{k: v for k, v in row.items() if k != "where"} for row in rows]
+
+  def strip(rows):
+    return [{k: v for k, v in row.items() if k != "where"} for row in rows]
+
   assert strip(got) == strip(want) and got[1500]["where"].endswith("a.parquet:1501")
 
 
 def test_parquet_text_that_is_not_utf8_is_counted(tmp_path, capsys):
-  column = pyarrow.array([b"good"] * 120 + [b"\xff\xfe"] + [b"good"] * 9).cast(pyarrow.binary()).view(pyarrow.binary())
+  column = (
+    pyarrow.array([b"good"] * 120 + [b"\xff\xfe"] + [b"good"] * 9)
+    .cast(pyarrow.binary())
+    .view(pyarrow.binary())
+  )
   text = pyarrow.Array.from_buffers(pyarrow.string(), len(column), column.buffers())
   pyarrow.parquet.write_table(pyarrow.table({"prompt": text}), tmp_path / "a.parquet")
   assert len(load(data(tmp_path / "a.parquet"), "prompt")) == 129
@@ -242,7 +325,10 @@ def test_paths_folders_and_globs(tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     lines(tmp_path / name, [{"prompt": name}])
   (tmp_path / "README.md").write_text("notes")
-  prompts = lambda name, **kw: [(row["prompt"], row["part"]) for row in load(data(name, **kw), "prompt")]
+
+  def prompts(name, **kw):
+    return [(row["prompt"], row["part"]) for row in load(data(name, **kw), "prompt")]
+
   assert prompts(tmp_path) == [("a.jsonl", 0), ("b.jsonl", 0), ("sub/c.jsonl", 0)]
   assert prompts("*.jsonl", root=str(tmp_path)) == [("a.jsonl", 0), ("b.jsonl", 0)]
   assert prompts("**/c.*,b.jsonl", root=str(tmp_path)) == [("sub/c.jsonl", 0), ("b.jsonl", 1)]
@@ -263,12 +349,19 @@ def test_hub_names_read_the_files_of_their_split(tmp_path, monkeypatch):
     return str(tmp_path)
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-  for name in ("data/train-00000-of-00001.parquet", "data/train_prefs-00000.parquet", "data/test-00000.parquet"):
+  for name in (
+    "data/train-00000-of-00001.parquet",
+    "data/train_prefs-00000.parquet",
+    "data/test-00000.parquet",
+  ):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     parquet(tmp_path / name, [{"prompt": name}])
   (tmp_path / "helpful-base").mkdir()
   lines(tmp_path / "helpful-base/test.jsonl.gz", [{"prompt": "helpful"}])
-  prompts = lambda name, **kw: [row["prompt"] for row in load(data(name, **kw), "prompt")]
+
+  def prompts(name, **kw):
+    return [row["prompt"] for row in load(data(name, **kw), "prompt")]
+
   assert prompts("hf:me/mine") == ["data/train-00000-of-00001.parquet"]
   assert prompts("hf:me/mine", split="train_prefs") == ["data/train_prefs-00000.parquet"]
   assert prompts("hf:me/mine/helpful-base", split="test") == ["helpful"]
@@ -280,36 +373,56 @@ def test_hub_names_read_the_files_of_their_split(tmp_path, monkeypatch):
     raise OSError("no route to host")
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-  with pytest.raises(DataError, match="cannot be fetched .no route to host.; without a network give the folder"):
+  with pytest.raises(
+    DataError, match="cannot be fetched .no route to host.; without a network give the folder"
+  ):
     prompts("hf:me/mine")
 
 
 def test_limits_count_tokens_and_say_why(capsys):
   section = data("x", max_prompt_length=5, max_response_length=4, max_chosen_length=3)
-  reasons = [too_long(section, 5, (4, 2), 3), too_long(section, 6, (1,)), too_long(section, 1, (5,)),
-             too_long(section, 9, (9,), 4), too_long(section, 1, (1,), 4)]  # fmt: skip
+  reasons = [
+    too_long(section, 5, (4, 2), 3),
+    too_long(section, 6, (1,)),
+    too_long(section, 1, (5,)),
+    too_long(section, 9, (9,), 4),
+    too_long(section, 1, (1,), 4),
+  ]
   assert keep([{}] * 5, reasons, "reward") == [0]
   assert capsys.readouterr().out == (
-    "data     1 of 5 rows for reward; 2 dropped: chosen over 3 tokens; 1 dropped: prompt over 5 tokens; "
+    "data     1 of 5 rows for reward; 2 dropped: chosen over 3 tokens; 1 dropped: prompt over 5 "
+    "tokens; "
     "1 dropped: response over 4 tokens\n"
   )
   section.max_chosen_length = 0
   assert too_long(section, 1, (1,), 400) is None
-  with pytest.raises(DataError, match="no row of config.data.name is left for sft; 1 dropped: prompt over 5 tokens"):
+  with pytest.raises(
+    DataError, match="no row of config.data.name is left for sft; 1 dropped: prompt over 5 tokens"
+  ):
     keep([{}], [too_long(section, 6, ())], "sft")
 
 
-@pytest.mark.parametrize("field, value, message", [
-  ("data.weights", (1.0,), "give one for each of 2 names"), ("data.weights", (0.0, 0.0), "not all of them 0"),
-  ("data.weights", (1.0, -1.0), "numbers from 0 on"), ("data.buckets", (128, 0), "lengths in tokens from 2 on"),
-  ("data.max_bad_share", 1.5, r"must lie in \[0, 1\]"), ("data.max_chosen_length", -1, "must be at least 0"),
-  ("data.max_prompt_length", 0, "must be at least 1"), ("sft.budget", -1.0, "must be at least 0"),
-  ("tokenizer.vocab_size", 200, "must be at least 300"), ("task", "scratch", "config.scratch.corpus is ''"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("data.weights", (1.0,), "give one for each of 2 names"),
+    ("data.weights", (0.0, 0.0), "not all of them 0"),
+    ("data.weights", (1.0, -1.0), "numbers from 0 on"),
+    ("data.buckets", (128, 0), "lengths in tokens from 2 on"),
+    ("data.max_bad_share", 1.5, r"must lie in \[0, 1\]"),
+    ("data.max_chosen_length", -1, "must be at least 0"),
+    ("data.max_prompt_length", 0, "must be at least 1"),
+    ("sft.budget", -1.0, "must be at least 0"),
+    ("tokenizer.vocab_size", 200, "must be at least 300"),
+    ("task", "scratch", "config.scratch.corpus is ''"),
+  ],
+)
 def test_settings_that_cannot_work(field, value, message):
   config = default.get_config()
   config.data.name = "a.jsonl,b.jsonl"
   check_config(config)
   config.update_from_flattened_dict({field: value})
-  with pytest.raises(ConfigError, match=f"{'' if field == 'task' else f'config.{field} is '}.*{message}"):
+  with pytest.raises(
+    ConfigError, match=f"{'' if field == 'task' else f'config.{field} is '}.*{message}"
+  ):
     check_config(config)

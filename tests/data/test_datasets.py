@@ -1,4 +1,6 @@
-"""From rows to the arrays a model trains on. Oracle: transformers' tokenizer and chat template, a row at a time."""
+"""From rows to the arrays a model trains on. Oracle: transformers' tokenizer and chat template,
+a row at a time.
+"""
 
 import collections
 import json
@@ -27,16 +29,28 @@ def model(tmp_path_factory):
 
 def settings(path, **overrides):
   config = default.get_config()
-  config.data.name, config.sft.batch_size, config.reward.batch_size, config.rollout.prompts = str(path), 4, 4, 4
-  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in overrides.items()})
+  config.data.name, config.sft.batch_size, config.reward.batch_size, config.rollout.prompts = (
+    str(path),
+    4,
+    4,
+    4,
+  )
+  config.update_from_flattened_dict(
+    {name.replace("__", "."): value for name, value in overrides.items()}
+  )
   return config
 
 
 def demonstrations(path, count=40):
   rng = np.random.default_rng(0)
-  say = lambda: " ".join(rng.choice(WORDS, rng.integers(1, 12)))
+
+  def say():
+    return " ".join(rng.choice(WORDS, rng.integers(1, 12)))
+
   prompts = [[USER(say())] if i % 2 else TALK for i in range(count)]
-  return lines(path, [{"prompt": prompt, "response": f"{say()} {i}"} for i, prompt in enumerate(prompts)])
+  return lines(
+    path, [{"prompt": prompt, "response": f"{say()} {i}"} for i, prompt in enumerate(prompts)]
+  )
 
 
 def ends_of(hf, row):
@@ -71,15 +85,27 @@ def test_sft_batches_hold_the_rows(buckets, model, tmp_path):
 
 def test_packed_lines_hold_whole_dialogues_end_to_end(model, tmp_path):
   hf, policy = model
-  path = lines(tmp_path / "d.jsonl", [{"prompt": TALK, "response": f"yes {i}"} for i in range(8)]
-               + [{"text": "plain text"}, {"prompt": TALK, "response": "yes 1"}])  # fmt: skip
-  config = settings(path, data__max_prompt_length=20, data__max_response_length=12, data__unique=True)
+  path = lines(
+    tmp_path / "d.jsonl",
+    [{"prompt": TALK, "response": f"yes {i}"} for i in range(8)]
+    + [{"text": "plain text"}, {"prompt": TALK, "response": "yes 1"}],
+  )
+  config = settings(
+    path, data__max_prompt_length=20, data__max_response_length=12, data__unique=True
+  )
   dataset, collate = datasets.packed_lines(config, policy, tmp_path, "lm")
   batch = collate(np.arange(4))
-  assert batch["tokens"].shape == (4, 32) and batch["token_mask"].all() and batch["response_mask"].shape == (4, 31)
+  assert (
+    batch["tokens"].shape == (4, 32)
+    and batch["token_mask"].all()
+    and batch["response_mask"].shape == (4, 31)
+  )
   count = 1 + max(max(dataset[t]) for t in range(50))
   text = hf.decode(np.concatenate([collate(np.full(4, i))["tokens"][0] for i in range(count)]))
-  talk = lambda i: hf.apply_chat_template([*TALK, SAID(f"yes {i}")], tokenize=False)
+
+  def talk(i):
+    return hf.apply_chat_template([*TALK, SAID(f"yes {i}")], tokenize=False)
+
   whole = sum(len(hf(talk(i), add_special_tokens=False)["input_ids"]) for i in range(8))
   whole += len(hf("plain text")["input_ids"]) + 1
   assert count == whole // 32  # the dialogue that comes twice is there once
@@ -103,20 +129,40 @@ def test_pairs_are_the_renderers(model, tmp_path):
 def test_what_is_left_out(model, tmp_path, capsys):
   hf, policy = model
   short, long = "yes", " ".join(["yes"] * 40)
-  rows = [{"prompt": p, "chosen": c, "rejected": "no"} for p, c in (
-    ("the cat", short), ("the dog", long), (" ".join(["the"] * 80), short), ("the cat", "sat"), ("a mat", short),
-    ("rain", short), ("the sea", short))]  # fmt: skip
+  rows = [
+    {"prompt": p, "chosen": c, "rejected": "no"}
+    for p, c in (
+      ("the cat", short),
+      ("the dog", long),
+      (" ".join(["the"] * 80), short),
+      ("the cat", "sat"),
+      ("a mat", short),
+      ("rain", short),
+      ("the sea", short),
+    )
+  ]
   path = lines(tmp_path / "d.jsonl", rows)
-  limits = dict(data__max_prompt_length=30, data__max_response_length=500, data__max_chosen_length=20)
+  limits = dict(
+    data__max_prompt_length=30, data__max_response_length=500, data__max_chosen_length=20
+  )
   data = datasets.prompt_data(settings(path, data__unique=True, **limits), policy, tmp_path)
-  assert data.prompts == ["the cat", "a mat", "rain", "the sea"]  # the paper's filter counts for the prompts of RL
+  assert data.prompts == [
+    "the cat",
+    "a mat",
+    "rain",
+    "the sea",
+  ]  # the paper's filter counts for the prompts of RL
   shown = capsys.readouterr().out
   assert "4 of 7 rows for r2m" in shown and "1 dropped: chosen over 20 tokens" in shown
-  assert "1 dropped: prompt over 30 tokens" in shown and "1 dropped: the same as an earlier row" in shown
+  assert (
+    "1 dropped: prompt over 30 tokens" in shown and "1 dropped: the same as an earlier row" in shown
+  )
   limits["data__max_chosen_length"] = 0
   kept = datasets.prompt_data(settings(path, **limits), policy, tmp_path / "b").prompts
   assert kept == [row["prompt"] for row in rows if len(row["prompt"]) < 80]
-  with pytest.raises(DataError, match="no row of config.data.name is left for r2m; 7 dropped: prompt over 1 tokens"):
+  with pytest.raises(
+    DataError, match="no row of config.data.name is left for r2m; 7 dropped: prompt over 1 tokens"
+  ):
     datasets.prompt_data(settings(path, data__max_prompt_length=1), policy, tmp_path / "c")
 
 
@@ -129,7 +175,9 @@ def test_a_mixture_of_files_comes_by_its_weights(model, tmp_path):
   drawn = [data.prompts[i] for t in range(20) for i in data.order[t]]
   assert np.mean(["dog" in prompt for prompt in drawn]) == pytest.approx(0.75, abs=0.02)
   batch = datasets.batch_of(data, data.order[0], policy)
-  assert batch.tokens.shape == (4, data.length) and batch.example_id.tolist() == data.order[0].tolist()
+  assert (
+    batch.tokens.shape == (4, data.length) and batch.example_id.tolist() == data.order[0].tolist()
+  )
 
 
 def test_a_text_that_cannot_be_rendered_is_named(model, tmp_path):

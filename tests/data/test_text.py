@@ -1,4 +1,6 @@
-"""Tokenizers, chat templates and the renderer of reward-model input. Oracle: transformers' own templates."""
+"""Tokenizers, chat templates and the renderer of reward-model input. Oracle: transformers' own
+templates.
+"""
 
 import datetime
 import json
@@ -8,7 +10,16 @@ import pytest
 import tiny_text
 from transformers.utils import chat_template_utils
 
-from r2m_jax.data.text import Renderer, TextError, Tokenizer, as_prompts, bucket, load_tokenizer, pad_left, responses_of
+from r2m_jax.data.text import (
+  Renderer,
+  TextError,
+  Tokenizer,
+  as_prompts,
+  bucket,
+  load_tokenizer,
+  pad_left,
+  responses_of,
+)
 from r2m_jax.types import Sequences
 
 ASK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is the sea?"}]
@@ -27,21 +38,29 @@ def made(tmp_path_factory):
 
 
 def template(hf, messages, **kwargs):
-  return hf(hf.apply_chat_template(messages, tokenize=False, **kwargs), add_special_tokens=False)["input_ids"]
+  return hf(hf.apply_chat_template(messages, tokenize=False, **kwargs), add_special_tokens=False)[
+    "input_ids"
+  ]
 
 
 @pytest.mark.parametrize("kind", ["chatml", "llama3"])
 def test_prompts_by_the_models_own_template(kind, made):
   ours, theirs = made[kind]
   assert ours.render(ASK) == template(theirs, ASK, add_generation_prompt=True)
-  assert ours.render(ASK) == theirs.apply_chat_template(ASK, add_generation_prompt=True)["input_ids"]
+  assert (
+    ours.render(ASK) == theirs.apply_chat_template(ASK, add_generation_prompt=True)["input_ids"]
+  )
   assert ours.render("The sea") == theirs("The sea")["input_ids"]
-  assert theirs.decode(ours.render(ASK)).endswith({"chatml": "assistant\n", "llama3": "assistant<|stop|>"}[kind])
+  assert theirs.decode(ours.render(ASK)).endswith(
+    {"chatml": "assistant\n", "llama3": "assistant<|stop|>"}[kind]
+  )
 
 
 def test_messages_need_a_template(made):
   ours, _ = made["plain"]
-  with pytest.raises(TextError, match="has no chat template, and the prompt is a list of 2 messages; give prompts as"):
+  with pytest.raises(
+    TextError, match="has no chat template, and the prompt is a list of 2 messages; give prompts as"
+  ):
     ours.render(ASK)
   with pytest.raises(TextError, match="no chat template"):
     Renderer(ours).ids(ASK, "It is blue.")
@@ -72,11 +91,18 @@ def test_ids_beyond_the_vocabulary_are_refused(made):
 
 
 def test_every_eos_id_counts(made, tmp_path):
-  id_of = lambda kind, token: made[kind][1].convert_tokens_to_ids(token)
-  assert set(made["chatml"][0].eos_ids) == {id_of("chatml", "<|endoftext|>"), id_of("chatml", "<|im_end|>")}
+  def id_of(kind, token):
+    return made[kind][1].convert_tokens_to_ids(token)
+
+  assert set(made["chatml"][0].eos_ids) == {
+    id_of("chatml", "<|endoftext|>"),
+    id_of("chatml", "<|im_end|>"),
+  }
   assert made["chatml"][0].end_id == id_of("chatml", "<|im_end|>")
   assert set(made["llama3"][0].eos_ids) == {id_of("llama3", "</s>"), id_of("llama3", "<|eot|>")}
-  assert made["plain"][0].eos_ids == (id_of("plain", "</s>"),) and made["plain"][0].end_id == id_of("plain", "</s>")
+  assert made["plain"][0].eos_ids == (id_of("plain", "</s>"),) and made["plain"][0].end_id == id_of(
+    "plain", "</s>"
+  )
   tiny_text.tokenizer("plain", tmp_path)
   (tmp_path / "config.json").write_text('{"eos_token_id": 9, "model_type": "llama"}')
   assert load_tokenizer(tmp_path).eos_ids == (9, 1)
@@ -86,7 +112,10 @@ def test_every_eos_id_counts(made, tmp_path):
 
 def test_pad_falls_back_to_eos(made):
   assert made["plain"][0].pad_id == made["plain"][1].eos_token_id
-  assert made["llama3"][1].pad_token_id is None and made["llama3"][0].pad_id == made["llama3"][1].eos_token_id
+  assert (
+    made["llama3"][1].pad_token_id is None
+    and made["llama3"][0].pad_id == made["llama3"][1].eos_token_id
+  )
 
 
 def test_start_up_print_shows_special_tokens(made):
@@ -101,7 +130,11 @@ def test_left_padding_masks_by_length(made):
   rows = [[5, tokenizer.pad_id, 7], [tokenizer.pad_id]]  # real tokens that equal the pad id
   prompts = as_prompts(rows, tokenizer.pad_id, first_id=3)
   assert prompts.tokens.shape == (2, 16) and prompts.tokens.dtype == np.int32
-  assert prompts.mask.sum(1).tolist() == [3, 1] and prompts.mask[:, -1].all() and prompts.example_id.tolist() == [3, 4]
+  assert (
+    prompts.mask.sum(1).tolist() == [3, 1]
+    and prompts.mask[:, -1].all()
+    and prompts.example_id.tolist() == [3, 4]
+  )
   assert prompts.tokens[0, -3:].tolist() == rows[0]
   with pytest.raises(TextError, match="row 0 has 3 tokens and 2 fit"):
     pad_left(rows, 0, 2)
@@ -117,7 +150,9 @@ def test_reward_input_by_template(kind, made):
   assert done == template(theirs, answer) == renderer.ids("What is the sea?", "It is blue.")
   assert cut == template(theirs, answer, continue_final_message=True) == done[: len(cut)]
   assert ours.end_id in done[len(cut) :] and theirs.decode(cut).endswith("It is blue.")
-  assert renderer.ids(TURN, "", truncated=True) == template(theirs, TURN, add_generation_prompt=True)
+  assert renderer.ids(TURN, "", truncated=True) == template(
+    theirs, TURN, add_generation_prompt=True
+  )
   assert Renderer(ours, 5).ids(TURN, "It is blue.") == done[-5:]
 
 
@@ -135,22 +170,34 @@ def test_reward_input_without_template(made):
   renderer = Renderer(ours)
   assert renderer.ids("The cat", "ran.") == theirs("The cat ran.")["input_ids"]
   assert renderer.ids("The cat", "ran.", truncated=True) == theirs("The cat ran.")["input_ids"]
-  tokens, mask = renderer.batch([("The cat", "ran.", False), ("The cat sat", "on the mat.", True)], length=32)
-  assert tokens.shape == (2, 32) and tokens[1][mask[1]].tolist() == theirs("The cat sat on the mat.")["input_ids"]
+  tokens, mask = renderer.batch(
+    [("The cat", "ran.", False), ("The cat sat", "on the mat.", True)], length=32
+  )
+  assert (
+    tokens.shape == (2, 32)
+    and tokens[1][mask[1]].tolist() == theirs("The cat sat on the mat.")["input_ids"]
+  )
 
 
 def test_responses_end_where_they_ended(made):
-  """The ending token is left out by its place, so an ordinary token may end a response; a truncated one keeps all."""
+  """The ending token is left out by its place, so an ordinary token may end a response; a
+  truncated one keeps all.
+  """
   ours, theirs = made["chatml"]
   words = theirs("The cat sat on the mat")["input_ids"]
   T = len(words)
   tokens = np.array([[1, 1, *words], [1, 1, *words]], np.int32)
   mask = np.arange(T) < np.array([[T], [3]])
   sequences = Sequences(
-    tokens=tokens, token_mask=np.concatenate([np.ones((2, 2), bool), mask], 1), response_mask=mask,
+    tokens=tokens,
+    token_mask=np.concatenate([np.ones((2, 2), bool), mask], 1),
+    response_mask=mask,
     has_eos=np.array([False, True]),
-  )  # fmt: skip
-  assert responses_of(sequences, ours) == [("The cat sat on the mat", True), (theirs.decode(words[:2]), False)]
+  )
+  assert responses_of(sequences, ours) == [
+    ("The cat sat on the mat", True),
+    (theirs.decode(words[:2]), False),
+  ]
 
 
 def test_contract(made, tmp_path):
@@ -158,12 +205,17 @@ def test_contract(made, tmp_path):
   contract = renderer.contract
   assert contract == json.loads(json.dumps(contract))
   assert contract["starts_with_bos"] and contract["ends_with"] == [made["llama3"][0].end_id]
-  assert Renderer(made["plain"][0]).contract["joiner"] == " " and not Renderer(made["plain"][0]).contract["ends_with"]
+  assert (
+    Renderer(made["plain"][0]).contract["joiner"] == " "
+    and not Renderer(made["plain"][0]).contract["ends_with"]
+  )
   renderer.require(contract, "somewhere")
   changed = tiny_text.tokenizer("llama3")
   changed.chat_template = tiny_text.LLAMA3.replace("| trim", "")
   changed.save_pretrained(tmp_path)
-  with pytest.raises(TextError, match="in somewhere was made with another rendering(.|\n)*template_sha256"):
+  with pytest.raises(
+    TextError, match="in somewhere was made with another rendering(.|\n)*template_sha256"
+  ):
     Renderer(load_tokenizer(tmp_path)).require(contract, "somewhere")
   with pytest.raises(TextError, match="max_length: 0 then, 64 now"):
     Renderer(made["llama3"][0], 64).require(contract, "somewhere")
@@ -187,7 +239,9 @@ def test_a_template_with_todays_date_keeps_its_contract(tmp_path, monkeypatch):
       return datetime.datetime(2040, 2, 3)
 
   monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
-  assert "03 Feb 2040" in hf.decode(renderer.ids(TURN, "Blue.")) and renderer.ids(TURN, "Blue.") != ids
+  assert (
+    "03 Feb 2040" in hf.decode(renderer.ids(TURN, "Blue.")) and renderer.ids(TURN, "Blue.") != ids
+  )
   renderer.require(contract, "somewhere")
   hf.chat_template = dated.replace("%d %b", "%b %d")
   hf.save_pretrained(tmp_path)
@@ -203,7 +257,9 @@ def test_a_template_that_refuses_is_explained(tmp_path):
   tokenizer = load_tokenizer(tmp_path)
   assert tokenizer.render(TURN)
   for refused in (tokenizer.render, lambda prompt: Renderer(tokenizer).ids(prompt, "Blue.")):
-    with pytest.raises(TextError, match='refuses .*"Be brief.".*: System role not supported; change the messages'):
+    with pytest.raises(
+      TextError, match='refuses .*"Be brief.".*: System role not supported; change the messages'
+    ):
       refused(ASK)
   hf.chat_template = "{{ raise_exception('no') }}"
   hf.save_pretrained(tmp_path)

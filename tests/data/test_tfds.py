@@ -1,4 +1,6 @@
-"""TFDS data sets without TensorFlow: prepared from local files of several forms, and from a stand-in for the hub."""
+"""TFDS data sets without TensorFlow: prepared from local files of several forms, and from a
+stand-in for the hub.
+"""
 
 import pathlib
 import shutil
@@ -21,17 +23,29 @@ def rows_of(name, need, tmp_path, **overrides):
 
 
 def test_ultrafeedback_from_local_parquet_and_again_without_it(tmp_path):
-  stored = [{"prompt": "Wer?", "chosen": [USER("Wer?"), SAID(f"é {i}")], "rejected": [USER("Wer?"), SAID("no")],
-             "score_chosen": 8.0} for i in range(30)]  # fmt: skip
+  stored = [
+    {
+      "prompt": "Wer?",
+      "chosen": [USER("Wer?"), SAID(f"é {i}")],
+      "rejected": [USER("Wer?"), SAID("no")],
+      "score_chosen": 8.0,
+    }
+    for i in range(30)
+  ]
   (tmp_path / "raw").mkdir()
   parquet(tmp_path / "raw/train_prefs-00000-of-00001.parquet", stored)
   parquet(tmp_path / "raw/test_prefs-00000-of-00001.parquet", stored[:2])
   want = [{"prompt": [USER("Wer?")], "chosen": f"é {i}", "rejected": "no"} for i in range(30)]
-  by_reply = lambda rows: sorted(rows, key=lambda row: row["chosen"])
+
+  def by_reply(rows):
+    return sorted(rows, key=lambda row: row["chosen"])
+
   got = rows_of("tfds:ultrafeedback_binarized", "pair", tmp_path, root=str(tmp_path / "raw"))
   assert by_reply(got) == by_reply(want)
   (tmp_path / "raw/train_prefs-00000-of-00001.parquet").unlink()
-  assert rows_of("tfds:ultrafeedback_binarized", "pair", tmp_path) == got  # in the order of the first time
+  assert (
+    rows_of("tfds:ultrafeedback_binarized", "pair", tmp_path) == got
+  )  # in the order of the first time
   assert len(rows_of("tfds:ultrafeedback_binarized", "pair", tmp_path, split="test")) == 2
   with pytest.raises(DataError, match="tfds:ultrafeedback_binarized, split 'val', cannot be read"):
     rows_of("tfds:ultrafeedback_binarized", "pair", tmp_path, split="val")
@@ -43,10 +57,15 @@ def test_hh_from_the_hub(tmp_path, monkeypatch):
   lines(tmp_path / "hub/helpful-base/train.jsonl.gz", stored)
   lines(tmp_path / "hub/helpful-base/test.jsonl.gz", stored[:1])
   asked = []
-  monkeypatch.setattr(huggingface_hub, "snapshot_download",
-                      lambda name, **kw: asked.append((name, kw["repo_type"])) or str(tmp_path / "hub"))  # fmt: skip
+  monkeypatch.setattr(
+    huggingface_hub,
+    "snapshot_download",
+    lambda name, **kw: asked.append((name, kw["repo_type"])) or str(tmp_path / "hub"),
+  )
   got = rows_of("tfds:hh_rlhf/helpful_base", "pair", tmp_path)
-  assert sorted(r["chosen"] for r in got) == ["yes 0", "yes 1", "yes 2"] and got[0]["prompt"] == TALK
+  assert (
+    sorted(r["chosen"] for r in got) == ["yes 0", "yes 1", "yes 2"] and got[0]["prompt"] == TALK
+  )
   assert asked == [("Anthropic/hh-rlhf", "dataset")] * 2
   assert len(rows_of("tfds:hh_rlhf/helpful_base", "prompt", tmp_path, split="test")) == 1
 
@@ -65,19 +84,29 @@ def flip(path):
   path.write_bytes(content)
 
 
-@pytest.mark.parametrize("harm", [
-  pathlib.Path.unlink, flip, lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-  lambda path: path.write_bytes(b""), lambda path: path.write_bytes(bytes(range(256)) * 400),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "harm",
+  [
+    pathlib.Path.unlink,
+    flip,
+    lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    lambda path: path.write_bytes(b""),
+    lambda path: path.write_bytes(bytes(range(256)) * 400),
+  ],
+)
 def test_prepared_files_that_are_lost_or_damaged(harm, tmp_path):
-  """One line that names the folder; brought back, or prepared again, the rows are what they were."""
+  """One line that names the folder; brought back, or prepared again, the rows are what they
+  were.
+  """
   stored = [{"prompt": f"POST {i}", "completion": f"short {i}"} for i in range(40)]
   root = str(lines(tmp_path / "posts.jsonl", stored))
   want = rows_of("tfds:tldr", "response", tmp_path, root=root)
   (shard,) = (tmp_path / "tfds/tldr").rglob("*array_record*")
   kept = shard.read_bytes()
   harm(shard)
-  with pytest.raises(DataError, match="tfds:tldr, split 'train', cannot be read: .* lie in .*tldr") as refused:
+  with pytest.raises(
+    DataError, match="tfds:tldr, split 'train', cannot be read: .* lie in .*tldr"
+  ) as refused:
     rows_of("tfds:tldr", "response", tmp_path)
   assert "\n" not in str(refused.value)
   shard.write_bytes(kept)
@@ -97,7 +126,11 @@ def test_what_cannot_be_prepared_is_told_in_one_line(tmp_path, monkeypatch):
     ("tfds:tldr", "", "hf:trl-lib/tldr, which cannot be fetched .no route to host."),
     ("tfds:no_such_set", "", "tfds:no_such_set, split 'train', cannot be read"),
     ("tfds:hh_rlhf/none", "", "tfds:hh_rlhf/none, split 'train', cannot be read"),
-    ("tfds:hh_rlhf/helpful_base", str(bad), "2 rows read, 1 bad; 1 empty field, first .*bad.jsonl:2"),
+    (
+      "tfds:hh_rlhf/helpful_base",
+      str(bad),
+      "2 rows read, 1 bad; 1 empty field, first .*bad.jsonl:2",
+    ),
   ):
     with pytest.raises(DataError, match=message) as refused:
       rows_of(name, "pair", tmp_path, root=root)

@@ -1,4 +1,6 @@
-"""The gold reward against a loop over single responses; what prompts, demonstrations and labels are made of."""
+"""The gold reward against a loop over single responses; what prompts, demonstrations and labels
+are made of.
+"""
 
 import numpy as np
 import oracles
@@ -11,7 +13,9 @@ COUNT = 3000  # of the statistics; their bounds are at least four standard error
 
 
 def sequences(prompts: Prompts, responses, length, ended):
-  """Sequences from lists of tokens (the ending token included where `ended`), with garbage in the padding."""
+  """Sequences from lists of tokens (the ending token included where `ended`), with garbage in
+  the padding.
+  """
   rng = np.random.default_rng(9)
   tokens = rng.integers(0, 64, (len(responses), length)).astype(np.int32)
   mask = np.zeros(tokens.shape, bool)
@@ -26,7 +30,9 @@ def sequences(prompts: Prompts, responses, length, ended):
 
 
 def test_gold_matches_loop_on_random_responses():
-  """Finished, truncated, empty, and nothing but an end; half the words come from the note, so that words repeat."""
+  """Finished, truncated, empty, and nothing but an end; half the words come from the note, so
+  that words repeat.
+  """
   rng, length, count = np.random.default_rng(0), 14, 400
   prompts = goldtask.prompts(0, 9, 0, count)
   words, responses, ended = [], [], []
@@ -42,17 +48,25 @@ def test_gold_matches_loop_on_random_responses():
   expected = [oracles.gold_loop(*row) for row in zip(prompts.tokens, words, ended)]
   np.testing.assert_allclose(found.gold, [gold for gold, _ in expected], atol=1e-12)
   for name in goldtask.GoldParts._fields[1:]:
-    np.testing.assert_allclose(getattr(found, name), [parts[name] for _, parts in expected], atol=1e-12, err_msg=name)
+    np.testing.assert_allclose(
+      getattr(found, name), [parts[name] for _, parts in expected], atol=1e-12, err_msg=name
+    )
     assert len(set(getattr(found, name))) > 1, name
-  assert min(map(len, responses)) == 0 and [goldtask.EOS] in responses and {True, False} == set(ended)
+  assert (
+    min(map(len, responses)) == 0 and [goldtask.EOS] in responses and {True, False} == set(ended)
+  )
 
 
 def by_hand(*responses, length=12):
   """Gold of responses to the note "facts 12, 13, 14 and chatter 40 to 48"."""
   note = [goldtask.BOS, 12, 13, 14, *range(40, 49), goldtask.SEP]
   tokens = np.tile(np.array(note, np.int32), (len(responses), 1))
-  prompts = Prompts(tokens=tokens, mask=np.ones(tokens.shape, bool), example_id=np.arange(len(responses)))
-  return goldtask.gold(sequences(prompts, responses, length, [r[-1:] == [goldtask.EOS] for r in responses])).gold
+  prompts = Prompts(
+    tokens=tokens, mask=np.ones(tokens.shape, bool), example_id=np.arange(len(responses))
+  )
+  return goldtask.gold(
+    sequences(prompts, responses, length, [r[-1:] == [goldtask.EOS] for r in responses])
+  ).gold
 
 
 def test_gold_by_hand():
@@ -60,7 +74,16 @@ def test_gold_by_hand():
   found = by_hand(
     [13, 12, 14, end],  # all there is to say
     [end],  # nothing
-    [12, 13, 12, 40, 60, 4, 20, end],  # two of three facts, a repeat, two chatter words, a filler, one made up
+    [
+      12,
+      13,
+      12,
+      40,
+      60,
+      4,
+      20,
+      end,
+    ],  # two of three facts, a repeat, two chatter words, a filler, one made up
     [12] * 10 + [end],  # one fact, nine repeats, two words too long
     [12, 13],  # cut off
     [0, 3, end],  # padding and separator are fillers too
@@ -71,8 +94,12 @@ def test_gold_by_hand():
 
 def test_prompts_are_notes_of_distinct_words():
   prompts = goldtask.prompts(0, 1, 2, COUNT)
-  assert prompts.tokens.shape == (COUNT, 14) and prompts.tokens.dtype == np.int32 and prompts.mask.all()
-  assert (prompts.tokens[:, 0] == goldtask.BOS).all() and (prompts.tokens[:, -1] == goldtask.SEP).all()
+  assert (
+    prompts.tokens.shape == (COUNT, 14) and prompts.tokens.dtype == np.int32 and prompts.mask.all()
+  )
+  assert (prompts.tokens[:, 0] == goldtask.BOS).all() and (
+    prompts.tokens[:, -1] == goldtask.SEP
+  ).all()
   words = np.sort(prompts.tokens[:, 1:-1])
   assert (np.diff(words) > 0).all() and words.min() >= 12 and words.max() <= 63
   np.testing.assert_array_equal(prompts.example_id, np.arange(COUNT) + 2 * COUNT)
@@ -81,7 +108,9 @@ def test_prompts_are_notes_of_distinct_words():
   shares = np.bincount(is_fact.sum(1), minlength=8) / COUNT
   assert shares[[0, 1, 2, 7]].sum() == 0
   np.testing.assert_allclose(shares[3:7], 0.25, atol=0.04)
-  np.testing.assert_allclose(is_fact.mean(0), 4.5 / 12, atol=0.045)  # shuffled: facts stand anywhere
+  np.testing.assert_allclose(
+    is_fact.mean(0), 4.5 / 12, atol=0.045
+  )  # shuffled: facts stand anywhere
   counts = np.bincount(words.reshape(-1), minlength=64) / COUNT
   np.testing.assert_allclose(counts[12:40], 4.5 / 28, atol=0.035)
   np.testing.assert_allclose(counts[40:], 7.5 / 24, atol=0.045)
@@ -122,7 +151,9 @@ def test_demonstrations_have_the_rates_they_are_said_to_have(demonstrations):
   np.testing.assert_allclose(parts.coverage.mean(), 0.5, atol=0.025)  # 0.25 + 0.5 q
   np.testing.assert_allclose(parts.chatter.mean(), 0.12 * 7.5, atol=0.07)
   np.testing.assert_allclose(parts.hallucinated.mean(), 0.15 * (1 - 4.5 / 28), atol=0.025)
-  np.testing.assert_allclose(parts.gold.mean(), 0.92, atol=0.12)  # as the task was measured when it was designed
+  np.testing.assert_allclose(
+    parts.gold.mean(), 0.92, atol=0.12
+  )  # as the task was measured when it was designed
   # quality differs between demonstrators: without that the variance would be 0.059, with it 0.075
   np.testing.assert_allclose(parts.coverage.var(), 0.075, atol=0.008)
 
@@ -130,7 +161,9 @@ def test_demonstrations_have_the_rates_they_are_said_to_have(demonstrations):
   repeated = is_word[:, 1:] & (tokens[:, 1:] == tokens[:, :-1])
   drawn = is_word.sum() - repeated.sum()
   np.testing.assert_allclose(repeated.sum() / drawn, 0.08, atol=0.012)
-  np.testing.assert_allclose((inside & (tokens >= 4) & (tokens < 12)).sum() / drawn, 0.25, atol=0.02)
+  np.testing.assert_allclose(
+    (inside & (tokens >= 4) & (tokens < 12)).sum() / drawn, 0.25, atol=0.02
+  )
   fillers = np.bincount(tokens[inside], minlength=64)[4:12]
   assert fillers.min() > 0.75 * fillers.mean()
 
@@ -147,11 +180,16 @@ def test_demonstrations_are_cut_at_their_length():
 def test_noisy_choice_follows_the_gap_and_flips_a_share():
   count = 20000  # standard error 0.0035
   low, high = np.zeros(count), np.full(count, 0.3)
-  choose = lambda a, b, flip, seed=0: goldtask.noisy_choice(a, b, seed, temperature=0.3, flip=flip)
+
+  def choose(a, b, flip, seed=0):
+    return goldtask.noisy_choice(a, b, seed, temperature=0.3, flip=flip)
+
   sigmoid = 1 / (1 + np.exp(-1.0))  # a gap of one temperature
   np.testing.assert_allclose(choose(high, low, 0.0).mean(), sigmoid, atol=0.015)
   np.testing.assert_allclose(choose(low, high, 0.0).mean(), 1 - sigmoid, atol=0.015)
-  np.testing.assert_allclose(choose(high, low, 0.2).mean(), 0.8 * sigmoid + 0.2 * (1 - sigmoid), atol=0.015)
+  np.testing.assert_allclose(
+    choose(high, low, 0.2).mean(), 0.8 * sigmoid + 0.2 * (1 - sigmoid), atol=0.015
+  )
   np.testing.assert_allclose(choose(low, low, 0.2).mean(), 0.5, atol=0.015)
   assert choose(high * 100, low, 0.0).all() and not choose(high * 100, low, 1.0).any()
   np.testing.assert_allclose(choose(high * 100, low, 0.2).mean(), 0.8, atol=0.015)
@@ -161,4 +199,6 @@ def test_noisy_choice_follows_the_gap_and_flips_a_share():
 
 def test_render_leaves_masked_columns_out():
   assert len(set(goldtask.WORDS)) == goldtask.VOCAB_SIZE == 64
-  assert goldtask.render(np.array([1, 12, 40, 2, 0]), np.array([1, 1, 0, 1, 0], bool)) == "<s> ant </s>"
+  assert (
+    goldtask.render(np.array([1, 12, 40, 2, 0]), np.array([1, 1, 0, 1, 0], bool)) == "<s> ant </s>"
+  )

@@ -1,4 +1,6 @@
-"""Host memory while a sharded checkpoint is read: the model once, plus at most twice its largest tensor."""
+"""Host memory while a sharded checkpoint is read: the model once, plus at most twice its largest
+tensor.
+"""
 
 import json
 import os
@@ -37,7 +39,9 @@ print(json.dumps({"before": before, "peak": status("VmHWM")}))
 
 
 def fabricate(folder, arch: ArchConfig, shard_bytes: int) -> tuple[int, int]:
-  """A float32 checkpoint of constants in shards; returns (bytes of all tensors, bytes of the largest)."""
+  """A float32 checkpoint of constants in shards; returns (bytes of all tensors, bytes of the
+  largest).
+  """
   shapes = jax.tree_util.tree_flatten_with_path(transformer.abstract(arch)[1])[0]
   entries = {}
   for path, x in shapes:
@@ -62,30 +66,50 @@ def fabricate(folder, arch: ArchConfig, shard_bytes: int) -> tuple[int, int]:
       flush()
   if shard:
     flush()
-  (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+  (folder / "model.safetensors.index.json").write_text(
+    json.dumps({"metadata": {}, "weight_map": where})
+  )
   (folder / "config.json").write_text(json.dumps(arch.to_hf()))
   sizes = [4 * int(np.prod(shape)) for shape in entries.values()]
   return sum(sizes), max(sizes)
 
 
-@pytest.mark.parametrize("layers, width", [
-  pytest.param(4, 512, id="64MB"),
-  pytest.param(32, 2048, id="2GB", marks=pytest.mark.long),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "layers, width",
+  [
+    pytest.param(4, 512, id="64MB"),
+    pytest.param(32, 2048, id="2GB", marks=pytest.mark.long),
+  ],
+)
 def test_peak_memory_while_loading(layers, width, tmp_path):
   big = width > 1000
   arch = ArchConfig(
-    vocab_size=16000 if big else 4000, hidden_size=width, num_layers=layers, num_heads=8, num_kv_heads=2,
-    head_dim=width // 8, intermediate_size=1088 if big else 1280,
-  )  # fmt: skip
+    vocab_size=16000 if big else 4000,
+    hidden_size=width,
+    num_layers=layers,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=width // 8,
+    intermediate_size=1088 if big else 1280,
+  )
   total, largest = fabricate(tmp_path, arch, 400_000_000 if big else 10_000_000)
-  env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(ROOT)}
+  env = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    "PYTHONPATH": str(ROOT),
+  }
   done = subprocess.run(
-    [sys.executable, "-c", PROGRAM, str(tmp_path)], env=env, cwd=ROOT, capture_output=True, text=True
+    [sys.executable, "-c", PROGRAM, str(tmp_path)],
+    env=env,
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
   )
   assert done.returncode == 0, done.stderr
   found = json.loads(done.stdout.splitlines()[-1])
   used = found["peak"] - found["before"]
   slack = 0 if big else 16 * 2**20  # libraries that load on first use
-  print(f"model {total / 1e6:.0f} MB, largest tensor {largest / 1e6:.0f} MB, peak above start {used / 1e6:.0f} MB")
+  print(
+    f"model {total / 1e6:.0f} MB, largest tensor {largest / 1e6:.0f} MB, peak above start "
+    f"{used / 1e6:.0f} MB"
+  )
   assert used <= total + 2 * largest + slack

@@ -1,4 +1,6 @@
-"""Hugging Face folders in and out. Oracle: transformers in torch float32, on random weights of every family."""
+"""Hugging Face folders in and out. Oracle: transformers in torch float32, on random weights of
+every family.
+"""
 
 import json
 import pathlib
@@ -39,7 +41,11 @@ def saved(tmp_path_factory):
       folder = tmp_path_factory.mktemp(f"{case}-{'classifier' if classifier else 'policy'}")
       shard = "5GB" if classifier else "30KB"  # policies lie in several files
       made[key] = folder, hf_models.make(case, folder, classifier=classifier, shard=shard, **kwargs)
-      assert len(list(folder.glob("*.safetensors"))) == 1 if classifier else (folder / weights.INDEX).exists()
+      assert (
+        len(list(folder.glob("*.safetensors"))) == 1
+        if classifier
+        else (folder / weights.INDEX).exists()
+      )
     return made[key]
 
   return get
@@ -54,7 +60,9 @@ def theirs(model, tokens, mask):
   """transformers' logits for a left-padded batch."""
   positions = torch.tensor(np.maximum(mask.cumsum(1) - 1, 0))
   with torch.no_grad():
-    out = model(torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long(), position_ids=positions)
+    out = model(
+      torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long(), position_ids=positions
+    )
   return out.logits.numpy()
 
 
@@ -80,7 +88,9 @@ def assert_close(ours, reference):
 
 @pytest.mark.parametrize("case", hf_models.CASES)
 def test_policy_equals_transformers(case, saved):
-  """Logits over left-padded prompts and what follows them, at once and with a cache; the greedy continuation."""
+  """Logits over left-padded prompts and what follows them, at once and with a cache; the greedy
+  continuation.
+  """
   folder, model = saved(case)
   tokens, mask = batch()
   ours = load_pretrained(folder)
@@ -88,13 +98,24 @@ def test_policy_equals_transformers(case, saved):
   @jax.jit
   def continued(state, tokens, mask):
     m, prompts = nnx.merge(ours.graphdef, state), Prompts(tokens, mask, jnp.arange(len(tokens)))
-    out = generate(m, prompts, jax.random.key(0), 0, group_size=1, max_new_tokens=CONTINUED, temperature=0,
-                   eos_ids=(), pad_id=0)  # fmt: skip
+    out = generate(
+      m,
+      prompts,
+      jax.random.key(0),
+      0,
+      group_size=1,
+      max_new_tokens=CONTINUED,
+      temperature=0,
+      eos_ids=(),
+      pad_id=0,
+    )
     cache = m.init_cache(tokens.shape[0], LENGTH + CONTINUED)
     first = m(tokens[:, :PREFILL], mask[:, :PREFILL], cache=cache, cache_index=0)
 
     def decode(cache, t):
-      at = lambda x: jax.lax.dynamic_slice_in_dim(x, t, 1, 1)
+      def at(x):
+        return jax.lax.dynamic_slice_in_dim(x, t, 1, 1)
+
       one = m(at(out.tokens), at(out.token_mask), cache=cache, cache_index=t)
       return one.cache, one.hidden[:, 0]
 
@@ -105,14 +126,22 @@ def test_policy_equals_transformers(case, saved):
   out, logits, cached = jax.device_get(continued(ours.state, tokens, mask))
   for i, pad in enumerate(PADDING):
     with torch.no_grad():  # one row at a time, without padding
-      row = model.generate(torch.tensor(tokens[i : i + 1, pad:]).long(), max_new_tokens=CONTINUED, do_sample=False,
-                           eos_token_id=None, pad_token_id=0)  # fmt: skip
+      row = model.generate(
+        torch.tensor(tokens[i : i + 1, pad:]).long(),
+        max_new_tokens=CONTINUED,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+      )
     assert out.tokens[i, pad:].tolist() == row[0].tolist(), i
   reference, real = theirs(model, out.tokens, out.token_mask), out.token_mask
   assert real.sum(1).tolist() == [LENGTH - pad + CONTINUED for pad in PADDING]
   assert np.isfinite(logits).all() and np.isfinite(cached).all()
   largest = np.abs(logits - reference)[real].max()
-  print(f"{case}: max |logit difference| {largest:.1e}, the largest logit {np.abs(reference[real]).max():.1f}")
+  print(
+    f"{case}: max |logit difference| {largest:.1e}, the largest logit "
+    f"{np.abs(reference[real]).max():.1f}"
+  )
   assert largest <= BOUND
   assert_close(logits[real], reference[real])
   assert_close(cached[real], logits[real])
@@ -124,11 +153,19 @@ def test_classifier_equals_transformers(case, saved):
   tokens, mask = batch()
   ours = load_pretrained(folder)
   assert not ours.arch.lm_head and ours.score.kernel.shape == (32, 1) and ours.score.bias is None
-  score = jax.jit(lambda state, kernel: nnx.merge(ours.graphdef, state)(tokens, mask).hidden[:, -1] @ kernel)
-  # one row at a time without padding: with pad None transformers reads the last column, whatever its token
-  reference = [theirs(model, tokens[i : i + 1, pad:], mask[i : i + 1, pad:])[0] for i, pad in enumerate(PADDING)]
+  score = jax.jit(
+    lambda state, kernel: nnx.merge(ours.graphdef, state)(tokens, mask).hidden[:, -1] @ kernel
+  )
+  # one row at a time without padding: with pad None transformers reads the last column, whatever
+  # its token
+  reference = [
+    theirs(model, tokens[i : i + 1, pad:], mask[i : i + 1, pad:])[0]
+    for i, pad in enumerate(PADDING)
+  ]
   largest = np.abs(score(ours.state, ours.score.kernel) - np.stack(reference)).max()
-  print(f"{case}: max |score difference| {largest:.1e}, the largest score {np.abs(reference).max():.1f}")
+  print(
+    f"{case}: max |score difference| {largest:.1e}, the largest score {np.abs(reference).max():.1f}"
+  )
   assert largest <= BOUND
 
 
@@ -140,9 +177,17 @@ def test_round_trip_is_bitwise(case, classifier, saved, tmp_path):
   save_pretrained(tmp_path / "out", ours.arch, ours.state, score=ours.score)
   before, after = files_of(folder), files_of(tmp_path / "out")
   assert before.keys() == after.keys()
-  assert all(before[name].dtype == x.dtype and np.array_equal(before[name], x) for name, x in after.items())
-  auto = transformers.AutoModelForSequenceClassification if classifier else transformers.AutoModelForCausalLM
-  again, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True, attn_implementation="eager")
+  assert all(
+    before[name].dtype == x.dtype and np.array_equal(before[name], x) for name, x in after.items()
+  )
+  auto = (
+    transformers.AutoModelForSequenceClassification
+    if classifier
+    else transformers.AutoModelForCausalLM
+  )
+  again, info = auto.from_pretrained(
+    tmp_path / "out", output_loading_info=True, attn_implementation="eager"
+  )
   assert not any(info.values()), info
   assert type(again) is type(model)
   again.config.pad_token_id = None
@@ -161,11 +206,19 @@ def test_shards_are_read_and_written_on_a_mesh(case, saved, tmp_path):
   assert jax.tree.all(jax.tree.map(np.array_equal, whole.state, parts.state))
   layouts = sharding.shardings(parts.state, mesh)
   assert jax.tree.all(jax.tree.map(lambda x, layout: x.sharding == layout, parts.state, layouts))
-  assert parts.state["layers"]["attn"]["q"]["kernel"][...].sharding.shard_shape((3, 32, 48)) == (3, 8, 24)
+  assert parts.state["layers"]["attn"]["q"]["kernel"][...].sharding.shard_shape((3, 32, 48)) == (
+    3,
+    8,
+    24,
+  )
   save_pretrained(tmp_path / "again", parts.arch, parts.state)
   before, after = files_of(folder), files_of(tmp_path / "again")
-  assert before.keys() == after.keys() and all(np.array_equal(before[name], x) for name, x in after.items())
-  model, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sharded", output_loading_info=True)
+  assert before.keys() == after.keys() and all(
+    np.array_equal(before[name], x) for name, x in after.items()
+  )
+  model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / "sharded", output_loading_info=True
+  )
   assert not any(info.values()), info
 
 
@@ -203,14 +256,22 @@ def test_bfloat16_on_disk(saved, tmp_path):
 
 def test_score_head_with_bias_and_several_labels(saved, tmp_path):
   folder, model = saved("pythia", True, labels=3)
-  biased = rewrite(folder, tmp_path / "biased", lambda t: t.update({"score.bias": np.array([1, 2, 3], np.float32)}))
+  biased = rewrite(
+    folder, tmp_path / "biased", lambda t: t.update({"score.bias": np.array([1, 2, 3], np.float32)})
+  )
   ours = load_pretrained(biased)
   np.testing.assert_array_equal(ours.score.kernel, model.score.weight.detach().numpy().T)
   np.testing.assert_array_equal(ours.score.bias, [1, 2, 3])
   save_pretrained(tmp_path / "out", ours.arch, ours.state, score=ours.score)
-  assert json.loads((tmp_path / "out/config.json").read_text())["id2label"].keys() == {"0", "1", "2"}
+  assert json.loads((tmp_path / "out/config.json").read_text())["id2label"].keys() == {
+    "0",
+    "1",
+    "2",
+  }
   before, after = files_of(biased), files_of(tmp_path / "out")
-  assert before.keys() == after.keys() and all(np.array_equal(before[name], x) for name, x in after.items())
+  assert before.keys() == after.keys() and all(
+    np.array_equal(before[name], x) for name, x in after.items()
+  )
 
 
 def test_reward_model_from_a_policy(saved, tmp_path):
@@ -235,12 +296,18 @@ def test_tokenizer_and_its_ids_come_along(saved, tmp_path):
   (tmp_path / "tok").mkdir()
   (tmp_path / "tok/tokenizer.json").write_text("{}")
   (tmp_path / "tok/pytorch_model.bin").write_text("")
-  (tmp_path / "tok/config.json").write_text('{"eos_token_id": [7, 8], "pad_token_id": 9, "hidden_size": 1}')
+  (tmp_path / "tok/config.json").write_text(
+    '{"eos_token_id": [7, 8], "pad_token_id": 9, "hidden_size": 1}'
+  )
   ours = load_pretrained(folder)
   save_pretrained(tmp_path / "out", ours.arch, ours.state, tokenizer_folder=tmp_path / "tok")
   config = json.loads((tmp_path / "out/config.json").read_text())
   assert (config["eos_token_id"], config["pad_token_id"], config["hidden_size"]) == ([7, 8], 9, 32)
-  assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
+  assert {p.name for p in (tmp_path / "out").iterdir()} == {
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+  }
 
 
 def test_saving_is_all_or_nothing(saved, tmp_path, monkeypatch):
@@ -272,18 +339,32 @@ def test_wrong_tensors_are_named(saved, tmp_path):
   folder, _ = saved("llama2")
   name = "model.layers.1.mlp.up_proj.weight"
   broken = rewrite(folder, tmp_path / "a", lambda tensors: tensors.pop(name))
-  with pytest.raises(PretrainedError, match=rf"lacks 1 tensors, the first {name} of shape \(48, 32\)"):
+  with pytest.raises(
+    PretrainedError, match=rf"lacks 1 tensors, the first {name} of shape \(48, 32\)"
+  ):
     load_pretrained(broken)
   rewrite(folder, broken, lambda tensors: tensors.update({name: np.zeros((48, 31), np.float32)}))
-  with pytest.raises(PretrainedError, match=rf"{name} has shape \(48, 31\) in .*model.safetensors.*\(48, 32\)"):
+  with pytest.raises(
+    PretrainedError, match=rf"{name} has shape \(48, 31\) in .*model.safetensors.*\(48, 32\)"
+  ):
     load_pretrained(broken)
-  rewrite(folder, broken, lambda tensors: tensors.update({"v_head.weight": np.zeros((1, 32), np.float32)}))
-  with pytest.raises(PretrainedError, match=r"model.safetensors holds 1 tensors .* v_head.weight of shape \(1, 32\)"):
+  rewrite(
+    folder, broken, lambda tensors: tensors.update({"v_head.weight": np.zeros((1, 32), np.float32)})
+  )
+  with pytest.raises(
+    PretrainedError, match=r"model.safetensors holds 1 tensors .* v_head.weight of shape \(1, 32\)"
+  ):
     load_pretrained(broken)
-  rewrite(folder, broken, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)}))
+  rewrite(
+    folder,
+    broken,
+    lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4)}),
+  )
   load_pretrained(broken)
   ours = load_pretrained(folder)
-  with pytest.raises(ValueError, match=r"layers/attn/k/kernel: shape \(3, 32, 32\) in the state, \(3, 32, 16\)"):
+  with pytest.raises(
+    ValueError, match=r"layers/attn/k/kernel: shape \(3, 32, 32\) in the state, \(3, 32, 16\)"
+  ):
     save_pretrained(tmp_path / "out", ours.arch.replace(num_kv_heads=2), ours.state)
 
 
@@ -295,15 +376,21 @@ def test_unusable_folders_are_explained(saved, tmp_path):
   (tmp_path / "pytorch_model.bin").write_bytes(b"")
   with pytest.raises(PretrainedError, match="unpickled.*save_pretrained"):
     load_pretrained(tmp_path)
-  (tmp_path / weights.INDEX).write_text('{"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}')
+  (tmp_path / weights.INDEX).write_text(
+    '{"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}}'
+  )
   with pytest.raises(PretrainedError, match="model-00001-of-00002.safetensors.*not in the folder"):
     load_pretrained(tmp_path)
   with pytest.raises(FileNotFoundError, match="is not a folder"):
     load_pretrained(tmp_path / "absent")
   whole = (folder / "config.json").read_text()
   (tmp_path / weights.INDEX).unlink()
-  (tmp_path / "model.safetensors").write_bytes(files_of(folder)["lm_head.weight"].tobytes())  # an aborted copy
-  with pytest.raises(PretrainedError, match="model.safetensors is not a whole safetensors file.*copy it again"):
+  (tmp_path / "model.safetensors").write_bytes(
+    files_of(folder)["lm_head.weight"].tobytes()
+  )  # an aborted copy
+  with pytest.raises(
+    PretrainedError, match="model.safetensors is not a whole safetensors file.*copy it again"
+  ):
     load_pretrained(tmp_path)
   (tmp_path / "config.json").write_text(whole[:40])
   with pytest.raises(PretrainedError, match="config.json is not JSON"):
@@ -320,8 +407,10 @@ def test_a_model_that_the_hub_does_not_give(monkeypatch):
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
   with pytest.raises(FileNotFoundError) as refused:
     load_pretrained("someone/some-model")
-  assert str(refused.value) == ("someone/some-model is neither a folder nor a model that the hub gives: "
-                                "Cannot find it. There is no network.")  # fmt: skip
+  assert str(refused.value) == (
+    "someone/some-model is neither a folder nor a model that the hub gives: "
+    "Cannot find it. There is no network."
+  )
 
 
 def test_hub_names_fetch_safetensors_and_json_only(saved, monkeypatch):
@@ -337,9 +426,18 @@ def test_hub_names_fetch_safetensors_and_json_only(saved, monkeypatch):
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
   assert load_pretrained("someone/some-model").arch.family == "llama"
   assert asked["name"] == "someone/some-model"
-  kept = lambda file: any(pathlib.PurePath(file).match(pattern) for pattern in asked["patterns"])
-  assert all(map(kept, ["config.json", "model-00001-of-00002.safetensors", weights.INDEX, "tokenizer.json"]))
-  assert not any(map(kept, ["pytorch_model.bin", "training_args.bin", "modeling_custom.py", "original/model.pth"]))
+
+  def kept(file):
+    return any(pathlib.PurePath(file).match(pattern) for pattern in asked["patterns"])
+
+  assert all(
+    map(kept, ["config.json", "model-00001-of-00002.safetensors", weights.INDEX, "tokenizer.json"])
+  )
+  assert not any(
+    map(
+      kept, ["pytorch_model.bin", "training_args.bin", "modeling_custom.py", "original/model.pth"]
+    )
+  )
 
 
 @pytest.mark.parametrize("case", hf_models.CASES)
@@ -351,48 +449,126 @@ def test_config_reads_both_spellings(case, saved):
   assert ArchConfig.from_hf(both) == arch
   assert ArchConfig.from_hf({k: v for k, v in both.items() if k != "rope_parameters"}) == arch
   written = type(model.config).from_dict(both).to_dict()
-  ignored = {"architectures", "_name_or_path", "dtype", "_attn_implementation_internal", "bos_token_id", "eos_token_id"}
+  ignored = {
+    "architectures",
+    "_name_or_path",
+    "dtype",
+    "_attn_implementation_internal",
+    "bos_token_id",
+    "eos_token_id",
+  }
   ignored |= {"pad_token_id", "max_window_layers", "transformers_version"}
-  different = {k: (v, written.get(k)) for k, v in model.config.to_dict().items() if written.get(k) != v}
+  different = {
+    k: (v, written.get(k)) for k, v in model.config.to_dict().items() if written.get(k) != v
+  }
   assert different.keys() <= ignored, different
 
 
 def test_config_of_hub_files():
   """Fields as the hub's own files spell them and leave them out."""
-  llama = dict(model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-               num_attention_heads=32, num_key_value_heads=8, head_dim=64, hidden_act="silu", rms_norm_eps=1e-05,
-               max_position_embeddings=131072, tie_word_embeddings=True, rope_theta=500000.0, torch_dtype="bfloat16",
-               rope_scaling=dict(factor=32.0, high_freq_factor=4.0, low_freq_factor=1.0, rope_type="llama3",
-                                 original_max_position_embeddings=8192))  # fmt: skip
+  llama = dict(
+    model_type="llama",
+    vocab_size=128256,
+    hidden_size=2048,
+    intermediate_size=8192,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=64,
+    hidden_act="silu",
+    rms_norm_eps=1e-05,
+    max_position_embeddings=131072,
+    tie_word_embeddings=True,
+    rope_theta=500000.0,
+    torch_dtype="bfloat16",
+    rope_scaling=dict(
+      factor=32.0,
+      high_freq_factor=4.0,
+      low_freq_factor=1.0,
+      rope_type="llama3",
+      original_max_position_embeddings=8192,
+    ),
+  )
   arch = ArchConfig.from_hf(llama)
-  assert arch.rope_scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192) and arch.rope_theta == 500000.0
+  assert (
+    arch.rope_scaling == RopeScaling("llama3", 32.0, 1.0, 4.0, 8192) and arch.rope_theta == 500000.0
+  )
   assert arch.num_kv_heads == 8 and arch.tie_embeddings and arch.norm_eps == 1e-05
-  gemma = dict(model_type="gemma3_text", vocab_size=262144, hidden_size=1152, intermediate_size=6912,
-               num_hidden_layers=26, num_attention_heads=4, num_key_value_heads=1, head_dim=256, sliding_window=512,
-               rope_local_base_freq=10000, rope_theta=1000000, sliding_window_pattern=6, query_pre_attn_scalar=256,
-               hidden_activation="gelu_pytorch_tanh", rms_norm_eps=1e-06)  # fmt: skip
+  gemma = dict(
+    model_type="gemma3_text",
+    vocab_size=262144,
+    hidden_size=1152,
+    intermediate_size=6912,
+    num_hidden_layers=26,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=256,
+    sliding_window=512,
+    rope_local_base_freq=10000,
+    rope_theta=1000000,
+    sliding_window_pattern=6,
+    query_pre_attn_scalar=256,
+    hidden_activation="gelu_pytorch_tanh",
+    rms_norm_eps=1e-06,
+  )
   arch = ArchConfig.from_hf(gemma)
-  assert (arch.rope_theta, arch.rope_local_theta, arch.sliding_window) == (1e6, 1e4, 512) and arch.tie_embeddings
+  assert (arch.rope_theta, arch.rope_local_theta, arch.sliding_window) == (
+    1e6,
+    1e4,
+    512,
+  ) and arch.tie_embeddings
   assert [i for i in range(26) if i not in arch.sliding_layers] == [5, 11, 17, 23]
-  pythia = dict(model_type="gpt_neox", vocab_size=50304, hidden_size=512, intermediate_size=2048, num_hidden_layers=6,
-                num_attention_heads=8, rotary_pct=0.25, rotary_emb_base=10000, hidden_act="gelu", layer_norm_eps=1e-05,
-                max_position_embeddings=2048, use_parallel_residual=True, tie_word_embeddings=False)  # fmt: skip
+  pythia = dict(
+    model_type="gpt_neox",
+    vocab_size=50304,
+    hidden_size=512,
+    intermediate_size=2048,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    rotary_pct=0.25,
+    rotary_emb_base=10000,
+    hidden_act="gelu",
+    layer_norm_eps=1e-05,
+    max_position_embeddings=2048,
+    use_parallel_residual=True,
+    tie_word_embeddings=False,
+  )
   arch = ArchConfig.from_hf(pythia)
-  assert arch.rotary_dim == 16 and arch.parallel_residual and arch.qkv_bias and arch.mlp_bias and not arch.gated_mlp
-  qwen = dict(model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-              num_attention_heads=14, num_key_value_heads=2, rope_theta=1000000.0, tie_word_embeddings=True,
-              use_sliding_window=False, sliding_window=32768, max_window_layers=21)  # fmt: skip
+  assert (
+    arch.rotary_dim == 16
+    and arch.parallel_residual
+    and arch.qkv_bias
+    and arch.mlp_bias
+    and not arch.gated_mlp
+  )
+  qwen = dict(
+    model_type="qwen2",
+    vocab_size=151936,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    rope_theta=1000000.0,
+    tie_word_embeddings=True,
+    use_sliding_window=False,
+    sliding_window=32768,
+    max_window_layers=21,
+  )
   arch = ArchConfig.from_hf(qwen)
   assert arch.qkv_bias and not arch.out_bias and arch.sliding_window is None and arch.head_dim == 64
 
 
-@pytest.mark.parametrize("change, message", [
-  (dict(model_type="gpt2"), "'gpt2' in config.json is not supported"),
-  (dict(hidden_act="relu"), "hidden_act='relu'"),
-  (dict(rope_scaling=dict(type="yarn", factor=4.0)), "rope type 'yarn'"),
-  (dict(use_bidirectional_attention=True), "causal"),
-  (dict(quantization_config=dict(quant_method="fp8")), "quantised weights are not supported"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    (dict(model_type="gpt2"), "'gpt2' in config.json is not supported"),
+    (dict(hidden_act="relu"), "hidden_act='relu'"),
+    (dict(rope_scaling=dict(type="yarn", factor=4.0)), "rope type 'yarn'"),
+    (dict(use_bidirectional_attention=True), "causal"),
+    (dict(quantization_config=dict(quant_method="fp8")), "quantised weights are not supported"),
+  ],
+)
 def test_unsupported_configs_are_refused(change, message):
   config = ArchConfig().to_hf()
   del config["rope_parameters"]
@@ -401,6 +577,10 @@ def test_unsupported_configs_are_refused(change, message):
 
 
 def test_an_architecture_outside_its_family_is_refused(tmp_path):
-  arch = ArchConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, norm="layer", qk_norm=True)
-  with pytest.raises(ValueError, match=r"'llama' cannot express norm='layer' \(reads 'rms'\), qk_norm=True"):
+  arch = ArchConfig(
+    vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, norm="layer", qk_norm=True
+  )
+  with pytest.raises(
+    ValueError, match=r"'llama' cannot express norm='layer' \(reads 'rms'\), qk_norm=True"
+  ):
     save_pretrained(tmp_path / "out", arch, transformer.abstract(arch)[1])

@@ -19,7 +19,9 @@ STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 29: 2.045}
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8])
 @pytest.mark.parametrize("kinds", [3, 1000])
 def test_best_of_equals_the_mean_over_all_subsets(n, kinds):
-  """With 3 different proxies there are many ties; each response of a tie is as likely to be taken."""
+  """With 3 different proxies there are many ties; each response of a tie is as likely to be
+  taken.
+  """
   rng, count = np.random.default_rng(n), 8
   proxy, values = rng.integers(0, kinds, count).astype(float), rng.normal(size=count)
   picked = []
@@ -30,24 +32,32 @@ def test_best_of_equals_the_mean_over_all_subsets(n, kinds):
 
 
 def test_best_of_is_exact_for_large_counts():
-  """The mean of the largest of n of the numbers 1 .. N drawn without replacement is n (N + 1) / (n + 1)."""
+  """The mean of the largest of n of the numbers 1 .. N drawn without replacement is n (N + 1) /
+  (n + 1).
+  """
   values = np.random.default_rng(0).permutation(np.arange(1.0, 4097))
   for n in (1, 16, 1000, 4096):
     assert stats.best_of(values, values, n) == pytest.approx(n * 4097 / (n + 1), rel=1e-9)
 
 
 def test_best_of_kl_is_that_of_the_distribution():
-  """KL of best of n over a vocabulary of M equally likely responses without ties, for M large, by its definition."""
+  """KL of best of n over a vocabulary of M equally likely responses without ties, for M large,
+  by its definition.
+  """
   for n in (1, 2, 4, 16):
     edges = np.linspace(0, 1, 200_001)
     mass = np.diff(edges**n)  # of the largest of n
     mass = mass[mass > 0]
-    assert stats.best_of_kl(n) == pytest.approx(float((mass * np.log(mass * 200_000)).sum()), abs=2e-3)
+    assert stats.best_of_kl(n) == pytest.approx(
+      float((mass * np.log(mass * 200_000)).sum()), abs=2e-3
+    )
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 10, 30])
 def test_interval_has_the_length_of_the_t_interval(count):
-  """For even spacing the bootstrap of the mean is close to Normal: the widened percentiles give Student's length."""
+  """For even spacing the bootstrap of the mean is close to Normal: the widened percentiles give
+  Student's length.
+  """
   values = np.random.default_rng(count).permutation(np.linspace(-1, 1, count))
   found = stats.interval(values + 3)
   assert found.value == pytest.approx(3) and found.count == count
@@ -113,14 +123,19 @@ def test_stopped_reads_the_step_after_the_one_that_passes():
   np.testing.assert_array_equal(value, [3, 7, 11, 13])
 
 
-@pytest.mark.parametrize("kind, curve, turn", [
-  ("bon", lambda d: d * (1.5 - 0.3 * d), 2.5),
-  ("rl", lambda d: d * (1.5 - 0.6 * np.log(d)), np.exp(1.5)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "kind, curve, turn",
+  [
+    ("bon", lambda d: d * (1.5 - 0.3 * d), 2.5),
+    ("rl", lambda d: d * (1.5 - 0.6 * np.log(d)), np.exp(1.5)),
+  ],
+)
 def test_turnover_fit_finds_the_curve_it_was_given(kind, curve, turn):
   kl = np.random.default_rng(3).uniform(0.01, 12, (6, 80))
   found = stats.fit_turnover(kl, curve(np.sqrt(kl)), kind)
-  assert found.a.value == pytest.approx(1.5) and found.b.value == pytest.approx(0.3 if kind == "bon" else 0.6)
+  assert found.a.value == pytest.approx(1.5) and found.b.value == pytest.approx(
+    0.3 if kind == "bon" else 0.6
+  )
   assert found.turn.value == pytest.approx(turn) and found.r2 == pytest.approx(1)
   assert found.a.low == pytest.approx(found.a.high)
 
@@ -132,7 +147,7 @@ def test_turnover_fit_is_least_squares_over_all_points_and_resamples_seeds():
   d = np.sqrt(kl)
   gain = d * (1.2 - 0.25 * d) + 0.3 * rng.normal(size=(5, 1)) * d + 0.1 * rng.normal(size=d.shape)
   found, keep = stats.fit_turnover(kl, gain, "bon"), kl > 0
-  columns = np.stack([d[keep], -d[keep] ** 2], 1)
+  columns = np.stack([d[keep], -(d[keep] ** 2)], 1)
   (a, b), residual, *_ = np.linalg.lstsq(columns, gain[keep])
   assert found.a.value == pytest.approx(a) and found.b.value == pytest.approx(b)
   assert found.r2 == pytest.approx(1 - residual[0] / ((gain[keep] - gain[keep].mean()) ** 2).sum())
@@ -152,14 +167,27 @@ def test_a_curve_that_never_turns_says_so():
 def test_gold_metrics_against_loops():
   """Within-prompt correlation, and the share of top-against-bottom pairs that contradict gold."""
   rng, prompts, K, T = np.random.default_rng(6), 12, 4, 6
-  tokens = np.concatenate([np.repeat(goldtask.prompts(0, 9, 0, prompts).tokens, K, 0),
-                           rng.integers(2, 64, (prompts * K, T)).astype(np.int32)], 1)  # fmt: skip
+  tokens = np.concatenate(
+    [
+      np.repeat(goldtask.prompts(0, 9, 0, prompts).tokens, K, 0),
+      rng.integers(2, 64, (prompts * K, T)).astype(np.int32),
+    ],
+    1,
+  )
   mask = np.ones((prompts * K, T), bool)
-  sequences = Sequences(tokens=tokens, token_mask=np.ones(tokens.shape, bool), response_mask=mask,
-                        has_eos=np.zeros(len(mask), bool))  # fmt: skip
+  sequences = Sequences(
+    tokens=tokens,
+    token_mask=np.ones(tokens.shape, bool),
+    response_mask=mask,
+    has_eos=np.zeros(len(mask), bool),
+  )
   scores = rng.normal(size=prompts * K)
   gold = goldtask.gold(sequences).gold
-  out = type("Out", (), dict(sequences=sequences, judged=Judged(rte=None, scores=scores, scores_frozen=scores)))
+  out = type(
+    "Out",
+    (),
+    dict(sequences=sequences, judged=Judged(rte=None, scores=scores, scores_frozen=scores)),
+  )
   found = gold_metrics(out, K)
   top = first = second = 0.0
   wrong = []
@@ -175,7 +203,9 @@ def test_gold_metrics_against_loops():
 
 
 def test_a_table_comes_back_as_curves(tmp_path):
-  log = np.random.default_rng(7).normal(size=(5, 4, 2)).astype(np.float32)  # steps, replicas, metrics
+  log = (
+    np.random.default_rng(7).normal(size=(5, 4, 2)).astype(np.float32)
+  )  # steps, replicas, metrics
   replicas = [(3, 1.0, 0.02), (1, 1.0, 0.02), (3, 2.0, 0.04), (1, 2.0, 0.04)]
   columns = arm_columns("r2m", replicas, ["reward/gold", "kl"], log)
   more = arm_columns("r2m", [(2, 1.0, 0.02)], ["reward/gold"], log[:, :1, :1])
@@ -195,12 +225,23 @@ def test_arms_are_paired_with_those_of_their_own_kind():
   assert results.rival("r2m.hold", "scaled", known) == "scaled"
   assert results.rival("r2m.mine", "vanilla", known) == "vanilla"
   assert results.rival("vanilla.hold", "vanilla", known) == "vanilla"
-  assert results.rival("vanilla", "vanilla", known) is None and results.rival("r2m", "", known) is None
+  assert (
+    results.rival("vanilla", "vanilla", known) is None and results.rival("r2m", "", known) is None
+  )
 
 
 def candidates(**changes):
-  """Results with four candidates of one arm; `changes` are measure -> value of candidates 0 to 3."""
-  usual = {"skipped": 0, "length_start": 8, "length_final": 6, "frozen_at_kl_2": 1, "frozen_final": 1, "final": 0}
+  """Results with four candidates of one arm; `changes` are measure -> value of candidates 0 to
+  3.
+  """
+  usual = {
+    "skipped": 0,
+    "length_start": 8,
+    "length_final": 6,
+    "frozen_at_kl_2": 1,
+    "frozen_final": 1,
+    "final": 0,
+  }
   found = {}
   for i in range(4):
     for measure, value in usual.items():
@@ -210,15 +251,21 @@ def candidates(**changes):
   return results.Results(curves, {}, {}, {}, [], found, {})
 
 
-@pytest.mark.parametrize("changes, taken", [
-  ({}, 0),
-  ({"frozen_at_kl_2": {2: (4, 1.5)}}, 2),
-  ({"frozen_at_kl_2": {2: (4, 1.5)}, "final": {0: (4, 9.0)}}, 2),  # gold is not read
-  ({"frozen_at_kl_2": {2: (4, 1.5)}, "skipped": {2: (4, 0.25)}}, 0),
-  ({"frozen_at_kl_2": {2: (4, 1.5)}, "length_final": {2: (4, 3.9)}}, 0),
-  ({"frozen_at_kl_2": {2: (4, 1.5), 1: (3, 1.0)}, "frozen_final": {3: (4, 2.0)}}, 3),  # a seed of 1 never gets there
-  ({"skipped": {i: (4, 1.0) for i in range(4)}}, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "changes, taken",
+  [
+    ({}, 0),
+    ({"frozen_at_kl_2": {2: (4, 1.5)}}, 2),
+    ({"frozen_at_kl_2": {2: (4, 1.5)}, "final": {0: (4, 9.0)}}, 2),  # gold is not read
+    ({"frozen_at_kl_2": {2: (4, 1.5)}, "skipped": {2: (4, 0.25)}}, 0),
+    ({"frozen_at_kl_2": {2: (4, 1.5)}, "length_final": {2: (4, 3.9)}}, 0),
+    (
+      {"frozen_at_kl_2": {2: (4, 1.5), 1: (3, 1.0)}, "frozen_final": {3: (4, 2.0)}},
+      3,
+    ),  # a seed of 1 never gets there
+    ({"skipped": {i: (4, 1.0) for i in range(4)}}, None),
+  ],
+)
 def test_settings_are_chosen_by_the_rule_of_the_protocol(changes, taken):
   config = lab_config.get_config("tune")
   chosen = results.choose(config, candidates(**changes))

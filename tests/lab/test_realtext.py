@@ -1,4 +1,6 @@
-"""The laboratory's second task on tiny text: gold never reaches training, what a proxy is given, what the log says."""
+"""The laboratory's second task on tiny text: gold never reaches training, what a proxy is given,
+what the log says.
+"""
 
 import csv
 import functools
@@ -37,9 +39,13 @@ def settings(root, **overrides):
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-  """(data and policy, workdir, {(arm, seed): rows that gold read at each step}) of the whole task."""
+  """(data and policy, workdir, {(arm, seed): rows that gold read at each step}) of the whole
+  task.
+  """
   root, workdir = make_data(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("lab_text")
-  tiny_text.model("llama3.1", "chatml", root / "policy", num_hidden_layers=2, max_position_embeddings=256)
+  tiny_text.model(
+    "llama3.1", "chatml", root / "policy", num_hidden_layers=2, max_position_embeddings=256
+  )
   cfg, seen, original = settings(root), [], serve.make_scorer
   check_config(cfg)
 
@@ -51,7 +57,11 @@ def ended(tmp_path_factory):
     patch.setattr(serve, "make_scorer", recorded)
     realtext.run(cfg, workdir)
   order = [(arm, seed) for seed in cfg.lab.seeds for arm in cfg.lab.arms]
-  return root, workdir, {run: seen[i * cfg.steps : (i + 1) * cfg.steps] for i, run in enumerate(order)}
+  return (
+    root,
+    workdir,
+    {run: seen[i * cfg.steps : (i + 1) * cfg.steps] for i, run in enumerate(order)},
+  )
 
 
 def begun(ended, folder):
@@ -78,10 +88,14 @@ def timeless(workdir, arm, seed):
 def test_another_gold_model_gives_the_same_policies(ended, tmp_path):
   """To the byte, and all metrics but those against gold."""
   root, workdir, _ = ended
-  tiny_text.model("llama2", "chatml", tmp_path / "other", classifier=True, max_position_embeddings=256, seed=5)
+  tiny_text.model(
+    "llama2", "chatml", tmp_path / "other", classifier=True, max_position_embeddings=256, seed=5
+  )
   again = begun(ended, tmp_path)
   shutil.rmtree(again / "models/gold")
-  realtext.run(settings(root, gold__path=str(tmp_path / "other"), lab__seeds=(1,), lab__arms=("r2m",)), again)
+  realtext.run(
+    settings(root, gold__path=str(tmp_path / "other"), lab__seeds=(1,), lab__arms=("r2m",)), again
+  )
   against_gold = {"reward/gold", "reward/within_corr", "r2m/pair_disagreement"}
   assert policy_bytes(again, "r2m", 1) == policy_bytes(workdir, "r2m", 1)
   rows, want = (timeless(run, "r2m", 1) for run in (again, workdir))
@@ -92,7 +106,9 @@ def test_another_gold_model_gives_the_same_policies(ended, tmp_path):
 
 
 def test_gold_is_what_transformers_says_of_the_samples(ended):
-  """Oracle: the exported classifier, a row at a time, on text rendered by its chat template; its bias from the file."""
+  """Oracle: the exported classifier, a row at a time, on text rendered by its chat template; its
+  bias from the file.
+  """
   _, workdir, seen = ended
   folder = workdir / "models/gold"
   hf = transformers.AutoTokenizer.from_pretrained(folder)
@@ -114,7 +130,9 @@ def test_gold_is_what_transformers_says_of_the_samples(ended):
       checked += len(rows)
   assert checked == 4 * 2 * 4
   first = read_jsonl(realtext.run_of(workdir, "vanilla", 0) / "samples.jsonl")[0]
-  assert first["response"] == seen["vanilla", 0][0][0]["response"]  # what is logged is what gold read
+  assert (
+    first["response"] == seen["vanilla", 0][0][0]["response"]
+  )  # what is logged is what gold read
 
 
 # ---- reward models ----
@@ -122,7 +140,9 @@ def test_gold_is_what_transformers_says_of_the_samples(ended):
 
 @pytest.mark.parametrize("factor", [2, 3])
 def test_a_grown_policy_says_the_same(ended, tmp_path, factor):
-  """Oracle: transformers on both folders. Each further layer is a copy but for what adds to the residual stream."""
+  """Oracle: transformers on both folders. Each further layer is a copy but for what adds to the
+  residual stream.
+  """
   root, _, _ = ended
   cfg = settings(root, task="sft")
   grown = realtext.grow(load_policy(cfg.policy.path, cfg), factor)
@@ -136,21 +156,33 @@ def test_a_grown_policy_says_the_same(ended, tmp_path, factor):
   for i, layer in enumerate(large.model.layers):
     of = small.model.layers[i // factor]
     assert torch.equal(layer.mlp.up_proj.weight, of.mlp.up_proj.weight)
-    assert bool(layer.mlp.down_proj.weight.any()) == bool(layer.self_attn.o_proj.weight.any()) == (i % factor == 0)
+    assert (
+      bool(layer.mlp.down_proj.weight.any())
+      == bool(layer.self_attn.o_proj.weight.any())
+      == (i % factor == 0)
+    )
 
 
 def test_reward_models_are_trained_and_at_scale(ended):
   root, workdir, _ = ended
   cfg, mesh = settings(root), folders.mesh_of(settings(root))
   drawn = read_jsonl(workdir / "sft_samples.jsonl")
-  grown = transformers.AutoModelForCausalLM.from_pretrained(workdir / "models/grown").model.state_dict()
+  grown = transformers.AutoModelForCausalLM.from_pretrained(
+    workdir / "models/grown"
+  ).model.state_dict()
   for name, start in (("gold", grown), ("proxy_0", None), ("proxy_1", None)):
-    scores = serve.score(cfg, load_reward(str(workdir / "models" / name), cfg, mesh), None, drawn, mesh)
+    scores = serve.score(
+      cfg, load_reward(str(workdir / "models" / name), cfg, mesh), None, drawn, mesh
+    )
     assert (scores.mean(), scores.std()) == pytest.approx((0, 1), abs=1e-4)
     if start:
-      model = transformers.AutoModelForSequenceClassification.from_pretrained(workdir / "models" / name).model
+      model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        workdir / "models" / name
+      ).model
       moved = {key: float((x - start[key]).abs().max()) for key, x in model.state_dict().items()}
-      adds = [key for key in moved if "o_proj" in key or "down_proj" in key]  # where a copied layer begins to learn
+      adds = [
+        key for key in moved if "o_proj" in key or "down_proj" in key
+      ]  # where a copied layer begins to learn
       assert len(adds) == 2 * 4 and min(moved[key] for key in adds) > 0
   weights = [(workdir / f"models/proxy_{seed}/model.safetensors").read_bytes() for seed in (0, 1)]
   assert weights[0] != weights[1]
@@ -167,13 +199,19 @@ def test_exactly_the_share_is_flipped(ended, share, count):
     assert sum(row["flipped"] for row in subset) == round(share * count)
     for row in subset:
       assert row["chosen"].startswith("bad" if row["flipped"] else "good")
-      assert {row["chosen"], row["rejected"]} == {f"{x} {row['prompt'][1:]}" for x in ("good", "bad")}
-  with pytest.raises(ConfigError, match="config.reward.pairs is 40: more than the 16 rows of config.scratch.pairs"):
+      assert {row["chosen"], row["rejected"]} == {
+        f"{x} {row['prompt'][1:]}" for x in ("good", "bad")
+      }
+  with pytest.raises(
+    ConfigError, match="config.reward.pairs is 40: more than the 16 rows of config.scratch.pairs"
+  ):
     realtext.noisy_subset(settings(ended[0], reward__pairs=40), rows, 0)
 
 
 def test_proxies_learn_from_training_pairs_alone(ended):
-  """What lies beside each proxy: pairs of the training files within the limits, a quarter of them exchanged."""
+  """What lies beside each proxy: pairs of the training files within the limits, a quarter of
+  them exchanged.
+  """
   root, workdir, _ = ended
   cfg = settings(root)
   known = {}
@@ -193,9 +231,16 @@ def test_proxies_learn_from_training_pairs_alone(ended):
 
 
 def test_a_killed_run_ends_as_the_unbroken_one(ended, tmp_path, monkeypatch, capsys):
-  """Killed while gold reads the second step of an arm after one that is finished, then the same command again."""
+  """Killed while gold reads the second step of an arm after one that is finished, then the same
+  command again.
+  """
   root, workdir, _ = ended
-  cfg, again, calls, original = settings(root, lab__seeds=(0,)), begun(ended, tmp_path), [], realtext.against_gold
+  cfg, again, calls, original = (
+    settings(root, lab__seeds=(0,)),
+    begun(ended, tmp_path),
+    [],
+    realtext.against_gold,
+  )
   shutil.copytree(workdir / "runs/vanilla", again / "runs/vanilla")
 
   def dies(*args):
@@ -224,7 +269,9 @@ def test_an_arm_with_other_settings_is_refused(ended):
 
 
 def test_processes_share_the_work(tmp_path):
-  """What another process is at comes last, once that one has ended; nothing is done twice by one process."""
+  """What another process is at comes last, once that one has ended; nothing is done twice by one
+  process.
+  """
   done = []
   jobs = {name: functools.partial(done.append, name) for name in "abc"}
   with realtext.alone(tmp_path, "a"):
@@ -242,47 +289,84 @@ def test_processes_share_the_work(tmp_path):
 
 
 def test_table_and_summary(ended):
-  """The table has each run's rows; differences are paired by seed; the report has the reward models' tables."""
+  """The table has each run's rows; differences are paired by seed; the report has the reward
+  models' tables.
+  """
   root, workdir, _ = ended
   for arm in ("vanilla", "r2m"):
     columns, _ = read_table(workdir / "table" / f"{arm}.parquet")
     for seed in (0, 1):
       mine = columns["seed"] == seed
       for name in ("reward/gold", "reward/frozen", "reward/used", "kl", "length", "truncated"):
-        np.testing.assert_allclose(columns[name][mine], [row[name] for row in timeless(workdir, arm, seed)], rtol=1e-6)
-  rows = {(row["arm"], row["measure"], row["against"]): row for row in csv.DictReader((workdir / "summary.csv").open())}
-  final = {arm: [timeless(workdir, arm, seed)[-1]["reward/gold"] for seed in (0, 1)] for arm in ("vanilla", "r2m")}
+        np.testing.assert_allclose(
+          columns[name][mine], [row[name] for row in timeless(workdir, arm, seed)], rtol=1e-6
+        )
+  rows = {
+    (row["arm"], row["measure"], row["against"]): row
+    for row in csv.DictReader((workdir / "summary.csv").open())
+  }
+  final = {
+    arm: [timeless(workdir, arm, seed)[-1]["reward/gold"] for seed in (0, 1)]
+    for arm in ("vanilla", "r2m")
+  }
   gap = np.mean(np.subtract(final["r2m"], final["vanilla"]))
   assert float(rows["r2m", "final", "vanilla"]["value"]) == pytest.approx(gap, abs=1e-4)
   assert rows["r2m", "final", "vanilla"]["seeds"] == "2"
   page = (workdir / "report.html").read_text()
   found = json.loads((workdir / "reward_models.json").read_text())
-  assert set(found["proxies"]) == {"0", "1"} and all(table["title"] in page for table in found["tables"])
+  assert set(found["proxies"]) == {"0", "1"} and all(
+    table["title"] in page for table in found["tables"]
+  )
   accuracy = found["tables"][0]["rows"]
   sets = [int(row[3]) for row in accuracy if row[0].endswith("_val")]
-  assert len(sets) == 7 and accuracy[-1][0] == "all validation sets" and int(accuracy[-1][3]) == sum(sets) > 0
+  assert (
+    len(sets) == 7
+    and accuracy[-1][0] == "all validation sets"
+    and int(accuracy[-1][3]) == sum(sets) > 0
+  )
   assert sorted(path.name for path in (workdir / "figures").iterdir()) == [
-    "1_gold_against_step.png", "2_frontier.png", "3_differences.png"
+    "1_gold_against_step.png",
+    "2_frontier.png",
+    "3_differences.png",
   ]
 
 
 # ---- refused before any work ----
 
 
-@pytest.mark.parametrize("field, value, message", [
-  ("lab.betas", (1.0, 2.0), r"config.lab.betas is \(1.0, 2.0\): on text an arm has one KL weight"),
-  ("kl.estimator", "k2", "config.lab.arms: vanilla: config.kl.estimator must be 'exact'"),
-  ("kl.estimator", "auto", "config.lab.arms: vanilla: config.kl.estimator must be 'exact'"),
-  ("budget", 9.0, "config.budget is 9.0: runs of as many steps are compared"),
-  ("gold.depth", 0, "config.gold.depth is 0: must be at least 1"),
-  ("reward.max_length", 0, "config.reward.max_reply_length is 8: long prompts lose their beginning at .* which is 0"),
-  ("gold.budget", -1.0, "config.gold.budget is -1.0: must be at least 0"),
-  ("gold.lr_schedule", "step", "config.gold.lr_schedule is 'step': choose one of"),
-  ("scratch.pairs", "", "config.scratch.pairs is '': task=lab_text needs it"),
-  ("scratch.prompts_val", "", "config.scratch.prompts_val is '': task=lab_text needs it"),
-  ("lab.arms", ("pretrained_rm",), "config.lab.arms: pretrained_rm: config.variant .* fit the reward model first"),
-  ("lab.arms", ("vanilla reward.ensemble=3",), "config.lab.arms: vanilla: config.reward.ensemble is 3: a folder's"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    (
+      "lab.betas",
+      (1.0, 2.0),
+      r"config.lab.betas is \(1.0, 2.0\): on text an arm has one KL weight",
+    ),
+    ("kl.estimator", "k2", "config.lab.arms: vanilla: config.kl.estimator must be 'exact'"),
+    ("kl.estimator", "auto", "config.lab.arms: vanilla: config.kl.estimator must be 'exact'"),
+    ("budget", 9.0, "config.budget is 9.0: runs of as many steps are compared"),
+    ("gold.depth", 0, "config.gold.depth is 0: must be at least 1"),
+    (
+      "reward.max_length",
+      0,
+      "config.reward.max_reply_length is 8: long prompts lose their beginning at .* which is 0",
+    ),
+    ("gold.budget", -1.0, "config.gold.budget is -1.0: must be at least 0"),
+    ("gold.lr_schedule", "step", "config.gold.lr_schedule is 'step': choose one of"),
+    ("scratch.pairs", "", "config.scratch.pairs is '': task=lab_text needs it"),
+    ("scratch.prompts_val", "", "config.scratch.prompts_val is '': task=lab_text needs it"),
+    (
+      "lab.arms",
+      ("pretrained_rm",),
+      "config.lab.arms: pretrained_rm: config.variant .* fit the reward model first",
+    ),
+    (
+      "lab.arms",
+      ("vanilla reward.ensemble=3",),
+      "config.lab.arms: vanilla: config.reward.ensemble is 3: a folder's",
+    ),
+  ],
+)
 def test_settings_that_cannot_work_are_refused(field, value, message):
   cfg = real_gold.get_config("test")
   check_config(cfg)
@@ -302,4 +386,6 @@ def test_what_each_model_may_learn_from():
   names = real_gold.get_config().scratch
   assert "harmless" in names.pairs
   assert not any("harmless" in names[field] for field in ("corpus", "sft", "prompts"))
-  assert not any("_val" in names[f] or "_dev" in names[f] for f in ("corpus", "sft", "pairs", "prompts"))
+  assert not any(
+    "_val" in names[f] or "_dev" in names[f] for f in ("corpus", "sft", "pairs", "prompts")
+  )

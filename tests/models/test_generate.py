@@ -1,4 +1,6 @@
-"""Sampling: against exact probabilities, against full forward passes, and by hand with a model that counts down."""
+"""Sampling: against exact probabilities, against full forward passes, and by hand with a model
+that counts down.
+"""
 
 import functools
 import itertools
@@ -19,13 +21,26 @@ from r2m_jax.parallel.sharding import path_name
 from r2m_jax.types import Prompts
 
 VOCAB, TAU, T = 6, 0.7, 8
-OPTIONS = ("group_size", "T", "temperature", "eos_ids", "pad_id", "repetition_stop", "greedy_rows", "waves")
-ARCH = ArchConfig(vocab_size=VOCAB, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=32)
+OPTIONS = (
+  "group_size",
+  "T",
+  "temperature",
+  "eos_ids",
+  "pad_id",
+  "repetition_stop",
+  "greedy_rows",
+  "waves",
+)
+ARCH = ArchConfig(
+  vocab_size=VOCAB, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=32
+)
 
 
 @pytest.fixture(scope="module")
 def model():
-  """graphdef and state of a tiny policy whose next token is far from random and depends on all tokens before it."""
+  """graphdef and state of a tiny policy whose next token is far from random and depends on all
+  tokens before it.
+  """
   graphdef, state = transformer.init(ARCH, jax.random.key(3))
   state["embed"]["embedding"][...] = state["embed"]["embedding"][...] * 50
   state["lm_head"]["kernel"][...] = state["lm_head"]["kernel"][...] * 20
@@ -49,15 +64,31 @@ def one(prompts, i):
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=OPTIONS)
-def draw(graphdef, state, prompts, step=0, *, group_size=4, T=T, temperature=TAU, eos_ids=(1, 3), pad_id=0, **others):
-  settings = dict(group_size=group_size, max_new_tokens=T, temperature=temperature, eos_ids=eos_ids, pad_id=pad_id)
+def draw(
+  graphdef,
+  state,
+  prompts,
+  step=0,
+  *,
+  group_size=4,
+  T=T,
+  temperature=TAU,
+  eos_ids=(1, 3),
+  pad_id=0,
+  **others,
+):
+  settings = dict(
+    group_size=group_size, max_new_tokens=T, temperature=temperature, eos_ids=eos_ids, pad_id=pad_id
+  )
   settings |= others
   return generate(nnx.merge(graphdef, state), prompts, jax.random.key(5), step, **settings)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def read(graphdef, state, tokens, mask, T, temperature=TAU):
-  """(log-probabilities of the last T tokens, most likely token in each of their places), from one full pass."""
+  """(log-probabilities of the last T tokens, most likely token in each of their places), from
+  one full pass.
+  """
   net = nnx.merge(graphdef, state)
   hidden = predicts_response(net(tokens, mask).hidden, T)
   logprobs = token_stats(net.logits, hidden, tokens[:, -T:], temperature=temperature).logprobs
@@ -80,8 +111,12 @@ def test_samples_follow_the_exact_distribution(model):
   tokens = np.concatenate([np.repeat(prompt.tokens, len(pairs), 0), pairs], 1)
 
   def expected(temperature):
-    first, second = np.exp(np.asarray(read(*model, tokens, np.ones(tokens.shape, bool), 2, temperature)[0], float)).T
-    return count * np.where(pairs[:, 0] == eos, first * (pairs[:, 1] == eos), first * second)  # padding after the end
+    first, second = np.exp(
+      np.asarray(read(*model, tokens, np.ones(tokens.shape, bool), 2, temperature)[0], float)
+    ).T
+    return count * np.where(
+      pairs[:, 0] == eos, first * (pairs[:, 1] == eos), first * second
+    )  # padding after the end
 
   drawn = np.asarray(out.tokens)[:, -2:]
   counts = np.array([(drawn == pair).all(1).sum() for pair in pairs])
@@ -95,37 +130,54 @@ def test_samples_follow_the_exact_distribution(model):
 
 
 def test_a_row_can_be_drawn_again_alone(model):
-  """Its key is a function of run, step, prompt and sample index; the rest of the batch does not enter."""
+  """Its key is a function of run, step, prompt and sample index; the rest of the batch does not
+  enter.
+  """
   prompts = notes()
   everything = draw(*model, prompts)
   for i in range(3):
     alone = draw(*model, one(prompts, i))
     for name in ("tokens", "token_mask", "response_mask", "has_eos"):
-      np.testing.assert_array_equal(getattr(alone, name), getattr(everything, name)[4 * i : 4 * i + 4], err_msg=name)
+      np.testing.assert_array_equal(
+        getattr(alone, name), getattr(everything, name)[4 * i : 4 * i + 4], err_msg=name
+      )
   fewer = draw(*model, one(prompts, 1), group_size=2)
   np.testing.assert_array_equal(fewer.tokens, everything.tokens[4:6])
   turned = draw(*model, jax.tree.map(lambda x: x[::-1], prompts))
-  np.testing.assert_array_equal(turned.tokens.reshape(3, 4, -1)[::-1].reshape(12, -1), everything.tokens)
+  np.testing.assert_array_equal(
+    turned.tokens.reshape(3, 4, -1)[::-1].reshape(12, -1), everything.tokens
+  )
 
 
 @pytest.mark.parametrize("greedy_rows", [False, True])
 def test_waves_draw_the_same_tokens(model, greedy_rows):
-  """Prompts in groups one after another, greedy rows behind all samples; the cache holds one group."""
+  """Prompts in groups one after another, greedy rows behind all samples; the cache holds one
+  group.
+  """
   prompts = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), notes())
   prompts = prompts.replace(example_id=np.arange(6, dtype=np.int32))
   whole = draw(*model, prompts, greedy_rows=greedy_rows)
   assert not whole.has_eos.all() and whole.has_eos.any()
   for waves in (2, 3, 6):
-    jax.tree.map(np.testing.assert_array_equal, draw(*model, prompts, greedy_rows=greedy_rows, waves=waves), whole)
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      draw(*model, prompts, greedy_rows=greedy_rows, waves=waves),
+      whole,
+    )
   text = draw.lower(*model, prompts, waves=3, greedy_rows=greedy_rows).compile().as_text()
   slots = 4 + T if greedy_rows else T  # the prompt's own are there once for all of its samples
-  shape = lambda rows: f"f32[{rows},1,{slots},8]"  # a layer's cache, [B, KV, S, Dh]
+
+  def shape(rows):
+    return f"f32[{rows},1,{slots},8]"  # a layer's cache, [B, KV, S, Dh]
+
   per_prompt = 5 if greedy_rows else 4
   assert shape(2 * per_prompt) in text and shape(6 * per_prompt) not in text
 
 
 def test_stages_cover_every_token_once():
-  """One loop up to 63 tokens, four from 128 on; tokens 1 .. T - 1 in order, the prefill gives token 0."""
+  """One loop up to 63 tokens, four from 128 on; tokens 1 .. T - 1 in order, the prefill gives
+  token 0.
+  """
   for length, count in {1: 1, 32: 1, 63: 1, 64: 2, 100: 3, 128: 4, 511: 4, 4096: 4}.items():
     found = stages(length)
     assert len(found) == count and found[-1][1] == length
@@ -134,30 +186,58 @@ def test_stages_cover_every_token_once():
 
 
 WIDE = ARCH.replace(
-  num_layers=3, sliding_window=3, sliding_layers=(0, 2), attn_softcap=20.0, qkv_bias=True, qk_norm=True
+  num_layers=3,
+  sliding_window=3,
+  sliding_layers=(0, 2),
+  attn_softcap=20.0,
+  qkv_bias=True,
+  qk_norm=True,
 )
 
 
 @pytest.mark.parametrize("greedy_rows", [False, True])
 @pytest.mark.parametrize(
-  "arch", [ARCH.replace(gated_mlp=False, mlp_bias=True), WIDE], ids=["no gate, biases", "sliding, biases, norms"]
+  "arch",
+  [ARCH.replace(gated_mlp=False, mlp_bias=True), WIDE],
+  ids=["no gate, biases", "sliding, biases, norms"],
 )
 def test_layers_apart_and_a_growing_cache_draw_the_same_tokens(arch, greedy_rows, monkeypatch):
-  """Against stacked layers and a cache of full length from the start, as on a TPU. In four stages the loops hold caches
-  of 6, 8, 10 and 12 slots and no stacked one, without greedy rows less the prompt's 4, which its samples share; rows
-  end in most stages."""
+  """Against stacked layers and a cache of full length from the start, as on a TPU. In four stages
+  the loops hold caches of 6, 8, 10 and 12 slots and no stacked one, without greedy rows less the
+  prompt's 4, which its samples share; rows end in most stages."""
   drawn, texts = {}, {}
-  for name, platform, shortest in (("stacked", "tpu", 1), ("apart", "cpu", 64), ("in stages", "cpu", 2)):
+  for name, platform, shortest in (
+    ("stacked", "tpu", 1),
+    ("apart", "cpu", 64),
+    ("in stages", "cpu", 2),
+  ):
     monkeypatch.setattr("r2m_jax.models.generate.SHORTEST", shortest)
     graphdef, state = transformer.init(arch, jax.random.key(3), attention=("xla", platform))
     state["lm_head"]["kernel"][...] = state["lm_head"]["kernel"][...] * 15
-    is_bias = lambda path: path_name(path).endswith("bias")
+
+    def is_bias(path):
+      return path_name(path).endswith("bias")
+
     state = jax.tree_util.tree_map_with_path(
-      lambda path, x: 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape) if is_bias(path) else x, state
+      lambda path, x: 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape) if is_bias(path) else x,
+      state,
     )
-    one = jax.jit(lambda state, prompts, eos=(1,), repeat=0, graphdef=graphdef: generate(
-      nnx.merge(graphdef, state), prompts, jax.random.key(5), 0, group_size=8, max_new_tokens=T, temperature=TAU,
-      eos_ids=eos, pad_id=0, greedy_rows=greedy_rows, repetition_stop=repeat), static_argnums=(2, 3))  # fmt: skip
+    one = jax.jit(
+      lambda state, prompts, eos=(1,), repeat=0, graphdef=graphdef: generate(
+        nnx.merge(graphdef, state),
+        prompts,
+        jax.random.key(5),
+        0,
+        group_size=8,
+        max_new_tokens=T,
+        temperature=TAU,
+        eos_ids=eos,
+        pad_id=0,
+        greedy_rows=greedy_rows,
+        repetition_stop=repeat,
+      ),
+      static_argnums=(2, 3),
+    )
     texts[name] = one.lower(state, notes()).as_text()
     drawn[name] = [one(state, notes()), one(state, notes(), (1, 3), 2)]
   lengths = drawn["stacked"][0].response_mask.sum(1)
@@ -165,10 +245,22 @@ def test_layers_apart_and_a_growing_cache_draw_the_same_tokens(arch, greedy_rows
   for name in ("apart", "in stages"):
     jax.tree.map(np.testing.assert_array_equal, drawn[name], drawn["stacked"])
   rows, common = (27, 0) if greedy_rows else (24, 4)  # 3 prompts x 8, and a greedy row each
-  shape = lambda slots: f"tensor<{rows}x1x{slots - common}x8xf32>"
-  slots_of = lambda name: [slots for slots in range(4, 4 + T + 1) if "stablehlo.dynamic_update_slice" in texts[name]
-                           and f"-> {shape(slots)}" in texts[name]]  # fmt: skip
-  assert set(slots_of("in stages")) >= {6, 8, 10, 12} and 12 in slots_of("apart") and 8 not in slots_of("apart")
+
+  def shape(slots):
+    return f"tensor<{rows}x1x{slots - common}x8xf32>"
+
+  def slots_of(name):
+    return [
+      slots
+      for slots in range(4, 4 + T + 1)
+      if "stablehlo.dynamic_update_slice" in texts[name] and f"-> {shape(slots)}" in texts[name]
+    ]
+
+  assert (
+    set(slots_of("in stages")) >= {6, 8, 10, 12}
+    and 12 in slots_of("apart")
+    and 8 not in slots_of("apart")
+  )
 
 
 def test_steps_prompts_and_samples_differ(model):
@@ -178,19 +270,26 @@ def test_steps_prompts_and_samples_differ(model):
   same_text = jax.tree.map(np.array, prompts)
   same_text.tokens[:], same_text.mask[:] = prompts.tokens[1], prompts.mask[1]
   rows = np.asarray(draw(*model, same_text).tokens)
-  assert len(np.unique(rows, axis=0)) > 4  # 12 draws from one distribution; 3 or 4 if a key ignored sample or prompt
+  assert (
+    len(np.unique(rows, axis=0)) > 4
+  )  # 12 draws from one distribution; 3 or 4 if a key ignored sample or prompt
 
 
 def test_sample_keys_are_distinct_and_depend_on_nothing_else():
   key, ids = jax.random.key(5), jnp.array([7, 11, 13])
-  data = lambda step, ids, size: np.asarray(jax.random.key_data(sample_keys(key, step, ids, size)))
+
+  def data(step, ids, size):
+    return np.asarray(jax.random.key_data(sample_keys(key, step, ids, size)))
+
   keys = np.concatenate([data(step, ids, 4) for step in (0, 1)])
   assert keys.shape[0] == 24 and len(np.unique(keys, axis=0)) == 24
   np.testing.assert_array_equal(data(1, ids[1:2], 2), keys[12 + 4 : 12 + 6])
 
 
 def check_masks(out, eos_ids, pad_id):
-  """Every row: mask up to and with its first ending token, padding after it. Returns (lengths, last tokens)."""
+  """Every row: mask up to and with its first ending token, padding after it. Returns (lengths,
+  last tokens).
+  """
   tokens, mask = np.asarray(out.tokens)[:, -T:], np.asarray(out.response_mask)
   np.testing.assert_array_equal(np.asarray(out.token_mask)[:, -T:], mask)
   lasts = []
@@ -220,13 +319,17 @@ def test_padding_may_be_an_eos_id(model):
   mask = np.asarray(apart.response_mask)
   np.testing.assert_array_equal(same.response_mask, mask)
   np.testing.assert_array_equal(same.has_eos, apart.has_eos)
-  np.testing.assert_array_equal(np.asarray(same.tokens)[:, -T:][mask], np.asarray(apart.tokens)[:, -T:][mask])
+  np.testing.assert_array_equal(
+    np.asarray(same.tokens)[:, -T:][mask], np.asarray(apart.tokens)[:, -T:][mask]
+  )
   check_masks(same, (1, 3), pad_id)
   assert not mask.all()
 
 
 def test_greedy_is_the_argmax_of_full_forward_passes(model):
-  """Decoding with a cache, from left-padded prompts, against one pass over the finished sequences."""
+  """Decoding with a cache, from left-padded prompts, against one pass over the finished
+  sequences.
+  """
   out = draw(*model, notes(), temperature=0.0, eos_ids=(VOCAB,))
   assert not out.has_eos.any() and out.response_mask.all()
   _, best = read(*model, out.tokens, out.token_mask, T)
@@ -243,19 +346,32 @@ def test_left_padding_changes_neither_samples_nor_log_probabilities(model):
   np.testing.assert_allclose(*logprobs, atol=1e-5)
 
 
-@pytest.mark.parametrize("truncation", [Truncation(), Truncation(top_k=40), Truncation(top_p=0.7)], ids=str)
+@pytest.mark.parametrize(
+  "truncation", [Truncation(), Truncation(top_k=40), Truncation(top_p=0.7)], ids=str
+)
 def test_a_large_vocabulary_drawn_in_two_parts_has_the_same_distribution(truncation):
-  """30,000 draws from 2,112 entries; those that are rarer than one in 2,000 count together, by their group."""
+  """30,000 draws from 2,112 entries; those that are rarer than one in 2,000 count together, by
+  their group.
+  """
   vocab, draws = 2112, 30_000
   assert vocab >= GROUPED and vocab % 64 == 0
   logits = 2 * np.random.default_rng(0).standard_normal(vocab).astype(np.float32)
-  p = np.exp(np.where(kept(jnp.asarray(logits / TAU), truncation), logits / TAU, -np.inf).astype(np.float64))
+  p = np.exp(
+    np.where(kept(jnp.asarray(logits / TAU), truncation), logits / TAU, -np.inf).astype(np.float64)
+  )
   p /= p.sum()
-  draw = jax.jit(lambda key: sample_token(jax.random.split(key, 1000), jnp.tile(logits / TAU, (1000, 1)), truncation))
+  draw = jax.jit(
+    lambda key: sample_token(
+      jax.random.split(key, 1000), jnp.tile(logits / TAU, (1000, 1)), truncation
+    )
+  )
   tokens = np.concatenate([draw(jax.random.key(i)) for i in range(draws // 1000)])
   assert (p[tokens] > 0).all()
   bins = np.where(p > 5e-4, np.arange(vocab), vocab + np.arange(vocab) % 64)
-  sums = lambda x: np.bincount(bins, x, vocab + 64)
+
+  def sums(x):
+    return np.bincount(bins, x, vocab + 64)
+
   counts = sums(np.bincount(tokens, minlength=vocab))
   statistic, bound = chi_square(counts, draws * sums(p))
   assert statistic < bound
@@ -264,10 +380,17 @@ def test_a_large_vocabulary_drawn_in_two_parts_has_the_same_distribution(truncat
   assert statistic > bound
 
 
-@pytest.mark.parametrize("others", [{}, {"greedy_rows": True}, {"waves": 3}, {"group_size": 1}], ids=str)
-@pytest.mark.parametrize("arch", [
-  ARCH, ARCH.replace(num_heads=4, num_kv_heads=2, sliding_window=3, sliding_layers=(0,), qk_norm=True),
-], ids=["full", "sliding"])  # fmt: skip
+@pytest.mark.parametrize(
+  "others", [{}, {"greedy_rows": True}, {"waves": 3}, {"group_size": 1}], ids=str
+)
+@pytest.mark.parametrize(
+  "arch",
+  [
+    ARCH,
+    ARCH.replace(num_heads=4, num_kv_heads=2, sliding_window=3, sliding_layers=(0,), qk_norm=True),
+  ],
+  ids=["full", "sliding"],
+)
 def test_the_kernel_of_slots_draws_the_same_tokens(arch, others):
   """As a GPU decodes: a prompt's cache for all of its rows, or a copy each beside greedy rows."""
   graphdef, state = transformer.init(arch, jax.random.key(3))
@@ -279,7 +402,10 @@ def test_the_kernel_of_slots_draws_the_same_tokens(arch, others):
   prompts = notes(extra_padding=2)
   want = draw(graphdef, state, prompts, **others)
   jax.tree.map(np.testing.assert_array_equal, draw(in_slots, state, prompts, **others), want)
-  count = lambda graphdef: str(draw.trace(graphdef, state, prompts, **others).jaxpr).count("pallas_call[")
+
+  def count(graphdef):
+    return str(draw.trace(graphdef, state, prompts, **others).jaxpr).count("pallas_call[")
+
   assert count(in_slots) == arch.num_layers and count(graphdef) == 0
   assert want.response_mask.sum() > 2 * len(want.tokens)
 
@@ -295,7 +421,9 @@ def test_sample_token_in_float64_draws_as_in_float32():
 
 
 class Countdown:
-  """A model that always says the number before the last one. It records its calls, with the mask of what it read."""
+  """A model that always says the number before the last one. It records its calls, with the mask
+  of what it read.
+  """
 
   def __init__(self):
     self.calls = []
@@ -326,10 +454,14 @@ def countdown_draw(prompts, length):
 
 
 def count_down(starts, length=4):
-  """Two greedy responses to each prompt (9, start), and the calls that they took: (cache slot, mask)."""
+  """Two greedy responses to each prompt (9, start), and the calls that they took: (cache slot,
+  mask).
+  """
   tokens = np.stack([np.full(3, 9), starts], 1).astype(np.int32)
   COUNTDOWN.calls.clear()
-  out = countdown_draw(Prompts(tokens=tokens, mask=np.ones(tokens.shape, bool), example_id=np.arange(3)), length)
+  out = countdown_draw(
+    Prompts(tokens=tokens, mask=np.ones(tokens.shape, bool), example_id=np.arange(3)), length
+  )
   jax.effects_barrier()
   return out, [(int(slot), np.asarray(mask)) for slot, mask in COUNTDOWN.calls]
 
@@ -337,7 +469,9 @@ def count_down(starts, length=4):
 def test_countdown_by_hand():
   out, calls = count_down([1, 3, 9])
   response = [[0, 7, 7, 7]] * 2 + [[2, 1, 0, 7]] * 2 + [[8, 7, 6, 5]] * 2
-  np.testing.assert_array_equal(out.tokens, np.concatenate([np.repeat([[9, 1], [9, 3], [9, 9]], 2, 0), response], 1))
+  np.testing.assert_array_equal(
+    out.tokens, np.concatenate([np.repeat([[9, 1], [9, 3], [9, 9]], 2, 0), response], 1)
+  )
   np.testing.assert_array_equal(out.response_mask.sum(1), [1, 1, 3, 3, 4, 4])
   np.testing.assert_array_equal(out.has_eos, [True] * 4 + [False] * 2)  # the last two were cut off
   slots, masks = zip(*calls)
@@ -378,14 +512,19 @@ def test_greedy_rows_follow_the_samples(model):
 
 @pytest.mark.parametrize("length", [1, 2])
 def test_a_loop_is_cut_off_and_is_no_end(model, length):
-  """Against a loop over each row of the free run: the first column at which N tokens repeat the N before them."""
+  """Against a loop over each row of the free run: the first column at which N tokens repeat the
+  N before them.
+  """
   free = draw(*model, notes(), group_size=16)
   cut = draw(*model, notes(), group_size=16, repetition_stop=length)
   rows, lengths = np.asarray(free.tokens)[:, -T:], np.asarray(free.response_mask).sum(1)
   stopped = 0
   for i, (row, n) in enumerate(zip(rows, lengths)):
-    ends = [t + 1 for t in range(2 * length - 1, n)
-            if list(row[t + 1 - length : t + 1]) == list(row[t + 1 - 2 * length : t + 1 - length])]  # fmt: skip
+    ends = [
+      t + 1
+      for t in range(2 * length - 1, n)
+      if list(row[t + 1 - length : t + 1]) == list(row[t + 1 - 2 * length : t + 1 - length])
+    ]
     want = min(ends, default=n)
     assert cut.response_mask[i].sum() == want
     np.testing.assert_array_equal(np.asarray(cut.tokens)[i, -T:][:want], row[:want])

@@ -1,4 +1,6 @@
-"""Log-probabilities, entropies and exact KLs against torch in float64, in any chunks, on any mesh."""
+"""Log-probabilities, entropies and exact KLs against torch in float64, in any chunks, on any
+mesh.
+"""
 
 import functools
 import re
@@ -8,7 +10,8 @@ import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from r2m_jax.models import logprobs
 from r2m_jax.models.logprobs import Head, token_stats
@@ -75,7 +78,9 @@ def test_token_stats_match_torch(unchunked):
     torch.nn.functional.kl_div(ref_logp, logp, log_target=True, reduction="none").sum(-1),
   )
   for name, value in zip(("logprobs", "entropy", "kl"), expected):
-    np.testing.assert_allclose(getattr(out, name), value.detach().numpy(), rtol=1e-10, atol=1e-12, err_msg=name)
+    np.testing.assert_allclose(
+      getattr(out, name), value.detach().numpy(), rtol=1e-10, atol=1e-12, err_msg=name
+    )
   sum((torch.tensor(w) * x).sum() for w, x in zip(weights, expected)).backward()
   for found, tensor in zip(grads, tensors):
     np.testing.assert_allclose(found, tensor.grad.numpy(), rtol=1e-9, atol=1e-11)
@@ -83,11 +88,15 @@ def test_token_stats_match_torch(unchunked):
 
 @pytest.mark.parametrize("chunk", [1, 3 * VOCAB, 7 * VOCAB, 20 * VOCAB])
 def test_chunks_change_neither_values_nor_gradients(unchunked, chunk):
-  """7 tokens: one at a time, slices with a padded last one, all at once, and more than there are."""
+  """7 tokens: one at a time, slices with a padded last one, all at once, and more than there
+  are.
+  """
   with jax.enable_x64(True):
     out, grads, _ = gradients(chunk)
   for name in ("logprobs", "entropy", "kl"):
-    np.testing.assert_allclose(getattr(out, name), getattr(unchunked[0], name), rtol=1e-12, atol=1e-14, err_msg=name)
+    np.testing.assert_allclose(
+      getattr(out, name), getattr(unchunked[0], name), rtol=1e-12, atol=1e-14, err_msg=name
+    )
   for found, expected in zip(grads, unchunked[1]):
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
 
@@ -102,27 +111,41 @@ def test_without_a_reference_the_kl_is_zero(unchunked, chunk, kind):
   assert not grads[2].any() and not grads[3].any()
 
 
-# 11 entries in parts: one at a time, of 2 with a filled last one, of 4, of 6, and as many as there are
+# 11 entries in parts: one at a time, of 2 with a filled last one, of 4, of 6, and as many as there
+# are
 @pytest.mark.parametrize("chunk", [1, 2 * LENGTH, 4 * LENGTH, 6 * LENGTH, 10 * LENGTH + 3])
 @pytest.mark.parametrize("cap", [None, 1.5])
 def test_parts_of_the_vocabulary_change_neither_values_nor_gradients(chunk, cap):
   """Against all logits at once, in float64; a reference has no gradient."""
-  kind = lambda kernel: Head(kernel, cap)
+
+  def kind(kernel):
+    return Head(kernel, cap)
+
   with jax.enable_x64(True):
     want, expected, _ = gradients(0, kind=lambda kernel: kind(kernel).__call__)
     out, grads, _ = gradients(chunk, kind=kind)
   for name in ("logprobs", "entropy", "kl"):
-    np.testing.assert_allclose(getattr(out, name), getattr(want, name), rtol=1e-11, atol=1e-13, err_msg=name)
+    np.testing.assert_allclose(
+      getattr(out, name), getattr(want, name), rtol=1e-11, atol=1e-13, err_msg=name
+    )
   for found, reference in zip(grads[:2], expected[:2]):
     np.testing.assert_allclose(found, reference, rtol=1e-10, atol=1e-12)
   assert not grads[2].any() and not grads[3].any()
 
 
-@pytest.mark.parametrize("vocab, parts, shards, found", [
-  (151_936, 38, 1, (38, 4096)), (151_936, 64, 1, (63, 2432)), (151_936, 64, 4, (60, 2560)),
-  (128_256, 32, 2, (32, 4096)), (11, 4, 1, (4, 3)), (512, 3, 1, (4, 128)), (512, 3, 2, (4, 128)),
-  (32_000, 7, 8, (7, 5120)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "vocab, parts, shards, found",
+  [
+    (151_936, 38, 1, (38, 4096)),
+    (151_936, 64, 1, (63, 2432)),
+    (151_936, 64, 4, (60, 2560)),
+    (128_256, 32, 2, (32, 4096)),
+    (11, 4, 1, (4, 3)),
+    (512, 3, 1, (4, 128)),
+    (512, 3, 2, (4, 128)),
+    (32_000, 7, 8, (7, 5120)),
+  ],
+)
 def test_parts_hold_the_vocabulary(vocab, parts, shards, found):
   number, width = logprobs.vocabulary_parts(vocab, parts, shards)
   assert (number, width) == found
@@ -136,7 +159,9 @@ def test_parts_that_are_mostly_filling_change_neither_values_nor_gradients(monke
     want, expected, _ = gradients(0, kind=lambda kernel: Head(kernel).__call__)
     out, grads, _ = gradients(4 * LENGTH, kind=Head)
   for name in ("logprobs", "entropy", "kl"):
-    np.testing.assert_allclose(getattr(out, name), getattr(want, name), rtol=1e-11, atol=1e-13, err_msg=name)
+    np.testing.assert_allclose(
+      getattr(out, name), getattr(want, name), rtol=1e-11, atol=1e-13, err_msg=name
+    )
   for found, reference in zip(grads[:2], expected[:2]):
     np.testing.assert_allclose(found, reference, rtol=1e-10, atol=1e-12)
 
@@ -145,7 +170,10 @@ def test_parts_of_the_vocabulary_against_finite_differences():
   """With a padded last part and a soft cap, along random directions."""
   hidden, head, ref_hidden, ref_head, tokens = problem()
   rng = np.random.default_rng(2)
-  weights, along = rng.normal(size=(3, ROWS, LENGTH)), (rng.normal(size=hidden.shape), rng.normal(size=head.shape))
+  weights, along = (
+    rng.normal(size=(3, ROWS, LENGTH)),
+    (rng.normal(size=hidden.shape), rng.normal(size=head.shape)),
+  )
 
   @jax.jit
   def f(hidden, head):
@@ -156,7 +184,10 @@ def test_parts_of_the_vocabulary_against_finite_differences():
   with jax.enable_x64(True):
     grads = jax.grad(f, (0, 1))(hidden, head)
     for step in ((along[0], 0), (0, along[1])):
-      at = lambda t: f(hidden + t * step[0], head + t * step[1])
+
+      def at(t):
+        return f(hidden + t * step[0], head + t * step[1])
+
       slope = (at(1e-5) - at(-1e-5)) / 2e-5
       np.testing.assert_allclose(sum((g * s).sum() for g, s in zip(grads, step)), slope, rtol=1e-7)
 
@@ -169,32 +200,53 @@ def sizes(jaxpr):
       yield from sizes(inner)
 
 
-@pytest.mark.parametrize("truncation", [Truncation(), Truncation(top_k=50)], ids=["vocabulary", "tokens"])
+@pytest.mark.parametrize(
+  "truncation", [Truncation(), Truncation(top_k=50)], ids=["vocabulary", "tokens"]
+)
 def test_all_logits_never_exist_at_a_time(truncation):
   B, T, D, V = 2, 64, 4, 1024
   chunk = T * V // 16
 
   def loss(hidden, kernel, chunk):
     out = token_stats(
-      Head(kernel), hidden, jnp.zeros((B, T), int), temperature=1.0, truncation=truncation, chunk=chunk
+      Head(kernel),
+      hidden,
+      jnp.zeros((B, T), int),
+      temperature=1.0,
+      truncation=truncation,
+      chunk=chunk,
     )
     return out.logprobs.sum() + out.entropy.sum()
 
-  largest = lambda chunk: max(sizes(jax.make_jaxpr(jax.grad(functools.partial(loss, chunk=chunk), (0, 1)))(
-    jnp.zeros((B, T, D)), jnp.zeros((D, V))
-  ).jaxpr))
+  def largest(chunk):
+    return max(
+      sizes(
+        jax.make_jaxpr(jax.grad(functools.partial(loss, chunk=chunk), (0, 1)))(
+          jnp.zeros((B, T, D)), jnp.zeros((D, V))
+        ).jaxpr
+      )
+    )
+
   assert largest(0) == B * T * V
   assert largest(chunk) == B * chunk
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 def test_a_head_over_a_mesh_is_gathered_a_part_at_a_time():
-  """On 2 x 2 x 2 devices: same numbers, and no device ever holds more of the head than its share and one part."""
+  """On 2 x 2 x 2 devices: same numbers, and no device ever holds more of the head than its share
+  and one part.
+  """
   B, T, D, V, parts = 4, 8, 16, 256, 8
   rng = np.random.default_rng(0)
-  hidden, kernel, tokens = rng.normal(size=(B, T, D)), rng.normal(size=(D, V)), rng.integers(0, V, (B, T))
+  hidden, kernel, tokens = (
+    rng.normal(size=(B, T, D)),
+    rng.normal(size=(D, V)),
+    rng.integers(0, V, (B, T)),
+  )
   mesh = make_mesh((2, 2, 2))
-  put = lambda x, spec: jax.device_put(jnp.asarray(x, jnp.float32), NamedSharding(mesh, spec))
+
+  def put(x, spec):
+    return jax.device_put(jnp.asarray(x, jnp.float32), NamedSharding(mesh, spec))
 
   def loss(hidden, kernel):
     out = token_stats(Head(kernel), hidden, tokens, temperature=1.0, chunk=T * V // parts)
@@ -203,14 +255,21 @@ def test_a_head_over_a_mesh_is_gathered_a_part_at_a_time():
   grad = jax.jit(on_mesh(mesh, jax.value_and_grad(loss, (0, 1))))
   args = put(hidden, BATCH), put(kernel, P("fsdp", "tensor"))
   value, grads = grad(*args)
-  want, expected = jax.value_and_grad(lambda h, k: loss(h, Head(k).kernel), (0, 1))(*map(jnp.asarray, (hidden, kernel)))
+  want, expected = jax.value_and_grad(lambda h, k: loss(h, Head(k).kernel), (0, 1))(
+    *map(jnp.asarray, (hidden, kernel))
+  )
   np.testing.assert_allclose(value, want, rtol=1e-5)
   for found, reference in zip(grads, expected):
     np.testing.assert_allclose(found, reference, rtol=1e-4, atol=1e-5)
   text = grad.lower(*args).compile().as_text()
-  elements = lambda pattern: [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(pattern, text)]
+
+  def elements(pattern):
+    return [np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(pattern, text)]
+
   gathered = elements(r"f32\[([\d,]+)\]\S* all-gather\(")
-  assert gathered and max(gathered) <= D * V // parts // 2  # all rows of a part, of the columns that tensor leaves
+  assert (
+    gathered and max(gathered) <= D * V // parts // 2
+  )  # all rows of a part, of the columns that tensor leaves
   assert max(elements(r"= f32\[([\d,]+)\]")) <= max(D * V // 4, B // 4 * T * V // parts // 2)
 
 
@@ -219,12 +278,20 @@ def test_token_stats_of_bfloat16_logits_are_float32():
   low = [jnp.asarray(x, jnp.bfloat16) for x in (hidden, head, ref_hidden, ref_head)]
   out = jax.jit(stats)(*low, tokens)
   logits = np.asarray(low[0] @ low[1], np.float64) / TAU
-  exact = np.take_along_axis(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), tokens[..., None], -1)[..., 0]
+  exact = np.take_along_axis(
+    logits - np.log(np.exp(logits).sum(-1, keepdims=True)), tokens[..., None], -1
+  )[..., 0]
   assert {x.dtype for x in jax.tree.leaves(out)} == {jnp.dtype("float32")}
-  np.testing.assert_allclose(out.logprobs, exact, rtol=1e-4, atol=1e-4)  # in bfloat16 it would be off by 1e-2
+  np.testing.assert_allclose(
+    out.logprobs, exact, rtol=1e-4, atol=1e-4
+  )  # in bfloat16 it would be off by 1e-2
 
 
 def test_token_stats_far_out_stay_finite():
   logits = jnp.array([[[1e4, 0.0, -1e4]]])
-  out = token_stats(lambda x: x, logits, jnp.array([[2]]), temperature=1.0, ref=(lambda x: x, -logits))
-  np.testing.assert_allclose([out.logprobs[0, 0], out.entropy[0, 0], out.kl[0, 0]], [-2e4, 0.0, 2e4], atol=1e-6)
+  out = token_stats(
+    lambda x: x, logits, jnp.array([[2]]), temperature=1.0, ref=(lambda x: x, -logits)
+  )
+  np.testing.assert_allclose(
+    [out.logprobs[0, 0], out.entropy[0, 0], out.kl[0, 0]], [-2e4, 0.0, 2e4], atol=1e-6
+  )

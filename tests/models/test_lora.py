@@ -17,9 +17,12 @@ from r2m_jax.models import lora, transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.lora import LoraConfig
 from r2m_jax.parallel import sharding
-from r2m_jax.tasks import export as export_task, folders as folders_task
+from r2m_jax.tasks import export as export_task
+from r2m_jax.tasks import folders as folders_task
 
-ARCH = ArchConfig(vocab_size=37, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=48)
+ARCH = ArchConfig(
+  vocab_size=37, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=48
+)
 ALL = "attn/(q|k|v|o)|mlp/(gate|up|down)"
 
 
@@ -33,7 +36,9 @@ def folders(tmp_path_factory):
 
 
 def logits(graphdef):
-  return jax.jit(lambda *s: (lambda m: m.logits(m(TOKENS, TOKENS > 0).hidden))(nnx.merge(graphdef, *s)))
+  return jax.jit(
+    lambda *s: (lambda m: m.logits(m(TOKENS, TOKENS > 0).hidden))(nnx.merge(graphdef, *s))
+  )
 
 
 TOKENS = np.arange(1, 15, dtype=np.int32).reshape(2, 7)
@@ -49,12 +54,17 @@ def test_adapters_start_at_the_base_and_merge_into_it():
   settings = LoraConfig(rank=4, alpha=8.0, targets="attn/(q|o)|mlp/down")
   adapted = lora.graphdef(ARCH, settings, dtype=jnp.float32, remat="full")
   adapters = lora.init(ARCH, settings, jax.random.key(1), dtype=jnp.float32)
-  shapes = {sharding.path_name(p): x.shape for p, x in jax.tree_util.tree_flatten_with_path(adapters)[0]}
+  shapes = {
+    sharding.path_name(p): x.shape for p, x in jax.tree_util.tree_flatten_with_path(adapters)[0]
+  }
   assert shapes == {
-    "layers/attn/q/kernel_lora_a": (3, 32, 4), "layers/attn/q/kernel_lora_b": (3, 4, 32),
-    "layers/attn/o/kernel_lora_a": (3, 32, 4), "layers/attn/o/kernel_lora_b": (3, 4, 32),
-    "layers/mlp/down/kernel_lora_a": (3, 48, 4), "layers/mlp/down/kernel_lora_b": (3, 4, 32),
-  }  # fmt: skip
+    "layers/attn/q/kernel_lora_a": (3, 32, 4),
+    "layers/attn/q/kernel_lora_b": (3, 4, 32),
+    "layers/attn/o/kernel_lora_a": (3, 32, 4),
+    "layers/attn/o/kernel_lora_b": (3, 4, 32),
+    "layers/mlp/down/kernel_lora_a": (3, 48, 4),
+    "layers/mlp/down/kernel_lora_b": (3, 4, 32),
+  }
   a = adapters["layers"]["attn"]["q"]["kernel_lora_a"][...]
   assert float(jnp.abs(a[0] - a[1]).max()) > 0  # every layer drew its own
   plain, with_adapters = logits(base_def), logits(adapted)
@@ -71,9 +81,18 @@ def test_adapters_start_at_the_base_and_merge_into_it():
 def test_adapters_are_laid_out_over_the_mesh():
   mesh = sharding.make_mesh((1, 4, 2))
   adapters = lora.init(ARCH, LoraConfig(4, 8.0, ALL), jax.random.key(1), mesh, dtype=jnp.float32)
-  part = lambda *path: path_of(adapters, path).sharding.shard_shape(path_of(adapters, path).shape)
-  assert part("attn", "q", "kernel_lora_a") == (3, 8, 4) and part("attn", "q", "kernel_lora_b") == (3, 4, 16)
-  assert part("mlp", "down", "kernel_lora_a") == (3, 24, 4) and part("mlp", "down", "kernel_lora_b") == (3, 4, 8)
+
+  def part(*path):
+    return path_of(adapters, path).sharding.shard_shape(path_of(adapters, path).shape)
+
+  assert part("attn", "q", "kernel_lora_a") == (3, 8, 4) and part("attn", "q", "kernel_lora_b") == (
+    3,
+    4,
+    16,
+  )
+  assert part("mlp", "down", "kernel_lora_a") == (3, 24, 4) and part(
+    "mlp", "down", "kernel_lora_b"
+  ) == (3, 4, 8)
 
 
 def path_of(state, path):
@@ -90,8 +109,15 @@ def test_patterns_that_match_nothing_are_refused(folders, tmp_path):
     LoraConfig(4, 8.0, "query").linears(ARCH)
   with pytest.raises(ConfigError, match="config.lora.rank is 4: adapters need a model"):
     check_config(config(lora__rank=4))
-  cfg = small(folders, tmp_path, task="sft", lora__rank=2, lora__targets="nothing", policy__path=str(folders / "qwen2"),
-              data__name=write(tmp_path / "data.jsonl", [{"prompt": "a", "response": "b"}] * 4))  # fmt: skip
+  cfg = small(
+    folders,
+    tmp_path,
+    task="sft",
+    lora__rank=2,
+    lora__targets="nothing",
+    policy__path=str(folders / "qwen2"),
+    data__name=write(tmp_path / "data.jsonl", [{"prompt": "a", "response": "b"}] * 4),
+  )
   with pytest.raises(ConfigError, match="config.lora.targets is 'nothing'"):
     folders_task.run(cfg, tmp_path / "run")
 
@@ -101,16 +127,29 @@ def their_logits(model, ids):
     return model(torch.tensor([ids])).logits[0].numpy()
 
 
-@pytest.mark.parametrize("case, targets", [("qwen2", "attn/(q|v)|mlp/gate"), ("pythia", "attn/(q|v|o)|mlp/up")])
+@pytest.mark.parametrize(
+  "case, targets", [("qwen2", "attn/(q|v)|mlp/gate"), ("pythia", "attn/(q|v|o)|mlp/up")]
+)
 def test_peft_folder_agrees_with_peft(case, targets, folders, tmp_path):
-  """SFT with adapters, exported for peft (fused query_key_value too) and merged: one model three ways."""
+  """SFT with adapters, exported for peft (fused query_key_value too) and merged: one model three
+  ways.
+  """
   import peft
 
   rows = [{"prompt": "The cat sat on", "response": "the mat."}] * 4
   cfg = small(
-    folders, tmp_path, task="sft", policy__path=str(folders / case), sft__lr=0.05, lora__rank=2, lora__alpha=3.0,
-    lora__targets=targets, lora__export="peft", data__name=write(tmp_path / "data.jsonl", rows), export__check=False,
-  )  # fmt: skip
+    folders,
+    tmp_path,
+    task="sft",
+    policy__path=str(folders / case),
+    sft__lr=0.05,
+    lora__rank=2,
+    lora__alpha=3.0,
+    lora__targets=targets,
+    lora__export="peft",
+    data__name=write(tmp_path / "data.jsonl", rows),
+    export__check=False,
+  )
   folders_task.run(cfg, tmp_path / "run")
   out = tmp_path / "run/export/policy"
   assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "README.md"} <= {
@@ -122,9 +161,12 @@ def test_peft_folder_agrees_with_peft(case, targets, folders, tmp_path):
   before = their_logits(base, ids)
   adapted = peft.PeftModel.from_pretrained(base, out).eval()
   exporting = config(
-    task="export", export__checkpoint=str(tmp_path / "run"), export__out=str(tmp_path / "out"), lora__export="peft",
+    task="export",
+    export__checkpoint=str(tmp_path / "run"),
+    export__out=str(tmp_path / "out"),
+    lora__export="peft",
     export__check=False,
-  )  # fmt: skip
+  )
   export_task.run(exporting)
   name = "adapter_model.safetensors"
   assert (tmp_path / "out/policy" / name).read_bytes() == (out / name).read_bytes()
@@ -138,9 +180,15 @@ def test_peft_folder_agrees_with_peft(case, targets, folders, tmp_path):
 
 def test_r2m_with_adapters_keeps_one_base(folders, tmp_path, capsys):
   cfg = small(
-    folders, tmp_path, policy__path=str(folders / "qwen2"), lora__rank=2, lora__targets="attn/(q|v)", steps=2,
-    data__name=write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS[:2]]), policy__lr=0.05,
-  )  # fmt: skip
+    folders,
+    tmp_path,
+    policy__path=str(folders / "qwen2"),
+    lora__rank=2,
+    lora__targets="attn/(q|v)",
+    steps=2,
+    data__name=write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS[:2]]),
+    policy__lr=0.05,
+  )
   states = []
   original = export.write_run
   with pytest.MonkeyPatch.context() as patch:
@@ -148,7 +196,9 @@ def test_r2m_with_adapters_keeps_one_base(folders, tmp_path, capsys):
     folders_task.run(cfg, tmp_path / "run")
   (state,) = states
   base = transformers.AutoModelForCausalLM.from_pretrained(folders / "qwen2")
-  np.testing.assert_array_equal(state.ref["embed"]["embedding"][...], base.model.embed_tokens.weight.detach())
+  np.testing.assert_array_equal(
+    state.ref["embed"]["embedding"][...], base.model.embed_tokens.weight.detach()
+  )
   names = {sharding.path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(state.policy)[0]}
   assert all("_lora_" in name for name in names) and len(names) == 4
   assert "within 1e-04" in capsys.readouterr().out
@@ -160,9 +210,16 @@ def test_r2m_with_adapters_keeps_one_base(folders, tmp_path, capsys):
 
 def test_reward_with_adapters(folders, tmp_path):
   cfg = small(
-    folders, tmp_path, task="reward", lora__rank=2, lora__targets="mlp/.*", reward__lr=1e-2, reward__epochs=2,
-    data__name=write(tmp_path / "data.jsonl", PAIRS), export__check=True,
-  )  # fmt: skip
+    folders,
+    tmp_path,
+    task="reward",
+    lora__rank=2,
+    lora__targets="mlp/.*",
+    reward__lr=1e-2,
+    reward__epochs=2,
+    data__name=write(tmp_path / "data.jsonl", PAIRS),
+    export__check=True,
+  )
   folders_task.run(cfg, tmp_path / "run")
   before, after = (
     transformers.AutoModelForSequenceClassification.from_pretrained(folder).state_dict()

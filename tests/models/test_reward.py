@@ -1,4 +1,6 @@
-"""The reward head against NumPy loops; padding, the ends of omega, precision; where the embedding is read."""
+"""The reward head against NumPy loops; padding, the ends of omega, precision; where the
+embedding is read.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,9 @@ def inputs(seed=0):
 
 
 def make_head(num_heads, param_dtype=jnp.float32):
-  head = RewardHead(POLICY_DIM, REWARD_DIM, WIDTH, num_heads, rngs=nnx.Rngs(0), param_dtype=param_dtype)
+  head = RewardHead(
+    POLICY_DIM, REWARD_DIM, WIDTH, num_heads, rngs=nnx.Rngs(0), param_dtype=param_dtype
+  )
   head.phi.bias[...] = head.phi.bias[...] + 0.25
   return head
 
@@ -46,11 +50,19 @@ def test_head_matches_loops(num_heads):
   with jax.enable_x64(True):
     head = make_head(num_heads, jnp.float64)
     found = jax.tree.map(np.asarray, run(head, rte, h, MASK, 0.7))
-    wq, wk, wv, wo, phi = (np.asarray(getattr(head, name).kernel[...]) for name in ("wq", "wk", "wv", "wo", "phi"))
+    wq, wk, wv, wo, phi = (
+      np.asarray(getattr(head, name).kernel[...]) for name in ("wq", "wk", "wv", "wo", "phi")
+    )
   h_hat, weights = oracles.cross_attend_loop(rte, h, MASK, wq, wk, wv, wo, num_heads)
   fused = oracles.fuse_loop(rte, h_hat, 0.7)
   scores = [sum(fused[b, d] * phi[d, 0] for d in range(REWARD_DIM)) + 0.25 for b in range(ROWS)]
-  for name, value in {"weights": weights, "h_hat": h_hat, "fused": fused, "score": scores, "call": scores}.items():
+  for name, value in {
+    "weights": weights,
+    "h_hat": h_hat,
+    "fused": fused,
+    "score": scores,
+    "call": scores,
+  }.items():
     assert found[name].dtype == np.float64
     np.testing.assert_allclose(found[name], value, rtol=1e-10, atol=1e-12, err_msg=name)
 
@@ -101,7 +113,9 @@ def test_omega_zero_reads_the_feedback_only():
 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 def test_scores_never_run_below_float32(param_dtype):
-  """Whatever the dtype of the feedback and of the parameters: they are rounded, and nothing is after them."""
+  """Whatever the dtype of the feedback and of the parameters: they are rounded, and nothing is
+  after them.
+  """
   rte, h = inputs()
   low = jnp.asarray(h, jnp.bfloat16)
   head = make_head(2, param_dtype)
@@ -114,11 +128,17 @@ def test_scores_never_run_below_float32(param_dtype):
 
 
 def test_gradients_reach_all_weights_but_not_the_bias_of_the_score():
-  """A shift of all rewards changes no loss of the head, so the bias has no business with an optimizer."""
+  """A shift of all rewards changes no loss of the head, so the bias has no business with an
+  optimizer.
+  """
   rte, h = inputs()
   graphdef, state = nnx.split(make_head(2))
-  weights = jnp.arange(1.0, ROWS + 1)  # they do not sum to zero: a gradient to the bias would be seen
-  grads = jax.jit(jax.grad(lambda s: (weights * nnx.merge(graphdef, s)(rte, h, MASK, 0.7)).sum()))(state)
+  weights = jnp.arange(
+    1.0, ROWS + 1
+  )  # they do not sum to zero: a gradient to the bias would be seen
+  grads = jax.jit(jax.grad(lambda s: (weights * nnx.merge(graphdef, s)(rte, h, MASK, 0.7)).sum()))(
+    state
+  )
   for name in ("wq", "wk", "wv", "wo", "phi"):
     assert np.abs(grads[name]["kernel"][...]).max() > 1e-3, name
   np.testing.assert_array_equal(grads["phi"]["bias"][...], [0.0])
@@ -142,7 +162,14 @@ def test_head_refuses_wrong_shapes():
 
 def test_last_token_matches_loop():
   """Right-padded, left-padded, both, a gap, and a single token at either end."""
-  mask = [[1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [0, 1, 1, 1, 0], [1, 0, 1, 0, 0], [0, 0, 0, 0, 1], [1, 0, 0, 0, 0]]
+  mask = [
+    [1, 1, 1, 0, 0],
+    [0, 0, 1, 1, 1],
+    [0, 1, 1, 1, 0],
+    [1, 0, 1, 0, 0],
+    [0, 0, 0, 0, 1],
+    [1, 0, 0, 0, 0],
+  ]
   mask = np.array(mask, bool)
   hidden = np.random.default_rng(0).normal(size=(6, 5, 3)).astype(np.float32)
   found = jax.jit(last_token)(hidden, mask)
@@ -151,11 +178,16 @@ def test_last_token_matches_loop():
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rte_does_not_depend_on_where_the_padding_is(dtype):
-  arch = ArchConfig(vocab_size=17, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, lm_head=False)
+  arch = ArchConfig(
+    vocab_size=17, hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, lm_head=False
+  )
   graphdef, state = transformer.init(arch, jax.random.key(0), dtype=jnp.dtype(dtype))
   rng = np.random.default_rng(0)
   text = rng.integers(0, 17, 5)
-  tokens, mask = rng.integers(0, 17, (4, 9)), np.zeros((4, 9), bool)  # what stands in the padding is arbitrary
+  tokens, mask = (
+    rng.integers(0, 17, (4, 9)),
+    np.zeros((4, 9), bool),
+  )  # what stands in the padding is arbitrary
   for row, start in enumerate((0, 4, 2)):
     tokens[row, start : start + 5], mask[row, start : start + 5] = text, True
   tokens[3, :6], mask[3, :6] = np.append(text, 3), True  # one token more

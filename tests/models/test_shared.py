@@ -1,4 +1,6 @@
-"""Prompts that their responses share are computed once: the same numbers as row by row, less work."""
+"""Prompts that their responses share are computed once: the same numbers as row by row, less
+work.
+"""
 
 import functools
 
@@ -6,23 +8,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
-
 import small
+from flax import nnx
+from test_transformer import ARCHS
+
 from r2m_jax import step
 from r2m_jax.models import transformer
 from r2m_jax.models.attention import Shared
-from r2m_jax.parallel import rows as row_parts, sharding
-from test_transformer import ARCHS
+from r2m_jax.parallel import rows as row_parts
+from r2m_jax.parallel import sharding
 
 PROMPT, REST, GROUPS, COPIES = 6, 5, 2, 3
 
 
 def rows(seed=0):
-  """Tokens and mask [GROUPS * COPIES, PROMPT + REST]: prompts padded on the left, responses on the right."""
+  """Tokens and mask [GROUPS * COPIES, PROMPT + REST]: prompts padded on the left, responses on
+  the right.
+  """
   rng = np.random.default_rng(seed)
   prompts = np.repeat(rng.integers(0, 37, (GROUPS, PROMPT)), COPIES, 0)
-  tokens = np.concatenate([prompts, rng.integers(0, 37, (GROUPS * COPIES, REST))], 1).astype(np.int32)
+  tokens = np.concatenate([prompts, rng.integers(0, 37, (GROUPS * COPIES, REST))], 1).astype(
+    np.int32
+  )
   left = np.repeat([0, 2], COPIES)[:, None] <= np.arange(PROMPT)
   right = np.arange(REST) < rng.integers(1, REST + 1, (GROUPS * COPIES, 1))
   return tokens, np.concatenate([left, right], 1)
@@ -33,7 +40,9 @@ def test_pack_and_back():
   tokens, _ = rows()
   packed = shared.pack(jnp.asarray(tokens))
   assert packed.shape == (GROUPS, PROMPT + COPIES * REST)
-  np.testing.assert_array_equal(packed[1, PROMPT + REST : PROMPT + 2 * REST], tokens[COPIES + 1, PROMPT:])
+  np.testing.assert_array_equal(
+    packed[1, PROMPT + REST : PROMPT + 2 * REST], tokens[COPIES + 1, PROMPT:]
+  )
   np.testing.assert_array_equal(shared.unpack(packed), tokens)
 
 
@@ -59,7 +68,9 @@ def test_states_and_gradients_are_those_of_whole_rows(name, attention):
       return jax.value_and_grad(loss, has_aux=True)(state)
 
     whole, once = run(state, None), run(state, Shared(PROMPT, COPIES))
-    close = dict(rtol=1e-9, atol=1e-11) if attention == "xla" else dict(rtol=1e-4, atol=1e-4)  # its softmax is float32
+    close = (
+      dict(rtol=1e-9, atol=1e-11) if attention == "xla" else dict(rtol=1e-4, atol=1e-4)
+    )  # its softmax is float32
     for a, b in zip(whole[0][1], once[0][1]):
       np.testing.assert_allclose(b[mask], a[mask], **close)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(b, a, **close), whole[1], once[1])
@@ -77,28 +88,39 @@ def flops(cfg, shared: bool, monkeypatch) -> float:
 
 
 def test_a_step_computes_a_prompt_once(monkeypatch):
-  """The compiler counts the layers of a scan once, in both programs alike: enough to see the prompts go."""
+  """The compiler counts the layers of a scan once, in both programs alike: enough to see the
+  prompts go.
+  """
   cfg = small.config(rollout__group_size=8, ppo__minibatches=1)
   assert flops(cfg, True, monkeypatch) < 0.8 * flops(cfg, False, monkeypatch)
 
 
 def test_a_step_gives_the_numbers_of_whole_rows(monkeypatch):
-  """Three steps of R2M with minibatches, micro-batches and a critic, prompts computed once or with every response."""
-  cfg = small.config(rollout__group_size=8, ppo__minibatches=2, ppo__accumulation=2, algorithm="ppo")
+  """Three steps of R2M with minibatches, micro-batches and a critic, prompts computed once or
+  with every response.
+  """
+  cfg = small.config(
+    rollout__group_size=8, ppo__minibatches=2, ppo__accumulation=2, algorithm="ppo"
+  )
   once, _ = small.run(cfg, 3)
   monkeypatch.setattr(step, "neighbours", lambda group, rows: 1)
   whole, _ = small.run(cfg, 3)
   for a, b in zip(whole, once):
     np.testing.assert_array_equal(b.sequences.tokens, a.sequences.tokens)
     for name in a.metrics:
-      np.testing.assert_allclose(b.metrics[name], a.metrics[name], rtol=1e-5, atol=2e-5, err_msg=name)
+      np.testing.assert_allclose(
+        b.metrics[name], a.metrics[name], rtol=1e-5, atol=2e-5, err_msg=name
+      )
 
 
 def test_runs_that_do_not_split_over_the_mesh_are_computed_whole():
   """Two runs of three rows: over two devices they split, over three rows of devices they do not."""
   tokens, mask = rows()
   graphdef, state = transformer.init(ARCHS["plain"], jax.random.key(0))
-  read = lambda state, shared: nnx.merge(graphdef, state)(tokens, mask, shared=shared).hidden
+
+  def read(state, shared):
+    return nnx.merge(graphdef, state)(tokens, mask, shared=shared).hidden
+
   expected = jax.jit(read, static_argnums=1)(state, None)
   for shape in ((2, 1, 1), (3, 1, 1), (1, 2, 2)):
     mesh = sharding.make_mesh(shape)

@@ -1,4 +1,6 @@
-"""The decoder. Oracles: a slow NumPy decoder, itself without cache or padding, itself cut to fewer layers."""
+"""The decoder. Oracles: a slow NumPy decoder, itself without cache or padding, itself cut to
+fewer layers.
+"""
 
 import math
 
@@ -12,15 +14,33 @@ from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig, RopeScaling
 from r2m_jax.parallel import sharding
 
-ARCH = ArchConfig(vocab_size=37, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=48)
+ARCH = ArchConfig(
+  vocab_size=37, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=48
+)
 # Everything ARCH leaves out, so that both programs together reach every branch.
 RICH = ARCH.replace(
-  norm_offset=1.0, activation="gelu_tanh", tie_embeddings=True, qkv_bias=True, out_bias=True, mlp_bias=True,
-  qk_norm=True, post_norms=True, embed_scale=5.0, attn_softcap=1.5, final_softcap=2.0, query_scale=0.3,
-  sliding_window=4, sliding_layers=(0, 2), rotary_fraction=0.5, rope_theta=100.0, rope_local_theta=20.0,
+  norm_offset=1.0,
+  activation="gelu_tanh",
+  tie_embeddings=True,
+  qkv_bias=True,
+  out_bias=True,
+  mlp_bias=True,
+  qk_norm=True,
+  post_norms=True,
+  embed_scale=5.0,
+  attn_softcap=1.5,
+  final_softcap=2.0,
+  query_scale=0.3,
+  sliding_window=4,
+  sliding_layers=(0, 2),
+  rotary_fraction=0.5,
+  rope_theta=100.0,
+  rope_local_theta=20.0,
   rope_scaling=RopeScaling("llama3", 8.0, original_length=16),
-)  # fmt: skip
-NEOX = ARCH.replace(norm="layer", activation="gelu", gated_mlp=False, parallel_residual=True, num_kv_heads=4)
+)
+NEOX = ARCH.replace(
+  norm="layer", activation="gelu", gated_mlp=False, parallel_residual=True, num_kv_heads=4
+)
 ARCHS = {"plain": ARCH, "rich": RICH, "neox": NEOX}
 LENGTH = 11
 
@@ -34,7 +54,9 @@ def models():
     if name not in made:
       graphdef, state = transformer.init(ARCHS[name], jax.random.key(0))
       rng = np.random.default_rng(1)
-      state = jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), state)
+      state = jax.tree.map(
+        lambda x: x + jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), state
+      )
       made[name] = graphdef, state, forward(graphdef)
     return made[name]
 
@@ -54,7 +76,9 @@ def forward(graphdef, **kwargs):
 
 
 def batch(rows=3, length=LENGTH, seed=0):
-  return np.random.default_rng(seed).integers(0, 37, (rows, length)).astype(np.int32), np.ones((rows, length), bool)
+  return np.random.default_rng(seed).integers(0, 37, (rows, length)).astype(np.int32), np.ones(
+    (rows, length), bool
+  )
 
 
 def named(state):
@@ -63,7 +87,9 @@ def named(state):
 
 
 def oracle(arch, state, tokens):
-  """Logits [L, V] and the residual stream after each layer [N, L, D] of one unpadded row, by loops in float64."""
+  """Logits [L, V] and the residual stream after each layer [N, L, D] of one unpadded row, by
+  loops in float64.
+  """
   p = {name: np.asarray(x, np.float64) for name, x in named(state).items()}
   erf = np.vectorize(math.erf)
   act = {
@@ -73,7 +99,9 @@ def oracle(arch, state, tokens):
   }[arch.activation]
 
   def norm(x, name, layer=None, kind=None):
-    get = lambda leaf: p[f"{name}/{leaf}"] if layer is None else p[f"{name}/{leaf}"][layer]
+    def get(leaf):
+      return p[f"{name}/{leaf}"] if layer is None else p[f"{name}/{leaf}"][layer]
+
     if (kind or arch.norm) == "layer":
       return (x - x.mean()) / np.sqrt(x.var() + arch.norm_eps) * get("scale") + get("bias")
     return x / np.sqrt((x**2).mean() + arch.norm_eps) * (get("scale") + arch.norm_offset)
@@ -93,14 +121,18 @@ def oracle(arch, state, tokens):
         if wavelength > s.original_length / s.low_freq_factor:
           freq /= s.factor
         elif wavelength > s.original_length / s.high_freq_factor:
-          smooth = (s.original_length / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+          smooth = (s.original_length / wavelength - s.low_freq_factor) / (
+            s.high_freq_factor - s.low_freq_factor
+          )
           freq = (1 - smooth) * freq / s.factor + smooth * freq
       c, d = math.cos(position * freq), math.sin(position * freq)
       y[i], y[half + i] = x[i] * c - x[half + i] * d, x[half + i] * c + x[i] * d
     return y
 
   def attention(xs, layer):
-    heads = lambda name: [linear(x, f"layers/attn/{name}", layer).reshape(-1, arch.head_dim) for x in xs]
+    def heads(name):
+      return [linear(x, f"layers/attn/{name}", layer).reshape(-1, arch.head_dim) for x in xs]
+
     q, k, v = heads("q"), heads("k"), heads("v")
     if arch.qk_norm:
       q = [np.array([norm(h, "layers/attn/q_norm", layer, "rms") for h in heads]) for heads in q]
@@ -111,7 +143,9 @@ def oracle(arch, state, tokens):
       mixed = []
       for h in range(arch.num_heads):
         g = h // (arch.num_heads // arch.num_kv_heads)
-        scores = [rotated(q[t][h], t, layer) @ rotated(k[s][g], s, layer) for s in range(first, t + 1)]
+        scores = [
+          rotated(q[t][h], t, layer) @ rotated(k[s][g], s, layer) for s in range(first, t + 1)
+        ]
         scores = np.array(scores) * arch.query_scale
         if arch.attn_softcap:
           scores = arch.attn_softcap * np.tanh(scores / arch.attn_softcap)
@@ -138,7 +172,9 @@ def oracle(arch, state, tokens):
     after.append(np.stack(xs))
   head = p["embed/embedding"].T if arch.tie_embeddings else p["lm_head/kernel"]
   logits = np.stack([norm(x, "final_norm") for x in xs]) @ head
-  return arch.final_softcap * np.tanh(logits / arch.final_softcap) if arch.final_softcap else logits, np.stack(after)
+  return arch.final_softcap * np.tanh(
+    logits / arch.final_softcap
+  ) if arch.final_softcap else logits, np.stack(after)
 
 
 @pytest.mark.parametrize("name", ARCHS)
@@ -176,7 +212,10 @@ def test_rows_of_padding_give_no_nan(models):
   mask[1] = False
   logits, _ = run(state, tokens, mask)
   assert np.isfinite(logits).all()
-  loss = lambda state: jnp.where(mask[..., None], nnx.merge(graphdef, state)(tokens, mask).hidden, 0).sum()
+
+  def loss(state):
+    return jnp.where(mask[..., None], nnx.merge(graphdef, state)(tokens, mask).hidden, 0).sum()
+
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(jax.jit(jax.grad(loss))(state)))
 
 
@@ -196,11 +235,16 @@ def test_cache_in_a_while_loop_equals_full_pass(name, models):
 
     def step(carry):
       t, hidden, cache = carry
-      at = lambda x: jax.lax.dynamic_slice_in_dim(x, t, 1, 1)
+
+      def at(x):
+        return jax.lax.dynamic_slice_in_dim(x, t, 1, 1)
+
       out = model(at(tokens), at(mask), cache=cache, cache_index=t)
       return t + 1, jax.lax.dynamic_update_slice_in_dim(hidden, out.hidden, t, 1), out.cache
 
-    _, hidden, cache = jax.lax.while_loop(lambda carry: carry[0] < LENGTH, step, (prefill, hidden, out.cache))
+    _, hidden, cache = jax.lax.while_loop(
+      lambda carry: carry[0] < LENGTH, step, (prefill, hidden, out.cache)
+    )
     return model.logits(hidden), cache
 
   empty = nnx.merge(graphdef, state).init_cache(3, slots)
@@ -209,7 +253,9 @@ def test_cache_in_a_while_loop_equals_full_pass(name, models):
   cached, cache = decode(state, tokens, mask, empty)
   np.testing.assert_allclose(np.asarray(cached)[mask], np.asarray(full)[mask], rtol=0, atol=3e-6)
   np.testing.assert_array_equal(cache.mask, np.pad(mask, ((0, 0), (0, 3))))
-  stale = cache.replace(mask=jnp.ones_like(cache.mask))  # a cache is reused as it lies: later slots are never seen
+  stale = cache.replace(
+    mask=jnp.ones_like(cache.mask)
+  )  # a cache is reused as it lies: later slots are never seen
   again, _ = decode(state, tokens, mask, stale)
   np.testing.assert_array_equal(np.asarray(again)[mask], np.asarray(cached)[mask])
 
@@ -227,7 +273,9 @@ def test_several_tokens_go_into_a_traced_slot(models):
     return model.logits(jnp.concatenate([out.hidden, rest.hidden], 1))
 
   full, _ = run(state, tokens, mask)
-  np.testing.assert_allclose(np.asarray(chunks(state, 0))[mask], np.asarray(full)[mask], rtol=0, atol=3e-6)
+  np.testing.assert_allclose(
+    np.asarray(chunks(state, 0))[mask], np.asarray(full)[mask], rtol=0, atol=3e-6
+  )
 
 
 def test_feedback_is_the_residual_stream(models):
@@ -252,12 +300,16 @@ def test_feedback_is_the_residual_stream(models):
 
 @pytest.mark.parametrize("name", ARCHS)
 def test_float64_all_the_way(name, models):
-  """No float32 is born anywhere in the program, so tests in float64 are exact; nor float64 in a float32 one."""
+  """No float32 is born anywhere in the program, so tests in float64 are exact; nor float64 in a
+  float32 one.
+  """
   state, tokens = models(name)[1], batch()[0]
 
   def program(graphdef, state):
     model = nnx.merge(graphdef, state)
-    out = model(tokens, tokens >= 0, cache=model.init_cache(3, LENGTH), cache_index=0, feedback_layer=1)
+    out = model(
+      tokens, tokens >= 0, cache=model.init_cache(3, LENGTH), cache_index=0, feedback_layer=1
+    )
     return model.logits(out.hidden), out
 
   with jax.enable_x64(True):
@@ -269,7 +321,9 @@ def test_float64_all_the_way(name, models):
     assert "f64" not in str(jax.make_jaxpr(program, static_argnums=0)(models(name)[0], state))
     model = nnx.merge(graphdef, wide)
     for index in (jnp.int32(2), jnp.int64(2)):  # the cache takes a slot of either type
-      jax.eval_shape(lambda i: model(tokens, tokens >= 0, cache=model.init_cache(3, 20), cache_index=i), index)
+      jax.eval_shape(
+        lambda i: model(tokens, tokens >= 0, cache=model.init_cache(3, 20), cache_index=i), index
+      )
     logits, _ = program(graphdef, wide)
     reference, _ = oracle(ARCHS[name], wide, tokens[0])
     np.testing.assert_allclose(logits[0], reference, rtol=0, atol=1e-13 * np.abs(reference).max())
@@ -294,12 +348,17 @@ def test_remat_changes_memory_not_gradients(models):
 
   def gradient(remat):
     graphdef, _ = transformer.abstract(ARCH, remat=remat)
-    loss = lambda state: (nnx.merge(graphdef, state)(tokens, mask, feedback_layer=1).hidden ** 2).sum()
+
+    def loss(state):
+      return (nnx.merge(graphdef, state)(tokens, mask, feedback_layer=1).hidden ** 2).sum()
+
     return jax.jit(jax.grad(loss))(state)
 
   plain = gradient("none")
   for remat in ("full", "dots"):
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, gradient(remat))
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), plain, gradient(remat)
+    )
 
 
 def test_a_mesh_gives_the_same(models):
@@ -317,17 +376,26 @@ def test_initial_state():
   graphdef, state = transformer.init(arch, jax.random.key(0), param_dtype=jnp.bfloat16)
   shapes = named(state)
   assert {name: x.shape for name, x in shapes.items()} == {
-    "embed/embedding": (37, 64), "final_norm/scale": (64,), "lm_head/kernel": (64, 37),
-    "layers/attn/q/kernel": (3, 64, 64), "layers/attn/k/kernel": (3, 64, 32), "layers/attn/v/kernel": (3, 64, 32),
-    "layers/attn/o/kernel": (3, 64, 64), "layers/attn_norm/scale": (3, 64), "layers/mlp_norm/scale": (3, 64),
-    "layers/mlp/gate/kernel": (3, 64, 256), "layers/mlp/up/kernel": (3, 64, 256),
+    "embed/embedding": (37, 64),
+    "final_norm/scale": (64,),
+    "lm_head/kernel": (64, 37),
+    "layers/attn/q/kernel": (3, 64, 64),
+    "layers/attn/k/kernel": (3, 64, 32),
+    "layers/attn/v/kernel": (3, 64, 32),
+    "layers/attn/o/kernel": (3, 64, 64),
+    "layers/attn_norm/scale": (3, 64),
+    "layers/mlp_norm/scale": (3, 64),
+    "layers/mlp/gate/kernel": (3, 64, 256),
+    "layers/mlp/up/kernel": (3, 64, 256),
     "layers/mlp/down/kernel": (3, 256, 64),
-  }  # fmt: skip
+  }
   assert all(x.dtype == jnp.bfloat16 for x in shapes.values())
   std = {name: float(np.std(np.asarray(x, np.float64))) for name, x in shapes.items()}
   assert std["embed/embedding"] == pytest.approx(0.02, rel=0.1) == std["lm_head/kernel"]
   assert std["layers/mlp/up/kernel"] == pytest.approx(64**-0.5, rel=0.05)
-  assert std["layers/mlp/down/kernel"] == pytest.approx((256 * 6) ** -0.5, rel=0.05)  # 2N = 6 branches
+  assert std["layers/mlp/down/kernel"] == pytest.approx(
+    (256 * 6) ** -0.5, rel=0.05
+  )  # 2N = 6 branches
   kernels = shapes["layers/mlp/up/kernel"]
   assert not np.array_equal(kernels[0], kernels[1])
   again = transformer.init(arch, jax.random.key(0), param_dtype=jnp.bfloat16)
@@ -350,16 +418,19 @@ def test_heads():
     transformer.abstract(ARCH, remat="some")
 
 
-@pytest.mark.parametrize("field, value, fix", [
-  ("num_kv_heads", 3, "must divide num_heads=4"),
-  ("num_layers", 0, "positive integer"),
-  ("norm", "batch", "use 'rms' or 'layer'"),
-  ("activation", "relu", "use 'silu'"),
-  ("rotary_fraction", 0.2, "must be even"),
-  ("rotary_fraction", 1.5, "fraction of head_dim"),
-  ("sliding_layers", (0,), "also set sliding_window"),
-  ("attn_softcap", 0.0, "None for off"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "field, value, fix",
+  [
+    ("num_kv_heads", 3, "must divide num_heads=4"),
+    ("num_layers", 0, "positive integer"),
+    ("norm", "batch", "use 'rms' or 'layer'"),
+    ("activation", "relu", "use 'silu'"),
+    ("rotary_fraction", 0.2, "must be even"),
+    ("rotary_fraction", 1.5, "fraction of head_dim"),
+    ("sliding_layers", (0,), "also set sliding_window"),
+    ("attn_softcap", 0.0, "None for off"),
+  ],
+)
 def test_arch_errors_name_field_value_and_fix(field, value, fix):
   with pytest.raises(ValueError, match=rf"ArchConfig\.{field}=.*{fix}") as error:
     ARCH.replace(**{field: value})
@@ -368,7 +439,12 @@ def test_arch_errors_name_field_value_and_fix(field, value, fix):
 
 def test_arch_is_hashable_and_fills_in():
   arch = ArchConfig(hidden_size=64, num_heads=4, sliding_window=8, num_layers=2)
-  assert (arch.head_dim, arch.num_kv_heads, arch.intermediate_size, arch.query_scale) == (16, 4, 256, 0.25)
+  assert (arch.head_dim, arch.num_kv_heads, arch.intermediate_size, arch.query_scale) == (
+    16,
+    4,
+    256,
+    0.25,
+  )
   assert arch.sliding_layers == (0, 1) and ARCH.sliding_layers == () and ARCH.sliding_window is None
   assert len({arch, arch.replace(), arch.replace(num_layers=2)}) == 1
 
@@ -376,6 +452,11 @@ def test_arch_is_hashable_and_fills_in():
 def test_replace_recomputes_what_follows():
   arch = ArchConfig(hidden_size=64, num_heads=4, num_kv_heads=2, num_layers=2)
   wide = arch.replace(hidden_size=128, sliding_window=8, num_layers=3)
-  assert (wide.head_dim, wide.query_scale, wide.intermediate_size, wide.num_kv_heads) == (32, 32**-0.5, 512, 2)
+  assert (wide.head_dim, wide.query_scale, wide.intermediate_size, wide.num_kv_heads) == (
+    32,
+    32**-0.5,
+    512,
+    2,
+  )
   assert wide.sliding_layers == (0, 1, 2) and wide.replace(sliding_window=None).sliding_layers == ()
   assert arch.replace(query_scale=0.3).replace(hidden_size=128).query_scale == 0.3

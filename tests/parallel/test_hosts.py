@@ -1,4 +1,5 @@
-"""Several processes: two of four devices equal one of eight, checkpoints move between them, a lost one ends the other.
+"""Several processes: two of four devices equal one of eight, checkpoints move between them, a lost
+one ends the other.
 
 The slower checks are behind `long`: ./launch/test.sh -m long tests/parallel/test_hosts.py
 """
@@ -27,9 +28,18 @@ from r2m_jax.run.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[2]
 HEARTBEAT = 8  # seconds
-GOLD = ["--config=configs/quickstart.py:test", "--config.variant=r2m", "--config.steps=3", "--config.log.samples=2",
-        "--config.log.checkpoint_every=1", "--config.checkpoint.keep_last=9", "--config.sft.steps=3",
-        "--config.sft.examples=32", "--config.reward.pairs=32", "--config.reward.heldout_pairs=64"]  # fmt: skip
+GOLD = [
+  "--config=configs/quickstart.py:test",
+  "--config.variant=r2m",
+  "--config.steps=3",
+  "--config.log.samples=2",
+  "--config.log.checkpoint_every=1",
+  "--config.checkpoint.keep_last=9",
+  "--config.sft.steps=3",
+  "--config.sft.examples=32",
+  "--config.reward.pairs=32",
+  "--config.reward.heldout_pairs=64",
+]
 
 
 def free_port() -> int:
@@ -39,24 +49,36 @@ def free_port() -> int:
 
 
 def start(*arguments, processes=2, devices=4, record=None, cwd=ROOT, port=None, **changes):
-  """The processes of a run, started; what they print goes to files. `cwd` may be one folder for each."""
+  """The processes of a run, started; what they print goes to files. `cwd` may be one folder for
+  each.
+  """
   port, started = port or free_port(), []
   flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
   for i in range(processes):
-    env = os.environ | changes | {
-      "JAX_PLATFORMS": "cpu", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}",
-      "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
-    }  # fmt: skip
+    env = (
+      os.environ
+      | changes
+      | {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/support'}",
+        "XLA_FLAGS": " ".join([*flags, f"--xla_force_host_platform_device_count={devices}"]),
+      }
+    )
     if processes > 1:
-      env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(processes),
-              "JAX_PROCESS_ID": str(i)}  # fmt: skip
+      env |= {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": str(processes),
+        "JAX_PROCESS_ID": str(i),
+      }
     if record:
       record.mkdir(parents=True, exist_ok=True)
       env["R2M_TEST_RECORD"] = str(record)
     command = [sys.executable, str(ROOT / "tests/support/hosts_worker.py"), *map(str, arguments)]
     where = cwd[i] if isinstance(cwd, tuple) else cwd
     started.append(
-      subprocess.Popen(command, cwd=where, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+      subprocess.Popen(
+        command, cwd=where, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+      )
     )
   return started
 
@@ -80,18 +102,25 @@ def run(*arguments, **kwargs):
 
 
 def same_run(one: pathlib.Path, other: pathlib.Path, steps, *, parameters=1e-4):
-  """Tokens equal, metrics within 1e-5, parameters at the end within `parameters`, from what two runs left."""
+  """Tokens equal, metrics within 1e-5, parameters at the end within `parameters`, from what two
+  runs left.
+  """
   for t in steps:
     a, b = (np.load(folder / "record" / f"step{t}.npz") for folder in (one, other))
     np.testing.assert_array_equal(a["tokens"], b["tokens"], err_msg=f"tokens of step {t}")
     np.testing.assert_array_equal(a["mask"], b["mask"])
     np.testing.assert_allclose(a["scores"], b["scores"], rtol=1e-5, atol=1e-5)
-  rows = [{row["step"]: row for row in read_metrics(folder) if row["stage"] == "rl"} for folder in (one, other)]
+  rows = [
+    {row["step"]: row for row in read_metrics(folder) if row["stage"] == "rl"}
+    for folder in (one, other)
+  ]
   for t in steps:
     assert rows[0][t].keys() == rows[1][t].keys()
     for name in rows[0][t].keys() - {"stage", "arm", "step", "seconds", "data/wait"}:
       close = dict(rtol=0, atol=2e-5) if name.endswith("_deviation") else dict(rtol=1e-5, atol=1e-5)
-      np.testing.assert_allclose(rows[0][t][name], rows[1][t][name], **close, err_msg=f"{name} of step {t}")
+      np.testing.assert_allclose(
+        rows[0][t][name], rows[1][t][name], **close, err_msg=f"{name} of step {t}"
+      )
   a, b = (np.load(folder / "record" / "end.npz") for folder in (one, other))
   assert a.files == b.files and len(a.files) > 10
   for name in a.files:
@@ -110,7 +139,9 @@ def digests_on_disk(workdir: pathlib.Path, step: int) -> list[str]:
 
 
 def continued(old: pathlib.Path, new: pathlib.Path, mesh: str, **kwargs) -> list[str]:
-  """Goes on from step 1 of `old` in a copy of it; returns the digests of the state that was restored."""
+  """Goes on from step 1 of `old` in a copy of it; returns the digests of the state that was
+  restored.
+  """
   shutil.copytree(old, new)
   shutil.rmtree(new / "record")
   for step in (2, 3):
@@ -124,17 +155,27 @@ ONE, TWO = dict(processes=1, devices=8), dict(processes=2, devices=4)
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
-  """The workdir of a gold-task run, from the supervised start to three RL steps, by two processes."""
+  """The workdir of a gold-task run, from the supervised start to three RL steps, by two
+  processes.
+  """
   folder = tmp_path_factory.mktemp("two") / "run"
-  results = run("main", *GOLD, f"--workdir={folder}", "--config.mesh=(8, 1, 1)", record=folder / "record", **TWO)
+  results = run(
+    "main", *GOLD, f"--workdir={folder}", "--config.mesh=(8, 1, 1)", record=folder / "record", **TWO
+  )
   return folder, results
 
 
-def test_two_processes_equal_one_and_their_checkpoint_is_restored_by_one_on_another_mesh(two_processes, tmp_path):
+def test_two_processes_equal_one_and_their_checkpoint_is_restored_by_one_on_another_mesh(
+  two_processes, tmp_path
+):
   two, results = two_processes
-  assert "step 0   max |ratio - 1|" in results[0][1] and "step 0" not in results[1][1]  # process 0 alone speaks
+  assert (
+    "step 0   max |ratio - 1|" in results[0][1] and "step 0" not in results[1][1]
+  )  # process 0 alone speaks
   assert "r2m  3/3" in results[0][2] and "r2m  3/3" not in results[1][2]
-  assert len([row for row in read_metrics(two) if row["stage"] == "rl"]) == 3  # each step is logged once
+  assert (
+    len([row for row in read_metrics(two) if row["stage"] == "rl"]) == 3
+  )  # each step is logged once
   one = tmp_path / "one"
   restored = continued(two, one, "(2, 2, 2)", **ONE)
   assert restored == digests_on_disk(two, 1) and len(restored) > 50
@@ -142,12 +183,19 @@ def test_two_processes_equal_one_and_their_checkpoint_is_restored_by_one_on_anot
 
 
 @pytest.mark.long
-def test_a_whole_run_of_two_processes_equals_one_of_one_and_goes_either_way(two_processes, tmp_path):
-  """From nothing: supervised start, reward model and RL; then the checkpoint of one process goes on in two."""
+def test_a_whole_run_of_two_processes_equals_one_of_one_and_goes_either_way(
+  two_processes, tmp_path
+):
+  """From nothing: supervised start, reward model and RL; then the checkpoint of one process goes
+  on in two.
+  """
   two, one = two_processes[0], tmp_path / "one"
   run("main", *GOLD, f"--workdir={one}", "--config.mesh=(8, 1, 1)", record=one / "record", **ONE)
   same_run(two, one, (0, 1, 2))
-  fits = [[row for row in read_metrics(folder) if row["stage"] in ("sft", "reward")] for folder in (two, one)]
+  fits = [
+    [row for row in read_metrics(folder) if row["stage"] in ("sft", "reward")]
+    for folder in (two, one)
+  ]
   for a, b in zip(*fits, strict=True):
     for name in a.keys() - {"stage", "arm", "seconds", "data/wait"}:
       np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-6, err_msg=name)
@@ -161,7 +209,9 @@ def test_a_whole_run_of_two_processes_equals_one_of_one_and_goes_either_way(two_
 
 
 def test_what_processes_share(tmp_path):
-  """Rows on meshes that lie across processes, values, errors, a folder that is not shared; see hosts_worker.units."""
+  """Rows on meshes that lie across processes, values, errors, a folder that is not shared; see
+  hosts_worker.units.
+  """
   for i in (0, 1):
     (tmp_path / str(i)).mkdir()
   results = ended(start("units", tmp_path, **TWO), timeout=600)
@@ -175,13 +225,34 @@ def test_what_processes_share(tmp_path):
 
 def folder_arguments(root: pathlib.Path, **changes) -> list[str]:
   settings = {
-    "policy.path": root / "policy", "reward.path": root / "reward", "data.name": root / "prompts.jsonl",
-    "mesh": "(8, 1, 1)", "steps": 2, "rollout.prompts": 8, "rollout.group_size": 2, "rollout.max_new_tokens": 6,
-    "sft.batch_size": 8, "sft.steps": 3, "reward.batch_size": 8, "reward.epochs": 1, "r2m.attention_dim": 16,
-    "log.samples": 7, "export.check": False, "policy.lr": 1e-3, "r2m.lr": 1e-2, "log.checkpoint_every": 1, "seed": 3,
-    "score.batch_size": 4, "generate.batch_size": 4, "generate.max_new_tokens": 5, "generate.temperature": 0.7,
-  } | changes  # fmt: skip
-  return [f"--config={ROOT}/configs/default.py", *(f"--config.{name}={value}" for name, value in settings.items())]
+    "policy.path": root / "policy",
+    "reward.path": root / "reward",
+    "data.name": root / "prompts.jsonl",
+    "mesh": "(8, 1, 1)",
+    "steps": 2,
+    "rollout.prompts": 8,
+    "rollout.group_size": 2,
+    "rollout.max_new_tokens": 6,
+    "sft.batch_size": 8,
+    "sft.steps": 3,
+    "reward.batch_size": 8,
+    "reward.epochs": 1,
+    "r2m.attention_dim": 16,
+    "log.samples": 7,
+    "export.check": False,
+    "policy.lr": 1e-3,
+    "r2m.lr": 1e-2,
+    "log.checkpoint_every": 1,
+    "seed": 3,
+    "score.batch_size": 4,
+    "generate.batch_size": 4,
+    "generate.max_new_tokens": 5,
+    "generate.temperature": 0.7,
+  } | changes
+  return [
+    f"--config={ROOT}/configs/default.py",
+    *(f"--config.{name}={value}" for name, value in settings.items()),
+  ]
 
 
 @pytest.fixture(scope="module")
@@ -194,10 +265,19 @@ def models(tmp_path_factory):
   tiny_text.model("llama3.1", "llama3", root / "reward", classifier=True, hidden_size=48)
   rng = np.random.default_rng(0)
   words = "the cat sat on a mat rain sea trees Paris short poem dog ran".split()
-  text = lambda low, high: " ".join(rng.choice(words, rng.integers(low, high)))
-  rows = [{"prompt": text(1, 9), "response": text(1, 5), "chosen": text(1, 5), "rejected": text(5, 8)}
-          for _ in range(21)]  # fmt: skip
-  fields = {"prompts": ("prompt",), "sft": ("prompt", "response"), "pairs": ("prompt", "chosen", "rejected")}
+
+  def text(low, high):
+    return " ".join(rng.choice(words, rng.integers(low, high)))
+
+  rows = [
+    {"prompt": text(1, 9), "response": text(1, 5), "chosen": text(1, 5), "rejected": text(5, 8)}
+    for _ in range(21)
+  ]
+  fields = {
+    "prompts": ("prompt",),
+    "sft": ("prompt", "response"),
+    "pairs": ("prompt", "chosen", "rejected"),
+  }
   for name, wanted in fields.items():
     lines = [json.dumps({field: row[field] for field in wanted}) + "\n" for row in rows]
     (root / f"{name}.jsonl").write_text("".join(lines))
@@ -207,8 +287,11 @@ def models(tmp_path_factory):
 def tensors(folder: pathlib.Path) -> dict[str, np.ndarray]:
   import safetensors.numpy
 
-  return {f"{path.name}/{name}": x for path in sorted(folder.glob("*.safetensors"))
-          for name, x in safetensors.numpy.load_file(path).items()}  # fmt: skip
+  return {
+    f"{path.name}/{name}": x
+    for path in sorted(folder.glob("*.safetensors"))
+    for name, x in safetensors.numpy.load_file(path).items()
+  }
 
 
 def same_folders(one: pathlib.Path, other: pathlib.Path, names):
@@ -217,7 +300,9 @@ def same_folders(one: pathlib.Path, other: pathlib.Path, names):
     assert a.keys() == b.keys() and a
     for key in a:
       np.testing.assert_allclose(a[key], b[key], rtol=0, atol=1e-4, err_msg=key)
-    files = [sorted(path.name for path in (folder / "export" / name).iterdir()) for folder in (one, other)]
+    files = [
+      sorted(path.name for path in (folder / "export" / name).iterdir()) for folder in (one, other)
+    ]
     assert files[0] == files[1] and "README.md" in files[0]
 
 
@@ -228,15 +313,21 @@ def test_a_run_from_folders_by_two_processes_equals_one(models, tmp_path):
     run("main", *folder_arguments(models), f"--workdir={folder}", record=folder / "record", **kind)
   same_run(tmp_path / "one", tmp_path / "two", (0, 1))
   same_folders(tmp_path / "one", tmp_path / "two", ("policy", "reward"))
-  lines = [[json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
-           for name in ("one", "two")]  # fmt: skip
-  assert len(lines[0]) == len(lines[1]) == 14  # seven prompts, those of the second process among them
+  lines = [
+    [json.loads(line) for line in (tmp_path / name / "samples.jsonl").read_text().splitlines()]
+    for name in ("one", "two")
+  ]
+  assert (
+    len(lines[0]) == len(lines[1]) == 14
+  )  # seven prompts, those of the second process among them
   for a, b in zip(*lines):
     assert (a["when"], a["prompt"], a["response"]) == (b["when"], b["prompt"], b["response"])
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("task, data, stage", [("sft", "sft", "policy"), ("reward", "pairs", "reward")])
+@pytest.mark.parametrize(
+  "task, data, stage", [("sft", "sft", "policy"), ("reward", "pairs", "reward")]
+)
 def test_fits_from_folders_by_two_processes_equal_one(models, tmp_path, task, data, stage):
   extra = {"task": task, "data.name": models / f"{data}.jsonl", "data.buckets": "(16, 32)"}
   for name, kind in (("one", ONE), ("two", TWO)):
@@ -248,14 +339,25 @@ def test_fits_from_folders_by_two_processes_equal_one(models, tmp_path, task, da
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("changes", [
-  {"algorithm": "remax", "mesh": "(4, 2, 1)"}, {"lora.rank": 2, "mesh": "(1, 2, 4)", "variant": "vanilla"},
-  {"mesh": "(1, 1, 8)", "algorithm": "ppo", "critic.init": "policy"},
-], ids=["remax", "lora", "tensor"])  # fmt: skip
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"algorithm": "remax", "mesh": "(4, 2, 1)"},
+    {"lora.rank": 2, "mesh": "(1, 2, 4)", "variant": "vanilla"},
+    {"mesh": "(1, 1, 8)", "algorithm": "ppo", "critic.init": "policy"},
+  ],
+  ids=["remax", "lora", "tensor"],
+)
 def test_other_runs_from_folders_by_two_processes_equal_one(models, tmp_path, changes):
   for name, kind in (("one", ONE), ("two", TWO)):
     folder = tmp_path / name
-    run("main", *folder_arguments(models, **changes), f"--workdir={folder}", record=folder / "record", **kind)
+    run(
+      "main",
+      *folder_arguments(models, **changes),
+      f"--workdir={folder}",
+      record=folder / "record",
+      **kind,
+    )
   same_run(tmp_path / "one", tmp_path / "two", (0, 1))
   same_folders(tmp_path / "one", tmp_path / "two", ("policy", "reward"))
 
@@ -274,7 +376,9 @@ def test_batch_use_of_any_number_of_rows_by_two_processes_equals_one(models, tmp
         run("main", *folder_arguments(models, **extra), f"--workdir={tmp_path / 'use'}", **kind)
         found[name, task] = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(found["two", "score"]) == len(found["two", "generate"]) == count
-    assert [row["tokens"] for row in found["one", "generate"]] == [row["tokens"] for row in found["two", "generate"]]
+    assert [row["tokens"] for row in found["one", "generate"]] == [
+      row["tokens"] for row in found["two", "generate"]
+    ]
     scores = [[row["score"] for row in found[name, "score"]] for name in ("one", "two")]
     np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-6)
 
@@ -286,22 +390,37 @@ def endless(workdir: pathlib.Path, stages: pathlib.Path, **kwargs):
   """Two processes in the middle of an RL run, past their second step."""
   shutil.copytree(stages, workdir / "stages")
   started = start(
-    "main", *GOLD, "--config.steps=5000", "--config.mesh=(2, 1, 1)", f"--workdir={workdir}", devices=1,
-    *(f"--config.hosts.{name}={value}" for name, value in dict(heartbeat_timeout=HEARTBEAT, end_timeout=10).items()),
+    "main",
+    *GOLD,
+    "--config.steps=5000",
+    "--config.mesh=(2, 1, 1)",
+    f"--workdir={workdir}",
+    devices=1,
+    *(  # noqa: B026
+      f"--config.hosts.{name}={value}"
+      for name, value in dict(heartbeat_timeout=HEARTBEAT, end_timeout=10).items()
+    ),
     **kwargs,
-  )  # fmt: skip
+  )
   until = time.monotonic() + 1200
   while time.monotonic() < until and all(process.poll() is None for process in started):
-    if (workdir / "metrics.jsonl").exists() and (workdir / "metrics.jsonl").read_bytes().count(b"\n") >= 2:
+    if (workdir / "metrics.jsonl").exists() and (workdir / "metrics.jsonl").read_bytes().count(
+      b"\n"
+    ) >= 2:
       return started
     time.sleep(0.1)
   raise AssertionError([result[2][-2000:] for result in ended(started, timeout=1)])
 
 
-@pytest.mark.parametrize("lost, number", [
-  (1, signal.SIGKILL), pytest.param(0, signal.SIGKILL, marks=pytest.mark.long),
-  pytest.param(1, signal.SIGSTOP, marks=pytest.mark.long),
-], ids=["killed", "first_killed", "hangs"])  # fmt: skip
+@pytest.mark.parametrize(
+  "lost, number",
+  [
+    (1, signal.SIGKILL),
+    pytest.param(0, signal.SIGKILL, marks=pytest.mark.long),
+    pytest.param(1, signal.SIGSTOP, marks=pytest.mark.long),
+  ],
+  ids=["killed", "first_killed", "hangs"],
+)
 def test_a_lost_process_ends_the_other_in_bounded_time(two_processes, tmp_path, lost, number):
   started = endless(tmp_path / "run", two_processes[0] / "stages")
   began = time.monotonic()
@@ -313,7 +432,9 @@ def test_a_lost_process_ends_the_other_in_bounded_time(two_processes, tmp_path, 
   assert status == hosts.LOST and took < 2 * HEARTBEAT + 5, (status, took, err[-2000:])
   assert f"process {1 - lost} of 2 on" in err and "another process was lost: killed" in err
   assert "The same command on every host goes on from what is saved" in err
-  print(f"{number.name} to process {lost}: the other ended after {took:.1f} s, heartbeat {HEARTBEAT} s")
+  print(
+    f"{number.name} to process {lost}: the other ended after {took:.1f} s, heartbeat {HEARTBEAT} s"
+  )
   saved = checkpoint.newest(checkpoint.open_checkpoints(tmp_path / "run/checkpoints/r2m", last=9))
   assert saved is not None and saved >= 1
 
@@ -324,22 +445,45 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step(two_processes, tm
   started[1].terminate()
   results = ended(started, timeout=600)
   assert [status for status, _, _ in results] == [75, 75], [err[-2000:] for _, _, err in results]
-  assert "stopped by a signal to another process" in results[0][2] and "stopped by SIGTERM" in results[1][2]
+  assert (
+    "stopped by a signal to another process" in results[0][2]
+    and "stopped by SIGTERM" in results[1][2]
+  )
   last = read_metrics(tmp_path / "run")[-1]["step"]
-  assert checkpoint.newest(checkpoint.open_checkpoints(tmp_path / "run/checkpoints/r2m", last=9)) == last + 1
+  assert (
+    checkpoint.newest(checkpoint.open_checkpoints(tmp_path / "run/checkpoints/r2m", last=9))
+    == last + 1
+  )
 
 
 @pytest.mark.long
 def test_mistakes_end_all_of_them(models, tmp_path):
-  """A mesh that leaves devices out; a process that does not come; a file that one process does not have."""
+  """A mesh that leaves devices out; a process that does not come; a file that one process does
+  not have.
+  """
   common = folder_arguments(models, mesh="(4, 1, 1)")
-  for status, out, err in ended(start("main", *common, f"--workdir={tmp_path / 'w'}", **TWO), timeout=300):
-    assert status == 2 and "with 2 processes it must cover all 8 devices" in err and "Traceback" not in err, err
+  for status, out, err in ended(
+    start("main", *common, f"--workdir={tmp_path / 'w'}", **TWO), timeout=300
+  ):
+    assert (
+      status == 2
+      and "with 2 processes it must cover all 8 devices" in err
+      and "Traceback" not in err
+    ), err
   port = free_port()
-  alone = start("main", *common, f"--workdir={tmp_path / 'w'}", "--config.hosts.start_timeout=3", port=port, **TWO)
+  alone = start(
+    "main",
+    *common,
+    f"--workdir={tmp_path / 'w'}",
+    "--config.hosts.start_timeout=3",
+    port=port,
+    **TWO,
+  )
   alone[1].kill()
   (status, _, err), _ = ended(alone, timeout=300)
-  assert status == 2 and f"2 processes at 127.0.0.1:{port} did not come together" in err, err[-2000:]
+  assert status == 2 and f"2 processes at 127.0.0.1:{port} did not come together" in err, err[
+    -2000:
+  ]
   assert "config.hosts.start_timeout = 3 seconds" in err
   assert not (tmp_path / "w").exists()
   places = tmp_path / "a", tmp_path / "b"
@@ -347,27 +491,54 @@ def test_mistakes_end_all_of_them(models, tmp_path):
     place.mkdir()
   shutil.copy(models / "prompts.jsonl", places[0])
   own = folder_arguments(models, **{"data.name": "prompts.jsonl", "hosts.end_timeout": 3})
-  (status, _, err), (mine, _, said) = ended(start("main", *own, f"--workdir={tmp_path / 'w'}", cwd=places, **TWO), 300)
+  (status, _, err), (mine, _, said) = ended(
+    start("main", *own, f"--workdir={tmp_path / 'w'}", cwd=places, **TWO), 300
+  )
   assert status == hosts.LOST and "another process was lost" in err, (status, err[-2000:])
   assert mine == 2 and "prompts.jsonl" in said and "Traceback" not in said, (mine, said[-2000:])
 
 
-@pytest.mark.parametrize("given, environ, words", [
-  (dict(coordinator="10.0.0.1"), {}, "config.hosts.coordinator is '10.0.0.1': give HOST:PORT"),
-  (dict(coordinator="a:99999"), {}, "config.hosts.coordinator is 'a:99999': give HOST:PORT"),
-  (dict(coordinator=":1234"), {}, "config.hosts.coordinator is ':1234': give HOST:PORT"),
-  (dict(coordinator="a:1"), {}, "config.hosts.processes is 0: say how many"),
-  (dict(coordinator="a:1", processes=2), {}, "config.hosts.process is -1: each of the 2 processes has its own number"),
-  (dict(coordinator="a:1", processes=2, process=2), {}, "config.hosts.process is 2: .* from 0 to 1"),
-  (dict(processes=2), {}, "config.hosts.processes is 2, but no address is given"),
-  (dict(process=0), {}, "config.hosts.process is 0, but no address is given"),
-  ({}, {"JAX_COORDINATOR_ADDRESS": "x"}, "environment's JAX_COORDINATOR_ADDRESS is 'x': give HOST:PORT"),
-  (dict(coordinator="a:1"), {"JAX_NUM_PROCESSES": "two"}, "environment's JAX_NUM_PROCESSES is 'two': give a whole"),
-  (dict(coordinator="a:1", processes=2), {"JAX_PROCESS_ID": "5"}, "environment's JAX_PROCESS_ID is 5: each"),
-  (dict(start_timeout=0), {}, "config.hosts.start_timeout is 0: must be at least 1"),
-  (dict(heartbeat_timeout=0), {}, "config.hosts.heartbeat_timeout is 0: must be at least 1"),
-])  # fmt: skip
-def test_settings_are_refused_by_name_before_any_device_is_touched(monkeypatch, given, environ, words):
+@pytest.mark.parametrize(
+  "given, environ, words",
+  [
+    (dict(coordinator="10.0.0.1"), {}, "config.hosts.coordinator is '10.0.0.1': give HOST:PORT"),
+    (dict(coordinator="a:99999"), {}, "config.hosts.coordinator is 'a:99999': give HOST:PORT"),
+    (dict(coordinator=":1234"), {}, "config.hosts.coordinator is ':1234': give HOST:PORT"),
+    (dict(coordinator="a:1"), {}, "config.hosts.processes is 0: say how many"),
+    (
+      dict(coordinator="a:1", processes=2),
+      {},
+      "config.hosts.process is -1: each of the 2 processes has its own number",
+    ),
+    (
+      dict(coordinator="a:1", processes=2, process=2),
+      {},
+      "config.hosts.process is 2: .* from 0 to 1",
+    ),
+    (dict(processes=2), {}, "config.hosts.processes is 2, but no address is given"),
+    (dict(process=0), {}, "config.hosts.process is 0, but no address is given"),
+    (
+      {},
+      {"JAX_COORDINATOR_ADDRESS": "x"},
+      "environment's JAX_COORDINATOR_ADDRESS is 'x': give HOST:PORT",
+    ),
+    (
+      dict(coordinator="a:1"),
+      {"JAX_NUM_PROCESSES": "two"},
+      "environment's JAX_NUM_PROCESSES is 'two': give a whole",
+    ),
+    (
+      dict(coordinator="a:1", processes=2),
+      {"JAX_PROCESS_ID": "5"},
+      "environment's JAX_PROCESS_ID is 5: each",
+    ),
+    (dict(start_timeout=0), {}, "config.hosts.start_timeout is 0: must be at least 1"),
+    (dict(heartbeat_timeout=0), {}, "config.hosts.heartbeat_timeout is 0: must be at least 1"),
+  ],
+)
+def test_settings_are_refused_by_name_before_any_device_is_touched(
+  monkeypatch, given, environ, words
+):
   config = default.get_config()
   config.hosts.update(given)
   for name, value in environ.items():
@@ -389,7 +560,9 @@ def test_settings_win_over_the_environment(monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_virtual_devices_have_threads_to_spare():
-  """With as many threads as devices, two collectives under way at once can take them all and wait for ever."""
+  """With as many threads as devices, two collectives under way at once can take them all and
+  wait for ever.
+  """
   code = """
 import os, jax
 from r2m_jax import main
@@ -400,7 +573,9 @@ print(sum("XLAEigen" in name for name in names))
 """
   flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
   env = {name: value for name, value in os.environ.items() if name != "PJRT_NPROC"} | flags
-  done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
+  )
   assert int(done.stdout) == 32
 
 
@@ -415,5 +590,7 @@ def test_one_process_starts_nothing():
     "print('alone')"
   )
   env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
-  result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT)
+  result = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=ROOT
+  )
   assert result.stdout == "alone\n", result.stderr

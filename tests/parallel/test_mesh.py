@@ -1,7 +1,8 @@
-"""One device against eight, and accumulated gradients against whole ones: the same tokens, losses, gradients, updates.
+"""One device against eight, and accumulated gradients against whole ones: the same tokens, losses,
+gradients, updates.
 
-  ./launch/test.sh tests/parallel/test_mesh.py           the settings of COVER
-  ./launch/test.sh -m long tests/parallel/test_mesh.py   all 90: every mesh of eight; 1, 2, 4 micro-batches, minibatches
+./launch/test.sh tests/parallel/test_mesh.py           the settings of COVER
+./launch/test.sh -m long tests/parallel/test_mesh.py   all 90: every mesh of eight; 1, 2, 4 micro-batches, minibatches
 """
 
 import dataclasses
@@ -23,18 +24,35 @@ from r2m_jax.step import make_learn, make_rollout
 
 RTOL, ZERO = 1e-5, 1e-6
 COUNTS = (1, 2, 4)
-SHAPES = [(data, fsdp, 8 // (data * fsdp)) for data in (1, 2, 4, 8) for fsdp in (1, 2, 4, 8) if 8 % (data * fsdp) == 0]
+SHAPES = [
+  (data, fsdp, 8 // (data * fsdp))
+  for data in (1, 2, 4, 8)
+  for fsdp in (1, 2, 4, 8)
+  if 8 % (data * fsdp) == 0
+]
 # (mesh, micro-batches of a minibatch, minibatches of an epoch)
 ALL = list(itertools.product(SHAPES, COUNTS, COUNTS))
 COVER = [
-  ((1, 1, 8), 1, 2), ((1, 2, 4), 1, 4), ((1, 4, 2), 4, 2), ((1, 8, 1), 2, 4), ((2, 1, 4), 2, 2), ((2, 2, 2), 2, 1),
-  ((2, 4, 1), 1, 4), ((4, 1, 2), 1, 1), ((4, 2, 1), 2, 2), ((8, 1, 1), 4, 1), ((1, 4, 2), 2, 1), ((4, 1, 2), 4, 4),
-]  # fmt: skip
+  ((1, 1, 8), 1, 2),
+  ((1, 2, 4), 1, 4),
+  ((1, 4, 2), 4, 2),
+  ((1, 8, 1), 2, 4),
+  ((2, 1, 4), 2, 2),
+  ((2, 2, 2), 2, 1),
+  ((2, 4, 1), 1, 4),
+  ((4, 1, 2), 1, 1),
+  ((4, 2, 1), 2, 2),
+  ((8, 1, 1), 4, 1),
+  ((1, 4, 2), 2, 1),
+  ((4, 1, 2), 4, 4),
+]
 needs_eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 
 
 def recorded(lr: float, updates: int) -> optax.GradientTransformation:
-  """Plain descent that keeps every gradient it is given: state {"grads": [updates, ...] each, "count"}."""
+  """Plain descent that keeps every gradient it is given: state {"grads": [updates, ...] each,
+  "count"}.
+  """
 
   def init(params):
     grads = jax.tree.map(lambda p: jnp.zeros((updates, *p.shape), p.dtype), params)
@@ -49,7 +67,12 @@ def recorded(lr: float, updates: int) -> optax.GradientTransformation:
 
 
 def config(accumulation, minibatches, **changes):
-  changes = dict(rollout__prompts=32, rollout__max_new_tokens=4, logits_chunk=64, policy__arch__num_layers=1) | changes
+  changes = (
+    dict(
+      rollout__prompts=32, rollout__max_new_tokens=4, logits_chunk=64, policy__arch__num_layers=1
+    )
+    | changes
+  )
   return small.config(ppo__accumulation=accumulation, ppo__minibatches=minibatches, **changes)
 
 
@@ -66,7 +89,9 @@ def start(mesh, minibatches, algorithm="rloo"):
   state = build.initial_state(cfg, built, policy, reward["backbone"], reward["phi"])
   layout = jax.tree.map(lambda x: x.sharding, state.ref)
   step = jax.device_put(jnp.int32(2), state.step.sharding)
-  return built, state.replace(step=step, ref=jax.device_put(small.perturb(state.ref, 3, 0.05), layout))
+  return built, state.replace(
+    step=step, ref=jax.device_put(small.perturb(state.ref, 3, 0.05), layout)
+  )
 
 
 @functools.cache
@@ -89,10 +114,12 @@ def learned(mesh, accumulation, minibatches, algorithm="rloo", **changes):
   sequences = sampled((1, 1, 1))
   after, out = learn(state, sequences, sequences.tokens, sequences.token_mask)
   found = {
-    "policy": after.policy_opt["grads"], "reward": after.reward_opt["grads"], "scores": out.judged.scores,
+    "policy": after.policy_opt["grads"],
+    "reward": after.reward_opt["grads"],
+    "scores": out.judged.scores,
     "reward update": jax.tree.map(jnp.subtract, after.reward_head, state.reward_head),
     "critic": None if after.critic_opt is None else after.critic_opt["grads"],
-  }  # fmt: skip
+  }
   leaves, _ = jax.tree_util.tree_flatten_with_path(found)
   found = {sharding.path_name(path): np.asarray(x, np.float64) for path, x in leaves}
   return found | {f"metric {name}": np.asarray(x, np.float64) for name, x in out.metrics.items()}
@@ -119,7 +146,10 @@ def test_the_cover_covers():
   assert {mesh for mesh, *_ in COVER} == set(SHAPES)
   assert {setting[1:] for setting in COVER} == set(itertools.product(COUNTS, COUNTS))
   for axis, which in itertools.product(range(3), (1, 2)):
-    pairs = lambda settings: {(setting[0][axis] > 1, setting[which]) for setting in settings}
+
+    def pairs(settings):
+      return {(setting[0][axis] > 1, setting[which]) for setting in settings}
+
     assert pairs(COVER) == pairs(ALL)
 
 
@@ -158,10 +188,16 @@ def test_accumulated_gradients_equal_whole_ones(accumulation, minibatches):
 
 
 def test_accumulation_with_a_critic_and_other_denominators():
-  """Responses of unequal length of which some do not count: a mean of micro-batches' means would differ."""
+  """Responses of unequal length of which some do not count: a mean of micro-batches' means would
+  differ.
+  """
   changes = dict(ppo__aggregation="token_mean", ppo__ratio="sequence", shaping__mask_truncated=True)
   sequences = sampled((1, 1, 1))
-  assert not sequences.has_eos.all() and sequences.has_eos.any() and np.ptp(sequences.response_mask.sum(1)) > 0
+  assert (
+    not sequences.has_eos.all()
+    and sequences.has_eos.any()
+    and np.ptp(sequences.response_mask.sum(1)) > 0
+  )
   whole = learned((1, 1, 1), 1, 2, "ppo", **changes)
   assert any(name.startswith("critic/") for name in whole)
   # advantages are whitened: their mean, in the loss, is a sum of terms near 1 that cancel

@@ -1,4 +1,6 @@
-"""Rows in parts and minibatches: against NumPy's own indexing, and none of it moves a row to another device."""
+"""Rows in parts and minibatches: against NumPy's own indexing, and none of it moves a row to
+another device.
+"""
 
 import re
 
@@ -10,7 +12,15 @@ from jax.sharding import NamedSharding
 
 from r2m_jax.algorithm import optim
 from r2m_jax.ops import AGGREGATIONS, aggregate
-from r2m_jax.parallel.rows import deal_orders, dealt, map_rows, neighbours, put_rows, scan_rows, take_rows
+from r2m_jax.parallel.rows import (
+  deal_orders,
+  dealt,
+  map_rows,
+  neighbours,
+  put_rows,
+  scan_rows,
+  take_rows,
+)
 from r2m_jax.parallel.sharding import BATCH, lay_rows, make_mesh, on_mesh
 
 X = np.random.default_rng(0).standard_normal((32, 3, 4)).astype(np.float32)
@@ -18,7 +28,9 @@ MOVES = r" (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)\
 
 
 def test_a_part_has_neighbouring_rows():
-  see = lambda seen, part, tree: (seen.at[tree["i"][0]].set(part), {"x": part, "empty": part[:, :0]})
+  def see(seen, part, tree):
+    return (seen.at[tree["i"][0]].set(part), {"x": part, "empty": part[:, :0]})
+
   seen, out = scan_rows(see, jnp.zeros((4, 8, 3, 4)), 4, X, {"i": np.arange(32) // 8})
   np.testing.assert_array_equal(seen, X.reshape(4, 8, 3, 4))
   np.testing.assert_array_equal(out["x"], X)
@@ -54,7 +66,9 @@ def test_minibatches_take_every_row_once_and_one_of_every_run(minibatches):
 
 
 def test_deals_are_uniform():
-  """Of a run of four rows each goes to each minibatch a quarter of the time, within five standard errors."""
+  """Of a run of four rows each goes to each minibatch a quarter of the time, within five
+  standard errors.
+  """
   orders = jax.vmap(lambda key: deal_orders(key, 64, 4))(jax.random.split(jax.random.key(1), 100))
   share = np.asarray(jax.nn.one_hot(orders, 4).mean((0, 2)))  # [minibatch, place in the run]
   assert np.abs(share - 0.25).max() < 5 * np.sqrt(0.25 * 0.75 / 1600)
@@ -82,21 +96,39 @@ def test_no_row_leaves_its_device():
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 1), (2, 2, 2)])
-@pytest.mark.parametrize("group, minibatches, parts", [
-  (8, 1, 1), (8, 1, 4), (8, 1, 8), (8, 2, 2), (8, 8, 1), (8, 16, 1), (6, 1, 2), (6, 4, 1), (1, 1, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "group, minibatches, parts",
+  [
+    (8, 1, 1),
+    (8, 1, 4),
+    (8, 1, 8),
+    (8, 2, 2),
+    (8, 8, 1),
+    (8, 16, 1),
+    (6, 1, 2),
+    (6, 4, 1),
+    (1, 1, 1),
+  ],
+)
 def test_neighbours_with_one_prompt(shape, group, minibatches, parts):
-  """48 rows in runs of one prompt, dealt out to minibatches and taken in parts: those said to have one prompt do."""
+  """48 rows in runs of one prompt, dealt out to minibatches and taken in parts: those said to
+  have one prompt do.
+  """
   if jax.device_count() < np.prod(shape):
     pytest.skip("needs more devices")
-  prompts, order = np.repeat(np.arange(48 // group), group), deal_orders(jax.random.key(0), 48, minibatches)[0]
+  prompts, order = (
+    np.repeat(np.arange(48 // group), group),
+    deal_orders(jax.random.key(0), 48, minibatches)[0],
+  )
   left = []
 
   def see(part):
     left.append(neighbours(dealt(group, minibatches), len(part)))
     return part.reshape(-1, left[0]).repeat(left[0], 0)
 
-  find = lambda x: (taken := take_rows(x, order, minibatches), map_rows(see, parts, taken))
+  def find(x):
+    return (taken := take_rows(x, order, minibatches), map_rows(see, parts, taken))
+
   taken, found = jax.jit(on_mesh(make_mesh(shape), find))(prompts)
   shards = shape[0] * shape[1]
   assert left[0] == np.gcd(dealt(group, minibatches), 48 // (minibatches * parts * shards))
@@ -108,7 +140,10 @@ def test_neighbours_with_one_prompt(shape, group, minibatches, parts):
 def test_micro_batches_give_the_gradient_of_the_whole(how, parts):
   """Rows of very unequal length, so that a mean of means would be something else."""
   rng = np.random.default_rng(1)
-  rows = {"x": rng.standard_normal((8, 5, 3)), "mask": np.arange(5) < np.array([5, 1, 3, 0, 2, 5, 4, 1])[:, None]}
+  rows = {
+    "x": rng.standard_normal((8, 5, 3)),
+    "mask": np.arange(5) < np.array([5, 1, 3, 0, 2, 5, 4, 1])[:, None],
+  }
   rows = jax.tree.map(lambda x: jnp.asarray(x, jnp.bool_ if x.dtype == bool else jnp.float32), rows)
   w = jnp.asarray(rng.standard_normal(3), jnp.float32)
 
@@ -127,7 +162,10 @@ def test_micro_batches_give_the_gradient_of_the_whole(how, parts):
 def test_gradients_of_bfloat16_parameters_add_up_in_float32():
   """256 micro-batches of gradient 1/256 each: bfloat16 stops adding at 1/2 or so."""
   rows = jnp.ones((256, 1), jnp.bfloat16)
-  loss = lambda w, rows: ((rows @ w).sum() / 256, rows)
+
+  def loss(w, rows):
+    return ((rows @ w).sum() / 256, rows)
+
   _, _, grads = optim.gradient(loss, jnp.ones((1,), jnp.bfloat16), rows, parts=256)
   assert grads.dtype == jnp.float32
   np.testing.assert_allclose(grads, 1.0, rtol=1e-6)

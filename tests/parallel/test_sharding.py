@@ -8,40 +8,74 @@ import numpy as np
 import pytest
 import small
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.reward import RewardHead
-from r2m_jax.parallel.sharding import LARGE, lay_rows, make_mesh, mesh_shape, on_mesh, path_name, shardings, spec_for
+from r2m_jax.parallel.sharding import (
+  LARGE,
+  lay_rows,
+  make_mesh,
+  mesh_shape,
+  on_mesh,
+  path_name,
+  shardings,
+  spec_for,
+)
 
 needs_eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 
 
-@pytest.mark.parametrize("sizes, devices, shape", [
-  ((1, 1, 1), 1, (1, 1, 1)), ((-1, 1, 1), 8, (8, 1, 1)), ((2, -1, 2), 8, (2, 2, 2)), ((4, 2, -1), 8, (4, 2, 1)),
-  ((1, 1, 1), 8, (1, 1, 1)), ((2, 1, 3), 8, (2, 1, 3)), ((2, 2, 2), 8, (2, 2, 2)), ((-1, 8, 1), 8, (1, 8, 1)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "sizes, devices, shape",
+  [
+    ((1, 1, 1), 1, (1, 1, 1)),
+    ((-1, 1, 1), 8, (8, 1, 1)),
+    ((2, -1, 2), 8, (2, 2, 2)),
+    ((4, 2, -1), 8, (4, 2, 1)),
+    ((1, 1, 1), 8, (1, 1, 1)),
+    ((2, 1, 3), 8, (2, 1, 3)),
+    ((2, 2, 2), 8, (2, 2, 2)),
+    ((-1, 8, 1), 8, (1, 8, 1)),
+  ],
+)
 def test_mesh_shape(sizes, devices, shape):
   assert mesh_shape(sizes, devices) == shape
 
 
-@pytest.mark.parametrize("sizes, devices, words", [
-  ((-1, 3, 1), 8, "does not fit 8 device"), ((16, 1, 1), 8, "does not fit 8 device"), ((4, 4, 1), 8, "does not fit 8"),
-  ((-1, 16, 1), 8, "does not fit 8"), ((-1, -1, 1), 8, "at most one of them -1"), ((0, 1, 1), 8, "three sizes"),
-  ((-2, 1, 1), 8, "three sizes"), ((8, 1), 8, "three sizes"), ((2, 2, 2, 1), 8, "three sizes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "sizes, devices, words",
+  [
+    ((-1, 3, 1), 8, "does not fit 8 device"),
+    ((16, 1, 1), 8, "does not fit 8 device"),
+    ((4, 4, 1), 8, "does not fit 8"),
+    ((-1, 16, 1), 8, "does not fit 8"),
+    ((-1, -1, 1), 8, "at most one of them -1"),
+    ((0, 1, 1), 8, "three sizes"),
+    ((-2, 1, 1), 8, "three sizes"),
+    ((8, 1), 8, "three sizes"),
+    ((2, 2, 2, 1), 8, "three sizes"),
+  ],
+)
 def test_mesh_shape_refuses(sizes, devices, words):
   with pytest.raises(ValueError, match=words) as refusal:
     mesh_shape(sizes, devices)
-  assert f"config.mesh is {sizes}" in str(refusal.value) and "such as (-1, 1, 1)" in str(refusal.value)
+  assert f"config.mesh is {sizes}" in str(refusal.value) and "such as (-1, 1, 1)" in str(
+    refusal.value
+  )
 
 
 @needs_eight
 def test_make_mesh_takes_the_first_devices_that_it_needs():
   mesh = make_mesh((2, 1, 2))
-  assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 2} and mesh.axis_names == ("data", "fsdp", "tensor")
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 2} and mesh.axis_names == (
+    "data",
+    "fsdp",
+    "tensor",
+  )
   assert set(mesh.devices.flat) == set(jax.devices()[:4])
   assert make_mesh((-1, 2, 1)).shape["data"] == jax.device_count() // 2
 
@@ -95,9 +129,17 @@ def specs(tree, mesh):
 def test_every_parameter_has_the_layout_of_the_table():
   """With every optional part switched on; a new parameter has to be added here."""
   arch = ArchConfig(
-    vocab_size=32, hidden_size=16, num_layers=3, num_heads=4, num_kv_heads=2, norm="layer", qk_norm=True, qkv_bias=True,
-    out_bias=True, mlp_bias=True,
-  )  # fmt: skip
+    vocab_size=32,
+    hidden_size=16,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    norm="layer",
+    qk_norm=True,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+  )
   mesh = make_mesh((2, 2, 2))
   assert specs(transformer.abstract(arch)[1], mesh) == EXPECTED
   head = nnx.eval_shape(lambda: nnx.state(RewardHead(16, 16, 8, rngs=nnx.Rngs(0))))
@@ -121,24 +163,34 @@ def test_an_axis_that_does_not_divide_is_left_whole():
 @needs_eight
 def test_a_large_parameter_that_no_rule_matches_is_refused_with_path_and_shape():
   mesh = make_mesh((2, 2, 2))
-  tree = {"layers": {"experts": {"router": jax.ShapeDtypeStruct((1024, LARGE // 1024), jnp.float32)}}}
-  with pytest.raises(ValueError, match=r"layers/experts/router of shape \(1024, 1024\).*sharding.RULES"):
+  tree = {
+    "layers": {"experts": {"router": jax.ShapeDtypeStruct((1024, LARGE // 1024), jnp.float32)}}
+  }
+  with pytest.raises(
+    ValueError, match=r"layers/experts/router of shape \(1024, 1024\).*sharding.RULES"
+  ):
     shardings(tree, mesh)
   assert spec_for("layers/experts/router", (1024, 1023), mesh) == WHOLE
-  assert spec_for("layers/experts/router", (1024, 1024), make_mesh((1, 1, 1))) == WHOLE  # nothing to split over
+  assert (
+    spec_for("layers/experts/router", (1024, 1024), make_mesh((1, 1, 1))) == WHOLE
+  )  # nothing to split over
 
 
 def test_path_name_leaves_out_nnx_wrapping():
   paths = []
   state = nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
-  jax.tree_util.tree_map_with_path(lambda path, x: paths.append(path_name(path)), {"a": [state, 0.0]})
+  jax.tree_util.tree_map_with_path(
+    lambda path, x: paths.append(path_name(path)), {"a": [state, 0.0]}
+  )
   assert sorted(paths) == ["a/0/bias", "a/0/kernel", "a/1"]
 
 
 @needs_eight
 def test_lay_rows_splits_rows_over_data_and_fsdp():
   mesh = make_mesh((2, 2, 2))
-  out = jax.jit(on_mesh(mesh, lay_rows))(jax.device_put(jnp.zeros((8, 3)), NamedSharding(mesh, P())))
+  out = jax.jit(on_mesh(mesh, lay_rows))(
+    jax.device_put(jnp.zeros((8, 3)), NamedSharding(mesh, P()))
+  )
   assert {shard.data.shape for shard in out.addressable_shards} == {(2, 3)}
   assert len({str(shard.index) for shard in out.addressable_shards}) == 4  # tensor holds copies
 
@@ -147,26 +199,40 @@ def shapes_in(text):
   """Dimensions of every array that a compiled program makes, with the line that does."""
   for line in text.split("\n"):
     if found := re.match(r"\s*(ROOT )?%?[\w.-]+ = (\(?.*?) [\w-]+\(", line):
-      yield from ((tuple(map(int, dims.split(","))), line) for dims in re.findall(r"\[([\d,]+)\]", found[2]))
+      yield from (
+        (tuple(map(int, dims.split(","))), line) for dims in re.findall(r"\[([\d,]+)\]", found[2])
+      )
 
 
 @needs_eight
 def test_the_compiled_step_keeps_caches_states_and_weights_split():
-  """On 2 x 2 x 2 devices a device holds a quarter of the rows and half of the heads, and gathers a layer at a time.
+  """On 2 x 2 x 2 devices a device holds a quarter of the rows and half of the heads, and gathers a
+  layer at a time.
 
-  Numbers are chosen so that a shape tells what an array is: N 3 layers, D 48, Dh 12, L 3 + 10 tokens, F 80.
+  Numbers are chosen so that a shape tells what an array is: N 3 layers, D 48, Dh 12, L 3 + 10
+  tokens, F 80.
   """
   N, D, F, DIM, T, KV, V = 3, 48, 80, 12, 10, 2, goldtask.VOCAB_SIZE
   cfg = small.config(
-    remat="full", rollout__max_new_tokens=T, ppo__accumulation=2, logits_chunk=V * T // 4, policy__arch__num_layers=N,
-    policy__arch__hidden_size=D, policy__arch__intermediate_size=F, policy__arch__num_heads=4, r2m__attention_dim=40,
-  )  # fmt: skip
+    remat="full",
+    rollout__max_new_tokens=T,
+    ppo__accumulation=2,
+    logits_chunk=V * T // 4,
+    policy__arch__num_layers=N,
+    policy__arch__hidden_size=D,
+    policy__arch__intermediate_size=F,
+    policy__arch__num_heads=4,
+    r2m__attention_dim=40,
+  )
   built, state = small.start(cfg, (2, 2, 2))
   prompts = small.prompts(cfg, 0)
   L, rows = prompts.tokens.shape[1] + T, cfg.rollout.prompts * cfg.rollout.group_size
   text = small.step_of(cfg, built, state).lower(state, prompts).compile().as_text()
   shapes = list(shapes_in(text))
-  caches = {(rows // 4, KV // 2, T, DIM), (cfg.rollout.prompts // 4, KV // 2, L - T, DIM)}  # of responses, of prompts
+  caches = {
+    (rows // 4, KV // 2, T, DIM),
+    (cfg.rollout.prompts // 4, KV // 2, L - T, DIM),
+  }  # of responses, of prompts
   assert caches | {(rows // 4, L, D), (V // 2, D // 2)} <= {shape for shape, _ in shapes}
   for shape, line in shapes:
     others = int(np.prod(shape)) // (L * D)
@@ -174,12 +240,21 @@ def test_the_compiled_step_keeps_caches_states_and_weights_split():
       assert others <= (N if shape[0] == N else 1) * rows // 4, line
     if shape[-2:] in {(L, DIM), (T, DIM)}:  # queries, keys, values, and the cache of responses
       assert int(np.prod(shape[:-2])) <= max(N * rows // 4 * KV // 2, rows // 4 * 4 // 2), line
-    if shape[-2:] == (L - T, DIM):  # the same of prompts, by which no row has keys and values of its own
+    if shape[-2:] == (
+      L - T,
+      DIM,
+    ):  # the same of prompts, by which no row has keys and values of its own
       assert int(np.prod(shape[:-2])) <= cfg.rollout.prompts // 4 * max(N * KV // 2, 4 // 2), line
-    if {D, F} <= set(shape):  # a whole layer may exist, split over tensor alone; all layers of it may not
+    if {D, F} <= set(
+      shape
+    ):  # a whole layer may exist, split over tensor alone; all layers of it may not
       assert False, line
     if {D, F // 2} <= set(shape):
       assert int(np.prod(shape)) <= D * F // 2, line
   gathers = [(shape, line) for shape, line in shapes if " all-gather(" in line]
   assert any({D, F // 2} == set(shape) for shape, _ in gathers)
-  assert not [line for shape, line in gathers if shape[0] == N or (len(shape) == 3 and shape[-1] in (D, F, F // 2))]
+  assert not [
+    line
+    for shape, line in gathers
+    if shape[0] == N or (len(shape) == 3 and shape[-1] in (D, F, F // 2))
+  ]

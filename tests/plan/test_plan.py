@@ -1,4 +1,6 @@
-"""The planner: counts against the program's own products, collectives against loops written out, plans end to end."""
+"""The planner: counts against the program's own products, collectives against loops written out,
+plans end to end.
+"""
 
 import json
 import math
@@ -13,13 +15,15 @@ import numpy as np
 import pytest
 import small
 from jax.extend import core
-from jax.sharding import NamedSharding, PartitionSpec as P
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from benchmarks import workload
 from configs import tldr_pythia_2_8b, ultrafeedback_llama3_8b, ultrafeedback_qwen2_5_3b
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.parallel import sharding
-from r2m_jax.plan import hlo, memory, plan as planning, programs, report
+from r2m_jax.plan import hlo, memory, programs, report
+from r2m_jax.plan import plan as planning
 from r2m_jax.plan.chips import GIB, GPUS, TPUS, parse_topology, slices_of
 from r2m_jax.plan.sizes import ARCHS, sizes_of
 from r2m_jax.plan.work import ROLLOUT, Layout, phases_of
@@ -27,14 +31,20 @@ from r2m_jax.run import build
 from r2m_jax.step import make_learn, make_rollout
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAPER = {"qwen": ultrafeedback_qwen2_5_3b, "llama": ultrafeedback_llama3_8b, "pythia": tldr_pythia_2_8b}
+PAPER = {
+  "qwen": ultrafeedback_qwen2_5_3b,
+  "llama": ultrafeedback_llama3_8b,
+  "pythia": tldr_pythia_2_8b,
+}
 
 
 # ---- FLOPs ----
 
 
 def products(jaxpr, while_trips: int) -> float:
-  """FLOPs of every matrix product in a jaxpr: a scan's body as often as it is long, a while's `while_trips` times."""
+  """FLOPs of every matrix product in a jaxpr: a scan's body as often as it is long, a while's
+  `while_trips` times.
+  """
   total = 0.0
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
@@ -65,20 +75,41 @@ def counted_and_real(config) -> dict[str, tuple[float, float]]:
   state = programs.abstract_state(config, built)
   prompts, judged = programs.arguments(config, sizes, built)
   rollout = jax.make_jaxpr(make_rollout(built.defs, config, mesh, (1,), 0))(state, prompts)
-  learn = jax.make_jaxpr(make_learn(built.defs, config, mesh, same_tokens=sizes.same_tokens))(state, *judged)
+  learn = jax.make_jaxpr(make_learn(built.defs, config, mesh, same_tokens=sizes.same_tokens))(
+    state, *judged
+  )
   phases = phases_of(config, sizes, Layout(1, 1, 1), "cpu")
-  count = lambda inside: sum(phase.flops for phase in phases if (phase.name in ROLLOUT) == inside)
+
+  def count(inside):
+    return sum(phase.flops for phase in phases if (phase.name in ROLLOUT) == inside)
+
   trips = config.rollout.max_new_tokens - 1
-  return {"rollout": (count(True), products(rollout.jaxpr, trips)), "learn": (count(False), products(learn.jaxpr, 1))}
+  return {
+    "rollout": (count(True), products(rollout.jaxpr, trips)),
+    "learn": (count(False), products(learn.jaxpr, 1)),
+  }
 
 
-@pytest.mark.parametrize("changes", [
-  {}, dict(rollout__group_size=8, ppo__minibatches=2), dict(variant="vanilla"), dict(remat="full"), dict(remat="dots"),
-  dict(ppo__accumulation=2, rollout__waves=2),
-  dict(remat="full", logits_chunk=64), dict(kl__estimator="k2"), dict(kl__estimator="k2", logits_chunk=64),
-  dict(variant="own_states", r2m__num_heads=2), dict(algorithm="remax"), dict(algorithm="ppo"),
-  dict(policy__arch__gated_mlp=False, policy__arch__num_kv_heads=1), dict(ppo__minibatches=2, ppo__epochs=3),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {},
+    dict(rollout__group_size=8, ppo__minibatches=2),
+    dict(variant="vanilla"),
+    dict(remat="full"),
+    dict(remat="dots"),
+    dict(ppo__accumulation=2, rollout__waves=2),
+    dict(remat="full", logits_chunk=64),
+    dict(kl__estimator="k2"),
+    dict(kl__estimator="k2", logits_chunk=64),
+    dict(variant="own_states", r2m__num_heads=2),
+    dict(algorithm="remax"),
+    dict(algorithm="ppo"),
+    dict(policy__arch__gated_mlp=False, policy__arch__num_kv_heads=1),
+    dict(ppo__minibatches=2, ppo__epochs=3),
+  ],
+  ids=str,
+)
 def test_counted_flops_are_the_programs_products(changes):
   for program, (counted, real) in counted_and_real(small.config(**changes)).items():
     assert counted == pytest.approx(real, rel=0.02), program
@@ -98,10 +129,15 @@ def on_eight(shape, *spec):
 
 
 def test_collectives_by_hand():
-  """An array of 64 x 16 float32 is 4,096 bytes; of eight chips each sends 7/8 of it, twice for a sum."""
+  """An array of 64 x 16 float32 is 4,096 bytes; of eight chips each sends 7/8 of it, twice for a
+  sum.
+  """
   x, mesh = on_eight((64, 16), "fsdp")
   whole = NamedSharding(mesh, P())
-  gather = lambda x: jax.lax.with_sharding_constraint(jnp.sin(x), whole)
+
+  def gather(x):
+    return jax.lax.with_sharding_constraint(jnp.sin(x), whole)
+
   found = collectives(gather, x)
   assert found["all-gather"] == 4096 * 7 / 8 and sum(found.values()) == found["all-gather"]
   total = collectives(lambda x: jax.lax.with_sharding_constraint(x.sum(0), whole), x)
@@ -123,7 +159,9 @@ def test_collectives_in_loops_count_as_often_as_they_run():
     return jax.lax.scan(lambda x, _: (scanned(x), None), x, length=3)[0]
 
   def decoded(x):  # stops early where it may: the limit counts
-    return jax.lax.while_loop(lambda c: (c[0] < 7) & (c[1][0, 0] < 9), lambda c: (c[0] + 1, once(c[1])), (0, x))[1]
+    return jax.lax.while_loop(
+      lambda c: (c[0] < 7) & (c[1][0, 0] < 9), lambda c: (c[0] + 1, once(c[1])), (0, x)
+    )[1]
 
   one = 4096 * 7 / 8
   for f, times in ((once, 1), (scanned, 5), (nested, 15), (decoded, 7)):
@@ -210,8 +248,8 @@ ENTRY %main (x: bf16[1,128,64], q: f32[32,64]) -> f32[8,64] {
 
 
 def test_collectives_as_the_tpu_compiler_writes_them():
-  """Pieces of one channel once, also where one is in a loop; 36 layers; a loop to 4 by twos; a scattered sum by its
-  fusion's name; a start by its larger half."""
+  """Pieces of one channel once, also where one is in a loop; 36 layers; a loop to 4 by twos; a
+  scattered sum by its fusion's name; a start by its larger half."""
   found = hlo.collective_bytes(TPU_HLO)
   assert found["all-gather"] == 36 * 2048 * 64 * 2 * 15 / 16
   assert found["reduce-scatter"] == 32 * 64 * 4 * 3 / 4
@@ -228,7 +266,9 @@ def test_a_loop_whose_length_cannot_be_read_is_an_error():
 
 
 @pytest.mark.parametrize("name", PAPER)
-@pytest.mark.parametrize("words", ["", "rloo", "grpo", "grpo,vanilla", "r2m_untrained", "rloo,noise", "iterative_head"])
+@pytest.mark.parametrize(
+  "words", ["", "rloo", "grpo", "grpo,vanilla", "r2m_untrained", "rloo,noise", "iterative_head"]
+)
 def test_paper_configs_pass(name, words):
   config = PAPER[name].get_config(words)
   check_config(config)
@@ -239,23 +279,40 @@ def test_paper_configs_pass(name, words):
 
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_configs_refuse_unknown_words(name):
-  with pytest.raises(ValueError, match="'gpro' is unknown; use rloo, grpo, or a variant: vanilla, r2m"):
+  with pytest.raises(
+    ValueError, match="'gpro' is unknown; use rloo, grpo, or a variant: vanilla, r2m"
+  ):
     PAPER[name].get_config("gpro")
 
 
 def test_paper_settings():
   """Table of settings, as the paper gives them."""
   rows = {
-    "qwen": (64, 8, 100, 512, 6e-6, 1e-6, 0.7), "llama": (64, 8, 100, 512, 1e-6, 1e-6, 0.6),
+    "qwen": (64, 8, 100, 512, 6e-6, 1e-6, 0.7),
+    "llama": (64, 8, 100, 512, 1e-6, 1e-6, 0.6),
     "pythia": (2048, 4, 122, 50, 3e-6, 5e-7, 0.6),
-  }  # fmt: skip
+  }
   for name, (n, K, steps, length, lr, head_lr, floor) in rows.items():
     c = PAPER[name].get_config()
-    assert (c.rollout.prompts, c.rollout.group_size, c.steps, c.rollout.max_new_tokens) == (n, K, steps, length)
+    assert (c.rollout.prompts, c.rollout.group_size, c.steps, c.rollout.max_new_tokens) == (
+      n,
+      K,
+      steps,
+      length,
+    )
     assert (c.policy.lr, c.r2m.lr, c.r2m.omega_min) == (lr, head_lr, floor)
-    assert (c.rollout.temperature, c.rollout.top_k, c.rollout.top_p, c.ppo.epochs) == (0.7, 0, 1.0, 2)
+    assert (c.rollout.temperature, c.rollout.top_k, c.rollout.top_p, c.ppo.epochs) == (
+      0.7,
+      0,
+      1.0,
+      2,
+    )
     assert (c.r2m.alpha, c.r2m.attention_dim, c.kl.beta, c.ppo.clip_eps) == (0.3, 2048, 0.05, 0.2)
-  assert PAPER["qwen"].get_config().data.max_chosen_length == PAPER["llama"].get_config().data.max_chosen_length == 512
+  assert (
+    PAPER["qwen"].get_config().data.max_chosen_length
+    == PAPER["llama"].get_config().data.max_chosen_length
+    == 512
+  )
 
 
 def parameters(arch) -> int:
@@ -265,23 +322,40 @@ def parameters(arch) -> int:
 
 
 def test_shapes_have_the_published_numbers_of_parameters():
-  published = {"qwen2.5-0.5b": 0.494e9, "qwen2.5-3b": 3.086e9, "llama3-8b": 8.030e9, "llama3.1-8b": 8.030e9,
-               "pythia-2.8b": 2.775e9}  # fmt: skip
+  published = {
+    "qwen2.5-0.5b": 0.494e9,
+    "qwen2.5-3b": 3.086e9,
+    "llama3-8b": 8.030e9,
+    "llama3.1-8b": 8.030e9,
+    "pythia-2.8b": 2.775e9,
+  }
   assert set(published) == set(ARCHS)
   for name, count in published.items():
     assert parameters(ARCHS[name]) == pytest.approx(count, rel=1e-3), name
 
 
-@pytest.mark.parametrize("name, count", [
-  ("v4:2x2x2", 8), ("v5e:4x8", 32), ("v5p:2x2x4", 16), ("v6e:16x16", 256), ("gpu:h100x8", 8), ("cpu:1", 1),
-])
+@pytest.mark.parametrize(
+  "name, count",
+  [
+    ("v4:2x2x2", 8),
+    ("v5e:4x8", 32),
+    ("v5p:2x2x4", 16),
+    ("v6e:16x16", 256),
+    ("gpu:h100x8", 8),
+    ("cpu:1", 1),
+  ],
+)
 def test_topologies(name, count):
   assert parse_topology(name).count == count
 
 
-@pytest.mark.parametrize("name", ["v5e", "v5e:4x4x4", "v7x:2x2", "gpu:b200x8", "gpu:h100", "cpu:0", "v5p:4x4"])
+@pytest.mark.parametrize(
+  "name", ["v5e", "v5e:4x4x4", "v7x:2x2", "gpu:b200x8", "gpu:h100", "cpu:0", "v5p:4x4"]
+)
 def test_unknown_topologies_are_refused(name):
-  with pytest.raises(ConfigError, match=f"config.plan.topology is '{name}': choose such as v4:2x2x4, .*auto"):
+  with pytest.raises(
+    ConfigError, match=f"config.plan.topology is '{name}': choose such as v4:2x2x4, .*auto"
+  ):
     planning.topology_of(name)
 
 
@@ -298,27 +372,48 @@ def test_state_bytes_are_those_of_the_shards():
   sizes = sizes_of(config)
   built, state = small.start(config, mesh=(1, 4, 2))
   device = jax.devices()[0]
-  held = sum(s.data.nbytes for x in jax.tree.leaves(state) if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
-             for s in x.addressable_shards if s.device == device)  # fmt: skip
+  held = sum(
+    s.data.nbytes
+    for x in jax.tree.leaves(state)
+    if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    for s in x.addressable_shards
+    if s.device == device
+  )
   counted = sum(memory.state_on(memory.state_shapes(config, sizes), Layout(1, 4, 2)).values())
   assert counted == pytest.approx(held, abs=16)  # step, beta and omega
 
 
-@pytest.mark.parametrize("changes", [
-  dict(ppo__accumulation=2), dict(rollout__waves=2), dict(remat="full"), dict(remat="dots"),
-  dict(param_dtype="bfloat16"),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+  "changes",
+  [
+    dict(ppo__accumulation=2),
+    dict(rollout__waves=2),
+    dict(remat="full"),
+    dict(remat="dots"),
+    dict(param_dtype="bfloat16"),
+  ],
+  ids=str,
+)
 def test_knobs_save_memory(changes):
   config = small.config(remat="none", logits_chunk=0)
   sizes = sizes_of(config)
-  peak = lambda config: {
-    p: report.total(kinds) for p, kinds in
-    memory.estimate(config, sizes, memory.state_shapes(config, sizes), Layout(1, 1, 1), "cpu").items()
-  }  # fmt: skip
+
+  def peak(config):
+    return {
+      p: report.total(kinds)
+      for p, kinds in memory.estimate(
+        config, sizes, memory.state_shapes(config, sizes), Layout(1, 1, 1), "cpu"
+      ).items()
+    }
+
   before = peak(config)
-  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+  config.update_from_flattened_dict(
+    {name.replace("__", "."): value for name, value in changes.items()}
+  )
   after = peak(config)
-  assert min(after[p] - before[p] for p in before) < 0 and max(after[p] - before[p] for p in before) <= 0
+  assert (
+    min(after[p] - before[p] for p in before) < 0 and max(after[p] - before[p] for p in before) <= 0
+  )
 
 
 # ---- whole plans, by the command line ----
@@ -326,8 +421,15 @@ def test_knobs_save_memory(changes):
 
 def plan(tmp_path, config: str, *settings: str):
   """(finished process, plan.json or None) of task=plan, with a cache of its own."""
-  command = [sys.executable, "-m", "r2m_jax.main", f"--config={config}", f"--workdir={tmp_path / 'run'}",
-             "--config.task=plan", *(f"--config.{setting}" for setting in settings)]  # fmt: skip
+  command = [
+    sys.executable,
+    "-m",
+    "r2m_jax.main",
+    f"--config={config}",
+    f"--workdir={tmp_path / 'run'}",
+    "--config.task=plan",
+    *(f"--config.{setting}" for setting in settings),
+  ]
   env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XLA_FLAGS": ""}
   env.pop("JAX_PLATFORMS", None)  # the planner sets what it needs
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, check=False)
@@ -338,12 +440,20 @@ def plan(tmp_path, config: str, *settings: str):
 QWEN = "configs/ultrafeedback_qwen2_5_3b.py"
 
 
-@pytest.mark.parametrize("size, variant, remat, measured", [
-  ("0.5b", "vanilla", "dots", 17.7), ("0.5b", "r2m", "dots", 18.0), ("3b", "vanilla", "dots", 71.6),
-  ("0.5b", "vanilla", "none", 42.3), ("0.5b", "r2m", "none", 42.6),  # before micro-batches shared prompts
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "size, variant, remat, measured",
+  [
+    ("0.5b", "vanilla", "dots", 17.7),
+    ("0.5b", "r2m", "dots", 18.0),
+    ("3b", "vanilla", "dots", 71.6),
+    ("0.5b", "vanilla", "none", 42.3),
+    ("0.5b", "r2m", "none", 42.6),  # before micro-batches shared prompts
+  ],
+)
 def test_memory_counted_for_a_gpu_against_a_real_one(size, variant, remat, measured):
-  """GiB at the peak of three steps on an H200, those of `python -m benchmarks.gpu --size=0.5b`; within 15%."""
+  """GiB at the peak of three steps on an H200, those of `python -m benchmarks.gpu --size=0.5b`;
+  within 15%.
+  """
   config = workload.get_config(size, variant, [f"remat={remat}"])
   sizes = workload.sizes_of(config, workload.POLICIES[size], workload.REWARDS[size])
   shapes, topology = memory.state_shapes(config, sizes), parse_topology("gpu:h200x1")
@@ -373,7 +483,9 @@ def test_smallest_slices_by_the_count(tmp_path):
     smaller = [t for t in slices_of(here.chip) if t.count < here.count]
     for topology in smaller:
       found = planning.layouts(config, sizes, topology.count)
-      least = min(planning.counted_peak(config, sizes, shapes, layout, topology) for layout in found)
+      least = min(
+        planning.counted_peak(config, sizes, shapes, layout, topology) for layout in found
+      )
       assert least > here.chip.memory
 
 
@@ -408,11 +520,22 @@ def test_no_tpu_compiler_is_told_in_one_line(monkeypatch):
     programs.devices_of(parse_topology("v5e:2x2"))
 
 
-@pytest.mark.parametrize("message, temporaries", [
-  ("RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (34.26G) exceeds "
-   "available HBM (15.75G).", 34.26),
-  ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded by 4.75G.", 17.5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "message, temporaries",
+  [
+    (
+      "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries "
+      "(34.26G) exceeds "
+      "available HBM (15.75G).",
+      34.26,
+    ),
+    (
+      "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. "
+      "Exceeded by 4.75G.",
+      17.5,
+    ),
+  ],
+)
 def test_what_a_refusal_says(message, temporaries):
   assert programs.refused_temporaries(message, 3 * GIB) == pytest.approx(temporaries * GIB)
 
@@ -440,7 +563,9 @@ for name, shape in (("v6e:4x4", (1, 8, 2)), ("v5p:2x2x4", (2, 4, 2)), ("v5e:4x8"
 def test_a_mesh_may_take_a_part_of_an_axis_of_the_torus():
   own = {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
   env = os.environ | own | {"PYTHONPATH": str(ROOT)}
-  done = subprocess.run([sys.executable, "-c", MESHES], env=env, capture_output=True, text=True, check=False)
+  done = subprocess.run(
+    [sys.executable, "-c", MESHES], env=env, capture_output=True, text=True, check=False
+  )
   assert done.returncode == 0, done.stderr[-2000:]
 
 
@@ -449,10 +574,20 @@ def test_a_mesh_may_take_a_part_of_an_axis_of_the_torus():
 def test_tpu_plan_of_full_widths(tmp_path, topology):
   """Two layers of the 3B policy and of the 8B reward model, by the real compiler."""
   done, plans = plan(
-    tmp_path, QWEN, f"plan.topology={topology}", "plan.layers=2", "plan.compare=", "rollout.prompts=8",
-    "rollout.group_size=2", "rollout.max_new_tokens=64", "plan.prompt_length=64", "ppo.accumulation=1",
-    "ppo.epochs=1", "logits_chunk=0", "mesh=(1, 4, 1)",
-  )  # fmt: skip
+    tmp_path,
+    QWEN,
+    f"plan.topology={topology}",
+    "plan.layers=2",
+    "plan.compare=",
+    "rollout.prompts=8",
+    "rollout.group_size=2",
+    "rollout.max_new_tokens=64",
+    "plan.prompt_length=64",
+    "ppo.accumulation=1",
+    "ppo.epochs=1",
+    "logits_chunk=0",
+    "mesh=(1, 4, 1)",
+  )
   assert done.returncode == 0, done.stdout + done.stderr
   found = plans[0]
   assert found["compiled"] and found["fits"] and np.prod(found["mesh"]) == 4

@@ -1,4 +1,6 @@
-"""metrics.py, summary.py and report.py on synthetic runs. Oracles: hand-worked numbers and NumPy loops."""
+"""metrics.py, summary.py and report.py on synthetic runs. Oracles: hand-worked numbers and NumPy
+loops.
+"""
 
 import io
 import json
@@ -10,7 +12,8 @@ import warnings
 import numpy as np
 import pytest
 
-from r2m_jax.report import page as report_page, summary
+from r2m_jax.report import page as report_page
+from r2m_jax.report import summary
 from r2m_jax.run import files, metrics, progress
 
 
@@ -20,12 +23,17 @@ def rl_rows(arm, gold=None, frozen=None, kl=None, **others):
   columns = {name: values for name, values in columns.items() if values is not None}
   length = len(next(iter(columns.values())))
   head = {"stage": "rl", "arm": arm}
-  return [head | {"step": i, "seconds": float(i)} | {k: float(v[i]) for k, v in columns.items()} for i in range(length)]
+  return [
+    head | {"step": i, "seconds": float(i)} | {k: float(v[i]) for k, v in columns.items()}
+    for i in range(length)
+  ]
 
 
 def rise_and_fall(arm, end=-0.05, steps=120, noise=0.1, seed=0):
   rng = np.random.default_rng(seed)
-  gold = np.interp(np.arange(steps), [0, 30, steps - 1], [0.3, 1.1, end]) + noise * rng.normal(size=steps)
+  gold = np.interp(np.arange(steps), [0, 30, steps - 1], [0.3, 1.1, end]) + noise * rng.normal(
+    size=steps
+  )
   frozen = np.linspace(0.1, 0.85, steps) + 0.02 * rng.normal(size=steps)
   return rl_rows(arm, gold, frozen, np.linspace(0.1, 11, steps), length=np.linspace(8, 5, steps))
 
@@ -41,7 +49,10 @@ def write_rows(workdir, rows):
 def test_rows_are_valid_json_with_nonfinite_values(tmp_path):
   with metrics.Metrics(tmp_path, "rl", "r2m", from_step=0) as log:
     log.log(0, {"kl": np.float32(0.1), "bad": math.nan, "worse": -math.inf, "absent": None})
-  reject = lambda name: pytest.fail(f"{name} is not JSON")
+
+  def reject(name):
+    return pytest.fail(f"{name} is not JSON")
+
   row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=reject)
   assert (row["stage"], row["arm"], row["step"]) == ("rl", "r2m", 0) and row["seconds"] >= 0
   assert (row["bad"], row["worse"]) == ("nan", "-inf") and "absent" not in row
@@ -51,7 +62,10 @@ def test_rows_are_valid_json_with_nonfinite_values(tmp_path):
 
 
 def test_scalars_may_not_take_the_names_of_the_row(tmp_path):
-  with metrics.Metrics(tmp_path, "sft", from_step=0) as log, pytest.raises(ValueError, match="step"):
+  with (
+    metrics.Metrics(tmp_path, "sft", from_step=0) as log,
+    pytest.raises(ValueError, match="step"),
+  ):
     log.log(0, {"step": 3})
 
 
@@ -83,7 +97,9 @@ def test_resuming_drops_only_this_arms_later_rows(tmp_path):
   assert mine[3]["seconds"] >= 2.0  # counts on from the last row kept
   assert len(rows) == 5 + 5 + 3
   metrics.Metrics(tmp_path, "rl", "a", from_step=0).close()  # a fresh start
-  assert not [row for row in metrics.read_metrics(tmp_path) if (row["stage"], row["arm"]) == ("rl", "a")]
+  assert not [
+    row for row in metrics.read_metrics(tmp_path) if (row["stage"], row["arm"]) == ("rl", "a")
+  ]
   assert not list(tmp_path.glob(".*tmp"))
 
 
@@ -115,8 +131,10 @@ def test_tensorboard_gets_the_same_scalars(tmp_path):
 
 def test_a_failing_tensorboard_warns_once_and_training_goes_on(tmp_path, monkeypatch):
   with metrics.Metrics(tmp_path, "rl", from_step=0) as log:
+
     def full(_):
       raise OSError("no space left on device")
+
     monkeypatch.setattr(log._events, "write_event", full)
     with pytest.warns(UserWarning, match="no space left"):
       log.log(0, {"kl": 1})
@@ -127,7 +145,14 @@ def test_a_failing_tensorboard_warns_once_and_training_goes_on(tmp_path, monkeyp
 
 
 def test_samples_of_a_rerun_replace_the_first(tmp_path):
-  row = {"arm": "a", "when": "after", "prompt": "p", "response": "one", "reward": np.float32(1), "gold": math.nan}
+  row = {
+    "arm": "a",
+    "when": "after",
+    "prompt": "p",
+    "response": "one",
+    "reward": np.float32(1),
+    "gold": math.nan,
+  }
   metrics.append_samples(tmp_path, [row, row | {"response": "two"}, row | {"when": "before"}])
   metrics.append_samples(tmp_path, [row | {"response": "three"}])
   got = [(r["when"], r["response"]) for r in files.read_jsonl(tmp_path / "samples.jsonl")]
@@ -156,16 +181,25 @@ def test_summary_matches_loops():
   top = means.index(max(means))
   noise = sum((b - a) ** 2 for a, b in zip(gold, gold[1:])) / 56 / 2
   expected = dict(
-    start=means[0], peak=means[top], last=means[-1], gain=means[top] - means[0], loss=means[top] - means[-1],
-    peak_step=top + (width - 1) / 2, se=math.sqrt(noise / width), frozen_peak=sum(frozen[top : top + width]) / width,
-    frozen_last=sum(frozen[-width:]) / width, kl_last=sum(np.linspace(0, 3, 57)[-width:]) / width)
+    start=means[0],
+    peak=means[top],
+    last=means[-1],
+    gain=means[top] - means[0],
+    loss=means[top] - means[-1],
+    peak_step=top + (width - 1) / 2,
+    se=math.sqrt(noise / width),
+    frozen_peak=sum(frozen[top : top + width]) / width,
+    frozen_last=sum(frozen[-width:]) / width,
+    kl_last=sum(np.linspace(0, 3, 57)[-width:]) / width,
+  )
   for name, value in expected.items():
     np.testing.assert_allclose(entry[name], value, rtol=1e-9, err_msg=name)
   assert entry["matched_kl"] is None  # one arm has nothing to be matched to
 
 
 def test_lost_share_by_hand():
-  # Straight lines 0 -> 2 -> 0.5 of 40 steps each and a window of 8, whose first mean lies 3.5 steps in.
+  # Straight lines 0 -> 2 -> 0.5 of 40 steps each and a window of 8, whose first mean lies 3.5 steps
+  # in.
   gold = np.concatenate([np.linspace(0, 2, 41), np.linspace(2, 0.5, 41)[1:]])
   (entry,) = summary.summary_table(rl_rows("a", gold))
   start, peak, last = 0.05 * 3.5, max(gold[i : i + 8].mean() for i in range(74)), 0.5 + 0.0375 * 3.5
@@ -194,18 +228,35 @@ def test_verdicts():
   noise = rl_rows("noise", np.random.default_rng(3).normal(size=120), np.linspace(0, 1, 120))
   table = summary.summary_table(falling + rising + other + unmeasured + short + noise)
   assert [summary.verdict(entry) for entry in table] == [
-    summary.OVER, summary.NONE_SEEN, summary.OTHER, summary.NO_GOLD, summary.TOO_FEW, summary.NONE_SEEN]
+    summary.OVER,
+    summary.NONE_SEEN,
+    summary.OTHER,
+    summary.NO_GOLD,
+    summary.TOO_FEW,
+    summary.NONE_SEEN,
+  ]
   text = summary.finding(table[0])
-  for part in (f"{table[0]['peak']:.2f}", f"{table[0]['last']:.2f}", f"{table[0]['frozen_last']:.2f}"):
+  for part in (
+    f"{table[0]['peak']:.2f}",
+    f"{table[0]['last']:.2f}",
+    f"{table[0]['frozen_last']:.2f}",
+  ):
     assert part in text
-  assert text.endswith(": over-optimisation.") and "is not over-optimisation" in summary.finding(table[2])
+  assert text.endswith(": over-optimisation.") and "is not over-optimisation" in summary.finding(
+    table[2]
+  )
   assert "One seed" in summary.cautions(table)[0]
 
 
 @pytest.mark.parametrize(
   "r2m_end, kl_scale, expected",
-  [(0.7, 1.0, "does not beat scaled"), (-0.5, 1.0, "ends below scaled"), (1.0, 1.0, "r2m beats scaled (+"),
-   (-0.5, 3.0, "above scaled at equal KL, not at the end")])
+  [
+    (0.7, 1.0, "does not beat scaled"),
+    (-0.5, 1.0, "ends below scaled"),
+    (1.0, 1.0, "r2m beats scaled (+"),
+    (-0.5, 3.0, "above scaled at equal KL, not at the end"),
+  ],
+)
 def test_the_control_decides(r2m_end, kl_scale, expected):
   r2m = [row | {"kl": row["kl"] * kl_scale} for row in rise_and_fall("r2m", r2m_end, seed=1)]
   table = summary.summary_table(rise_and_fall("scaled", 0.7) + r2m)
@@ -215,7 +266,9 @@ def test_the_control_decides(r2m_end, kl_scale, expected):
 
 
 def test_without_the_control_nothing_is_claimed():
-  ((_, sentence),) = summary.control_case(summary.summary_table(rise_and_fall("vanilla") + rise_and_fall("r2m", 1.0)))
+  ((_, sentence),) = summary.control_case(
+    summary.summary_table(rise_and_fall("vanilla") + rise_and_fall("r2m", 1.0))
+  )
   assert "No scaled arm" in sentence
 
 
@@ -224,7 +277,9 @@ def test_terminal_summary_is_aligned_and_short():
   lines = report_page.format_summary(summary.summary_table(rows)).splitlines()
   assert len(lines) == 5 and len({len(line) for line in lines[:4]}) == 1
   many = summary.summary_table([row for i in range(12) for row in rise_and_fall(f"arm{i}")])
-  assert len(report_page.format_summary(many).splitlines()) <= 6 and "8 more" in report_page.format_summary(many)
+  assert len(
+    report_page.format_summary(many).splitlines()
+  ) <= 6 and "8 more" in report_page.format_summary(many)
   assert report_page.format_summary([]) == "no RL steps were logged"
 
 
@@ -234,14 +289,31 @@ def test_terminal_summary_is_aligned_and_short():
 def test_report_is_self_contained_and_escapes_text(tmp_path):
   evil = '<script>alert("x")</script>'
   write_rows(tmp_path, rise_and_fall("vanilla") + rise_and_fall(evil, 0.5))
-  metrics.append_samples(tmp_path, [
-    {"arm": arm, "when": when, "prompt": f"p {evil}", "response": f"r {evil}", "reward": 1.0, "frozen": math.nan,
-     "gold": 0.25, "length": 3, "truncated": True} for arm in ("vanilla", evil) for when in ("before", 60, "after")])
+  metrics.append_samples(
+    tmp_path,
+    [
+      {
+        "arm": arm,
+        "when": when,
+        "prompt": f"p {evil}",
+        "response": f"r {evil}",
+        "reward": 1.0,
+        "frozen": math.nan,
+        "gold": 0.25,
+        "length": 3,
+        "truncated": True,
+      }
+      for arm in ("vanilla", evil)
+      for when in ("before", 60, "after")
+    ],
+  )
   path = report_page.write_report(tmp_path, title=evil, notes=[evil], config={"key": evil})
   page = path.read_text(encoding="utf-8")
   assert evil not in page and "&lt;script&gt;alert" in page
   assert page.count("<script") == 1 and not re.search(r"https?://|<link|src=\"(?!data:)", page)
-  assert "step 60" in page and "3 (cut)" in page and ">before</td>" in page  # equal samples before are shown once
+  assert (
+    "step 60" in page and "3 (cut)" in page and ">before</td>" in page
+  )  # equal samples before are shown once
   names = sorted(file.name for file in (tmp_path / "figures").iterdir())
   assert names == ["1_rewards.png", "2_frontier.png", "3_behaviour.png"]
   assert not list(tmp_path.rglob(".*tmp"))
@@ -250,9 +322,15 @@ def test_report_is_self_contained_and_escapes_text(tmp_path):
 def test_report_without_gold(tmp_path):
   rows = [{k: v for k, v in row.items() if k != "reward/gold"} for row in rise_and_fall("r2m")]
   write_rows(tmp_path, rows)
-  metrics.append_samples(tmp_path, [{"arm": "r2m", "when": "after", "prompt": "p", "response": "r", "reward": 1.0}])
+  metrics.append_samples(
+    tmp_path, [{"arm": "r2m", "when": "after", "prompt": "p", "response": "r", "reward": 1.0}]
+  )
   page = report_page.write_report(tmp_path, title="real").read_text(encoding="utf-8")
-  assert "No gold reward was measured" in page and "Gold start" not in page and "<th>gold</th>" not in page
+  assert (
+    "No gold reward was measured" in page
+    and "Gold start" not in page
+    and "<th>gold</th>" not in page
+  )
 
 
 def test_report_of_stages_before_rl_and_of_nothing(tmp_path):
@@ -263,11 +341,15 @@ def test_report_of_stages_before_rl_and_of_nothing(tmp_path):
     log.log(1, {"loss": math.nan})
   (tmp_path / "config.json").write_text('{"seed": 3}')
   page = report_page.write_report(tmp_path, title="sft").read_text(encoding="utf-8")
-  assert "No RL steps were logged" in page and page.count("<img") == 1 and "&quot;seed&quot;: 3" in page
+  assert (
+    "No RL steps were logged" in page and page.count("<img") == 1 and "&quot;seed&quot;: 3" in page
+  )
 
 
 def test_report_of_twelve_short_arms(tmp_path):
-  write_rows(tmp_path, [row for i in range(12) for row in rl_rows(f"arm{i}", [0, 1], [0, 1], [1, 1])])
+  write_rows(
+    tmp_path, [row for i in range(12) for row in rl_rows(f"arm{i}", [0, 1], [0, 1], [1, 1])]
+  )
   page = report_page.write_report(tmp_path, title="twelve").read_text(encoding="utf-8")
   assert "Too few steps in 12 of 12 arms" in page
   styles = report_page.style_of(["vanilla", "scaled", "r2m"] + [f"arm{i}" for i in range(9)])

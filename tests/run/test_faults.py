@@ -1,4 +1,6 @@
-"""Faults from outside: rows and models that change under a run, names that lead elsewhere, secrets, dead pipes."""
+"""Faults from outside: rows and models that change under a run, names that lead elsewhere,
+secrets, dead pipes.
+"""
 
 import gzip
 import io
@@ -28,10 +30,20 @@ from r2m_jax.data.jsonl import DataError
 from r2m_jax.data.rows import load
 from r2m_jax.hf.folders import FolderError, load_policy, load_reward
 from r2m_jax.parallel.sharding import make_mesh
-from r2m_jax.run import checkpoint, files as run_files, loop, progress, workdir
-from r2m_jax.tasks import export, folders as folders_task
+from r2m_jax.run import checkpoint, loop, progress, workdir
+from r2m_jax.run import files as run_files
+from r2m_jax.tasks import export
+from r2m_jax.tasks import folders as folders_task
 
-PROMPTS = ["The cat sat on", "What is the sea?", "rain", "The dog ran", "a poem about rain", "the mat", "Paris"]
+PROMPTS = [
+  "The cat sat on",
+  "What is the sea?",
+  "rain",
+  "The dog ran",
+  "a poem about rain",
+  "the mat",
+  "Paris",
+]
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +101,21 @@ HARMS = [  # what happens to which shard, and what the command that goes on says
 
 
 def test_a_shard_that_is_lost_in_mid_run(folders, tmp_path, monkeypatch):
-  """Gone while the run goes: it ends as if nobody had touched it. Between two starts: refused until it is repaired."""
+  """Gone while the run goes: it ends as if nobody had touched it. Between two starts: refused
+  until it is repaired.
+  """
   paths = shards(tmp_path / "rows", [{"prompt": p} for p in PROMPTS])
   kept = {path: path.read_bytes() for path in paths}
   cfg = folder_run(
-    folders, tmp_path, data__name=str(tmp_path / "rows"), steps=3, log__checkpoint_every=1, export__check=False,
-    rollout__prompts=3, data__max_bad_share=0.1,
-  )  # fmt: skip
+    folders,
+    tmp_path,
+    data__name=str(tmp_path / "rows"),
+    steps=3,
+    log__checkpoint_every=1,
+    export__check=False,
+    rollout__prompts=3,
+    data__max_bad_share=0.1,
+  )
   whole, broken, original = tmp_path / "whole", tmp_path / "broken", folders_task.batch_of
   folders_task.run(cfg, whole)
   asked = []
@@ -122,18 +142,24 @@ def test_a_shard_that_is_lost_in_mid_run(folders, tmp_path, monkeypatch):
     with pytest.raises((ConfigError, DataError), match=message) as refused:
       folders_task.run(cfg, broken)
     assert "\n" not in str(refused.value) and files(broken) == before, harm
-    shutil.rmtree(paths[number]) if paths[number].is_dir() else paths[number].unlink(missing_ok=True)
+    shutil.rmtree(paths[number]) if paths[number].is_dir() else paths[number].unlink(
+      missing_ok=True
+    )
   for path, data in kept.items():
     path.write_bytes(data)
   folders_task.run(cfg, broken)
   assert kill_resume.arrays(broken, 3) == kill_resume.arrays(whole, 3)
   assert kill_resume.rows(broken) == kill_resume.rows(whole) and len(kill_resume.rows(whole)) == 3
-  assert files(broken / "export/policy")[pathlib.Path("model.safetensors")] == \
-         files(whole / "export/policy")[pathlib.Path("model.safetensors")]  # fmt: skip
+  assert (
+    files(broken / "export/policy")[pathlib.Path("model.safetensors")]
+    == files(whole / "export/policy")[pathlib.Path("model.safetensors")]
+  )
 
 
 def test_every_stage_is_held_to_its_rows(folders, tmp_path):
-  """SFT, packed lines, pairs and judgments: one row of one file is another one, and the file is named."""
+  """SFT, packed lines, pairs and judgments: one row of one file is another one, and the file is
+  named.
+  """
   rows = [{"prompt": p, "chosen": f"yes {i}", "rejected": "no"} for i, p in enumerate(PROMPTS)]
   paths = shards(tmp_path / "rows", rows)
   cfg = folder_run(folders, tmp_path, data__name=str(tmp_path / "rows"), sft__batch_size=2)
@@ -164,34 +190,56 @@ def test_every_stage_is_held_to_its_rows(folders, tmp_path):
 
 
 def test_an_adapters_base_is_held_to_its_weights(folders, tmp_path):
-  """The reference is what adapters sit on: a folder with other weights under the same name is refused, then mended."""
+  """The reference is what adapters sit on: a folder with other weights under the same name is
+  refused, then mended.
+  """
   shutil.copytree(folders / "policy", tmp_path / "base")
   rows = shards(tmp_path / "rows", [{"prompt": p} for p in PROMPTS])
   cfg = folder_run(
-    folders, tmp_path, policy__path=str(tmp_path / "base"), data__name=str(rows[0]), steps=1, lora__rank=2,
-    lora__export="peft", export__check=False,
-  )  # fmt: skip
+    folders,
+    tmp_path,
+    policy__path=str(tmp_path / "base"),
+    data__name=str(rows[0]),
+    steps=1,
+    lora__rank=2,
+    lora__export="peft",
+    export__check=False,
+  )
   folders_task.run(cfg, tmp_path / "run")
   answers = [{"prompt": p, "response": "yes"} for p in PROMPTS]
   sft = folder_run(
-    folders, tmp_path, task="sft", policy__path=str(tmp_path / "base"), lora__rank=2, sft__steps=1, export__check=False,
-    data__name=str(shards(tmp_path / "answers", answers)[0]), sft__batch_size=3,
-  )  # fmt: skip
+    folders,
+    tmp_path,
+    task="sft",
+    policy__path=str(tmp_path / "base"),
+    lora__rank=2,
+    sft__steps=1,
+    export__check=False,
+    data__name=str(shards(tmp_path / "answers", answers)[0]),
+    sft__batch_size=3,
+  )
   folders_task.run(sft, tmp_path / "sft")
-  before, good = [files(tmp_path / name) for name in ("run", "sft")], (tmp_path / "base/model.safetensors").read_bytes()
+  before, good = (
+    [files(tmp_path / name) for name in ("run", "sft")],
+    (tmp_path / "base/model.safetensors").read_bytes(),
+  )
   tiny_text.model("qwen2", "chatml", tmp_path / "base", seed=1)
   exports = default.get_config()
   for place, command in (
     ("run/checkpoints/r2m/1", lambda: folders_task.run(cfg, tmp_path / "run")),
     ("sft/stages/sft/0", lambda: folders_task.run(sft, tmp_path / "sft")),
   ):
-    with pytest.raises(checkpoint.CheckpointError, match=f"{place} is of other models than this run's"):
+    with pytest.raises(
+      checkpoint.CheckpointError, match=f"{place} is of other models than this run's"
+    ):
       command()
   for name in ("run", "sft"):
     exports.export.checkpoint, exports.export.out = str(tmp_path / name), str(tmp_path / "out")
     with pytest.raises(checkpoint.CheckpointError, match="is of other models than this run's"):
       export.run(exports)
-  assert [files(tmp_path / name) for name in ("run", "sft")] == before and not (tmp_path / "out").exists()
+  assert [files(tmp_path / name) for name in ("run", "sft")] == before and not (
+    tmp_path / "out"
+  ).exists()
   (tmp_path / "base/model.safetensors").write_bytes(good)
   folders_task.run(cfg, tmp_path / "run")
 
@@ -200,14 +248,23 @@ def test_an_adapters_base_is_held_to_its_weights(folders, tmp_path):
 def test_a_fingerprint_is_that_of_the_bits(dtype):
   with jax.enable_x64(dtype == "float64"):
     x = np.random.default_rng(0).normal(size=(16, 24)).astype(dtype) * 5
-    on = lambda x, *spec: jax.device_put(x, jax.NamedSharding(make_mesh((2, 2, 2)), jax.P(*spec)))
+
+    def on(x, *spec):
+      return jax.device_put(x, jax.NamedSharding(make_mesh((2, 2, 2)), jax.P(*spec)))
+
     want = checkpoint.fingerprint({"a": jnp.asarray(x)})
     for spec in (("data", "fsdp"), ("tensor",), ()):
       assert checkpoint.fingerprint({"a": on(x, *spec)}) == want
     flipped, swapped = x.copy(), x.copy()
     flipped.view(np.uint8).flat[77] ^= 1
     swapped[[3, 4]] = swapped[[4, 3]]
-    others = [{"a": flipped}, {"a": swapped}, {"a": x.reshape(24, 16)}, {"b": x}, {"a": x, "b": x[:0]}]
+    others = [
+      {"a": flipped},
+      {"a": swapped},
+      {"a": x.reshape(24, 16)},
+      {"b": x},
+      {"a": x, "b": x[:0]},
+    ]
     found = {checkpoint.fingerprint(jax.tree.map(jnp.asarray, other)) for other in others}
     assert len(found) == len(others) and want not in found
 
@@ -219,13 +276,30 @@ def test_a_fork_takes_what_was_trained_and_finds_the_rest_anew(tmp_path):
   old, config = tmp_path / "old", quickstart.get_config("test")
   old.mkdir()
   run_files.write_atomic(old / "config.json", config.to_json())
-  for name in ("metrics.jsonl", "samples.jsonl", "budgets.json", "data_r2m.json", "tables.json", "stages.json"):
+  for name in (
+    "metrics.jsonl",
+    "samples.jsonl",
+    "budgets.json",
+    "data_r2m.json",
+    "tables.json",
+    "stages.json",
+  ):
     run_files.write_atomic(old / name, "{}\n")
-  fork = lambda to, **changes: workdir.take_over(old, tmp_path / to, json.loads(config.to_json()) | changes)
+
+  def fork(to, **changes):
+    return workdir.take_over(old, tmp_path / to, json.loads(config.to_json()) | changes)
+
   fork("same")
-  assert sorted(p.name for p in (tmp_path / "same").iterdir()) == ["budgets.json", "metrics.jsonl", "samples.jsonl"]
+  assert sorted(p.name for p in (tmp_path / "same").iterdir()) == [
+    "budgets.json",
+    "metrics.jsonl",
+    "samples.jsonl",
+  ]
   fork("longer", budget=60.0)  # how many steps that gives is measured again
-  assert sorted(p.name for p in (tmp_path / "longer").iterdir()) == ["metrics.jsonl", "samples.jsonl"]
+  assert sorted(p.name for p in (tmp_path / "longer").iterdir()) == [
+    "metrics.jsonl",
+    "samples.jsonl",
+  ]
   before = files(old)
   with pytest.raises(ConfigError, match="which the fork only reads: give one elsewhere"):
     fork("old/inside")
@@ -237,31 +311,50 @@ def test_a_fork_takes_what_was_trained_and_finds_the_rest_anew(tmp_path):
 
 def test_numbers_of_parameters_that_are_not_finite_are_never_written():
   """In a row that no example reads, from a rate that overflows, and in Adam's moments."""
-  loss = lambda p, x: ((p["w"][0] * x).sum() ** 2, None)
+
+  def loss(p, x):
+    return ((p["w"][0] * x).sum() ** 2, None)
 
   def one(tx, w, x):
     params = {"w": jnp.asarray(w, jnp.float32)}
     opt = tx.init(params)
-    new, new_opt, _, _, done = jax.jit(lambda p, o: descend(tx, loss, p, o, jnp.float32(x)))(params, opt)
-    same = all(jax.tree.leaves(jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), (new, new_opt),
-                                            (params, opt))))  # fmt: skip
+    new, new_opt, _, _, done = jax.jit(lambda p, o: descend(tx, loss, p, o, jnp.float32(x)))(
+      params, opt
+    )
+    same = all(
+      jax.tree.leaves(
+        jax.tree.map(
+          lambda a, b: np.array_equal(a, b, equal_nan=True), (new, new_opt), (params, opt)
+        )
+      )
+    )
     assert same == bool(done["skipped"])
     return bool(done["skipped"])
 
   fine = [[1.0, 2.0], [3.0, 4.0]]
   assert not one(optax.adamw(0.1), fine, 1.0)
-  assert one(optax.adamw(0.1), [[1.0, 2.0], [np.nan, 4.0]], 1.0) and one(optax.adamw(0.1), [[1, 2], [3, np.inf]], 1.0)
-  assert one(optax.sgd(3e38), fine, 2.0)  # the gradient is finite, what it makes of the parameter is not
-  assert one(optax.adam(0.1), fine, 1e11)  # a gradient whose square is infinite would stop Adam for good
+  assert one(optax.adamw(0.1), [[1.0, 2.0], [np.nan, 4.0]], 1.0) and one(
+    optax.adamw(0.1), [[1, 2], [3, np.inf]], 1.0
+  )
+  assert one(
+    optax.sgd(3e38), fine, 2.0
+  )  # the gradient is finite, what it makes of the parameter is not
+  assert one(
+    optax.adam(0.1), fine, 1e11
+  )  # a gradient whose square is infinite would stop Adam for good
 
 
 def test_spikes_are_counted_by_the_update():
-  """Two updates of the policy, then one of the head, in each step; of the head's none is clipped in the first run."""
+  """Two updates of the policy, then one of the head, in each step; of the head's none is clipped
+  in the first run.
+  """
   small_norms = dict(ppo__epochs=2, policy__max_grad_norm=1e-6, guard__spike=1.5)
   (first, second), _ = small.run(small.config(r2m__max_grad_norm=0.0, **small_norms), 2)
   assert [float(out.metrics["spikes"]) for out in (first, second)] == [2, 2]
   assert float(first.metrics["policy/grad_norm"]) > 1.5e-6  # before clipping
-  (out,), _ = small.run(small.config(r2m__max_grad_norm=1e6, **small_norms | {"policy__max_grad_norm": 1e6}), 1)
+  (out,), _ = small.run(
+    small.config(r2m__max_grad_norm=1e6, **small_norms | {"policy__max_grad_norm": 1e6}), 1
+  )
   assert float(out.metrics["spikes"]) == 0
 
 
@@ -269,7 +362,9 @@ def test_spikes_are_counted_by_the_update():
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
-  """The state is equal bit for bit; what follows has the same tokens, metrics within 1e-5, parameters within 1e-4."""
+  """The state is equal bit for bit; what follows has the same tokens, metrics within 1e-5,
+  parameters within 1e-4.
+  """
   cfg, meshes = small.config(), {"same": (2, 2, 2), "one": (1, 1, 1), "fsdp": (1, 8, 1)}
   built, state = small.start(cfg, meshes["same"])
   step = small.step_of(cfg, built, state)
@@ -278,7 +373,10 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
   saved = checkpoint.open_checkpoints(tmp_path)
   checkpoint.save(saved, 2, state)
   checkpoint.wait(saved)
-  bits = lambda x: np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+
+  def bits(x):
+    return np.asarray(jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x)
+
   want, ends = [bits(x).tobytes() for x in jax.tree.leaves(state)], {}
   for name, mesh in meshes.items():
     built, like = small.start(cfg, mesh)
@@ -288,14 +386,21 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
     for t in range(2, 5):
       restored, out = step(restored, small.prompts(cfg, t))
       outputs.append(jax.device_get(out))
-    ends[name] = outputs, [bits(x) for x in jax.tree.leaves((restored.policy, restored.reward_head))]
+    ends[name] = (
+      outputs,
+      [bits(x) for x in jax.tree.leaves((restored.policy, restored.reward_head))],
+    )
   outputs, parameters = ends.pop("same")
   for name, (others, other_parameters) in ends.items():
     for ours, theirs in zip(outputs, others):
       np.testing.assert_array_equal(ours.sequences.tokens, theirs.sequences.tokens)
       for metric, value in ours.metrics.items():
-        atol = 2e-5 if metric.endswith("_deviation") else 1e-5  # these are maxima of rounding errors
-        np.testing.assert_allclose(theirs.metrics[metric], value, rtol=1e-5, atol=atol, err_msg=f"{name} {metric}")
+        atol = (
+          2e-5 if metric.endswith("_deviation") else 1e-5
+        )  # these are maxima of rounding errors
+        np.testing.assert_allclose(
+          theirs.metrics[metric], value, rtol=1e-5, atol=atol, err_msg=f"{name} {metric}"
+        )
     moved = max(np.abs(a - b).max() for a, b in zip(parameters, other_parameters))
     print(f"{name}: tokens equal, parameters within {moved:.1e}")
     assert moved < 1e-4
@@ -304,10 +409,23 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
 # ---- names and folders from elsewhere ----
 
 
-@pytest.mark.parametrize("name", [
-  "tfds:../../etc", "tfds:a/../b", "tfds:/etc/passwd", "tfds:gs://bucket/x", "tfds:huggingface:squad", "tfds:ns:x/y",
-  "tfds:", "hf:../x", "hf:a/../../b", "hf:a", "hf:https://x/y", "hf:/etc/passwd",
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "name",
+  [
+    "tfds:../../etc",
+    "tfds:a/../b",
+    "tfds:/etc/passwd",
+    "tfds:gs://bucket/x",
+    "tfds:huggingface:squad",
+    "tfds:ns:x/y",
+    "tfds:",
+    "hf:../x",
+    "hf:a/../../b",
+    "hf:a",
+    "hf:https://x/y",
+    "hf:/etc/passwd",
+  ],
+)
 def test_names_of_data_that_lead_elsewhere_are_refused(name, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   data = default.get_config().data
@@ -326,9 +444,10 @@ def test_archives_and_pickles_are_not_opened(name, tmp_path):
     load(data, "pair")
 
 
-@pytest.mark.parametrize("source", [
-  "../nowhere", "a/../b", "..a/b", "a/b/c", "/nowhere", "~/nowhere", "a\x00b", "https://x/y"
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "source",
+  ["../nowhere", "a/../b", "..a/b", "a/b/c", "/nowhere", "~/nowhere", "a\x00b", "https://x/y"],
+)
 def test_names_of_models_that_lead_elsewhere_are_refused(source):
   with pytest.raises(FolderError, match="config.policy.path is"):
     load_policy(source, default.get_config())
@@ -340,10 +459,18 @@ def test_checkpoints_outside_the_run_are_refused(tmp_path):
   (run / "checkpoints/r2m/3").mkdir(parents=True)
   for name in ("metrics.jsonl", "config.json"):
     (run / name).write_text("{}")
-  find = lambda path: export.find_checkpoint(pathlib.Path(f"{run}{path}"))
+
+  def find(path):
+    return export.find_checkpoint(pathlib.Path(f"{run}{path}"))
+
   assert find("/checkpoints/r2m/3") == (run, ("checkpoints", "r2m"), 3)
-  for path in ("/checkpoints/../../other/checkpoints/r2m", "/../other/checkpoints/r2m/3",
-               "/checkpoints/r2m/../../../other", "/checkpoints/r2m/²", "/checkpoints/r2m/-1"):  # fmt: skip
+  for path in (
+    "/checkpoints/../../other/checkpoints/r2m",
+    "/../other/checkpoints/r2m/3",
+    "/checkpoints/r2m/../../../other",
+    "/checkpoints/r2m/²",
+    "/checkpoints/r2m/-1",
+  ):
     with pytest.raises(FolderError, match="config.export.checkpoint is"):
       find(path)
 
@@ -356,10 +483,15 @@ def test_what_the_environment_keeps_secret_is_never_written(monkeypatch, capsys)
   for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD"):
     with monkeypatch.context() as patch:
       patch.setenv(name, secret)
-      for field, value in (("export.push_to", f"me/{secret}"), ("data.name", f"hf:me/x?token={secret}")):
+      for field, value in (
+        ("export.push_to", f"me/{secret}"),
+        ("data.name", f"hf:me/x?token={secret}"),
+      ):
         config = default.get_config()
         config.update_from_flattened_dict({field: value})
-        with pytest.raises(ConfigError, match=f"config.{field} looks like it holds a token") as refused:
+        with pytest.raises(
+          ConfigError, match=f"config.{field} looks like it holds a token"
+        ) as refused:
           check_config(config)
         assert secret not in str(refused.value)
       assert redact(f"401 for {secret}") == "401 for (hidden)"
@@ -370,7 +502,12 @@ def test_what_the_environment_keeps_secret_is_never_written(monkeypatch, capsys)
       except KeyError as error:
         main.show_traceback(KeyError, error, error.__traceback__)
     shown = capsys.readouterr().err
-    assert secret not in shown and "(hidden)" in shown and "Traceback" in shown and "test_faults.py" in shown
+    assert (
+      secret not in shown
+      and "(hidden)" in shown
+      and "Traceback" in shown
+      and "test_faults.py" in shown
+    )
   assert redact(f"x {secret}") == f"x {secret}"  # no longer one
   monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
   assert redact("it is false") == "it is false"
@@ -378,9 +515,15 @@ def test_what_the_environment_keeps_secret_is_never_written(monkeypatch, capsys)
 
 def test_a_failed_save_leaves_one_line(capsys):
   for said in ("Event loop is closed", "something else"):
-    main.show_unraisable(SimpleNamespace(
-      exc_type=RuntimeError, exc_value=RuntimeError(said), exc_traceback=None, err_msg=None, object=None
-    ))  # fmt: skip
+    main.show_unraisable(
+      SimpleNamespace(
+        exc_type=RuntimeError,
+        exc_value=RuntimeError(said),
+        exc_traceback=None,
+        err_msg=None,
+        object=None,
+      )
+    )
   assert "something else" in (shown := capsys.readouterr().err) and "Event loop" not in shown
 
 
@@ -406,5 +549,7 @@ def test_a_metric_to_keep_the_best_by_must_be_one(tmp_path):
   from test_resume import counting, run_loop, settings
 
   config = settings(checkpoint__keep_best=1, checkpoint__best_metric="gold")
-  with pytest.raises(ConfigError, match="config.checkpoint.best_metric is 'gold': choose one of .*reward/used"):
+  with pytest.raises(
+    ConfigError, match="config.checkpoint.best_metric is 'gold': choose one of .*reward/used"
+  ):
     run_loop(tmp_path, config, counting())

@@ -1,7 +1,8 @@
-"""Two hundred damaged inputs in one process: each is used or refused in one line of ours, and nothing is written.
+"""Two hundred damaged inputs in one process: each is used or refused in one line of ours, and
+nothing is written.
 
-Files of rows, folders of models, exported reward models, workdirs and checkpoints, each valid until a few bytes or one
-value of its JSON are others. What is still accepted is held to what it promises.
+Files of rows, folders of models, exported reward models, workdirs and checkpoints, each valid until
+a few bytes or one value of its JSON are others. What is still accepted is held to what it promises.
 """
 
 import gzip
@@ -28,13 +29,41 @@ from r2m_jax.data.rows import load
 from r2m_jax.data.text import TextError
 from r2m_jax.hf.export import write_reward
 from r2m_jax.hf.folders import FolderError, HeadConfig, abstract_head, load_policy, load_reward
-from r2m_jax.run import checkpoint, workdir as workdirs
+from r2m_jax.run import checkpoint
+from r2m_jax.run import workdir as workdirs
 from r2m_jax.run.files import DamagedFile
 from r2m_jax.run.metrics import read_metrics
 
-OWN = (ConfigError, DataError, FolderError, TextError, DamagedFile, checkpoint.CheckpointError)  # main tells these
-ODD = [None, True, -1, 0, 3, 2.5, -1e308, 10**30, "", "x", "../../etc/passwd", "\u202e\x00", [], [[]], ["a", 1], {},
-       {"a": {"b": []}}, "9" * 40, "float32", "Infinity"]  # fmt: skip
+OWN = (
+  ConfigError,
+  DataError,
+  FolderError,
+  TextError,
+  DamagedFile,
+  checkpoint.CheckpointError,
+)  # main tells these
+ODD = [
+  None,
+  True,
+  -1,
+  0,
+  3,
+  2.5,
+  -1e308,
+  10**30,
+  "",
+  "x",
+  "../../etc/passwd",
+  "\u202e\x00",
+  [],
+  [[]],
+  ["a", 1],
+  {},
+  {"a": {"b": []}},
+  "9" * 40,
+  "float32",
+  "Infinity",
+]
 
 
 # ---- damage ----
@@ -45,17 +74,35 @@ def of_bytes(draw, content: bytes) -> bytes:
   """The bytes cut, with some changed, left out, put in or said twice, or others in their place."""
   at = draw(st.integers(0, max(len(content) - 1, 0)))
   some = draw(st.binary(min_size=1, max_size=9))
-  return draw(st.sampled_from([
-    content[:at], content[:at] + some + content[at + len(some) :], content[:at] + some + content[at:],
-    content[:at] + content[at + len(some) * 7 :], content + some, content + content, b"", some, b"\0" * len(content),
-    content[::-1], b"\xff\xfe" + content,
-  ]))  # fmt: skip
+  return draw(
+    st.sampled_from(
+      [
+        content[:at],
+        content[:at] + some + content[at + len(some) :],
+        content[:at] + some + content[at:],
+        content[:at] + content[at + len(some) * 7 :],
+        content + some,
+        content + content,
+        b"",
+        some,
+        b"\0" * len(content),
+        content[::-1],
+        b"\xff\xfe" + content,
+      ]
+    )
+  )
 
 
 @st.composite
 def of_value(draw, value):
   """A JSON value with one of its parts replaced, renamed or left out."""
-  parts = list(value.items()) if isinstance(value, dict) else list(enumerate(value)) if isinstance(value, list) else []
+  parts = (
+    list(value.items())
+    if isinstance(value, dict)
+    else list(enumerate(value))
+    if isinstance(value, list)
+    else []
+  )
   if not parts or draw(st.integers(0, 5)) == 0:
     return draw(st.sampled_from(ODD))
   key, inner = draw(st.sampled_from(parts))
@@ -83,36 +130,55 @@ def of_file(draw, name: str, content: bytes) -> bytes:
     at = draw(st.integers(0, len(rows) - 1))
     rows[at] = json.dumps(draw(of_value(json.loads(rows[at]))))
     return "".join(row + "\n" for row in rows).encode()
-  return json.dumps(draw(of_value(json.loads(content)))).encode() if name.endswith(".json") else draw(of_bytes(content))
+  return (
+    json.dumps(draw(of_value(json.loads(content)))).encode()
+    if name.endswith(".json")
+    else draw(of_bytes(content))
+  )
 
 
 def fuzz(examples: int):
   return lambda test: settings(
-    max_examples=examples, deadline=None, derandomize=True, database=None, phases=[Phase.generate],
-    report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
+    max_examples=examples,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
   )(given(st.data())(test))
 
 
 def listing(folder):
   """Every file with its size and the time it was written."""
-  return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.is_file()}
+  return {
+    path: (path.stat().st_size, path.stat().st_mtime_ns)
+    for path in folder.rglob("*")
+    if path.is_file()
+  }
 
 
 def refused(folder, use) -> bool:
-  """Whether `use` refuses the folder in one line of ours, writing nothing; any other exception goes through."""
+  """Whether `use` refuses the folder in one line of ours, writing nothing; any other exception
+  goes through.
+  """
   before = listing(folder)
   try:
     use()
   except OWN as error:
     said = str(error).splitlines()
-    assert said and said[0].strip() and "Traceback" not in str(error) and len(str(error)) < 4000, error
+    assert said and said[0].strip() and "Traceback" not in str(error) and len(str(error)) < 4000, (
+      error
+    )
     assert listing(folder) == before
     return True
   return False
 
 
 def damaged(draw, source, folder, names):
-  """A copy of `source` in `folder` with one of the named files damaged; returns which, and what it holds now."""
+  """A copy of `source` in `folder` with one of the named files damaged; returns which, and what
+  it holds now.
+  """
   shutil.rmtree(folder, ignore_errors=True)
   shutil.copytree(source, folder)
   name = draw.draw(st.sampled_from(names))
@@ -124,7 +190,11 @@ def damaged(draw, source, folder, names):
 # ---- rows ----
 
 ROWS = [GOOD | {"prompt": f"Who is {i}?"} for i in range(5)] + [
-  {"prompt": [{"role": "user", "content": "hi"}], "chosen": [{"role": "assistant", "content": "a"}], "rejected": "b"}
+  {
+    "prompt": [{"role": "user", "content": "hi"}],
+    "chosen": [{"role": "assistant", "content": "a"}],
+    "rejected": "b",
+  }
 ]
 
 
@@ -145,7 +215,8 @@ def test_files_of_rows(rows, tmp_path_factory, draw):
 
   def use():
     for row in load(data(folder / name, max_bad_share=0.5), need):
-      row.pop("part"), row.pop("where")
+      row.pop("part")
+      row.pop("where")
       assert as_row(row, need) == row  # what comes out is of the form that it was brought to
 
   refused(folder, use)
@@ -163,7 +234,9 @@ def test_input_of_batch_use(rows, tmp_path_factory, draw):
 
 def config(**fields):
   result = quickstart.get_config("test")
-  result.update_from_flattened_dict({name.replace("__", "."): value for name, value in fields.items()})
+  result.update_from_flattened_dict(
+    {name.replace("__", "."): value for name, value in fields.items()}
+  )
   return result
 
 
@@ -173,12 +246,16 @@ def models(tmp_path_factory):
   root = tmp_path_factory.mktemp("fuzzed_models")
   tiny_text.model("llama3.1", "chatml", root / "policy", num_hidden_layers=1)
   tiny_text.model("llama2", "llama3", root / "plain", classifier=True, num_hidden_layers=1)
-  cfg = config(reward__path=str(root / "plain"), policy__path=str(root / "policy"), export__check=False)
+  cfg = config(
+    reward__path=str(root / "plain"), policy__path=str(root / "policy"), export__check=False
+  )
   reward = load_reward(cfg.reward.path, cfg)
   head = HeadConfig(32, 32, 8, 1, -1, 0.7)
   state = jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), nnx.state(abstract_head(head)))
   (root / "run").mkdir()
-  write_reward(root / "reward", cfg, reward, reward.state, reward.phi, root / "run", head=(head, state))
+  write_reward(
+    root / "reward", cfg, reward, reward.state, reward.phi, root / "run", head=(head, state)
+  )
   shutil.rmtree(root / "run")
   return root
 
@@ -186,8 +263,15 @@ def models(tmp_path_factory):
 @fuzz(70)
 def test_folders_of_policies(models, tmp_path_factory, draw):
   folder = tmp_path_factory.getbasetemp() / "fuzz_policy"
-  names = ["config.json", "config.json", "model.safetensors", "model.safetensors", "tokenizer.json",
-           "tokenizer_config.json", "generation_config.json"]  # fmt: skip
+  names = [
+    "config.json",
+    "config.json",
+    "model.safetensors",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+  ]
   damaged(draw, models / "policy", folder, names)
 
   def use():
@@ -202,7 +286,13 @@ def test_folders_of_policies(models, tmp_path_factory, draw):
 @fuzz(30)
 def test_folders_of_reward_models(models, tmp_path_factory, draw):
   folder = tmp_path_factory.getbasetemp() / "fuzz_reward"
-  names = ["r2m_head.json", "r2m_head.safetensors", "r2m_renderer.json", "config.json", "model.safetensors"]
+  names = [
+    "r2m_head.json",
+    "r2m_head.safetensors",
+    "r2m_renderer.json",
+    "config.json",
+    "model.safetensors",
+  ]
   damaged(draw, models / "reward", folder, names)
 
   def use():
@@ -215,7 +305,11 @@ def test_folders_of_reward_models(models, tmp_path_factory, draw):
 
 def test_what_is_not_damaged_is_used(rows, models):
   """Or the refusals above would mean nothing."""
-  assert len(read_rows(str(rows / "a.jsonl"), ("prompt", "rejected"))) == len(load(data(rows / "a.jsonl"), "pair")) == 6
+  assert (
+    len(read_rows(str(rows / "a.jsonl"), ("prompt", "rejected")))
+    == len(load(data(rows / "a.jsonl"), "pair"))
+    == 6
+  )
   assert load_policy(str(models / "policy"), config()).tokenizer.render("The cat")
   assert load_reward(str(models / "reward"), config()).head[0].omega == 0.7
 
@@ -230,7 +324,9 @@ def workdir(tmp_path_factory):
   workdirs.claim(config(), root)
   datasets.hold(root, "r2m", [{"where": "rows.jsonl:1"}], [([1, 2, 3],)])
   row = {"stage": "rl", "arm": "r2m", "step": 0, "seconds": 1.0, "kl": 0.5, "reward/used": "nan"}
-  (root / "metrics.jsonl").write_text("".join(json.dumps(row | {"step": i}) + "\n" for i in range(3)))
+  (root / "metrics.jsonl").write_text(
+    "".join(json.dumps(row | {"step": i}) + "\n" for i in range(3))
+  )
   return root
 
 
@@ -239,8 +335,12 @@ def test_files_of_workdirs(workdir, tmp_path_factory, draw):
   folder = tmp_path_factory.getbasetemp() / "fuzz_run"
   name, now = damaged(draw, workdir, folder, ["config.json", "data_r2m.json", "metrics.jsonl"])
   uses = {
-    "config.json": lambda: workdirs.fixed_difference(folder / "config.json", json.loads(config().to_json())),
-    "data_r2m.json": lambda: datasets.hold(folder, "r2m", [{"where": "rows.jsonl:1"}], [([1, 2, 3],)]),
+    "config.json": lambda: workdirs.fixed_difference(
+      folder / "config.json", json.loads(config().to_json())
+    ),
+    "data_r2m.json": lambda: datasets.hold(
+      folder, "r2m", [{"where": "rows.jsonl:1"}], [([1, 2, 3],)]
+    ),
     "metrics.jsonl": lambda: read_metrics(folder),
   }
   refused(folder, uses[name])
@@ -258,14 +358,21 @@ def saved(tmp_path_factory):
 
 
 def tree(step: int):
-  return {"a": jnp.arange(40.0) * step, "b": {"c": jnp.full((3, 2), step, jnp.bfloat16), "step": jnp.int32(step)}}
+  return {
+    "a": jnp.arange(40.0) * step,
+    "b": {"c": jnp.full((3, 2), step, jnp.bfloat16), "step": jnp.int32(step)},
+  }
 
 
 @fuzz(30)
 def test_checkpoints(saved, tmp_path_factory, draw):
-  """Whatever became of the newest one: it is read as it was written, or the one before is, or ours says why not."""
+  """Whatever became of the newest one: it is read as it was written, or the one before is, or
+  ours says why not.
+  """
   folder = tmp_path_factory.getbasetemp() / "fuzz_checkpoints"
-  names = sorted(str(path.relative_to(saved)) for path in (saved / "2").rglob("*") if path.is_file())
+  names = sorted(
+    str(path.relative_to(saved)) for path in (saved / "2").rglob("*") if path.is_file()
+  )
   damaged(draw, saved, folder, [*names, *["2/manifest.json"] * len(names)])
   made = checkpoint.open_checkpoints(folder)
   try:

@@ -1,4 +1,6 @@
-"""The live start-up checks: they pass on the model as it is, and fail on a model with the bug they are for."""
+"""The live start-up checks: they pass on the model as it is, and fail on a model with the bug
+they are for.
+"""
 
 import jax
 import numpy as np
@@ -11,20 +13,29 @@ from r2m_jax.types import Sequences
 
 
 def check(built, state):
-  return identities.check_model(built.defs.policy, state.policy, vocab_size=64, dtype="float32", temperature=0.7)
+  return identities.check_model(
+    built.defs.policy, state.policy, vocab_size=64, dtype="float32", temperature=0.7
+  )
 
 
 def test_model_passes_and_reports_what_it_measured(capsys):
   found = check(*small.start(small.config()))
-  assert set(found) == {"padding", "cached decoding"} and all(0 <= v <= 1e-4 for v in found.values())
-  assert any(found.values())  # two programs: a deviation of exactly zero everywhere would compare a thing with itself
+  assert set(found) == {"padding", "cached decoding"} and all(
+    0 <= v <= 1e-4 for v in found.values()
+  )
+  assert any(
+    found.values()
+  )  # two programs: a deviation of exactly zero everywhere would compare a thing with itself
   assert "rounding" in capsys.readouterr().out
 
 
 def test_positions_that_count_padding_are_caught(monkeypatch):
   built, state = small.start(small.config())
   original = transformer.Transformer._tables
-  ones = lambda self, keys, *others: original(self, jax.numpy.ones_like(keys), *others)
+
+  def ones(self, keys, *others):
+    return original(self, jax.numpy.ones_like(keys), *others)
+
   monkeypatch.setattr(transformer.Transformer, "_tables", ones)
   with pytest.raises(identities.IdentityError, match="by padding is"):
     check(built, state)
@@ -45,7 +56,11 @@ def test_a_cache_that_loses_a_token_is_caught(monkeypatch):
 
 
 def step_zero(metrics, rounding=identities.Rounding(largest=1e-6, mean=1e-7), **overrides):
-  names = ("policy/first_ratio_deviation", "policy/first_mean_ratio_deviation", "policy/old_ref_deviation")
+  names = (
+    "policy/first_ratio_deviation",
+    "policy/first_mean_ratio_deviation",
+    "policy/old_ref_deviation",
+  )
   identities.check_step_zero(dict(zip(names, metrics)), rounding, small.config(**overrides))
 
 
@@ -57,9 +72,13 @@ def test_step_zero_passes_warns_and_refuses_by_the_rounding_that_was_measured(of
     step_zero(metrics)
     assert ("warning" in capsys.readouterr().err) is warns
   metrics[of] = 4e-5
-  with pytest.raises(identities.IdentityError, match="4.00e-05 before any update; rounding alone gives 1.0e-06"):
+  with pytest.raises(
+    identities.IdentityError, match="4.00e-05 before any update; rounding alone gives 1.0e-06"
+  ):
     step_zero(metrics)
-  step_zero(metrics, identities.Rounding(1e-5, 1e-6))  # the same deviation in a model that rounds more
+  step_zero(
+    metrics, identities.Rounding(1e-5, 1e-6)
+  )  # the same deviation in a model that rounds more
   metrics[of] = float("nan")
   with pytest.raises(identities.IdentityError):
     step_zero(metrics)
@@ -85,9 +104,11 @@ def rounding_of(depth: int, dtype="float32"):
   response_mask = np.arange(T) < lengths[:, None]
   responses = rng.integers(3, 64, response_mask.shape).astype(np.int32)
   sequences = Sequences(
-    tokens=np.concatenate([prompts.tokens, responses], 1), token_mask=np.concatenate([prompts.mask, response_mask], 1),
-    response_mask=response_mask, has_eos=lengths < T,
-  )  # fmt: skip
+    tokens=np.concatenate([prompts.tokens, responses], 1),
+    token_mask=np.concatenate([prompts.mask, response_mask], 1),
+    response_mask=response_mask,
+    has_eos=lengths < T,
+  )
   return identities.sample_rounding(built.defs, cfg, state.ref, sequences)
 
 

@@ -1,4 +1,6 @@
-"""Nothing is lost: damaged checkpoints, signals, full disks, NaN and infinity, another mesh, forks, replay."""
+"""Nothing is lost: damaged checkpoints, signals, full disks, NaN and infinity, another mesh,
+forks, replay.
+"""
 
 import hashlib
 import os
@@ -24,7 +26,9 @@ from r2m_jax.algorithm.optim import descend
 from r2m_jax.config import ConfigError
 from r2m_jax.goldtask import rl as gold_rl
 from r2m_jax.parallel import sharding
-from r2m_jax.run import checkpoint, files as run_files, fit, loop, metrics, workdir as workdirs
+from r2m_jax.run import checkpoint, fit, loop, metrics
+from r2m_jax.run import files as run_files
+from r2m_jax.run import workdir as workdirs
 from r2m_jax.step import StepOutput
 from r2m_jax.tasks import gold, replay
 from r2m_jax.types import Judged, Sequences
@@ -33,7 +37,9 @@ from r2m_jax.types import Judged, Sequences
 def settings(**changes):
   config = quickstart.get_config("test")
   config.variant, config.steps = "r2m", 6
-  config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+  config.update_from_flattened_dict(
+    {name.replace("__", "."): value for name, value in changes.items()}
+  )
   return config
 
 
@@ -47,13 +53,17 @@ def tree(step):
 def saved(folder, steps=(1, 2, 3), **kept):
   made = checkpoint.Checkpoints(folder, last=kept.pop("last", 3), **kept)
   for step in steps:
-    checkpoint.save(made, step, tree(step), value=-abs(step - 3), facts={"cursor": {"row": 7 * step}})
+    checkpoint.save(
+      made, step, tree(step), value=-abs(step - 3), facts={"cursor": {"row": 7 * step}}
+    )
   checkpoint.wait(made)
   return made
 
 
 def largest(folder: pathlib.Path) -> pathlib.Path:
-  return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+  return max(
+    (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+  )
 
 
 def flip(folder):
@@ -76,14 +86,20 @@ def linked(folder):
   (folder / "default" / "link").symlink_to(target)
 
 
-@pytest.mark.parametrize("harm, words", [
-  (flip, "is not what was written"), (truncate, "is not what was written"), (linked, "is missing"),
-  (lambda folder: largest(folder).unlink(), "is missing"),
-  (lambda folder: (folder / "more").write_text("x"), "more was added"),
-  (lambda folder: (folder / checkpoint.MANIFEST).unlink(), "it has no manifest.json"),
-  (lambda folder: (folder / checkpoint.MANIFEST).write_text("{"), "it cannot be read"),
-  (half_written, "was never finished"), (shutil.rmtree, ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "harm, words",
+  [
+    (flip, "is not what was written"),
+    (truncate, "is not what was written"),
+    (linked, "is missing"),
+    (lambda folder: largest(folder).unlink(), "is missing"),
+    (lambda folder: (folder / "more").write_text("x"), "more was added"),
+    (lambda folder: (folder / checkpoint.MANIFEST).unlink(), "it has no manifest.json"),
+    (lambda folder: (folder / checkpoint.MANIFEST).write_text("{"), "it cannot be read"),
+    (half_written, "was never finished"),
+    (shutil.rmtree, ""),
+  ],
+)
 def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, capsys, harm, words):
   saved(tmp_path).close()
   harm(tmp_path / "3")
@@ -109,20 +125,32 @@ def test_the_manifest_is_that_of_the_files_and_holds_the_cursor(tmp_path):
 def test_a_damaged_checkpoint_that_was_asked_for_is_refused(tmp_path):
   saved(tmp_path).close()
   flip(tmp_path / "2")
-  with pytest.raises(checkpoint.CheckpointError, match=r"/2 is damaged: .*not what was written; choose one of"):
+  with pytest.raises(
+    checkpoint.CheckpointError, match=r"/2 is damaged: .*not what was written; choose one of"
+  ):
     checkpoint.restore(checkpoint.open_checkpoints(tmp_path, last=3), tree(0), 2)
 
 
-@pytest.mark.parametrize("kept, want", [
-  (dict(last=2), [6, 7]), (dict(last=1, every=5), [5, 7]), (dict(last=2, best=1), [3, 6, 7]),
-  (dict(last=1, best=1, mode="min"), [7]), (dict(last=1, best=2, mode="min", background=False), [6, 7]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "kept, want",
+  [
+    (dict(last=2), [6, 7]),
+    (dict(last=1, every=5), [5, 7]),
+    (dict(last=2, best=1), [3, 6, 7]),
+    (dict(last=1, best=1, mode="min"), [7]),
+    (dict(last=1, best=2, mode="min", background=False), [6, 7]),
+  ],
+)
 def test_which_checkpoints_stay(tmp_path, kept, want):
-  assert list(saved(tmp_path, range(1, 8), **kept).all_steps()) == want  # value is -|step - 3|: best at 3, least at 7
+  assert (
+    list(saved(tmp_path, range(1, 8), **kept).all_steps()) == want
+  )  # value is -|step - 3|: best at 3, least at 7
 
 
 def test_orbax_alone_reads_a_flipped_byte(tmp_path):
-  """Why there is a manifest: values that are not compressed well enough to fail come back wrong without a word."""
+  """Why there is a manifest: values that are not compressed well enough to fail come back wrong
+  without a word.
+  """
   noise = {"a": jax.random.normal(jax.random.key(0), (4096,))}
   made = checkpoint.Checkpoints(tmp_path, last=1)
   checkpoint.save(made, 1, noise)
@@ -144,7 +172,9 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
   big = {"a": jax.random.normal(jax.random.key(0), (300_000,)), "step": jnp.int32(2)}
   try:
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
-    with pytest.raises(checkpoint.CheckpointError, match="could not take a checkpoint.*the same command"):
+    with pytest.raises(
+      checkpoint.CheckpointError, match="could not take a checkpoint.*the same command"
+    ):
       checkpoint.save(made, 2, big)
       checkpoint.wait(made)
   finally:
@@ -164,7 +194,10 @@ def test_the_whole_state_moves_to_another_mesh_bit_for_bit(tmp_path):
   for mesh in ((1, 1, 1), (1, 8, 1)):
     _, like = small.start(cfg, mesh)
     got = checkpoint.restore(made, like)
-    bits = lambda x: np.asarray(jax.random.key_data(x) if x.dtype == state.key.dtype else x)
+
+    def bits(x):
+      return np.asarray(jax.random.key_data(x) if x.dtype == state.key.dtype else x)
+
     for a, b, want in zip(jax.tree.leaves(got), jax.tree.leaves(state), jax.tree.leaves(like)):
       assert a.sharding == want.sharding and bits(a).tobytes() == bits(b).tobytes()
 
@@ -179,7 +212,9 @@ class Count:
 
 
 def counting(then=lambda t: None, wrong=()):
-  """advance(state, t) that adds t + 1; `then` runs inside the step, `wrong` steps have a NaN score in row 1."""
+  """advance(state, t) that adds t + 1; `then` runs inside the step, `wrong` steps have a NaN
+  score in row 1.
+  """
 
   def advance(state, t):
     then(t)
@@ -187,11 +222,15 @@ def counting(then=lambda t: None, wrong=()):
     if t in wrong:
       scores[1] = np.nan
     rows = Sequences(
-      tokens=np.arange(20, dtype=np.int32).reshape(4, 5), token_mask=np.ones((4, 5), bool),
-      response_mask=np.ones((4, 2), bool), has_eos=np.ones(4, bool),
-    )  # fmt: skip
+      tokens=np.arange(20, dtype=np.int32).reshape(4, 5),
+      token_mask=np.ones((4, 5), bool),
+      response_mask=np.ones((4, 2), bool),
+      has_eos=np.ones(4, bool),
+    )
     values = {"reward/used": scores.mean(), "skipped": float(t in wrong)}
-    out = StepOutput(metrics=values, sequences=rows, judged=Judged(rte=scores, scores=scores, scores_frozen=scores))
+    out = StepOutput(
+      metrics=values, sequences=rows, judged=Judged(rte=scores, scores=scores, scores_frozen=scores)
+    )
     state = state.replace(step=state.step + 1, total=state.total + t + 1)
     return state, out, np.asarray([8, 9]), values, {"reward": 0.0}
 
@@ -242,19 +281,35 @@ def test_skipped_rows_are_kept_and_too_many_in_a_row_stop_the_run(tmp_path):
   config = settings(guard__max_skipped=3)
   with pytest.raises(loop.Diverged) as stopped:
     run_loop(tmp_path, config, counting(wrong=(0, 2, 3, 4)))
-  for words in ("steps 2 to 4", "reward/used", str(tmp_path / loop.SAMPLES_KEPT), "saved        step 4", "what to do"):
+  for words in (
+    "steps 2 to 4",
+    "reward/used",
+    str(tmp_path / loop.SAMPLES_KEPT),
+    "saved        step 4",
+    "what to do",
+  ):
     assert words in str(stopped.value)
   rows = run_files.read_jsonl(tmp_path / loop.SAMPLES_KEPT)
-  assert [(row["step"], row["example_id"], row["sample"]) for row in rows] == [(t, 8, 1) for t in (0, 2, 3, 4)]
-  assert rows[0]["prompt"] == [5, 6, 7] and rows[0]["response"] == [8, 9] and rows[0]["reward"] == "nan"
+  assert [(row["step"], row["example_id"], row["sample"]) for row in rows] == [
+    (t, 8, 1) for t in (0, 2, 3, 4)
+  ]
+  assert (
+    rows[0]["prompt"] == [5, 6, 7] and rows[0]["response"] == [8, 9] and rows[0]["reward"] == "nan"
+  )
   logged = metrics.read_metrics(tmp_path)
-  assert [row["skipped"] for row in logged] == [1, 0, 1, 1, 1] and np.isnan(logged[0]["reward/used"])
+  assert [row["skipped"] for row in logged] == [1, 0, 1, 1, 1] and np.isnan(
+    logged[0]["reward/used"]
+  )
 
 
 def test_a_workdir_that_vanishes_stops_the_run(tmp_path):
   gone = tmp_path / "run"
   with pytest.raises(checkpoint.CheckpointError, match="has vanished: bring it back"):
-    run_loop(gone, settings(), counting(lambda t: shutil.rmtree(gone, ignore_errors=True) if t == 1 else None))
+    run_loop(
+      gone,
+      settings(),
+      counting(lambda t: shutil.rmtree(gone, ignore_errors=True) if t == 1 else None),
+    )
   assert not (gone / "config.json").exists()
 
 
@@ -263,17 +318,24 @@ def test_checkpoints_of_another_config_or_of_other_rows_are_refused(tmp_path):
   run_loop(tmp_path, config, counting())
   made = checkpoint.open_checkpoints(tmp_path / "checkpoints" / "r2m", config.checkpoint)
   start = Count(jnp.int32(0), jnp.int32(0))
-  free = settings(log__samples=9, checkpoint__keep_last=5, mesh=(8, 1, 1))  # say where and how often, not what
+  free = settings(
+    log__samples=9, checkpoint__keep_last=5, mesh=(8, 1, 1)
+  )  # say where and how often, not what
   assert int(loop.resume(free, made, start)[0].total) == 21
   for other, data in ((settings(seed=5), ""), (config, "other")):
-    with pytest.raises(checkpoint.CheckpointError, match="is of other (config|data) than this run's.*fork_from=OLD"):
+    with pytest.raises(
+      checkpoint.CheckpointError, match="is of other (config|data) than this run's.*fork_from=OLD"
+    ):
       loop.resume(other, made, start, data=data)
 
 
 def test_a_fork_starts_from_the_other_run_and_does_not_change_it(tmp_path, capsys):
   old, new = tmp_path / "old", tmp_path / "new"
   run_loop(old, settings(), counting())
-  files = lambda: {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+
+  def files():
+    return {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
+
   before, fork = files(), settings(kl__beta=0.5, checkpoint__fork_from=str(old))
   done = []
   state = run_loop(new, fork, counting(done.append))
@@ -291,8 +353,12 @@ def test_a_fork_starts_from_the_other_run_and_does_not_change_it(tmp_path, capsy
 
 def test_a_fit_goes_on_where_a_signal_stopped_it(tmp_path):
   mesh = sharding.make_mesh((1, 1, 1))
-  loss = lambda w, batch, base: (((w * base - batch["x"]) ** 2).mean(), {})
-  start = lambda: jax.device_put({"w": jnp.zeros(3)}, sharding.shardings({"w": jnp.zeros(3)}, mesh))
+
+  def loss(w, batch, base):
+    return (((w * base - batch["x"]) ** 2).mean(), {})
+
+  def start():
+    return jax.device_put({"w": jnp.zeros(3)}, sharding.shardings({"w": jnp.zeros(3)}, mesh))
 
   def fitted(workdir, stop_at=None, base=1.0):
     def batches():
@@ -303,17 +369,29 @@ def test_a_fit_goes_on_where_a_signal_stopped_it(tmp_path):
 
     state = start()
     return fit.fit(
-      lambda s, batch, base: loss(s["w"], batch, base), state, optax.adam(0.1), batches(), total=25, stage="sft",
-      workdir=workdir, state_shardings=sharding.shardings(state, mesh), frozen=jnp.float32(base),
+      lambda s, batch, base: loss(s["w"], batch, base),
+      state,
+      optax.adam(0.1),
+      batches(),
+      total=25,
+      stage="sft",
+      workdir=workdir,
+      state_shardings=sharding.shardings(state, mesh),
+      frozen=jnp.float32(base),
       batch_sharding=jax.NamedSharding(mesh, sharding.BATCH),
-    )  # fmt: skip
+    )
 
   with pytest.raises(loop.Interrupted), loop.signals_end_the_run():
     fitted(tmp_path / "cut", stop_at=13)
-  with pytest.raises(checkpoint.CheckpointError, match="partial/sft/14 is of other models than this run's"):
+  with pytest.raises(
+    checkpoint.CheckpointError, match="partial/sft/14 is of other models than this run's"
+  ):
     fitted(tmp_path / "cut", base=2.0)
   np.testing.assert_array_equal(fitted(tmp_path / "cut")["w"], fitted(tmp_path / "whole")["w"])
-  rows = lambda name: [{**row, "seconds": 0, "data/wait": 0} for row in metrics.read_metrics(tmp_path / name)]
+
+  def rows(name):
+    return [{**row, "seconds": 0, "data/wait": 0} for row in metrics.read_metrics(tmp_path / name)]
+
   assert rows("cut") == rows("whole")
 
 
@@ -321,9 +399,14 @@ def test_a_fit_goes_on_where_a_signal_stopped_it(tmp_path):
 
 
 def test_descend_is_the_optimizer_or_nothing():
-  """Against a plain optax loop; a NaN or an infinity in the loss or in one gradient leaves every bit as it was."""
+  """Against a plain optax loop; a NaN or an infinity in the loss or in one gradient leaves every
+  bit as it was.
+  """
   tx, params = optax.adamw(0.1), {"w": jnp.arange(1.0, 4.0), "b": jnp.float32(2.0)}
-  loss = lambda p, x: (((p["w"] * x).sum() + p["b"]) ** 2, p["b"])
+
+  def loss(p, x):
+    return (((p["w"] * x).sum() + p["b"]) ** 2, p["b"])
+
   update = jax.jit(lambda p, o, x: descend(tx, loss, p, o, x))
   opt, plain, plain_opt = tx.init(params), params, tx.init(params)
   good = jnp.asarray([1.0, -2.0, 0.5])
@@ -334,19 +417,29 @@ def test_descend_is_the_optimizer_or_nothing():
       grads = jax.grad(lambda p: loss(p, x)[0])(plain)
       updates, plain_opt = tx.update(grads, plain_opt, plain)
       plain = optax.apply_updates(plain, updates)
-      assert done["skipped"] == 0 and done["grad_norm"] == pytest.approx(float(optax.tree.norm(grads)), rel=1e-6)
+      assert done["skipped"] == 0 and done["grad_norm"] == pytest.approx(
+        float(optax.tree.norm(grads)), rel=1e-6
+      )
     else:
       assert done["skipped"] == 1
       jax.tree.map(np.testing.assert_array_equal, (params, opt), before)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), (params, opt), (plain, plain_opt))
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), (params, opt), (plain, plain_opt)
+    )
 
 
 def test_the_guard_needs_no_second_copy():
-  """Peak temporaries of a donated update with the guard, against a plain optax one; half a copy would be seen."""
+  """Peak temporaries of a donated update with the guard, against a plain optax one; half a copy
+  would be seen.
+  """
   params = {"w": jnp.zeros((4, 256, 256)), "b": jnp.zeros((4, 256))}
   tx, x = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), jnp.ones((2, 256))
-  layer = lambda x, w: (jnp.tanh(x @ w[0] + w[1]), None)
-  loss = lambda p, x: ((jax.lax.scan(layer, x, (p["w"], p["b"]))[0] ** 2).mean(), None)
+
+  def layer(x, w):
+    return (jnp.tanh(x @ w[0] + w[1]), None)
+
+  def loss(p, x):
+    return ((jax.lax.scan(layer, x, (p["w"], p["b"]))[0] ** 2).mean(), None)
 
   def plain(params, opt, x):
     grads = jax.grad(lambda p: loss(p, x)[0])(params)
@@ -357,13 +450,17 @@ def test_the_guard_needs_no_second_copy():
     compiled = jax.jit(f, donate_argnums=(0, 1)).lower(params, tx.init(params), x).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
-  guarded = lambda params, opt, x: descend(tx, loss, params, opt, x)[:2]
+  def guarded(params, opt, x):
+    return descend(tx, loss, params, opt, x)[:2]
+
   size = sum(x.nbytes for x in jax.tree.leaves(params))
   assert temporaries(guarded) < temporaries(plain) + size / 2
 
 
 def test_a_nan_reward_trains_nothing_and_the_next_step_goes_on():
-  """PPO, so that all three updates run; a NaN in the reward model's bias makes every score of the step NaN."""
+  """PPO, so that all three updates run; a NaN in the reward model's bias makes every score of
+  the step NaN.
+  """
   cfg = small.config(algorithm="ppo", kl__controller="adaptive")
   built, state = small.start(cfg)
   step = small.step_of(cfg, built, state)
@@ -371,11 +468,18 @@ def test_a_nan_reward_trains_nothing_and_the_next_step_goes_on():
   head = jax.tree.map(jnp.copy, state.reward_head)
   poisoned = jax.tree.map(jnp.copy, head)
   poisoned["phi"]["bias"][...] = jnp.full_like(head["phi"]["bias"][...], jnp.nan)
-  trained = lambda s: [np.asarray(x) for x in jax.tree.leaves((s.policy, s.policy_opt, s.critic, s.critic_opt))]
+
+  def trained(s):
+    return [
+      np.asarray(x) for x in jax.tree.leaves((s.policy, s.policy_opt, s.critic, s.critic_opt))
+    ]
+
   before = trained(state)
   state, out = step(state.replace(reward_head=poisoned), small.prompts(cfg, 0))
   updates = cfg.ppo.epochs * cfg.ppo.minibatches
-  assert float(out.metrics["skipped"]) == 2 * updates + 1 and not np.isfinite(out.judged.scores).any()
+  assert (
+    float(out.metrics["skipped"]) == 2 * updates + 1 and not np.isfinite(out.judged.scores).any()
+  )
   jax.tree.map(np.testing.assert_array_equal, trained(state), before)
   assert int(state.step) == 1 and np.isfinite(state.beta)
   state, out = step(state.replace(reward_head=head, reward_frozen=good), small.prompts(cfg, 1))
@@ -387,16 +491,27 @@ def test_a_nan_reward_trains_nothing_and_the_next_step_goes_on():
 
 
 def test_any_sample_is_made_again_token_for_token(tmp_path, monkeypatch, capsys):
-  """From a checkpoint at the step, from one before it, and from the beginning; the run's own arrays are the oracle."""
+  """From a checkpoint at the step, from one before it, and from the beginning; the run's own
+  arrays are the oracle.
+  """
   cfg, seen, original = settings(steps=4, checkpoint__keep_last=9), [], gold_rl.gold_metrics
   monkeypatch.setattr(gold, "gold_metrics", lambda out, K: seen.append(out) or original(out, K))
   gold.run(cfg, tmp_path)
-  paths = lambda: [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "replay"]
-  files = lambda: {path: path.read_bytes() for path in paths()}
+
+  def paths():
+    return [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "replay"]
+
+  def files():
+    return {path: path.read_bytes() for path in paths()}
+
   before, width = files(), cfg.rollout.max_new_tokens
   for step, prompt, sample in ((0, 1, 2), (2, 7, 3), (3, 0, 0)):  # checkpoints are at 2 and 4
     again = settings(task="replay", replay__step=step, replay__prompt=prompt, replay__sample=sample)
-    found, out, row = replay.run(again, tmp_path), seen[step], prompt * cfg.rollout.group_size + sample
+    found, out, row = (
+      replay.run(again, tmp_path),
+      seen[step],
+      prompt * cfg.rollout.group_size + sample,
+    )
     mask = out.sequences.response_mask[row]
     assert found["tokens"] == out.sequences.tokens[row, -width:][mask].tolist()
     assert found["reward"] == run_files.plain(out.judged.scores[row])
@@ -405,14 +520,18 @@ def test_any_sample_is_made_again_token_for_token(tmp_path, monkeypatch, capsys)
     assert len(found["logprobs"]) == len(found["tokens"]) and max(found["logprobs"]) <= 0
     np.testing.assert_allclose(np.sum(found["attention"], -1), 1, rtol=1e-5)
     fused = found["omega"] * found["own"][0] + (1 - found["omega"]) * found["read"][0]  # eq. 4
-    assert fused == pytest.approx(found["reward"], abs=1e-5) and len(found["states"]) == len(found["attention"][0])
+    assert fused == pytest.approx(found["reward"], abs=1e-5) and len(found["states"]) == len(
+      found["attention"][0]
+    )
     shown = capsys.readouterr().out
     assert "metrics of the step against metrics.jsonl: largest difference 0.0e+00" in shown, shown
   assert files() == before
   by_id = settings(task="replay", replay__step=3, replay__example_id=cfg.rollout.prompts * 3)
   assert replay.run(by_id, tmp_path) == found  # as skipped.jsonl names it
   by_id.replay.example_id = 0
-  with pytest.raises(ConfigError, match=r"config.replay.example_id is 0: the prompts of step 3 are \[24, "):
+  with pytest.raises(
+    ConfigError, match=r"config.replay.example_id is 0: the prompts of step 3 are \[24, "
+  ):
     replay.run(by_id, tmp_path)
   with pytest.raises(ConfigError, match="config.replay.sample is 4: the run has 4, counted from 0"):
     replay.run(settings(task="replay", replay__sample=4), tmp_path)
@@ -421,7 +540,9 @@ def test_any_sample_is_made_again_token_for_token(tmp_path, monkeypatch, capsys)
 
 
 def test_stopped_and_killed_it_ends_where_the_unbroken_run_does(smallest_run, tmp_path):
-  """SIGTERM, then SIGKILL after a logged step and inside a save; `benchmarks.kill_resume` does it fifty times."""
+  """SIGTERM, then SIGKILL after a logged step and inside a save; `benchmarks.kill_resume` does
+  it fifty times.
+  """
   unbroken, broken, rng = smallest_run[0], tmp_path / "broken", random.Random(0)
   shutil.copytree(unbroken / "stages", broken / "stages")
   run, log = kill_resume.start(broken, "--config.steps=4"), tmp_path / "broken.log"
@@ -431,8 +552,13 @@ def test_stopped_and_killed_it_ends_where_the_unbroken_run_does(smallest_run, tm
   assert run.wait(600) == loop.RESUME, log.read_text()[-2000:]
   assert "the same command goes on" in log.read_text() and "Traceback" not in log.read_text()
   moments = zip((0, 2), kill_resume.MOMENTS)
-  assert any([kill_resume.kill_at(broken, step, moment, rng, "--config.steps=4") for step, moment in moments])
+  assert any(
+    [kill_resume.kill_at(broken, step, moment, rng, "--config.steps=4") for step, moment in moments]
+  )
   assert kill_resume.start(broken, "--config.steps=4").wait() == 0, log.read_text()[-2000:]
   assert kill_resume.arrays(broken, 4) == kill_resume.arrays(unbroken, 4)
-  rl = lambda workdir: [row for row in kill_resume.rows(workdir) if row["arm"] == "r2m"]
+
+  def rl(workdir):
+    return [row for row in kill_resume.rows(workdir) if row["arm"] == "r2m"]
+
   assert rl(broken) == rl(unbroken) and len(rl(broken)) == 4

@@ -1,8 +1,10 @@
-"""A policy so small that every response can be written down: expected gradients as exact sums, in NumPy and float64.
+"""A policy so small that every response can be written down: expected gradients as exact sums, in
+NumPy and float64.
 
-The policy is a table of logits, one row per state; a state is a prompt and the tokens said so far. A response ends with
-EOS or is cut off at `length` tokens. `Space` lists the responses and all batches of P * K independent ones. What a
-training step does on average is then a finite sum over those batches:
+The policy is a table of logits, one row per state; a state is a prompt and the tokens said so far.
+A response ends with EOS or is cut off at `length` tokens. `Space` lists the responses and all
+batches of P * K independent ones. What a training step does on average is then a finite sum over
+those batches:
 
   documented(...)   value and gradient of the loss, averaged over all batches: the estimators as their definitions say,
                     with d log pi / d logits written out as (one-hot - pi) / temperature
@@ -63,7 +65,9 @@ class Tables(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-  """All responses over `vocab` tokens of at most `length`, and all batches of `group` of them for each prompt."""
+  """All responses over `vocab` tokens of at most `length`, and all batches of `group` of them
+  for each prompt.
+  """
 
   vocab: int
   length: int
@@ -77,35 +81,51 @@ class Space:
     said = [(*prefix, t) for prefix in prefixes for t in range(self.vocab)]
     said = [y for y in said if y[-1] == EOS or len(y) == self.length]
     number = {prefix: i for i, prefix in enumerate(prefixes)}
-    tokens = np.full((len(said), self.length), EOS)  # padded with EOS itself: masks must come from lengths
+    tokens = np.full(
+      (len(said), self.length), EOS
+    )  # padded with EOS itself: masks must come from lengths
     states = np.zeros(tokens.shape, int)
     for i, y in enumerate(said):
       tokens[i, : len(y)] = y
       states[i, : len(y)] = [number[y[:t]] for t in range(len(y))]
     rows = self.prompts * self.group
-    put = lambda name, value: object.__setattr__(self, name, value)
+
+    def put(name, value):
+      return object.__setattr__(self, name, value)
+
     put("per_prompt", len(prefixes))
     put("states", len(prefixes) * self.prompts)
     put("tokens", tokens)  # [Y, T]
-    put("mask", np.arange(self.length) < np.array([len(y) for y in said])[:, None])  # [Y, T], EOS included
+    put(
+      "mask", np.arange(self.length) < np.array([len(y) for y in said])[:, None]
+    )  # [Y, T], EOS included
     put("has_eos", np.array([y[-1] == EOS for y in said]))  # [Y]
     put("state", np.stack([states + p * len(prefixes) for p in range(self.prompts)]))  # [P, Y, T]
     put("prompt", np.repeat(np.arange(self.prompts), self.group))  # [B], of each row of a batch
-    put("batches", np.array(list(itertools.product(range(len(said)), repeat=rows))))  # [N, B] -> which response
+    put(
+      "batches", np.array(list(itertools.product(range(len(said)), repeat=rows)))
+    )  # [N, B] -> which response
 
   def random_tables(self, seed, on_policy=True):
     rng = np.random.default_rng(seed)
     policy, shift, ref = (rng.normal(size=(self.states, self.vocab)) for _ in range(3))
     old = policy if on_policy else policy + 0.4 * shift
-    return Tables(policy, old, policy + 0.7 * ref, rng.normal(size=(self.prompts, len(self.tokens))),
-                  rng.normal(size=self.states))  # fmt: skip
+    return Tables(
+      policy,
+      old,
+      policy + 0.7 * ref,
+      rng.normal(size=(self.prompts, len(self.tokens))),
+      rng.normal(size=self.states),
+    )
 
 
 # ---- distributions ----
 
 
 def kept_row(logits, sampling):
-  """Which tokens of one state may be drawn, bool[V]: the order is temperature, top k, top p of the rest, min p."""
+  """Which tokens of one state may be drawn, bool[V]: the order is temperature, top k, top p of
+  the rest, min p.
+  """
   z = logits / sampling.temperature
   keep = np.ones(len(z), bool)
   if 0 < sampling.top_k < len(z):
@@ -182,7 +202,9 @@ def state_kl(logits, ref, sampling):
 def objective(space, logits, tables, sampling, beta):
   """E[r] - beta * KL(policy || reference) of whole responses, mean over prompts."""
   keep = kept(logits, sampling)
-  log_p, log_q = (token_logprobs(space, log_distribution(x, sampling, keep)) for x in (logits, tables.ref))
+  log_p, log_q = (
+    token_logprobs(space, log_distribution(x, sampling, keep)) for x in (logits, tables.ref)
+  )
   p = np.exp(log_p.sum(-1))
   total = 0.0
   for i in np.ndindex(p.shape):
@@ -192,13 +214,19 @@ def objective(space, logits, tables, sampling, beta):
 
 
 def true_gradient(space, tables, sampling, beta):
-  """Of `objective` at the policy: sum over responses of p (r - beta log(p / ref)) grad log p.   [S, V]"""
+  """Of `objective` at the policy: sum over responses of p (r - beta log(p / ref)) grad log p.
+  [S, V]
+  """
   keep = kept(tables.policy, sampling)
-  log_p, log_q = (token_logprobs(space, log_distribution(x, sampling, keep)) for x in (tables.policy, tables.ref))
+  log_p, log_q = (
+    token_logprobs(space, log_distribution(x, sampling, keep)) for x in (tables.policy, tables.ref)
+  )
   p = np.exp(log_p.sum(-1))
   with np.errstate(invalid="ignore"):
     weight = np.where(p > 0, p * (tables.reward - beta * (log_p - log_q).sum(-1)), 0)
-  return np.einsum("py,pytsv->sv", weight, grad_logprobs(space, tables.policy, sampling)) / space.prompts
+  return (
+    np.einsum("py,pytsv->sv", weight, grad_logprobs(space, tables.policy, sampling)) / space.prompts
+  )
 
 
 def central(space, tables, sampling, beta, step=1e-5):
@@ -215,7 +243,9 @@ def central(space, tables, sampling, beta, step=1e-5):
 
 
 def reached(space, logits, sampling):
-  """Probability that a response visits each state.   [S], summing to the number of states visited per prompt"""
+  """Probability that a response visits each state.   [S], summing to the number of states
+  visited per prompt
+  """
   p = np.exp(log_distribution(logits, sampling, kept(logits, sampling)))
   out = np.zeros(space.states)
   for prompt in range(space.prompts):
@@ -228,10 +258,14 @@ def reached(space, logits, sampling):
 
 
 def held(space, tables, sampling, beta):
-  """grad E[r] - beta * sum over states of P(state is visited) * grad KL(pi(.|s) || ref(.|s)), mean over prompts."""
+  """grad E[r] - beta * sum over states of P(state is visited) * grad KL(pi(.|s) || ref(.|s)),
+  mean over prompts.
+  """
   _, grad_kl = state_kl(tables.policy, tables.ref, sampling)
   visits = reached(space, tables.policy, sampling)
-  return true_gradient(space, tables, sampling, 0.0) - beta * visits[:, None] * grad_kl / space.prompts
+  return (
+    true_gradient(space, tables, sampling, 0.0) - beta * visits[:, None] * grad_kl / space.prompts
+  )
 
 
 # ---- what the estimators do ----
@@ -246,9 +280,13 @@ def whitened(x, mask):
 
 
 def advantages(space, setting, scores, kl, mask, greedy, values):
-  """scores [N, B], KL of each token in the reward [N, B, T], greedy scores [B], values [N, B, T] -> [N, B, T]"""
+  """scores [N, B], KL of each token in the reward [N, B, T], greedy scores [B], values [N, B, T]
+  -> [N, B, T]
+  """
   rows, K, (N, B, T) = range(scores.shape[1]), space.group, mask.shape
-  penalty = setting.beta * np.where(mask, kl, 0) if setting.placement == "reward" else np.zeros(mask.shape)
+  penalty = (
+    setting.beta * np.where(mask, kl, 0) if setting.placement == "reward" else np.zeros(mask.shape)
+  )
   total = scores - penalty.sum(-1)
   last = mask.sum(-1) - 1
   out = np.zeros(mask.shape)
@@ -262,11 +300,15 @@ def advantages(space, setting, scores, kl, mask, greedy, values):
   elif setting.algorithm == "grpo":
     centred = np.zeros(total.shape)
     for b in rows:
-      centred[:, b] = total[:, b] - sum(total[:, j] for j in rows if space.prompt[j] == space.prompt[b]) / K
+      centred[:, b] = (
+        total[:, b] - sum(total[:, j] for j in rows if space.prompt[j] == space.prompt[b]) / K
+      )
     for b in rows:
       pool = [j for j in rows if setting.norm == "batch" or space.prompt[j] == space.prompt[b]]
       variance = sum(centred[:, j] ** 2 for j in pool) / len(pool)
-      scale = np.ones(N) if setting.norm == "none" else 1 / np.sqrt(variance + setting.advantage_eps)
+      scale = (
+        np.ones(N) if setting.norm == "none" else 1 / np.sqrt(variance + setting.advantage_eps)
+      )
       out[:, b] = (centred[:, b] * scale)[:, None]
   elif setting.algorithm == "reinforce++":
     for t in range(T):
@@ -298,20 +340,34 @@ def token_weights(mask, how):
 
 
 def documented(space, tables, sampling, setting):
-  """(value, gradient [S, V]) of the loss of a batch drawn with `tables.old`, at `tables.policy`, averaged exactly."""
+  """(value, gradient [S, V]) of the loss of a batch drawn with `tables.old`, at `tables.policy`,
+  averaged exactly.
+  """
   old_keep, keep = kept(tables.old, sampling), kept(tables.policy, sampling)
   log_old, log_ref_old = (log_distribution(x, sampling, old_keep) for x in (tables.old, tables.ref))
   log_new, log_ref = (log_distribution(x, sampling, keep) for x in (tables.policy, tables.ref))
 
-  chosen = lambda x: x[space.prompt[None], space.batches]  # [P, Y, ...] -> [N, B, ...]
+  def chosen(x):
+    return x[space.prompt[None], space.batches]  # [P, Y, ...] -> [N, B, ...]
+
   mask, has_eos = space.mask[space.batches], space.has_eos[space.batches]
   p = chosen(probabilities(space, log_old)).prod(-1)  # [N]
   possible = p > 0
   with np.errstate(invalid="ignore", over="ignore"):
-    old, ref_old, new, ref = (chosen(token_logprobs(space, x)) for x in (log_old, log_ref_old, log_new, log_ref))
-    sampled_kl = {"k1": old - ref_old, "k2": (old - ref_old) ** 2 / 2, "k3": np.exp(ref_old - old) - 1 + old - ref_old}
+    old, ref_old, new, ref = (
+      chosen(token_logprobs(space, x)) for x in (log_old, log_ref_old, log_new, log_ref)
+    )
+    sampled_kl = {
+      "k1": old - ref_old,
+      "k2": (old - ref_old) ** 2 / 2,
+      "k3": np.exp(ref_old - old) - 1 + old - ref_old,
+    }
   exact_old, _ = state_kl(tables.old, tables.ref, sampling)
-  reward_kl = exact_old[chosen(space.state)] if setting.estimator == "exact" else sampled_kl[setting.estimator]
+  reward_kl = (
+    exact_old[chosen(space.state)]
+    if setting.estimator == "exact"
+    else sampled_kl[setting.estimator]
+  )
 
   greedy = np.zeros(space.prompts)
   for prompt in range(space.prompts):
@@ -319,15 +375,26 @@ def documented(space, tables, sampling, setting):
       steps = range(int(space.mask[y].sum()))
       if all(space.tokens[y, t] == tables.old[space.state[prompt, y, t]].argmax() for t in steps):
         greedy[prompt] = tables.reward[prompt, y]
-  adv = advantages(space, setting, chosen(tables.reward), reward_kl, mask, greedy[space.prompt],
-                   tables.values[chosen(space.state)])  # fmt: skip
+  adv = advantages(
+    space,
+    setting,
+    chosen(tables.reward),
+    reward_kl,
+    mask,
+    greedy[space.prompt],
+    tables.values[chosen(space.state)],
+  )
 
   counted = mask & has_eos[:, :, None] if setting.mask_truncated else mask
   weights = token_weights(counted, setting.aggregation)
-  finite = possible[:, None, None]  # the others hold a token that is never drawn, and have weight zero
+  finite = possible[
+    :, None, None
+  ]  # the others hold a token that is never drawn, and have weight zero
   log_rho = np.subtract(new, old, where=counted & finite, out=np.zeros(mask.shape))
   if setting.ratio == "sequence":
-    log_rho = np.where(counted, log_rho.sum(-1, keepdims=True) / np.maximum(counted.sum(-1, keepdims=True), 1), 0)
+    log_rho = np.where(
+      counted, log_rho.sum(-1, keepdims=True) / np.maximum(counted.sum(-1, keepdims=True), 1), 0
+    )
   rho = np.exp(log_rho)
   high = 1 + (setting.clip_eps_high or setting.clip_eps)
   floor, ceiling = 1 - setting.clip_eps, setting.dual_clip or np.inf
@@ -336,7 +403,9 @@ def documented(space, tables, sampling, setting):
   value = -(weights * used * adv).sum((1, 2))
   on_logprob = -weights * adv * rho * free  # what multiplies each token's grad log pi
   if setting.ratio == "sequence":
-    on_logprob = np.where(counted, on_logprob.sum(-1, keepdims=True) / np.maximum(counted.sum(-1, keepdims=True), 1), 0)
+    on_logprob = np.where(
+      counted, on_logprob.sum(-1, keepdims=True) / np.maximum(counted.sum(-1, keepdims=True), 1), 0
+    )
 
   on_kl = np.zeros(mask.shape)  # what multiplies the gradient of its state's KL
   exact, grad_exact = state_kl(tables.policy, tables.ref, sampling)
@@ -345,14 +414,20 @@ def documented(space, tables, sampling, setting):
     value = value + (on_kl * exact[chosen(space.state)]).sum((1, 2))
   elif setting.placement == "loss":
     d = np.subtract(new, ref, where=np.broadcast_to(finite, mask.shape), out=np.zeros(mask.shape))
-    term, slope = {"k2": (d**2 / 2, d), "k3": (np.exp(-d) - 1 + d, 1 - np.exp(-d))}[setting.estimator]
+    term, slope = {"k2": (d**2 / 2, d), "k3": (np.exp(-d) - 1 + d, 1 - np.exp(-d))}[
+      setting.estimator
+    ]
     value = value + setting.beta * (weights * term).sum((1, 2))
     on_logprob = on_logprob + setting.beta * weights * slope
 
-  # batches -> responses: how much each token of each response counts on average, then once times its gradient
+  # batches -> responses: how much each token of each response counts on average, then once times
+  # its gradient
   summed = np.zeros((2, *space.state.shape))
   index = (np.broadcast_to(space.prompt, space.batches.shape), space.batches)
-  scaled = lambda x: np.where(finite, x, 0) * p[:, None, None]
+
+  def scaled(x):
+    return np.where(finite, x, 0) * p[:, None, None]
+
   np.add.at(summed[0], index, scaled(on_logprob))
   np.add.at(summed[1], index, scaled(on_kl))
   gradient = np.einsum("pyt,pytsv->sv", summed[0], grad_logprobs(space, tables.policy, sampling))

@@ -1,6 +1,8 @@
-"""One process of a run of several: `python tests/support/hosts_worker.py units FOLDER | main [its arguments]`.
+"""One process of a run of several: `python tests/support/hosts_worker.py units FOLDER | main [its
+arguments]`.
 
-R2M_TEST_RECORD names a folder: the samples of every step and the digests of the restored state are left there.
+R2M_TEST_RECORD names a folder: the samples of every step and the digests of the restored state are
+left there.
 """
 
 import hashlib
@@ -17,10 +19,14 @@ def digests(state):
   """SHA-256 of every array of a state, by path; whole arrays, whatever mesh they lie on."""
   from r2m_jax.parallel import hosts
 
-  plain = lambda x: jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+  def plain(x):
+    return jax.random.key_data(x) if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
   leaves = jax.tree_util.tree_leaves_with_path(jax.tree.map(plain, state))
-  return {jax.tree_util.keystr(path): hashlib.sha256(np.asarray(x).tobytes()).hexdigest()
-          for path, x in zip([path for path, _ in leaves], hosts.fetch([x for _, x in leaves]))}  # fmt: skip
+  return {
+    jax.tree_util.keystr(path): hashlib.sha256(np.asarray(x).tobytes()).hexdigest()
+    for path, x in zip([path for path, _ in leaves], hosts.fetch([x for _, x in leaves]))
+  }
 
 
 def record(folder):
@@ -34,8 +40,12 @@ def record(folder):
     def call(state, t):
       state, out, *rest = advance(state, t)
       if hosts.first():
-        np.savez(folder / f"step{t}.npz", tokens=out.sequences.tokens, mask=out.sequences.token_mask,
-                 scores=out.judged.scores)  # fmt: skip
+        np.savez(
+          folder / f"step{t}.npz",
+          tokens=out.sequences.tokens,
+          mask=out.sequences.token_mask,
+          scores=out.judged.scores,
+        )
       return state, out, *rest
 
     state = run_steps(config, workdir, checkpoints, state, call, **kwargs)
@@ -71,7 +81,10 @@ def units(folder):
     assert hosts.any_of(me == 1) and not hosts.any_of(False) and hosts.largest(7 * me) == 7
     ran = []
     assert hosts.on_first(lambda: [ran.append(1), "done"][1]) == "done" and len(ran) == (me == 0)
-    with_error = lambda: [][1]
+
+    def with_error():
+      return [][1]
+
     try:
       hosts.on_first(with_error)
       raise AssertionError("no error")
@@ -92,9 +105,18 @@ def units(folder):
       assert "process 1 does not see what process 0 wrote there" in str(error), error
 
     whole = np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
-    turned = np.asarray(jax.devices()).reshape(2, 4).T  # a mesh on which a process holds every other row
-    for sizes, devices in (((8, 1, 1), None), ((1, 1, 8), None), ((2, 2, 2), None), ((1, 2, 4), None),
-                           ((4, 2, 1), turned), ((4, 1, 2), turned), ((2, 4, 1), turned)):  # fmt: skip
+    turned = (
+      np.asarray(jax.devices()).reshape(2, 4).T
+    )  # a mesh on which a process holds every other row
+    for sizes, devices in (
+      ((8, 1, 1), None),
+      ((1, 1, 8), None),
+      ((2, 2, 2), None),
+      ((1, 2, 4), None),
+      ((4, 2, 1), turned),
+      ((4, 1, 2), turned),
+      ((2, 4, 1), turned),
+    ):
       mesh = sharding.make_mesh(sizes)
       if devices is not None:
         mesh = jax.sharding.Mesh(devices.reshape(sizes), sharding.AXES)
@@ -104,7 +126,9 @@ def units(folder):
       assert batch["x"].shape == (16, 3) and batch["x"].sharding.is_equivalent_to(layout, 2)
       np.testing.assert_array_equal(hosts.fetch(batch)["x"], whole)
       np.testing.assert_array_equal(hosts.local(batch)["x"], whole[rows])
-      np.testing.assert_array_equal(hosts.fetch(jax.jit(lambda x: x[::-1])(batch["n"])), whole[::-1, 0])
+      np.testing.assert_array_equal(
+        hosts.fetch(jax.jit(lambda x: x[::-1])(batch["n"])), whole[::-1, 0]
+      )
       held = hosts.fetch(hosts.put(whole, jax.NamedSharding(mesh, jax.P("tensor"))))
       np.testing.assert_array_equal(held, whole)
       if devices is None:

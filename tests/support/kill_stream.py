@@ -1,6 +1,8 @@
-"""Run by test_batches: streams killed with SIGKILL at random batches, then continued in new processes from their state.
+"""Run by test_batches: streams killed with SIGKILL at random batches, then continued in new
+processes from their state.
 
-Prints, as JSON, for each kill the batches that the processes gave over both lives. Forks before any thread exists.
+Prints, as JSON, for each kill the batches that the processes gave over both lives. Forks before any
+thread exists.
 """
 
 import json
@@ -19,12 +21,16 @@ BATCHES, KILLS = 40, 10
 
 
 def dataset(shard):
-  whole = row_batches([0] * 30 + [1] * 11, 4, seed=5, weights=(1.0, 2.0), groups=[8] * 12 + [16] * 29)
+  whole = row_batches(
+    [0] * 30 + [1] * 11, 4, seed=5, weights=(1.0, 2.0), groups=[8] * 12 + [16] * 29
+  )
   return whole.map(lambda rows: rows[shard[0] :: shard[1]])
 
 
 def live(path, shard, pause):
-  """A child that appends one line a batch, from the state in the last line on; returns its process id."""
+  """A child that appends one line a batch, from the state in the last line on; returns its
+  process id.
+  """
   pid = os.fork()
   if pid:
     return pid
@@ -47,14 +53,18 @@ def main(processes):
       paths = [pathlib.Path(folder) / f"{kill}_{i}" for i in range(processes)]
       alive = {path: live(path, (i, processes), 0.005) for i, path in enumerate(paths)}
       while alive:
-        for path in [path for path in alive if path.exists() and path.read_text().count("\n") >= at]:
+        for path in [
+          path for path in alive if path.exists() and path.read_text().count("\n") >= at
+        ]:
           os.kill(alive[path], signal.SIGKILL)
           os.waitpid(alive.pop(path), 0)
         time.sleep(0.001)
       killed = [path.read_text().count("\n") for path in paths]
       for child in [live(path, (i, processes), 0) for i, path in enumerate(paths)]:
         assert os.waitpid(child, 0)[1] == 0
-      batches = [[json.loads(line)["batch"] for line in path.read_text().splitlines()] for path in paths]
+      batches = [
+        [json.loads(line)["batch"] for line in path.read_text().splitlines()] for path in paths
+      ]
       results.append({"killed": killed, "batches": batches})
   print(json.dumps(results))
 

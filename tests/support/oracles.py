@@ -1,7 +1,7 @@
 """What the tests compare the library with: the same equations as slow NumPy loops in float64.
 
-Written from the paper (equation numbers are those of arXiv 2601.22664), one number at a time, calling nothing of the
-library. Arrays in and out are NumPy.
+Written from the paper (equation numbers are those of arXiv 2601.22664), one number at a time,
+calling nothing of the library. Arrays in and out are NumPy.
 """
 
 import math
@@ -10,7 +10,9 @@ import numpy as np
 
 
 def central_difference(f, x, step=1e-6):
-  """Gradient of a scalar function at x, one entry at a time: (f(x + step) - f(x - step)) / (2 step)."""
+  """Gradient of a scalar function at x, one entry at a time: (f(x + step) - f(x - step)) / (2
+  step).
+  """
   x = np.array(x, np.float64)
   gradient = np.zeros_like(x)
   for i in np.ndindex(x.shape):
@@ -37,7 +39,9 @@ def rloo_loop(scores, group_size):
 
 
 def grpo_loop(scores, group_size, eps):
-  """Each reward minus its group's mean, divided by the root of the group's variance (1/K) plus eps."""
+  """Each reward minus its group's mean, divided by the root of the group's variance (1/K) plus
+  eps.
+  """
   advantages = np.zeros(len(scores))
   for i in range(len(scores)):
     first = i - i % group_size
@@ -86,7 +90,8 @@ def masked_whiten_loop(x, mask, eps):
 def ppo_clip_loop(new, old, advantages, mask, clip_eps, aggregation):
   """Eq. 2, first term, negated, in the textbook form min(rho A, clip(rho) A).
 
-  Returns the loss, and over kept tokens: the share that is clipped, max |rho - 1|, mean of rho - 1 - log rho.
+  Returns the loss, and over kept tokens: the share that is clipped, max |rho - 1|, mean of rho - 1
+  - log rho.
   """
   per_token, clipped, deviations, kls = np.zeros(new.shape), [], [], []
   for i in np.ndindex(new.shape):
@@ -98,16 +103,25 @@ def ppo_clip_loop(new, old, advantages, mask, clip_eps, aggregation):
     clipped.append((a >= 0 and ratio > 1 + clip_eps) or (a < 0 and ratio < 1 - clip_eps))
     deviations.append(abs(ratio - 1))
     kls.append(ratio - 1 - log_ratio)
-  return aggregate_loop(per_token, mask, aggregation), sum(clipped) / len(clipped), max(deviations), sum(kls) / len(kls)
+  return (
+    aggregate_loop(per_token, mask, aggregation),
+    sum(clipped) / len(clipped),
+    max(deviations),
+    sum(kls) / len(kls),
+  )
 
 
 def bradley_terry_loop(winner, loser):
   """Eq. 5: mean of -log sigmoid(r_w - r_l)."""
-  return sum(math.log1p(math.exp(float(lose) - float(win))) for win, lose in zip(winner, loser)) / len(winner)
+  return sum(
+    math.log1p(math.exp(float(lose) - float(win))) for win, lose in zip(winner, loser)
+  ) / len(winner)
 
 
 def gre_loop(rewards, eps):
-  """Eq. 6: mean over groups of the entropy of softmax((r - mean) / std), std with 1/K and eps inside its root."""
+  """Eq. 6: mean over groups of the entropy of softmax((r - mean) / std), std with 1/K and eps
+  inside its root.
+  """
   entropies = []
   for group in rewards:
     group = [float(r) for r in group]
@@ -120,7 +134,9 @@ def gre_loop(rewards, eps):
 
 
 def grebt_loop(rewards, annotations, alpha, eps):
-  """Eq. 7, winner and loser by the annotations; returns (loss, bt, gre, share of pairs in the right order)."""
+  """Eq. 7, winner and loser by the annotations; returns (loss, bt, gre, share of pairs in the
+  right order).
+  """
   winners, losers, right = [], [], []
   for group, notes in zip(rewards, annotations):
     w = max(range(len(notes)), key=lambda k: notes[k])
@@ -165,7 +181,11 @@ def cross_attend_loop(rte, h, mask, wq, wk, wv, wo, num_heads):
     for n in range(num_heads):
       part = slice(n * width, (n + 1) * width)
       query = rte[b] @ wq[:, part]
-      scores = {s: float(query @ (h[b, s] @ wk[:, part])) / math.sqrt(width) for s in range(slots) if mask[b, s]}
+      scores = {
+        s: float(query @ (h[b, s] @ wk[:, part])) / math.sqrt(width)
+        for s in range(slots)
+        if mask[b, s]
+      }
       top = max(scores.values())
       total = sum(math.exp(score - top) for score in scores.values())
       for s, score in scores.items():
@@ -189,12 +209,13 @@ def fuse_loop(rte, h_hat, omega):
 def gold_loop(prompt, response, ended):
   """The gold reward of one response, word by word.
 
-  prompt: token ids, special ones included. response: the tokens before the ending token, if there is one.
+  prompt: token ids, special ones included. response: the tokens before the ending token, if there
+  is one.
   ended: whether there is one. Returns (gold, parts by name).
 
-  4 * (distinct prompt keys mentioned / F) - 0.8 * distinct chatter tokens - 0.6 * distinct keys not in the prompt
-  - 0.3 * repeats (key or chatter) - 0.25 * tokens below 12 - 0.2 * max(0, length - 8) - 1 where there is no end.
-  Keys are 12 to 39, chatter 40 to 63; F keys stand in the prompt.
+  4 * (distinct prompt keys mentioned / F) - 0.8 * distinct chatter tokens - 0.6 * distinct keys not
+  in the prompt - 0.3 * repeats (key or chatter) - 0.25 * tokens below 12 - 0.2 * max(0, length - 8)
+  - 1 where there is no end. Keys are 12 to 39, chatter 40 to 63; F keys stand in the prompt.
   """
   facts = {int(t) for t in prompt if 12 <= t <= 39}
   seen, named, hallucinated, chatter, repeats, filler = set(), set(), set(), set(), 0, 0
@@ -220,6 +241,12 @@ def gold_loop(prompt, response, ended):
     "length": len(response),
     "truncated": 0 if ended else 1,
   }
-  gold = 4.0 * parts["coverage"] - 0.8 * len(chatter) - 0.6 * len(hallucinated) - 0.3 * repeats - 0.25 * filler
+  gold = (
+    4.0 * parts["coverage"]
+    - 0.8 * len(chatter)
+    - 0.6 * len(hallucinated)
+    - 0.3 * repeats
+    - 0.25 * filler
+  )
   gold -= 0.2 * max(0, len(response) - 8)
   return gold - (0.0 if ended else 1.0), parts

@@ -1,4 +1,6 @@
-"""A small run for tests: random policy, reference and reward model on the gold-reward task's prompts."""
+"""A small run for tests: random policy, reference and reward model on the gold-reward task's
+prompts.
+"""
 
 import functools
 import json
@@ -26,14 +28,20 @@ def config(**overrides):
 
 
 def perturb(tree, seed: int, size: float = 0.1):
-  """Adds Gaussian noise to every leaf, so that a fresh initialisation is no special point. On the host."""
+  """Adds Gaussian noise to every leaf, so that a fresh initialisation is no special point. On
+  the host.
+  """
   rng = np.random.default_rng(seed)
-  return jax.tree.map(lambda x: (np.asarray(x) + size * rng.standard_normal(x.shape)).astype(x.dtype), tree)
+  return jax.tree.map(
+    lambda x: (np.asarray(x) + size * rng.standard_normal(x.shape)).astype(x.dtype), tree
+  )
 
 
 @functools.cache
 def models(arch: str, param_dtype: str, ensemble: int):
-  """(policy, reward model) on the host: random, unlike each other, with a score head that is not zero."""
+  """(policy, reward model) on the host: random, unlike each other, with a score head that is not
+  zero.
+  """
   cfg = config(param_dtype=param_dtype, reward__ensemble=ensemble)
   cfg.policy.arch.update(json.loads(arch))
   built = build.build(cfg, sharding.make_mesh((1, 1, 1)), vocab_size=goldtask.VOCAB_SIZE)
@@ -47,7 +55,9 @@ def start(cfg, mesh=(1, 1, 1), ref_noise=0.0):
   policy, reward = models(cfg.policy.arch.to_json(), cfg.param_dtype, cfg.reward.ensemble)
   state = build.initial_state(cfg, built, policy, reward["backbone"], reward["phi"])
   if ref_noise:
-    ref = jax.device_put(perturb(state.ref, 3, ref_noise), jax.tree.map(lambda x: x.sharding, state.ref))
+    ref = jax.device_put(
+      perturb(state.ref, 3, ref_noise), jax.tree.map(lambda x: x.sharding, state.ref)
+    )
     state = state.replace(ref=ref)
   return built, state
 
@@ -62,7 +72,8 @@ def prompts(cfg, t, left_pad=0):
   if left_pad:
     pad = np.full((cfg.rollout.prompts, left_pad), goldtask.PAD, np.int32)
     batch = batch.replace(
-      tokens=np.concatenate([pad, batch.tokens], 1), mask=np.concatenate([pad.astype(bool), batch.mask], 1)
+      tokens=np.concatenate([pad, batch.tokens], 1),
+      mask=np.concatenate([pad.astype(bool), batch.mask], 1),
     )
   return batch
 
@@ -78,7 +89,9 @@ def run(cfg, steps, mesh=(1, 1, 1)):
 
 
 def interrupt(monkeypatch, module, calls, run):
-  """`run()` until the `calls`th call of module.gold_metrics, which a Ctrl-C interrupts; nothing stays patched."""
+  """`run()` until the `calls`th call of module.gold_metrics, which a Ctrl-C interrupts; nothing
+  stays patched.
+  """
   made, original = [], module.gold_metrics
 
   def dies(out, group_size):

@@ -1,26 +1,44 @@
-"""Tiny tokenizers with and without chat templates, and models beside them, for tests that run on text."""
+"""Tiny tokenizers with and without chat templates, and models beside them, for tests that run on
+text.
+"""
 
 import hf_models
 import tokenizers
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-CORPUS = ["The cat sat on the mat and the dog ran after the cat.", "What is the capital of France? It is Paris.",
-          "Please write a short poem about rain, trees and the sea."]  # fmt: skip
+CORPUS = [
+  "The cat sat on the mat and the dog ran after the cat.",
+  "What is the capital of France? It is Paris.",
+  "Please write a short poem about rain, trees and the sea.",
+]
 CHATML = (
-  "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+  "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' "
+  "}}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 LLAMA3 = (
-  "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|stop|>' + (m['content'] | trim) + '<|eot|>' }}"
+  "{{ bos_token }}{% for m in messages %}{{ '<|start|>' + m['role'] + '<|stop|>' + (m['content'] | "
+  "trim) + '<|eot|>' }}"
   "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|stop|>' }}{% endif %}"
 )
-# kind -> (special tokens, which of them are bos, eos and pad, chat template, adds a BOS by itself, vocabulary)
+# kind -> (special tokens, which of them are bos, eos and pad, chat template, adds a BOS by itself,
+# vocabulary)
 KINDS = {
   "chatml": (
-    ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], (None, "<|endoftext|>", "<|endoftext|>"), CHATML, False, 301
+    ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    (None, "<|endoftext|>", "<|endoftext|>"),
+    CHATML,
+    False,
+    301,
   ),
-  "llama3": (["<s>", "</s>", "<|start|>", "<|stop|>", "<|eot|>"], ("<s>", "</s>", None), LLAMA3, True, 287),
+  "llama3": (
+    ["<s>", "</s>", "<|start|>", "<|stop|>", "<|eot|>"],
+    ("<s>", "</s>", None),
+    LLAMA3,
+    True,
+    287,
+  ),
   "plain": (["<s>", "</s>"], ("<s>", "</s>", "</s>"), None, True, 293),
 }
 
@@ -32,16 +50,23 @@ def tokenizer(kind: str, folder=None):
   core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   core.decoder = decoders.ByteLevel()
   alphabet = pre_tokenizers.ByteLevel.alphabet()
-  core.train_from_iterator(CORPUS, trainers.BpeTrainer(
-    vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-  ))
+  core.train_from_iterator(
+    CORPUS,
+    trainers.BpeTrainer(
+      vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    ),
+  )
   assert core.get_vocab_size() == size
   if adds_bos:
     core.post_processor = processors.TemplateProcessing(
       single=f"{bos} $A", special_tokens=[(bos, core.token_to_id(bos))]
     )
-  hf = transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=pad)
-  hf.add_special_tokens({"additional_special_tokens": [t for t in special if t not in (bos, eos, pad)]})
+  hf = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=core, bos_token=bos, eos_token=eos, pad_token=pad
+  )
+  hf.add_special_tokens(
+    {"additional_special_tokens": [t for t in special if t not in (bos, eos, pad)]}
+  )
   hf.chat_template = template
   if folder is not None:
     hf.save_pretrained(folder)
@@ -49,7 +74,9 @@ def tokenizer(kind: str, folder=None):
 
 
 def model(case: str, kind: str, folder, **kwargs):
-  """A model of hf_models with a tokenizer of `kind`, both saved to `folder`; returns (model, tokenizer)."""
+  """A model of hf_models with a tokenizer of `kind`, both saved to `folder`; returns (model,
+  tokenizer).
+  """
   hf = tokenizer(kind, folder)
   ids = dict(vocab_size=KINDS[kind][-1], bos_token_id=hf.bos_token_id, eos_token_id=hf.eos_token_id)
   return hf_models.make(case, folder, **(ids | kwargs)), hf

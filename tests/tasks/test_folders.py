@@ -1,4 +1,6 @@
-"""Runs from Hugging Face folders: sft, reward and R2M across families and tokenizers, and what they leave behind."""
+"""Runs from Hugging Face folders: sft, reward and R2M across families and tokenizers, and what
+they leave behind.
+"""
 
 import json
 import pathlib
@@ -19,11 +21,27 @@ from r2m_jax.data.jsonl import DataError
 from r2m_jax.data.text import TextError
 from r2m_jax.hf import export, parity
 from r2m_jax.hf.card import write_card
-from r2m_jax.hf.folders import HEAD_CONFIG, HEAD_WEIGHTS, RENDERER, FolderError, load_policy, load_reward
+from r2m_jax.hf.folders import (
+  HEAD_CONFIG,
+  HEAD_WEIGHTS,
+  RENDERER,
+  FolderError,
+  load_policy,
+  load_reward,
+)
 from r2m_jax.run.files import plain
-from r2m_jax.tasks import export as export_task, folders as folders_task, replay, serve
+from r2m_jax.tasks import export as export_task
+from r2m_jax.tasks import folders as folders_task
+from r2m_jax.tasks import replay, serve
 
-PROMPTS = ["The cat sat on", "What is the sea?", ASK, "rain", "Please write a poem about the sea", "The dog ran"]
+PROMPTS = [
+  "The cat sat on",
+  "What is the sea?",
+  ASK,
+  "rain",
+  "Please write a poem about the sea",
+  "The dog ran",
+]
 TURNS = [p if isinstance(p, str) else "Who?" for p in PROMPTS]
 PAIRS = [{"prompt": p, "chosen": "the mat.", "rejected": "Paris it is"} for p in TURNS]
 
@@ -40,11 +58,25 @@ def folders(tmp_path_factory):
 
 def small(folders, tmp_path, **overrides):
   settings = dict(
-    policy__path=str(folders / "policy"), reward__path=str(folders / "reward"), steps=3, rollout__prompts=2,
-    rollout__group_size=2, rollout__max_new_tokens=6, sft__batch_size=4, sft__steps=4, sft__warmup_steps=0,
-    reward__batch_size=3, reward__epochs=1, log__samples=2, log__checkpoint_every=2, r2m__attention_dim=16,
-    policy__lr=1e-3, r2m__lr=1e-2, r2m__num_heads=2, export__check=True,
-  )  # fmt: skip
+    policy__path=str(folders / "policy"),
+    reward__path=str(folders / "reward"),
+    steps=3,
+    rollout__prompts=2,
+    rollout__group_size=2,
+    rollout__max_new_tokens=6,
+    sft__batch_size=4,
+    sft__steps=4,
+    sft__warmup_steps=0,
+    reward__batch_size=3,
+    reward__epochs=1,
+    log__samples=2,
+    log__checkpoint_every=2,
+    r2m__attention_dim=16,
+    policy__lr=1e-3,
+    r2m__lr=1e-2,
+    r2m__num_heads=2,
+    export__check=True,
+  )
   return config(**(settings | overrides))
 
 
@@ -59,7 +91,9 @@ def r2m_run(folders, tmp_path_factory):
   tmp_path = tmp_path_factory.mktemp("r2m")
   rows = [{"prompt": p} for p in PROMPTS]
   # all prompts in each step: their longest is one length, so there is one program
-  cfg = small(folders, tmp_path, data__name=write(tmp_path / "data.jsonl", rows), rollout__prompts=len(rows))
+  cfg = small(
+    folders, tmp_path, data__name=write(tmp_path / "data.jsonl", rows), rollout__prompts=len(rows)
+  )
   seen = []
   original = folders_task.make_two_part_step
 
@@ -97,34 +131,62 @@ def test_r2m_across_families_and_tokenizers(r2m_run, folders):
       kinds.add(finished)
       response = policy_hf.decode(tokens[:-1] if finished else tokens, skip_special_tokens=True)
       turns = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-      text = "<s>" + "".join(f"<|start|>{t['role']}<|stop|>{t['content'].strip()}<|eot|>" for t in turns)
-      text += "<|start|>assistant<|stop|>" + (response.strip() + "<|eot|>" if finished else response.lstrip())
+      text = "<s>" + "".join(
+        f"<|start|>{t['role']}<|stop|>{t['content'].strip()}<|eot|>" for t in turns
+      )
+      text += "<|start|>assistant<|stop|>" + (
+        response.strip() + "<|eot|>" if finished else response.lstrip()
+      )
       by_hand.append(hf(text, add_special_tokens=False)["input_ids"])
     np.testing.assert_allclose(out.judged.scores_frozen, their_scores(model, by_hand), atol=1e-4)
   assert False in kinds  # responses that the limit cut off
   rows = [row for row in read(workdir / "metrics.jsonl") if row["stage"] == "rl"]
   assert [row["step"] for row in rows] == [0, 1, 2] and rows[0]["policy/old_ref_deviation"] == 0
   samples = read(workdir / "samples.jsonl")
-  assert {row["when"] for row in samples} == {"before", "after"} and all(row["response"] is not None for row in samples)
+  assert {row["when"] for row in samples} == {"before", "after"} and all(
+    row["response"] is not None for row in samples
+  )
 
 
 def test_r2m_ends_with_folders_that_score_alike(r2m_run, folders, tmp_path, capsys):
-  """task=score on the exports agrees with the PyTorch module in the folder on 20 random trajectories."""
+  """task=score on the exports agrees with the PyTorch module in the folder on 20 random
+  trajectories.
+  """
   cfg, workdir, _ = r2m_run
   out = workdir / "export"
   names = {path.name for path in (out / "reward").iterdir()}
-  assert {HEAD_CONFIG, HEAD_WEIGHTS, RENDERER, "r2m_head.py", "README.md", "tokenizer.json"} <= names
+  assert {
+    HEAD_CONFIG,
+    HEAD_WEIGHTS,
+    RENDERER,
+    "r2m_head.py",
+    "README.md",
+    "tokenizer.json",
+  } <= names
   assert not [name for name in names if name.endswith((".bin", ".pkl", ".pt"))]
   fields = json.loads((out / "reward" / HEAD_CONFIG).read_text())
-  assert (fields["policy_hidden_size"], fields["reward_hidden_size"], fields["omega"]) == (32, 48, pytest.approx(0.6))
+  assert (fields["policy_hidden_size"], fields["reward_hidden_size"], fields["omega"]) == (
+    32,
+    48,
+    pytest.approx(0.6),
+  )
   rng = np.random.default_rng(0)
   words = "the cat sat on a mat rain sea trees Paris short poem dog ran".split()
-  rows = [{"prompt": " ".join(rng.choice(words, 4)), "response": " ".join(rng.choice(words, rng.integers(1, 9))),
-           "truncated": bool(i % 2)} for i in range(20)]  # fmt: skip
+  rows = [
+    {
+      "prompt": " ".join(rng.choice(words, 4)),
+      "response": " ".join(rng.choice(words, rng.integers(1, 9))),
+      "truncated": bool(i % 2),
+    }
+    for i in range(20)
+  ]
   scoring = config(
-    task="score", reward__path=str(out / "reward"), policy__path=str(out / "policy"),
-    score__input=write(tmp_path / "in.jsonl", rows), score__output=str(tmp_path / "out.jsonl"),
-  )  # fmt: skip
+    task="score",
+    reward__path=str(out / "reward"),
+    policy__path=str(out / "policy"),
+    score__input=write(tmp_path / "in.jsonl", rows),
+    score__output=str(tmp_path / "out.jsonl"),
+  )
   serve.run(scoring)
   got = [row["score"] for row in read(tmp_path / "out.jsonl")]
 
@@ -143,14 +205,19 @@ def test_r2m_ends_with_folders_that_score_alike(r2m_run, folders, tmp_path, caps
   tokenizer = load_policy(str(out / "policy"), scoring).tokenizer
   want = [
     r2m_head.score(
-      head, reward_model, torch.tensor([renderer.ids(row["prompt"], row["response"], truncated=row["truncated"])]),
-      policy, torch.tensor([serve.policy_ids(tokenizer, row)]),
+      head,
+      reward_model,
+      torch.tensor([renderer.ids(row["prompt"], row["response"], truncated=row["truncated"])]),
+      policy,
+      torch.tensor([serve.policy_ids(tokenizer, row)]),
     )
     for row in rows
-  ]  # fmt: skip
+  ]
   np.testing.assert_allclose(got, want, atol=1e-4)
   assert np.std(got) > 1e-3
-  with pytest.raises(FolderError, match="an R2M reward model, which reads the policy's hidden states"):
+  with pytest.raises(
+    FolderError, match="an R2M reward model, which reads the policy's hidden states"
+  ):
     scoring.policy.path = ""
     serve.run(scoring)
   tiny_text.model("llama2", "plain", tmp_path / "wide", hidden_size=48)
@@ -161,12 +228,19 @@ def test_r2m_ends_with_folders_that_score_alike(r2m_run, folders, tmp_path, caps
 
 def test_r2m_goes_on_and_exports_any_checkpoint(r2m_run, tmp_path, capsys):
   cfg, workdir, seen = r2m_run
-  files = lambda folder: {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+  def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
   before = files(workdir / "export/policy") | files(workdir / "export/reward")
   folders_task.run(cfg, workdir)  # done: exports again
-  assert files(workdir / "export/policy") | files(workdir / "export/reward") == before and len(seen) == 3
+  assert (
+    files(workdir / "export/policy") | files(workdir / "export/reward") == before and len(seen) == 3
+  )
   for path in (workdir, workdir / "checkpoints/r2m/3"):
-    exporting = config(task="export", export__checkpoint=str(path), export__out=str(tmp_path / "out"))
+    exporting = config(
+      task="export", export__checkpoint=str(path), export__out=str(tmp_path / "out")
+    )
     export_task.run(exporting)
     assert files(tmp_path / "out/policy") | files(tmp_path / "out/reward") == before
   shown = capsys.readouterr().out
@@ -174,7 +248,9 @@ def test_r2m_goes_on_and_exports_any_checkpoint(r2m_run, tmp_path, capsys):
   exporting.export.checkpoint = str(workdir / "checkpoints/r2m/2")
   exporting.export.check = False
   export_task.run(exporting)
-  assert json.loads((tmp_path / "out/reward" / HEAD_CONFIG).read_text())["omega"] == pytest.approx(0.6)
+  assert json.loads((tmp_path / "out/reward" / HEAD_CONFIG).read_text())["omega"] == pytest.approx(
+    0.6
+  )
   assert files(tmp_path / "out/policy")["model.safetensors"] != before["model.safetensors"]
   for path, message in (
     (workdir / "checkpoints/r2m/1", r"steps \[2, 3\], not of 1"),
@@ -190,23 +266,42 @@ def test_any_sample_is_made_again(r2m_run, folders, capsys):
   """From the beginning and from a checkpoint. Oracles: what the run saw, transformers, eq. 4."""
   cfg, workdir, seen = r2m_run
   seen = list(seen)
-  kept = lambda: {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.parent.name != "replay"}
+
+  def kept():
+    return {
+      p: p.read_bytes() for p in workdir.rglob("*") if p.is_file() and p.parent.name != "replay"
+    }
+
   before, K = kept(), cfg.rollout.group_size
   hf = transformers.AutoTokenizer.from_pretrained(folders / "policy")
   model = transformers.AutoModelForCausalLM.from_pretrained(folders / "policy").eval()
   for step, prompt, sample in ((0, 1, 1), (1, 4, 0), (2, 2, 1)):  # checkpoints are at 2 and 3
-    found = replay.run(config(task="replay", replay__step=step, replay__prompt=prompt, replay__sample=sample), workdir)
+    found = replay.run(
+      config(task="replay", replay__step=step, replay__prompt=prompt, replay__sample=sample),
+      workdir,
+    )
     (out, rows), row = seen[step], prompt * K + sample
     keep, tokens = out.sequences.response_mask[row], out.sequences.tokens[row]
-    assert found["tokens"] == tokens[-len(keep):][keep].tolist() and found["response_text"] == rows[row][1]
-    assert found["prompt_text"] == folders_task.prompt_text(rows[row][0]) and found["truncated"] == rows[row][2]
-    assert (found["reward"], found["frozen"]) == (plain(out.judged.scores[row]), plain(out.judged.scores_frozen[row]))
+    assert (
+      found["tokens"] == tokens[-len(keep) :][keep].tolist()
+      and found["response_text"] == rows[row][1]
+    )
+    assert (
+      found["prompt_text"] == folders_task.prompt_text(rows[row][0])
+      and found["truncated"] == rows[row][2]
+    )
+    assert (found["reward"], found["frozen"]) == (
+      plain(out.judged.scores[row]),
+      plain(out.judged.scores_frozen[row]),
+    )
     assert found["reward_reads"].startswith("<s><|start|>")
     fused = found["omega"] * found["own"][0] + (1 - found["omega"]) * found["read"][0]
     assert fused == pytest.approx(found["reward"], abs=1e-5)
     np.testing.assert_allclose(np.sum(found["attention"], -1), 1, rtol=1e-5)
     ids, n = tokens[out.sequences.token_mask[row]], len(found["tokens"])
-    assert np.shape(found["attention"]) == (2, len(ids)) and found["states"] == [hf.decode([i]) for i in ids]
+    assert np.shape(found["attention"]) == (2, len(ids)) and found["states"] == [
+      hf.decode([i]) for i in ids
+    ]
     with torch.no_grad():  # the reference: the folder's own policy
       want = model(torch.tensor(ids)[None].long()).logits[0].log_softmax(-1)[-n - 1 : -1]
     np.testing.assert_allclose(found["ref_logprobs"], want[range(n), found["tokens"]], atol=1e-4)
@@ -214,12 +309,16 @@ def test_any_sample_is_made_again(r2m_run, folders, capsys):
     shown = capsys.readouterr().out
     assert "metrics of the step against metrics.jsonl: largest difference 0.0e+00" in shown, shown
   assert kept() == before
-  by_id = config(task="replay", replay__step=2, replay__example_id=found["example_id"], replay__sample=1)
+  by_id = config(
+    task="replay", replay__step=2, replay__example_id=found["example_id"], replay__sample=1
+  )
   assert replay.run(by_id, workdir) == found
   rows = pathlib.Path(cfg.data.name).read_bytes()
   try:
     pathlib.Path(cfg.data.name).write_bytes(rows.replace(b"The dog ran", b"The dog sat"))
-    with pytest.raises(ConfigError, match="6 rows that are not the 6 .*data.jsonl gave 6 rows then, others now"):
+    with pytest.raises(
+      ConfigError, match="6 rows that are not the 6 .*data.jsonl gave 6 rows then, others now"
+    ):
       replay.run(config(task="replay", replay__step=1), workdir)
   finally:
     pathlib.Path(cfg.data.name).write_bytes(rows)
@@ -228,9 +327,15 @@ def test_any_sample_is_made_again(r2m_run, folders, capsys):
 def test_model_card(r2m_run):
   _, workdir, _ = r2m_run
   card = (workdir / "export/reward/README.md").read_text()
-  assert card.startswith("---\nlibrary_name: transformers\n") and "base_model" not in card  # no hub name to give
+  assert (
+    card.startswith("---\nlibrary_name: transformers\n") and "base_model" not in card
+  )  # no hub name to give
   assert "from reward, policy" in card and "data.jsonl" in card and "- variant: r2m" in card
-  assert "| reward/used |" in card and "r2m_head.R2MHead.from_folder" in card and str(workdir.parent) not in card
+  assert (
+    "| reward/used |" in card
+    and "r2m_head.R2MHead.from_folder" in card
+    and str(workdir.parent) not in card
+  )
 
 
 def test_only_hub_names_are_base_models(tmp_path, monkeypatch):
@@ -238,7 +343,11 @@ def test_only_hub_names_are_base_models(tmp_path, monkeypatch):
   (tmp_path / "runs/mine").mkdir(parents=True)
   cfg = config(task="r2m", data__name="data.jsonl")
   for bases, shown, listed in (
-    (["someone/model", "runs/mine"], "from someone/model, mine, made", "base_model:\n- someone/model\ntags:"),
+    (
+      ["someone/model", "runs/mine"],
+      "from someone/model, mine, made",
+      "base_model:\n- someone/model\ntags:",
+    ),
     (["runs/mine"], "from mine, made", None),
     (["runs"], "from runs, made", None),
   ):
@@ -255,7 +364,9 @@ def test_a_reward_checkpoint_of_another_template_is_refused(r2m_run, folders, tm
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "reward")
   tokenizer.chat_template = tiny_text.CHATML
   tokenizer.save_pretrained(tmp_path / "reward")
-  with pytest.raises(TextError, match="made with another rendering of its input(.|\n)*template_sha256"):
+  with pytest.raises(
+    TextError, match="made with another rendering of its input(.|\n)*template_sha256"
+  ):
     load_reward(str(tmp_path / "reward"), cfg)
   (tmp_path / "run").mkdir()
   (tmp_path / "run" / RENDERER).write_text((workdir / RENDERER).read_text())
@@ -266,26 +377,39 @@ def test_a_reward_checkpoint_of_another_template_is_refused(r2m_run, folders, tm
 
 def test_sft_from_a_folder(folders, tmp_path, capsys):
   rows = [{"prompt": prompt, "response": "the mat."} for prompt in PROMPTS]
-  cfg = small(folders, tmp_path, task="sft", sft__lr=1e-2, data__name=write(tmp_path / "data.jsonl", rows))
+  cfg = small(
+    folders, tmp_path, task="sft", sft__lr=1e-2, data__name=write(tmp_path / "data.jsonl", rows)
+  )
   out = run(cfg, tmp_path / "run")
   losses = [row["loss"] for row in read(tmp_path / "run/metrics.jsonl")]
   assert losses[-1] < losses[0]
-  model, info = transformers.AutoModelForCausalLM.from_pretrained(out / "policy", output_loading_info=True)
+  model, info = transformers.AutoModelForCausalLM.from_pretrained(
+    out / "policy", output_loading_info=True
+  )
   assert not any(info.values())
   policy = load_policy(str(folders / "policy"), cfg)
-  ids = [(policy.tokenizer.render(r["prompt"]), policy.tokenizer.encode("the mat.", special=False)) for r in rows]
+  ids = [
+    (policy.tokenizer.render(r["prompt"]), policy.tokenizer.encode("the mat.", special=False))
+    for r in rows
+  ]
   nll = 0
   for prompt, response in ids:  # the trained model has learned the response and its end-of-turn
     response = response + [policy.tokenizer.end_id]
     with torch.no_grad():
-      logp = torch.log_softmax(model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1], -1)
+      logp = torch.log_softmax(
+        model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1], -1
+      )
     nll -= logp[range(len(response)), response].mean().item() / len(rows)
   assert nll < losses[0] - 0.3
-  assert (out / "policy/chat_template.jinja").exists() and "supervised" in (out / "policy/README.md").read_text()
+  assert (out / "policy/chat_template.jinja").exists() and "supervised" in (
+    out / "policy/README.md"
+  ).read_text()
   shown = capsys.readouterr().out
   assert "within 1e-04" in shown and "tokens: 'the mat.<|im_end|>'" in shown
   cfg.data.max_prompt_length = 1
-  with pytest.raises(DataError, match="no row of config.data.name is left for sft; 6 dropped: prompt over 1 tokens"):
+  with pytest.raises(
+    DataError, match="no row of config.data.name is left for sft; 6 dropped: prompt over 1 tokens"
+  ):
     folders_task.run(cfg, tmp_path / "again")
   cfg.data.max_prompt_length, cfg.sft.batch_size = 64, 64
   with pytest.raises(ConfigError, match="config.sft.batch_size is 64: more than the 6 rows"):
@@ -296,9 +420,14 @@ def test_sft_from_a_folder(folders, tmp_path, capsys):
 def test_reward_from_a_folder(start, folders, tmp_path, capsys):
   """From a reward model, and from a policy that has no score head yet."""
   cfg = small(
-    folders, tmp_path, task="reward", reward__path=str(folders / start), reward__lr=1e-3, reward__epochs=2,
+    folders,
+    tmp_path,
+    task="reward",
+    reward__path=str(folders / start),
+    reward__lr=1e-3,
+    reward__epochs=2,
     data__name=write(tmp_path / "data.jsonl", PAIRS),
-  )  # fmt: skip
+  )
   out = run(cfg, tmp_path / "run")
   model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
     out / "reward", output_loading_info=True
@@ -310,49 +439,86 @@ def test_reward_from_a_folder(start, folders, tmp_path, capsys):
   assert "score.bias" not in tensors and np.abs(tensors["score.weight"]).max() > 0
   reward = load_reward(str(out / "reward"), cfg)
   chosen = their_scores(model, [reward.renderer.ids(row["prompt"], row["chosen"]) for row in PAIRS])
-  rejected = their_scores(model, [reward.renderer.ids(row["prompt"], row["rejected"]) for row in PAIRS])
+  rejected = their_scores(
+    model, [reward.renderer.ids(row["prompt"], row["rejected"]) for row in PAIRS]
+  )
   assert np.mean(chosen) > np.mean(rejected)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("policy, reward", [
-  ("llama3.1", "gemma2"), ("mistral", "pythia"), ("qwen2", "llama2"), ("qwen3", "mistral"), ("gemma2", "gemma3"),
-  ("gemma3", "qwen2"), ("pythia", "qwen3"), ("neox_sequential", "llama3.1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "policy, reward",
+  [
+    ("llama3.1", "gemma2"),
+    ("mistral", "pythia"),
+    ("qwen2", "llama2"),
+    ("qwen3", "mistral"),
+    ("gemma2", "gemma3"),
+    ("gemma3", "qwen2"),
+    ("pythia", "qwen3"),
+    ("neox_sequential", "llama3.1"),
+  ],
+)
 def test_every_family_in_every_task(policy, reward, tmp_path, capsys):
-  """sft of a policy, reward training of another family's classifier, and R2M from what the two leave."""
+  """sft of a policy, reward training of another family's classifier, and R2M from what the two
+  leave.
+  """
   tiny_text.model(policy, "chatml", tmp_path / "policy")
   tiny_text.model(reward, "llama3", tmp_path / "reward", classifier=True, hidden_size=64)
   rows = [{"prompt": p, "response": "the mat."} for p in PROMPTS]
   stages = dict(
-    sft=(rows, dict(reward__path="")), reward=(PAIRS, dict(policy__path="")),
-    r2m=(rows, dict(policy__path=str(tmp_path / "sft/export/policy"),
-                    reward__path=str(tmp_path / "reward_run/export/reward"))),
-  )  # fmt: skip
+    sft=(rows, dict(reward__path="")),
+    reward=(PAIRS, dict(policy__path="")),
+    r2m=(
+      rows,
+      dict(
+        policy__path=str(tmp_path / "sft/export/policy"),
+        reward__path=str(tmp_path / "reward_run/export/reward"),
+      ),
+    ),
+  )
   for task, (data, paths) in stages.items():
     data = write(tmp_path / f"{task}.jsonl", data)
-    out = run(small(tmp_path, tmp_path, task=task, data__name=data, **paths),
-              tmp_path / ("reward_run" if task == "reward" else task))  # fmt: skip
+    out = run(
+      small(tmp_path, tmp_path, task=task, data__name=data, **paths),
+      tmp_path / ("reward_run" if task == "reward" else task),
+    )
     names = {"sft": {"policy"}, "reward": {"reward"}, "r2m": {"policy", "reward"}}[task]
     assert {path.name for path in out.iterdir()} == names
   shown = capsys.readouterr().out
   print("\n".join(line for line in shown.splitlines() if line.startswith("parity")))
   assert shown.count("within 1e-04") == 4 and "ABOVE" not in shown
-  values = [row["reward/used"] for row in read(tmp_path / "r2m/metrics.jsonl") if row["stage"] == "rl"]
+  values = [
+    row["reward/used"] for row in read(tmp_path / "r2m/metrics.jsonl") if row["stage"] == "rl"
+  ]
   assert len(values) == 3 and np.isfinite(values).all()
 
 
 def test_what_a_run_needs(folders, tmp_path):
   data = write(tmp_path / "data.jsonl", [{"prompt": "a"}])
   for overrides, error, message in (
-    (dict(reward__path=""), FolderError, "config.reward.path is empty: task=r2m from folders needs a policy and"),
-    (dict(task="lab"), ConfigError, "config.task is 'lab': from a folder it is one of sft, reward, r2m"),
-    (dict(task="reward"), DataError, "1 missing field, first .*data.jsonl:1: no chosen; the row has prompt"),
+    (
+      dict(reward__path=""),
+      FolderError,
+      "config.reward.path is empty: task=r2m from folders needs a policy and",
+    ),
+    (
+      dict(task="lab"),
+      ConfigError,
+      "config.task is 'lab': from a folder it is one of sft, reward, r2m",
+    ),
+    (
+      dict(task="reward"),
+      DataError,
+      "1 missing field, first .*data.jsonl:1: no chosen; the row has prompt",
+    ),
     (dict(r2m__feedback_layer=3), ConfigError, "feedback_layer is 3: the policy has 3 layers"),
     (dict(), ConfigError, "rollout.prompts is 2: more than the 1 rows"),
   ):
     with pytest.raises(error, match=message):
-      folders_task.run(small(folders, tmp_path, data__name=data, **overrides), tmp_path / message[:12])
+      folders_task.run(
+        small(folders, tmp_path, data__name=data, **overrides), tmp_path / message[:12]
+      )
 
 
 def test_main_tells_bad_input_in_one_line(folders, tmp_path, capsys):
@@ -390,12 +556,22 @@ def test_an_export_replaces_models_and_nothing_else(tmp_path):
 
 
 def test_labels_warm_start_and_greedy_baselines_from_folders(folders, tmp_path, capsys):
-  """Judgments from a file fit the head beforehand and order its pairs in the run; greedy rows are scored too."""
+  """Judgments from a file fit the head beforehand and order its pairs in the run; greedy rows
+  are scored too.
+  """
   cfg = small(
-    folders, tmp_path, data__name=write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS]), steps=2,
-    algorithm="remax", variant="warm_start", r2m__labels="preference", r2m__label_budget=0.75, r2m__warm_epochs=3,
-    r2m__judgments=write(tmp_path / "pairs.jsonl", PAIRS), export__check=False,
-  )  # fmt: skip
+    folders,
+    tmp_path,
+    data__name=write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS]),
+    steps=2,
+    algorithm="remax",
+    variant="warm_start",
+    r2m__labels="preference",
+    r2m__label_budget=0.75,
+    r2m__warm_epochs=3,
+    r2m__judgments=write(tmp_path / "pairs.jsonl", PAIRS),
+    export__check=False,
+  )
   out = run(cfg, tmp_path / "run")
   rows = read(tmp_path / "run/metrics.jsonl")
   fit = [row["loss"] for row in rows if row["stage"] == "warm_start"]
@@ -407,17 +583,25 @@ def test_labels_warm_start_and_greedy_baselines_from_folders(folders, tmp_path, 
 
 
 def test_a_critic_cannot_start_from_a_reward_model_with_other_tokens(folders, tmp_path):
-  cfg = small(folders, tmp_path, data__name=write(tmp_path / "data.jsonl", [{"prompt": "rain"}]), algorithm="ppo")
+  cfg = small(
+    folders,
+    tmp_path,
+    data__name=write(tmp_path / "data.jsonl", [{"prompt": "rain"}]),
+    algorithm="ppo",
+  )
   with pytest.raises(ConfigError, match="critic.init is 'reward'.*use 'policy'"):
     folders_task.run(cfg, tmp_path / "run")
 
 
-@pytest.mark.parametrize("settings, message", [
-  (dict(variant="warm_start"), "r2m.judgments is ''"),
-  (dict(variant="r2m", r2m__labels="preference"), "r2m.judgments is ''"),
-  (dict(variant="pretrained_rm"), "run task=reward on golden pairs"),
-  (dict(reward__ensemble=3), "one score head"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "settings, message",
+  [
+    (dict(variant="warm_start"), "r2m.judgments is ''"),
+    (dict(variant="r2m", r2m__labels="preference"), "r2m.judgments is ''"),
+    (dict(variant="pretrained_rm"), "run task=reward on golden pairs"),
+    (dict(reward__ensemble=3), "one score head"),
+  ],
+)
 def test_what_folders_cannot_do_is_refused(settings, message):
   with pytest.raises(ConfigError, match=message):
     check_config(config(policy__path="p", reward__path="r", **settings))

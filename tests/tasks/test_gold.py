@@ -17,7 +17,8 @@ from configs import quickstart
 from r2m_jax.config import ConfigError
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.parallel import sharding
-from r2m_jax.run import build, checkpoint, workdir as workdirs
+from r2m_jax.run import build, checkpoint
+from r2m_jax.run import workdir as workdirs
 from r2m_jax.run.files import read_jsonl
 from r2m_jax.run.fit import fit
 from r2m_jax.run.metrics import read_metrics
@@ -27,7 +28,14 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def main(workdir, *args):
-  command = [sys.executable, "-m", "r2m_jax.main", "--config=configs/quickstart.py:test", f"--workdir={workdir}", *args]
+  command = [
+    sys.executable,
+    "-m",
+    "r2m_jax.main",
+    "--config=configs/quickstart.py:test",
+    f"--workdir={workdir}",
+    *args,
+  ]
   return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
 
 
@@ -53,7 +61,10 @@ def test_smallest_run_leaves_everything(smallest_run):
 
 def test_arms_start_from_the_same_samples_and_gold_is_that_of_the_samples(smallest_run):
   rows = [row for row in read_metrics(smallest_run[0]) if row["stage"] == "rl" and row["step"] == 0]
-  assert len({row["reward/gold"] for row in rows}) == 1 and len({row["reward/frozen"] for row in rows}) == 1
+  assert (
+    len({row["reward/gold"] for row in rows}) == 1
+    and len({row["reward/frozen"] for row in rows}) == 1
+  )
 
 
 def test_checkpoint_holds_the_whole_state(smallest_run):
@@ -66,9 +77,14 @@ def test_checkpoint_holds_the_whole_state(smallest_run):
   like = build.initial_state(cfg, built, policy, reward["backbone"], reward["phi"])
   state = checkpoint.restore(checkpoint.open_checkpoints(workdir / "checkpoints" / "r2m"), like)
   assert int(state.step) == cfg.steps
-  moved = [not np.array_equal(a, b) for a, b in zip(jax.tree.leaves(state.policy), jax.tree.leaves(state.ref))]
+  moved = [
+    not np.array_equal(a, b)
+    for a, b in zip(jax.tree.leaves(state.policy), jax.tree.leaves(state.ref))
+  ]
   assert all(moved)  # trained, and the reference is the policy it started from, not a view of it
-  count = jax.tree.leaves([x for x in jax.tree.leaves(state.policy_opt) if x.ndim == 0 and x.dtype == np.int32])[0]
+  count = jax.tree.leaves(
+    [x for x in jax.tree.leaves(state.policy_opt) if x.ndim == 0 and x.dtype == np.int32]
+  )[0]
   assert int(count) == cfg.steps * cfg.ppo.epochs
 
 
@@ -88,15 +104,24 @@ def test_another_config_in_the_same_workdir_is_refused(smallest_run):
   assert "Traceback" not in result.stderr
 
 
-def test_interrupted_run_goes_on_and_ends_where_the_unbroken_one_does(smallest_run, tmp_path, monkeypatch):
-  """Stopped after step 2 of 4 (a checkpoint is at 2), continued: the same metrics, step for step."""
+def test_interrupted_run_goes_on_and_ends_where_the_unbroken_one_does(
+  smallest_run, tmp_path, monkeypatch
+):
+  """Stopped after step 2 of 4 (a checkpoint is at 2), continued: the same metrics, step for
+  step.
+  """
   cfg = quickstart.get_config("test")
   cfg.variant = "r2m"
   small.interrupt(monkeypatch, gold, 4, lambda: gold.run(cfg, tmp_path))
   gold.run(cfg, tmp_path)
-  pick = lambda rows: [
-    {k: v for k, v in row.items() if k != "seconds"} for row in rows if row["stage"] == "rl" and row["arm"] == "r2m"
-  ]
+
+  def pick(rows):
+    return [
+      {k: v for k, v in row.items() if k != "seconds"}
+      for row in rows
+      if row["stage"] == "rl" and row["arm"] == "r2m"
+    ]
+
   resumed, unbroken = pick(read_metrics(tmp_path)), pick(read_metrics(smallest_run[0]))
   assert resumed == unbroken
 
@@ -121,7 +146,9 @@ def test_what_is_fitted_before_rl(tmp_path, mesh):
   rows = read_metrics(tmp_path)
   for arm in cfg.arms:
     mine = [row for row in rows if row["stage"] == "rl" and row["arm"] == arm]
-    assert [row["step"] for row in mine] == [0, 1, 2] and all(np.isfinite(row["policy/loss"]) for row in mine)
+    assert [row["step"] for row in mine] == [0, 1, 2] and all(
+      np.isfinite(row["policy/loss"]) for row in mine
+    )
   stages = {row["stage"] for row in rows}
   assert {"reward", "reward_golden", "warm_start"} <= stages
   built = build.build(cfg, sharding.make_mesh(mesh), vocab_size=goldtask.VOCAB_SIZE)
@@ -129,7 +156,10 @@ def test_what_is_fitted_before_rl(tmp_path, mesh):
   head = build.make_head(cfg, built.arch, built.reward_arch, key)
   fitted = checkpoint.open_checkpoints(tmp_path / "stages" / "warm_start").restore(0)
   assert not np.array_equal(head.wk.kernel[...], jax.tree.leaves(fitted["wk"])[0])
-  state = {name: checkpoint.open_checkpoints(tmp_path / "stages" / name) for name in ("reward", "reward_golden")}
+  state = {
+    name: checkpoint.open_checkpoints(tmp_path / "stages" / name)
+    for name in ("reward", "reward_golden")
+  }
   before, after = (jax.tree.leaves(m.restore(0)) for m in state.values())
   assert not all(map(np.array_equal, before, after))
 
@@ -145,7 +175,14 @@ def test_a_fit_is_traced_once(tmp_path):
     return ((state["w"] - batch["x"]) ** 2).sum(), {}
 
   fit(
-    loss, state, optax.adam(0.1), [{"x": np.zeros((1, 3), np.float32)}] * 3, total=3, stage="sft", workdir=tmp_path,
-    state_shardings=sharding.shardings(state, mesh), batch_sharding=NamedSharding(mesh, sharding.BATCH),
-  )  # fmt: skip
+    loss,
+    state,
+    optax.adam(0.1),
+    [{"x": np.zeros((1, 3), np.float32)}] * 3,
+    total=3,
+    stage="sft",
+    workdir=tmp_path,
+    state_shardings=sharding.shardings(state, mesh),
+    batch_sharding=NamedSharding(mesh, sharding.BATCH),
+  )
   assert len(traces) == 1

@@ -1,4 +1,6 @@
-"""Everything from nothing on text that the test makes: the tokenizer, every stage, the report, and going on."""
+"""Everything from nothing on text that the test makes: the tokenizer, every stage, the report,
+and going on.
+"""
 
 import gzip
 import json
@@ -34,18 +36,35 @@ WORDS = "the a cat dog sea rain tree mat sat ran fell saw on under near over red
 
 
 def make_data(root):
-  """A folder as configs/real_small.py wants it: a reply is good when it repeats a word of its prompt."""
+  """A folder as configs/real_small.py wants it: a reply is good when it repeats a word of its
+  prompt.
+  """
   rng = np.random.default_rng(0)
-  say = lambda n: " ".join(rng.choice(WORDS, n))
+
+  def say(n):
+    return " ".join(rng.choice(WORDS, n))
 
   def row(i):
     ask, group = say(4), "val" if i % 2 else "train"
     prompt = [{"role": "user", "content": ask}]
     if i % 3 == 0:
-      prompt = [{"role": "user", "content": say(3)}, {"role": "assistant", "content": say(2)}, *prompt]
-    return {"prompt": prompt, "chosen": f"{ask.split()[0]} {say(3)} {i}", "rejected": say(4), "meta": {"group": group}}
+      prompt = [
+        {"role": "user", "content": say(3)},
+        {"role": "assistant", "content": say(2)},
+        *prompt,
+      ]
+    return {
+      "prompt": prompt,
+      "chosen": f"{ask.split()[0]} {say(3)} {i}",
+      "rejected": say(4),
+      "meta": {"group": group},
+    }
 
-  names = [f"{name}_{split}" for name in (*real_small.PREFERENCES, "hh_harmless_base") for split in ("train", "val")]
+  names = [
+    f"{name}_{split}"
+    for name in (*real_small.PREFERENCES, "hh_harmless_base")
+    for split in ("train", "val")
+  ]
   for name in (*names, "llmbar_dev", "pandalm_human_dev"):
     write(root / f"preferences/{name}.jsonl.gz", [row(i) for i in range(6)])
   for name in [f"{name}_{split}" for name in real_small.PROMPTS for split in ("train", "val")]:
@@ -62,17 +81,28 @@ def write(path, rows):
 
 def config(root, **overrides):
   result = real_small.get_config("test")
-  result.update_from_flattened_dict({"data.root": str(root)} | {k.replace("__", "."): v for k, v in overrides.items()})
+  result.update_from_flattened_dict(
+    {"data.root": str(root)} | {k.replace("__", "."): v for k, v in overrides.items()}
+  )
   return result
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   """(data, workdir, output of the command) of the main job on real text at its smallest size."""
-  root, workdir = make_data(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("real") / "run"
-  flags = ["--config=configs/real_small.py:test", f"--config.data.root={root}", f"--workdir={workdir}"]
+  root, workdir = (
+    make_data(tmp_path_factory.mktemp("data")),
+    tmp_path_factory.mktemp("real") / "run",
+  )
+  flags = [
+    "--config=configs/real_small.py:test",
+    f"--config.data.root={root}",
+    f"--workdir={workdir}",
+  ]
   command = [sys.executable, "-m", "r2m_jax.main", *flags]
-  result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ, timeout=2500)
+  result = subprocess.run(
+    command, cwd=ROOT, capture_output=True, text=True, env=os.environ, timeout=2500
+  )
   assert result.returncode == 0, result.stderr[-4000:]
   return root, workdir, result.stdout
 
@@ -80,7 +110,9 @@ def finished(tmp_path_factory):
 def test_ends_with_folders_that_transformers_loads(finished):
   _, workdir, _ = finished
   for folder in ("export/policy", "export/vanilla/policy", "models/lm", "models/sft"):
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(workdir / folder, output_loading_info=True)
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+      workdir / folder, output_loading_info=True
+    )
     assert not any(info.values()) and sum(p.numel() for p in model.parameters()) < 30_000
   for folder in ("export/reward", "export/vanilla/reward", "models/reward"):
     transformers.AutoModelForSequenceClassification.from_pretrained(workdir / folder)
@@ -88,15 +120,24 @@ def test_ends_with_folders_that_transformers_loads(finished):
 
 
 def test_every_stage_trained(finished):
-  """Each stage's model differs from the one it began with, and each logged its own loss and its wait for data."""
+  """Each stage's model differs from the one it began with, and each logged its own loss and its
+  wait for data.
+  """
   _, workdir, _ = finished
-  load = lambda folder: transformers.AutoModelForCausalLM.from_pretrained(workdir / folder).state_dict()
+
+  def load(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(workdir / folder).state_dict()
+
   models = [load(f) for f in ("models/start", "models/lm", "models/sft", "export/policy")]
   for before, after in zip(models, models[1:]):
     assert max((before[name] - after[name]).abs().max() for name in before) > 1e-6
   rows = read_metrics(workdir)
   assert {(row["stage"], row["arm"]) for row in rows} == {
-    ("lm", ""), ("sft", ""), ("reward", ""), ("rl", "vanilla"), ("rl", "r2m")
+    ("lm", ""),
+    ("sft", ""),
+    ("reward", ""),
+    ("rl", "vanilla"),
+    ("rl", "r2m"),
   }
   assert all(0 <= row["data/wait"] <= 1 for row in rows)
 
@@ -109,30 +150,45 @@ def test_the_report_has_what_was_asked_for(finished):
     assert title in page and title in shown
   sets = [row[0] for row in tables["Reward-model accuracy on held-out pairs, %"]["rows"]]
   assert sets == sorted(f"{name}_val" for name in (*real_small.PREFERENCES, "hh_harmless_base")) + [
-    "llmbar_dev", "pandalm_human_dev"
+    "llmbar_dev",
+    "pandalm_human_dev",
   ]
   of = {row[0]: row[-1] for row in tables["Reward-model accuracy on held-out pairs, %"]["rows"]}
-  assert of["llmbar_dev"] == "3" and of["ultrafeedback_val"] == "6"  # of dev sets only the validation group
-  assert [row[0] for row in tables["Policies on held-out prompts"]["rows"]] == ["SFT", "vanilla", "r2m"]
+  assert (
+    of["llmbar_dev"] == "3" and of["ultrafeedback_val"] == "6"
+  )  # of dev sets only the validation group
+  assert [row[0] for row in tables["Policies on held-out prompts"]["rows"]] == [
+    "SFT",
+    "vanilla",
+    "r2m",
+  ]
   feedback = [row[0] for row in tables["Reward-model accuracy with policy feedback, %"]["rows"]]
   assert feedback == ["frozen reward model, no feedback", "r2m before RL", "r2m after RL"]
   samples = read_jsonl(workdir / "samples.jsonl")
   held = {(s["prompt"], s["when"]) for s in samples if s["arm"] == "vanilla"} & {
-    (s["prompt"], s["when"]) for s in samples if s["arm"] == "r2m"}  # fmt: skip
+    (s["prompt"], s["when"]) for s in samples if s["arm"] == "r2m"
+  }
   assert len(held) >= 4  # the same held-out prompts before and after, in both arms
 
 
 def test_analyse_reads_held_out_pairs_and_changes_nothing(finished):
   root, workdir, _ = finished
-  files = lambda: {path: path.read_bytes() for path in sorted(workdir.rglob("*"))
-                   if path.is_file() and "analysis" not in path.relative_to(workdir).parts}  # fmt: skip
+
+  def files():
+    return {
+      path: path.read_bytes()
+      for path in sorted(workdir.rglob("*"))
+      if path.is_file() and "analysis" not in path.relative_to(workdir).parts
+    }
+
   before, settings = files(), config(root, task="analyse", analyse__prompts=20)
   found = analyse.run(settings, workdir)
   assert files() == before
   assert list(found) == ["similarity", "differences", "dynamics", "cost", "accuracy", "ablations"]
   assert {row.labels for row in found["differences"].rows} == {
-    *((name, "frozen reward") for name in ("start", "vanilla", "r2m")), ("r2m", "r2m reward")
-  }  # fmt: skip
+    *((name, "frozen reward") for name in ("start", "vanilla", "r2m")),
+    ("r2m", "r2m reward"),
+  }
   rows = {(*row.labels, row.measure): row.found for row in found["similarity"].rows}
   one = rows["start", "final", "both chosen"]
   assert one.count == 20 and one.low < one.value < one.high <= 1
@@ -147,7 +203,11 @@ def test_analyse_reads_held_out_pairs_and_changes_nothing(finished):
 def test_perplexity_is_what_torch_gives(finished):
   """Oracle: transformers, a row at a time."""
   root, workdir, _ = finished
-  (saved,) = [t for t in json.loads((workdir / "tables.json").read_text()) if t["title"].startswith("Validation")]
+  (saved,) = [
+    t
+    for t in json.loads((workdir / "tables.json").read_text())
+    if t["title"].startswith("Validation")
+  ]
   cfg = config(root)
   hf = transformers.AutoTokenizer.from_pretrained(workdir / "models/sft")
   model = transformers.AutoModelForCausalLM.from_pretrained(workdir / "models/sft")
@@ -156,14 +216,22 @@ def test_perplexity_is_what_torch_gives(finished):
     for file in root.glob(pattern):
       for row in map(json.loads, gzip.open(file, "rt")):
         response = row.get("chosen") or row["reference"]
-        text = "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in row["prompt"]) + "<|assistant|>"
+        text = (
+          "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in row["prompt"]) + "<|assistant|>"
+        )
         prompt, answer = hf(text)["input_ids"], hf(response + "<|end|>")["input_ids"]
         key = text + response
-        if len(prompt) > cfg.data.max_prompt_length or len(answer) > cfg.data.max_response_length + 1 or key in seen:
+        if (
+          len(prompt) > cfg.data.max_prompt_length
+          or len(answer) > cfg.data.max_response_length + 1
+          or key in seen
+        ):
           continue
         seen.add(key)
         with torch.no_grad():
-          logp = torch.log_softmax(model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1], -1)
+          logp = torch.log_softmax(
+            model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1], -1
+          )
         nll.append(-logp[range(len(answer)), answer].numpy())
   _, shown, rows, tokens = saved["rows"][1]
   assert (int(rows), int(tokens)) == (len(nll), sum(map(len, nll)))
@@ -181,28 +249,44 @@ def test_a_rerun_goes_on_where_it_stopped(finished, capsys):
 
 
 def test_rl_goes_on_from_its_checkpoint(finished, tmp_path):
-  """Stopped after the first of two steps of the last arm, it ends as the unbroken run did, to the byte."""
+  """Stopped after the first of two steps of the last arm, it ends as the unbroken run did, to
+  the byte.
+  """
   root, workdir, _ = finished
   again = tmp_path / "run"
   shutil.copytree(workdir, again)
   for lost in ("export/policy", "export/reward", "checkpoints/r2m/2"):
     shutil.rmtree(again / lost)
   cfg = config(root)
-  models = dict(policy__path=str(workdir / "models/sft"), reward__path=str(workdir / "models/reward"), variant="r2m")
+  models = dict(
+    policy__path=str(workdir / "models/sft"),
+    reward__path=str(workdir / "models/reward"),
+    variant="r2m",
+  )
   cfg = scratch.derived(cfg, "r2m", cfg.scratch.prompts, **models)
   folders.run_r2m(cfg, again, folders.mesh_of(cfg))
   files = ("policy/model.safetensors", "reward/model.safetensors", "reward/r2m_head.safetensors")
-  bytes_of = lambda run: [(run / "export" / name).read_bytes() for name in files]
+
+  def bytes_of(run):
+    return [(run / "export" / name).read_bytes() for name in files]
+
   assert bytes_of(again) == bytes_of(workdir)
-  timeless = lambda row: {name: x for name, x in row.items() if name not in ("seconds", "data/wait")}
-  rows, want = ([timeless(row) for row in read_metrics(run) if row["arm"] == "r2m"] for run in (again, workdir))
+
+  def timeless(row):
+    return {name: x for name, x in row.items() if name not in ("seconds", "data/wait")}
+
+  rows, want = (
+    [timeless(row) for row in read_metrics(run) if row["arm"] == "r2m"] for run in (again, workdir)
+  )
   assert rows == want and len(rows) == 2
 
 
 def test_data_that_changed_is_refused(finished, tmp_path):
   _, workdir, _ = finished
   rows = [{"where": f"sft.jsonl:{i}"} for i in range(3)]
-  with pytest.raises(ConfigError, match="gives 3 rows that are not the .* with which .* began .* rows then, no now"):
+  with pytest.raises(
+    ConfigError, match="gives 3 rows that are not the .* with which .* began .* rows then, no now"
+  ):
     datasets.hold(workdir, "sft", rows, [([i],) for i in range(3)])
 
 
@@ -212,10 +296,21 @@ def test_a_sample_of_each_arm_is_made_again(finished, arm, capsys):
   _, workdir, _ = finished
   for step, when in ((0, "before"), (1, "after")):
     found = replay.run(config("", task="replay", replay__arm=arm, replay__step=step), workdir)
-    mine = [row for row in read_jsonl(workdir / "samples.jsonl") if (row["arm"], row["when"]) == (arm, when)]
-    same = lambda row: (row["prompt"], row["response"]) == (found["prompt_text"], found["response_text"])
+    mine = [
+      row
+      for row in read_jsonl(workdir / "samples.jsonl")
+      if (row["arm"], row["when"]) == (arm, when)
+    ]
+
+    def same(row):
+      return (row["prompt"], row["response"]) == (found["prompt_text"], found["response_text"])
+
     (row,) = filter(same, mine)
-    assert (row["reward"], row["frozen"], row["length"]) == (found["reward"], found["frozen"], len(found["tokens"]))
+    assert (row["reward"], row["frozen"], row["length"]) == (
+      found["reward"],
+      found["frozen"],
+      len(found["tokens"]),
+    )
     assert (found["attention"] is None) == (arm == "vanilla")
     shown = capsys.readouterr().out
     assert "metrics of the step against metrics.jsonl: largest difference 0.0e+00" in shown, shown
@@ -235,13 +330,19 @@ def test_without_the_data_it_says_what_to_download(tmp_path, capsys):
     main.run(config(tmp_path), tmp_path / "run")
   error = capsys.readouterr().err
   assert error.count("\n") == 1 and not (tmp_path / "run").exists()
-  assert "there is no file" in error and "huggingface.co/datasets/Anthropic/hh-rlhf" in error and "data.root" in error
+  assert (
+    "there is no file" in error
+    and "huggingface.co/datasets/Anthropic/hh-rlhf" in error
+    and "data.root" in error
+  )
 
 
 def test_red_team_replies_are_never_trained_on():
   names = real_small.get_config().scratch
   assert not any("harmless" in names[field] for field in ("corpus", "sft", "pairs", "prompts"))
-  assert not any("_val" in names[f] or "_dev" in names[f] for f in ("corpus", "sft", "pairs", "prompts"))
+  assert not any(
+    "_val" in names[f] or "_dev" in names[f] for f in ("corpus", "sft", "pairs", "prompts")
+  )
 
 
 # ---- the tokenizer ----
@@ -250,11 +351,17 @@ def test_red_team_replies_are_never_trained_on():
 def test_any_text_comes_back_from_its_tokens(finished):
   _, workdir, _ = finished
   hf = transformers.AutoTokenizer.from_pretrained(workdir / "models/start")
-  assert len(hf) == 320 and (hf.eos_token, hf.pad_token, hf.bos_token) == ("<|end|>", "<|pad|>", None)
+  assert len(hf) == 320 and (hf.eos_token, hf.pad_token, hf.bos_token) == (
+    "<|end|>",
+    "<|pad|>",
+    None,
+  )
   for text in ("the cat", "  Blanks  and\nlines\t", "naïve café – 日本語 🐈", "x" * 50, "\x00"):
     assert hf.decode(hf(text)["input_ids"]) == text
   talk = [{"role": "user", "content": "the cat"}, {"role": "assistant", "content": "sat"}]
-  assert hf.apply_chat_template(talk, tokenize=False) == "<|user|>the cat<|end|><|assistant|>sat<|end|>"
+  assert (
+    hf.apply_chat_template(talk, tokenize=False) == "<|user|>the cat<|end|><|assistant|>sat<|end|>"
+  )
   ids = hf.apply_chat_template(talk[:1], add_generation_prompt=True)["input_ids"]
   assert hf.convert_ids_to_tokens([ids[0], ids[-1]]) == ["<|user|>", "<|assistant|>"]
   policy = load_policy(str(workdir / "models/start"), real_small.get_config("test"))
@@ -264,7 +371,10 @@ def test_any_text_comes_back_from_its_tokens(finished):
 def test_tokenizer_task(tmp_path):
   """From plain text, with the smaller of two vocabularies inside the larger one's merges."""
   with open(tmp_path / "a.jsonl", "w") as file:
-    file.writelines(json.dumps({"text": " ".join(np.random.default_rng(i).choice(WORDS, 9))}) + "\n" for i in range(40))
+    file.writelines(
+      json.dumps({"text": " ".join(np.random.default_rng(i).choice(WORDS, 9))}) + "\n"
+      for i in range(40)
+    )
   cfg = real_small.get_config("test")
   cfg.task, cfg.data.name = "tokenizer", str(tmp_path / "a.jsonl")
   check_config(cfg)
@@ -272,7 +382,10 @@ def test_tokenizer_task(tmp_path):
   small = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/export/policy")
   assert len(small("the cat sat on the mat")["input_ids"]) < len("the cat sat on the mat")
   transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/export/policy")
-  with pytest.raises(DataError, match="give only [0-9]+ entries of config.tokenizer.vocab_size = 5000: give more text"):
+  with pytest.raises(
+    DataError,
+    match="give only [0-9]+ entries of config.tokenizer.vocab_size = 5000: give more text",
+  ):
     tokenizer.train(["a few words"], 5000, 1)
 
 
@@ -286,13 +399,17 @@ def test_a_budget_is_turned_into_steps_once(finished, tmp_path, capsys):
     steps = folders.budgeted(tmp_path, "sft", 7.0, lambda seconds: asked.append(seconds) or 41)
     assert steps == 41
   assert asked == [7.0]
-  cfg = scratch.derived(config(root), "sft", config(root).scratch.sft, policy__path=str(workdir / "models/lm"))
+  cfg = scratch.derived(
+    config(root), "sft", config(root).scratch.sft, policy__path=str(workdir / "models/lm")
+  )
   cfg.sft.budget = 4.0
   began = time.perf_counter()
   folders.run_sft(cfg, tmp_path / "run", folders.mesh_of(cfg))
   took, shown = time.perf_counter() - began, capsys.readouterr().out
   steps = json.loads((tmp_path / "run/budgets.json").read_text())["sft"]
-  assert f"{steps} updates in a budget of 4 s" in shown and shown.index("rate ") < shown.index("export ")
+  assert f"{steps} updates in a budget of 4 s" in shown and shown.index("rate ") < shown.index(
+    "export "
+  )
   assert read_metrics(tmp_path / "run")[-1]["step"] <= steps - 1 and took < 120 and steps > 3
 
 
@@ -306,9 +423,17 @@ def test_a_stage_far_behind_its_budget_is_cut_short(tmp_path, capsys):
 
   def run(budget):
     return fit.fit(
-      lambda state, batch: ((state * batch["x"]).sum(), {}), jnp.ones(1), optax.sgd(0.1), slow(), total=100, stage="s",
-      workdir=tmp_path, state_shardings=device, batch_sharding=device, budget=budget,
-    )  # fmt: skip
+      lambda state, batch: ((state * batch["x"]).sum(), {}),
+      jnp.ones(1),
+      optax.sgd(0.1),
+      slow(),
+      total=100,
+      stage="s",
+      workdir=tmp_path,
+      state_shardings=device,
+      batch_sharding=device,
+      budget=budget,
+    )
 
   state, rows = run(0.4), read_metrics(tmp_path)
   steps = rows[-1]["step"] + 1
@@ -322,7 +447,9 @@ def test_a_stage_far_behind_its_budget_is_cut_short(tmp_path, capsys):
 
 
 def test_interval_over_groups():
-  """With one row a group it is the normal interval of a proportion; copies of rows do not narrow it."""
+  """With one row a group it is the normal interval of a proportion; copies of rows do not narrow
+  it.
+  """
   rng = np.random.default_rng(1)
   right = rng.random(400) < 0.6
   one = evals.mean_of(right, range(400))
@@ -330,24 +457,36 @@ def test_interval_over_groups():
   assert one[1:3] == pytest.approx((one.value - half, one.value + half), abs=0.008)
   copies = evals.mean_of(np.repeat(right, 5), np.repeat(np.arange(400), 5))
   assert copies[:3] == pytest.approx(one[:3]) and (copies.count, copies.groups) == (2000, 400)
-  assert scratch.shown(one, 1, 100) == f"{100 * one.value:.1f} ({100 * one.low:.1f} to {100 * one.high:.1f})"
-  assert scratch.shown(evals.mean_of([1.0, 0.0], "ab"), 2) == "0.50 (–)"  # two prompts say nothing of the spread
+  assert (
+    scratch.shown(one, 1, 100)
+    == f"{100 * one.value:.1f} ({100 * one.low:.1f} to {100 * one.high:.1f})"
+  )
+  assert (
+    scratch.shown(evals.mean_of([1.0, 0.0], "ab"), 2) == "0.50 (–)"
+  )  # two prompts say nothing of the spread
   assert evals.wins([2.0, 1.0, 3.0], [1.0, 2.0, 3.0]).tolist() == [1.0, 0.0, 0.5]
 
 
 def test_feedback_before_rl_is_the_arms_own_start(finished):
-  """The head measured "before RL" at omega = 1 would score as the frozen model: it differs only through feedback."""
+  """The head measured "before RL" at omega = 1 would score as the frozen model: it differs only
+  through feedback.
+  """
   root, workdir, _ = finished
   cfg = scratch.derived(
-    config(root), "r2m", config(root).scratch.prompts,
-    policy__path=str(workdir / "models/sft"), reward__path=str(workdir / "models/reward"),
-  )  # fmt: skip
+    config(root),
+    "r2m",
+    config(root).scratch.prompts,
+    policy__path=str(workdir / "models/sft"),
+    reward__path=str(workdir / "models/reward"),
+  )
   mesh = folders.mesh_of(cfg)
   reward, sft = load_reward(cfg.reward.path, cfg, mesh), load_policy(cfg.policy.path, cfg, mesh)
   rows = [{"sides": [{"prompt": "the cat", "response": text} for text in ("the sea", "a dog")]}]
   head = scratch.untrained(cfg, "r2m", reward, sft, mesh)
   plain, fused = (scratch.scores_of(cfg, model, sft, rows, mesh) for model in (reward, head))
   settings, state = head.head
-  whole = scratch.dataclasses.replace(head, head=(scratch.dataclasses.replace(settings, omega=1.0), state))
+  whole = scratch.dataclasses.replace(
+    head, head=(scratch.dataclasses.replace(settings, omega=1.0), state)
+  )
   np.testing.assert_allclose(scratch.scores_of(cfg, whole, sft, rows, mesh), plain, atol=1e-6)
   assert np.abs(fused - plain).max() > 1e-6

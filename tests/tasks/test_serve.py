@@ -1,4 +1,6 @@
-"""The stable commands `generate` and `score`. Oracle: transformers in torch float32, rows one at a time."""
+"""The stable commands `generate` and `score`. Oracle: transformers in torch float32, rows one at
+a time.
+"""
 
 import json
 import os
@@ -21,12 +23,19 @@ from r2m_jax.tasks import serve
 
 ROOT = pathlib.Path(__file__).parents[2]
 ASK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is the sea?"}]
-PROMPTS = ["The cat sat on", ASK, "rain", "Please write a short poem about rain, trees and the sea."]
+PROMPTS = [
+  "The cat sat on",
+  ASK,
+  "rain",
+  "Please write a short poem about rain, trees and the sea.",
+]
 
 
 def config(**overrides):
   result = default.get_config()
-  result.update_from_flattened_dict({name.replace("__", "."): value for name, value in overrides.items()})
+  result.update_from_flattened_dict(
+    {name.replace("__", "."): value for name, value in overrides.items()}
+  )
   return result
 
 
@@ -46,7 +55,9 @@ def prompt_ids(hf, prompt):
 
 
 def their_scores(model, rows):
-  """One row at a time, without a pad id: with pad = eos the classifier would read one token early."""
+  """One row at a time, without a pad id: with pad = eos the classifier would read one token
+  early.
+  """
   model.config.pad_token_id = None
   with torch.no_grad():
     return [model(torch.tensor([ids])).logits.item() for ids in rows]
@@ -54,7 +65,9 @@ def their_scores(model, rows):
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-  """Its embedding is padded beyond the tokenizer's 301 tokens, as Qwen's are; some samples are such ids."""
+  """Its embedding is padded beyond the tokenizer's 301 tokens, as Qwen's are; some samples are
+  such ids.
+  """
   folder = tmp_path_factory.mktemp("policy")
   return folder, *tiny_text.model("qwen2", "chatml", folder, vocab_size=330)
 
@@ -62,14 +75,24 @@ def policy(tmp_path_factory):
 def test_greedy_generation_is_that_of_transformers(policy, tmp_path):
   """By the command line others script against, in a process of its own."""
   folder, model, hf = policy
-  source = write(tmp_path / "in.jsonl", [{"prompt": prompt, "id": i} for i, prompt in enumerate(PROMPTS)])
+  source = write(
+    tmp_path / "in.jsonl", [{"prompt": prompt, "id": i} for i, prompt in enumerate(PROMPTS)]
+  )
   env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
   command = [
-    sys.executable, "-m", "r2m_jax.main", "--config=configs/default.py", f"--workdir={tmp_path / 'work'}",
-    "--config.task=generate", f"--config.policy.path={folder}", f"--config.generate.input={source}",
-    f"--config.generate.output={tmp_path / 'out.jsonl'}", "--config.generate.max_new_tokens=32",
-    "--config.generate.temperature=0", "--config.dtype=float32",
-  ]  # fmt: skip
+    sys.executable,
+    "-m",
+    "r2m_jax.main",
+    "--config=configs/default.py",
+    f"--workdir={tmp_path / 'work'}",
+    "--config.task=generate",
+    f"--config.policy.path={folder}",
+    f"--config.generate.input={source}",
+    f"--config.generate.output={tmp_path / 'out.jsonl'}",
+    "--config.generate.max_new_tokens=32",
+    "--config.generate.temperature=0",
+    "--config.dtype=float32",
+  ]
   done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert "<|im_start|>" in done.stdout or "The cat sat on" in done.stdout
@@ -81,11 +104,17 @@ def test_greedy_generation_is_that_of_transformers(policy, tmp_path):
     assert row["prompt"] == prompt and row["prompt_tokens"] == ids
     with torch.no_grad():
       want = model.generate(
-        torch.tensor([ids]), max_new_tokens=32, do_sample=False, eos_token_id=sorted(ends), pad_token_id=0,
-      )[0]  # fmt: skip
+        torch.tensor([ids]),
+        max_new_tokens=32,
+        do_sample=False,
+        eos_token_id=sorted(ends),
+        pad_token_id=0,
+      )[0]
       logits = model(want[None]).logits[0]
     assert row["tokens"] == want[len(ids) :].tolist() and len(row["tokens"]) == len(row["logprobs"])
-    logprobs = torch.log_softmax(logits, -1)[torch.arange(len(ids) - 1, len(want) - 1), want[len(ids) :]]
+    logprobs = torch.log_softmax(logits, -1)[
+      torch.arange(len(ids) - 1, len(want) - 1), want[len(ids) :]
+    ]
     np.testing.assert_allclose(row["logprobs"], logprobs, atol=1e-4)
     assert row["text"] == hf.decode(row["tokens"], skip_special_tokens=True)
     assert row["truncated"] == (row["tokens"][-1] not in ends)
@@ -94,13 +123,21 @@ def test_greedy_generation_is_that_of_transformers(policy, tmp_path):
 
 def test_sampling_does_not_depend_on_the_batch(policy, tmp_path):
   folder, _, _ = policy
-  source = write(tmp_path / "in.jsonl", [{"prompt": prompt} for prompt in ("rain", "The cat sat on", "The dog", "a")])
+  source = write(
+    tmp_path / "in.jsonl",
+    [{"prompt": prompt} for prompt in ("rain", "The cat sat on", "The dog", "a")],
+  )
   results = []
   for size in (2, 4):
     cfg = config(
-      task="generate", policy__path=str(folder), generate__input=source, generate__output=str(tmp_path / f"{size}"),
-      generate__max_new_tokens=5, generate__temperature=0.7, generate__batch_size=size,
-    )  # fmt: skip
+      task="generate",
+      policy__path=str(folder),
+      generate__input=source,
+      generate__output=str(tmp_path / f"{size}"),
+      generate__max_new_tokens=5,
+      generate__temperature=0.7,
+      generate__batch_size=size,
+    )
     serve.run(cfg)
     results.append(read(cfg.generate.output))
   assert [row["tokens"] for row in results[0]] == [row["tokens"] for row in results[1]]
@@ -109,19 +146,28 @@ def test_sampling_does_not_depend_on_the_batch(policy, tmp_path):
 SCORED = [
   {"prompt": "The cat", "response": "sat on the mat."},
   {"prompt": "What is the capital of France?", "response": "Paris"},
-  {"prompt": "Please write a short poem about rain, trees and the sea. " * 2, "response": "The sea, the sea!"},
+  {
+    "prompt": "Please write a short poem about rain, trees and the sea. " * 2,
+    "response": "The sea, the sea!",
+  },
   {"prompt": "The dog", "response": ""},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("case, kind", [("pythia", "plain"), ("llama3.1", "llama3")])
 def test_scores_are_those_of_transformers(case, kind, tmp_path):
   model, hf = tiny_text.model(case, kind, tmp_path / "reward", classifier=True)
-  rows = [*SCORED, *([{"prompt": ASK, "response": "Water.", "truncated": True}] if kind == "llama3" else [])]
+  rows = [
+    *SCORED,
+    *([{"prompt": ASK, "response": "Water.", "truncated": True}] if kind == "llama3" else []),
+  ]
   cfg = config(
-    task="score", reward__path=str(tmp_path / "reward"), score__input=write(tmp_path / "in.jsonl", rows),
-    score__output=str(tmp_path / "out.jsonl"), score__batch_size=3,
-  )  # fmt: skip
+    task="score",
+    reward__path=str(tmp_path / "reward"),
+    score__input=write(tmp_path / "in.jsonl", rows),
+    score__output=str(tmp_path / "out.jsonl"),
+    score__batch_size=3,
+  )
   serve.run(cfg)
   got = read(cfg.score.output)
   assert [{k: v for k, v in row.items() if k != "score"} for row in got] == rows
@@ -129,12 +175,22 @@ def test_scores_are_those_of_transformers(case, kind, tmp_path):
   def by_hand(row):
     if kind == "plain":
       return hf(f"{row['prompt']} {row['response']}")["input_ids"]
-    turns = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
-    text = "<s>" + "".join(f"<|start|>{t['role']}<|stop|>{t['content'].strip()}<|eot|>" for t in turns)
+    turns = (
+      row["prompt"]
+      if isinstance(row["prompt"], list)
+      else [{"role": "user", "content": row["prompt"]}]
+    )
+    text = "<s>" + "".join(
+      f"<|start|>{t['role']}<|stop|>{t['content'].strip()}<|eot|>" for t in turns
+    )
     text += f"<|start|>assistant<|stop|>{row['response']}"
-    return hf(text + ("" if row.get("truncated") else "<|eot|>"), add_special_tokens=False)["input_ids"]
+    return hf(text + ("" if row.get("truncated") else "<|eot|>"), add_special_tokens=False)[
+      "input_ids"
+    ]
 
-  np.testing.assert_allclose([row["score"] for row in got], their_scores(model, map(by_hand, rows)), atol=1e-4)
+  np.testing.assert_allclose(
+    [row["score"] for row in got], their_scores(model, map(by_hand, rows)), atol=1e-4
+  )
 
 
 def test_batches_hold_every_row_once_in_like_lengths():
@@ -149,17 +205,27 @@ def test_bad_input_is_explained(policy, tmp_path, monkeypatch):
 
   def generate(rows, path=folder):
     source = write(tmp_path / "in.jsonl", rows)
-    serve.run(config(task="generate", policy__path=str(path), generate__input=source, generate__output=out))
+    serve.run(
+      config(task="generate", policy__path=str(path), generate__input=source, generate__output=out)
+    )
 
   def score(path, **overrides):
     source = write(tmp_path / "in.jsonl", SCORED)
-    serve.run(config(task="score", reward__path=str(path), score__input=source, score__output=out, **overrides))
+    serve.run(
+      config(
+        task="score", reward__path=str(path), score__input=source, score__output=out, **overrides
+      )
+    )
 
-  with pytest.raises(DataError, match="in.jsonl:2 needs 'prompt' as text or a list of messages; it has response"):
+  with pytest.raises(
+    DataError, match="in.jsonl:2 needs 'prompt' as text or a list of messages; it has response"
+  ):
     generate([{"prompt": "a"}, {"response": "b"}])
   with pytest.raises(TextError, match="in.jsonl, row 2: a prompt is text or a list"):
     generate([{"prompt": "a"}, {"prompt": [{"role": "user"}]}])
-  with pytest.raises(FolderError, match="reward.path is .* holds no score head, so it cannot score"):
+  with pytest.raises(
+    FolderError, match="reward.path is .* holds no score head, so it cannot score"
+  ):
     score(folder)
   plain = tmp_path / "plain"
   tiny_text.model("pythia", "plain", plain, classifier=True)
@@ -173,12 +239,20 @@ def test_bad_input_is_explained(policy, tmp_path, monkeypatch):
   (tmp_path / "gpt2/config.json").write_text(json.dumps(other))
   with pytest.raises(FolderError, match="'gpt2'.* is not supported; supported are .*'llama'"):
     score(tmp_path / "gpt2")
-  with pytest.raises(FolderError, match="policy.path is /nowhere/model: /nowhere/model is not a folder"):
+  with pytest.raises(
+    FolderError, match="policy.path is /nowhere/model: /nowhere/model is not a folder"
+  ):
     generate([{"prompt": "a"}], "/nowhere/model")
   (plain / RENDERER).write_text(json.dumps({"template_sha256": "0" * 64}))
-  with pytest.raises(TextError, match="made with another rendering of its input(.|\n)*template_sha256"):
+  with pytest.raises(
+    TextError, match="made with another rendering of its input(.|\n)*template_sha256"
+  ):
     score(plain)
-  for task, field in (("generate", "policy.path"), ("score", "reward.path"), ("export", "export.checkpoint")):
+  for task, field in (
+    ("generate", "policy.path"),
+    ("score", "reward.path"),
+    ("export", "export.checkpoint"),
+  ):
     with pytest.raises(ConfigError, match=f"config.{field} is ''"):
       check_config(config(task=task))
   assert jax.config.jax_default_matmul_precision is None
