@@ -43,6 +43,7 @@ KINDS = (
   "wrong roles",
   "different prompts",
   "chosen equals rejected",
+  "undesirable",
 )
 
 
