@@ -362,10 +362,15 @@ def test_spikes_are_counted_by_the_update():
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
-  """The state is equal bit for bit; what follows has the same tokens, metrics within 1e-5,
-  parameters within 1e-4.
+  """The state is equal bit for bit; what follows has the same tokens and, in float64, metrics
+  and parameters.
   """
-  cfg, meshes = small.config(), {"same": (2, 2, 2), "one": (1, 1, 1), "fsdp": (1, 8, 1)}
+  with jax.enable_x64(True):
+    go_on_on_another_mesh(tmp_path, small.config(**small.FLOAT64))
+
+
+def go_on_on_another_mesh(tmp_path, cfg):
+  meshes = {"same": (2, 2, 2), "one": (1, 1, 1), "fsdp": (1, 8, 1)}
   built, state = small.start(cfg, meshes["same"])
   step = small.step_of(cfg, built, state)
   for t in range(2):
@@ -391,19 +396,12 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
       [bits(x) for x in jax.tree.leaves((restored.policy, restored.reward_head))],
     )
   outputs, parameters = ends.pop("same")
-  for name, (others, other_parameters) in ends.items():
-    for ours, theirs in zip(outputs, others):
-      np.testing.assert_array_equal(ours.sequences.tokens, theirs.sequences.tokens)
-      for metric, value in ours.metrics.items():
-        atol = (
-          2e-5 if metric.endswith("_deviation") else 1e-5
-        )  # these are maxima of rounding errors
-        np.testing.assert_allclose(
-          theirs.metrics[metric], value, rtol=1e-5, atol=atol, err_msg=f"{name} {metric}"
-        )
-    moved = max(np.abs(a - b).max() for a, b in zip(parameters, other_parameters))
-    print(f"{name}: tokens equal, parameters within {moved:.1e}")
-    assert moved < 1e-4
+  for others, other_parameters in ends.values():
+    small.same_tokens(others, outputs)
+    small.equal_in_float64(small.metrics_of(others), small.metrics_of(outputs))
+    small.equal_in_float64(
+      *({f"array{i}": x for i, x in enumerate(xs)} for xs in (other_parameters, parameters))
+    )
 
 
 # ---- names and folders from elsewhere ----
