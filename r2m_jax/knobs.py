@@ -240,7 +240,7 @@ def optimizer(lr: float, schedule: str = "constant", warmup: int = 0) -> dict[st
     max_grad_norm=Knob(1.0, "gradients are clipped to this global norm; 0: never", at_least(0)),
     moment_dtype=Knob(
       "float32",
-      'dtype of Adam\'s moments; "float32" stands for the dtype of wider parameters, if they are',
+      'dtype of Adam\'s moments; with "float32", float64 parameters have float64 moments',
       one_of("float32", "bfloat16"),
     ),
   )
@@ -321,9 +321,7 @@ ROLLOUT = dict(
   ),
   max_new_tokens=Knob(24, "longest response", at_least(1), unit="tokens"),
   temperature=Knob(
-    1.0,
-    "sampling temperature",
-    above(0, "must be above 0: greedy samples have no log-probability"),
+    1.0, "sampling temperature", above(0, "must be above 0: greedy samples have no log-probability")
   ),
   top_k=Knob(0, "sample from the k most likely tokens; 0: from all", at_least(0), unit="tokens"),
   top_p=Knob(
@@ -419,7 +417,7 @@ KL = dict(
   beta=Knob(0.05, "weight of KL(policy || reference)", at_least(0)),
   placement=Knob(
     "loss",
-    'where the KL enters: the "loss", or the "reward", subtracted from that of each token',
+    '"loss": the KL is added to the loss; "reward": it is subtracted from each token\'s reward',
     one_of("loss", "reward"),
   ),
   estimator=Knob(
@@ -460,9 +458,7 @@ SHAPING = dict(
 R2M = dict(
   **optimizer(lr=1e-4),
   omega_min=Knob(
-    0.6,
-    "floor of the weight on the reward model's own embedding, Omega in eq. 4",
-    within("[0, 1]"),
+    0.6, "floor of the weight on the reward model's own embedding, Omega in eq. 4", within("[0, 1]")
   ),
   omega_schedule=Knob(
     "cosine",
@@ -522,10 +518,7 @@ REWARD = dict(
   **optimizer(lr=1e-3, schedule="cosine"),
   path=Knob("", 'Hugging Face folder or hub name of a sequence classifier; "": it is fitted'),
   max_length=Knob(
-    0,
-    "longest input; longer ones lose their beginning. 0: no limit",
-    at_least(0),
-    unit="tokens",
+    0, "longest input; longer ones lose their beginning. 0: no limit", at_least(0), unit="tokens"
   ),
   max_reply_length=Knob(
     0,
@@ -595,16 +588,14 @@ DATA = dict(
   ),
   date=Knob(
     "",
-    'today\'s date in chat templates; "": the day that the run begins. A run keeps the date that '
+    'today\'s date in chat templates; "": the day that the run begins; a run keeps the date that '
     "it began with",
     DATE,
     free=True,
   ),
   tfds_dir=Knob("", 'folder of prepared data sets; "": ~/tensorflow_datasets'),
   weights=Knob(
-    (),
-    "relative sampling rate of each name; (): proportional to its number of rows",
-    WEIGHTS,
+    (), "relative sampling rate of each name; (): proportional to its number of rows", WEIGHTS
   ),
   max_bad_share=Knob(
     0.01, "largest fraction of broken rows in a name; the run stops above it", within("[0, 1]")
@@ -663,10 +654,7 @@ SCRATCH = dict(
 
 TOKENIZER = dict(
   vocab_size=Knob(
-    4096,
-    "entries, including the 256 bytes and the special tokens",
-    at_least(300),
-    unit="tokens",
+    4096, "entries, including the 256 bytes and the special tokens", at_least(300), unit="tokens"
   ),
   min_frequency=Knob(2, "a pair of pieces is merged if it occurs this often", at_least(1)),
 )
@@ -692,8 +680,7 @@ EXPORT = dict(
   out=Knob("", "folder in which policy and reward are written"),
   check=Knob(True, "compare with transformers if torch is installed; loads the model once more"),
   push_to=Knob(
-    "",
-    "hub name OWNER/MODEL; also uploads private OWNER/MODEL-policy and OWNER/MODEL-reward",
+    "", "hub name OWNER/MODEL; also uploads private OWNER/MODEL-policy and OWNER/MODEL-reward"
   ),
 )
 
@@ -809,10 +796,7 @@ LAB = dict(
     unit="nats per sequence",
   ),
   stops=Knob(
-    (2.0, 4.0),
-    "KLs at which the baseline is stopped early",
-    POSITIVE,
-    unit="nats per sequence",
+    (2.0, 4.0), "KLs at which the baseline is stopped early", POSITIVE, unit="nats per sequence"
   ),
   baseline=Knob(
     "vanilla", "arm that each arm is paired with, or BASELINE.NAME if there is such an arm"
@@ -929,7 +913,7 @@ def document() -> str:
   ]
   sections = [("", KNOBS), *((n, part) for n, part in walk(KNOBS) if isinstance(part, Section))]
   for name, section in sections:
-    heading = f"`{name}`: {section.title[:1].lower()}{section.title[1:]}" if name else section.title
+    heading = f"`{name}`: {section.title}" if name else section.title
     lines += ["", f"## {heading}", ""]
     lines += ["| field | default | unit, values | may change | what it does |"]
     lines += ["| --- | --- | --- | --- | --- |"]
