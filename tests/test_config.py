@@ -22,6 +22,7 @@ from r2m_jax.config import (
   difference,
   identity,
 )
+from r2m_jax.knobs import KNOBS, Knob, document, walk
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -171,6 +172,26 @@ def test_refusals_of_values_that_do_not_fit_together(changes, words):
 )
 def test_the_values_next_to_the_limits_pass(changes):
   check_config(config_with(**changes))
+
+
+def test_docs_config_is_up_to_date():
+  """If this fails: python -m r2m_jax.knobs > docs/config.md"""
+  assert (ROOT / "docs/config.md").read_text(encoding="utf-8") == document()
+
+
+def test_every_knob_is_documented_and_its_default_keeps_its_rules():
+  for field, knob in walk(KNOBS):
+    if isinstance(knob, Knob):
+      assert knob.about, field
+      assert [rule.bound for rule in knob.rules if not rule.holds(knob.default)] == [], field
+      assert all(rule.bound for rule in knob.rules), field
+      assert f"| `{field}` |" in document()
+
+
+def test_the_rules_of_the_laboratory_hold_for_its_tasks_only():
+  check_config(config_with(lab__seeds=()))
+  with pytest.raises(ConfigError, match=r"^config.lab.seeds is \(\): give whole numbers from 0 on"):
+    check_config(config_with(lab__seeds=(), task="lab"))
 
 
 @pytest.mark.parametrize("size", ["", "test"])
