@@ -10,7 +10,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from r2m_jax.algorithm.advantages import NORMS
+from r2m_jax.algorithm.advantages import ESTIMATORS, NORMS
 from r2m_jax.algorithm.losses import RATIOS
 from r2m_jax.algorithm.objective import kl_estimator
 from r2m_jax.algorithm.schedules import KL_CONTROLLERS, OMEGA_SCHEDULES
@@ -47,7 +47,7 @@ PIECES = (
   "ablations",
   "probes",
 )
-ALGORITHMS = ("rloo", "grpo", "reinforce++", "remax", "ppo")
+ALGORITHMS = tuple(ESTIMATORS)
 ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
 # settings that a run may change from one start to the next: they say how far, where and how often,
