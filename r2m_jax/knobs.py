@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from r2m_jax.algorithm import advantages
 from r2m_jax.algorithm.advantages import NORMS
 from r2m_jax.algorithm.losses import RATIOS
 from r2m_jax.algorithm.schedules import KL_CONTROLLERS, OMEGA_SCHEDULES
@@ -48,7 +49,7 @@ PIECES = (
   "ablations",
   "probes",
 )
-ALGORITHMS = ("rloo", "grpo", "reinforce++", "remax", "ppo")
+ALGORITHMS = tuple(advantages.ESTIMATORS)
 ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")

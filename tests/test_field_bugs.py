@@ -60,6 +60,7 @@ from configs import default
 from r2m_jax import ops
 from r2m_jax.algorithm import advantages, losses
 from r2m_jax.algorithm.objective import kl_estimator, make_advantages, make_objective, shape_scores
+from r2m_jax.algorithm.read import make_read
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.data.datasets import pair_ids, select
 from r2m_jax.data.text import Renderer, TextError, load_tokenizer, responses_of
@@ -67,8 +68,8 @@ from r2m_jax.goldtask import task as goldtask
 from r2m_jax.models.logprobs import TokenStats, token_stats
 from r2m_jax.models.reward import read_rte
 from r2m_jax.ops import Truncation, predicts_response
-from r2m_jax.step import make_learn, make_read, make_rollout
-from r2m_jax.types import Experience, Sequences
+from r2m_jax.step import make_learn, make_rollout
+from r2m_jax.types import Experience, Rollout, Sequences
 
 PAD, EOS, OTHER_EOS = goldtask.PAD, goldtask.EOS, 5
 TAU, TOP_K, TOP_P, BETA, CLIP, PENALTY = 0.7, 24, 0.9, 0.5, 5.0, 1.5
@@ -133,10 +134,10 @@ class Run:
     )
 
   def draw(self, state, pad):
-    return jax.device_get(self.rollout(pad)(state, self.prompts))
+    return jax.device_get(self.rollout(pad)(state, self.prompts).samples)
 
   def step(self, state, sequences):
-    state, out = self.learn(state, sequences, sequences.tokens, sequences.token_mask)
+    state, out = self.learn(state, Rollout(sequences))
     return state, jax.device_get(out)
 
   def responses(self, sequences):

@@ -33,7 +33,7 @@ MAY_IMPORT = {
   "report": "run",
   "tasks": "types ops parallel models algorithm config step run data hf goldtask report",
   "plan": "types parallel models algorithm config step run data goldtask",
-  "lab": "ops parallel models algorithm config step run data hf goldtask report tasks",
+  "lab": "types ops parallel models algorithm config step run data hf goldtask report tasks",
   "analysis": "types ops parallel models algorithm config step run hf goldtask report tasks plan lab",
   "main": "parallel config run data hf tasks plan lab analysis",
 }

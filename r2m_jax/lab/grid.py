@@ -20,12 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from r2m_jax.algorithm.annotate import make_annotate
 from r2m_jax.algorithm.labels import uses_labels
+from r2m_jax.algorithm.read import make_read, measured_kl, read_feedback, sampling
+from r2m_jax.algorithm.schedules import make_omega
 from r2m_jax.algorithm.variants import VARIANTS, measured
 from r2m_jax.config import ConfigError, arms_of, identity
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.labels import gold_labeller
-from r2m_jax.goldtask.rl import gold_metrics, program_of, rl_prompts, shared_arm
+from r2m_jax.goldtask.rl import gold_metrics, make_arm_step, program_of, rl_prompts, shared_arm
 from r2m_jax.goldtask.stages import (
   STREAM_BEST,
   STREAM_PROBE,
@@ -55,16 +58,8 @@ from r2m_jax.run.fit import PARTIAL
 from r2m_jax.run.identities import check_step_zero, sample_rounding
 from r2m_jax.run.progress import progress
 from r2m_jax.run.workdir import claim, shapes_of, warm
-from r2m_jax.step import (
-  make_judge,
-  make_learn,
-  make_omega,
-  make_read,
-  make_rollout,
-  measured_kl,
-  read_feedback,
-  sampling,
-)
+from r2m_jax.step import make_learn, make_rollout
+from r2m_jax.types import Rollout
 
 KEY_PROBE = 2**31 - 10  # of the fixed responses
 BEST_GROUP = 2  # samples of a prompt drawn at a time: by the program that draws preferences
@@ -380,24 +375,20 @@ def make_together_step(config, built: Build, mesh, configs: list):
   config's labels.
   """
   program, arm = program_of(config), shared_arm(config)
-  rollout = make_rollout(built.defs, program, built.mesh, (goldtask.EOS,), goldtask.PAD)
-  learn = make_learn(built.defs, program, built.mesh, same_tokens=True)
-
-  def whole(state, prompts, arm):
-    sequences = rollout(state, prompts)
-    return learn(state, sequences, sequences.tokens, sequences.token_mask, arm=arm)
-
   if not uses_labels(config):
+    whole = make_arm_step(built.defs, program, built.mesh)
     whole, arms = together(whole, mesh, donate=(0,)), arm and stack([arm] * len(configs))
     return lambda states, prompts, number: whole(states, prompts, arms)
   labellers = [gold_labeller(one) for one in configs]
+  rollout = make_rollout(built.defs, program, built.mesh, (goldtask.EOS,), goldtask.PAD)
+  learn = make_learn(built.defs, program, built.mesh)
   rollout, learn = together(rollout, mesh), together(learn, mesh, donate=(0,))
 
   def labelled(states, prompts, number):
-    sequences = rollout(states, prompts)
-    on_host = jax.device_get(sequences)
+    drawn = rollout(states, prompts)
+    on_host = jax.device_get(drawn.samples)
     pairs = stack([label(pick(on_host, i), number) for i, label in enumerate(labellers)])
-    return learn(states, sequences, sequences.tokens, sequences.token_mask, pairs)
+    return learn(states, drawn, None, pairs)
 
   return labelled
 
@@ -417,7 +408,8 @@ def make_probe(config, built: Build, mesh):
                             with the reference's over the same tokens: what the policy gains through
                             states it writes
   """
-  read, judge, omega_at = make_read(config), make_judge(built.defs, config), make_omega(config)
+  read, omega_at = make_read(config), make_omega(config)
+  annotate = make_annotate(built.defs, config)
   floor, reading = (
     config.r2m.omega_min,
     sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=0),
@@ -441,16 +433,7 @@ def make_probe(config, built: Build, mesh):
       if w is None:
         w = omega_at(state.step, measured_kl(*read(policy, ref, sequences), sequences))
       given = state.replace(reward_head=head, reward_average=None)
-      judged, _ = judge(
-        given,
-        w,
-        sequences,
-        old if feedback else of_ref,
-        of_ref,
-        sequences.tokens,
-        sequences.token_mask,
-        sampled=len(sequences.tokens),
-      )
+      judged, _ = annotate(given, w, Rollout(sequences), old if feedback else of_ref, of_ref)
       return judged
 
     head = state.reward_head if state.reward_average is None else state.reward_average

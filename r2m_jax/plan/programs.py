@@ -34,7 +34,7 @@ from r2m_jax.plan.sizes import Sizes
 from r2m_jax.run import build
 from r2m_jax.run.files import write_atomic
 from r2m_jax.step import make_learn, make_rollout
-from r2m_jax.types import Pairs, Prompts, Sequences
+from r2m_jax.types import Pairs, Prompts, Rollout, Rows, Sequences
 
 KEPT_FORMAT = (
   "2"  # of the cache's files; another number where what is read from a compiled program changes
@@ -146,12 +146,23 @@ def arguments(config, sizes: Sizes, built: build.Build) -> tuple[Prompts, tuple]
     sizes.length,
   )
   prompts = Prompts(make((P, Lp), jnp.int32), make((P, Lp), bool), make((P,), jnp.int32))
-  sequences = Sequences(
-    make((B, L), jnp.int32), make((B, L), bool), make((B, T), bool), make((B,), bool)
-  )
-  reward = make((B, sizes.reward_length), jnp.int32), make((B, sizes.reward_length), bool)
+  samples = P * config.rollout.group_size
+
+  def drawn(rows):
+    return Sequences(
+      make((rows, L), jnp.int32), make((rows, L), bool), make((rows, T), bool), make((rows,), bool)
+    )
+
+  def read(rows):
+    shape = rows, sizes.reward_length
+    return Rows(make(shape, jnp.int32), make(shape, bool))
+
+  def of_each(make_rows):
+    return Rollout(make_rows(samples), make_rows(B - samples) if B > samples else None)
+
+  rollout, reward = of_each(drawn), None if sizes.same_tokens else of_each(read)
   if not uses_labels(config):
-    return prompts, (sequences, *reward)
+    return prompts, (rollout, reward)
   whole, m, own = (
     NamedSharding(built.mesh, PartitionSpec()),
     pairs_per_step(config),
@@ -168,7 +179,7 @@ def arguments(config, sizes: Sizes, built: build.Build) -> tuple[Prompts, tuple]
     make((2 * m, own), bool),
     make((m,), jnp.float32),
   )
-  return prompts, (sequences, *reward, pairs)
+  return prompts, (rollout, reward, pairs)
 
 
 def bytes_on_chip(tree) -> int:
@@ -210,7 +221,7 @@ def compile_program(
   else:
     layout = sharding.shardings(state, mesh)
     jitted = jax.jit(
-      make_learn(built.defs, config, mesh, same_tokens=sizes.same_tokens),
+      make_learn(built.defs, config, mesh),
       donate_argnums=0,
       in_shardings=(layout,) + (None,) * len(judged),
       out_shardings=(layout, None),

@@ -12,8 +12,10 @@ import numpy as np
 import optax
 from flax import nnx
 
+from r2m_jax.algorithm.annotate import make_reward
 from r2m_jax.algorithm.losses import bradley_terry
 from r2m_jax.algorithm.optim import descend, make_optimizer
+from r2m_jax.algorithm.read import Defs
 from r2m_jax.algorithm.variants import States
 from r2m_jax.models.logprobs import token_stats
 from r2m_jax.models.reward import member_scores, read_rte
@@ -24,7 +26,6 @@ from r2m_jax.run import checkpoint, loop
 from r2m_jax.run.build import Build
 from r2m_jax.run.metrics import Metrics
 from r2m_jax.run.progress import progress
-from r2m_jax.step import Defs, make_score
 
 LOG_EVERY = 10  # updates; a fetch waits for the device
 LATE = 1.25  # times its budget at which a stage is cut short
@@ -85,7 +86,7 @@ def head_loss(defs: Defs, score: Callable, *, layer: int, omega: float) -> Calla
   warm start.
 
   Args:
-    score: of `step.make_score`.
+    score: of `annotate.Reward`.
     layer: of the policy whose states are read.
     omega: weight of the reward model's own embedding (eq. 4).
 
@@ -293,7 +294,7 @@ def warm_job(
   """
   loss = head_loss(
     built.defs,
-    make_score(built.defs, config),
+    make_reward(built.defs, config).score,
     layer=config.r2m.feedback_layer,
     omega=config.r2m.omega_min,
   )

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from r2m_jax.algorithm.read import Defs, read_feedback, sampling, truncated
 from r2m_jax.models.logprobs import token_stats
 from r2m_jax.models.transformer import Transformer
 from r2m_jax.parallel import hosts
-from r2m_jax.step import Defs, read_feedback, sampling, truncated
 from r2m_jax.types import Sequences
 
 WARN, FAIL = (

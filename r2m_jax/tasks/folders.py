@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from r2m_jax.algorithm.advantages import ESTIMATORS
 from r2m_jax.algorithm.labels import Labeller, uses_labels
 from r2m_jax.algorithm.optim import make_optimizer
 from r2m_jax.algorithm.variants import VARIANTS
@@ -66,6 +67,7 @@ from r2m_jax.run.workdir import claim, shapes_of, stage, warm, with_variant
 from r2m_jax.step import StepOutput, make_learn, make_rollout
 from r2m_jax.tasks import export as export_task
 from r2m_jax.tasks.gold import conclude
+from r2m_jax.types import Rollout, Rows
 
 Watch = Callable[[StepOutput, list[tuple[Any, str, bool]]], dict[str, float | None]]
 
@@ -255,7 +257,8 @@ def run_r2m(
   reward = load_reward(config.reward.path, config, mesh)
   hold_contract(workdir, reward.renderer)
   same_tokens = policy.tokenizer.hf.get_vocab() == reward.renderer.tokenizer.hf.get_vocab()
-  if config.algorithm == "ppo" and config.critic.init == "reward" and not same_tokens:
+  has_critic = ESTIMATORS[config.algorithm].baseline == "critic"
+  if has_critic and config.critic.init == "reward" and not same_tokens:
     raise ConfigError(
       "config.critic.init is 'reward': the critic reads the policy's tokens, and this reward model "
       "has a tokenizer of "
@@ -346,26 +349,31 @@ def make_two_part_step(
   learn = jax.jit(
     make_learn(built.defs, config, built.mesh),
     donate_argnums=0,
-    in_shardings=(layout,) + (None,) * (4 if labelled else 3),
+    in_shardings=(layout,) + (None,) * (3 if labelled else 2),
     out_shardings=(layout, None),
   )
 
-  def step(state, prompts, texts):
-    sequences = rollout(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
-    sampled = K * len(texts)  # then the greedy rows of "remax"
+  def answered(sequences, texts):
+    """(prompt, answer, whether it was cut off) of this process's rows; `texts` has every row's."""
     mine = hosts.rows_of(built.rows, len(sequences.tokens)).tolist()
-    answers = zip(mine, responses_of(hosts.local(sequences), tokenizer))
-    rows = [
-      (texts[i // K if i < sampled else i - sampled], text, truncated)
-      for i, (text, truncated) in answers
-    ]
+    answers = responses_of(hosts.local(sequences), tokenizer)
+    return [(texts[i], text, cut) for i, (text, cut) in zip(mine, answers)]
+
+  def step(state, prompts, texts):
+    drawn = rollout(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
+    samples = answered(drawn.samples, [text for text in texts for _ in range(K)])
+    greedy = [] if drawn.greedy is None else answered(drawn.greedy, texts)
+    rows = samples + greedy
     ids = [renderer.ids(prompt, text, truncated=truncated) for prompt, text, truncated in rows]
     tokens, mask = pad_left(
       ids, renderer.tokenizer.pad_id, hosts.largest(bucket(max(map(len, ids))))
     )
-    pairs = (labeller(hosts.fetch(sequences), int(state.step)),) if labelled else ()
-    state, out = learn(state, sequences, *hosts.place((tokens, mask), built.rows), *pairs)
-    return state, out, [row for i, row in zip(mine, rows) if i < sampled]
+    read = Rollout(Rows(tokens[: len(samples)], mask[: len(samples)]))
+    if greedy:
+      read = read.replace(greedy=Rows(tokens[len(samples) :], mask[len(samples) :]))
+    pairs = (labeller(hosts.fetch(drawn.samples), int(state.step)),) if labelled else ()
+    state, out = learn(state, drawn, hosts.place(read, built.rows), *pairs)
+    return state, out, samples
 
   return step
 

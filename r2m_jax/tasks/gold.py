@@ -9,10 +9,20 @@ from typing import NamedTuple
 
 import jax
 
+from r2m_jax.algorithm.annotate import make_annotate
+from r2m_jax.algorithm.read import make_read, measured_kl, sampling
+from r2m_jax.algorithm.schedules import make_omega
 from r2m_jax.algorithm.variants import VARIANTS, measured
 from r2m_jax.config import ConfigError, check_batch
 from r2m_jax.goldtask import task as goldtask
-from r2m_jax.goldtask.rl import gold_metrics, make_gold_step, program_of, rl_prompts, shared_arm
+from r2m_jax.goldtask.rl import (
+  gold_metrics,
+  make_gold_step,
+  program_of,
+  reward_of,
+  rl_prompts,
+  shared_arm,
+)
 from r2m_jax.goldtask.stages import STREAM_TABLE, fit_golden, fit_reward, fit_sft, head_job
 from r2m_jax.models.generate import generate
 from r2m_jax.parallel import hosts, sharding
@@ -32,7 +42,7 @@ from r2m_jax.run.fit import do
 from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
 from r2m_jax.run.metrics import append_samples, read_metrics
 from r2m_jax.run.workdir import claim, shapes_of, stage, warm, with_variant
-from r2m_jax.step import make_judge, make_omega, make_read, measured_kl, sampling
+from r2m_jax.types import Rollout
 
 
 def run(config, workdir: Path) -> None:
@@ -166,7 +176,7 @@ def make_sampler(config, built: Build):
   """
   count = config.log.samples
   prompts = goldtask.prompts(config.seed, STREAM_TABLE, 0, count)
-  read, judge, omega_at = make_read(config), make_judge(built.defs, config), make_omega(config)
+  read, omega_at = make_read(config), make_omega(config)
 
   @sharding.jit_on(built.mesh)
   def sample(state, arm):
@@ -186,8 +196,8 @@ def make_sampler(config, built: Build):
       built.defs.open_policy(state.policy, state.ref), built.defs.open_ref(state.ref), sequences
     )
     w = omega_at(state.step, measured_kl(old, ref, sequences))
-    rows = sequences.tokens, sequences.token_mask
-    return sequences, judge(state, w, sequences, old, ref, *rows, arm, sampled=count)[0]
+    annotate = make_annotate(built.defs, config, reward_of(built.defs, arm))
+    return sequences, annotate(state, w, Rollout(sequences), old, ref)[0]
 
   return sample
 

@@ -19,6 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from r2m_jax.algorithm.annotate import make_annotate
+from r2m_jax.algorithm.read import make_read, measured_kl
+from r2m_jax.algorithm.schedules import make_omega
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.config import ConfigError
 from r2m_jax.data.datasets import batch_of, prompt_data
@@ -33,9 +36,9 @@ from r2m_jax.run.files import plain, write_atomic
 from r2m_jax.run.metrics import read_metrics
 from r2m_jax.run.run import Again
 from r2m_jax.run.workdir import shapes_of, warm, with_variant
-from r2m_jax.step import make_judge, make_omega, make_read, measured_kl
 from r2m_jax.tasks import folders, scratch
 from r2m_jax.tasks.export import run_config
+from r2m_jax.types import Rollout, Rows
 
 MATCHES = (
   1e-5  # a logged metric made again; a rounding error, where the mesh is another than the run's
@@ -298,16 +301,19 @@ def make_parts(config, built: Build):
   of what attention read. With the policy's feedback the reward is omega * own + (1 - omega) * read
   (eq. 4; phi is linear).
   """
-  read, judge, omega_at = make_read(config), make_judge(built.defs, config), make_omega(config)
+  read, annotate, omega_at = (
+    make_read(config),
+    make_annotate(built.defs, config),
+    make_omega(config),
+  )
   defs, feedback = built.defs, VARIANTS[config.variant].feedback
 
   @sharding.jit_on(built.mesh)
   def parts(state, sequences, reward_tokens, reward_mask):
     old, ref = read(defs.open_policy(state.policy, state.ref), defs.open_ref(state.ref), sequences)
     w = omega_at(state.step, measured_kl(old, ref, sequences))
-    judged, _ = judge(
-      state, w, sequences, old, ref, reward_tokens, reward_mask, sampled=len(sequences.tokens)
-    )
+    rows = Rollout(Rows(reward_tokens, reward_mask))
+    judged, _ = annotate(state, w, Rollout(sequences), old, ref, rows)
     head = nnx.merge(
       defs.reward_head, state.reward_head if state.reward_average is None else state.reward_average
     )

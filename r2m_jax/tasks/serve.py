@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from r2m_jax.algorithm.read import read_feedback
 from r2m_jax.data.jsonl import check_output, read_rows, write_rows
 from r2m_jax.data.text import Tokenizer, as_prompts, each_row, pad_left, responses_of
 from r2m_jax.hf.folders import (
@@ -31,7 +32,6 @@ from r2m_jax.models.generate import generate
 from r2m_jax.models.reward import read_rte
 from r2m_jax.parallel import hosts, sharding
 from r2m_jax.run.progress import progress
-from r2m_jax.step import read_feedback
 
 
 def run(config) -> None:

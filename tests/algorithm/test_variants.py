@@ -14,13 +14,14 @@ from configs import quickstart
 from r2m_jax.algorithm import losses, schedules
 from r2m_jax.algorithm.labels import pairs_at, pairs_per_step
 from r2m_jax.algorithm.objective import shape_scores
+from r2m_jax.algorithm.read import make_read
 from r2m_jax.algorithm.variants import VARIANTS, States, arm_of, feed_back, measured, other_rows
 from r2m_jax.goldtask import rl
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.labels import gold_labeller
 from r2m_jax.ops import combine
 from r2m_jax.parallel import sharding
-from r2m_jax.step import make_read, make_step
+from r2m_jax.step import jit_step
 from r2m_jax.types import Sequences
 
 STEPS = 3
@@ -140,9 +141,7 @@ def shared_step():
   cfg = small.config(variant="r2m", **small.FLOAT64)
   built, state = small.start(cfg)
   layout = sharding.shardings(state, built.mesh)
-  return cfg, make_step(
-    built.defs, cfg, built.mesh, (goldtask.EOS,), goldtask.PAD, layout, arms=True
-  )
+  return cfg, jit_step(rl.make_arm_step(built.defs, cfg, built.mesh), layout, 2)
 
 
 def test_which_variants_share_a_program():

@@ -13,6 +13,7 @@ from flax import nnx
 from test_transformer import ARCHS
 
 from r2m_jax import step
+from r2m_jax.algorithm import read
 from r2m_jax.models import transformer
 from r2m_jax.models.attention import Shared
 from r2m_jax.parallel import rows as row_parts
@@ -78,12 +79,12 @@ def test_states_and_gradients_are_those_of_whole_rows(name, attention):
 
 def flops(cfg, shared: bool, monkeypatch) -> float:
   """Of `learn`, as the compiler counts them."""
-  monkeypatch.setattr(step, "neighbours", row_parts.neighbours if shared else lambda group, rows: 1)
+  monkeypatch.setattr(read, "neighbours", row_parts.neighbours if shared else lambda group, rows: 1)
   built, state = small.start(cfg)
-  learn = step.make_learn(built.defs, cfg, built.mesh, same_tokens=True)
+  learn = step.make_learn(built.defs, cfg, built.mesh)
   rollout = step.make_rollout(built.defs, cfg, built.mesh, (0,), 1)
-  sequences = jax.eval_shape(rollout, state, small.prompts(cfg, 0))
-  lowered = jax.jit(learn).lower(state, sequences, sequences.tokens, sequences.token_mask)
+  drawn = jax.eval_shape(rollout, state, small.prompts(cfg, 0))
+  lowered = jax.jit(learn).lower(state, drawn)
   return lowered.cost_analysis()["flops"]
 
 
@@ -103,7 +104,7 @@ def test_a_step_gives_the_numbers_of_whole_rows(monkeypatch):
   runs = {}
   for how in ("once", "whole"):
     if how == "whole":
-      monkeypatch.setattr(step, "neighbours", lambda group, rows: 1)
+      monkeypatch.setattr(read, "neighbours", lambda group, rows: 1)
     with jax.enable_x64(True):
       runs["exact", how], _ = small.run(small.config(**changes, **small.FLOAT64), 3)
     runs["low", how], _ = small.run(small.config(**changes), 3)

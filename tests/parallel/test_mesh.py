@@ -21,6 +21,7 @@ from r2m_jax.goldtask import task as goldtask
 from r2m_jax.parallel import sharding
 from r2m_jax.run import build
 from r2m_jax.step import make_learn, make_rollout
+from r2m_jax.types import Rollout
 
 COUNTS = (1, 2, 4)
 SHAPES = [
@@ -109,7 +110,7 @@ def sampled(mesh, dtype="float64"):
     built, state = start(mesh, 1, "rloo", dtype)
     cfg = config(1, 1, dtype=dtype, param_dtype=dtype)
     rollout = jax.jit(make_rollout(built.defs, cfg, built.mesh, (goldtask.EOS,), goldtask.PAD))
-    return jax.device_get(rollout(state, small.prompts(cfg, 0, left_pad=2)))
+    return jax.device_get(rollout(state, small.prompts(cfg, 0, left_pad=2)).samples)
 
 
 @functools.cache
@@ -121,10 +122,9 @@ def learned(mesh, accumulation, minibatches, algorithm="rloo", dtype="float64", 
     )
     built, state = start(mesh, minibatches, algorithm, dtype)
     layout = sharding.shardings(state, built.mesh)
-    learn = make_learn(built.defs, cfg, built.mesh, same_tokens=True)
-    learn = jax.jit(learn, in_shardings=(layout, None, None, None), out_shardings=(layout, None))
-    sequences = sampled((1, 1, 1))
-    after, out = learn(state, sequences, sequences.tokens, sequences.token_mask)
+    learn = make_learn(built.defs, cfg, built.mesh)
+    learn = jax.jit(learn, in_shardings=(layout, None), out_shardings=(layout, None))
+    after, out = learn(state, Rollout(sampled((1, 1, 1))))
     found = {
       "policy": after.policy_opt["grads"],
       "reward": after.reward_opt["grads"],
