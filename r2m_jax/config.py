@@ -18,6 +18,7 @@ from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.attention import ATTENTION, choose
 from r2m_jax.ops import AGGREGATIONS, COMBINE
+from r2m_jax.parallel.errors import UserError
 from r2m_jax.parallel.hosts import HostsError, addresses
 
 TASKS = (
@@ -90,7 +91,7 @@ LAB_VOCAB, TEXT_VOCAB = (
 OPTIMIZER_SECTIONS = ("policy", "critic", "r2m", "sft", "reward", "gold", "scratch.lm")
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
   """A config that cannot run; the message names the field, the value and the fix."""
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from r2m_jax.config import ConfigError, identity
 from r2m_jax.parallel import hosts
+from r2m_jax.parallel.errors import UserError
 from r2m_jax.run import checkpoint
 from r2m_jax.run.checkpoint import CheckpointError, Checkpoints
 from r2m_jax.run.files import plain, read_jsonl, write_atomic
@@ -32,8 +33,10 @@ class Interrupted(Exception):
   """A signal asked the run to stop. All is saved: the same command goes on."""
 
 
-class Diverged(RuntimeError):
+class Diverged(UserError, RuntimeError):
   """Too many steps in a row had an update skipped for numbers that are not finite."""
+
+  status = 1
 
 
 # ---- signals ----
