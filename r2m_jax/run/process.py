@@ -18,6 +18,7 @@ from absl import logging
 from r2m_jax.config import ConfigError, redact
 from r2m_jax.parallel import hosts
 from r2m_jax.parallel.errors import UserError
+from r2m_jax.run import log
 
 # of OSError: those of the machine, which somebody can mend
 DISK = (
@@ -38,6 +39,7 @@ def set_up() -> None:
   sys.excepthook, sys.unraisablehook = show_traceback, show_unraisable
   for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a sample must not end a run
     stream.reconfigure(errors="backslashreplace")
+  log.tee()
   keep_freed_memory()
   spare_threads()
   logging.set_verbosity(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from r2m_jax.config import ConfigError, difference, fixed
 from r2m_jax.parallel import hosts
-from r2m_jax.run import checkpoint
+from r2m_jax.run import checkpoint, lock, log
 from r2m_jax.run.files import read_json, write_atomic
 from r2m_jax.run.fit import PARTIAL
 
@@ -43,42 +43,56 @@ def with_variant(config, variant: str):
   return config
 
 
-def claim(config, workdir: Path) -> None:
-  """Records the config in the workdir; refuses a workdir that another config has used, so nothing
-  saved is lost.
+def claim(config, workdir: Path, *, shared: bool = False) -> None:
+  """Locks the workdir, records the config in it and starts its log.txt.
 
   A new workdir with config.checkpoint.fork_from first takes over what that run has saved, and says
   what differs. With several processes the first one does it, and all must see the workdir.
+
+  Args:
+    shared: other processes may claim it as shared at the same time; they agree by other means on
+      who does what.
+
+  Raises:
+    ConfigError: the workdir has been used by another config, is in use by another run, or cannot
+      be written. Nothing saved is lost.
   """
-  hosts.on_first(lambda: claim_alone(config, workdir))
+  hosts.on_first(lambda: claim_alone(config, workdir, shared))
   hosts.require_shared(workdir)
 
 
-def claim_alone(config, workdir: Path) -> None:
+def claim_alone(config, workdir: Path, shared: bool) -> None:
   """What the first process does of `claim`."""
-  path, new, fork = (
-    workdir / "config.json",
-    json.loads(config.to_json()),
-    config.checkpoint.fork_from,
-  )
+  path = workdir / "config.json"
+  new = json.loads(config.to_json())
+  old = Path(config.checkpoint.fork_from).expanduser() if config.checkpoint.fork_from else None
   try:
     if path.exists():
-      if changed := fixed_difference(path, new):
-        raise ConfigError(
-          f"{workdir} holds a run of another config; choose another --workdir, give the old "
-          "values, or fork it with "
-          f"another --workdir and --config.checkpoint.fork_from={workdir}:\n  "
-          + "\n  ".join(changed)
-        )
-    elif fork:
-      take_over(Path(fork).expanduser(), workdir, new)
+      require_same_config(path, new)
+    elif old:
+      require_new(old, workdir)
+    lock.take(workdir, shared=shared)
+    if old and not path.exists():
+      take_over(old, workdir, new)
     write_atomic(path, json.dumps(new, indent=2))
+    log.begin(workdir)
   except (OSError, ValueError) as error:
     if isinstance(error, ConfigError):
       raise
     raise ConfigError(
       f"--workdir={workdir} cannot be used: {error}; give one that can be written"
     ) from None
+
+
+def require_same_config(path: Path, new: dict) -> None:
+  """Raises ConfigError with what differs, if a workdir's config.json is of another run."""
+  if changed := fixed_difference(path, new):
+    workdir = path.parent
+    raise ConfigError(
+      f"{workdir} holds a run of another config; choose another --workdir, give the old "
+      "values, or fork it with "
+      f"another --workdir and --config.checkpoint.fork_from={workdir}:\n  " + "\n  ".join(changed)
+    )
 
 
 def with_date(config, workdir: Path):
@@ -111,22 +125,25 @@ def fixed_difference(path: Path, new: dict) -> list[str]:
   return difference(fixed(saved), fixed(new))
 
 
-def take_over(old: Path, workdir: Path, new: dict) -> None:
-  """Copies stages, the newest sound checkpoint of each arm, metrics and samples of another run;
-  reads it alone.
-  """
+def require_new(old: Path, workdir: Path) -> None:
+  """Raises ConfigError if `old` is no run, or `workdir` no place for a fork of it."""
   if not (old / "config.json").is_file():
     raise ConfigError(
       f"config.checkpoint.fork_from is {str(old)!r}: there is no config.json, so no run to start "
       "from"
     )
-  if workdir.exists() and any(workdir.iterdir()):
+  if workdir.exists() and any(path.name != lock.LOCK for path in workdir.iterdir()):
     raise ConfigError(f"--workdir={workdir} is not empty: a fork needs a new one")
   if workdir.resolve().is_relative_to(old.resolve()):
     raise ConfigError(
       f"--workdir={workdir} lies in {old}, which the fork only reads: give one elsewhere"
     )
-  workdir.mkdir(parents=True, exist_ok=True)
+
+
+def take_over(old: Path, workdir: Path, new: dict) -> None:
+  """Copies stages, the newest sound checkpoint of each arm, metrics and samples of another run,
+  which is only read.
+  """
   changed = fixed_difference(old / "config.json", new)
   print(f"fork     from {old}" + "".join(f"\n  {line}" for line in changed))
   for kind in ("stages", "checkpoints"):
