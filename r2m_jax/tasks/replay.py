@@ -10,9 +10,12 @@ same kind of device and mesh every token is the one that was drawn. RUN is read 
 is written.
 """
 
+import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,15 +34,31 @@ from r2m_jax.run import checkpoint, loop
 from r2m_jax.run.build import Build, abstract, build, init_policy, init_reward_model, initial_state
 from r2m_jax.run.files import plain, write_atomic
 from r2m_jax.run.metrics import read_metrics
-from r2m_jax.run.run import Again
 from r2m_jax.run.workdir import shapes_of, warm, with_variant
 from r2m_jax.step import make_judge, make_omega, make_read, measured_kl
 from r2m_jax.tasks import folders, scratch
 from r2m_jax.tasks.export import run_config
+from r2m_jax.types import TrainState
 
 MATCHES = (
   1e-5  # a logged metric made again; a rounding error, where the mesh is another than the run's
 )
+
+
+@dataclasses.dataclass(frozen=True)
+class Again:
+  """The parts of a run, as it put them together."""
+
+  built: Build
+  first: TrainState  # as the run began, before a warm start
+  step: (
+    Callable  # (state, t) -> (state, StepOutput, input of the reward model i32[B, L'], its mask)
+  )
+  example_ids: Callable[[int], Any]  # of step t's prompts
+  tell: Callable[
+    [Any, int], dict
+  ]  # (sequences on the host, row) -> texts, and what else is known of the answer
+  word: Callable[[int], str]  # of one of the policy's tokens
 
 
 def run(config, workdir: Path) -> dict:
