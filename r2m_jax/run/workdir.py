@@ -6,6 +6,7 @@ import datetime
 import json
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,61 @@ from r2m_jax.run import checkpoint, lock, log
 from r2m_jax.run.files import read_json, write_atomic
 from r2m_jax.run.fit import PARTIAL
 
-# of a forked run; what its data and its tables are is found out anew
-TAKEN_OVER = (
-  "metrics.jsonl",
-  "samples.jsonl",
-  "skipped.jsonl",
-  "r2m_renderer.json",
-  "budgets.json",
+
+class Entry(NamedTuple):
+  """A file of a workdir, or a folder if the name ends with a slash."""
+
+  name: str  # <...> stands for any text
+  what: str
+  writer: str
+  forked: bool = False  # whether a fork takes it over; what is found again from the rows is not
+
+
+LAYOUT = (
+  Entry("config.json", "the config; other settings are refused", "every run"),
+  Entry(".lock", "host, process and start of the run that uses the workdir", "every run"),
+  Entry("log.txt", "what the first process printed, over all starts", "every run"),
+  Entry("metrics.jsonl", "scalars: a row for each step of a stage and arm", "every run", True),
+  Entry("samples.jsonl", "sampled responses before and after RL", "RL", True),
+  Entry("skipped.jsonl", "rows behind skipped updates", "RL", True),
+  Entry("tensorboard/", "the scalars of metrics.jsonl as events", "every run"),
+  Entry("stages/", "a folder for each finished stage: its result", "every run", True),
+  Entry("checkpoints/", "a folder for each arm: its TrainState, by step", "RL", True),
+  Entry("partial/", "the state of an unfinished fit or arm", "fits, task=lab"),
+  Entry("data_<stage>.json", "rows and SHA-256 of each data file of a stage", "runs on text"),
+  Entry("r2m_renderer.json", "how the reward model's text is rendered", "runs from folders", True),
+  Entry("budgets.json", "steps that each time budget gave", "runs from folders", True),
+  Entry("export/", "Hugging Face folders: policy and reward", "runs from folders"),
+  Entry("report.html", "the report", "every run"),
+  Entry("figures/", "its figures", "every run"),
+  Entry("replay/", "samples made again", "task=replay"),
+  Entry("analysis/", "tables and figures of the analysis", "task=analyse"),
+  Entry("plan.json", "the plan", "task=plan"),
+  Entry("plan.txt", "the plan as printed", "task=plan"),
+  Entry("models/", "models that later stages start from", "task=scratch, lab_text"),
+  Entry("stages.json", "seconds of each stage", "task=scratch, lab_text"),
+  Entry("tables.json", "what was measured", "task=scratch"),
+  Entry("table/", "a parquet file for each arm: every step of every run", "task=lab, lab_text"),
+  Entry("summary.csv", "statistics of the arms", "task=lab, lab_text"),
+  Entry("best_of_n.parquet", "best-of-n sampling", "task=lab"),
+  Entry("seeds.txt", "the statistics as printed", "task=lab, lab_text"),
+  Entry("locks/", "which process works on what", "task=lab, lab_text"),
+  Entry("gold/", "workdir of the gold reward model", "task=lab_text"),
+  Entry("proxy_<seed>/", "workdir of a seed's proxy reward model", "task=lab_text"),
+  Entry("runs/", "workdirs of the RL runs, by arm and seed", "task=lab_text"),
+  Entry("sft_samples.jsonl", "samples of the supervised policy", "task=lab_text"),
+  Entry("reward_models.json", "accuracy of the reward models", "task=lab_text"),
 )
+TAKEN_OVER = tuple(entry.name for entry in LAYOUT if entry.forked)
+
+
+def layout_table() -> str:
+  """LAYOUT as a Markdown table, for docs/resume.md."""
+  rows = ["| in WORKDIR | what | written by | a fork takes it over |", "| --- | --- | --- | --- |"]
+  for entry in LAYOUT:
+    taken = "yes" if entry.forked else ""
+    rows.append(f"| `{entry.name}` | {entry.what} | {entry.writer} | {taken} |")
+  return "\n".join(rows)
 
 
 def shapes_of(tree):
@@ -146,18 +194,23 @@ def take_over(old: Path, workdir: Path, new: dict) -> None:
   """
   changed = fixed_difference(old / "config.json", new)
   print(f"fork     from {old}" + "".join(f"\n  {line}" for line in changed))
-  for kind in ("stages", "checkpoints"):
-    for folder in sorted((old / kind).glob("*")):
-      steps = sorted(
-        (int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True
-      )
-      step = next((step for step in steps if checkpoint.damage(folder / str(step)) is None), None)
-      if step is not None:
-        shutil.copytree(folder / str(step), workdir / kind / folder.name / str(step))
   for name in TAKEN_OVER:
     measured_anew = name == "budgets.json" and any("budget: " in line for line in changed)
-    if (old / name).is_file() and not measured_anew:
+    if name.endswith("/"):
+      take_newest(old / name, workdir / name)
+    elif (old / name).is_file() and not measured_anew:
       shutil.copyfile(old / name, workdir / name)
+
+
+def take_newest(old: Path, new: Path) -> None:
+  """Copies the newest sound checkpoint of every folder in `old`."""
+  for folder in sorted(old.glob("*")):
+    steps = sorted(
+      (int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True
+    )
+    step = next((step for step in steps if checkpoint.damage(folder / str(step)) is None), None)
+    if step is not None:
+      shutil.copytree(folder / str(step), new / folder.name / str(step))
 
 
 def stage(workdir: Path, name: str, like, make, *, frozen=None):

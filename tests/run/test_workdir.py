@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from configs import quickstart
 from r2m_jax.config import ConfigError
 from r2m_jax.run import lock, log, workdir
 
+ROOT = pathlib.Path(__file__).parents[2]
 HOLD = """
 import pathlib, sys, time
 from r2m_jax.run import lock
@@ -155,3 +158,41 @@ def test_a_real_run_leaves_its_log_and_a_second_process_is_refused(tmp_path):
   assert first.returncode == 0, out
   lines = (tmp_path / log.LOG).read_text().splitlines()
   assert lines[0].startswith("---- ") and lines[1:] == out.splitlines()
+  assert not unlisted(tmp_path)
+
+
+# ---- the table of what lies in a workdir ----
+
+
+def unlisted(folder):
+  """Names in a workdir that LAYOUT does not have."""
+  names = [re.escape(entry.name) for entry in workdir.LAYOUT]
+  pattern = re.compile("|".join(re.sub(r"<\w+>", ".+", name) for name in names))
+  found = [path.name + "/" * path.is_dir() for path in folder.iterdir()]
+  return [name for name in found if not pattern.fullmatch(name)]
+
+
+def test_the_page_has_the_table():
+  page = (ROOT / "docs/resume.md").read_text(encoding="utf-8")
+  shown = page.partition("<!-- layout -->\n")[2].partition("\n<!-- end of layout -->")[0]
+  assert shown == workdir.layout_table(), "paste layout_table() into docs/resume.md"
+
+
+def test_every_name_in_the_library_is_in_the_table():
+  """Of the literal names of files and folders right in a workdir."""
+  listed = {entry.name.rstrip("/") for entry in workdir.LAYOUT}
+  for path in (ROOT / "r2m_jax").rglob("*.py"):
+    for name in re.findall(r'\bworkdir / "([^"/]+)', path.read_text(encoding="utf-8")):
+      assert name in listed, f"{path}: {name}"
+
+
+def test_a_fork_takes_over_what_the_table_says():
+  assert set(workdir.TAKEN_OVER) == {
+    "metrics.jsonl",
+    "samples.jsonl",
+    "skipped.jsonl",
+    "r2m_renderer.json",
+    "budgets.json",
+    "stages/",
+    "checkpoints/",
+  }
