@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+import small
 
 from configs import quickstart
 from r2m_jax.config import ConfigError
@@ -158,18 +159,10 @@ def test_a_real_run_leaves_its_log_and_a_second_process_is_refused(tmp_path):
   assert first.returncode == 0, out
   lines = (tmp_path / log.LOG).read_text().splitlines()
   assert lines[0].startswith("---- ") and lines[1:] == out.splitlines()
-  assert not unlisted(tmp_path)
+  assert not small.unlisted(tmp_path)
 
 
 # ---- the table of what lies in a workdir ----
-
-
-def unlisted(folder):
-  """Names in a workdir that LAYOUT does not have."""
-  names = [re.escape(entry.name) for entry in workdir.LAYOUT]
-  pattern = re.compile("|".join(re.sub(r"<\w+>", ".+", name) for name in names))
-  found = [path.name + "/" * path.is_dir() for path in folder.iterdir()]
-  return [name for name in found if not pattern.fullmatch(name)]
 
 
 def test_the_page_has_the_table():
