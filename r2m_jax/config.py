@@ -18,6 +18,7 @@ from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.knobs import ALGORITHMS, ESTIMATORS, FREE, KNOBS, PIECES, Section, names_in, walk
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.attention import choose
+from r2m_jax.parallel.errors import UserError
 from r2m_jax.parallel.hosts import HostsError, addresses
 
 __all__ = [
@@ -66,7 +67,7 @@ FILES = {
 }
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
   """A config that cannot run; the message names the field, the value and the fix."""
 
 

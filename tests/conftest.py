@@ -54,7 +54,7 @@ for _name, _value in {
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
   "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",  # one program at a time: eight devices share few cores
-  "PJRT_NPROC": str(8 * DEVICES),  # see main.spare_threads
+  "PJRT_NPROC": str(8 * DEVICES),  # see process.spare_threads
   "HF_HUB_OFFLINE": "1",  # a test that needs a hub is a mistake: fail at once, not after a timeout
   "TRANSFORMERS_OFFLINE": "1",
   "TOKENIZERS_PARALLELISM": "false",

@@ -12,7 +12,6 @@ import pytest
 from absl import flags
 
 from configs import default, quickstart
-from r2m_jax import main
 from r2m_jax.algorithm.objective import kl_estimator
 from r2m_jax.config import (
   ConfigError,
@@ -23,6 +22,7 @@ from r2m_jax.config import (
   identity,
 )
 from r2m_jax.knobs import KNOBS, Knob, document, walk
+from r2m_jax.run import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -347,7 +347,7 @@ def test_a_mistake_on_the_command_line_is_one_line(answers, name):
 @pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' way to read a file
 def test_other_mistakes(monkeypatch, argv, error, answer):
   monkeypatch.chdir(ROOT)
-  assert main.command_line_mistake(["main.py", *argv], error) == answer
+  assert command_line.command_line_mistake(["main.py", *argv], error) == answer
 
 
 def test_what_only_memory_depends_on_is_no_part_of_a_run_s_identity():

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from r2m_jax.parallel.errors import UserError
 from r2m_jax.types import Prompts, Sequences
 
 JOINER = " "  # between prompt and response, for a reward model without a chat template
@@ -31,7 +32,7 @@ DATE_FORMAT = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 Prompt = str | list[dict[str, str]]  # text, or messages [{"role": ..., "content": ...}]
 
 
-class TextError(ValueError):
+class TextError(UserError, ValueError):
   """A text that cannot become tokens as it is; the message says which, and the fix."""
 
 

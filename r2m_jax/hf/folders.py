@@ -26,13 +26,14 @@ from r2m_jax.hf.weights import Pretrained, PretrainedError, Score, fetch, load_p
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.reward import RewardHead
 from r2m_jax.parallel import hosts, sharding
+from r2m_jax.parallel.errors import UserError
 from r2m_jax.run.build import model_kwargs
 
 RENDERER, HEAD_CONFIG, HEAD_WEIGHTS = "r2m_renderer.json", "r2m_head.json", "r2m_head.safetensors"
 HEAD_FORMAT = 1
 
 
-class FolderError(ValueError):
+class FolderError(UserError, ValueError):
   """A folder that a task cannot use; the message says what it is and what would do."""
 
 

@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.parallel import sharding
+from r2m_jax.parallel.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")  # of tensors on disk, as safetensors names them
@@ -111,7 +112,7 @@ class Pretrained(NamedTuple):
   score: Score | None
 
 
-class PretrainedError(ValueError):
+class PretrainedError(UserError, ValueError):
   """A folder that does not hold the model it describes; the message names file, tensor and
   shapes.
   """

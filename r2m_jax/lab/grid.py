@@ -74,7 +74,7 @@ def run(config, workdir: Path) -> None:
     raise ConfigError(
       "config.task is 'lab': for one process, over whose devices its seeds are shared out"
     )
-  claim(config, workdir)
+  claim(config, workdir, shared=True)
   wanted = [(seed, factor) for factor in config.lab.betas for seed in config.lab.seeds]
   for name, arm in arms.items():  # before anything is computed
     missing_of(workdir, name, arm, wanted)

@@ -43,7 +43,7 @@ def run(config, workdir: Path) -> None:
   workdir, mesh, arms = workdir.absolute(), mesh_of(config), arms_of(config)
   check_batch(config, tuple(mesh.shape.values()))
   scratch.require_data(config)
-  claim(config, workdir)
+  claim(config, workdir, shared=True)
   print(
     f"r2m_jax  lab_text: {len(arms)} arms x {len(config.lab.seeds)} seeds on {mesh.size} "
     f"{jax.devices()[0].platform} device(s); writes {workdir}",
@@ -177,7 +177,7 @@ def make_gold(config, workdir: Path, mesh, sft: Path, drawn: list[dict]) -> Path
   def fit(out):
     policy = grow(load_policy(str(sft), config, mesh), config.gold.depth)
     export.write_policy(grown, settings, policy, policy.state, workdir)
-    claim(settings, folder)
+    claim(settings, folder, shared=True)
     folders.run_reward(settings, folder, mesh, out=out)
 
   if not config.gold.path:
@@ -224,7 +224,7 @@ def make_proxy(config, workdir: Path, mesh, sft: Path, seed: int, drawn: list[di
   settings = scratch.derived(config, "reward", str(pairs), policy__path=str(sft), seed=seed)
 
   def fit(out):
-    claim(settings, folder)
+    claim(settings, folder, shared=True)
     if not pairs.exists():
       source = scratch.derived(config, "reward", config.scratch.pairs, policy__path=str(sft))
       start = load_reward(str(sft), config, mesh, from_policy=True)
@@ -260,7 +260,7 @@ def run_arm(
   )
 
   def make(out):
-    claim(settings, folder)
+    claim(settings, folder, shared=True)
     scored = serve.make_scorer(
       settings, load_reward(str(gold), settings, mesh), None, mesh, shown=False
     )

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as keep
 
 from r2m_jax.parallel import hosts
+from r2m_jax.parallel.errors import UserError
 from r2m_jax.run.files import read_json, write_atomic
 
 MANIFEST = "manifest.json"
@@ -32,8 +33,10 @@ UNSIGNED = (
 UNFINISHED = ".orbax-checkpoint-tmp"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
   """A checkpoint cannot be written or read; the message says which, why and what to do."""
+
+  status = 1
 
 
 class Checkpoints(ocp.CheckpointManager):

@@ -5,6 +5,7 @@ and the host re-renders the responses for the reward model in between: step = le
 the code of the fused step.
 """
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -48,7 +49,6 @@ from r2m_jax.hf.folders import (
 )
 from r2m_jax.models import lora
 from r2m_jax.parallel import hosts, sharding
-from r2m_jax.run import checkpoint, loop
 from r2m_jax.run.build import Build, build, init_adapters, initial_state
 from r2m_jax.run.files import read_json, write_atomic
 from r2m_jax.run.fit import (
@@ -62,7 +62,9 @@ from r2m_jax.run.fit import (
   warm_job,
 )
 from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
+from r2m_jax.run.loop import fingerprint
 from r2m_jax.run.metrics import append_samples
+from r2m_jax.run.run import Run, train
 from r2m_jax.run.workdir import claim, shapes_of, stage, warm, with_variant
 from r2m_jax.step import StepOutput, make_learn, make_rollout
 from r2m_jax.tasks import export as export_task
@@ -393,45 +395,39 @@ def run_arm(
   """RL for one variant, from the folders' models or from the arm's newest checkpoint; exports
   both models.
   """
-  arm = config.variant
-  checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
-  state = start_state(config, built, policy, reward, donate=donate)
-  layout = sharding.shardings(state, built.mesh)
-  began = dict(data=loop.fingerprint(data.ids), models=loop.models_of(state))
-  state, fresh = loop.resume(config, checkpoints, state, **began)
-  if int(state.step) < config.steps:
-    if VARIANTS[arm].start == "head" and fresh:
-      state = warm_start(
-        config, built, workdir, state, judged_pairs(config, policy, reward, workdir)
-      )
+
+  def first():
+    return start_state(config, built, policy, reward, donate=donate)
+
+  def warm_up(state):
+    return warm_start(config, built, workdir, state, judged_pairs(config, policy, reward, workdir))
+
+  def steps(state):
     labeller = labeller_of(config, policy, reward, workdir)
+    layout = sharding.shardings(state, built.mesh)
     step = make_two_part_step(config, built, policy, reward, layout, labeller)
     # a step takes one batch: the saved step is where the data goes on
     order = Timed(Stream(data.order, start=int(state.step)))
+    return functools.partial(advance, step, order)
 
-    def advance(state, t: int):
-      index = next(order)
-      prompts = batch_of(data, index, policy)
-      state, output, rows = step(state, prompts, [data.prompts[i] for i in index])
-      output = hosts.fetch(output)
-      if t == 0:
-        rounding = sample_rounding(built.defs, config, state.ref, output.sequences)
-        check_step_zero(output.metrics, rounding, config)
-        print(describe_reward(reward, *rows[0]))
-      if t in (0, config.steps - 1):
-        texts = [data.prompts[i] for i in index]
-        append_samples(
-          workdir, samples(config, output, texts, policy, "before" if t == 0 else "after")
-        )
-      metrics = (
-        output.metrics
-        | {"data/wait": order.waiting_share()}
-        | (watch(output, rows) if watch else {})
-      )
-      shown = dict(reward=metrics["reward/used"], kl=metrics["kl"])
-      return state, output, prompts.example_id, metrics, shown
+  def advance(step, order, state, t: int):
+    index = next(order)
+    prompts, texts = batch_of(data, index, policy), [data.prompts[i] for i in index]
+    state, output, rows = step(state, prompts, texts)
+    output = hosts.fetch(output)
+    if t == 0:
+      rounding = sample_rounding(built.defs, config, state.ref, output.sequences)
+      check_step_zero(output.metrics, rounding, config)
+      print(describe_reward(reward, *rows[0]))
+    if t in (0, config.steps - 1):
+      when = "before" if t == 0 else "after"
+      append_samples(workdir, samples(config, output, texts, policy, when))
+    metrics = output.metrics | {"data/wait": order.waiting_share()}
+    metrics |= watch(output, rows) if watch else {}
+    shown = dict(reward=metrics["reward/used"], kl=metrics["kl"])
+    return state, output, prompts.example_id, metrics, shown
 
-    state = loop.run_steps(config, workdir, checkpoints, state, advance, **began)
+  state = train(Run(first, warm_up, steps, data=fingerprint(data.ids)), config, workdir)
   export.write_run(out, config, policy, reward, state, workdir)
 
 

@@ -27,7 +27,6 @@ from r2m_jax.goldtask.stages import STREAM_TABLE, fit_golden, fit_reward, fit_sf
 from r2m_jax.models.generate import generate
 from r2m_jax.parallel import hosts, sharding
 from r2m_jax.report.page import format_summary, summary_table, write_report
-from r2m_jax.run import checkpoint, loop
 from r2m_jax.run.build import (
   KEY_TABLE,
   Build,
@@ -40,7 +39,8 @@ from r2m_jax.run.build import (
 )
 from r2m_jax.run.fit import do
 from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
-from r2m_jax.run.metrics import append_samples, read_metrics
+from r2m_jax.run.metrics import read_metrics
+from r2m_jax.run.run import Run, train
 from r2m_jax.run.workdir import claim, shapes_of, stage, warm, with_variant
 from r2m_jax.types import Rollout
 
@@ -127,29 +127,17 @@ def run_arm(config, programs: Programs, workdir: Path, policy, reward) -> None:
   newest checkpoint.
   """
   arm, built, shared = config.variant, programs.built, shared_arm(config)
-  checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
-  state = initial_state(
-    config, built, policy, reward["backbone"], reward["phi"], make=programs.first
-  )
-  models = loop.models_of(state)
-  state, fresh = loop.resume(config, checkpoints, state, models=models)
-  if fresh and VARIANTS[arm].start == "head":
-    like = shapes_of(state.reward_head)
-    head = stage(
-      workdir,
-      "warm_start",
-      like,
-      lambda: do(head_job(config, built, policy, reward, state.reward_head), built, workdir),
+
+  def first():
+    return initial_state(
+      config, built, policy, reward["backbone"], reward["phi"], make=programs.first
     )
-    state = warm(state, head)
-  if int(state.step) == config.steps:
-    return
 
-  def table(when):
-    return table_rows(arm, when, *hosts.fetch(programs.sample(state, shared)))
+  def warm_start(state):
+    def make():
+      return do(head_job(config, built, policy, reward, state.reward_head), built, workdir)
 
-  if fresh:
-    append_samples(workdir, table("before"))
+    return warm(state, stage(workdir, "warm_start", shapes_of(state.reward_head), make))
 
   def advance(state, t: int):
     prompts = rl_prompts(config, t)
@@ -166,8 +154,10 @@ def run_arm(config, programs: Programs, workdir: Path, policy, reward) -> None:
     shown = dict(gold=metrics["reward/gold"], frozen=metrics["reward/frozen"], kl=metrics["kl"])
     return state, out, prompts.example_id, metrics, shown
 
-  state = loop.run_steps(config, workdir, checkpoints, state, advance, models=models)
-  append_samples(workdir, table("after"))
+  def samples(state, when: str):
+    return table_rows(arm, when, *hosts.fetch(programs.sample(state, shared)))
+
+  train(Run(first, warm_start, lambda state: advance, samples), config, workdir)
 
 
 def make_sampler(config, built: Build):

@@ -8,6 +8,7 @@ and out.
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -34,8 +35,11 @@ from r2m_jax.parallel import hosts, sharding
 from r2m_jax.run.progress import progress
 
 
-def run(config) -> None:
-  """`config.task`: "generate" or "score"."""
+def run(config, workdir: Path | None = None) -> None:
+  """`config.task`: "generate" or "score". The workdir is not used: what is read and written is
+  named in the config.
+  """
+  del workdir
   # float32 means float32: accelerators would otherwise multiply matrices in fewer bits
   with jax.default_matmul_precision("highest" if config.dtype == "float32" else "default"):
     {"generate": run_generate, "score": run_score}[config.task](config)

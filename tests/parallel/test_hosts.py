@@ -572,8 +572,8 @@ def test_virtual_devices_have_threads_to_spare():
   """
   code = """
 import os, jax
-from r2m_jax import main
-main.spare_threads()
+from r2m_jax.run import process
+process.spare_threads()
 jax.devices()
 names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
 print(sum("XLAEigen" in name for name in names))

@@ -22,7 +22,6 @@ from test_folders import small as folder_run
 
 from benchmarks import kill_resume
 from configs import default, quickstart
-from r2m_jax import main
 from r2m_jax.algorithm.optim import descend
 from r2m_jax.config import ConfigError, check_config, redact
 from r2m_jax.data import datasets
@@ -30,7 +29,7 @@ from r2m_jax.data.jsonl import DataError
 from r2m_jax.data.rows import load
 from r2m_jax.hf.folders import FolderError, load_policy, load_reward
 from r2m_jax.parallel.sharding import make_mesh
-from r2m_jax.run import checkpoint, loop, progress, workdir
+from r2m_jax.run import checkpoint, loop, process, progress, workdir
 from r2m_jax.run import files as run_files
 from r2m_jax.tasks import export
 from r2m_jax.tasks import folders as folders_task
@@ -494,11 +493,11 @@ def test_what_the_environment_keeps_secret_is_never_written(monkeypatch, capsys)
         assert secret not in str(refused.value)
       assert redact(f"401 for {secret}") == "401 for (hidden)"
       with pytest.raises(SystemExit):
-        main.stop(f"config.steps is {secret!r}: must be of type int")
+        process.stop(f"config.steps is {secret!r}: must be of type int")
       try:
         raise KeyError(secret)
       except KeyError as error:
-        main.show_traceback(KeyError, error, error.__traceback__)
+        process.show_traceback(KeyError, error, error.__traceback__)
     shown = capsys.readouterr().err
     assert (
       secret not in shown
@@ -513,7 +512,7 @@ def test_what_the_environment_keeps_secret_is_never_written(monkeypatch, capsys)
 
 def test_a_failed_save_leaves_one_line(capsys):
   for said in ("Event loop is closed", "something else"):
-    main.show_unraisable(
+    process.show_unraisable(
       SimpleNamespace(
         exc_type=RuntimeError,
         exc_value=RuntimeError(said),

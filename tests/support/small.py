@@ -4,6 +4,7 @@ prompts.
 
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from configs import quickstart
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.parallel import sharding
 from r2m_jax.run import build
+from r2m_jax.run.workdir import LAYOUT
 from r2m_jax.step import make_step
 
 FLOAT64 = dict(dtype="float64", param_dtype="float64")  # under jax.enable_x64(True)
@@ -216,3 +218,11 @@ def interrupt(monkeypatch, module, calls, run):
   with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
     patched.setattr(module, "gold_metrics", dies)
     run()
+
+
+def unlisted(folder):
+  """Names in a workdir that LAYOUT does not have."""
+  names = [re.escape(entry.name) for entry in LAYOUT]
+  pattern = re.compile("|".join(re.sub(r"<\w+>", ".+", name) for name in names))
+  found = [path.name + "/" * path.is_dir() for path in folder.iterdir()]
+  return [name for name in found if not pattern.fullmatch(name)]
