@@ -228,7 +228,7 @@ def make_proxy(config, workdir: Path, mesh, sft: Path, seed: int, drawn: list[di
     if not pairs.exists():
       source = scratch.derived(config, "reward", config.scratch.pairs, policy__path=str(sft))
       start = load_reward(str(sft), config, mesh, from_policy=True)
-      rows, _ = datasets.pair_ids(source, start, load(source.data, "pair"), "proxies")
+      rows, _ = datasets.pair_ids(source, start.renderer, load(source.data, "pair"), "proxies")
       write_rows(str(pairs), noisy_subset(config, rows, seed))
     folders.run_reward(settings, folder, mesh, out=out)
 

@@ -10,6 +10,8 @@ has.
 
 from pathlib import Path
 
+import jax
+
 from r2m_jax.hf.export import write_policy, write_reward, write_run
 from r2m_jax.hf.folders import (
   RENDERER,
@@ -20,8 +22,8 @@ from r2m_jax.hf.folders import (
   reward_start,
 )
 from r2m_jax.models.lora import merged
-from r2m_jax.run import checkpoint, loop
-from r2m_jax.run.build import build, init_adapters, initial_state
+from r2m_jax.run import checkpoint
+from r2m_jax.run.build import abstract, build, init_adapters, make_first_state
 from r2m_jax.run.files import read_json
 
 BUDGETS = "budgets.json"  # of a workdir: the steps that each budget of seconds gave
@@ -84,10 +86,22 @@ def run(config) -> None:
   config.variant = stage[1]
   policy = load_policy(config.policy.path, config, mesh)
   built = build(config, mesh, arch=policy.arch, reward_arch=reward.arch)
-  like = initial_state(config, built, policy.state, reward.state, reward.phi)
+  starts = policy.state, reward.state, reward.phi
   if not config.checkpoint.fork_from:
-    checkpoint.require(manager, at, models=loop.models_of(like))
-  write_run(out, config, policy, reward, checkpoint.restore(manager, like, step), workdir)
+    checkpoint.require(manager, at, models=checkpoint.fingerprint(starts))  # as loop.models_of
+  state = checkpoint.restore(manager, exported_parts(config, built, *starts), step)
+  write_run(out, config, policy, reward, state, workdir)
+
+
+def exported_parts(config, built, policy, reward_backbone, phi):
+  """The TrainState of a run as shapes, dtypes and shardings; what no folder holds is left out.
+
+  Optimizer moments and the critic are `...`: `checkpoint.restore` neither reads nor allocates them.
+  """
+  make, key = make_first_state(config, built), jax.random.key(config.seed)
+  like = abstract(make, built.mesh, key, policy, reward_backbone, phi)
+  parts = ("policy_opt", "reward_opt", "critic", "critic_opt")
+  return like.replace(**{name: checkpoint.left_out(getattr(like, name)) for name in parts})
 
 
 def find_checkpoint(path: Path) -> tuple[Path, tuple[str, str], int | None]:

@@ -39,7 +39,6 @@ from r2m_jax.hf.folders import (
   FolderError,
   Policy,
   RewardModel,
-  describe_reward,
   load_policy,
   load_reward,
   mesh_of,
@@ -170,7 +169,9 @@ def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None 
   """
   settings = config.sft
   policy = load_policy(config.policy.path, config, mesh)
-  dataset, collate = (packed_lines if config.data.pack else sft_rows)(config, policy, workdir, name)
+  dataset, collate = (packed_lines if config.data.pack else sft_rows)(
+    config, policy.tokenizer, workdir, name
+  )
   built = build_lora(config, mesh, arch=policy.arch)
   start, frozen = policy.state, None
   loss = loss_fn = sft_loss(built.defs.policy, chunk=config.logits_chunk)
@@ -200,7 +201,7 @@ def run_reward(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
       f"{reward.folder} is an R2M reward model; task=reward trains one that reads no policy"
     )
   hold_contract(workdir, reward.renderer)
-  dataset, collate, count = pairs(config, reward, workdir)
+  dataset, collate, count = pairs(config, reward.renderer, workdir)
   built = build_lora(config, mesh, arch=reward.arch, reward_arch=reward.arch)
   start, frozen = reward_start(reward, mesh), None
   loss = loss_fn = reward_loss(
@@ -267,7 +268,7 @@ def run_r2m(
       f"config.r2m.feedback_layer is {config.r2m.feedback_layer}: the policy has {layers} layers"
     )
   built = build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
-  data = prompt_data(config, policy, workdir)
+  data = prompt_data(config, policy.tokenizer, workdir)
   if not (workdir / "checkpoints").exists():
     check_model(
       built.defs.base or built.defs.policy,
@@ -306,7 +307,9 @@ def rl_steps_within(
   )
   for t in range(3):
     began, index = time.perf_counter(), data.order[t]
-    state, output, _ = step(state, batch_of(data, index, policy), [data.prompts[i] for i in index])
+    state, output, _ = step(
+      state, batch_of(data, index, policy.tokenizer), [data.prompts[i] for i in index]
+    )
     jax.block_until_ready((state, output))
     times.append(time.perf_counter() - began)
   each = sum(times[1:]) / 2
@@ -323,7 +326,7 @@ def labeller_of(config, policy: Policy, reward: RewardModel, workdir: Path) -> L
   for real labels.
   """
   return (
-    judgments_labeller(config, judged_pairs(config, policy, reward, workdir))
+    judgments_labeller(config, judged_pairs(config, policy.tokenizer, reward.renderer, workdir))
     if uses_labels(config)
     else None
   )
@@ -394,7 +397,11 @@ def run_arm(
   if int(state.step) < config.steps:
     if VARIANTS[arm].start == "head" and fresh:
       state = warm_start(
-        config, built, workdir, state, judged_pairs(config, policy, reward, workdir)
+        config,
+        built,
+        workdir,
+        state,
+        judged_pairs(config, policy.tokenizer, reward.renderer, workdir),
       )
     labeller = labeller_of(config, policy, reward, workdir)
     step = make_two_part_step(config, built, policy, reward, layout, labeller)
@@ -403,13 +410,13 @@ def run_arm(
 
     def advance(state, t: int):
       index = next(order)
-      prompts = batch_of(data, index, policy)
+      prompts = batch_of(data, index, policy.tokenizer)
       state, output, rows = step(state, prompts, [data.prompts[i] for i in index])
       output = hosts.fetch(output)
       if t == 0:
         rounding = sample_rounding(built.defs, config, state.ref, output.sequences)
         check_step_zero(output.metrics, rounding, config)
-        print(describe_reward(reward, *rows[0]))
+        print(reward.renderer.describe(*rows[0]))
       if t in (0, config.steps - 1):
         texts = [data.prompts[i] for i in index]
         append_samples(

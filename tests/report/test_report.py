@@ -103,8 +103,9 @@ def test_resuming_drops_only_this_arms_later_rows(tmp_path):
   assert not list(tmp_path.glob(".*tmp"))
 
 
-def test_disabled_metrics_touch_nothing(tmp_path):
-  with metrics.Metrics(tmp_path / "run", "rl", from_step=0, enabled=False) as log:
+def test_metrics_of_other_processes_touch_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(metrics.hosts, "first", lambda: False)
+  with metrics.Metrics(tmp_path / "run", "rl", from_step=0) as log:
     log.log(0, {"kl": 1.0})
   assert not (tmp_path / "run").exists()
 
