@@ -16,6 +16,7 @@ import numpy as np
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.lab import stats
 from r2m_jax.lab.table import Curves, read_arms, read_table
+from r2m_jax.report import intervals
 from r2m_jax.report.summary import window_of
 from r2m_jax.run.files import write_atomic
 
@@ -54,7 +55,7 @@ class Results(NamedTuple):
   fits: dict[tuple[str, float], dict[str, stats.Fit]]  # -> kind of curve -> fit
   best: dict[str, np.ndarray]  # columns of best_of_n.parquet; {} where there is none
   rows: list[dict]
-  found: dict[tuple, stats.Interval]  # (arm, factor, measure, against) -> the numbers of a row
+  found: dict[tuple, intervals.Interval]  # (arm, factor, measure, against) -> the numbers of a row
   sft_gold: dict[int, float]  # of each seed's supervised policy
 
 
@@ -155,7 +156,7 @@ def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Resul
       return rows.append(dict(zip(FIELDS, (key[0], beta[key], key[1], measure, against, *x))))
 
     for measure, per_seed in found.items():
-      add(measure, "", stats.interval(per_seed))
+      add(measure, "", intervals.interval(per_seed))
     for kind, fit in fits.get(key, {}).items():
       for part in ("a", "b", "turn"):
         add(f"fit_{kind}_{part}", "", getattr(fit, part))
@@ -181,7 +182,7 @@ def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Resul
             pair = (
               values[k][measure][[seeds[k].index(seed) for seed in both]] for k in (key, other)
             )
-            add(measure, against, stats.paired(*pair))
+            add(measure, against, intervals.paired(*pair))
   path = workdir / "best_of_n.parquet"
   best = read_table(path)[0] if path.exists() else {}
   if best:
@@ -191,7 +192,8 @@ def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Resul
         rows.append(
           dict(
             zip(
-              FIELDS, ("best_of_n", "", "", f"{name}_n_{n}", "", *stats.interval(best[name][:, i]))
+              FIELDS,
+              ("best_of_n", "", "", f"{name}_n_{n}", "", *intervals.interval(best[name][:, i])),
             )
           )
         )
@@ -203,7 +205,7 @@ def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Resul
   def place(row):
     return (row["arm"], row["factor"], row["measure"], row["against"])
 
-  found = {place(row): stats.Interval(*(row[name] for name in FIELDS[5:])) for row in rows}
+  found = {place(row): intervals.Interval(*(row[name] for name in FIELDS[5:])) for row in rows}
   return Results(curves, values, fits, best, rows, found, sft_gold)
 
 
@@ -222,7 +224,7 @@ def write_summary(path: Path, results: Results) -> None:
 
 def find(
   results: Results, arm: str, measure: str, factor: float = 1.0, against: str = ""
-) -> stats.Interval | None:
+) -> intervals.Interval | None:
   """The interval of a row; None where there is none."""
   return results.found.get((arm, factor, measure, against))
 

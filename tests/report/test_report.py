@@ -2,6 +2,7 @@
 loops.
 """
 
+import html
 import io
 import json
 import math
@@ -343,7 +344,9 @@ def test_report_of_stages_before_rl_and_of_nothing(tmp_path):
   (tmp_path / "config.json").write_text('{"seed": 3}')
   page = report_page.write_report(tmp_path, title="sft").read_text(encoding="utf-8")
   assert (
-    "No RL steps were logged" in page and page.count("<img") == 1 and "&quot;seed&quot;: 3" in page
+    "No RL steps were logged" in page
+    and page.count("<img") == 1
+    and '"seed": 3' in html.unescape(page)
   )
 
 
