@@ -16,6 +16,7 @@ from r2m_jax.hf.export import write_policy, write_reward, write_run
 from r2m_jax.hf.folders import (
   RENDERER,
   FolderError,
+  RewardModel,
   load_policy,
   load_reward,
   mesh_of,
@@ -50,20 +51,7 @@ def run(config) -> None:
 
   at = checkpoint.newest(manager) if step is None else step
   if stage == ("stages", "sft"):
-    policy = load_policy(config.policy.path, config, mesh)
-    config.task = "sft"
-    built = build(config, mesh, arch=policy.arch)
-    like = init_adapters(config, built, mesh) if built.lora else policy.state
-    if built.lora:
-      checkpoint.require(manager, at, models=checkpoint.fingerprint(policy.state))
-    write_policy(
-      out / "policy",
-      config,
-      policy,
-      checkpoint.restore(manager, like, step),
-      workdir,
-      base=policy.state,
-    )
+    export_policy(config, workdir, out, mesh, manager, at)
     return
   config.task = stage[1] if stage[0] == "stages" else "r2m"
   reward = load_reward(
@@ -72,16 +60,7 @@ def run(config) -> None:
   if (workdir / RENDERER).exists():
     reward.renderer.require(read_json(workdir / RENDERER), workdir)
   if config.task == "reward":
-    built = build(config, mesh, arch=reward.arch, reward_arch=reward.arch)
-    like = reward_start(reward, mesh)
-    if built.lora:
-      checkpoint.require(manager, at, models=checkpoint.fingerprint(like["backbone"]))
-      like["backbone"] = init_adapters(config, built, mesh)
-    model = checkpoint.restore(manager, like, step)
-    backbone = (
-      merged(model["backbone"], reward.state, built.lora) if built.lora else model["backbone"]
-    )
-    write_reward(out / "reward", config, reward, backbone, model["phi"], workdir)
+    export_reward(config, workdir, out, mesh, manager, at, reward)
     return
   config.variant = stage[1]
   policy = load_policy(config.policy.path, config, mesh)
@@ -89,8 +68,36 @@ def run(config) -> None:
   starts = policy.state, reward.state, reward.phi
   if not config.checkpoint.fork_from:
     checkpoint.require(manager, at, models=checkpoint.fingerprint(starts))  # as loop.models_of
-  state = checkpoint.restore(manager, exported_parts(config, built, *starts), step)
+  state = checkpoint.restore(manager, exported_parts(config, built, *starts), at)
   write_run(out, config, policy, reward, state, workdir)
+
+
+def export_policy(config, workdir: Path, out: Path, mesh, manager, at: int) -> None:
+  """The policy of a checkpoint of supervised training, at step `at`."""
+  policy = load_policy(config.policy.path, config, mesh)
+  config.task = "sft"
+  built, like = build(config, mesh, arch=policy.arch), policy.state
+  if built.lora:
+    like = init_adapters(config, built, mesh)
+    checkpoint.require(manager, at, models=checkpoint.fingerprint(policy.state))
+  state = checkpoint.restore(manager, like, at)
+  write_policy(out / "policy", config, policy, state, workdir, base=policy.state)
+
+
+def export_reward(
+  config, workdir: Path, out: Path, mesh, manager, at: int, reward: RewardModel
+) -> None:
+  """The reward model of a checkpoint of task=reward, at step `at`."""
+  built = build(config, mesh, arch=reward.arch, reward_arch=reward.arch)
+  like = reward_start(reward, mesh)
+  if built.lora:
+    checkpoint.require(manager, at, models=checkpoint.fingerprint(like["backbone"]))
+    like["backbone"] = init_adapters(config, built, mesh)
+  model = checkpoint.restore(manager, like, at)
+  backbone = (
+    merged(model["backbone"], reward.state, built.lora) if built.lora else model["backbone"]
+  )
+  write_reward(out / "reward", config, reward, backbone, model["phi"], workdir)
 
 
 def exported_parts(config, built, policy, reward_backbone, phi):
