@@ -22,7 +22,7 @@ RUN = [
   "orbax-checkpoint>=0.12.8,<0.13",
   "grain>=0.2.18,<0.3",
   "transformers>=5.23.0,<6",
-  "jinja2>=3.1.6,<4",  # transformers renders chat templates with it and does not ask for it
+  "jinja2>=3.1.6,<4",  # reports; transformers renders chat templates with it and does not ask for it
   "qwix>=0.1.8,<0.2",  # adapters
   "safetensors>=0.8.0,<1",
   "tensorflow-datasets>=4.9.10,<5",
@@ -68,6 +68,7 @@ setuptools.setup(
   license_files=["LICENSE"],
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["r2m_jax", "r2m_jax.*", "configs", "configs.*"]),
+  package_data={"r2m_jax.report": ["template.html"]},
   install_requires=RUN,
   extras_require=EXTRAS,
 )

@@ -44,7 +44,6 @@ Sampling
 
 import dataclasses
 import functools
-import types
 
 import enumeration
 import jax
@@ -695,9 +694,8 @@ def test_one_rendering_for_training_and_rl(kind, renderers):
   """
   renderer = renderers[kind]
   tokenizer = renderer.tokenizer
-  reward = types.SimpleNamespace(renderer=renderer)
   rows = [{"prompt": ASK, "chosen": ANSWER, "rejected": "The cat ran."}]
-  _, ((trained, _),) = pair_ids(default.get_config(), reward, rows, "a test")
+  _, ((trained, _),) = pair_ids(default.get_config(), renderer, rows, "a test")
 
   said = [*tokenizer.encode(ANSWER, special=False), tokenizer.eos_ids[-1]]
   mask = np.ones((1, len(said)), bool)
@@ -731,9 +729,7 @@ def test_a_long_reply_is_read_as_cut_off(kind, renderers):
     {"prompt": ASK, "chosen": long, "rejected": short},
     {"prompt": ASK * 9, "chosen": short, "rejected": long},
   ]
-  kept, ((cut, whole), (far, _)) = pair_ids(
-    cfg, types.SimpleNamespace(renderer=renderer), rows, "a test"
-  )
+  kept, ((cut, whole), (far, _)) = pair_ids(cfg, renderer, rows, "a test")
   assert len(kept) == 2 and [side["truncated"] for row in kept for side in row["sides"]] == [
     True,
     False,

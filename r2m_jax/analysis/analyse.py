@@ -32,7 +32,6 @@ from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.rl import program_of, reward_of, shared_arm
 from r2m_jax.goldtask.stages import STREAM_ANALYSE, sample
 from r2m_jax.hf.folders import Policy, load_policy, load_reward, mesh_of
-from r2m_jax.lab.figures import rendered
 from r2m_jax.lab.report import span
 from r2m_jax.lab.table import read_arms
 from r2m_jax.models.reward import last_token
@@ -41,6 +40,7 @@ from r2m_jax.parallel import hosts, sharding
 from r2m_jax.plan.sizes import sizes_of
 from r2m_jax.plan.work import Layout, phases_of
 from r2m_jax.report import page
+from r2m_jax.report.figures import rendered
 from r2m_jax.run import checkpoint, loop
 from r2m_jax.run.files import read_json, write_atomic
 from r2m_jax.run.metrics import read_metrics
@@ -646,27 +646,25 @@ def write(config, workdir: Path, found: dict[str, Found], lacks: dict[str, str])
   """WORKDIR/analysis: report.html, a PNG for each figure, a CSV for each piece. Returns the
   page's path.
   """
-  out, parts = (
-    workdir / "analysis",
-    [
-      f"<h1>Analysis of {workdir.name}</h1>",
-      '<p class="soft">Definitions of each '
-      "piece: docs/analyse.md. Intervals are by bootstrap over prompts, or over seeds where a "
-      "curve has several.</p>",
-    ],
-  )
+  out, sections = workdir / "analysis", []
   for name, piece in found.items():
     title, caption = TITLES[name]
     for suffix, figure in piece.figures.items():
       image = rendered(figure)
       write_atomic(out / f"{name}{suffix}.png", image)
-      parts.append(page.figure_html(title, caption, [image], whole=True))
+      sections.append(page.figure_section(title, caption, [image], whole=True))
     for table in tables_of(title, piece):
-      parts.append(page.table_html({"note": caption, **table} if not piece.figures else table))
+      noted = table if piece.figures else {"note": caption, **table}
+      sections.append(page.table_section(noted))
     write_atomic(out / f"{name}.csv", csv_of(piece))
   left = [f"{name}: {reason}." for name, reason in lacks.items() if name not in found]
   if left:
-    parts.append(
-      f'<div class="card"><b>What this run has no data for</b>{page.bullets(left)}</div>'
-    )
-  return page.write_page(out / "report.html", f"Analysis of {workdir.name}", parts)
+    sections.append(page.points_section("What this run has no data for", left))
+  return page.write_page(
+    out / "report.html",
+    title=f"Analysis of {workdir.name}",
+    heading=f"Analysis of {workdir.name}",
+    about="Definitions of each piece: docs/analyse.md. Intervals are by bootstrap over prompts, or "
+    "over seeds where a curve has several.",
+    sections=sections,
+  )

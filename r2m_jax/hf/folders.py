@@ -162,14 +162,6 @@ def reward_start(reward: RewardModel, mesh):
   return jax.device_put(state, sharding.shardings(state, mesh))
 
 
-def describe_reward(reward: RewardModel, prompt, response: str, truncated: bool = False) -> str:
-  """One rendered input of a reward model with its special tokens."""
-  tokenizer = reward.renderer.tokenizer
-  ids = reward.renderer.ids(prompt, response, truncated=truncated)
-  rule = "its chat template" if tokenizer.has_template else "prompt + ' ' + response"
-  return f"rewards  {reward.folder}: input by {rule}\nsample   {len(ids)} tokens: {tokenizer.hf.decode(ids)!r}"
-
-
 def phi_state(score: Score) -> nnx.State:
   """A classifier's score head as the state of phi: at least float32, with a bias (zero where
   there was none).

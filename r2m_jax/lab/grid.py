@@ -408,12 +408,7 @@ def make_probe(config, built: Build, mesh):
                             with the reference's over the same tokens: what the policy gains through
                             states it writes
   """
-  read, omega_at = make_read(config), make_omega(config)
-  annotate = make_annotate(built.defs, config)
-  floor, reading = (
-    config.r2m.omega_min,
-    sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=0),
-  )
+  score_of = make_scores(config, built)
   settings = dict(
     group_size=1,
     max_new_tokens=config.rollout.max_new_tokens,
@@ -427,20 +422,13 @@ def make_probe(config, built: Build, mesh):
     return generate(built.defs.open_policy(state.policy, state.ref), prompts, key, 0, **settings)
 
   def probe(state, first_head, fixed, samples):
-    def scores(sequences, head, w, feedback):
-      policy, ref = built.defs.open_policy(state.policy, state.ref), built.defs.open_ref(state.ref)
-      old, of_ref = (read_feedback(model, sequences, **reading) for model in (policy, ref))
-      if w is None:
-        w = omega_at(state.step, measured_kl(*read(policy, ref, sequences), sequences))
-      given = state.replace(reward_head=head, reward_average=None)
-      judged, _ = annotate(given, w, Rollout(sequences), old if feedback else of_ref, of_ref)
-      return judged
-
     head = state.reward_head if state.reward_average is None else state.reward_average
-    w = jnp.asarray(floor, state.omega.dtype)
-    before, now = (scores(fixed, first_head, w, feedback).scores for feedback in (False, True))
+    w = jnp.asarray(config.r2m.omega_min, state.omega.dtype)
+    before, now = (
+      score_of(state, fixed, first_head, w, feedback).scores for feedback in (False, True)
+    )
     today, own, own_ref = (
-      scores(*of)
+      score_of(state, *of)
       for of in (
         (fixed, head, None, True),
         (samples, head, None, True),
@@ -457,23 +445,78 @@ def make_probe(config, built: Build, mesh):
   return together(fix, mesh), together(probe, mesh)
 
 
+def make_scores(config, built: Build):
+  """Builds `score_of(state, sequences, head, w, feedback) -> Judged`: responses as a reward head
+  scores them.
+
+  With `feedback` the head reads the policy's states, else the reference's. `w` is the weight
+  omega; None: that of the state's step.
+  """
+  read, omega_at = make_read(config), make_omega(config)
+  annotate = make_annotate(built.defs, config)
+  reading = sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=0)
+
+  def score_of(state, sequences, head, w, feedback):
+    policy, ref = built.defs.open_policy(state.policy, state.ref), built.defs.open_ref(state.ref)
+    old, of_ref = (read_feedback(model, sequences, **reading) for model in (policy, ref))
+    if w is None:
+      w = omega_at(state.step, measured_kl(*read(policy, ref, sequences), sequences))
+    given = state.replace(reward_head=head, reward_average=None)
+    judged, _ = annotate(given, w, Rollout(sequences), old if feedback else of_ref, of_ref)
+    return judged
+
+  return score_of
+
+
+def make_drift(config, built: Build, mesh, states, configs: list):
+  """Builds `drift(states, t, samples)`: the metrics of `make_probe` of every replica at the steps
+  at which they are taken, {} at others and for a variant without feedback.
+
+  Args:
+    states: the first TrainState of every replica; the step may donate it.
+  """
+  if not VARIANTS[config.variant].feedback:
+    return lambda states, t, samples: {}
+  fix, probe = make_probe(program_of(config), built, mesh)
+  count = config.lab.probe_prompts
+  fixed = fix(
+    states, stack([goldtask.prompts(one.seed, STREAM_PROBE, 0, count) for one in configs])
+  )
+  first_head = jax.tree.map(jnp.copy, states.reward_head)
+
+  def drift(states, t, samples):
+    if t % config.lab.probe_every:
+      return {}
+    return jax.device_get(probe(states, first_head, fixed, samples))
+
+  return drift
+
+
+def rows_of(config, out, drift: dict, count: int) -> list[dict]:
+  """The metrics of one step, a dict for each of `count` replicas; `out` is on the host."""
+  rows = []
+  for i in range(count):
+    one = pick(out, i)
+    own = {key: value for key, value in one.metrics.items() if measured(key, config.variant)}
+    rows.append(own | gold_metrics(one, config.rollout.group_size) | pick(drift, i))
+  return rows
+
+
+def check_first_step(config, built: Build, states, out, rows: list[dict]) -> None:
+  """The identities of step 0, on the worst value that any replica has."""
+  own = [key for key in out.metrics if measured(key, config.variant)]
+  rounding = sample_rounding(built.defs, config, pick(states.ref, 0), pick(out.sequences, 0))
+  check_step_zero({key: max(row[key] for row in rows) for key in own}, rounding, config)
+
+
 def run_arm(name: str, config, replicas: list[tuple[int, float]], workdir: Path) -> dict:
   """All replicas of an arm, from where they were left; returns their rows as columns."""
   seeds = tuple(dict.fromkeys(seed for seed, _ in replicas))
   built, policies, rewards, heads = starts_of(config, seeds, workdir)
   mesh, configs = seeds_mesh(len(replicas)), [with_seed(config, seed) for seed, _ in replicas]
   states = first_states(config, built, mesh, replicas, policies, rewards, heads)
-  step, probing = (
-    make_together_step(config, built, mesh, configs),
-    VARIANTS[config.variant].feedback != "",
-  )
-  if probing:
-    fix, probe = make_probe(program_of(config), built, mesh)
-    count = config.lab.probe_prompts
-    fixed = fix(
-      states, stack([goldtask.prompts(one.seed, STREAM_PROBE, 0, count) for one in configs])
-    )
-    first_head = jax.tree.map(jnp.copy, states.reward_head)
+  step = make_together_step(config, built, mesh, configs)
+  drift = make_drift(config, built, mesh, states, configs)
 
   folder = partial_of(workdir, name, config, replicas)
   checkpoints = checkpoint.open_checkpoints(folder, config.checkpoint)
@@ -489,23 +532,11 @@ def run_arm(name: str, config, replicas: list[tuple[int, float]], workdir: Path)
     with progress(config.steps, name, initial=start, enabled=sys.stderr.isatty()) as bar:
       for t in range(start, config.steps):
         states, out = step(states, stack([rl_prompts(one, t) for one in configs]), t)
-        drift = {}
-        if probing and t % config.lab.probe_every == 0:
-          drift = jax.device_get(probe(states, first_head, fixed, out.sequences))
+        moved = drift(states, t, out.sequences)
         out = jax.device_get(out)
-        rows = []
-        for i in range(len(replicas)):
-          one = pick(out, i)
-          found = {
-            key: value for key, value in one.metrics.items() if measured(key, config.variant)
-          }
-          rows.append(found | gold_metrics(one, config.rollout.group_size) | pick(drift, i))
+        rows = rows_of(config, out, moved, len(replicas))
         if t == 0:
-          worst = {key: max(row[key] for row in rows) for key in found}
-          rounding = sample_rounding(
-            built.defs, config, pick(states.ref, 0), pick(out.sequences, 0)
-          )
-          check_step_zero(worst, rounding, config)
+          check_first_step(config, built, states, out, rows)
           names = list(rows[0])
           log = np.full((config.steps, len(replicas), len(names)), np.nan, np.float32)
         for i, row in enumerate(rows):

@@ -209,57 +209,65 @@ def compile_program(
     and `exceeded`, what the compiler said
     where the program alone needs more memory than the chip has: only the first two are known then.
   """
-  built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
-  state = abstract_state(config, built)
-  prompts, judged = arguments(config, sizes, built)
-  if which == "rollout":
-    vocab = sizes.arch.vocab_size
-    jitted = jax.jit(
-      make_rollout(built.defs, config, mesh, (vocab - 1,), vocab - 1), out_shardings=built.rows
-    )
-    given = (state, prompts)
-  else:
-    layout = sharding.shardings(state, mesh)
-    jitted = jax.jit(
-      make_learn(built.defs, config, mesh),
-      donate_argnums=0,
-      in_shardings=(layout,) + (None,) * len(judged),
-      out_shardings=(layout, None),
-    )
-    given = (state, *judged)
+  jitted, given = program_of(which, config, sizes, mesh)
   lowered = jitted.trace(*given).lower(lowering_platforms=(topology.platform,))
   path = kept_at(lowered.as_text(), topology)
   if path.exists():
     return json.loads(path.read_text(encoding="utf-8"))
-  resident, began = {"arguments": bytes_on_chip(given)}, time.perf_counter()
+  resident, began = bytes_on_chip(given), time.perf_counter()
   with progress(f"{which} for {topology.name}"):
-    try:
-      with quiet():
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      message = str(error).splitlines()[0]
-      temporaries = refused_temporaries(str(error), resident["arguments"])
-      found = {
-        "exceeded": message,
-        "temporaries": temporaries,
-        "results": 0,
-        "code": 0,
-        "collectives": {},
-      }
-    else:
-      memory = compiled.memory_analysis()
-      found = {
-        "temporaries": memory.temp_size_in_bytes,
-        "results": max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
-        "code": memory.generated_code_size_in_bytes,
-        "collectives": hlo.collective_bytes(compiled.as_text()),
-      }
-  found |= resident | {"seconds": time.perf_counter() - began}
+    found = told_by_compiler(lowered, resident)
+  found |= {"arguments": resident, "seconds": time.perf_counter() - began}
   path.parent.mkdir(parents=True, exist_ok=True)
   write_atomic(path, json.dumps(found))
   return found
+
+
+def program_of(which: str, config, sizes: Sizes, mesh: Mesh) -> tuple[Any, tuple]:
+  """(jitted function, abstract arguments) of "rollout" or "learn" on a mesh."""
+  built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
+  state = abstract_state(config, built)
+  prompts, judged = arguments(config, sizes, built)
+  if which == "rollout":
+    last = sizes.arch.vocab_size - 1
+    rollout = make_rollout(built.defs, config, mesh, (last,), last)
+    return jax.jit(rollout, out_shardings=built.rows), (state, prompts)
+  layout = sharding.shardings(state, mesh)
+  jitted = jax.jit(
+    make_learn(built.defs, config, mesh),
+    donate_argnums=0,
+    in_shardings=(layout,) + (None,) * len(judged),
+    out_shardings=(layout, None),
+  )
+  return jitted, (state, *judged)
+
+
+def told_by_compiler(lowered, resident: int) -> dict[str, Any]:
+  """Compiles a lowered program: what `compile_program` returns but `arguments` and `seconds`.
+
+  Args:
+    resident: bytes of the arguments on a chip.
+  """
+  try:
+    with quiet():
+      compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return {
+      "exceeded": str(error).splitlines()[0],
+      "temporaries": refused_temporaries(str(error), resident),
+      "results": 0,
+      "code": 0,
+      "collectives": {},
+    }
+  memory = compiled.memory_analysis()
+  return {
+    "temporaries": memory.temp_size_in_bytes,
+    "results": max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
+    "code": memory.generated_code_size_in_bytes,
+    "collectives": hlo.collective_bytes(compiled.as_text()),
+  }
 
 
 def kept_at(program: str, topology: Topology) -> pathlib.Path:

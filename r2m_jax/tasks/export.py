@@ -10,6 +10,8 @@ has.
 
 from pathlib import Path
 
+import jax
+
 from r2m_jax.hf.export import write_policy, write_reward, write_run
 from r2m_jax.hf.folders import (
   RENDERER,
@@ -21,19 +23,15 @@ from r2m_jax.hf.folders import (
   reward_start,
 )
 from r2m_jax.models.lora import merged
-from r2m_jax.run import checkpoint, loop
-from r2m_jax.run.build import build, init_adapters, initial_state
-from r2m_jax.run.checkpoint import Checkpoints
+from r2m_jax.run import checkpoint
+from r2m_jax.run.build import abstract, build, init_adapters, make_first_state
 from r2m_jax.run.files import read_json
 
 BUDGETS = "budgets.json"  # of a workdir: the steps that each budget of seconds gave
 
 
-def run(config, workdir: Path | None = None) -> None:
-  """Exports `config.export.checkpoint` into `config.export.out`.
-
-  The program's own workdir is not used: the checkpoint lies in that of another run.
-  """
+def run(config) -> None:
+  """Exports `config.export.checkpoint` into `config.export.out`."""
   workdir, stage, step = find_checkpoint(Path(config.export.checkpoint).expanduser().absolute())
   lora_export, config = config.lora.export, run_config(config, workdir, mine=("export", "mesh"))
   config.lora.export = lora_export
@@ -51,63 +49,66 @@ def run(config, workdir: Path | None = None) -> None:
       f"{workdir.joinpath(*stage)} holds checkpoints of steps {manager.all_steps()}, not of {step}"
     )
 
+  at = checkpoint.newest(manager) if step is None else step
+  if stage == ("stages", "sft"):
+    export_policy(config, workdir, out, mesh, manager, at)
+    return
   config.task = stage[1] if stage[0] == "stages" else "r2m"
-  write = {"sft": export_sft, "reward": export_reward}.get(config.task, export_arm)
-  config.variant = config.variant if stage[0] == "stages" else stage[1]
-  write(config, workdir, manager, step, out, mesh)
-
-
-def step_of(manager: Checkpoints, step: int | None) -> int:
-  """The step itself, or the newest for None."""
-  return checkpoint.newest(manager) if step is None else step
-
-
-def export_sft(config, workdir: Path, manager: Checkpoints, step: int | None, out: Path, mesh):
-  """Writes the policy of stage sft into `out`."""
+  reward = load_reward(
+    config.reward.path or config.policy.path, config, mesh, from_policy=config.task == "reward"
+  )
+  if (workdir / RENDERER).exists():
+    reward.renderer.require(read_json(workdir / RENDERER), workdir)
+  if config.task == "reward":
+    export_reward(config, workdir, out, mesh, manager, at, reward)
+    return
+  config.variant = stage[1]
   policy = load_policy(config.policy.path, config, mesh)
-  built = build(config, mesh, arch=policy.arch)
-  like = init_adapters(config, built, mesh) if built.lora else policy.state
+  built = build(config, mesh, arch=policy.arch, reward_arch=reward.arch)
+  starts = policy.state, reward.state, reward.phi
+  if not config.checkpoint.fork_from:
+    checkpoint.require(manager, at, models=checkpoint.fingerprint(starts))  # as loop.models_of
+  state = checkpoint.restore(manager, exported_parts(config, built, *starts), at)
+  write_run(out, config, policy, reward, state, workdir)
+
+
+def export_policy(config, workdir: Path, out: Path, mesh, manager, at: int) -> None:
+  """The policy of a checkpoint of supervised training, at step `at`."""
+  policy = load_policy(config.policy.path, config, mesh)
+  config.task = "sft"
+  built, like = build(config, mesh, arch=policy.arch), policy.state
   if built.lora:
-    models = checkpoint.fingerprint(policy.state)
-    checkpoint.require(manager, step_of(manager, step), models=models)
-  state = checkpoint.restore(manager, like, step)
+    like = init_adapters(config, built, mesh)
+    checkpoint.require(manager, at, models=checkpoint.fingerprint(policy.state))
+  state = checkpoint.restore(manager, like, at)
   write_policy(out / "policy", config, policy, state, workdir, base=policy.state)
 
 
-def export_reward(config, workdir: Path, manager: Checkpoints, step: int | None, out: Path, mesh):
-  """Writes the reward model of stage reward into `out`."""
-  reward = reward_of(config, workdir, mesh)
+def export_reward(
+  config, workdir: Path, out: Path, mesh, manager, at: int, reward: RewardModel
+) -> None:
+  """The reward model of a checkpoint of task=reward, at step `at`."""
   built = build(config, mesh, arch=reward.arch, reward_arch=reward.arch)
   like = reward_start(reward, mesh)
   if built.lora:
-    models = checkpoint.fingerprint(like["backbone"])
-    checkpoint.require(manager, step_of(manager, step), models=models)
+    checkpoint.require(manager, at, models=checkpoint.fingerprint(like["backbone"]))
     like["backbone"] = init_adapters(config, built, mesh)
-  model = checkpoint.restore(manager, like, step)
+  model = checkpoint.restore(manager, like, at)
   backbone = (
     merged(model["backbone"], reward.state, built.lora) if built.lora else model["backbone"]
   )
   write_reward(out / "reward", config, reward, backbone, model["phi"], workdir)
 
 
-def export_arm(config, workdir: Path, manager: Checkpoints, step: int | None, out: Path, mesh):
-  """Writes policy and reward model of an RL checkpoint into `out`."""
-  reward = reward_of(config, workdir, mesh)
-  policy = load_policy(config.policy.path, config, mesh)
-  built = build(config, mesh, arch=policy.arch, reward_arch=reward.arch)
-  like = initial_state(config, built, policy.state, reward.state, reward.phi)
-  if not config.checkpoint.fork_from:
-    checkpoint.require(manager, step_of(manager, step), models=loop.models_of(like))
-  write_run(out, config, policy, reward, checkpoint.restore(manager, like, step), workdir)
+def exported_parts(config, built, policy, reward_backbone, phi):
+  """The TrainState of a run as shapes, dtypes and shardings; what no folder holds is left out.
 
-
-def reward_of(config, workdir: Path, mesh) -> RewardModel:
-  """The reward model that the run began with, held to the run's rendering."""
-  path = config.reward.path or config.policy.path
-  reward = load_reward(path, config, mesh, from_policy=config.task == "reward")
-  if (workdir / RENDERER).exists():
-    reward.renderer.require(read_json(workdir / RENDERER), workdir)
-  return reward
+  Optimizer moments and the critic are `...`: `checkpoint.restore` neither reads nor allocates them.
+  """
+  make, key = make_first_state(config, built), jax.random.key(config.seed)
+  like = abstract(make, built.mesh, key, policy, reward_backbone, phi)
+  parts = ("policy_opt", "reward_opt", "critic", "critic_opt")
+  return like.replace(**{name: checkpoint.left_out(getattr(like, name)) for name in parts})
 
 
 def find_checkpoint(path: Path) -> tuple[Path, tuple[str, str], int | None]:

@@ -41,7 +41,6 @@ from r2m_jax.hf.folders import (
   FolderError,
   Policy,
   RewardModel,
-  describe_reward,
   load_policy,
   load_reward,
   mesh_of,
@@ -174,7 +173,9 @@ def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None 
   """
   settings = config.sft
   policy = load_policy(config.policy.path, config, mesh)
-  dataset, collate = (packed_lines if config.data.pack else sft_rows)(config, policy, workdir, name)
+  dataset, collate = (packed_lines if config.data.pack else sft_rows)(
+    config, policy.tokenizer, workdir, name
+  )
   built = build_lora(config, mesh, arch=policy.arch)
   start, frozen = policy.state, None
   loss = loss_fn = sft_loss(built.defs.policy, chunk=config.logits_chunk)
@@ -204,7 +205,7 @@ def run_reward(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
       f"{reward.folder} is an R2M reward model; task=reward trains one that reads no policy"
     )
   hold_contract(workdir, reward.renderer)
-  dataset, collate, count = pairs(config, reward, workdir)
+  dataset, collate, count = pairs(config, reward.renderer, workdir)
   built = build_lora(config, mesh, arch=reward.arch, reward_arch=reward.arch)
   start, frozen = reward_start(reward, mesh), None
   loss = loss_fn = reward_loss(
@@ -272,7 +273,7 @@ def run_r2m(
       f"config.r2m.feedback_layer is {config.r2m.feedback_layer}: the policy has {layers} layers"
     )
   built = build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
-  data = prompt_data(config, policy, workdir)
+  data = prompt_data(config, policy.tokenizer, workdir)
   if not (workdir / "checkpoints").exists():
     check_model(
       built.defs.base or built.defs.policy,
@@ -311,7 +312,9 @@ def rl_steps_within(
   )
   for t in range(3):
     began, index = time.perf_counter(), data.order[t]
-    state, output, _ = step(state, batch_of(data, index, policy), [data.prompts[i] for i in index])
+    state, output, _ = step(
+      state, batch_of(data, index, policy.tokenizer), [data.prompts[i] for i in index]
+    )
     jax.block_until_ready((state, output))
     times.append(time.perf_counter() - began)
   each = sum(times[1:]) / 2
@@ -328,7 +331,7 @@ def labeller_of(config, policy: Policy, reward: RewardModel, workdir: Path) -> L
   for real labels.
   """
   return (
-    judgments_labeller(config, judged_pairs(config, policy, reward, workdir))
+    judgments_labeller(config, judged_pairs(config, policy.tokenizer, reward.renderer, workdir))
     if uses_labels(config)
     else None
   )
@@ -400,7 +403,13 @@ def run_arm(
     return start_state(config, built, policy, reward, donate=donate)
 
   def warm_up(state):
-    return warm_start(config, built, workdir, state, judged_pairs(config, policy, reward, workdir))
+    return warm_start(
+      config,
+      built,
+      workdir,
+      state,
+      judged_pairs(config, policy.tokenizer, reward.renderer, workdir),
+    )
 
   def steps(state):
     labeller = labeller_of(config, policy, reward, workdir)
@@ -412,13 +421,13 @@ def run_arm(
 
   def advance(step, order, state, t: int):
     index = next(order)
-    prompts, texts = batch_of(data, index, policy), [data.prompts[i] for i in index]
+    prompts, texts = batch_of(data, index, policy.tokenizer), [data.prompts[i] for i in index]
     state, output, rows = step(state, prompts, texts)
     output = hosts.fetch(output)
     if t == 0:
       rounding = sample_rounding(built.defs, config, state.ref, output.sequences)
       check_step_zero(output.metrics, rounding, config)
-      print(describe_reward(reward, *rows[0]))
+      print(reward.renderer.describe(*rows[0]))
     if t in (0, config.steps - 1):
       when = "before" if t == 0 else "after"
       append_samples(workdir, samples(config, output, texts, policy, when))

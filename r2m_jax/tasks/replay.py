@@ -301,7 +301,7 @@ def from_folders(config, workdir: Path) -> Again:
     load_reward(config.reward.path, config, mesh),
   )
   folders.hold_contract(workdir, reward.renderer)
-  data = prompt_data(config, policy, workdir)
+  data = prompt_data(config, policy.tokenizer, workdir)
   built = folders.build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   first = folders.start_state(config, built, policy, reward, donate=True)
   labeller = folders.labeller_of(config, policy, reward, workdir)
@@ -313,7 +313,7 @@ def from_folders(config, workdir: Path) -> Again:
   def step(state, t: int):
     index = data.order[t]
     state, out, rows[:] = program(
-      state, batch_of(data, index, policy), [data.prompts[i] for i in index]
+      state, batch_of(data, index, policy.tokenizer), [data.prompts[i] for i in index]
     )
     return state, out, *reward.renderer.batch(rows)
 

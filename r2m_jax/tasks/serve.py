@@ -23,7 +23,6 @@ from r2m_jax.hf.folders import (
   Policy,
   RewardModel,
   abstract_head,
-  describe_reward,
   load_policy,
   load_reward,
   mesh_of,
@@ -167,7 +166,9 @@ def run_score(config) -> None:
       )
     policy = load_policy(config.policy.path, config, mesh)
   print(
-    describe_reward(reward, rows[0]["prompt"], rows[0]["response"], rows[0].get("truncated", False))
+    reward.renderer.describe(
+      rows[0]["prompt"], rows[0]["response"], rows[0].get("truncated", False)
+    )
   )
   scores = score(config, reward, policy, rows, mesh)
   require_finite(

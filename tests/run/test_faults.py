@@ -166,10 +166,10 @@ def test_every_stage_is_held_to_its_rows(folders, tmp_path):
   cfg.data.max_prompt_length = cfg.data.max_response_length = 10
   policy, reward = load_policy(cfg.policy.path, cfg), load_reward(cfg.reward.path, cfg)
   stages = {
-    "sft": lambda: datasets.sft_rows(cfg, policy, tmp_path, "sft"),
-    "lm": lambda: datasets.packed_lines(cfg, policy, tmp_path, "lm"),
-    "reward": lambda: datasets.pairs(cfg, reward, tmp_path),
-    "judgments": lambda: datasets.judged_pairs(cfg, policy, reward, tmp_path),
+    "sft": lambda: datasets.sft_rows(cfg, policy.tokenizer, tmp_path, "sft"),
+    "lm": lambda: datasets.packed_lines(cfg, policy.tokenizer, tmp_path, "lm"),
+    "reward": lambda: datasets.pairs(cfg, reward.renderer, tmp_path),
+    "judgments": lambda: datasets.judged_pairs(cfg, policy.tokenizer, reward.renderer, tmp_path),
   }
   for make in (*stages.values(), *stages.values()):
     make()
