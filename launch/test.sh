@@ -12,12 +12,12 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-# Files of a few seconds each that cover the equations, the config, rows and the rules of the house.
+# Files of a few seconds each. They cover the equations, whole steps, the config, rows and the rules of the house.
 FAST=(
   tests/test_ops.py tests/test_house.py tests/test_config.py
   tests/algorithm/test_advantages.py tests/algorithm/test_losses.py tests/algorithm/test_schedules.py
   tests/models/test_reward.py tests/models/test_logprobs.py tests/parallel/test_rows.py
-  tests/data/test_data.py tests/data/test_text.py
+  tests/data/test_data.py tests/data/test_text.py tests/test_golden.py
 )
 
 ensure_venv test
