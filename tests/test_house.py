@@ -316,6 +316,17 @@ def test_contributing_names_what_exists():
   assert not missing, f"CONTRIBUTING.md names what is not there: {missing}"
 
 
+def test_links_between_pages_resolve():
+  pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]
+  broken = [
+    f"{page.relative_to(ROOT)}: {link}"
+    for page in pages
+    for link in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", page.read_text(encoding="utf-8"))
+    if not (page.parent / link).exists()
+  ]
+  assert len(pages) > 10 and not broken, "\n".join(broken)
+
+
 def test_the_paths_in_a_page_are_found():
   text = "See [it](docs/a.md#part), `r2m_jax/x.py`, `y.py`, `f(a/b)` and `Q`.\n```bash\n./launch/z.sh -k q\n```\n"
   assert paths_named(text) == {"docs/a.md", "r2m_jax/x.py", "y.py", "launch/z.sh"}
