@@ -48,6 +48,8 @@ EXTRAS = {
     "hypothesis>=6.170.15,<7",
     "torch==2.13.0",
     "peft>=0.21.2,<1",
+    "ruff>=0.17.6,<1",
+    "mypy>=2.4.1,<3",
     *NOTEBOOK,
     f"jax[tpu]{JAX}",  # its compiler, which runs without a TPU
   ],

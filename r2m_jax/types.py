@@ -40,8 +40,7 @@ class Sequences:
   has_eos: jax.Array  # bool[B]      False where the length limit cut the response off
 
 
-@struct.dataclass
-class Feedback:
+class Feedback(struct.PyTreeNode):
   """What one forward pass of a policy over `Sequences` says about them."""
 
   logprobs: jax.Array  # f32[B, T]    of the sampled tokens, at the rollout temperature
@@ -101,8 +100,7 @@ class Pairs:
   weight: jax.Array  # f32[m]       0 where this step has fewer than m labels
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """The whole run as one pytree: donated to the step, saved by the checkpointer."""
 
   step: jax.Array  # i32[]
