@@ -22,7 +22,7 @@ RUN = [
   "orbax-checkpoint>=0.12.8,<0.13",
   "grain>=0.2.18,<0.3",
   "transformers>=5.23.0,<6",
-  "jinja2>=3.1.6,<4",  # transformers renders chat templates with it and does not ask for it
+  "jinja2>=3.1.6,<4",  # reports; transformers renders chat templates with it and does not ask for it
   "qwix>=0.1.8,<0.2",  # adapters
   "safetensors>=0.8.0,<1",
   "tensorflow-datasets>=4.9.10,<5",
@@ -43,13 +43,13 @@ EXTRAS = {
   "notebook": NOTEBOOK,
   # torch on CPU and peft are oracles, never run-time dependencies
   "test": [
+    "ruff>=0.17.6,<0.18",
+    "mypy>=2.4.1,<3",
     "pytest>=9.2.0,<10",
     "pytest-xdist>=3.8.0,<4",
     "hypothesis>=6.170.15,<7",
     "torch==2.13.0",
     "peft>=0.21.2,<1",
-    "ruff>=0.17.6,<1",
-    "mypy>=2.4.1,<3",
     *NOTEBOOK,
     f"jax[tpu]{JAX}",  # its compiler, which runs without a TPU
   ],
@@ -70,6 +70,7 @@ setuptools.setup(
   license_files=["LICENSE"],
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["r2m_jax", "r2m_jax.*", "configs", "configs.*"]),
+  package_data={"r2m_jax.report": ["template.html"]},
   install_requires=RUN,
   extras_require=EXTRAS,
 )

@@ -46,13 +46,11 @@ def peak_memory() -> int:
 
 
 def set_up() -> None:
-  """Allocator and platform as r2m_jax.main has them. Call it once absl has read the flags, since
-  main has its own.
-  """
-  from r2m_jax import main
+  """Allocator and platform as r2m_jax.main has them."""
+  from r2m_jax.run import process
 
-  main.keep_freed_memory()
-  main.leave_absent_tpu_alone()
+  process.keep_freed_memory()
+  process.leave_absent_tpu_alone()
 
 
 # ---- who else is at work ----

@@ -11,8 +11,8 @@ are dropped and made up for, up to --most times as many. Each program has a proc
 each peer an environment of its own, made at the first run. Ours runs before and after the peers, so
 that a slow spell of the machine does not fall on one of them alone. The peers keep glibc's
 allocator as it comes, as in their reference figures; ours tells it to keep what was freed
-(main.keep_freed_memory), and --keep_freed_memory does the same for them: a fifth of TRL's CPU time
-at small is spent in the kernel, on pages for memory that it freed before.
+(process.keep_freed_memory), and --keep_freed_memory does the same for them: a fifth of TRL's CPU
+time at small is spent in the kernel, on pages for memory that it freed before.
 
 Exit status: 0 where every bound is held, 1 where one is missed, 2 where a ratio is void.
 """
@@ -43,7 +43,7 @@ FOLDER = flags.DEFINE_string(
   "environments", "~/.cache/r2m_jax/peers", "Where the peers' environments are, or are made"
 )
 KEEP = flags.DEFINE_bool(
-  "keep_freed_memory", False, "Peers have main.keep_freed_memory too, unlike their references"
+  "keep_freed_memory", False, "Peers have process.keep_freed_memory too, unlike their references"
 )
 # both cores, no look at a hub or an accelerator, no warning from a tokenizer whose threads are not
 # needed
@@ -56,7 +56,7 @@ ENVIRONMENT = {
 KEEP_FREED = {
   "MALLOC_MMAP_MAX_": "0",
   "MALLOC_TRIM_THRESHOLD_": str(10**12),
-}  # as main.keep_freed_memory
+}  # as process.keep_freed_memory
 
 
 def environment(name: str, folder: pathlib.Path) -> pathlib.Path:

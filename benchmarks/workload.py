@@ -20,6 +20,8 @@ from absl import flags
 from flax import nnx
 
 from configs import default
+from r2m_jax.algorithm.annotate import make_annotate
+from r2m_jax.algorithm.read import make_read
 from r2m_jax.config import check_config
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
@@ -34,8 +36,8 @@ from r2m_jax.plan.work import (
   vocabulary,
 )
 from r2m_jax.run import build
-from r2m_jax.step import make_judge, make_learn, make_read, make_rollout, make_step
-from r2m_jax.types import Prompts
+from r2m_jax.step import make_learn, make_rollout, make_step
+from r2m_jax.types import Prompts, Rollout
 
 SIZE = flags.DEFINE_string("size", "tiny", "tiny, small, 0.5b or 3b")
 SETTING = flags.DEFINE_list("setting", [], "config.FIELD=VALUE, without the `config.`, with commas")
@@ -144,7 +146,11 @@ class Work:
       return
     self.state = random_state(config, self.built)
     defs, layout = self.built.defs, sharding.shardings(self.state, self.mesh)
-    read, judge, group = make_read(config), make_judge(defs, config), config.rollout.group_size
+    read, annotate, group = (
+      make_read(config),
+      make_annotate(defs, config),
+      config.rollout.group_size,
+    )
     self.programs = {
       "step": make_step(defs, config, self.mesh, self.eos_ids, self.pad_id, layout),
       "rollout": self.rollout_program(config),
@@ -154,22 +160,14 @@ class Work:
         )
       ),
       "judge": jax.jit(
-        lambda state, w, sequences, old, ref: judge(
-          state,
-          w,
-          sequences,
-          old,
-          ref,
-          sequences.tokens,
-          sequences.token_mask,
-          sampled=sizes.rows,
-          group=group,
+        lambda state, w, sequences, old, ref: annotate(
+          state, w, Rollout(sequences), old, ref, group=group
         )[0]
       ),
       "learn": jax.jit(
-        make_learn(defs, config, self.mesh, same_tokens=True),
+        make_learn(defs, config, self.mesh),
         donate_argnums=0,
-        in_shardings=(layout, None, None, None),
+        in_shardings=(layout, None),
         out_shardings=(layout, None),
       ),
     }
@@ -192,7 +190,8 @@ class Work:
     jax.block_until_ready((self.state, self.output))
 
   def rollout(self) -> None:
-    self.sequences = jax.block_until_ready(self.programs["rollout"](self.state, self.prompts()))
+    drawn = jax.block_until_ready(self.programs["rollout"](self.state, self.prompts()))
+    self.sequences = drawn.samples
 
   def read(self) -> None:
     self.feedback = jax.block_until_ready(self.programs["read"](self.state, self.sequences))
@@ -203,8 +202,7 @@ class Work:
     )
 
   def learn(self) -> None:
-    rows = self.sequences
-    self.state, output = self.programs["learn"](self.state, rows, rows.tokens, rows.token_mask)
+    self.state, output = self.programs["learn"](self.state, Rollout(self.sequences))
     jax.block_until_ready((self.state, output))
 
 

@@ -6,6 +6,7 @@ from configs import default
 from r2m_jax.algorithm.variants import VARIANTS
 
 ESTIMATORS = ("rloo", "grpo")
+AGGREGATIONS = {"grpo": "sequence_mean"}  # of an estimator whose loss has one of its own
 
 
 def get_config(words: str):
@@ -22,8 +23,7 @@ def get_config(words: str):
       raise ValueError(
         f"{word!r} is unknown; use {', '.join(ESTIMATORS)}, or a variant: {', '.join(VARIANTS)}"
       )
-  if config.algorithm == "grpo":
-    config.ppo.aggregation = "sequence_mean"
+  config.ppo.aggregation = AGGREGATIONS.get(config.algorithm, config.ppo.aggregation)
 
   config.dtype, config.param_dtype, config.remat = "bfloat16", "bfloat16", "full"
   config.mesh = (1, -1, 1)

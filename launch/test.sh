@@ -2,6 +2,7 @@
 # The tests, on CPU (eight virtual devices), from a clean checkout. Arguments go to pytest.
 #
 #   ./launch/test.sh                       everything that is not marked `long`
+#   ./launch/test.sh --fast                the core, for the inner loop: under 90 seconds once compiled
 #   ./launch/test.sh -m long               only what is: slower checks, run before a release
 #   ./launch/test.sh tests/algorithm/test_losses.py -k rloo
 #   R2M_TEST_PLATFORM=cuda ./launch/test.sh    on an accelerator instead of the virtual devices
@@ -11,9 +12,21 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
+# Files of a few seconds each. They cover the equations, whole steps, the config, rows and the rules of the house.
+FAST=(
+  tests/test_ops.py tests/test_house.py tests/test_config.py
+  tests/algorithm/test_advantages.py tests/algorithm/test_losses.py tests/algorithm/test_schedules.py
+  tests/models/test_reward.py tests/models/test_logprobs.py tests/parallel/test_rows.py
+  tests/data/test_data.py tests/data/test_text.py tests/test_golden.py
+)
+
 ensure_venv test
 fast_env
 cd "$ROOT"
+if [ "${1:-}" = --fast ]; then
+  shift
+  set -- -n auto --maxprocesses=2 --dist=loadfile "$@" "${FAST[@]}"
+fi
 # the whole suite compiles more than it computes, on one core each: several workers, a file each
 if [ $# -eq 0 ]; then set -- -n auto --maxprocesses=4 --dist=loadfile; fi
 exec "$PY" -m pytest --durations=15 "$@"

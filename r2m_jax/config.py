@@ -1,7 +1,10 @@
-"""Checks a config before any device work: every refusal names the field, its value and the fix."""
+"""Checks a config before any device work: every refusal names the field, its value and the fix.
+
+The rules of one field stand where it is declared, in r2m_jax/knobs.py. Those that look at several
+fields are here.
+"""
 
 import ast
-import datetime
 import difflib
 import hashlib
 import json
@@ -10,70 +13,31 @@ import re
 
 from ml_collections import ConfigDict
 
-from r2m_jax.algorithm.advantages import NORMS
-from r2m_jax.algorithm.losses import RATIOS
 from r2m_jax.algorithm.objective import kl_estimator
-from r2m_jax.algorithm.schedules import KL_CONTROLLERS, OMEGA_SCHEDULES
 from r2m_jax.algorithm.variants import VARIANTS
+from r2m_jax.knobs import ALGORITHMS, ESTIMATORS, FREE, KNOBS, PIECES, Section, names_in, walk
 from r2m_jax.models.arch import ArchConfig
-from r2m_jax.models.attention import ATTENTION, choose
-from r2m_jax.ops import AGGREGATIONS, COMBINE
+from r2m_jax.models.attention import choose
+from r2m_jax.parallel.errors import UserError
 from r2m_jax.parallel.hosts import HostsError, addresses
 
-TASKS = (
-  "tokenizer",
-  "sft",
-  "reward",
-  "r2m",
-  "scratch",
-  "lab",
-  "lab_text",
-  "generate",
-  "score",
-  "export",
-  "replay",
-  "analyse",
-  "plan",
-)
-# of task=analyse; docs/analyse.md defines them
-PIECES = (
-  "similarity",
-  "differences",
-  "dynamics",
-  "noise",
-  "cost",
-  "hacking",
-  "accuracy",
-  "ablations",
-  "probes",
-)
-ALGORITHMS = ("rloo", "grpo", "reinforce++", "remax", "ppo")
-ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
-DTYPES = ("float32", "bfloat16", "float64")
-# settings that a run may change from one start to the next: they say how far, where and how often,
-# not what is computed
-FREE = (
-  "task",
-  "mesh",
-  "log",
-  "checkpoint",
-  "guard",
-  "replay",
-  "analyse",
-  "export",
-  "generate",
-  "score",
-  "plan",
-  "hosts",
-  "lab",
-  "remat",
-  "attention",
-  "logits_chunk",
-  "ppo.accumulation",
-  "rollout.waves",
-  # a run keeps the one that it began with, and the rendered prompts are held by their fingerprint
-  "data.date",
-)
+__all__ = [
+  "ALGORITHMS",
+  "ESTIMATORS",
+  "FREE",
+  "PIECES",
+  "ConfigError",
+  "arms_of",
+  "check_batch",
+  "check_config",
+  "check_fields",
+  "chosen_pieces",
+  "difference",
+  "fixed",
+  "identity",
+  "redact",
+]
+
 SECRET = re.compile(
   r"hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|"
   r"xox[abprs]-[\w-]{10,}|://[^/\s]+:[^/\s]+@"
@@ -83,32 +47,63 @@ SECRET_NAME = re.compile(
 )  # of environment variables
 HIDDEN = "(hidden)"
 SHORTEST_SECRET = 12  # characters; a shorter value of such a variable is more likely a setting
-LAB_VOCAB, TEXT_VOCAB = (
-  64,
-  4096,
-)  # entries of the gold-reward task's vocabulary, and more than "auto" is exact for
-OPTIMIZER_SECTIONS = ("policy", "critic", "r2m", "sft", "reward", "gold", "scratch.lm")
+LAB_VOCAB = 64  # entries of the gold-reward task's vocabulary
+TEXT_VOCAB = 4096  # a vocabulary for which kl.estimator "auto" is not "exact"
+# what a task reads or writes, which no default can name
+FILES = {
+  "tokenizer": ("data.name",),
+  "scratch": ("scratch.corpus", "scratch.sft", "scratch.pairs", "scratch.prompts"),
+  "lab_text": (
+    "scratch.corpus",
+    "scratch.sft",
+    "scratch.pairs",
+    "scratch.prompts",
+    "scratch.prompts_val",
+  ),
+  "generate": ("policy.path", "generate.input", "generate.output"),
+  "score": ("reward.path", "score.input", "score.output"),
+  "export": ("export.checkpoint", "export.out"),
+  "plan": ("plan.topology",),
+}
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
   """A config that cannot run; the message names the field, the value and the fix."""
 
 
 def check_config(config: ConfigDict) -> None:
   """Raises ConfigError for the first value that cannot work. Touches no device."""
+  check_secrets(config)
+  check_rules(config)
+  check_kl(config)
+  check_reward_lengths(config)
+  check_weights(config)
+  check_shapes(config)
+  if config.task in ("lab", "lab_text"):
+    check_lab(config)
+  check_files(config)
+  check_lora(config)
+  check_sizes(config)
+  if config.policy.path or config.reward.path:
+    check_folder_run(config)
+  check_labels(config)
+  try:
+    addresses(config.hosts)
+  except HostsError as error:
+    raise ConfigError(error) from None
+  mesh = tuple(config.mesh)
+  if -1 not in mesh[:2]:
+    check_batch(config, mesh)
 
-  def need(ok: bool, field: str, fix: str):
-    if not ok:
-      raise ConfigError(f"config.{field} is {_get(config, field)!r}: {fix}")
 
-  def one_of(field: str, choices):
-    need(
-      _get(config, field) in choices, field, f"choose one of {', '.join(repr(c) for c in choices)}"
-    )
+def need(config: ConfigDict, ok: bool, field: str, fix: str) -> None:
+  """Raises ConfigError with the field, its value and the fix unless `ok`."""
+  if not ok:
+    raise ConfigError(f"config.{field} is {_get(config, field)!r}: {fix}")
 
-  def at_least(field: str, low):
-    need(_get(config, field) >= low, field, f"must be at least {low}")
 
+def check_secrets(config: ConfigDict) -> None:
+  """Raises ConfigError if a value looks like a token or a password."""
   for field in _fields(config):
     value = _get(config, field)
     if isinstance(value, (str, tuple, list)) and redact(str(value)) != str(value):
@@ -117,212 +112,65 @@ def check_config(config: ConfigDict) -> None:
         "files: give it in the "
         "environment instead, such as HF_TOKEN"
       )
-  one_of("task", TASKS)
-  one_of("algorithm", ALGORITHMS)
-  one_of("variant", ("", *VARIANTS))
+
+
+def check_rules(config: ConfigDict) -> None:
+  """The rules of each knob on its own, in the order of the table."""
+  skipped = ()
+  for field, part in walk(KNOBS):
+    if isinstance(part, Section):
+      if part.tasks and config.task not in part.tasks:
+        skipped += (f"{field}.",)
+    elif not field.startswith(skipped):
+      for rule in part.rules:
+        value = _get(config, field)
+        if not rule.holds(value):
+          need(config, False, field, rule.fix if isinstance(rule.fix, str) else rule.fix(value))
+
+
+def check_kl(config: ConfigDict) -> None:
+  """The estimator of the KL has a gradient at its placement."""
   need(
-    len(config.arms) > 0 and set(config.arms) <= set(VARIANTS),
-    "arms",
-    f"choose from {', '.join(VARIANTS)}",
-  )
-  need(len(set(config.arms)) == len(config.arms), "arms", "each variant may appear once")
-  for field in ("dtype", "param_dtype"):
-    one_of(field, DTYPES)
-  one_of("remat", ("none", "full", "dots"))
-  one_of("attention", ATTENTION)
-  one_of("ppo.aggregation", AGGREGATIONS)
-  one_of("ppo.ratio", RATIOS)
-  one_of("ppo.advantage_norm", NORMS)
-  one_of("critic.init", ("reward", "policy"))
-  one_of("kl.placement", ("loss", "reward"))
-  one_of("kl.estimator", ESTIMATORS)
-  need(
+    config,
     (config.kl.placement, config.kl.estimator) != ("loss", "k1"),
     "kl.estimator",
     "in the loss the expected gradient of k1 is zero, so it holds nothing back; use 'k2' or "
-    "'exact', or "
-    "kl.placement='reward'",
+    "'exact', or kl.placement='reward'",
   )
-  one_of("kl.controller", KL_CONTROLLERS)
-  one_of("shaping.missing_eos", ("none", "subtract", "replace"))
-  one_of("r2m.omega_schedule", OMEGA_SCHEDULES)
-  one_of("r2m.labels", ("self", "preference"))
-  one_of("reward.combine", COMBINE)
-  one_of("checkpoint.best_mode", ("max", "min"))
-  one_of("replay.arm", ("", *VARIANTS))
-  one_of("plan.compare", ("", *VARIANTS))
-  generations = ("v4", "v5e", "v5p", "v6e")
-  need(
-    set(config.plan.generations) <= set(generations),
-    "plan.generations",
-    f"choose from {', '.join(generations)}",
-  )
-  need(
-    _is_date(config.data.date),
-    "data.date",
-    "give a day as YYYY-MM-DD, or '' for the day that the run begins",
-  )
-  need(
-    0 <= config.seed < 2**32, "seed", "must be at least 0 and below 2**32: random keys have 32 bits"
-  )
-  need(config.guard.spike > 1, "guard.spike", "must be above 1, such as 10")
 
-  for field in (
-    "steps",
-    "rollout.prompts",
-    "rollout.max_new_tokens",
-    "ppo.epochs",
-    "ppo.minibatches",
-    "ppo.accumulation",
-    "rollout.waves",
-    "r2m.attention_dim",
-    "r2m.num_heads",
-    "sft.steps",
-    "sft.batch_size",
-    "sft.examples",
-    "reward.pairs",
-    "reward.epochs",
-    "scratch.lm.steps",
-    "scratch.lm.batch_size",
-    "scratch.samples",
-    "gold.depth",
-    "gold.epochs",
-    "gold.batch_size",
-    "reward.batch_size",
-    "reward.heldout_pairs",
-    "log.checkpoint_every",
-    "log.samples",
-    "data.max_prompt_length",
-    "data.max_response_length",
-    "generate.max_new_tokens",
-    "generate.batch_size",
-    "score.batch_size",
-    "kl.horizon",
-    "reward.ensemble",
-    "r2m.warm_epochs",
-    "checkpoint.keep_last",
-    "guard.max_skipped",
-    "hosts.start_timeout",
-    "hosts.heartbeat_timeout",
-    "hosts.end_timeout",
-  ):
-    at_least(field, 1)
-  for field in (
-    "budget",
-    "sft.budget",
-    "reward.budget",
-    "gold.budget",
-    "scratch.lm.budget",
-    "data.max_chosen_length",
-    "seed",
-    "logits_chunk",
-    "kl.beta",
-    "generate.temperature",
-    "reward.max_length",
-    "reward.max_reply_length",
-    "lora.rank",
-    "rollout.top_k",
-    "rollout.repetition_stop",
-    "ppo.clip_eps_high",
-    "critic.value_clip",
-    "shaping.clip",
-    "shaping.missing_eos_penalty",
-    "shaping.length_penalty",
-    "reward.variance_weight",
-    "reward.sum_to_zero",
-    "checkpoint.keep_every",
-    "checkpoint.keep_best",
-    "replay.step",
-    "replay.prompt",
-    "replay.sample",
-    "plan.prompt_length",
-    "plan.reward_length",
-    "plan.layers",
-  ):
-    at_least(field, 0)
-  at_least("replay.example_id", -1)
-  unknown = [name for name in chosen_pieces(config) if name not in PIECES]
+
+def check_reward_lengths(config: ConfigDict) -> None:
+  """A reply of the longest length leaves room for its prompt."""
+  reward = config.reward
   need(
-    not unknown,
-    "analyse.what",
-    f"{', '.join(unknown)}: choose from {', '.join(PIECES)}, with commas",
-  )
-  need(
-    config.analyse.prompts >= 20,
-    "analyse.prompts",
-    "must be at least 20, which probes split into 5 x 4 parts",
-  )
-  at_least("analyse.samples", 2)
-  need(
-    config.rollout.group_size >= 2, "rollout.group_size", "R2M compares K >= 2 responses per prompt"
-  )
-  need(
-    config.rollout.temperature > 0,
-    "rollout.temperature",
-    "must be above 0: greedy samples have no log-probability",
-  )
-  need(
-    config.reward.max_reply_length == 0
-    or config.reward.max_length > config.reward.max_reply_length,
+    config,
+    reward.max_reply_length == 0 or reward.max_length > reward.max_reply_length,
     "reward.max_reply_length",
     "long prompts lose their beginning at config.reward.max_length, which is "
-    f"{config.reward.max_length}; give it more",
+    f"{reward.max_length}; give it more",
   )
-  for field in ("r2m.omega_min", "r2m.alpha", "reward.label_flip", "data.max_bad_share"):
-    need(0 <= _get(config, field) <= 1, field, "must lie in [0, 1]")
-  need(0 < config.ppo.clip_eps < 1, "ppo.clip_eps", "must lie in (0, 1), such as 0.2")
+
+
+def check_weights(config: ConfigDict) -> None:
+  """As many weights as names of data."""
+  sources = [name for name in config.data.name.split(",") if name.strip()]
+  weights = config.data.weights
   need(
-    config.ppo.dual_clip == 0 or config.ppo.dual_clip > 1,
-    "ppo.dual_clip",
-    "must be above 1, such as 3, or 0: off",
-  )
-  need(0 < config.rollout.top_p <= 1, "rollout.top_p", "must lie in (0, 1]; 1 keeps every token")
-  need(0 <= config.rollout.min_p < 1, "rollout.min_p", "must lie in [0, 1); 0 keeps every token")
-  for field in ("critic.gamma", "critic.lam"):
-    need(0 <= _get(config, field) <= 1, field, "must lie in [0, 1]")
-  need(
-    0 <= config.r2m.average < 1, "r2m.average", "must lie in [0, 1); 0 scores with the head itself"
-  )
-  need(0 < config.r2m.label_budget <= 1, "r2m.label_budget", "must lie in (0, 1], such as 0.02")
-  for field in ("kl.target", "r2m.omega_kl"):
-    need(_get(config, field) > 0, field, "must be above 0 nats")
-  for field in ("ppo.advantage_eps", "r2m.gre_eps", "reward.choice_temperature"):
-    need(_get(config, field) > 0, field, "must be above 0")
-  for section in OPTIMIZER_SECTIONS:
-    one_of(f"{section}.optimizer", ("adamw", "sgd"))
-    one_of(f"{section}.lr_schedule", ("constant", "linear", "cosine"))
-    one_of(f"{section}.moment_dtype", ("float32", "bfloat16"))
-    for name in ("lr", "warmup_steps", "adam_eps", "weight_decay", "max_grad_norm"):
-      at_least(f"{section}.{name}", 0)
-    need(
-      _get(config, f"{section}.lr") < float("inf"),
-      f"{section}.lr",
-      "must be a finite number, such as 1e-4",
-    )
-    for name in ("b1", "b2"):
-      need(0 <= _get(config, f"{section}.{name}") < 1, f"{section}.{name}", "must lie in [0, 1)")
-  need(
-    config.r2m.attention_dim % config.r2m.num_heads == 0,
-    "r2m.num_heads",
-    f"must divide r2m.attention_dim = {config.r2m.attention_dim}",
-  )
-  sources, weights = (
-    [name for name in config.data.name.split(",") if name.strip()],
-    tuple(config.data.weights),
-  )
-  good = all(isinstance(w, (int, float)) and w >= 0 for w in weights) and (
-    not weights or sum(weights) > 0
-  )
-  need(
+    config,
     not weights or len(weights) == len(sources),
     "data.weights",
     f"give one for each of {len(sources)} names, or ()",
   )
-  need(good, "data.weights", "give numbers from 0 on, not all of them 0")
-  good = all(isinstance(b, int) and b >= 2 for b in config.data.buckets)
-  need(good, "data.buckets", "give lengths in tokens from 2 on, such as (128, 256, 512), or ()")
-  at_least("tokenizer.vocab_size", 300)
-  at_least("tokenizer.min_frequency", 1)
+
+
+def check_shapes(config: ConfigDict) -> None:
+  """The policy's shape, its attention kernel, and what the reward head reads of it."""
+  need(
+    config,
+    config.r2m.attention_dim % config.r2m.num_heads == 0,
+    "r2m.num_heads",
+    f"must divide r2m.attention_dim = {config.r2m.attention_dim}",
+  )
   try:
     arch = ArchConfig(vocab_size=64, **config.policy.arch)
   except ValueError as error:
@@ -332,123 +180,82 @@ def check_config(config: ConfigDict) -> None:
   except ValueError as error:
     raise ConfigError(error) from None
   layers = arch.num_layers
-  tapped = config.r2m.feedback_layer
   if not config.policy.path:  # else the folder says how many layers there are
     need(
-      -layers <= tapped < layers,
+      config,
+      -layers <= config.r2m.feedback_layer < layers,
       "r2m.feedback_layer",
       f"the policy has {layers} layers; -1 is the last",
     )
-  if config.task in ("lab", "lab_text"):
-    check_lab(config, need)
-  files = {
-    "tokenizer": ("data.name",),
-    "scratch": ("scratch.corpus", "scratch.sft", "scratch.pairs", "scratch.prompts"),
-    "lab_text": (
-      "scratch.corpus",
-      "scratch.sft",
-      "scratch.pairs",
-      "scratch.prompts",
-      "scratch.prompts_val",
-    ),
-    "generate": ("policy.path", "generate.input", "generate.output"),
-    "score": ("reward.path", "score.input", "score.output"),
-    "export": ("export.checkpoint", "export.out"),
-    "plan": ("plan.topology",),
-  }
-  for field in files.get(config.task, ()):
-    need(
-      _get(config, field) != "", field, f"task={config.task} needs it; pass --config.{field}=..."
-    )
-  one_of("lora.export", ("merged", "peft"))
-  need(config.lora.alpha > 0, "lora.alpha", "must be above 0")
+
+
+def check_files(config: ConfigDict) -> None:
+  """The task's files are named."""
+  for field in FILES.get(config.task, ()):
+    fix = f"task={config.task} needs it; pass --config.{field}=..."
+    need(config, _get(config, field) != "", field, fix)
+
+
+def check_lora(config: ConfigDict) -> None:
+  """Adapters have a model to sit on."""
   from_folder = bool(config.policy.path or config.reward.path) or config.task == "export"
   need(
+    config,
     config.lora.rank == 0 or from_folder,
     "lora.rank",
     "adapters need a model to sit on: give config.policy.path",
   )
+
+
+def check_sizes(config: ConfigDict) -> None:
+  """Batches are no larger than what they are taken from; shuffling needs two prompts."""
+  for section, examples in (("sft", "examples"), ("reward", "pairs")):
+    need(
+      config,
+      config[section].batch_size <= config[section][examples],
+      f"{section}.batch_size",
+      f"must not exceed {section}.{examples}",
+    )
   need(
-    config.sft.batch_size <= config.sft.examples, "sft.batch_size", "must not exceed sft.examples"
-  )
-  if config.policy.path or config.reward.path:
-    check_folder_run(config, need)
-  need(
+    config,
     config.variant != "shuffled" or config.rollout.prompts > 1,
     "rollout.prompts",
     "variant shuffled needs two",
   )
+
+
+def check_labels(config: ConfigDict) -> None:
+  """Labels are only bought for a reward that is trained."""
   trains_nothing = config.variant != "" and not VARIANTS[config.variant].trained
   need(
+    config,
     config.r2m.labels == "self" or not trains_nothing,
     "r2m.labels",
     f"variant {config.variant!r} never updates the reward, so no label would be used; take 'self', "
-    "or a variant such "
-    "as 'r2m' or 'iterative_head'",
+    "or a variant such as 'r2m' or 'iterative_head'",
   )
-  need(
-    config.reward.batch_size <= config.reward.pairs,
-    "reward.batch_size",
-    "must not exceed reward.pairs",
-  )
-  try:
-    addresses(config.hosts)
-  except HostsError as error:
-    raise ConfigError(error) from None
-  mesh = tuple(config.mesh)
-  need(
-    len(mesh) == 3
-    and all(isinstance(m, int) and (m > 0 or m == -1) for m in mesh)
-    and mesh.count(-1) <= 1,
-    "mesh",
-    "give three sizes (data, fsdp, tensor), at most one of them -1, such as (-1, 1, 1)",
-  )
-  if -1 not in mesh[:2]:
-    check_batch(config, mesh)
 
 
 def chosen_pieces(config: ConfigDict) -> list[str]:
   """The names in config.analyse.what, each once and in the order of the report."""
-  given = [name.strip() for name in config.analyse.what.split(",") if name.strip()]
-  return sorted(dict.fromkeys(given), key=lambda name: PIECES.index(name) if name in PIECES else -1)
-
-
-def check_lab(config: ConfigDict, need) -> None:
-  """Every arm and what they are compared by."""
-  lab = config.lab
-  need(
-    len(lab.seeds) > 0 and all(isinstance(seed, int) and seed >= 0 for seed in lab.seeds),
-    "lab.seeds",
-    "give whole numbers from 0 on, such as (0, 1, 2)",
+  return sorted(
+    names_in(config.analyse.what), key=lambda name: PIECES.index(name) if name in PIECES else -1
   )
-  need(len(set(lab.seeds)) == len(lab.seeds), "lab.seeds", "each seed may appear once")
-  for field in ("lab.betas", "lab.kls", "lab.stops"):
-    values = _get(config, field)
-    good = all(isinstance(x, (int, float)) and x > 0 for x in values) and len(set(values)) == len(
-      values
-    )
-    need(
-      good and (field == "lab.stops" or len(values)),
-      field,
-      "give numbers above 0, each once, such as (1.0,)",
-    )
-  for field in (
-    "lab.together",
-    "lab.probe_every",
-    "lab.probe_prompts",
-    "lab.best_prompts",
-    "lab.best_samples",
-  ):
-    need(_get(config, field) >= 1, field, "must be at least 1")
+
+
+def check_lab(config: ConfigDict) -> None:
+  """Every arm and what they are compared by."""
   text = config.task == "lab_text"
   fix = "the laboratory splits seeds over the devices, not one seed: (1, 1, 1)"
-  need(text or tuple(config.mesh) == (1, 1, 1), "mesh", fix)
+  need(config, text or tuple(config.mesh) == (1, 1, 1), "mesh", fix)
   need(
-    not text or tuple(lab.betas) == (1.0,),
+    config,
+    not text or tuple(config.lab.betas) == (1.0,),
     "lab.betas",
     "on text an arm has one KL weight, its own: give (1.0,)",
   )
   need(
+    config,
     not text or config.budget == 0,
     "budget",
     "runs of as many steps are compared: give 0, and config.steps",
@@ -512,20 +319,10 @@ def redact(text: str) -> str:
   return SECRET.sub(HIDDEN, text)
 
 
-def _is_date(text: str) -> bool:
-  try:
-    return (
-      text == ""
-      or bool(re.fullmatch(r"\d{4}-\d\d-\d\d", text))
-      and bool(datetime.date.fromisoformat(text))
-    )
-  except ValueError:
-    return False
-
-
-def check_folder_run(config: ConfigDict, need) -> None:
+def check_folder_run(config: ConfigDict) -> None:
   """What a run from Hugging Face folders cannot do."""
   need(
+    config,
     config.reward.ensemble == 1,
     "reward.ensemble",
     "a folder's reward model has one score head; 1 is all it can give",
@@ -535,6 +332,7 @@ def check_folder_run(config: ConfigDict, need) -> None:
   for variant in (config.variant,) if config.variant else config.arms:
     start = VARIANTS[variant].start
     need(
+      config,
       start != "golden",
       "variant",
       "fit the reward model first: run task=reward on golden pairs of the same prompts, give its "
@@ -543,6 +341,7 @@ def check_folder_run(config: ConfigDict, need) -> None:
     )
     needed = start == "head" or (config.r2m.labels == "preference" and VARIANTS[variant].trained)
     need(
+      config,
       not needed or config.r2m.judgments != "",
       "r2m.judgments",
       f"variant {variant!r} with labels {config.r2m.labels!r} needs a file of JSON lines "

@@ -40,6 +40,22 @@ class Sequences:
   has_eos: jax.Array  # bool[B]      False where the length limit cut the response off
 
 
+@struct.dataclass
+class Rows:
+  """Responses as a model with a tokenizer of its own reads them, after their prompts."""
+
+  tokens: jax.Array  # i32[B, L']   left-padded
+  mask: jax.Array  # bool[B, L']  True on real tokens
+
+
+@struct.dataclass
+class Rollout:
+  """What is drawn for one step's prompts, or one array or tree of arrays for each of its rows."""
+
+  samples: Any  # `Sequences` of B rows
+  greedy: Any = None  # of P rows, the most likely response to each prompt; None: none are drawn
+
+
 class Feedback(struct.PyTreeNode):
   """What one forward pass of a policy over `Sequences` says about them."""
 

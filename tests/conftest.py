@@ -7,6 +7,7 @@ an accelerator.
 
 import os
 import pathlib
+import re
 import sys
 
 DEVICES = 8  # sharding tests make 4x2 and 8x1 meshes of them
@@ -41,12 +42,19 @@ _cache = (
   / "r2m_jax"
   / "jax"
 )
+_cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(_cache)
+if _isa := re.search(r"--xla_cpu_max_isa=(\w+)", os.environ["XLA_FLAGS"]):
+  # JAX's name of a program does not say for which instructions it was compiled
+  if (
+    pathlib.Path(_cache).name != f"isa-{_isa[1]}"
+  ):  # workers of pytest-xdist are given the folder already
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(_cache) / f"isa-{_isa[1]}")
 for _name, _value in {
-  "JAX_COMPILATION_CACHE_DIR": str(_cache),
+  "JAX_COMPILATION_CACHE_DIR": _cache,
   "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
   "JAX_CPU_ENABLE_ASYNC_DISPATCH": "false",  # one program at a time: eight devices share few cores
-  "PJRT_NPROC": str(8 * DEVICES),  # see main.spare_threads
+  "PJRT_NPROC": str(8 * DEVICES),  # see process.spare_threads
   "HF_HUB_OFFLINE": "1",  # a test that needs a hub is a mistake: fail at once, not after a timeout
   "TRANSFORMERS_OFFLINE": "1",
   "TOKENIZERS_PARALLELISM": "false",

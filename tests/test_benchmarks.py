@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks import compile as compiling
-from benchmarks import machine, workload
+from benchmarks import findings, machine, workload
 from benchmarks.machine import Ticks
 
 TINY, WIDTH = workload.POLICIES["tiny"], 4
@@ -121,3 +121,18 @@ def test_settings_keep_the_type_of_the_field():
 
 def test_union_counts_what_happens_together_once():
   assert compiling.union([(0, 2), (1, 3), (5, 6), (5.2, 5.8)]) == pytest.approx(4)
+
+
+# ---- the numbers of docs/findings.md ----
+
+
+def test_every_number_of_the_verdict_is_that_of_its_row():
+  count, wrong = findings.differences()
+  assert count > 100 and not wrong, wrong
+
+
+def test_a_number_that_is_not_its_rows_is_found():
+  row = dict(value="-0.034", low="-0.07049", high="0.2604")
+  assert findings.matches("-0.03 [-0.07, 0.26]", row) and findings.matches("-3% [-7%, 26%]", row)
+  assert not findings.matches("-0.04 [-0.07, 0.26]", row)
+  assert not findings.matches("-0.03 [-0.07, 0.27]", row)

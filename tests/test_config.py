@@ -12,7 +12,6 @@ import pytest
 from absl import flags
 
 from configs import default, quickstart
-from r2m_jax import main
 from r2m_jax.algorithm.objective import kl_estimator
 from r2m_jax.config import (
   ConfigError,
@@ -22,6 +21,8 @@ from r2m_jax.config import (
   difference,
   identity,
 )
+from r2m_jax.knobs import KNOBS, Knob, document, walk
+from r2m_jax.run import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -171,6 +172,26 @@ def test_refusals_of_values_that_do_not_fit_together(changes, words):
 )
 def test_the_values_next_to_the_limits_pass(changes):
   check_config(config_with(**changes))
+
+
+def test_docs_config_is_up_to_date():
+  """If this fails: python -m r2m_jax.knobs > docs/config.md"""
+  assert (ROOT / "docs/config.md").read_text(encoding="utf-8") == document()
+
+
+def test_every_knob_is_documented_and_its_default_keeps_its_rules():
+  for field, knob in walk(KNOBS):
+    if isinstance(knob, Knob):
+      assert knob.about, field
+      assert [rule.bound for rule in knob.rules if not rule.holds(knob.default)] == [], field
+      assert all(rule.bound for rule in knob.rules), field
+      assert f"| `{field}` |" in document()
+
+
+def test_the_rules_of_the_laboratory_hold_for_its_tasks_only():
+  check_config(config_with(lab__seeds=()))
+  with pytest.raises(ConfigError, match=r"^config.lab.seeds is \(\): give whole numbers from 0 on"):
+    check_config(config_with(lab__seeds=(), task="lab"))
 
 
 @pytest.mark.parametrize("size", ["", "test"])
@@ -326,7 +347,7 @@ def test_a_mistake_on_the_command_line_is_one_line(answers, name):
 @pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' way to read a file
 def test_other_mistakes(monkeypatch, argv, error, answer):
   monkeypatch.chdir(ROOT)
-  assert main.command_line_mistake(["main.py", *argv], error) == answer
+  assert command_line.command_line_mistake(["main.py", *argv], error) == answer
 
 
 def test_what_only_memory_depends_on_is_no_part_of_a_run_s_identity():

@@ -44,7 +44,6 @@ Sampling
 
 import dataclasses
 import functools
-import types
 
 import enumeration
 import jax
@@ -60,6 +59,7 @@ from configs import default
 from r2m_jax import ops
 from r2m_jax.algorithm import advantages, losses
 from r2m_jax.algorithm.objective import kl_estimator, make_advantages, make_objective, shape_scores
+from r2m_jax.algorithm.read import make_read
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.data.datasets import pair_ids, select
 from r2m_jax.data.text import Renderer, TextError, load_tokenizer, responses_of
@@ -67,8 +67,8 @@ from r2m_jax.goldtask import task as goldtask
 from r2m_jax.models.logprobs import TokenStats, token_stats
 from r2m_jax.models.reward import read_rte
 from r2m_jax.ops import Truncation, predicts_response
-from r2m_jax.step import make_learn, make_read, make_rollout
-from r2m_jax.types import Experience, Sequences
+from r2m_jax.step import make_learn, make_rollout
+from r2m_jax.types import Experience, Rollout, Sequences
 
 PAD, EOS, OTHER_EOS = goldtask.PAD, goldtask.EOS, 5
 TAU, TOP_K, TOP_P, BETA, CLIP, PENALTY = 0.7, 24, 0.9, 0.5, 5.0, 1.5
@@ -133,10 +133,10 @@ class Run:
     )
 
   def draw(self, state, pad):
-    return jax.device_get(self.rollout(pad)(state, self.prompts))
+    return jax.device_get(self.rollout(pad)(state, self.prompts).samples)
 
   def step(self, state, sequences):
-    state, out = self.learn(state, sequences, sequences.tokens, sequences.token_mask)
+    state, out = self.learn(state, Rollout(sequences))
     return state, jax.device_get(out)
 
   def responses(self, sequences):
@@ -694,9 +694,8 @@ def test_one_rendering_for_training_and_rl(kind, renderers):
   """
   renderer = renderers[kind]
   tokenizer = renderer.tokenizer
-  reward = types.SimpleNamespace(renderer=renderer)
   rows = [{"prompt": ASK, "chosen": ANSWER, "rejected": "The cat ran."}]
-  _, ((trained, _),) = pair_ids(default.get_config(), reward, rows, "a test")
+  _, ((trained, _),) = pair_ids(default.get_config(), renderer, rows, "a test")
 
   said = [*tokenizer.encode(ANSWER, special=False), tokenizer.eos_ids[-1]]
   mask = np.ones((1, len(said)), bool)
@@ -730,9 +729,7 @@ def test_a_long_reply_is_read_as_cut_off(kind, renderers):
     {"prompt": ASK, "chosen": long, "rejected": short},
     {"prompt": ASK * 9, "chosen": short, "rejected": long},
   ]
-  kept, ((cut, whole), (far, _)) = pair_ids(
-    cfg, types.SimpleNamespace(renderer=renderer), rows, "a test"
-  )
+  kept, ((cut, whole), (far, _)) = pair_ids(cfg, renderer, rows, "a test")
   assert len(kept) == 2 and [side["truncated"] for row in kept for side in row["sides"]] == [
     True,
     False,

@@ -299,6 +299,22 @@ def test_an_empty_system_message_is_no_system_message():
     as_row({"messages": [empty]}, "prompt")
 
 
+def test_columns_that_change_a_rows_meaning_are_said_once_and_replies_to_avoid_are_not_learned(
+  tmp_path, capsys
+):
+  file = lines(
+    tmp_path / "kto.jsonl",
+    {"prompt": "a", "completion": "good", "label": True, "system": "Be brief."},
+    {"prompt": "a", "completion": "bad", "label": False, "input": ""},
+  )
+  config = default.get_config()
+  config.data.name = str(file)
+  config.data.max_bad_share = 0.5
+  assert [row["response"] for row in load(config.data, "response")] == ["good"]
+  said = capsys.readouterr().out
+  assert said.count("columns that are not read: system;") == 1 and "1 undesirable" in said
+
+
 # ---- the machine around a run ----
 
 

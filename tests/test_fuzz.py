@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from ml_collections import config_flags
 
 from configs import quickstart
-from r2m_jax import main
 from r2m_jax.config import ConfigError, _fields, check_config
+from r2m_jax.run import command_line
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs/quickstart.py"
 FIELDS = _fields(quickstart.get_config())
@@ -89,11 +89,11 @@ def parsed(argv: list[str]) -> str | None:
     config = own.config
     config.task
   except Exception as error:
-    reason = main.command_line_mistake(argv, error)
+    reason = command_line.command_line_mistake(argv, error)
     if reason is None:
       raise
     return reason
-  if section := main.section_given(argv, config):
+  if section := command_line.section_given(argv, config):
     return section
   try:
     check_config(config)

@@ -311,6 +311,40 @@ def test_findings_are_made_by_one_command(bare):
   assert result.returncode == 2 and "usage:" in result.stderr
 
 
+@pytest.fixture
+def said_by_python(bare, tmp_path):
+  """What a script would start .venv/bin/python with: a stub stands for it and prints that."""
+  stub = tmp_path / "bin" / "python"
+  stub.parent.mkdir()
+  stub.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+  stub.chmod(0o755)
+
+  def said(script, *arguments):
+    command = [shutil.which("bash"), str(ROOT / "launch" / script), *arguments]
+    env = bare | {"R2M_VENV": str(tmp_path)}
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=True).stdout
+
+  return said
+
+
+def test_the_fast_tests_are_files_that_exist(said_by_python):
+  plain = said_by_python("test.sh").splitlines()
+  assert plain[:2] == ["-m", "pytest"] and not [part for part in plain if ".py" in part]
+  fast = said_by_python("test.sh", "--fast", "-x").splitlines()
+  assert fast[:2] == ["-m", "pytest"] and "-x" in fast and "--fast" not in fast
+  files = [part for part in fast if part.startswith("tests/")]
+  assert len(files) == len(set(files)) > 5 and all((ROOT / name).is_file() for name in files)
+  chosen = said_by_python("test.sh", "tests/test_ops.py", "-k", "check").splitlines()
+  assert chosen[-3:] == ["tests/test_ops.py", "-k", "check"]
+
+
+def test_lint_is_three_checks(bare):
+  commands = dry("lint.sh", **bare)
+  assert [command[2:4] for command in commands] == [["ruff", "check"], ["ruff", "format"], ["mypy"]]
+  assert all(command[0].endswith("/bin/python") for command in commands)
+  assert "--fix" not in commands[0] and "--check" in commands[1]
+
+
 def test_the_page_names_every_script():
   page = (ROOT / "launch/README.md").read_text()
   for script in (

@@ -2,10 +2,14 @@
 float32.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from r2m_jax.ops import check
+from r2m_jax.ops import check, masked_whiten
 
 
 def centred_groups(scores: jax.Array, group_size: int) -> jax.Array:
@@ -100,3 +104,71 @@ def per_token(advantages: jax.Array, response_mask: jax.Array) -> jax.Array:
   check(advantages, "B")
   check(response_mask, "B T", jnp.bool_)
   return jnp.where(response_mask, advantages[:, None], 0)
+
+
+@struct.dataclass
+class Targets:
+  advantages: jax.Array  # f32[B, T]
+  returns: Any = None  # f32[B, T], what the critic should say; None without one
+
+
+class Scored(NamedTuple):
+  """What a step's samples earned."""
+
+  scores: jax.Array  # f32[B], shaped, of whole responses
+  penalty: jax.Array  # f32[B, T], subtracted from each token's reward; 0 off the mask
+  mask: jax.Array  # bool[B, T]
+  greedy_scores: jax.Array | None  # f32[P]; None if the baseline is another
+  values: jax.Array | None  # f32[B, T], the critic's; None if the baseline is another
+
+  def of_responses(self) -> jax.Array:
+    """One reward for the whole response, f32[B]."""
+    return self.scores - self.penalty.sum(-1)
+
+  def of_tokens(self) -> jax.Array:
+    """A reward for each token, f32[B, T]: the score comes with the last one."""
+    last = jnp.arange(self.mask.shape[1]) == self.mask.sum(-1, keepdims=True) - 1
+    return jnp.where(last, self.scores[:, None], 0) - self.penalty
+
+
+class Estimator(NamedTuple):
+  """How scores become advantages."""
+
+  # (Scored, group size, config) -> Targets. The config is read while it is traced.
+  advantage: Callable[..., Targets]
+  # what a reward is compared with: "group" the other samples of the prompt, "batch" all samples,
+  # "greedy" the prompt's greedy response, "critic" a critic's values
+  baseline: str
+
+
+def _rloo(scored: Scored, group_size: int, config) -> Targets:
+  return Targets(per_token(rloo(scored.of_responses(), group_size), scored.mask))
+
+
+def _grpo(scored: Scored, group_size: int, config) -> Targets:
+  settings = dict(eps=config.ppo.advantage_eps, norm=config.ppo.advantage_norm)
+  return Targets(per_token(grpo(scored.of_responses(), group_size, **settings), scored.mask))
+
+
+def _remax(scored: Scored, group_size: int, config) -> Targets:
+  found = remax(scored.of_responses(), scored.greedy_scores, group_size)
+  return Targets(per_token(found, scored.mask))
+
+
+def _reinforce(scored: Scored, group_size: int, config) -> Targets:
+  returns = returns_to_go(scored.of_tokens(), scored.mask)
+  return Targets(masked_whiten(returns, scored.mask))
+
+
+def _ppo(scored: Scored, group_size: int, config) -> Targets:
+  settings = dict(gamma=config.critic.gamma, lam=config.critic.lam)
+  return Targets(*gae(scored.of_tokens(), scored.values, scored.mask, **settings))
+
+
+ESTIMATORS = {
+  "rloo": Estimator(_rloo, "group"),
+  "grpo": Estimator(_grpo, "group"),
+  "reinforce++": Estimator(_reinforce, "batch"),
+  "remax": Estimator(_remax, "greedy"),
+  "ppo": Estimator(_ppo, "critic"),
+}

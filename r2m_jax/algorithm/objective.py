@@ -16,25 +16,18 @@ in the loss:
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from ml_collections import ConfigDict
 
-from r2m_jax.algorithm import advantages, losses
+from r2m_jax.algorithm import losses
+from r2m_jax.algorithm.advantages import ESTIMATORS, Scored, Targets
 from r2m_jax.models.logprobs import TokenStats
 from r2m_jax.ops import aggregate, masked_mean, masked_sum, masked_whiten
 from r2m_jax.types import Experience, Sequences
 
 KL_OF_LOGPROBS = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}
-
-
-@struct.dataclass
-class Targets:
-  advantages: jax.Array  # f32[B, T]
-  returns: Any = None  # f32[B, T], what the critic should say; None without one
 
 
 def shape_scores(scores: jax.Array, length: jax.Array, has_eos: jax.Array, settings) -> jax.Array:
@@ -62,42 +55,19 @@ def make_advantages(config) -> Callable[..., Targets]:
 
   scores f32[B] are shaped, token_kl f32[B, T] is the old policy's KL of each token by the config's
   estimator (read only where the KL is in the reward), mask bool[B, T], beta f32[]; greedy_scores
-  f32[P] (remax) and values f32[B, T] (ppo) are the baselines of those two.
+  f32[P] and values f32[B, T] are the baselines "greedy" and "critic".
   """
-  algorithm, K, in_reward = (
-    config.algorithm,
-    config.rollout.group_size,
-    config.kl.placement == "reward",
-  )
-  eps, norm, whiten = (
-    config.ppo.advantage_eps,
-    config.ppo.advantage_norm,
-    config.ppo.whiten_advantages,
-  )
-  gamma, lam = config.critic.gamma, config.critic.lam
+  estimator, K = ESTIMATORS[config.algorithm], config.rollout.group_size
+  in_reward, whiten = config.kl.placement == "reward", config.ppo.whiten_advantages
 
   def make(scores, token_kl, mask, beta, *, greedy_scores=None, values=None) -> Targets:
     penalty = (
       beta * jnp.where(mask, token_kl, 0) if in_reward else jnp.zeros(mask.shape, scores.dtype)
     )
-    returns = None
-    if algorithm in ("rloo", "grpo", "remax"):  # one reward for the whole response
-      rewards = scores - penalty.sum(-1)
-      if algorithm == "rloo":
-        adv = advantages.rloo(rewards, K)
-      elif algorithm == "grpo":
-        adv = advantages.grpo(rewards, K, eps=eps, norm=norm)
-      else:
-        adv = advantages.remax(rewards, greedy_scores, K)
-      adv = advantages.per_token(adv, mask)
-    else:  # a reward for each token: the score comes with the last one
-      last = jnp.arange(mask.shape[1]) == mask.sum(-1, keepdims=True) - 1
-      token_rewards = jnp.where(last, scores[:, None], 0) - penalty
-      if algorithm == "reinforce++":
-        adv = masked_whiten(advantages.returns_to_go(token_rewards, mask), mask)
-      else:
-        adv, returns = advantages.gae(token_rewards, values, mask, gamma=gamma, lam=lam)
-    return Targets(masked_whiten(adv, mask) if whiten else adv, returns)
+    targets = estimator.advantage(Scored(scores, penalty, mask, greedy_scores, values), K, config)
+    if whiten:
+      return targets.replace(advantages=masked_whiten(targets.advantages, mask))
+    return targets
 
   return make
 

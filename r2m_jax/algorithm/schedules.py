@@ -1,5 +1,7 @@
 """Scalars that depend on the step: the time-step weight omega and learning rates."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -22,6 +24,19 @@ def omega(progress: jax.Array, omega_min: float, kind: str = "cosine") -> jax.Ar
   progress = jnp.minimum(progress, 1.0)
   fall = 1 - progress if kind == "linear" else 0.5 * jnp.cos(jnp.pi * progress) + 0.5
   return jnp.maximum(fall, omega_min)
+
+
+def make_omega(config) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """Builds `w(step, kl)` (eq. 4), driven by the step or by the KL of its samples in nats a
+  sequence.   i32[], f32[] -> f32[].
+  """
+  kind, floor = config.r2m.omega_schedule, config.r2m.omega_min
+  total, target = config.steps, config.r2m.omega_kl
+
+  def progress(step, kl):
+    return kl / target if kind == "kl" else step.astype(kl.dtype) / total
+
+  return lambda step, kl: omega(progress(step, kl), floor, kind)
 
 
 KL_CONTROLLERS = ("fixed", "adaptive", "hold")

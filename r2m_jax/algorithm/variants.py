@@ -12,6 +12,17 @@ import numpy as np
 
 from r2m_jax.ops import at_least_f32, masked_mean
 
+# Kinds of feedback, see `feed_back`: the model that is as wide as their states. "": none are read.
+FEEDBACK = {
+  "": "",
+  "policy": "policy",
+  "noise": "policy",
+  "constant": "policy",
+  "shuffled": "policy",
+  "reference": "policy",
+  "own_states": "reward",
+}
+
 
 class Variant(NamedTuple):
   """What a variant does with the reward."""
@@ -29,6 +40,13 @@ class Variant(NamedTuple):
   # what is fitted before RL: "golden" the reward model on golden pairs, "head" the attention and
   # phi
   start: str = ""
+
+  @property
+  def width(self) -> str:
+    """The model that is as wide, and whose rows are as long, as the states that are fused into the
+    reward: "policy", "reward" (its backbone), or "" if there are none.
+    """
+    return FEEDBACK[self.feedback]
 
 
 VARIANTS = {

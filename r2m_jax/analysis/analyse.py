@@ -21,16 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from r2m_jax.algorithm.annotate import make_annotate
+from r2m_jax.algorithm.read import make_read
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.analysis import evidence
 from r2m_jax.analysis import figures as analysis_figures
 from r2m_jax.analysis.evidence import Curves, Judged, Read, Row
 from r2m_jax.config import PIECES, ConfigError, chosen_pieces
 from r2m_jax.goldtask import task as goldtask
-from r2m_jax.goldtask.rl import program_of, shared_arm
+from r2m_jax.goldtask.rl import program_of, reward_of, shared_arm
 from r2m_jax.goldtask.stages import STREAM_ANALYSE, sample
 from r2m_jax.hf.folders import Policy, load_policy, load_reward, mesh_of
-from r2m_jax.lab.figures import rendered
 from r2m_jax.lab.report import span
 from r2m_jax.lab.table import read_arms
 from r2m_jax.models.reward import last_token
@@ -39,14 +40,14 @@ from r2m_jax.parallel import hosts, sharding
 from r2m_jax.plan.sizes import sizes_of
 from r2m_jax.plan.work import Layout, phases_of
 from r2m_jax.report import page
+from r2m_jax.report.figures import rendered
 from r2m_jax.run import checkpoint, loop
 from r2m_jax.run.files import read_json, write_atomic
 from r2m_jax.run.metrics import read_metrics
 from r2m_jax.run.workdir import with_variant
-from r2m_jax.step import make_judge, make_read
 from r2m_jax.tasks import replay, scratch, serve
 from r2m_jax.tasks.export import run_config
-from r2m_jax.types import Sequences
+from r2m_jax.types import Rollout, Sequences
 
 KEY_ANALYSE = 2**31 - 11  # of the held-out responses
 MOST_LAYERS = 5  # of a policy, evenly spread, besides its last; as many as the paper shows
@@ -221,19 +222,14 @@ def make_look(config, built) -> Callable[..., dict]:
   states {layer: f32[B, D]}; last, ref_mean, ref_last f32[B, D]; rte f32[B, Dr]; used, frozen
   f32[B], at the state's own omega.
   """
-  read, judge, layers = (
-    make_read(config),
-    make_judge(built.defs, config),
-    layers_of(built.arch.num_layers),
-  )
+  read, layers = make_read(config), layers_of(built.arch.num_layers)
 
   @sharding.jit_on(built.mesh)
   def look(state, sequences: Sequences, arm) -> dict:
     policy, ref = built.defs.open_policy(state.policy, state.ref), built.defs.open_ref(state.ref)
     rows, shown = (sequences.tokens, sequences.token_mask), sequences.response_mask
-    judged, _ = judge(
-      state, state.omega, sequences, *read(policy, ref, sequences), *rows, arm, sampled=len(rows[0])
-    )
+    annotate = make_annotate(built.defs, config, reward_of(built.defs, arm))
+    judged, _ = annotate(state, state.omega, Rollout(sequences), *read(policy, ref, sequences))
     of_ref, final = ref(*rows).hidden, policy(*rows).hidden
     states = {
       name: pool(policy(*rows, feedback_layer=layer).feedback, shown)
@@ -650,27 +646,25 @@ def write(config, workdir: Path, found: dict[str, Found], lacks: dict[str, str])
   """WORKDIR/analysis: report.html, a PNG for each figure, a CSV for each piece. Returns the
   page's path.
   """
-  out, parts = (
-    workdir / "analysis",
-    [
-      f"<h1>Analysis of {workdir.name}</h1>",
-      '<p class="soft">Definitions of each '
-      "piece: docs/analyse.md. Intervals are by bootstrap over prompts, or over seeds where a "
-      "curve has several.</p>",
-    ],
-  )
+  out, sections = workdir / "analysis", []
   for name, piece in found.items():
     title, caption = TITLES[name]
     for suffix, figure in piece.figures.items():
       image = rendered(figure)
       write_atomic(out / f"{name}{suffix}.png", image)
-      parts.append(page.figure_html(title, caption, [image], whole=True))
+      sections.append(page.figure_section(title, caption, [image], whole=True))
     for table in tables_of(title, piece):
-      parts.append(page.table_html({"note": caption, **table} if not piece.figures else table))
+      noted = table if piece.figures else {"note": caption, **table}
+      sections.append(page.table_section(noted))
     write_atomic(out / f"{name}.csv", csv_of(piece))
   left = [f"{name}: {reason}." for name, reason in lacks.items() if name not in found]
   if left:
-    parts.append(
-      f'<div class="card"><b>What this run has no data for</b>{page.bullets(left)}</div>'
-    )
-  return page.write_page(out / "report.html", f"Analysis of {workdir.name}", parts)
+    sections.append(page.points_section("What this run has no data for", left))
+  return page.write_page(
+    out / "report.html",
+    title=f"Analysis of {workdir.name}",
+    heading=f"Analysis of {workdir.name}",
+    about="Definitions of each piece: docs/analyse.md. Intervals are by bootstrap over prompts, or "
+    "over seeds where a curve has several.",
+    sections=sections,
+  )

@@ -16,14 +16,14 @@ from r2m_jax.analysis import probes
 from r2m_jax.analysis.probes import (
   centred,
   correlation,
-  mean_by_prompt,
   pairs_of_prompts,
   similarities,
   unit,
 )
 from r2m_jax.lab import stats
 from r2m_jax.lab.results import FINAL
-from r2m_jax.lab.stats import Interval
+from r2m_jax.report import intervals
+from r2m_jax.report.intervals import Interval, group_mean
 from r2m_jax.report.summary import standard_error
 
 # (metric, title, unit) of fig. 5
@@ -138,7 +138,7 @@ def last(values: np.ndarray) -> np.ndarray:
 def dynamics(curves: Curves) -> list[Row]:
   """Fig. 5: first and last window of every curve; intervals over seeds where there are several."""
   return [
-    Row((arm, title), measure, stats.interval(values))
+    Row((arm, title), measure, intervals.interval(values))
     for arm, metrics in curves.items()
     for metric, title, _ in DYNAMICS
     if metric in metrics
@@ -156,7 +156,9 @@ def noise(curves: Curves) -> list[Row]:
   rise, rows = lambda values: last(values) - stats.outline(values).start, []
 
   def error(*values):
-    return 1.96 * np.sqrt(sum(2 * standard_error(v[0]) ** 2 for v in values))  # of two windows each
+    return intervals.NORMAL * np.sqrt(
+      sum(2 * standard_error(v[0]) ** 2 for v in values)
+    )  # of two windows each
 
   for metric in TREND:
     if any(metric not in curves[arm] for arm in ("r2m", "noise")):
@@ -172,7 +174,7 @@ def noise(curves: Curves) -> list[Row]:
       def around(x, e):
         return Interval(float(x), float(x - e), float(x + e), 1)
 
-      found = around(value[0], error(*of)) if len(value) == 1 else stats.interval(value)
+      found = around(value[0], error(*of)) if len(value) == 1 else intervals.interval(value)
       rows.append(Row((metric,), measure, found))
   return rows
 
@@ -212,16 +214,18 @@ def ablations(curves: Curves, leads: tuple[str, ...]) -> list[Row]:
   rows = []
   for arm, metrics in curves.items():
     rows += [
-      Row((arm,), measure, stats.interval(last(metrics[metric])))
+      Row((arm,), measure, intervals.interval(last(metrics[metric])))
       for measure in ABLATION
       if (metric := FINAL[measure]) in metrics
     ]
     if "reward/gold" in metrics:
-      rows.append(Row((arm,), "peak", stats.interval(stats.outline(metrics["reward/gold"]).peak)))
+      rows.append(
+        Row((arm,), "peak", intervals.interval(stats.outline(metrics["reward/gold"]).peak))
+      )
     for lead in leads:
       if lead in curves and lead != arm and "reward/gold" in metrics:
         ends = (last(curves[name]["reward/gold"]) for name in (arm, lead))
-        rows.append(Row((arm,), f"final less {lead}", stats.paired(*ends)))
+        rows.append(Row((arm,), f"final less {lead}", intervals.paired(*ends)))
   return rows
 
 
@@ -272,7 +276,7 @@ def hacking(reads: list[Read], start: Read) -> list[Row]:
     kind = hacks(read, start)
     shares = (("share hacking", 1), ("share sound", 0))
     rows += [
-      Row((read.name,), measure, mean_by_prompt(kind == wanted, read.prompt))
+      Row((read.name,), measure, group_mean(kind == wanted, read.prompt))
       for measure, wanted in shares
     ]
     measures = "both sound", "both hacking", "across", "gap"
@@ -302,7 +306,7 @@ def drift(arms: dict[str, dict[int, np.ndarray]], prompt: np.ndarray) -> list[Ro
     return (unit(a) * unit(b)).sum(-1)
 
   return [
-    Row((arm,), f"step {step} with step 0", mean_by_prompt(cosine(x, states[0]), prompt))
+    Row((arm,), f"step {step} with step 0", group_mean(cosine(x, states[0]), prompt))
     for arm, states in arms.items()
     for step, x in states.items()
   ]
@@ -341,7 +345,7 @@ def accuracy(judged: list[Judged], prompt: np.ndarray) -> list[Row]:
       "after less before": right["after"] - right["before"],
     }
     for measure, values in right.items():
-      found = mean_by_prompt(values, same.prompt, gap != 0)
+      found = group_mean(values, same.prompt, gap != 0)
       rows.append(
         Row((one.arm, one.responses), measure, Interval(*(100 * x for x in found[:3]), found.count))
       )

@@ -6,8 +6,8 @@ import numpy as np
 
 from r2m_jax.analysis.evidence import DYNAMICS, TREND, Curves, Read, Row, hacks, step_matrix
 from r2m_jax.analysis.probes import centred, pairs_of_prompts, unit
-from r2m_jax.lab.figures import GREY, INK, MARKS, MOST, band, canvas, legend, style
-from r2m_jax.report.page import COLOURS, dress
+from r2m_jax.lab.figures import GREY, INK, MARKS, MOST, band, style
+from r2m_jax.report.figures import COLOURS, canvas, dress, grid, legend
 from r2m_jax.report.summary import window_of
 
 BINS = 8  # of pairs, by similarity
@@ -94,18 +94,13 @@ def _curve(axis, values: np.ndarray, i: int, label: str):
 def dynamics(curves: Curves):
   """Fig. 5: a panel for each metric, a line for each arm."""
   panels = [panel for panel in DYNAMICS if any(panel[0] in metrics for metrics in curves.values())]
-  columns = min(4, len(panels))
-  rows = -(-len(panels) // columns)
-  figure, axes = canvas(3.3 * columns, 2.7 * rows + 0.4, rows, columns)
-  for axis in axes.flat[len(panels) :]:
-    axis.remove()
-  for axis, (metric, title, label) in zip(axes.flat, panels):
+  figure, axes = grid(len(panels), 4, (3.3, 2.7), 0.4)
+  for axis, (metric, title, label) in zip(axes, panels):
     for i, arm in enumerate(list(curves)[:MOST]):
       if metric in curves[arm]:
         _curve(axis, curves[arm][metric], i, arm)
     dress(axis, title, "step", label)
-  most = max(axes.flat[: len(panels)], key=lambda axis: len(axis.lines))
-  legend(figure, most, 8)
+  legend(figure, max(axes, key=lambda axis: len(axis.lines)), 8)
   return figure
 
 

@@ -12,58 +12,20 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats as distributions  # jax brings it
 
-from r2m_jax.lab.stats import Interval, ends, interval, resampled
+from r2m_jax.report.intervals import (
+  Interval,
+  by_group,
+  estimate,
+  interval,
+  weights,
+  with_ends,
+)
 
-RESAMPLES = 2000
 FOLDS, INNER = (
   5,
   4,
 )  # of the prompts: to predict rows that no fit saw, and to choose the penalty without them
 PENALTIES = 10.0 ** np.arange(-4, 4.5, 0.5)
-
-
-def weights(count: int) -> np.ndarray:
-  """How often each of `count` prompts is in each resample; row 0 has each once.   -> f64[1 +
-  RESAMPLES, count].
-  """
-  return np.concatenate([np.ones((1, count)), resampled(count)[:RESAMPLES]])
-
-
-def with_ends(values: np.ndarray, count: int) -> Interval:
-  """The first of f64[1 + RESAMPLES] values, with the interval that the others give over `count`
-  prompts.
-  """
-  return Interval(float(values[0]), *ends(values[1:], count), count)
-
-
-def estimate(statistic: Callable[..., np.ndarray], *parts: np.ndarray) -> Interval:
-  """A statistic of sums over prompts.
-
-  Args:
-    statistic: maps sums f64[R, ...], one for each of `parts`, to f64[R].
-    parts: f64[P, ...] each, what a prompt adds.
-  """
-  drawn = weights(len(parts[0]))
-  with np.errstate(
-    divide="ignore", invalid="ignore"
-  ):  # a resample without any such row: NaN, and `ends` counts it
-    return with_ends(statistic(*(np.tensordot(drawn, part, 1) for part in parts)), len(parts[0]))
-
-
-def by_prompt(prompt: np.ndarray, values: np.ndarray) -> np.ndarray:
-  """Sums of f64[N, ...] values over the rows of each prompt, i64[N] from 0.   -> f64[P, ...]."""
-  sums = np.zeros((prompt.max() + 1, *np.shape(values)[1:]))
-  np.add.at(sums, prompt, values)
-  return sums
-
-
-def mean_by_prompt(
-  values: np.ndarray, prompt: np.ndarray, counted: np.ndarray | None = None
-) -> Interval:
-  """The mean of f64[N] values over all rows, or over those that are `counted`, bool[N]."""
-  counted = np.ones(len(values), bool) if counted is None else counted
-  sums = np.stack([np.where(counted, values, 0), counted], -1).astype(float)
-  return estimate(lambda s: s[:, 0] / s[:, 1], by_prompt(prompt, sums))
 
 
 # ---- similarity of pairs ----
@@ -98,8 +60,8 @@ def similarities(states: np.ndarray, label: np.ndarray, prompt: np.ndarray) -> S
   """
   member = label[:, None] == np.arange(2)  # [N, 2]
   u, n = (
-    by_prompt(prompt, member[..., None] * unit(states)[:, None]),
-    by_prompt(prompt, member),
+    by_group(prompt, member[..., None] * unit(states)[:, None]),
+    by_group(prompt, member),
   )  # [P, 2, D], [P, 2]
   drawn = weights(len(n))
   total, count = np.tensordot(drawn, u, 1), drawn @ n
@@ -155,11 +117,11 @@ def correlation(
   if within:
 
     def mean(v):
-      return (by_prompt(prompt, v) / np.maximum(by_prompt(prompt, np.ones(len(v))), 1))[prompt]
+      return (by_group(prompt, v) / np.maximum(by_group(prompt, np.ones(len(v))), 1))[prompt]
 
     x, y = x - mean(x), y - mean(y)
   x, y = x - x.mean(), y - y.mean()
-  sums = by_prompt(prompt, np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], -1))
+  sums = by_group(prompt, np.stack([np.ones(len(x)), x, y, x * x, y * y, x * y], -1))
 
   def pearson(s):
     n, sx, sy, sxx, syy, sxy = np.moveaxis(s, -1, 0)
@@ -225,13 +187,13 @@ def r_squared(y: np.ndarray, *predicted: np.ndarray, prompt: np.ndarray) -> Inte
   With two predictions, that of the first less that of the second on the same rows: a paired
   difference.
   """
-  errors = [by_prompt(prompt, (y - p) ** 2) for p in predicted]
+  errors = [by_group(prompt, (y - p) ** 2) for p in predicted]
   y = y - y.mean()  # better conditioned, and the spread is the same
 
   def spread(n, s, q):
     return q - s**2 / n
 
-  rows = [by_prompt(prompt, v) for v in (np.ones(len(y)), y, y * y)]
+  rows = [by_group(prompt, v) for v in (np.ones(len(y)), y, y * y)]
   if len(predicted) == 1:
     return estimate(lambda e, *s: 1 - e / spread(*s), *errors, *rows)
   return estimate(lambda a, b, *s: (b - a) / spread(*s), *errors, *rows)

@@ -16,6 +16,21 @@ from r2m_jax.data.files import JSON_LINES, BadRow, Record, find_files, of_split
 from r2m_jax.data.forms import as_row
 from r2m_jax.data.jsonl import DataError
 
+# columns that other programs read, and that change what a row means
+UNREAD = {
+  "system",
+  "system_prompt",
+  "input",
+  "context",
+  "tools",
+  "images",
+  "score",
+  "score_chosen",
+  "score_rejected",
+  "rating",
+  "margin",
+  "weight",
+}
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)*")
 
 
@@ -32,6 +47,8 @@ def good_rows(raw: Iterable[Record], need: str, bad: "BadRows") -> Iterator[dict
   """The rows that can be used, with `where`; the others are counted in `bad`."""
   for record in raw:
     bad.read += 1
+    if isinstance(record.value, dict):
+      bad.unread |= UNREAD & {name for name, value in record.value.items() if value}
     try:
       yield as_row(record.value, need) | {"where": record.where}
     except BadRow as error:
@@ -47,6 +64,7 @@ class BadRows:
     self.name, self.read = name, 0
     self.counts: collections.Counter[str] = collections.Counter()
     self.first: dict[str, str] = {}
+    self.unread: set[str] = set()  # columns that are not read and may change what a row means
 
   def add(self, error: BadRow, where: str) -> None:
     self.counts[error.kind] += 1
@@ -55,6 +73,8 @@ class BadRows:
   def summary(self) -> str:
     bad = self.counts.total()
     text = f"{self.name}: {self.read} rows read, {bad} bad"
+    if self.unread:
+      text += f"; columns that are not read: {', '.join(sorted(self.unread))}"
     return text + "".join(
       f"; {n} {kind}, first {self.first[kind]}" for kind, n in self.counts.most_common()
     )

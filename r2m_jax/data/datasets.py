@@ -18,8 +18,7 @@ from r2m_jax.data.batches import group_by_length, pack, row_batches
 from r2m_jax.data.checked import fingerprint, keep, too_long
 from r2m_jax.data.jsonl import DataError
 from r2m_jax.data.rows import load
-from r2m_jax.data.text import Tokenizer, as_prompts, bucket, each_row, pad_left
-from r2m_jax.hf.folders import Policy, RewardModel, describe_reward
+from r2m_jax.data.text import Renderer, Tokenizer, as_prompts, bucket, each_row, pad_left
 from r2m_jax.parallel import hosts
 from r2m_jax.run.files import read_json, write_atomic
 from r2m_jax.types import Pairs, Prompts
@@ -123,13 +122,12 @@ def enough(rows: int, field: str, size: int, source: str = "data.name") -> None:
 # ---- sft ----
 
 
-def sft_rows(config, policy: Policy, workdir: Path, name: str):
+def sft_rows(config, tokenizer: Tokenizer, workdir: Path, name: str):
   """Batches of tokens, token_mask [B, L] and response_mask [B, T]: prompt and response end to end,
   padded on the left.
 
   Returns (dataset of row numbers, their collate function).
   """
-  tokenizer = policy.tokenizer
   rows = load(config.data, "response")
   print(tokenizer.describe(rows[0]["prompt"]))
   end = [] if tokenizer.end_id is None else [tokenizer.end_id]
@@ -158,11 +156,11 @@ def sft_rows(config, policy: Policy, workdir: Path, name: str):
   return dataset, collate
 
 
-def packed_lines(config, policy: Policy, workdir: Path, name: str):
+def packed_lines(config, tokenizer: Tokenizer, workdir: Path, name: str):
   """As `sft_rows`, for dialogues and texts laid end to end in full lines; every token but a
   line's first counts.
   """
-  tokenizer, data = policy.tokenizer, config.data
+  data = config.data
   end = [] if tokenizer.end_id is None else [tokenizer.end_id]
 
   def whole(row):
@@ -215,12 +213,12 @@ def sides_of(config, tokenizer: Tokenizer, row: dict) -> list[dict]:
 
 
 def pair_ids(
-  config, reward: RewardModel, rows: list[dict], what: str
+  config, renderer: Renderer, rows: list[dict], what: str
 ) -> tuple[list[dict], list[tuple]]:
   """The rows that config.data allows, each with its `sides_of` as "sides", and both as the
   reward model's tokens.
   """
-  renderer, tokenizer = reward.renderer, reward.renderer.tokenizer
+  tokenizer = renderer.tokenizer
 
   def plain(text):
     return tokenizer.encode(text, special=False)
@@ -243,13 +241,13 @@ def pair_ids(
   return rows, each_row(rows, lambda r: tuple(map(rendered, r["sides"])))
 
 
-def pairs(config, reward: RewardModel, workdir: Path):
+def pairs(config, renderer: Renderer, workdir: Path):
   """Batches of chosen and rejected i32[B, L] with their masks. (dataset of row numbers, collate,
   number of rows).
   """
   rows = load(config.data, "pair")
-  print(describe_reward(reward, rows[0]["prompt"], rows[0]["chosen"]))
-  rows, ids = pair_ids(config, reward, rows, "reward")
+  print(renderer.describe(rows[0]["prompt"], rows[0]["chosen"]))
+  rows, ids = pair_ids(config, renderer, rows, "reward")
   enough(len(rows), "reward.batch_size", config.reward.batch_size)
   hold(workdir, "reward", rows, ids)
   dataset, lengths = row_stream(
@@ -261,7 +259,7 @@ def pairs(config, reward: RewardModel, workdir: Path):
     for side, name in enumerate(("chosen", "rejected")):
       rows = [ids[i][side] for i in batch]
       arrays[name], arrays[f"{name}_mask"] = pad_left(
-        rows, reward.renderer.tokenizer.pad_id, int(lengths[batch[0]])
+        rows, renderer.tokenizer.pad_id, int(lengths[batch[0]])
       )
     return arrays
 
@@ -279,8 +277,7 @@ class PromptData:
   order: Any  # dataset of row numbers: entry t is the prompts of step t
 
 
-def prompt_data(config, policy: Policy, workdir: Path) -> PromptData:
-  tokenizer = policy.tokenizer
+def prompt_data(config, tokenizer: Tokenizer, workdir: Path) -> PromptData:
   rows = load(config.data, "prompt")
   print(tokenizer.describe(rows[0]["prompt"]))
   ids = each_row(rows, lambda row: (tokenizer.render(row["prompt"]),))
@@ -298,8 +295,8 @@ def prompt_data(config, policy: Policy, workdir: Path) -> PromptData:
   return PromptData([row["prompt"] for row in rows], ids, bucket(max(map(len, ids))), order)
 
 
-def batch_of(data: PromptData, index: np.ndarray, policy: Policy) -> Prompts:
-  prompts = as_prompts([data.ids[i] for i in index], policy.tokenizer.pad_id, length=data.length)
+def batch_of(data: PromptData, index: np.ndarray, tokenizer: Tokenizer) -> Prompts:
+  prompts = as_prompts([data.ids[i] for i in index], tokenizer.pad_id, length=data.length)
   return prompts.replace(example_id=np.asarray(index, np.int32))
 
 
@@ -307,7 +304,7 @@ def batch_of(data: PromptData, index: np.ndarray, policy: Policy) -> Prompts:
 
 
 def judged_pairs(
-  config, policy: Policy, reward: RewardModel, workdir: Path
+  config, tokenizer: Tokenizer, renderer: Renderer, workdir: Path
 ) -> dict[str, np.ndarray]:
   """The judgments of config.r2m.judgments for both models: arrays [N, 2, ...], winner and loser,
   named as in `Pairs`.
@@ -318,7 +315,6 @@ def judged_pairs(
   data = config.data.copy_and_resolve_references()
   data.name, data.weights = config.r2m.judgments, ()
   rows = load(data, "pair")
-  tokenizer, renderer = policy.tokenizer, reward.renderer
   end = [] if tokenizer.end_id is None else [tokenizer.end_id]
 
   def encode(row):

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from r2m_jax.parallel.errors import UserError
+
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (*JSON_LINES, *(f"{suffix}.gz" for suffix in JSON_LINES), ".parquet")
 METADATA = (
@@ -43,10 +45,11 @@ KINDS = (
   "wrong roles",
   "different prompts",
   "chosen equals rejected",
+  "undesirable",
 )
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
   """Data that a task cannot use; the message names file and line, and the fix."""
 
 

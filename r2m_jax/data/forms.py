@@ -8,7 +8,8 @@ to it.
   {prompt}                              text or messages
   {text}                                plain text, for tokenizers and language modelling
 
-A row that fits none of them raises BadRow. What comes out has `prompt` (text, or messages) and
+A row that fits none of them raises BadRow, and so does a reply with `label: false` (KTO) where a reply
+is learned from. What comes out has `prompt` (text, or messages) and
 `response`, or `chosen` and `rejected`, all checked: no empty text, roles that alternate, no pair of
 equals.
 """
@@ -42,6 +43,8 @@ def as_row(record: Any, need: str) -> dict[str, Any]:
   def has(field):
     return record.get(field) is not None
 
+  if record.get("label") is False and need in ("response", "text"):
+    raise BadRow("undesirable", "label is false: the reply is one to avoid, not one to learn")
   if need == "text" and has("text"):
     row = {"text": _text(record["text"], "text")}
   elif need == "pair":

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from r2m_jax.parallel.errors import UserError
 from r2m_jax.types import Prompts, Sequences
 
 JOINER = " "  # between prompt and response, for a reward model without a chat template
@@ -31,7 +32,7 @@ DATE_FORMAT = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 Prompt = str | list[dict[str, str]]  # text, or messages [{"role": ..., "content": ...}]
 
 
-class TextError(ValueError):
+class TextError(UserError, ValueError):
   """A text that cannot become tokens as it is; the message says which, and the fix."""
 
 
@@ -361,14 +362,10 @@ def pad_left(
   return tokens, mask
 
 
-def as_prompts(
-  rows: Sequence[Sequence[int]], pad_id: int, *, first_id: int = 0, length: int = 0
-) -> Prompts:
-  """Rendered prompts as `Prompts`, numbered from `first_id`."""
+def as_prompts(rows: Sequence[Sequence[int]], pad_id: int, *, length: int = 0) -> Prompts:
+  """Rendered prompts as `Prompts`, numbered from 0 (example_id i32[N]), padded as by `pad_left`."""
   tokens, mask = pad_left(rows, pad_id, length)
-  return Prompts(
-    tokens=tokens, mask=mask, example_id=np.arange(len(rows), dtype=np.int32) + np.int32(first_id)
-  )
+  return Prompts(tokens=tokens, mask=mask, example_id=np.arange(len(rows), dtype=np.int32))
 
 
 def responses_of(sequences: Sequences, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
@@ -407,6 +404,16 @@ class Renderer:
       ids = tokenizer.join(prompt, response)
       ids = ids if truncated else [*ids, *tokenizer.suffix]
     return ids[-self.max_length :] if self.max_length else ids
+
+  def describe(self, prompt: Prompt, response: str, truncated: bool = False) -> str:
+    """One rendered input of the reward model with its special tokens, for a user to look at."""
+    tokenizer = self.tokenizer
+    ids = self.ids(prompt, response, truncated=truncated)
+    rule = "its chat template" if tokenizer.has_template else "prompt + ' ' + response"
+    return (
+      f"rewards  {tokenizer.source}: input by {rule}\n"
+      f"sample   {len(ids)} tokens: {tokenizer.hf.decode(ids)!r}"
+    )
 
   def batch(
     self, rows: Sequence[tuple[Prompt, str, bool]], *, length: int = 0

@@ -1,16 +1,22 @@
 """RL on the gold-reward task: prompts, the step, which arms share a program, and what gold says."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from r2m_jax.algorithm.annotate import Reward
 from r2m_jax.algorithm.labels import uses_labels
-from r2m_jax.algorithm.variants import Arm, arm_of
+from r2m_jax.algorithm.read import Defs
+from r2m_jax.algorithm.variants import Arm, States, arm_of
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.labels import gold_labeller
 from r2m_jax.goldtask.stages import STREAM_RL
 from r2m_jax.parallel import hosts
 from r2m_jax.run.build import Build
 from r2m_jax.run.workdir import with_variant
-from r2m_jax.step import make_step
+from r2m_jax.step import StepOutput, jit_step, make_learn, make_rollout, make_step
+from r2m_jax.types import Prompts, TrainState
 
 
 def shared_arm(config) -> Arm | None:
@@ -44,8 +50,39 @@ def make_gold_step(config, built: Build, layout):
   if uses_labels(config):
     labelled = make_step(*fixed, gold_labeller(config))
     return lambda state, prompts, arm: labelled(state, own(prompts))
-  step = make_step(*fixed, arms=True)
+  step = jit_step(make_arm_step(*fixed[:3]), layout, 2)
   return lambda state, prompts, arm: step(state, own(prompts), arm)
+
+
+def make_arm_step(defs: Defs, config, mesh):
+  """Builds `step(state, prompts, arm) -> (state, output)`, not yet jitted: the step of any `Arm` if
+  config.variant is r2m, and of config.variant itself with None.
+  """
+  rollout = make_rollout(defs, config, mesh, (goldtask.EOS,), goldtask.PAD)
+
+  def step(state: TrainState, prompts: Prompts, arm: Arm | None) -> tuple[TrainState, StepOutput]:
+    learn = make_learn(defs, config, mesh, reward_of(defs, arm))
+    return learn(state, rollout(state, prompts))
+
+  return step
+
+
+def reward_of(defs: Defs, arm: Arm | None) -> Reward | None:
+  """An arm's reward in r2m's program, while that is traced; None, the variant's own, without an
+  arm.
+  """
+  if arm is None:
+    return None
+
+  def score(head_state, rte, states: States, w):
+    head = nnx.merge(defs.reward_head, head_state)
+    fused = head.members(rte, states.hidden, states.mask, jnp.where(arm.fused, w, 1))
+    return fused * jnp.where(arm.scaled, w, 1)
+
+  def keep(new, old):
+    return jax.tree.map(lambda new, old: jnp.where(arm.trained, new, old), new, old)
+
+  return Reward(score, keep)
 
 
 def gold_metrics(out, group_size: int) -> dict[str, float]:

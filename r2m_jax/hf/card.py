@@ -66,69 +66,85 @@ def write_card(
     bases: the folders or hub names that training started from, the model's own first.
     rule: how a reward model's input is rendered.
   """
-  task = config.task
   hub = [base for base in bases if not Path(base).expanduser().is_dir()]
   names = [base if base in hub else Path(base).name for base in bases]
   trained = {"policy": "policy", "adapters": "policy (LoRA adapters)"}.get(kind, "reward model")
-  head = ["---", "library_name: " + ("peft" if kind == "adapters" else "transformers")]
+  lines = [
+    *_front_matter(kind, hub, named=bases[0] in hub),
+    "",
+    f"# {Path(workdir).name}: {trained}",
+    "",
+    f"A {trained} from {', '.join(names)}, made by {HOW[config.task]} with r2m_jax (R2M, arXiv "
+    "2601.22664).",
+    "",
+    "## What was trained",
+    "",
+    *_training(config, names),
+    "",
+    "## Figures of the run",
+    "",
+    *_figures(config, workdir),
+    "",
+    "## Use",
+    "",
+    "```python",
+    USE[kind].replace("{rule}", rule),
+    "```",
+    "",
+  ]
+  (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _front_matter(kind: str, hub: list[str], *, named: bool) -> list[str]:
+  """The card's YAML. `named`: whether the model's own base is a name of the hub."""
   # only a hub name may stand here: the hub refuses cards whose base_model it cannot find
-  head += ["base_model:", *(f"- {name}" for name in hub)] if bases[0] in hub else []
-  head += [
+  base = ["base_model:", *(f"- {name}" for name in hub)] if named else []
+  return [
+    "---",
+    "library_name: " + ("peft" if kind == "adapters" else "transformers"),
+    *base,
     "tags:",
     "- r2m_jax",
     f"- {'reward-model' if 'reward' in kind else 'text-generation'}",
     "---",
   ]
+
+
+def _training(config, names: list[str]) -> list[str]:
+  """A line for each thing that made the model what it is: start, data, seed and settings."""
   sources = [
     name if ":" in name else Path(name).name for name in config.data.name.split(",") if name
   ]
-  data = ", ".join(sources) or "the gold-reward task"
+  lines = [
+    f"- starts from: {', '.join(names)}",
+    f"- data: {', '.join(sources) or 'the gold-reward task'}",
+    f"- seed: {config.seed}",
+    *(f"- {field}: {_get(config, field)}" for field in SETTINGS[config.task]),
+  ]
+  if config.lora.rank:
+    lines.append(
+      f"- lora: rank {config.lora.rank}, alpha {config.lora.alpha}, targets `{config.lora.targets}`"
+    )
+  return lines
 
-  def value(field):
-    return _get(config, field)
 
+def _figures(config, workdir: Path) -> list[str]:
+  """The metrics of the stage's first and last logged step, as a table."""
+  task = config.task
   rows = [row for row in read_metrics(workdir) if row["stage"] == ("rl" if task == "r2m" else task)]
   rows = [row for row in rows if task != "r2m" or row["arm"] == config.variant]
-  lines = [
-    *head,
-    "",
-    f"# {Path(workdir).name}: {trained}",
-    "",
-    f"A {trained} from {', '.join(names)}, made by {HOW[task]} with r2m_jax (R2M, arXiv "
-    "2601.22664).",
-    "",
-    "## What was trained",
-    "",
-    f"- starts from: {', '.join(names)}",
-    f"- data: {data}",
-    f"- seed: {config.seed}",
-    *(f"- {field}: {value(field)}" for field in SETTINGS[task]),
-    *(
-      [
-        f"- lora: rank {config.lora.rank}, alpha {config.lora.alpha}, targets "
-        f"`{config.lora.targets}`"
-      ]
-      if config.lora.rank
-      else []
-    ),
-    "",
-    "## Figures of the run",
-    "",
+  if not rows:
+    return ["None were logged."]
+  first, last = rows[0], rows[-1]
+
+  def shown(x):
+    return f"{x:.4g}" if isinstance(x, float) else str(x)
+
+  return [
+    f"| | step {first['step']} | step {last['step']} |",
+    "|---|---|---|",
+    *(f"| {k} | {shown(first.get(k, ''))} | {shown(last[k])} |" for k in last if k not in ROW_KEYS),
   ]
-  if rows:
-    first, last = rows[0], rows[-1]
-    lines += [f"| | step {first['step']} | step {last['step']} |", "|---|---|---|"]
-
-    def shown(x):
-      return f"{x:.4g}" if isinstance(x, float) else str(x)
-
-    lines += [
-      f"| {k} | {shown(first.get(k, ''))} | {shown(last[k])} |" for k in last if k not in ROW_KEYS
-    ]
-  else:
-    lines += ["None were logged."]
-  lines += ["", "## Use", "", "```python", USE[kind].replace("{rule}", rule), "```", ""]
-  (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
 def _get(config, field: str):

@@ -26,13 +26,14 @@ from r2m_jax.hf.weights import Pretrained, PretrainedError, Score, fetch, load_p
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.reward import RewardHead
 from r2m_jax.parallel import hosts, sharding
+from r2m_jax.parallel.errors import UserError
 from r2m_jax.run.build import model_kwargs
 
 RENDERER, HEAD_CONFIG, HEAD_WEIGHTS = "r2m_renderer.json", "r2m_head.json", "r2m_head.safetensors"
 HEAD_FORMAT = 1
 
 
-class FolderError(ValueError):
+class FolderError(UserError, ValueError):
   """A folder that a task cannot use; the message says what it is and what would do."""
 
 
@@ -159,14 +160,6 @@ def reward_start(reward: RewardModel, mesh):
     phi = hosts.put(jax.device_get(phi), sharding.shardings(phi, mesh))
   state = {"backbone": reward.state, "phi": phi}
   return jax.device_put(state, sharding.shardings(state, mesh))
-
-
-def describe_reward(reward: RewardModel, prompt, response: str, truncated: bool = False) -> str:
-  """One rendered input of a reward model with its special tokens."""
-  tokenizer = reward.renderer.tokenizer
-  ids = reward.renderer.ids(prompt, response, truncated=truncated)
-  rule = "its chat template" if tokenizer.has_template else "prompt + ' ' + response"
-  return f"rewards  {reward.folder}: input by {rule}\nsample   {len(ids)} tokens: {tokenizer.hf.decode(ids)!r}"
 
 
 def phi_state(score: Score) -> nnx.State:

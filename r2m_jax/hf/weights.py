@@ -6,6 +6,7 @@ and linears are [out, in]; here layers are stacked and kernels are [in, out]. On
 scheme connects the two.
 """
 
+import contextlib
 import json
 import math
 import pathlib
@@ -28,6 +29,7 @@ from safetensors.numpy import save_file
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.parallel import sharding
+from r2m_jax.parallel.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")  # of tensors on disk, as safetensors names them
@@ -111,7 +113,7 @@ class Pretrained(NamedTuple):
   score: Score | None
 
 
-class PretrainedError(ValueError):
+class PretrainedError(UserError, ValueError):
   """A folder that does not hold the model it describes; the message names file, tensor and
   shapes.
   """
@@ -457,25 +459,36 @@ def save_pretrained(
   _check_state(arch, params)
   name = str(jnp.dtype(dtype or params["embed/embedding"].dtype))
   config = _token_ids(tokenizer_folder) | arch.to_hf() | {"dtype": name, "torch_dtype": name}
-  if score is not None:
-    labels = {str(i): f"LABEL_{i}" for i in range(score.kernel.shape[1])}
-    config |= {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}
+  config |= _labels(score) | (extra or {})
 
   tensors = _tensors(arch, params, score, dtype)
   if jax.process_index() != 0:
     for _ in tensors:  # takes part in gathering
       pass
     return
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  new = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-  try:
+  with _replacing(folder) as new:
     _write_shards(new, tensors, max_shard_bytes)
     for pattern in TOKENIZER_FILES if tokenizer_folder else ():
       for file in pathlib.Path(tokenizer_folder).glob(pattern):
         shutil.copyfile(file, new / file.name)
-    (new / "config.json").write_text(
-      json.dumps(config | (extra or {}), indent=2) + "\n", encoding="utf-8"
-    )
+    (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _labels(score: Score | None) -> dict[str, Any]:
+  """The fields of config.json that name a classifier's outputs; {} for a language model."""
+  if score is None:
+    return {}
+  labels = {str(i): f"LABEL_{i}" for i in range(score.kernel.shape[1])}
+  return {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}
+
+
+@contextlib.contextmanager
+def _replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A new folder to fill, which takes the place of `folder` if the block ends without an error."""
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  new = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+  try:
+    yield new
     new.chmod(0o755)
     if folder.exists():
       old = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

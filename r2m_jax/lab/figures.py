@@ -6,7 +6,8 @@ import numpy as np
 
 from r2m_jax.lab import stats
 from r2m_jax.lab.results import Results, at_kl, rival
-from r2m_jax.report.page import COLOURS, DPI, ROOT_KL, dress, png
+from r2m_jax.report import intervals
+from r2m_jax.report.figures import COLOURS, ROOT_KL, canvas, dress, grid, legend
 from r2m_jax.report.summary import window_means
 
 MARKS, DASHES = "os^DvPX*", ("-", "--", "-.", ":")
@@ -25,34 +26,6 @@ def style(i: int) -> dict:
   )
 
 
-def canvas(wide: float, tall: float, rows: int = 1, columns: int = 1):
-  """(figure, axes [rows, columns]); inches."""
-  from matplotlib.figure import Figure
-
-  figure = Figure(figsize=(wide, tall), dpi=DPI, layout="constrained")
-  return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def rendered(figure) -> bytes:
-  from matplotlib.backends.backend_agg import FigureCanvasAgg
-  from PIL import Image
-
-  drawn = FigureCanvasAgg(figure)
-  drawn.draw()
-  return png(Image.fromarray(np.asarray(drawn.buffer_rgba())).convert("RGB"))
-
-
-def legend(figure, axis, columns: int = 4):
-  """Of one axis, below the figure."""
-  figure.legend(
-    *axis.get_legend_handles_labels(),
-    loc="outside lower center",
-    ncols=columns,
-    frameon=False,
-    fontsize=9,
-  )
-
-
 def root(kl):
   """sqrt(KL); what rounding leaves below zero is zero."""
   return np.sqrt(np.maximum(kl, 0))
@@ -62,7 +35,9 @@ def band(values: np.ndarray) -> np.ndarray:
   """Mean and interval over seeds of window means at each step: f64[S, T] -> f64[3, T']."""
   means = np.stack([window_means(row) for row in values])
   return (
-    np.repeat(means, 3, 0) if len(values) < 2 else np.stack([means.mean(0), *stats.bounds(means)])
+    np.repeat(means, 3, 0)
+    if len(values) < 2
+    else np.stack([means.mean(0), *intervals.bounds(means)])
   )
 
 
@@ -77,12 +52,8 @@ def against_step(config, results: Results):
   beside it.
   """
   names = list(results.curves)
-  columns = min(4, len(names))
-  rows = -(-len(names) // columns)
-  figure, axes = canvas(3.0 * columns, 2.2 * rows + 0.5, rows, columns)
-  for axis in axes.flat[len(names) :]:
-    axis.remove()
-  for axis, name in zip(axes.flat, names):
+  figure, axes = grid(len(names), 4, (3.0, 2.2), 0.5)
+  for axis, name in zip(axes, names):
     metrics = results.curves[name][only_factor(results, name)].metrics
     other = rival(name, config.lab.baseline, results.curves)
     if other and only_factor(results, other) == only_factor(results, name):
@@ -96,14 +67,7 @@ def against_step(config, results: Results):
       at, band(metrics["reward/frozen"])[0], color="#D55E00", ls=":", lw=1.6, label="frozen proxy"
     )
     dress(axis, name, "step", "reward")
-  most = max(axes.flat[: len(names)], key=lambda axis: len(axis.lines))
-  figure.legend(
-    *most.get_legend_handles_labels(),
-    loc="outside upper center",
-    ncols=3,
-    frameon=False,
-    fontsize=9,
-  )
+  legend(figure, max(axes, key=lambda axis: len(axis.lines)), 3, place="upper")
   return figure
 
 
@@ -123,7 +87,9 @@ def frontier(config, results: Results):
     ends = []
     for factor in sorted(results.curves[name]):
       found = results.values[name, factor]
-      ends.append((root(stats.interval(found["kl_final"])[0]), *stats.interval(found["final"])[:3]))
+      ends.append(
+        (root(intervals.interval(found["kl_final"])[0]), *intervals.interval(found["final"])[:3])
+      )
     x, y, low, high = np.array(ends).T
     axes[0, 1].errorbar(x, y, [y - low, high - y], label=name, lw=1.3, ms=6, capsize=2, **style(i))
   dress(axes[0, 0], "On the way, at the arm's own KL weight (means over seeds)", ROOT_KL, "gold")
@@ -187,7 +153,7 @@ def best_of_n(config, results: Results):
   gain = results.best["gold"] - results.best["gold"][:, :1]
   shift = results.best["proxy"] - results.best["proxy"][:, :1]
   for label, values in (("gold", gain), ("proxy", shift)):
-    mean, low, high = np.array([stats.interval(column)[:3] for column in values.T]).T
+    mean, low, high = np.array([intervals.interval(column)[:3] for column in values.T]).T
     axes[0, 0].errorbar(d, mean, [mean - low, high - mean], capsize=2, label=label, **OF[label])
   panels = [(axes[0, 0], d, ("best_of_n", 1.0), "bon", "d (a - b d)")]
   base = config.lab.baseline

@@ -20,12 +20,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from r2m_jax.algorithm.annotate import make_annotate
 from r2m_jax.algorithm.labels import uses_labels
+from r2m_jax.algorithm.read import make_read, measured_kl, read_feedback, sampling
+from r2m_jax.algorithm.schedules import make_omega
 from r2m_jax.algorithm.variants import VARIANTS, measured
 from r2m_jax.config import ConfigError, arms_of, identity
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.labels import gold_labeller
-from r2m_jax.goldtask.rl import gold_metrics, program_of, rl_prompts, shared_arm
+from r2m_jax.goldtask.rl import gold_metrics, make_arm_step, program_of, rl_prompts, shared_arm
 from r2m_jax.goldtask.stages import (
   STREAM_BEST,
   STREAM_PROBE,
@@ -55,16 +58,8 @@ from r2m_jax.run.fit import PARTIAL
 from r2m_jax.run.identities import check_step_zero, sample_rounding
 from r2m_jax.run.progress import progress
 from r2m_jax.run.workdir import claim, shapes_of, warm
-from r2m_jax.step import (
-  make_judge,
-  make_learn,
-  make_omega,
-  make_read,
-  make_rollout,
-  measured_kl,
-  read_feedback,
-  sampling,
-)
+from r2m_jax.step import make_learn, make_rollout
+from r2m_jax.types import Rollout
 
 KEY_PROBE = 2**31 - 10  # of the fixed responses
 BEST_GROUP = 2  # samples of a prompt drawn at a time: by the program that draws preferences
@@ -79,7 +74,7 @@ def run(config, workdir: Path) -> None:
     raise ConfigError(
       "config.task is 'lab': for one process, over whose devices its seeds are shared out"
     )
-  claim(config, workdir)
+  claim(config, workdir, shared=True)
   wanted = [(seed, factor) for factor in config.lab.betas for seed in config.lab.seeds]
   for name, arm in arms.items():  # before anything is computed
     missing_of(workdir, name, arm, wanted)
@@ -380,24 +375,20 @@ def make_together_step(config, built: Build, mesh, configs: list):
   config's labels.
   """
   program, arm = program_of(config), shared_arm(config)
-  rollout = make_rollout(built.defs, program, built.mesh, (goldtask.EOS,), goldtask.PAD)
-  learn = make_learn(built.defs, program, built.mesh, same_tokens=True)
-
-  def whole(state, prompts, arm):
-    sequences = rollout(state, prompts)
-    return learn(state, sequences, sequences.tokens, sequences.token_mask, arm=arm)
-
   if not uses_labels(config):
+    whole = make_arm_step(built.defs, program, built.mesh)
     whole, arms = together(whole, mesh, donate=(0,)), arm and stack([arm] * len(configs))
     return lambda states, prompts, number: whole(states, prompts, arms)
   labellers = [gold_labeller(one) for one in configs]
+  rollout = make_rollout(built.defs, program, built.mesh, (goldtask.EOS,), goldtask.PAD)
+  learn = make_learn(built.defs, program, built.mesh)
   rollout, learn = together(rollout, mesh), together(learn, mesh, donate=(0,))
 
   def labelled(states, prompts, number):
-    sequences = rollout(states, prompts)
-    on_host = jax.device_get(sequences)
+    drawn = rollout(states, prompts)
+    on_host = jax.device_get(drawn.samples)
     pairs = stack([label(pick(on_host, i), number) for i, label in enumerate(labellers)])
-    return learn(states, sequences, sequences.tokens, sequences.token_mask, pairs)
+    return learn(states, drawn, None, pairs)
 
   return labelled
 
@@ -417,11 +408,7 @@ def make_probe(config, built: Build, mesh):
                             with the reference's over the same tokens: what the policy gains through
                             states it writes
   """
-  read, judge, omega_at = make_read(config), make_judge(built.defs, config), make_omega(config)
-  floor, reading = (
-    config.r2m.omega_min,
-    sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=0),
-  )
+  score_of = make_scores(config, built)
   settings = dict(
     group_size=1,
     max_new_tokens=config.rollout.max_new_tokens,
@@ -435,29 +422,13 @@ def make_probe(config, built: Build, mesh):
     return generate(built.defs.open_policy(state.policy, state.ref), prompts, key, 0, **settings)
 
   def probe(state, first_head, fixed, samples):
-    def scores(sequences, head, w, feedback):
-      policy, ref = built.defs.open_policy(state.policy, state.ref), built.defs.open_ref(state.ref)
-      old, of_ref = (read_feedback(model, sequences, **reading) for model in (policy, ref))
-      if w is None:
-        w = omega_at(state.step, measured_kl(*read(policy, ref, sequences), sequences))
-      given = state.replace(reward_head=head, reward_average=None)
-      judged, _ = judge(
-        given,
-        w,
-        sequences,
-        old if feedback else of_ref,
-        of_ref,
-        sequences.tokens,
-        sequences.token_mask,
-        sampled=len(sequences.tokens),
-      )
-      return judged
-
     head = state.reward_head if state.reward_average is None else state.reward_average
-    w = jnp.asarray(floor, state.omega.dtype)
-    before, now = (scores(fixed, first_head, w, feedback).scores for feedback in (False, True))
+    w = jnp.asarray(config.r2m.omega_min, state.omega.dtype)
+    before, now = (
+      score_of(state, fixed, first_head, w, feedback).scores for feedback in (False, True)
+    )
     today, own, own_ref = (
-      scores(*of)
+      score_of(state, *of)
       for of in (
         (fixed, head, None, True),
         (samples, head, None, True),
@@ -474,23 +445,78 @@ def make_probe(config, built: Build, mesh):
   return together(fix, mesh), together(probe, mesh)
 
 
+def make_scores(config, built: Build):
+  """Builds `score_of(state, sequences, head, w, feedback) -> Judged`: responses as a reward head
+  scores them.
+
+  With `feedback` the head reads the policy's states, else the reference's. `w` is the weight
+  omega; None: that of the state's step.
+  """
+  read, omega_at = make_read(config), make_omega(config)
+  annotate = make_annotate(built.defs, config)
+  reading = sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=0)
+
+  def score_of(state, sequences, head, w, feedback):
+    policy, ref = built.defs.open_policy(state.policy, state.ref), built.defs.open_ref(state.ref)
+    old, of_ref = (read_feedback(model, sequences, **reading) for model in (policy, ref))
+    if w is None:
+      w = omega_at(state.step, measured_kl(*read(policy, ref, sequences), sequences))
+    given = state.replace(reward_head=head, reward_average=None)
+    judged, _ = annotate(given, w, Rollout(sequences), old if feedback else of_ref, of_ref)
+    return judged
+
+  return score_of
+
+
+def make_drift(config, built: Build, mesh, states, configs: list):
+  """Builds `drift(states, t, samples)`: the metrics of `make_probe` of every replica at the steps
+  at which they are taken, {} at others and for a variant without feedback.
+
+  Args:
+    states: the first TrainState of every replica; the step may donate it.
+  """
+  if not VARIANTS[config.variant].feedback:
+    return lambda states, t, samples: {}
+  fix, probe = make_probe(program_of(config), built, mesh)
+  count = config.lab.probe_prompts
+  fixed = fix(
+    states, stack([goldtask.prompts(one.seed, STREAM_PROBE, 0, count) for one in configs])
+  )
+  first_head = jax.tree.map(jnp.copy, states.reward_head)
+
+  def drift(states, t, samples):
+    if t % config.lab.probe_every:
+      return {}
+    return jax.device_get(probe(states, first_head, fixed, samples))
+
+  return drift
+
+
+def rows_of(config, out, drift: dict, count: int) -> list[dict]:
+  """The metrics of one step, a dict for each of `count` replicas; `out` is on the host."""
+  rows = []
+  for i in range(count):
+    one = pick(out, i)
+    own = {key: value for key, value in one.metrics.items() if measured(key, config.variant)}
+    rows.append(own | gold_metrics(one, config.rollout.group_size) | pick(drift, i))
+  return rows
+
+
+def check_first_step(config, built: Build, states, out, rows: list[dict]) -> None:
+  """The identities of step 0, on the worst value that any replica has."""
+  own = [key for key in out.metrics if measured(key, config.variant)]
+  rounding = sample_rounding(built.defs, config, pick(states.ref, 0), pick(out.sequences, 0))
+  check_step_zero({key: max(row[key] for row in rows) for key in own}, rounding, config)
+
+
 def run_arm(name: str, config, replicas: list[tuple[int, float]], workdir: Path) -> dict:
   """All replicas of an arm, from where they were left; returns their rows as columns."""
   seeds = tuple(dict.fromkeys(seed for seed, _ in replicas))
   built, policies, rewards, heads = starts_of(config, seeds, workdir)
   mesh, configs = seeds_mesh(len(replicas)), [with_seed(config, seed) for seed, _ in replicas]
   states = first_states(config, built, mesh, replicas, policies, rewards, heads)
-  step, probing = (
-    make_together_step(config, built, mesh, configs),
-    VARIANTS[config.variant].feedback != "",
-  )
-  if probing:
-    fix, probe = make_probe(program_of(config), built, mesh)
-    count = config.lab.probe_prompts
-    fixed = fix(
-      states, stack([goldtask.prompts(one.seed, STREAM_PROBE, 0, count) for one in configs])
-    )
-    first_head = jax.tree.map(jnp.copy, states.reward_head)
+  step = make_together_step(config, built, mesh, configs)
+  drift = make_drift(config, built, mesh, states, configs)
 
   folder = partial_of(workdir, name, config, replicas)
   checkpoints = checkpoint.open_checkpoints(folder, config.checkpoint)
@@ -506,23 +532,11 @@ def run_arm(name: str, config, replicas: list[tuple[int, float]], workdir: Path)
     with progress(config.steps, name, initial=start, enabled=sys.stderr.isatty()) as bar:
       for t in range(start, config.steps):
         states, out = step(states, stack([rl_prompts(one, t) for one in configs]), t)
-        drift = {}
-        if probing and t % config.lab.probe_every == 0:
-          drift = jax.device_get(probe(states, first_head, fixed, out.sequences))
+        moved = drift(states, t, out.sequences)
         out = jax.device_get(out)
-        rows = []
-        for i in range(len(replicas)):
-          one = pick(out, i)
-          found = {
-            key: value for key, value in one.metrics.items() if measured(key, config.variant)
-          }
-          rows.append(found | gold_metrics(one, config.rollout.group_size) | pick(drift, i))
+        rows = rows_of(config, out, moved, len(replicas))
         if t == 0:
-          worst = {key: max(row[key] for row in rows) for key in found}
-          rounding = sample_rounding(
-            built.defs, config, pick(states.ref, 0), pick(out.sequences, 0)
-          )
-          check_step_zero(worst, rounding, config)
+          check_first_step(config, built, states, out, rows)
           names = list(rows[0])
           log = np.full((config.steps, len(replicas), len(names)), np.nan, np.float32)
         for i, row in enumerate(rows):

@@ -12,6 +12,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from r2m_jax.data.jsonl import read_rows, write_rows
 from r2m_jax.data.rows import load
 from r2m_jax.goldtask.rl import against_gold
 from r2m_jax.hf import export
-from r2m_jax.hf.folders import Policy, load_policy, load_reward, mesh_of
+from r2m_jax.hf.folders import Policy, RewardModel, load_policy, load_reward, mesh_of
 from r2m_jax.lab import report, results, table
 from r2m_jax.lab.grid import alone
 from r2m_jax.parallel import sharding
@@ -43,7 +44,7 @@ def run(config, workdir: Path) -> None:
   workdir, mesh, arms = workdir.absolute(), mesh_of(config), arms_of(config)
   check_batch(config, tuple(mesh.shape.values()))
   scratch.require_data(config)
-  claim(config, workdir)
+  claim(config, workdir, shared=True)
   print(
     f"r2m_jax  lab_text: {len(arms)} arms x {len(config.lab.seeds)} seeds on {mesh.size} "
     f"{jax.devices()[0].platform} device(s); writes {workdir}",
@@ -177,7 +178,7 @@ def make_gold(config, workdir: Path, mesh, sft: Path, drawn: list[dict]) -> Path
   def fit(out):
     policy = grow(load_policy(str(sft), config, mesh), config.gold.depth)
     export.write_policy(grown, settings, policy, policy.state, workdir)
-    claim(settings, folder)
+    claim(settings, folder, shared=True)
     folders.run_reward(settings, folder, mesh, out=out)
 
   if not config.gold.path:
@@ -224,11 +225,11 @@ def make_proxy(config, workdir: Path, mesh, sft: Path, seed: int, drawn: list[di
   settings = scratch.derived(config, "reward", str(pairs), policy__path=str(sft), seed=seed)
 
   def fit(out):
-    claim(settings, folder)
+    claim(settings, folder, shared=True)
     if not pairs.exists():
       source = scratch.derived(config, "reward", config.scratch.pairs, policy__path=str(sft))
       start = load_reward(str(sft), config, mesh, from_policy=True)
-      rows, _ = datasets.pair_ids(source, start, load(source.data, "pair"), "proxies")
+      rows, _ = datasets.pair_ids(source, start.renderer, load(source.data, "pair"), "proxies")
       write_rows(str(pairs), noisy_subset(config, rows, seed))
     folders.run_reward(settings, folder, mesh, out=out)
 
@@ -260,7 +261,7 @@ def run_arm(
   )
 
   def make(out):
-    claim(settings, folder)
+    claim(settings, folder, shared=True)
     scored = serve.make_scorer(
       settings, load_reward(str(gold), settings, mesh), None, mesh, shown=False
     )
@@ -304,6 +305,17 @@ def collect(config, arms, workdir: Path) -> results.Results:
 # ---- what the reward models are worth ----
 
 
+class Held(NamedTuple):
+  """What every reward model is measured on, and what the gold reward model says of it."""
+
+  rows: list[dict]  # the clean pairs of all validation sets together
+  prompts: list  # of the rows; some are in several sets
+  of_gold: np.ndarray  # scores of chosen and rejected, f32[N, 2]
+  drawn: list[dict]  # samples of the supervised policy
+  on_samples: np.ndarray  # the gold score of each sample
+  longer: np.ndarray  # its length in tokens
+
+
 def measure(config, workdir: Path, mesh, gold: Path, drawn: list[dict]) -> None:
   """Tables of all reward models on held-out pairs and on samples of the supervised policy:
   WORKDIR/reward_models.json.
@@ -313,64 +325,14 @@ def measure(config, workdir: Path, mesh, gold: Path, drawn: list[dict]) -> None:
   path = workdir / PROXIES
   if path.exists() and set(map(str, config.lab.seeds)) <= set(read_json(path)["proxies"]):
     return
-  model = load_reward(str(gold), config, mesh)
-  val = scratch.sets_of(config, model, config.scratch.pairs_val)
-  dev = scratch.sets_of(config, model, config.scratch.pairs_dev, dev=True)
-  rows, count = (
-    [row for pairs in (*val, *dev) for row in pairs.rows],
-    sum(len(pairs.rows) for pairs in val),
-  )
-  lengths = np.concatenate([pairs.lengths for pairs in val])
-  every = scratch.Pairs(
-    "all validation sets", rows[:count], lengths, sum(pairs.of for pairs in val)
-  )
-  prompts = every.prompts  # some are in several sets
-  of_gold = scratch.scores_of(config, model, None, rows, mesh)
-  right = wins(*of_gold.T)
-  sections = [scratch.accuracy_table([*val, *dev, every], np.concatenate([right, right[:count]]))]
-  sections[0]["title"] = "The gold reward model on held-out pairs, %"
-
-  on_samples, longer = (
-    serve.score(config, model, None, drawn, mesh),
-    np.array([row["length"] for row in drawn]),
-  )
-
-  def correlation(a, b):
-    return float(np.corrcoef(a, b)[0, 1]) if min(np.std(a), np.std(b)) > 0 else 0.0
-
-  lines, proxies = [], {}
-  lines.append(
-    [
-      "gold",
-      scratch.shown(mean_of(right[:count], prompts), 1, 100),
-      "–",
-      "–",
-      f"{correlation(on_samples, longer):.2f}",
-    ]
-  )
+  held, sections = measure_gold(config, mesh, gold, drawn)
+  right = mean_of(wins(*held.of_gold.T), held.prompts)
+  length = f"{correlation(held.on_samples, held.longer):.2f}"
+  lines, proxies = [["gold", scratch.shown(right, 1, 100), "–", "–", length]], {}
   for seed in config.lab.seeds:
     proxy = load_reward(str(workdir / "models" / f"proxy_{seed}"), config, mesh)
-    scores = scratch.scores_of(config, proxy, None, rows[:count], mesh)
-    accuracy = mean_of(wins(*scores.T), prompts)
-    agree = mean_of(
-      wins(*(np.sign(x[:, 0] - x[:, 1]) for x in (scores, of_gold[:count]))) == 0.5, prompts
-    )
-    mine = serve.score(config, proxy, None, drawn, mesh)
-    proxies[seed] = {
-      "accuracy": accuracy[:3],
-      "agreement": agree[:3],
-      "correlation": correlation(mine, on_samples),
-      "length_correlation": correlation(mine, longer),
-    }
-    lines.append(
-      [
-        f"proxy of seed {seed}",
-        scratch.shown(accuracy, 1, 100),
-        scratch.shown(agree, 1, 100),
-        f"{correlation(mine, on_samples):.2f}",
-        f"{correlation(mine, longer):.2f}",
-      ]
-    )
+    proxies[seed], cells = measure_proxy(config, mesh, proxy, held)
+    lines.append([f"proxy of seed {seed}", *cells])
   sections.append(
     {
       "title": "Reward models",
@@ -382,9 +344,57 @@ def measure(config, workdir: Path, mesh, gold: Path, drawn: list[dict]) -> None:
         "Correlation with gold",
         "With length",
       ],
-      "note": f"Accuracy and order: on the {count} clean pairs of the validation sets together. "
-      "Correlations of scores: "
+      "note": f"Accuracy and order: on the {len(held.rows)} clean pairs of the validation sets "
+      "together. Correlations of scores: "
       f"over {len(drawn)} samples of the supervised policy on held-out prompts.",
     }
   )
   write_atomic(path, json.dumps({"proxies": proxies, "tables": sections}))
+
+
+def measure_gold(config, mesh, gold: Path, drawn: list[dict]) -> tuple[Held, list[dict]]:
+  """The gold reward model on held-out pairs and samples, and the table of its accuracy."""
+  model = load_reward(str(gold), config, mesh)
+  val = scratch.sets_of(config, model, config.scratch.pairs_val)
+  dev = scratch.sets_of(config, model, config.scratch.pairs_dev, dev=True)
+  rows = [row for pairs in (*val, *dev) for row in pairs.rows]
+  count = sum(len(pairs.rows) for pairs in val)
+  lengths = np.concatenate([pairs.lengths for pairs in val])
+  every = scratch.Pairs(
+    "all validation sets", rows[:count], lengths, sum(pairs.of for pairs in val)
+  )
+  of_gold = scratch.scores_of(config, model, None, rows, mesh)
+  right = wins(*of_gold.T)
+  section = scratch.accuracy_table([*val, *dev, every], np.concatenate([right, right[:count]]))
+  section["title"] = "The gold reward model on held-out pairs, %"
+  on_samples = serve.score(config, model, None, drawn, mesh)
+  longer = np.array([row["length"] for row in drawn])
+  held = Held(rows[:count], every.prompts, of_gold[:count], drawn, on_samples, longer)
+  return held, [section]
+
+
+def measure_proxy(config, mesh, proxy: RewardModel, held: Held) -> tuple[dict, list[str]]:
+  """The numbers of one proxy, and the same as cells of the table."""
+  scores = scratch.scores_of(config, proxy, None, held.rows, mesh)
+  accuracy = mean_of(wins(*scores.T), held.prompts)
+  orders = (np.sign(x[:, 0] - x[:, 1]) for x in (scores, held.of_gold))
+  agree = mean_of(wins(*orders) == 0.5, held.prompts)
+  mine = serve.score(config, proxy, None, held.drawn, mesh)
+  numbers = {
+    "accuracy": accuracy[:3],
+    "agreement": agree[:3],
+    "correlation": correlation(mine, held.on_samples),
+    "length_correlation": correlation(mine, held.longer),
+  }
+  cells = [
+    scratch.shown(accuracy, 1, 100),
+    scratch.shown(agree, 1, 100),
+    f"{numbers['correlation']:.2f}",
+    f"{numbers['length_correlation']:.2f}",
+  ]
+  return numbers, cells
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> float:
+  """Pearson's; 0 if either does not vary."""
+  return float(np.corrcoef(a, b)[0, 1]) if min(np.std(a), np.std(b)) > 0 else 0.0

@@ -2,7 +2,6 @@
 ends.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,14 +9,14 @@ import numpy as np
 
 from r2m_jax.lab import figures, results, stats
 from r2m_jax.lab.results import Results, at_kl, at_weight, find, gold_measures, rival, stop_name
-from r2m_jax.lab.turnover import turnover, turnover_table
-from r2m_jax.report import page as report_page
-from r2m_jax.report.summary import number
+from r2m_jax.report import intervals, page
+from r2m_jax.report.figures import rendered
+from r2m_jax.report.summary import number, over_optimised, rise_and_fall
 from r2m_jax.run.checkpoint import MANIFEST
-from r2m_jax.run.files import write_atomic
+from r2m_jax.run.files import read_json, write_atomic
 
 
-def span(found: stats.Interval | None, digits: int = 2) -> str:
+def span(found: intervals.Interval | None, digits: int = 2) -> str:
   """ "0.83 [0.70, 0.95]"; the count where not every seed has the number is added by the caller."""
   if found is None or not np.isfinite(found.value):
     return "–"
@@ -84,26 +83,46 @@ def notes(config, found: Results) -> list[str]:
 
 
 def tables(config, found: Results, facts: dict[int, dict]) -> list[dict]:
-  """Sections of numbers, as page.table_html takes them; no seed in `facts`: none about the
+  """Sections of numbers, as page.table_section takes them; no seed in `facts`: none about the
   reward models.
   """
-  lab, keys = config.lab, list(found.values)
+  sections = gold_tables(config, found)
+  sections += same_weight_table(config, found)
+  sections += [behaviour_table(found)]
+  sections += drift_table(found)
+  sections += [turnover_table(found)]
+  sections += choice_table(config, found)
+  sections += best_table(found)
+  return sections + reward_table(facts)
 
-  def label(key):
-    return key[0] if key[1] == 1.0 else f"{key[0]}, KL weight x {key[1]:g}"
 
-  def counted(x, full):
-    return span(x) + (f" (n {x.count})" if x and x.count < full else "")
+def _table(title: str, head: Sequence[str], rows: list[list[str]], note: str) -> dict:
+  return {"title": title, "head": list(head), "rows": rows, "note": note}
+
+
+def _label(key: tuple[str, float]) -> str:
+  return key[0] if key[1] == 1.0 else f"{key[0]}, KL weight x {key[1]:g}"
+
+
+def _counted(x: intervals.Interval | None, full: int) -> str:
+  return span(x) + (f" (n {x.count})" if x and x.count < full else "")
+
+
+def gold_tables(config, found: Results) -> list[dict]:
+  """Gold of every arm by each measure, and its paired differences from the baseline and the
+  control.
+  """
+  lab = config.lab
+  leads = list(dict.fromkeys((lab.baseline, lab.control)))
 
   def compared(key, measure):
-    size, cells = len(next(iter(found.values[key].values()))), []
-    cells.append(counted(find(found, key[0], measure, key[1]), size))
-    for lead in dict.fromkeys((lab.baseline, lab.control)):
+    size = len(next(iter(found.values[key].values())))
+    cells = [_counted(find(found, key[0], measure, key[1]), size)]
+    for lead in leads:
       other = rival(key[0], lead, found.curves)
-      cells.append(counted(find(found, key[0], measure, key[1], other), size) if other else "–")
+      cells.append(_counted(find(found, key[0], measure, key[1], other), size) if other else "–")
     return cells
 
-  leads = [f"less {lead}" for lead in dict.fromkeys((lab.baseline, lab.control))]
   sections = []
   for measure, title in (
     ("final", "Gold in the end"),
@@ -111,50 +130,45 @@ def tables(config, found: Results, facts: dict[int, dict]) -> list[dict]:
     ("area", "Mean gold of all steps"),
     *((at_kl("gold", kl), f"Gold at KL {kl:g}") for kl in lab.kls),
   ):
-    rows = [[label(key), *compared(key, measure)] for key in keys if measure in found.values[key]]
-    sections.append(
-      dict(
-        title=title,
-        head=["arm", "mean", *leads],
-        rows=rows,
-        note=(
-          "Means over seeds with 95% intervals; differences are paired by seed, with the arm of "
-          "the same suffix where "
-          "there is one. n: seeds that have the number, where not all do."
-        ),
-      )
+    rows = [
+      [_label(key), *compared(key, measure)]
+      for key, values in found.values.items()
+      if measure in values
+    ]
+    note = (
+      "Means over seeds with 95% intervals; differences are paired by seed, with the arm of the "
+      "same suffix where there is one. n: seeds that have the number, where not all do."
     )
-  beta = {key: found.curves[key[0]][key[1]].beta for key in keys if key[0] in found.curves}
-  rows, lead = [], lab.control or lab.baseline
-  for key in beta:
-    other = rival(key[0], lead, found.curves)
-    against = other and at_weight(other, beta[key])
-    if against and find(found, key[0], "final", key[1], against):
-      measures = [measure for measure in gold_measures(config) if measure != "peak"]
-      rows.append(
-        [
-          key[0],
-          f"{beta[key]:g}",
-          other,
-          *(
-            counted(
-              find(found, key[0], measure, key[1], against), len(found.curves[key[0]][key[1]].seeds)
-            )
-            for measure in measures
-          ),
-        ]
-      )
-  if rows:
-    head = ["arm", "KL weight", "less", "final", "area", *(f"gold at KL {kl:g}" for kl in lab.kls)]
-    sections.append(
-      dict(
-        title="At one KL weight",
-        head=head,
-        rows=rows,
-        note=f"Paired differences from {lead} at the "
-        "very same KL weight, wherever both were run at it.",
-      )
-    )
+    sections.append(_table(title, ["arm", "mean", *(f"less {lead}" for lead in leads)], rows, note))
+  return sections
+
+
+def same_weight_table(config, found: Results) -> list[dict]:
+  """Paired differences at one KL weight; [] if no two arms share one."""
+  lead, rows = config.lab.control or config.lab.baseline, []
+  measures = [measure for measure in gold_measures(config) if measure != "peak"]
+  for arm, factor in found.values:
+    if arm not in found.curves:
+      continue
+    curves, other = found.curves[arm][factor], rival(arm, lead, found.curves)
+    against = other and at_weight(other, curves.beta)
+    if against and find(found, arm, "final", factor, against):
+      cells = [
+        _counted(find(found, arm, measure, factor, against), len(curves.seeds))
+        for measure in measures
+      ]
+      rows.append([arm, f"{curves.beta:g}", other, *cells])
+  if not rows:
+    return []
+  kls = [f"gold at KL {kl:g}" for kl in config.lab.kls]
+  note = f"Paired differences from {lead} at the very same KL weight, wherever both were run at it."
+  return [
+    _table("At one KL weight", ["arm", "KL weight", "less", "final", "area", *kls], rows, note)
+  ]
+
+
+def behaviour_table(found: Results) -> dict:
+  """What the policy of each arm does in the end."""
   show = (
     "kl_final",
     "frozen_final",
@@ -168,118 +182,138 @@ def tables(config, found: Results, facts: dict[int, dict]) -> list[dict]:
     "within_corr",
     "pair_disagreement",
   )
-  rows = [[label(key), *(span(find(found, key[0], name, key[1])) for name in show)] for key in keys]
-  sections.append(
-    dict(
-      title="What the policy does in the end",
-      rows=rows,
-      head=["arm", *(name.removesuffix("_final").replace("_", " ") for name in show)],
-      note="Correlation (used reward and gold within a prompt) and disagreement (share of the pairs "
-      "that the reward labels against gold; 0.5 is chance): means of the second half of the "
-      "steps. A high gold with a length near 1 is collapse, not alignment.",
-    )
+  rows = [
+    [_label(key), *(span(find(found, key[0], name, key[1])) for name in show)]
+    for key in found.values
+  ]
+  return _table(
+    "What the policy does in the end",
+    ["arm", *(name.removesuffix("_final").replace("_", " ") for name in show)],
+    rows,
+    "Correlation (used reward and gold within a prompt) and disagreement (share of the pairs "
+    "that the reward labels against gold; 0.5 is chance): means of the second half of the "
+    "steps. A high gold with a length near 1 is collapse, not alignment.",
   )
-  drift = [key for key in keys if "fixed_states" in found.values[key]]
-  if drift:
-    show = ("fixed_states", "fixed_states_std", "fixed_score", "own_states")
-    rows = [
-      [label(key), *(span(find(found, key[0], name, key[1]), 3) for name in show)] for key in drift
-    ]
-    sections.append(
-      dict(
-        title="Scores under drifting feedback",
-        head=[
-          "arm",
-          "states alone",
-          "its spread",
-          "score in all",
-          "own samples: gain through own states",
-        ],
-        rows=rows,
-        note="Means of the second half of the steps; the proxy's deviation at the start is 1.",
-      )
+
+
+def drift_table(found: Results) -> list[dict]:
+  """Scores as the policy's states move; [] if no arm reads feedback."""
+  show = ("fixed_states", "fixed_states_std", "fixed_score", "own_states")
+  rows = [
+    [_label(key), *(span(find(found, key[0], name, key[1]), 3) for name in show)]
+    for key, values in found.values.items()
+    if "fixed_states" in values
+  ]
+  if not rows:
+    return []
+  head = ["arm", "states alone", "its spread", "score in all"]
+  return [
+    _table(
+      "Scores under drifting feedback",
+      [*head, "own samples: gain through own states"],
+      rows,
+      "Means of the second half of the steps; the proxy's deviation at the start is 1.",
     )
+  ]
+
+
+def turnover_table(found: Results) -> dict:
+  """The fitted curves of gold against sqrt(KL)."""
   rows = [
     [
-      label(key),
+      _label(key),
       *(span(getattr(fit[kind], part)) for kind in stats.KINDS for part in ("a", "b", "turn")),
       *(f"{fit[kind].r2:.2f}" for kind in stats.KINDS),
     ]
     for key, fit in found.fits.items()
   ]
-  sections.append(
-    dict(
-      title="Turn-over",
-      rows=rows,
-      head=[
-        "arm",
-        "d(a - b d): a",
-        "b",
-        "turns at d",
-        "d(a - b log d): a",
-        "b",
-        "turns at d",
-        "R²",
-        "R², log",
-      ],
-      note="Gold less that of the supervised policy, d = sqrt(KL); over all steps of all seeds, "
-      "intervals over seeds. –: no peak in more than 2.5% of the resamples.",
-    )
+  squared, logarithm = (
+    ["d(a - b d): a", "b", "turns at d"],
+    ["d(a - b log d): a", "b", "turns at d"],
   )
+  return _table(
+    "Turn-over",
+    ["arm", *squared, *logarithm, "R²", "R², log"],
+    rows,
+    "Gold less that of the supervised policy, d = sqrt(KL); over all steps of all seeds, "
+    "intervals over seeds. –: no peak in more than 2.5% of the resamples.",
+  )
+
+
+def choice_table(config, found: Results) -> list[dict]:
+  """The candidates of each arm and the one that is taken; [] if there are none."""
   chosen = results.choose(config, found)
-  if chosen:
-    show = ("skipped", "length_start", "length_final", at_kl("frozen", lab.kls[0]), "frozen_final")
-    names = [name for name in found.curves if results.CANDIDATE in name]
-    rows = [
-      [
-        name,
-        "taken" if name in chosen.values() else "",
-        *(span(find(found, name, x)) for x in show),
-      ]
-      for name in names
-    ]
-    sections.append(
-      dict(
-        title="Choice of settings",
-        head=["candidate", "", *(x.replace("_", " ") for x in show)],
-        rows=rows,
-        note="By the rule of the protocol, which reads no gold.",
-      )
-    )
-  if found.best:
-    rows = [
-      [str(n), f"{kl:.2f}", *(span(stats.interval(found.best[x][:, i])) for x in ("gold", "proxy"))]
-      for i, (n, kl) in enumerate(zip(found.best["n"][0], found.best["kl"][0]))
-    ]
-    note = "Of the supervised policy, by the proxy; unbiased over all subsets of the samples."
-    sections.append(
-      dict(title="Best of n", head=["n", "KL", "gold", "proxy"], rows=rows, note=note)
-    )
+  if not chosen:
+    return []
+  show = ("skipped", "length_start", "length_final", at_kl("frozen", config.lab.kls[0]))
+  show = (*show, "frozen_final")
+  rows = [
+    [name, "taken" if name in chosen.values() else "", *(span(find(found, name, x)) for x in show)]
+    for name in found.curves
+    if results.CANDIDATE in name
+  ]
+  head = ["candidate", "", *(x.replace("_", " ") for x in show)]
+  note = "By the rule of the protocol, which reads no gold."
+  return [_table("Choice of settings", head, rows, note)]
+
+
+def best_table(found: Results) -> list[dict]:
+  """Best of n of the supervised policy; [] if it was not measured."""
+  if not found.best:
+    return []
+  rows = []
+  for i, (n, kl) in enumerate(zip(found.best["n"][0], found.best["kl"][0])):
+    means = (span(intervals.interval(found.best[x][:, i])) for x in ("gold", "proxy"))
+    rows.append([str(n), f"{kl:.2f}", *means])
+  note = "Of the supervised policy, by the proxy; unbiased over all subsets of the samples."
+  return [_table("Best of n", ["n", "KL", "gold", "proxy"], rows, note)]
+
+
+def reward_table(facts: dict[int, dict]) -> list[dict]:
+  """What fitting the proxy of each seed found; [] without facts."""
+  if not facts:
+    return []
   rows = [
     [str(seed), f"{f['heldout_accuracy']:.3f}", f"{f['gold_of_sft']:.2f}"]
     for seed, f in facts.items()
   ]
-  if rows:
-    sections.append(
-      dict(
-        title="Reward models",
-        head=["seed", "held-out accuracy", "gold of the supervised policy"],
-        rows=rows,
-        note="Against clean gold labels.",
-      )
-    )
-  return sections
+  head = ["seed", "held-out accuracy", "gold of the supervised policy"]
+  return [_table("Reward models", head, rows, "Against clean gold labels.")]
 
 
 def seeds_text(found: Results) -> str:
-  """Start, peak and end of every seed, arm by arm, at the arm's own KL weight."""
-  rows = []
+  """Start, peak and end of every seed's gold, arm by arm, at the arm's own KL weight, and whether
+  it over-optimised (`summary.over_optimised`).
+  """
+  lines = [
+    f"{'arm':<14} {'seed':>4}  {'start':>6} {'peak':>6} {'last':>6}  {'lost':>5}  over-optimised"
+  ]
+  ends = []
   for name in found.curves:
-    mine = found.curves[name][figures.only_factor(found, name)]
+    mine, entries = found.curves[name][figures.only_factor(found, name)], []
     for i, seed in enumerate(mine.seeds):
-      curves = (mine.metrics[f"reward/{key}"][i] for key in ("gold", "frozen"))
-      rows.append({"arm": name, "seed": seed, "turnover": turnover(*curves)})
-  return turnover_table(rows)
+      entry = rise_and_fall(
+        *(finite(mine.metrics[f"reward/{key}"][i]) for key in ("gold", "frozen"))
+      )
+      entries.append(entry)
+      lost = "–" if entry["lost_share"] is None else f"{entry['lost_share']:.0%}"
+      numbers = " ".join(f"{number(entry[part]):>6}" for part in ("start", "peak", "last"))
+      over = "yes" if over_optimised(entry) else "no"
+      lines.append(f"{name:<14} {seed:>4}  {numbers}  {lost:>5}  {over}")
+    last = np.array([entry["last"] for entry in entries])
+    count = sum(map(over_optimised, entries))
+    spread = last.std(ddof=min(1, len(last) - 1))
+    ends.append(
+      f"{name}: over-optimised on {count} of {len(entries)} seeds; "
+      f"last gold {last.mean():.2f}, standard deviation {spread:.2f}"
+    )
+  return "\n".join(lines + ends)
+
+
+def finite(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """(steps, values) of a curve f64[T], those that are finite."""
+  steps = np.flatnonzero(np.isfinite(values))
+  return steps, values[steps]
 
 
 def write(
@@ -288,23 +322,21 @@ def write(
   """Draws WORKDIR/figures and WORKDIR/report.html, with `more` tables, and writes seeds.txt;
   returns what to print.
   """
-  parts = [
-    "<h1>Laboratory: arms against the gold reward</h1>",
-    f'<p class="soft">{len(found.curves)} arms; gold never trains, selects or stops anything.</p>',
-    '<div class="card lead"><b>What the table shows</b>',
-    report_page.bullets(notes(config, found)),
-    "</div>",
-  ]
+  sections = [page.lead_section("What the table shows", notes(config, found))]
   for name, heading, caption, draw in figures.FIGURES:
     if (figure := draw(config, found)) is not None:
-      image = figures.rendered(figure)
+      image = rendered(figure)
       write_atomic(workdir / "figures" / f"{name}.png", image)
-      parts.append(report_page.figure_html(heading, caption, [image], whole=True))
-  parts += [report_page.table_html(section) for section in [*tables(config, found, facts), *more]]
-  parts.append(
-    f'<details class="card"><summary>Configuration</summary><pre>{config.to_json(indent=1)}</pre></details>'
+      sections.append(page.figure_section(heading, caption, [image], whole=True))
+  sections += [page.table_section(one) for one in [*tables(config, found, facts), *more]]
+  sections.append(page.settings_section(config))
+  path = page.write_page(
+    workdir / "report.html",
+    title="R2M laboratory",
+    heading="Laboratory: arms against the gold reward",
+    about=f"{len(found.curves)} arms; gold never trains, selects or stops anything.",
+    sections=sections,
   )
-  page = report_page.write_page(workdir / "report.html", "R2M laboratory", parts)
   text = seeds_text(found)
   write_atomic(workdir / "seeds.txt", text + "\n")
   lines = text.splitlines()
@@ -313,9 +345,9 @@ def write(
   return "\n".join(
     [
       "",
-      "Gold reward, means over 12-step bins",
+      "Gold reward, means over a tenth of the steps",
       *shown,
-      f"report   {page}",
+      f"report   {path}",
       f"table    {workdir / 'table'}, in short {workdir / 'summary.csv'}",
     ]
   )
@@ -328,10 +360,7 @@ def read(config, arms, workdir: Path, folder: Path) -> tuple[Results, dict[int, 
   manifests = {
     int(path.parts[-3].removeprefix("seed_")): path for path in folder.glob(f"seed_*/0/{MANIFEST}")
   }
-  facts = {
-    seed: json.loads(manifests[seed].read_text(encoding="utf-8"))["found"]
-    for seed in sorted(manifests)
-  }
+  facts = {seed: read_json(manifests[seed])["found"] for seed in sorted(manifests)}
   found = results.results_of(
     config, arms, workdir, {seed: fact["gold_of_sft"] for seed, fact in facts.items()}
   )

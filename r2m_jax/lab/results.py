@@ -16,6 +16,7 @@ import numpy as np
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.lab import stats
 from r2m_jax.lab.table import Curves, read_arms, read_table
+from r2m_jax.report import intervals
 from r2m_jax.report.summary import window_of
 from r2m_jax.run.files import write_atomic
 
@@ -54,7 +55,7 @@ class Results(NamedTuple):
   fits: dict[tuple[str, float], dict[str, stats.Fit]]  # -> kind of curve -> fit
   best: dict[str, np.ndarray]  # columns of best_of_n.parquet; {} where there is none
   rows: list[dict]
-  found: dict[tuple, stats.Interval]  # (arm, factor, measure, against) -> the numbers of a row
+  found: dict[tuple, intervals.Interval]  # (arm, factor, measure, against) -> the numbers of a row
   sft_gold: dict[int, float]  # of each seed's supervised policy
 
 
@@ -123,6 +124,9 @@ def rival(name: str, lead: str, known) -> str | None:
   )
 
 
+Key = tuple[str, float]  # arm and factor of its KL weight
+
+
 def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Results:
   """Reads the table.
 
@@ -131,70 +135,15 @@ def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Resul
     sft_gold: gold of each seed's supervised policy on held-out prompts, where the fitted curves
       start.
   """
-  workdir, lab = Path(workdir), config.lab
-  curves = read_arms(workdir, arms)
-  values, fits, beta, seeds = {}, {}, {}, {}
-  for name, by_factor in curves.items():
-    for factor, mine in by_factor.items():
-      key = (name, factor)
-      values[key], beta[key], seeds[key] = measures(config, mine), mine.beta, mine.seeds
-      gain = mine.metrics["reward/gold"] - np.array([[sft_gold[seed]] for seed in mine.seeds])
-      fits[key] = {kind: stats.fit_turnover(mine.metrics["kl"], gain, kind) for kind in stats.KINDS}
-      if name == lab.baseline:
-        for target in lab.stops:
-          key = (stop_name(config, target), factor)
-          values[key], beta[key], seeds[key] = (
-            stopped_measures(config, mine, target),
-            mine.beta,
-            mine.seeds,
-          )
+  curves = read_arms(Path(workdir), arms)
+  values, fits, of = values_of(config, curves, sft_gold)
   rows = []
   for key, found in values.items():
-
-    def add(measure, against, x, key=key):
-      return rows.append(dict(zip(FIELDS, (key[0], beta[key], key[1], measure, against, *x))))
-
-    for measure, per_seed in found.items():
-      add(measure, "", stats.interval(per_seed))
-    for kind, fit in fits.get(key, {}).items():
-      for part in ("a", "b", "turn"):
-        add(f"fit_{kind}_{part}", "", getattr(fit, part))
-      add(f"fit_{kind}_r2", "", (fit.r2, np.nan, np.nan, len(seeds[key])))
-    for lead in dict.fromkeys((lab.baseline, lab.control)):
-      name = rival(key[0], lead, curves)
-      others = {name: (name, key[1] if (name, key[1]) in values else 1.0)}
-      others |= {
-        at_weight(name, beta[k]): k
-        for k in values
-        if k[0] == name and np.isclose(beta[k], beta[key])
-      }
-      if (
-        key == ("r2m", 1.0) and lead == lab.baseline
-      ):  # the method less each ablation, placebo and control
-        others |= {
-          variant: (variant, 1.0) for variant in VARIANTS if variant not in ("r2m", lab.control)
-        }
-      for against, other in others.items():
-        both = [seed for seed in seeds[key] if seed in seeds[other]] if other in values else []
-        for measure in gold_measures(config) if both else ():
-          if measure in found:
-            pair = (
-              values[k][measure][[seeds[k].index(seed) for seed in both]] for k in (key, other)
-            )
-            add(measure, against, stats.paired(*pair))
-  path = workdir / "best_of_n.parquet"
-  best = read_table(path)[0] if path.exists() else {}
+    rows += own_rows(key, of[key], found, fits.get(key, {}))
+    rows += difference_rows(config, key, curves, values, of)
+  best = read_best(Path(workdir) / "best_of_n.parquet")
   if best:
-    best = {name: column.reshape(-1, len(np.unique(best["n"]))) for name, column in best.items()}
-    for i, n in enumerate(best["n"][0]):
-      for name in ("gold", "proxy"):
-        rows.append(
-          dict(
-            zip(
-              FIELDS, ("best_of_n", "", "", f"{name}_n_{n}", "", *stats.interval(best[name][:, i]))
-            )
-          )
-        )
+    rows += best_rows(best)
     gain = best["gold"] - best["gold"][:, :1]
     fits["best_of_n", 1.0] = {
       kind: stats.fit_turnover(best["kl"], gain, kind) for kind in stats.KINDS
@@ -203,8 +152,96 @@ def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Resul
   def place(row):
     return (row["arm"], row["factor"], row["measure"], row["against"])
 
-  found = {place(row): stats.Interval(*(row[name] for name in FIELDS[5:])) for row in rows}
+  found = {place(row): intervals.Interval(*(row[name] for name in FIELDS[5:])) for row in rows}
   return Results(curves, values, fits, best, rows, found, sft_gold)
+
+
+def values_of(config, curves: dict[str, dict[float, Curves]], sft_gold: dict[int, float]):
+  """(measures, fits, curves) of every arm at every KL weight by `Key`; the baseline stopped early
+  counts as arms of their own, without a fit.
+  """
+  values: dict[Key, dict[str, np.ndarray]] = {}
+  fits: dict[Key, dict[str, stats.Fit]] = {}
+  of: dict[Key, Curves] = {}
+  for name, by_factor in curves.items():
+    for factor, mine in by_factor.items():
+      key = (name, factor)
+      values[key], of[key] = measures(config, mine), mine
+      gain = mine.metrics["reward/gold"] - np.array([[sft_gold[seed]] for seed in mine.seeds])
+      fits[key] = {kind: stats.fit_turnover(mine.metrics["kl"], gain, kind) for kind in stats.KINDS}
+      for target in config.lab.stops if name == config.lab.baseline else ():
+        key = (stop_name(config, target), factor)
+        values[key], of[key] = stopped_measures(config, mine, target), mine
+  return values, fits, of
+
+
+def row_of(key: Key, beta: float, measure: str, against: str, x) -> dict:
+  """A row of summary.csv; `x` is an Interval or like one."""
+  return dict(zip(FIELDS, (key[0], beta, key[1], measure, against, *x)))
+
+
+def own_rows(key: Key, curves: Curves, found: dict[str, np.ndarray], fits: dict) -> list[dict]:
+  """The rows of an arm by itself: its measures, then its fitted curves."""
+  rows = [
+    row_of(key, curves.beta, measure, "", intervals.interval(per_seed))
+    for measure, per_seed in found.items()
+  ]
+  for kind, fit in fits.items():
+    for part in ("a", "b", "turn"):
+      rows.append(row_of(key, curves.beta, f"fit_{kind}_{part}", "", getattr(fit, part)))
+    exact = (fit.r2, np.nan, np.nan, len(curves.seeds))
+    rows.append(row_of(key, curves.beta, f"fit_{kind}_r2", "", exact))
+  return rows
+
+
+def difference_rows(config, key: Key, curves, values, of: dict[Key, Curves]) -> list[dict]:
+  """The rows of an arm less those that it is paired with, over the seeds that both have."""
+  rows, mine = [], of[key]
+  for lead in dict.fromkeys((config.lab.baseline, config.lab.control)):
+    for against, other in paired_with(config, key, lead, curves, values, of).items():
+      both = [seed for seed in mine.seeds if seed in of[other].seeds] if other in values else []
+      for measure in gold_measures(config) if both else ():
+        if measure in values[key]:
+          pair = (
+            values[k][measure][[of[k].seeds.index(seed) for seed in both]] for k in (key, other)
+          )
+          rows.append(row_of(key, mine.beta, measure, against, intervals.paired(*pair)))
+  return rows
+
+
+def paired_with(config, key: Key, lead: str, curves, values, of: dict[Key, Curves]) -> dict:
+  """`against` -> key of the arms that an arm is paired with for the sake of `lead`; a key may be
+  of no arm.
+  """
+  name = rival(key[0], lead, curves)
+  others = {name: (name, key[1] if (name, key[1]) in values else 1.0)}
+  others |= {
+    at_weight(name, of[k].beta): k
+    for k in values
+    if k[0] == name and np.isclose(of[k].beta, of[key].beta)
+  }
+  if key == ("r2m", 1.0) and lead == config.lab.baseline:
+    # the method less each ablation, placebo and control
+    names = [variant for variant in VARIANTS if variant not in ("r2m", config.lab.control)]
+    others |= {variant: (variant, 1.0) for variant in names}
+  return others
+
+
+def read_best(path: Path) -> dict[str, np.ndarray]:
+  """Columns of best_of_n.parquet, f64[seeds, n] each; {} where there is none."""
+  if not path.exists():
+    return {}
+  best = read_table(path)[0]
+  return {name: column.reshape(-1, len(np.unique(best["n"]))) for name, column in best.items()}
+
+
+def best_rows(best: dict[str, np.ndarray]) -> list[dict]:
+  """The rows of best of n."""
+  return [
+    row_of(("best_of_n", ""), "", f"{name}_n_{n}", "", intervals.interval(best[name][:, i]))
+    for i, n in enumerate(best["n"][0])
+    for name in ("gold", "proxy")
+  ]
 
 
 def write_summary(path: Path, results: Results) -> None:
@@ -222,7 +259,7 @@ def write_summary(path: Path, results: Results) -> None:
 
 def find(
   results: Results, arm: str, measure: str, factor: float = 1.0, against: str = ""
-) -> stats.Interval | None:
+) -> intervals.Interval | None:
   """The interval of a row; None where there is none."""
   return results.found.get((arm, factor, measure, against))
 

@@ -5,84 +5,12 @@ preferences, reward model, prompts and samples. A value that a seed does not hav
 out and the count says so.
 """
 
-import functools
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats as distributions  # jax brings it
 
+from r2m_jax.report.intervals import GROUP_RESAMPLES, Interval, ends, resampled
 from r2m_jax.report.summary import value_at, window_means, window_of
-
-RESAMPLES = 10_000
-LEVEL = 0.95
-# seeds; a bootstrap stays within the values, and the range of three holds their mean in 75% of all
-# cases
-FEW = 5
-
-
-class Interval(NamedTuple):
-  value: float
-  low: float
-  high: float
-  count: int  # seeds
-
-
-# ---- intervals ----
-
-
-@functools.cache
-def resampled(count: int, seed: int = 0) -> np.ndarray:
-  """Bootstrap draws as weights: how often each of `count` seeds is in each resample.   ->
-  f64[RESAMPLES, count].
-  """
-  drawn = np.random.default_rng(seed).integers(0, count, (RESAMPLES, count))
-  return np.stack([(drawn == i).sum(1) for i in range(count)], 1).astype(float)
-
-
-def levels(count: int) -> tuple[float, float]:
-  """Quantiles of the bootstrap distribution that are the ends of a 95% interval.
-
-  With few seeds the plain percentile interval is too short. The levels are widened so that for
-  Normal data it has the length of the t interval: Hesterberg, What Teachers Should Know About the
-  Bootstrap (2015), section 5.2.
-  """
-  tail = (1 - LEVEL) / 2
-  widened = distributions.norm.cdf(
-    np.sqrt(count / (count - 1)) * distributions.t.ppf(tail, count - 1)
-  )
-  return float(widened), float(1 - widened)
-
-
-def bounds(values: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-  """The ends of the 95% interval of the mean over the first axis of f64[S, ...], S >= 2.
-
-  By a bootstrap from `FEW` values on, Student's below, as of Normal ones.
-  """
-  count = len(values)
-  if count < FEW:
-    mean, spread = np.mean(values, axis=0), np.std(values, axis=0, ddof=1)
-    half = distributions.t.ppf((1 + LEVEL) / 2, count - 1) * spread / np.sqrt(count)
-    return mean - half, mean + half
-  low, high = np.quantile(resampled(count, seed) @ values / count, levels(count), axis=0)
-  return low, high
-
-
-def interval(values, seed: int = 0) -> Interval:
-  """The mean of f64[S] values, one a seed, with its 95% interval (`bounds`); NaN for its ends
-  from fewer than two.
-  """
-  values = np.asarray(values, float)
-  values = values[np.isfinite(values)]
-  count = len(values)
-  if count < 2:
-    return Interval(float(values.mean()) if count else np.nan, np.nan, np.nan, count)
-  return Interval(float(values.mean()), *map(float, bounds(values, seed)), count)
-
-
-def paired(values, baseline, seed: int = 0) -> Interval:
-  """The mean difference of f64[S] values of the same seeds, over the seeds that have both."""
-  return interval(np.asarray(values, float) - np.asarray(baseline, float), seed)
-
 
 # ---- what a curve of gold does ----
 
@@ -172,7 +100,8 @@ def fit_turnover(kl: np.ndarray, gain: np.ndarray, kind: str, seed: int = 0) -> 
   best = solve(np.ones(len(kl)))
   number, total, square = squares.sum(0)
   residual = square - 2 * best @ targets.sum(0) + best @ products.sum(0) @ best
-  drawn = solve(resampled(len(kl), seed)[:2000]) if len(kl) > 1 else np.zeros((0, 2))
+  several = len(kl) > 1
+  drawn = solve(resampled(len(kl), seed, GROUP_RESAMPLES)) if several else np.zeros((0, 2))
 
   def of(value, values):
     return Interval(float(value), *ends(values, len(kl)), len(kl))
@@ -193,15 +122,6 @@ def turn(a, b, kind: str) -> np.ndarray:
   if kind == "bon":
     return np.where(ratio > 0, ratio / 2, np.nan)
   return np.exp(np.minimum(ratio - 1, 700))
-
-
-def ends(values, count: int) -> tuple[float, float]:
-  """Ends of the interval of bootstrapped values; NaN where more than the tail of them is NaN."""
-  values = np.asarray(values, float)
-  if count < 2 or np.isnan(values).mean() > (1 - LEVEL) / 2:
-    return np.nan, np.nan
-  low, high = np.nanquantile(values, levels(count))
-  return float(low), float(high)
 
 
 # ---- best of n ----

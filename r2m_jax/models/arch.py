@@ -198,6 +198,12 @@ class ArchConfig:
       raise ValueError(
         "use_bidirectional_attention=true in config.json is not supported: decoders here are causal"
       )
+    whole = config["hidden_size"] // max(config["num_attention_heads"], 1)
+    if "head_dim" not in family.fields.values() and config.get("head_dim") not in (None, whole):
+      raise ValueError(
+        f"head_dim = {config['head_dim']} in config.json is not hidden_size / num_attention_heads ="
+        f" {whole}, and model_type {config['model_type']!r} has no head size of its own; take it out"
+      )
     activation = config[family.activation]
     if activation not in ACTIVATIONS:
       raise ValueError(
@@ -454,7 +460,11 @@ def _agree(given: Mapping[str, Any], new: dict, *, partial: bool) -> None:
         "which disagree; keep "
         "one of them"
       )
-  if not partial and {**old, **new}.get("partial_rotary_factor", 1.0) != 1.0:
+  own = given.get("partial_rotary_factor")
+  if not partial and {"partial_rotary_factor": own, **old, **new}["partial_rotary_factor"] not in (
+    None,
+    1.0,
+  ):
     raise ValueError(
       "config.json has a partial_rotary_factor, which transformers ignores for this model_type; "
       "take it out, or name "
@@ -466,16 +476,17 @@ def _read_rope(config: dict, given: Mapping[str, Any], family: Family) -> dict[s
   """The four rotary fields of ArchConfig from rope_parameters (transformers 5), else from the
   older spelling.
   """
+  partial = "rotary_pct" in family.defaults
   rope = {
-    "rope_theta": config.get("rotary_emb_base", config.get("rope_theta")),
-    "partial_rotary_factor": config.get("rotary_pct", 1.0),
+    "rope_theta": config["rotary_emb_base"] if partial else config.get("rope_theta"),
+    "partial_rotary_factor": config["rotary_pct"] if partial else 1.0,
     **(config["rope_scaling"] or {}),
   }
   new, local = config.get("rope_parameters") or {}, config.get("rope_local_base_freq")
   if "full_attention" in new:
     local = new["sliding_attention"]["rope_theta"]
     new = new["full_attention"]
-  _agree(given, new, partial="rotary_pct" in family.defaults)
+  _agree(given, new, partial=partial)
   rope |= new
   kind = rope.get("rope_type", rope.get("type", "default"))
   if kind == "default":
@@ -534,7 +545,8 @@ def _read_sliding(config: dict, family: Family) -> dict[str, Any]:
   if (
     family.slides is None
     or config["sliding_window"] is None
-    or not config.get("use_sliding_window", True)
+    or "use_sliding_window" in family.defaults
+    and not config["use_sliding_window"]
   ):
     return {}
   kinds = config["layer_types"] if "layer_types" in family.defaults else None

@@ -217,7 +217,7 @@ class Sampler:
     return 0 < 2 * self.repetition_stop <= self.max_new_tokens
 
 
-class Rows(NamedTuple):
+class Decoding(NamedTuple):
   """The rows while they are decoded."""
 
   i: jax.Array  # i32[]; tokens decoded in this stage
@@ -251,23 +251,27 @@ def sample(model: Transformer, prompts: Prompts, how: Sampler) -> Sequences:
   )
 
 
-def first_tokens(hidden: jax.Array, cache: Any, how: Sampler, draw: Callable) -> Rows:
-  """Rows with their first token, which a prefill's hidden [B, D] predicts."""
+def first_tokens(hidden: jax.Array, cache: Any, how: Sampler, draw: Callable) -> Decoding:
+  """Decoding with their first token, which a prefill's hidden [B, D] predicts."""
   count = hidden.shape[0]
   token, has_eos = draw(0, hidden, jnp.zeros(count, bool))
   tokens = jnp.full((count, how.max_new_tokens), how.pad_id, jnp.int32).at[:, 0].set(token)
   lengths = jnp.ones(count, jnp.int32)
-  return Rows(jnp.int32(0), tokens, token, cache, has_eos, has_eos, lengths)
+  return Decoding(jnp.int32(0), tokens, token, cache, has_eos, has_eos, lengths)
 
 
 def decode(
-  decoder: Decoder | ScannedDecoder, rows: Rows, prompt_length: int, how: Sampler, draw: Callable
-) -> Rows:
+  decoder: Decoder | ScannedDecoder,
+  rows: Decoding,
+  prompt_length: int,
+  how: Sampler,
+  draw: Callable,
+) -> Decoding:
   """The rows with tokens 1 .. T - 1, until all have stopped; draw(t, hidden, stopped) -> (token,
   whether it ends its row).
   """
 
-  def one_token(start, rows: Rows) -> Rows:
+  def one_token(start, rows: Decoding) -> Decoding:
     t = start + rows.i
     last, live = rows.last[:, None], ~rows.stopped[:, None]
     hidden, cache = decoder(last, live, rows.cache, prompt_length + t - 1)
@@ -277,12 +281,12 @@ def decode(
     stopped = rows.stopped | ends
     if how.stops_loops:
       stopped |= loops(tokens, t, how.repetition_stop)
-    return Rows(rows.i + 1, tokens, token, cache, stopped, rows.has_eos | ends, lengths)
+    return Decoding(rows.i + 1, tokens, token, cache, stopped, rows.has_eos | ends, lengths)
 
   for start, end in stages(how.max_new_tokens, decoder.grows):
     rows = rows._replace(i=jnp.int32(0), cache=rows.cache.grown(prompt_length + end))
 
-    def unfinished(rows: Rows, count=end - start):
+    def unfinished(rows: Decoding, count=end - start):
       return (rows.i < count) & ~rows.stopped.all()
 
     rows = jax.lax.while_loop(unfinished, functools.partial(one_token, start), rows)

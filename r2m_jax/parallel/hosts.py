@@ -29,6 +29,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
+from r2m_jax.parallel.errors import UserError
+
 LOST = (
   75  # exit status where another process was lost, that of "resume me": the same command goes on
 )
@@ -43,7 +45,7 @@ CUT = re.compile(
 )  # the runtime alone
 
 
-class HostsError(ValueError):
+class HostsError(UserError, ValueError):
   """Processes that cannot work together; the message names the setting and the fix."""
 
 

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.parallel import sharding
 from r2m_jax.plan.programs import STATE_KINDS, abstract_state
-from r2m_jax.plan.sizes import Sizes, reads_feedback
+from r2m_jax.plan.sizes import Sizes, fed_states, reads_feedback
 from r2m_jax.plan.work import (
   Layout,
   cache_slots,
@@ -61,12 +61,7 @@ def feedback_bytes(config, sizes: Sizes, layout: Layout) -> float:
   """Hidden states that live from the first read to the reward update: h, and h' beside it."""
   if not reads_feedback(config):
     return 0.0
-  own = VARIANTS[config.variant].feedback == "own_states"
-  length, dim = (
-    (sizes.reward_length, sizes.reward_arch.hidden_size)
-    if own
-    else (sizes.length, sizes.arch.hidden_size)
-  )
+  length, dim = fed_states(config, sizes)
   copies = 1 + VARIANTS[config.variant].trained
   return copies * sizes.rows / layout.shards * length * dim * jnp.dtype(config.dtype).itemsize
 

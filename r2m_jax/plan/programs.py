@@ -34,7 +34,7 @@ from r2m_jax.plan.sizes import Sizes
 from r2m_jax.run import build
 from r2m_jax.run.files import write_atomic
 from r2m_jax.step import make_learn, make_rollout
-from r2m_jax.types import Pairs, Prompts, Sequences
+from r2m_jax.types import Pairs, Prompts, Rollout, Rows, Sequences
 
 KEPT_FORMAT = (
   "2"  # of the cache's files; another number where what is read from a compiled program changes
@@ -146,12 +146,23 @@ def arguments(config, sizes: Sizes, built: build.Build) -> tuple[Prompts, tuple]
     sizes.length,
   )
   prompts = Prompts(make((P, Lp), jnp.int32), make((P, Lp), bool), make((P,), jnp.int32))
-  sequences = Sequences(
-    make((B, L), jnp.int32), make((B, L), bool), make((B, T), bool), make((B,), bool)
-  )
-  reward = make((B, sizes.reward_length), jnp.int32), make((B, sizes.reward_length), bool)
+  samples = P * config.rollout.group_size
+
+  def drawn(rows):
+    return Sequences(
+      make((rows, L), jnp.int32), make((rows, L), bool), make((rows, T), bool), make((rows,), bool)
+    )
+
+  def read(rows):
+    shape = rows, sizes.reward_length
+    return Rows(make(shape, jnp.int32), make(shape, bool))
+
+  def of_each(make_rows):
+    return Rollout(make_rows(samples), make_rows(B - samples) if B > samples else None)
+
+  rollout, reward = of_each(drawn), None if sizes.same_tokens else of_each(read)
   if not uses_labels(config):
-    return prompts, (sequences, *reward)
+    return prompts, (rollout, reward)
   whole, m, own = (
     NamedSharding(built.mesh, PartitionSpec()),
     pairs_per_step(config),
@@ -168,7 +179,7 @@ def arguments(config, sizes: Sizes, built: build.Build) -> tuple[Prompts, tuple]
     make((2 * m, own), bool),
     make((m,), jnp.float32),
   )
-  return prompts, (sequences, *reward, pairs)
+  return prompts, (rollout, reward, pairs)
 
 
 def bytes_on_chip(tree) -> int:
@@ -198,57 +209,65 @@ def compile_program(
     and `exceeded`, what the compiler said
     where the program alone needs more memory than the chip has: only the first two are known then.
   """
-  built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
-  state = abstract_state(config, built)
-  prompts, judged = arguments(config, sizes, built)
-  if which == "rollout":
-    vocab = sizes.arch.vocab_size
-    jitted = jax.jit(
-      make_rollout(built.defs, config, mesh, (vocab - 1,), vocab - 1), out_shardings=built.rows
-    )
-    given = (state, prompts)
-  else:
-    layout = sharding.shardings(state, mesh)
-    jitted = jax.jit(
-      make_learn(built.defs, config, mesh, same_tokens=sizes.same_tokens),
-      donate_argnums=0,
-      in_shardings=(layout,) + (None,) * len(judged),
-      out_shardings=(layout, None),
-    )
-    given = (state, *judged)
+  jitted, given = program_of(which, config, sizes, mesh)
   lowered = jitted.trace(*given).lower(lowering_platforms=(topology.platform,))
   path = kept_at(lowered.as_text(), topology)
   if path.exists():
     return json.loads(path.read_text(encoding="utf-8"))
-  resident, began = {"arguments": bytes_on_chip(given)}, time.perf_counter()
+  resident, began = bytes_on_chip(given), time.perf_counter()
   with progress(f"{which} for {topology.name}"):
-    try:
-      with quiet():
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      message = str(error).splitlines()[0]
-      temporaries = refused_temporaries(str(error), resident["arguments"])
-      found = {
-        "exceeded": message,
-        "temporaries": temporaries,
-        "results": 0,
-        "code": 0,
-        "collectives": {},
-      }
-    else:
-      memory = compiled.memory_analysis()
-      found = {
-        "temporaries": memory.temp_size_in_bytes,
-        "results": max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
-        "code": memory.generated_code_size_in_bytes,
-        "collectives": hlo.collective_bytes(compiled.as_text()),
-      }
-  found |= resident | {"seconds": time.perf_counter() - began}
+    found = told_by_compiler(lowered, resident)
+  found |= {"arguments": resident, "seconds": time.perf_counter() - began}
   path.parent.mkdir(parents=True, exist_ok=True)
   write_atomic(path, json.dumps(found))
   return found
+
+
+def program_of(which: str, config, sizes: Sizes, mesh: Mesh) -> tuple[Any, tuple]:
+  """(jitted function, abstract arguments) of "rollout" or "learn" on a mesh."""
+  built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
+  state = abstract_state(config, built)
+  prompts, judged = arguments(config, sizes, built)
+  if which == "rollout":
+    last = sizes.arch.vocab_size - 1
+    rollout = make_rollout(built.defs, config, mesh, (last,), last)
+    return jax.jit(rollout, out_shardings=built.rows), (state, prompts)
+  layout = sharding.shardings(state, mesh)
+  jitted = jax.jit(
+    make_learn(built.defs, config, mesh),
+    donate_argnums=0,
+    in_shardings=(layout,) + (None,) * len(judged),
+    out_shardings=(layout, None),
+  )
+  return jitted, (state, *judged)
+
+
+def told_by_compiler(lowered, resident: int) -> dict[str, Any]:
+  """Compiles a lowered program: what `compile_program` returns but `arguments` and `seconds`.
+
+  Args:
+    resident: bytes of the arguments on a chip.
+  """
+  try:
+    with quiet():
+      compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return {
+      "exceeded": str(error).splitlines()[0],
+      "temporaries": refused_temporaries(str(error), resident),
+      "results": 0,
+      "code": 0,
+      "collectives": {},
+    }
+  memory = compiled.memory_analysis()
+  return {
+    "temporaries": memory.temp_size_in_bytes,
+    "results": max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes),
+    "code": memory.generated_code_size_in_bytes,
+    "collectives": hlo.collective_bytes(compiled.as_text()),
+  }
 
 
 def kept_at(program: str, topology: Topology) -> pathlib.Path:

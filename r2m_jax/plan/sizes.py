@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 
+from r2m_jax.algorithm.advantages import ESTIMATORS
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.config import ConfigError
 from r2m_jax.data.text import bucket
@@ -79,7 +80,7 @@ ARCHS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """One step of a run. B rows, of which P are greedy with algorithm "remax"."""
+  """One step of a run. B rows, of which P are greedy if those are the baseline."""
 
   arch: ArchConfig  # of the policy
   reward_arch: ArchConfig
@@ -118,7 +119,7 @@ def sizes_of(config) -> Sizes:
   response = config.rollout.max_new_tokens
   own = bucket(prompt + response) if from_text else prompt + response
   prompts = config.rollout.prompts
-  greedy = prompts if config.algorithm == "remax" else 0
+  greedy = prompts if baseline_of(config) == "greedy" else 0
   return Sizes(
     arch,
     reward_arch.replace(lm_head=False),
@@ -151,4 +152,16 @@ def arch_of(path: str, name: str, which: str) -> ArchConfig:
 
 
 def reads_feedback(config) -> bool:
-  return bool(VARIANTS[config.variant].feedback)
+  return VARIANTS[config.variant].width != ""
+
+
+def fed_states(config, sizes: Sizes) -> tuple[int, int]:
+  """(tokens, hidden size) of the states of a row that are fused into the reward, if any are."""
+  if VARIANTS[config.variant].width == "reward":
+    return sizes.reward_length, sizes.reward_arch.hidden_size
+  return sizes.length, sizes.arch.hidden_size
+
+
+def baseline_of(config) -> str:
+  """What the config's estimator compares a reward with; see `advantages.Estimator`."""
+  return ESTIMATORS[config.algorithm].baseline

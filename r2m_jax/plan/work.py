@@ -20,7 +20,7 @@ from r2m_jax.models.attention import choose
 from r2m_jax.models.kernels.slots import slots_fit
 from r2m_jax.models.kernels.splash import BLOCK
 from r2m_jax.parallel.rows import dealt
-from r2m_jax.plan.sizes import Sizes, reads_feedback
+from r2m_jax.plan.sizes import Sizes, baseline_of, fed_states, reads_feedback
 
 ROLLOUT = ("prefill", "decode")
 
@@ -83,7 +83,7 @@ def cache_slots(config, sizes: Sizes, platform: str) -> int:
   """Slots of the cache of all rows at the end of a rollout; those of a prompt once where its
   rows share them.
   """
-  if platform == "tpu" or config.algorithm == "remax":
+  if platform == "tpu" or baseline_of(config) == "greedy":
     return sizes.rows * sizes.length
   return sizes.rows * sizes.response_length + sizes.prompts * sizes.prompt_length
 
@@ -108,8 +108,7 @@ def head_flops(config, sizes: Sizes) -> float:
   phi = 2 * rows * reward * config.reward.ensemble
   if not reads_feedback(config):
     return phi
-  own = VARIANTS[config.variant].feedback == "own_states"
-  fed, length = (reward, sizes.reward_length) if own else (sizes.arch.hidden_size, sizes.length)
+  length, fed = fed_states(config, sizes)
   return phi + 4 * rows * (reward * width + fed * width + config.r2m.num_heads * length * fed)
 
 
@@ -133,7 +132,7 @@ def phases_of(config, sizes: Sizes, layout: Layout, platform: str) -> list[Phase
     count.feedback("reference"),
   ]
   phases += [count.backbone(), count.policy_update()]
-  if config.algorithm == "ppo":
+  if baseline_of(config) == "critic":
     phases.append(count.critic())
   return phases + [count.reward_head()]
 

@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 MIN_ROWS = 10  # fewer rows than this give no verdict
+SURE = 4  # standard errors that a rise or a fall must exceed: the peak is a maximum of many means
 
 
 # ---- numbers ----
@@ -88,40 +89,16 @@ def summary_table(rows):
 
 
 def _summarise(arm, rows):
+  gold, frozen = series(rows, "reward/gold"), series(rows, "reward/frozen")
   entry = {
     "arm": arm,
-    "rows": len(rows),
+    "rows": len(gold[0]) or len(rows),
     "last_step": max(row["step"] for row in rows),
     "seconds": max(row["seconds"] for row in rows),
+    **rise_and_fall(gold, frozen),
   }
-  keys = ("start", "peak", "peak_step", "last", "gain", "loss", "lost_share", "se", "window")
-  entry.update(dict.fromkeys(keys), frozen_peak=None)
-  steps, gold = series(rows, "reward/gold")
-  if len(gold):
-    means, width, se = window_means(gold), window_of(len(gold)), standard_error(gold)
-    top = int(np.argmax(means))
-    start, peak, last = float(means[0]), float(means[top]), float(means[-1])
-    gain, loss = peak - start, peak - last
-    middle = float(steps[top : top + width].mean())
-    entry.update(
-      start=start, peak=peak, last=last, gain=gain, loss=loss, se=se, window=width, peak_step=middle
-    )
-    entry["rows"] = len(gold)
-    entry["lost_share"] = loss / gain if gain > 4 * se else None
-    frozen_steps, frozen = series(rows, "reward/frozen")
-    near = (frozen_steps >= steps[top]) & (frozen_steps <= steps[top + width - 1])
-    entry["frozen_peak"] = float(frozen[near].mean()) if near.any() else None
-  for name, key in (
-    ("frozen", "reward/frozen"),
-    ("kl", "kl"),
-    ("length", "length"),
-    ("truncated", "truncated"),
-  ):
-    values = series(rows, key)[1]
-    means = window_means(values)
-    entry[f"{name}_start"] = float(means[0]) if len(means) else None
-    entry[f"{name}_last"] = float(means[-1]) if len(means) else None
-    entry[f"{name}_se"] = standard_error(values)
+  for name in ("kl", "length", "truncated"):
+    entry |= _first_and_last(name, series(rows, name)[1])
   kl_means = window_means(series(rows, "kl")[1])
   entry["kl_max"] = float(kl_means.max()) if len(kl_means) else None
   disagreement = series(rows, "r2m/pair_disagreement")[1]
@@ -130,6 +107,71 @@ def _summarise(arm, rows):
     isinstance(v, float) and not math.isfinite(v) for row in rows for v in row.values()
   )
   return entry
+
+
+def rise_and_fall(gold, frozen):
+  """What gold did in one run and the frozen proxy with it: the part of a summary_table entry that
+  `over_optimised` reads.
+
+  Args:
+    gold, frozen: (steps f64[T], values f64[T]) each, finite and in order of the steps.
+
+  Returns:
+    start, peak, peak_step, last, gain, loss, lost_share, se, window, frozen_start, frozen_last and
+    frozen_se as in `summary_table`; frozen_peak is the mean of the frozen proxy over the window of
+    the gold peak. None where there are no values.
+  """
+  keys = ("start", "peak", "peak_step", "last", "gain", "loss", "lost_share", "se", "window")
+  entry = dict.fromkeys(keys) | {"frozen_peak": None} | _first_and_last("frozen", frozen[1])
+  steps, values = gold
+  if not len(values):
+    return entry
+  means, width, se = window_means(values), window_of(len(values)), standard_error(values)
+  top = int(np.argmax(means))
+  start, peak, last = float(means[0]), float(means[top]), float(means[-1])
+  gain, loss = peak - start, peak - last
+  near = (frozen[0] >= steps[top]) & (frozen[0] <= steps[top + width - 1])
+  return entry | {
+    "start": start,
+    "peak": peak,
+    "peak_step": float(steps[top : top + width].mean()),
+    "last": last,
+    "gain": gain,
+    "loss": loss,
+    "lost_share": loss / gain if gain > SURE * se else None,
+    "se": se,
+    "window": width,
+    "frozen_peak": float(frozen[1][near].mean()) if near.any() else None,
+  }
+
+
+def _first_and_last(name, values):
+  means = window_means(values)
+  return {
+    f"{name}_start": float(means[0]) if len(means) else None,
+    f"{name}_last": float(means[-1]) if len(means) else None,
+    f"{name}_se": standard_error(values),
+  }
+
+
+def gold_fell(entry):
+  """Whether gold ended below its peak by more than `SURE` standard errors."""
+  return entry["loss"] > SURE * entry["se"]
+
+
+def over_optimised(entry):
+  """Whether a run over-optimised its reward: the one criterion of all reports.
+
+  Gold ended below its peak, and the frozen proxy ended above what it was at that peak (means over
+  windows; the proxy's over the steps of the gold peak). Each difference must exceed `SURE` of its
+  standard errors of step noise. A fall of gold without a rise of the proxy is not over-optimisation.
+
+  Args:
+    entry: of `rise_and_fall` or `summary_table`, of a run with gold.
+  """
+  if entry["frozen_peak"] is None or not gold_fell(entry):
+    return False
+  return entry["frozen_last"] - entry["frozen_peak"] > SURE * entry["frozen_se"]
 
 
 def _value_at_kl(rows, name, target):
@@ -173,17 +215,14 @@ def number(value, digits=2):
 
 
 def verdict(entry):
-  """One of the five above. A fall or a rise counts when it exceeds four standard errors: the
-  peak is a maximum.
-  """
+  """One of the five above, of an entry of `summary_table`."""
   if entry["rows"] < MIN_ROWS:
     return TOO_FEW
   if entry["start"] is None:
     return NO_GOLD
-  if entry["loss"] <= 4 * entry["se"]:
-    return NONE_SEEN
-  rise = None if entry["frozen_peak"] is None else entry["frozen_last"] - entry["frozen_peak"]
-  return OVER if rise is not None and rise > 4 * entry["frozen_se"] else OTHER
+  if over_optimised(entry):
+    return OVER
+  return OTHER if gold_fell(entry) else NONE_SEEN
 
 
 def finding(entry):
@@ -199,7 +238,7 @@ def finding(entry):
       "proxy alone cannot tell improvement from over-optimisation."
     )
   rose, peak = (
-    entry["gain"] > 4 * entry["se"],
+    entry["gain"] > SURE * entry["se"],
     f"{n(entry['peak'])} (step {entry['peak_step']:.0f})",
   )
   if found == NONE_SEEN:

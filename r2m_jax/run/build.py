@@ -8,14 +8,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
+from r2m_jax.algorithm.advantages import ESTIMATORS
 from r2m_jax.algorithm.optim import make_optimizer
+from r2m_jax.algorithm.read import Defs
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.models import lora as adapters
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.reward import RewardHead
 from r2m_jax.parallel import sharding
-from r2m_jax.step import Defs
 from r2m_jax.types import TrainState
 
 # what a random key is for; folded in where an RL step folds in its number
@@ -50,7 +51,7 @@ def build(
   kwargs = model_kwargs(config, mesh)
   lora = lora_of(config)
   critic = {}
-  if config.algorithm == "ppo":
+  if ESTIMATORS[config.algorithm].baseline == "critic":
     critic_arch = reward_arch if config.critic.init == "reward" else arch.replace(lm_head=False)
     critic = dict(
       critic_backbone=transformer.abstract(critic_arch, **kwargs)[0],
@@ -88,7 +89,7 @@ def lora_of(config) -> adapters.LoraConfig | None:
 
 def make_head(config, arch: ArchConfig, reward_arch: ArchConfig, key: jax.Array) -> RewardHead:
   """Cross-attention and phi. At least float32, whatever the models run in: scores are."""
-  own = config.variant != "" and VARIANTS[config.variant].feedback == "own_states"
+  own = config.variant != "" and VARIANTS[config.variant].width == "reward"
   return RewardHead(
     reward_arch.hidden_size if own else arch.hidden_size,
     reward_arch.hidden_size,

@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as keep
 
 from r2m_jax.parallel import hosts
+from r2m_jax.parallel.errors import UserError
 from r2m_jax.run.files import read_json, write_atomic
 
 MANIFEST = "manifest.json"
@@ -32,8 +33,10 @@ UNSIGNED = (
 UNFINISHED = ".orbax-checkpoint-tmp"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
   """A checkpoint cannot be written or read; the message says which, why and what to do."""
+
+  status = 1
 
 
 class Checkpoints(ocp.CheckpointManager):
@@ -168,7 +171,7 @@ def restore(checkpoints: Checkpoints, like, step: int | None = None):
 
   Args:
     like: a tree of arrays or of jax.ShapeDtypeStruct with shardings; it may lie on another mesh
-      than the one saved.
+      than the one saved. A leaf `...` (`left_out`) is not read and comes back as `...`.
   """
   step = newest(checkpoints) if step is None else step
   folder = checkpoints.folder / str(step)
@@ -176,9 +179,19 @@ def restore(checkpoints: Checkpoints, like, step: int | None = None):
     raise CheckpointError(
       f"{folder} is damaged: {problem}; choose one of steps {checkpoints.all_steps()}"
     )
-  abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+  partial = any(x is ... for x in jax.tree.leaves(like))
+  abstract = jax.tree.map(lambda x: x if x is ... else ocp.utils.to_shape_dtype_struct(x), like)
   with told(f"{folder} does not fit this run", "give it the config and the version that wrote it"):
-    return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
+    if not partial:
+      return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
+    reader = ocp.PyTreeCheckpointer()  # the manager itself reads whole checkpoints alone
+    args = ocp.checkpoint_utils.construct_restore_args(abstract)
+    return reader.restore(folder / "default", ocp.args.PyTreeRestore(abstract, args))
+
+
+def left_out(tree):
+  """The tree with every leaf `...`: a part that `restore` is not to read."""
+  return jax.tree.map(lambda _: ..., tree)
 
 
 def facts_of(checkpoints: Checkpoints, step: int) -> dict:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from r2m_jax.parallel import hosts
+from r2m_jax.parallel.errors import UserError
 
 
 def write_atomic(path, data):
@@ -25,8 +26,10 @@ def write_atomic(path, data):
     raise
 
 
-class DamagedFile(ValueError):
+class DamagedFile(UserError, ValueError):
   """A file of a workdir that is not what a run writes; the message says which and what to do."""
+
+  status = 1
 
 
 def read_json(path):

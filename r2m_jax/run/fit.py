@@ -12,8 +12,10 @@ import numpy as np
 import optax
 from flax import nnx
 
+from r2m_jax.algorithm.annotate import make_reward
 from r2m_jax.algorithm.losses import bradley_terry
 from r2m_jax.algorithm.optim import descend, make_optimizer
+from r2m_jax.algorithm.read import Defs
 from r2m_jax.algorithm.variants import States
 from r2m_jax.models.logprobs import token_stats
 from r2m_jax.models.reward import member_scores, read_rte
@@ -24,10 +26,10 @@ from r2m_jax.run import checkpoint, loop
 from r2m_jax.run.build import Build
 from r2m_jax.run.metrics import Metrics
 from r2m_jax.run.progress import progress
-from r2m_jax.step import Defs, make_score
 
 LOG_EVERY = 10  # updates; a fetch waits for the device
-LATE = 1.25  # times its budget at which a stage is cut short
+# times its budget at which a stage is cut short: the machine is slower than when it was measured
+LATE = 1.25
 PROBED = 32  # batches whose shapes say how long an update takes on average
 BAD_ROWS = 3  # logged rows in a row with every update skipped, then the fit stops
 SAVE_SECONDS = 300  # between saves of an unfinished fit
@@ -85,7 +87,7 @@ def head_loss(defs: Defs, score: Callable, *, layer: int, omega: float) -> Calla
   warm start.
 
   Args:
-    score: of `step.make_score`.
+    score: of `annotate.Reward`.
     layer: of the policy whose states are read.
     omega: weight of the reward model's own embedding (eq. 4).
 
@@ -121,32 +123,20 @@ def fit(
   frozen=None,
   budget: float = 0.0,
 ):
-  """Minimises loss_fn over `total` batches and returns the state; it is donated. Logs to stage
-  `stage` of the workdir.
+  """Minimises loss_fn over `total` batches as stage `stage`; returns the state, which is donated.
 
-  Every process gives its own rows of a batch (`hosts.rows_of`). `data/wait` is the share of the
-  time since the row before that was spent waiting for the next batch. What a signal or the clock
-  makes it save lies in WORKDIR/partial, from where it goes on, until the stage is done.
+  Every process gives its own rows of a batch (`hosts.rows_of`). What a signal or the clock makes it
+  save lies in WORKDIR/partial, from where it resumes, until the stage is done.
 
   Args:
     frozen: a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
-    budget: seconds from the first update on, 0 for none. After `LATE` times that the rest is left
-      out: the machine is slower than it was when `total` was measured.
+    budget: seconds from the first update on, 0 for none. The fit ends after `LATE` times that.
   """
   extra = () if frozen is None else (frozen,)
   mesh = jax.tree.leaves(state_shardings)[0].mesh
   opt_shardings = shardings(jax.eval_shape(tx.init, state), mesh)
-
-  def update(state, opt, batch, *extra):
-    state, opt, loss, aux, done = descend(tx, loss_fn, state, opt, batch, *extra)
-    return state, opt, {"loss": loss, **done, **aux}
-
-  update = jax.jit(
-    on_mesh(mesh, update),
-    donate_argnums=(0, 1),
-    out_shardings=(state_shardings, opt_shardings, None),
-  )
-  opt, bad, saved = jax.jit(tx.init, out_shardings=opt_shardings)(state), 0, time.monotonic()
+  update = make_update(loss_fn, tx, mesh, state_shardings, opt_shardings)
+  opt, saved = jax.jit(tx.init, out_shardings=opt_shardings)(state), time.monotonic()
   partial = checkpoint.open_checkpoints(workdir / PARTIAL / stage, last=1)
   facts = {} if frozen is None else {"models": checkpoint.fingerprint(frozen)}
   start = checkpoint.newest(partial) or 0
@@ -154,51 +144,99 @@ def fit(
     checkpoint.require(partial, start, **facts)
     state, opt = checkpoint.restore(partial, (state, opt), start)
     print(f"{stage}: goes on from update {start} of {total}")
-  batches, began = Timed(itertools.islice(batches, start, total)), 0.0
+  batches = Timed(itertools.islice(batches, start, total))
   with (
     loop.at_hand() as asked,
     checkpoint.finished(partial),
     Metrics(workdir, stage, from_step=start) as log,
+    progress(total, stage, initial=start) as bar,
   ):
-    with progress(total, stage, initial=start) as bar:
-      skipped, since = (
-        0.0,
-        0,
-      )  # updates since the last logged row; the first number stays on the device until then
-      for i, batch in enumerate(batches, start):
-        state, opt, metrics = update(state, opt, hosts.place(batch, batch_sharding), *extra)
-        skipped, since = skipped + metrics["skipped"], since + 1
-        turn = (
-          jax.process_count() == 1 or i % LOG_EVERY == 0
-        )  # the processes agree where the device is waited for
-        late = turn and hosts.any_of(
-          budget and began and time.perf_counter() - began > LATE * budget
-        )
-        if i % LOG_EVERY == 0 or i == total - 1 or late:
-          metrics = {k: float(v) for k, v in metrics.items()} | {"skipped": float(skipped)}
-          log.log(i, metrics | {"data/wait": batches.waiting_share()})
-          began = (
-            began or time.perf_counter()
-          )  # the first update compiles, and fetching its loss waited for it
-          bad = bad + 1 if metrics["skipped"] == since else 0
-          skipped, since = 0.0, 0
-          if bad == BAD_ROWS:
-            raise loop.Diverged(
-              f"{stage}: updates up to {i} are skipped, loss {metrics['loss']}: lower {stage}'s lr"
-            )
-        bar.update(**({"loss": metrics["loss"]} if isinstance(metrics["loss"], float) else {}))
-        stop = turn and asked()
-        if stop or turn and hosts.any_of(time.monotonic() - saved > SAVE_SECONDS):
-          checkpoint.save(partial, i + 1, (state, opt), facts=facts)
-          saved = time.monotonic()
-        if late:
-          print(
-            f"{stage}: ends after {i + 1} of {total} updates, at {LATE} times its budget of "
-            f"{budget:g} s"
-          )
-        if late or stop:
-          break
+    rows = Rows(stage, log, batches, budget)
+    for i, batch in enumerate(batches, start):
+      state, opt, metrics = update(state, opt, hosts.place(batch, batch_sharding), *extra)
+      rows.count(metrics)
+      # the processes agree only at updates whose device is waited for
+      turn = jax.process_count() == 1 or i % LOG_EVERY == 0
+      late = turn and hosts.any_of(rows.late())
+      logged = i % LOG_EVERY == 0 or i == total - 1 or late
+      bar.update(**(rows.write(i, metrics) if logged else {}))
+      stop = turn and asked()
+      if stop or turn and hosts.any_of(time.monotonic() - saved > SAVE_SECONDS):
+        checkpoint.save(partial, i + 1, (state, opt), facts=facts)
+        saved = time.monotonic()
+      if late:
+        print(cut_short(stage, i + 1, total, budget))
+      if late or stop:
+        break
   return state
+
+
+def make_update(
+  loss_fn: Callable, tx: optax.GradientTransformation, mesh, state_shardings, opt_shardings
+) -> Callable:
+  """Builds the jitted `update(state, opt, batch, *frozen) -> (state, opt, metrics)`; state and opt
+  are donated.
+  """
+
+  def update(state, opt, batch, *extra):
+    state, opt, loss, aux, done = descend(tx, loss_fn, state, opt, batch, *extra)
+    return state, opt, {"loss": loss, **done, **aux}
+
+  return jax.jit(
+    on_mesh(mesh, update),
+    donate_argnums=(0, 1),
+    out_shardings=(state_shardings, opt_shardings, None),
+  )
+
+
+def cut_short(stage: str, done: int, total: int, budget: float) -> str:
+  """What is printed of a fit that the clock ends."""
+  return (
+    f"{stage}: ends after {done} of {total} updates, at {LATE} times its budget of {budget:g} s"
+  )
+
+
+class Rows:
+  """The logged rows of a fit, and what is counted from one to the next.
+
+  `data/wait` is the share of the time since the row before that was spent waiting for batches.
+  """
+
+  def __init__(self, stage: str, log: Metrics, batches: "Timed", budget: float):
+    self.stage, self.log, self.batches, self.budget = stage, log, batches, budget
+    self.began = 0.0  # when the first update was done; 0 before
+    self.bad = 0  # rows in a row with every update skipped
+    self.skipped = 0.0  # updates since the last row; on the device until the next one
+    self.since = 0
+
+  def count(self, metrics: dict) -> None:
+    """Counts an update, without waiting for the device."""
+    self.skipped += metrics["skipped"]
+    self.since += 1
+
+  def late(self) -> bool:
+    """Whether the fit has taken `LATE` times its budget."""
+    elapsed = time.perf_counter() - self.began
+    return bool(self.budget and self.began and elapsed > LATE * self.budget)
+
+  def write(self, i: int, metrics: dict) -> dict[str, float]:
+    """Waits for update i and logs it; returns what the bar shows.
+
+    Raises:
+      Diverged: every update since `BAD_ROWS` rows was skipped.
+    """
+    metrics = {k: float(v) for k, v in metrics.items()} | {"skipped": float(self.skipped)}
+    self.log.log(i, metrics | {"data/wait": self.batches.waiting_share()})
+    # the first update compiles, and fetching its loss waited for it
+    self.began = self.began or time.perf_counter()
+    self.bad = self.bad + 1 if metrics["skipped"] == self.since else 0
+    self.skipped, self.since = 0.0, 0
+    if self.bad == BAD_ROWS:
+      raise loop.Diverged(
+        f"{self.stage}: updates up to {i} are skipped, loss {metrics['loss']}: lower "
+        f"{self.stage}'s lr"
+      )
+    return {"loss": metrics["loss"]}
 
 
 class Timed:
@@ -293,7 +331,7 @@ def warm_job(
   """
   loss = head_loss(
     built.defs,
-    make_score(built.defs, config),
+    make_reward(built.defs, config).score,
     layer=config.r2m.feedback_layer,
     omega=config.r2m.omega_min,
   )

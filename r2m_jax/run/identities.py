@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from r2m_jax.algorithm.read import Defs, read_feedback, sampling, truncated
 from r2m_jax.models.logprobs import token_stats
 from r2m_jax.models.transformer import Transformer
 from r2m_jax.parallel import hosts
-from r2m_jax.step import Defs, read_feedback, sampling, truncated
+from r2m_jax.parallel.errors import UserError
 from r2m_jax.types import Sequences
 
 WARN, FAIL = (
@@ -33,8 +34,10 @@ ROWS = 4  # of the first step's rows, the longest are read again
 DRAWS = 2  # times that the weights are moved
 
 
-class IdentityError(RuntimeError):
+class IdentityError(UserError, RuntimeError):
   """An identity is broken: the numbers that the loss compares do not mean the same thing."""
+
+  status = 1
 
 
 class Rounding(NamedTuple):

@@ -18,6 +18,7 @@ import numpy as np
 
 from r2m_jax.config import ConfigError, identity
 from r2m_jax.parallel import hosts
+from r2m_jax.parallel.errors import UserError
 from r2m_jax.run import checkpoint
 from r2m_jax.run.checkpoint import CheckpointError, Checkpoints
 from r2m_jax.run.files import plain, read_jsonl, write_atomic
@@ -32,8 +33,10 @@ class Interrupted(Exception):
   """A signal asked the run to stop. All is saved: the same command goes on."""
 
 
-class Diverged(RuntimeError):
+class Diverged(UserError, RuntimeError):
   """Too many steps in a row had an update skipped for numbers that are not finite."""
+
+  status = 1
 
 
 # ---- signals ----
@@ -125,10 +128,8 @@ def run_steps(
     CheckpointError: a save failed, now or in the background.
   """
   start, in_a_row = int(state.step), []
-  facts, best = (
-    {"config": identity(config), "data": data, "models": models},
-    config.checkpoint.best_metric,
-  )
+  facts = {"config": identity(config), "data": data, "models": models}
+  best = config.checkpoint.best_metric
   with at_hand() as asked, checkpoint.finished(checkpoints):
     with Metrics(workdir, "rl", config.variant, from_step=start) as log:
       with progress(config.steps, config.variant, initial=start) as bar:
@@ -148,16 +149,21 @@ def run_steps(
           if len(in_a_row) >= config.guard.max_skipped:
             raise Diverged(report(workdir, checkpoints, in_a_row, metrics))
           if last or stop or (t + 1) % config.log.checkpoint_every == 0:
-            if not (workdir / "config.json").exists():
-              raise CheckpointError(
-                f"{workdir} has vanished: bring it back, or start again with another --workdir"
-              )
+            require_workdir(workdir)
             checkpoint.save(
               checkpoints, t + 1, state, value=metrics.get(best), facts=facts | {"cursor": cursor()}
             )
           if stop:
             break
   return state
+
+
+def require_workdir(workdir: Path) -> None:
+  """Raises CheckpointError if the workdir was deleted while the run goes on."""
+  if not (workdir / "config.json").exists():
+    raise CheckpointError(
+      f"{workdir} has vanished: bring it back, or start again with another --workdir"
+    )
 
 
 def resume(config, checkpoints: Checkpoints, state, *, data: str = "", models: str = ""):

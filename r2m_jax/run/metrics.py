@@ -97,8 +97,8 @@ class Metrics:
   are dropped, so every step appears once.
   """
 
-  def __init__(self, workdir, stage, arm="", *, from_step, enabled=True):
-    self.stage, self.arm, self.enabled = stage, arm, enabled and hosts.first()
+  def __init__(self, workdir, stage, arm="", *, from_step):
+    self.stage, self.arm, self.enabled = stage, arm, hosts.first()
     self._file = self._events = None
     if not self.enabled:
       return

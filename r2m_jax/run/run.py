@@ -1,24 +1,54 @@
-"""A run, put together from its parts."""
+"""RL from a first state to the last step, the same for every task."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
-from r2m_jax.run.build import Build
+from r2m_jax.algorithm.variants import VARIANTS
+from r2m_jax.run import checkpoint, loop
+from r2m_jax.run.metrics import append_samples
 from r2m_jax.types import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Again:
-  """The parts of a run, as it put them together."""
+class Run:
+  """What tells one run of an arm from another. Each part is called when `train` comes to it.
 
-  built: Build
-  first: TrainState  # as the run began, before a warm start
-  step: (
-    Callable  # (state, t) -> (state, StepOutput, input of the reward model i32[B, L'], its mask)
-  )
-  example_ids: Callable[[int], Any]  # of step t's prompts
-  tell: Callable[
-    [Any, int], dict
-  ]  # (sequences on the host, row) -> texts, and what else is known of the answer
-  word: Callable[[int], str]  # of one of the policy's tokens
+  first: () -> the TrainState of step 0, before a warm start. It may use up the models' weights.
+  warm: (that state) -> the state with a fitted reward head, for arms that start from one.
+  steps: (the state to go on from) -> `advance` of `loop.run_steps`.
+  samples: (state, "before" or "after") -> rows of samples.jsonl; None if `steps` writes them.
+  data: fingerprint of the rows behind the prompts.
+  """
+
+  first: Callable[[], TrainState]
+  warm: Callable[[TrainState], TrainState]
+  steps: Callable[[TrainState], Callable]
+  samples: Callable[[TrainState, str], list[dict]] | None = None
+  data: str = ""
+
+
+def train(run: Run, config, workdir: Path) -> TrainState:
+  """Trains config.variant to config.steps, from its newest checkpoint if there is one; returns the
+  last state.
+
+  Raises:
+    CheckpointError: the checkpoint is of another config, other rows or other frozen models, or a
+      save failed.
+    Interrupted, Diverged: see `loop.run_steps`.
+  """
+  arm = config.variant
+  checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
+  state = run.first()
+  facts = dict(data=run.data, models=loop.models_of(state))
+  state, fresh = loop.resume(config, checkpoints, state, **facts)
+  if int(state.step) == config.steps:
+    return state
+  if fresh and VARIANTS[arm].start == "head":
+    state = run.warm(state)
+  if fresh and run.samples:
+    append_samples(workdir, run.samples(state, "before"))
+  state = loop.run_steps(config, workdir, checkpoints, state, run.steps(state), **facts)
+  if run.samples:
+    append_samples(workdir, run.samples(state, "after"))
+  return state

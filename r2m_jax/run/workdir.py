@@ -6,24 +6,72 @@ import datetime
 import json
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from r2m_jax.config import ConfigError, difference, fixed
 from r2m_jax.parallel import hosts
-from r2m_jax.run import checkpoint
+from r2m_jax.run import checkpoint, lock, log
 from r2m_jax.run.files import read_json, write_atomic
 from r2m_jax.run.fit import PARTIAL
 
-# of a forked run; what its data and its tables are is found out anew
-TAKEN_OVER = (
-  "metrics.jsonl",
-  "samples.jsonl",
-  "skipped.jsonl",
-  "r2m_renderer.json",
-  "budgets.json",
+
+class Entry(NamedTuple):
+  """A file of a workdir, or a folder if the name ends with a slash."""
+
+  name: str  # <...> stands for any text
+  what: str
+  writer: str
+  forked: bool = False  # whether a fork takes it over; what is found again from the rows is not
+
+
+LAYOUT = (
+  Entry("config.json", "the config; other settings are refused", "every run"),
+  Entry(".lock", "host, process and start of the run that uses the workdir", "every run"),
+  Entry("log.txt", "what the first process printed, over all starts", "every run"),
+  Entry("metrics.jsonl", "scalars: a row for each step of a stage and arm", "every run", True),
+  Entry("samples.jsonl", "sampled responses before and after RL", "RL", True),
+  Entry("skipped.jsonl", "rows behind skipped updates", "RL", True),
+  Entry("tensorboard/", "the scalars of metrics.jsonl as events", "every run"),
+  Entry("stages/", "a folder for each finished stage: its result", "every run", True),
+  Entry("checkpoints/", "a folder for each arm: its TrainState, by step", "RL", True),
+  Entry("partial/", "the state of an unfinished fit or arm", "fits, task=lab"),
+  Entry("data_<stage>.json", "rows and SHA-256 of each data file of a stage", "runs on text"),
+  Entry("r2m_renderer.json", "how the reward model's text is rendered", "runs from folders", True),
+  Entry("budgets.json", "steps that each time budget gave", "runs from folders", True),
+  Entry("export/", "Hugging Face folders: policy and reward", "runs from folders"),
+  Entry("report.html", "the report", "every run"),
+  Entry("figures/", "its figures", "every run"),
+  Entry("replay/", "samples made again", "task=replay"),
+  Entry("analysis/", "tables and figures of the analysis", "task=analyse"),
+  Entry("plan.json", "the plan", "task=plan"),
+  Entry("plan.txt", "the plan as printed", "task=plan"),
+  Entry("models/", "models that later stages start from", "task=scratch, lab_text"),
+  Entry("stages.json", "seconds of each stage", "task=scratch, lab_text"),
+  Entry("tables.json", "what was measured", "task=scratch"),
+  Entry("table/", "a parquet file for each arm: every step of every run", "task=lab, lab_text"),
+  Entry("summary.csv", "statistics of the arms", "task=lab, lab_text"),
+  Entry("best_of_n.parquet", "best-of-n sampling", "task=lab"),
+  Entry("seeds.txt", "the statistics as printed", "task=lab, lab_text"),
+  Entry("locks/", "which process works on what", "task=lab, lab_text"),
+  Entry("gold/", "workdir of the gold reward model", "task=lab_text"),
+  Entry("proxy_<seed>/", "workdir of a seed's proxy reward model", "task=lab_text"),
+  Entry("runs/", "workdirs of the RL runs, by arm and seed", "task=lab_text"),
+  Entry("sft_samples.jsonl", "samples of the supervised policy", "task=lab_text"),
+  Entry("reward_models.json", "accuracy of the reward models", "task=lab_text"),
 )
+TAKEN_OVER = tuple(entry.name for entry in LAYOUT if entry.forked)
+
+
+def layout_table() -> str:
+  """LAYOUT as a Markdown table, for docs/resume.md."""
+  rows = ["| in WORKDIR | what | written by | a fork takes it over |", "| --- | --- | --- | --- |"]
+  for entry in LAYOUT:
+    taken = "yes" if entry.forked else ""
+    rows.append(f"| `{entry.name}` | {entry.what} | {entry.writer} | {taken} |")
+  return "\n".join(rows)
 
 
 def shapes_of(tree):
@@ -43,42 +91,56 @@ def with_variant(config, variant: str):
   return config
 
 
-def claim(config, workdir: Path) -> None:
-  """Records the config in the workdir; refuses a workdir that another config has used, so nothing
-  saved is lost.
+def claim(config, workdir: Path, *, shared: bool = False) -> None:
+  """Locks the workdir, records the config in it and starts its log.txt.
 
   A new workdir with config.checkpoint.fork_from first takes over what that run has saved, and says
   what differs. With several processes the first one does it, and all must see the workdir.
+
+  Args:
+    shared: other processes may claim it as shared at the same time; they agree by other means on
+      who does what.
+
+  Raises:
+    ConfigError: the workdir has been used by another config, is in use by another run, or cannot
+      be written. Nothing saved is lost.
   """
-  hosts.on_first(lambda: claim_alone(config, workdir))
+  hosts.on_first(lambda: claim_alone(config, workdir, shared))
   hosts.require_shared(workdir)
 
 
-def claim_alone(config, workdir: Path) -> None:
+def claim_alone(config, workdir: Path, shared: bool) -> None:
   """What the first process does of `claim`."""
-  path, new, fork = (
-    workdir / "config.json",
-    json.loads(config.to_json()),
-    config.checkpoint.fork_from,
-  )
+  path = workdir / "config.json"
+  new = json.loads(config.to_json())
+  old = Path(config.checkpoint.fork_from).expanduser() if config.checkpoint.fork_from else None
   try:
     if path.exists():
-      if changed := fixed_difference(path, new):
-        raise ConfigError(
-          f"{workdir} holds a run of another config; choose another --workdir, give the old "
-          "values, or fork it with "
-          f"another --workdir and --config.checkpoint.fork_from={workdir}:\n  "
-          + "\n  ".join(changed)
-        )
-    elif fork:
-      take_over(Path(fork).expanduser(), workdir, new)
+      require_same_config(path, new)
+    elif old:
+      require_new(old, workdir)
+    lock.take(workdir, shared=shared)
+    if old and not path.exists():
+      take_over(old, workdir, new)
     write_atomic(path, json.dumps(new, indent=2))
+    log.begin(workdir)
   except (OSError, ValueError) as error:
     if isinstance(error, ConfigError):
       raise
     raise ConfigError(
       f"--workdir={workdir} cannot be used: {error}; give one that can be written"
     ) from None
+
+
+def require_same_config(path: Path, new: dict) -> None:
+  """Raises ConfigError with what differs, if a workdir's config.json is of another run."""
+  if changed := fixed_difference(path, new):
+    workdir = path.parent
+    raise ConfigError(
+      f"{workdir} holds a run of another config; choose another --workdir, give the old "
+      "values, or fork it with "
+      f"another --workdir and --config.checkpoint.fork_from={workdir}:\n  " + "\n  ".join(changed)
+    )
 
 
 def with_date(config, workdir: Path):
@@ -111,36 +173,44 @@ def fixed_difference(path: Path, new: dict) -> list[str]:
   return difference(fixed(saved), fixed(new))
 
 
-def take_over(old: Path, workdir: Path, new: dict) -> None:
-  """Copies stages, the newest sound checkpoint of each arm, metrics and samples of another run;
-  reads it alone.
-  """
+def require_new(old: Path, workdir: Path) -> None:
+  """Raises ConfigError if `old` is no run, or `workdir` no place for a fork of it."""
   if not (old / "config.json").is_file():
     raise ConfigError(
       f"config.checkpoint.fork_from is {str(old)!r}: there is no config.json, so no run to start "
       "from"
     )
-  if workdir.exists() and any(workdir.iterdir()):
+  if workdir.exists() and any(path.name != lock.LOCK for path in workdir.iterdir()):
     raise ConfigError(f"--workdir={workdir} is not empty: a fork needs a new one")
   if workdir.resolve().is_relative_to(old.resolve()):
     raise ConfigError(
       f"--workdir={workdir} lies in {old}, which the fork only reads: give one elsewhere"
     )
-  workdir.mkdir(parents=True, exist_ok=True)
+
+
+def take_over(old: Path, workdir: Path, new: dict) -> None:
+  """Copies stages, the newest sound checkpoint of each arm, metrics and samples of another run,
+  which is only read.
+  """
   changed = fixed_difference(old / "config.json", new)
   print(f"fork     from {old}" + "".join(f"\n  {line}" for line in changed))
-  for kind in ("stages", "checkpoints"):
-    for folder in sorted((old / kind).glob("*")):
-      steps = sorted(
-        (int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True
-      )
-      step = next((step for step in steps if checkpoint.damage(folder / str(step)) is None), None)
-      if step is not None:
-        shutil.copytree(folder / str(step), workdir / kind / folder.name / str(step))
   for name in TAKEN_OVER:
     measured_anew = name == "budgets.json" and any("budget: " in line for line in changed)
-    if (old / name).is_file() and not measured_anew:
+    if name.endswith("/"):
+      take_newest(old / name, workdir / name)
+    elif (old / name).is_file() and not measured_anew:
       shutil.copyfile(old / name, workdir / name)
+
+
+def take_newest(old: Path, new: Path) -> None:
+  """Copies the newest sound checkpoint of every folder in `old`."""
+  for folder in sorted(old.glob("*")):
+    steps = sorted(
+      (int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True
+    )
+    step = next((step for step in steps if checkpoint.damage(folder / str(step)) is None), None)
+    if step is not None:
+      shutil.copytree(folder / str(step), new / folder.name / str(step))
 
 
 def stage(workdir: Path, name: str, like, make, *, frozen=None):

@@ -14,9 +14,8 @@ from r2m_jax.models.logprobs import token_stats
 from r2m_jax.ops import predicts_response
 from r2m_jax.parallel import hosts
 from r2m_jax.parallel.sharding import jit_on
+from r2m_jax.report.intervals import group_mean
 from r2m_jax.tasks.serve import batch_size, batches, spread
-
-RESAMPLES = 2000  # of a bootstrap
 
 
 class Mean(NamedTuple):
@@ -30,21 +29,14 @@ class Mean(NamedTuple):
 
 
 def mean_of(values: Sequence[float], groups: Sequence[Hashable], seed: int = 0) -> Mean:
-  """The mean of f64[N] values, with a percentile bootstrap over groups: rows of one prompt are not
-  independent.
-
-  Efron and Tibshirani, An Introduction to the Bootstrap, chapter 13; Field and Welsh (2007) for
-  clusters.
+  """The mean of f64[N] values, with an interval over groups (`intervals.group_mean`): rows of one
+  prompt are not independent. NaN for its ends from one group.
   """
-  values, numbers = (
-    np.asarray(values, float),
-    {group: i for i, group in enumerate(dict.fromkeys(groups))},
-  )
+  values = np.asarray(values, float)
+  numbers = {group: i for i, group in enumerate(dict.fromkeys(groups))}
   index = np.asarray([numbers[group] for group in groups])
-  sums, counts = np.bincount(index, values), np.bincount(index)
-  drawn = np.random.default_rng(seed).integers(0, len(sums), (RESAMPLES, len(sums)))
-  low, high = np.quantile(sums[drawn].sum(1) / counts[drawn].sum(1), (0.025, 0.975))
-  return Mean(float(values.mean()), float(low), float(high), len(values), len(sums))
+  found = group_mean(values, index, seed=seed)
+  return Mean(float(values.mean()), found.low, found.high, len(values), len(numbers))
 
 
 def wins(chosen: Sequence[float], rejected: Sequence[float]) -> np.ndarray:

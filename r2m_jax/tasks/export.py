@@ -10,18 +10,21 @@ has.
 
 from pathlib import Path
 
+import jax
+
 from r2m_jax.hf.export import write_policy, write_reward, write_run
 from r2m_jax.hf.folders import (
   RENDERER,
   FolderError,
+  RewardModel,
   load_policy,
   load_reward,
   mesh_of,
   reward_start,
 )
 from r2m_jax.models.lora import merged
-from r2m_jax.run import checkpoint, loop
-from r2m_jax.run.build import build, init_adapters, initial_state
+from r2m_jax.run import checkpoint
+from r2m_jax.run.build import abstract, build, init_adapters, make_first_state
 from r2m_jax.run.files import read_json
 
 BUDGETS = "budgets.json"  # of a workdir: the steps that each budget of seconds gave
@@ -48,20 +51,7 @@ def run(config) -> None:
 
   at = checkpoint.newest(manager) if step is None else step
   if stage == ("stages", "sft"):
-    policy = load_policy(config.policy.path, config, mesh)
-    config.task = "sft"
-    built = build(config, mesh, arch=policy.arch)
-    like = init_adapters(config, built, mesh) if built.lora else policy.state
-    if built.lora:
-      checkpoint.require(manager, at, models=checkpoint.fingerprint(policy.state))
-    write_policy(
-      out / "policy",
-      config,
-      policy,
-      checkpoint.restore(manager, like, step),
-      workdir,
-      base=policy.state,
-    )
+    export_policy(config, workdir, out, mesh, manager, at)
     return
   config.task = stage[1] if stage[0] == "stages" else "r2m"
   reward = load_reward(
@@ -70,24 +60,55 @@ def run(config) -> None:
   if (workdir / RENDERER).exists():
     reward.renderer.require(read_json(workdir / RENDERER), workdir)
   if config.task == "reward":
-    built = build(config, mesh, arch=reward.arch, reward_arch=reward.arch)
-    like = reward_start(reward, mesh)
-    if built.lora:
-      checkpoint.require(manager, at, models=checkpoint.fingerprint(like["backbone"]))
-      like["backbone"] = init_adapters(config, built, mesh)
-    model = checkpoint.restore(manager, like, step)
-    backbone = (
-      merged(model["backbone"], reward.state, built.lora) if built.lora else model["backbone"]
-    )
-    write_reward(out / "reward", config, reward, backbone, model["phi"], workdir)
+    export_reward(config, workdir, out, mesh, manager, at, reward)
     return
   config.variant = stage[1]
   policy = load_policy(config.policy.path, config, mesh)
   built = build(config, mesh, arch=policy.arch, reward_arch=reward.arch)
-  like = initial_state(config, built, policy.state, reward.state, reward.phi)
+  starts = policy.state, reward.state, reward.phi
   if not config.checkpoint.fork_from:
-    checkpoint.require(manager, at, models=loop.models_of(like))
-  write_run(out, config, policy, reward, checkpoint.restore(manager, like, step), workdir)
+    checkpoint.require(manager, at, models=checkpoint.fingerprint(starts))  # as loop.models_of
+  state = checkpoint.restore(manager, exported_parts(config, built, *starts), at)
+  write_run(out, config, policy, reward, state, workdir)
+
+
+def export_policy(config, workdir: Path, out: Path, mesh, manager, at: int) -> None:
+  """The policy of a checkpoint of supervised training, at step `at`."""
+  policy = load_policy(config.policy.path, config, mesh)
+  config.task = "sft"
+  built, like = build(config, mesh, arch=policy.arch), policy.state
+  if built.lora:
+    like = init_adapters(config, built, mesh)
+    checkpoint.require(manager, at, models=checkpoint.fingerprint(policy.state))
+  state = checkpoint.restore(manager, like, at)
+  write_policy(out / "policy", config, policy, state, workdir, base=policy.state)
+
+
+def export_reward(
+  config, workdir: Path, out: Path, mesh, manager, at: int, reward: RewardModel
+) -> None:
+  """The reward model of a checkpoint of task=reward, at step `at`."""
+  built = build(config, mesh, arch=reward.arch, reward_arch=reward.arch)
+  like = reward_start(reward, mesh)
+  if built.lora:
+    checkpoint.require(manager, at, models=checkpoint.fingerprint(like["backbone"]))
+    like["backbone"] = init_adapters(config, built, mesh)
+  model = checkpoint.restore(manager, like, at)
+  backbone = (
+    merged(model["backbone"], reward.state, built.lora) if built.lora else model["backbone"]
+  )
+  write_reward(out / "reward", config, reward, backbone, model["phi"], workdir)
+
+
+def exported_parts(config, built, policy, reward_backbone, phi):
+  """The TrainState of a run as shapes, dtypes and shardings; what no folder holds is left out.
+
+  Optimizer moments and the critic are `...`: `checkpoint.restore` neither reads nor allocates them.
+  """
+  make, key = make_first_state(config, built), jax.random.key(config.seed)
+  like = abstract(make, built.mesh, key, policy, reward_backbone, phi)
+  parts = ("policy_opt", "reward_opt", "critic", "critic_opt")
+  return like.replace(**{name: checkpoint.left_out(getattr(like, name)) for name in parts})
 
 
 def find_checkpoint(path: Path) -> tuple[Path, tuple[str, str], int | None]:

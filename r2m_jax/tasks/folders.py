@@ -5,6 +5,7 @@ and the host re-renders the responses for the reward model in between: step = le
 the code of the fused step.
 """
 
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from r2m_jax.algorithm.advantages import ESTIMATORS
 from r2m_jax.algorithm.labels import Labeller, uses_labels
 from r2m_jax.algorithm.optim import make_optimizer
 from r2m_jax.algorithm.variants import VARIANTS
@@ -39,7 +41,6 @@ from r2m_jax.hf.folders import (
   FolderError,
   Policy,
   RewardModel,
-  describe_reward,
   load_policy,
   load_reward,
   mesh_of,
@@ -47,7 +48,6 @@ from r2m_jax.hf.folders import (
 )
 from r2m_jax.models import lora
 from r2m_jax.parallel import hosts, sharding
-from r2m_jax.run import checkpoint, loop
 from r2m_jax.run.build import Build, build, init_adapters, initial_state
 from r2m_jax.run.files import read_json, write_atomic
 from r2m_jax.run.fit import (
@@ -61,11 +61,14 @@ from r2m_jax.run.fit import (
   warm_job,
 )
 from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
+from r2m_jax.run.loop import fingerprint
 from r2m_jax.run.metrics import append_samples
+from r2m_jax.run.run import Run, train
 from r2m_jax.run.workdir import claim, shapes_of, stage, warm, with_variant
 from r2m_jax.step import StepOutput, make_learn, make_rollout
 from r2m_jax.tasks import export as export_task
 from r2m_jax.tasks.gold import conclude
+from r2m_jax.types import Rollout, Rows
 
 Watch = Callable[[StepOutput, list[tuple[Any, str, bool]]], dict[str, float | None]]
 
@@ -170,7 +173,9 @@ def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None 
   """
   settings = config.sft
   policy = load_policy(config.policy.path, config, mesh)
-  dataset, collate = (packed_lines if config.data.pack else sft_rows)(config, policy, workdir, name)
+  dataset, collate = (packed_lines if config.data.pack else sft_rows)(
+    config, policy.tokenizer, workdir, name
+  )
   built = build_lora(config, mesh, arch=policy.arch)
   start, frozen = policy.state, None
   loss = loss_fn = sft_loss(built.defs.policy, chunk=config.logits_chunk)
@@ -200,7 +205,7 @@ def run_reward(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
       f"{reward.folder} is an R2M reward model; task=reward trains one that reads no policy"
     )
   hold_contract(workdir, reward.renderer)
-  dataset, collate, count = pairs(config, reward, workdir)
+  dataset, collate, count = pairs(config, reward.renderer, workdir)
   built = build_lora(config, mesh, arch=reward.arch, reward_arch=reward.arch)
   start, frozen = reward_start(reward, mesh), None
   loss = loss_fn = reward_loss(
@@ -255,7 +260,8 @@ def run_r2m(
   reward = load_reward(config.reward.path, config, mesh)
   hold_contract(workdir, reward.renderer)
   same_tokens = policy.tokenizer.hf.get_vocab() == reward.renderer.tokenizer.hf.get_vocab()
-  if config.algorithm == "ppo" and config.critic.init == "reward" and not same_tokens:
+  has_critic = ESTIMATORS[config.algorithm].baseline == "critic"
+  if has_critic and config.critic.init == "reward" and not same_tokens:
     raise ConfigError(
       "config.critic.init is 'reward': the critic reads the policy's tokens, and this reward model "
       "has a tokenizer of "
@@ -267,7 +273,7 @@ def run_r2m(
       f"config.r2m.feedback_layer is {config.r2m.feedback_layer}: the policy has {layers} layers"
     )
   built = build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
-  data = prompt_data(config, policy, workdir)
+  data = prompt_data(config, policy.tokenizer, workdir)
   if not (workdir / "checkpoints").exists():
     check_model(
       built.defs.base or built.defs.policy,
@@ -306,7 +312,9 @@ def rl_steps_within(
   )
   for t in range(3):
     began, index = time.perf_counter(), data.order[t]
-    state, output, _ = step(state, batch_of(data, index, policy), [data.prompts[i] for i in index])
+    state, output, _ = step(
+      state, batch_of(data, index, policy.tokenizer), [data.prompts[i] for i in index]
+    )
     jax.block_until_ready((state, output))
     times.append(time.perf_counter() - began)
   each = sum(times[1:]) / 2
@@ -323,7 +331,7 @@ def labeller_of(config, policy: Policy, reward: RewardModel, workdir: Path) -> L
   for real labels.
   """
   return (
-    judgments_labeller(config, judged_pairs(config, policy, reward, workdir))
+    judgments_labeller(config, judged_pairs(config, policy.tokenizer, reward.renderer, workdir))
     if uses_labels(config)
     else None
   )
@@ -346,26 +354,31 @@ def make_two_part_step(
   learn = jax.jit(
     make_learn(built.defs, config, built.mesh),
     donate_argnums=0,
-    in_shardings=(layout,) + (None,) * (4 if labelled else 3),
+    in_shardings=(layout,) + (None,) * (3 if labelled else 2),
     out_shardings=(layout, None),
   )
 
-  def step(state, prompts, texts):
-    sequences = rollout(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
-    sampled = K * len(texts)  # then the greedy rows of "remax"
+  def answered(sequences, texts):
+    """(prompt, answer, whether it was cut off) of this process's rows; `texts` has every row's."""
     mine = hosts.rows_of(built.rows, len(sequences.tokens)).tolist()
-    answers = zip(mine, responses_of(hosts.local(sequences), tokenizer))
-    rows = [
-      (texts[i // K if i < sampled else i - sampled], text, truncated)
-      for i, (text, truncated) in answers
-    ]
+    answers = responses_of(hosts.local(sequences), tokenizer)
+    return [(texts[i], text, cut) for i, (text, cut) in zip(mine, answers)]
+
+  def step(state, prompts, texts):
+    drawn = rollout(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
+    samples = answered(drawn.samples, [text for text in texts for _ in range(K)])
+    greedy = [] if drawn.greedy is None else answered(drawn.greedy, texts)
+    rows = samples + greedy
     ids = [renderer.ids(prompt, text, truncated=truncated) for prompt, text, truncated in rows]
     tokens, mask = pad_left(
       ids, renderer.tokenizer.pad_id, hosts.largest(bucket(max(map(len, ids))))
     )
-    pairs = (labeller(hosts.fetch(sequences), int(state.step)),) if labelled else ()
-    state, out = learn(state, sequences, *hosts.place((tokens, mask), built.rows), *pairs)
-    return state, out, [row for i, row in zip(mine, rows) if i < sampled]
+    read = Rollout(Rows(tokens[: len(samples)], mask[: len(samples)]))
+    if greedy:
+      read = read.replace(greedy=Rows(tokens[len(samples) :], mask[len(samples) :]))
+    pairs = (labeller(hosts.fetch(drawn.samples), int(state.step)),) if labelled else ()
+    state, out = learn(state, drawn, hosts.place(read, built.rows), *pairs)
+    return state, out, samples
 
   return step
 
@@ -385,45 +398,45 @@ def run_arm(
   """RL for one variant, from the folders' models or from the arm's newest checkpoint; exports
   both models.
   """
-  arm = config.variant
-  checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
-  state = start_state(config, built, policy, reward, donate=donate)
-  layout = sharding.shardings(state, built.mesh)
-  began = dict(data=loop.fingerprint(data.ids), models=loop.models_of(state))
-  state, fresh = loop.resume(config, checkpoints, state, **began)
-  if int(state.step) < config.steps:
-    if VARIANTS[arm].start == "head" and fresh:
-      state = warm_start(
-        config, built, workdir, state, judged_pairs(config, policy, reward, workdir)
-      )
+
+  def first():
+    return start_state(config, built, policy, reward, donate=donate)
+
+  def warm_up(state):
+    return warm_start(
+      config,
+      built,
+      workdir,
+      state,
+      judged_pairs(config, policy.tokenizer, reward.renderer, workdir),
+    )
+
+  def steps(state):
     labeller = labeller_of(config, policy, reward, workdir)
+    layout = sharding.shardings(state, built.mesh)
     step = make_two_part_step(config, built, policy, reward, layout, labeller)
     # a step takes one batch: the saved step is where the data goes on
     order = Timed(Stream(data.order, start=int(state.step)))
+    return functools.partial(advance, step, order)
 
-    def advance(state, t: int):
-      index = next(order)
-      prompts = batch_of(data, index, policy)
-      state, output, rows = step(state, prompts, [data.prompts[i] for i in index])
-      output = hosts.fetch(output)
-      if t == 0:
-        rounding = sample_rounding(built.defs, config, state.ref, output.sequences)
-        check_step_zero(output.metrics, rounding, config)
-        print(describe_reward(reward, *rows[0]))
-      if t in (0, config.steps - 1):
-        texts = [data.prompts[i] for i in index]
-        append_samples(
-          workdir, samples(config, output, texts, policy, "before" if t == 0 else "after")
-        )
-      metrics = (
-        output.metrics
-        | {"data/wait": order.waiting_share()}
-        | (watch(output, rows) if watch else {})
-      )
-      shown = dict(reward=metrics["reward/used"], kl=metrics["kl"])
-      return state, output, prompts.example_id, metrics, shown
+  def advance(step, order, state, t: int):
+    index = next(order)
+    prompts, texts = batch_of(data, index, policy.tokenizer), [data.prompts[i] for i in index]
+    state, output, rows = step(state, prompts, texts)
+    output = hosts.fetch(output)
+    if t == 0:
+      rounding = sample_rounding(built.defs, config, state.ref, output.sequences)
+      check_step_zero(output.metrics, rounding, config)
+      print(reward.renderer.describe(*rows[0]))
+    if t in (0, config.steps - 1):
+      when = "before" if t == 0 else "after"
+      append_samples(workdir, samples(config, output, texts, policy, when))
+    metrics = output.metrics | {"data/wait": order.waiting_share()}
+    metrics |= watch(output, rows) if watch else {}
+    shown = dict(reward=metrics["reward/used"], kl=metrics["kl"])
+    return state, output, prompts.example_id, metrics, shown
 
-    state = loop.run_steps(config, workdir, checkpoints, state, advance, **began)
+  state = train(Run(first, warm_up, steps, data=fingerprint(data.ids)), config, workdir)
   export.write_run(out, config, policy, reward, state, workdir)
 
 

@@ -9,15 +9,24 @@ from typing import NamedTuple
 
 import jax
 
+from r2m_jax.algorithm.annotate import make_annotate
+from r2m_jax.algorithm.read import make_read, measured_kl, sampling
+from r2m_jax.algorithm.schedules import make_omega
 from r2m_jax.algorithm.variants import VARIANTS, measured
 from r2m_jax.config import ConfigError, check_batch
 from r2m_jax.goldtask import task as goldtask
-from r2m_jax.goldtask.rl import gold_metrics, make_gold_step, program_of, rl_prompts, shared_arm
+from r2m_jax.goldtask.rl import (
+  gold_metrics,
+  make_gold_step,
+  program_of,
+  reward_of,
+  rl_prompts,
+  shared_arm,
+)
 from r2m_jax.goldtask.stages import STREAM_TABLE, fit_golden, fit_reward, fit_sft, head_job
 from r2m_jax.models.generate import generate
 from r2m_jax.parallel import hosts, sharding
 from r2m_jax.report.page import format_summary, summary_table, write_report
-from r2m_jax.run import checkpoint, loop
 from r2m_jax.run.build import (
   KEY_TABLE,
   Build,
@@ -30,9 +39,10 @@ from r2m_jax.run.build import (
 )
 from r2m_jax.run.fit import do
 from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
-from r2m_jax.run.metrics import append_samples, read_metrics
+from r2m_jax.run.metrics import read_metrics
+from r2m_jax.run.run import Run, train
 from r2m_jax.run.workdir import claim, shapes_of, stage, warm, with_variant
-from r2m_jax.step import make_judge, make_omega, make_read, measured_kl, sampling
+from r2m_jax.types import Rollout
 
 
 def run(config, workdir: Path) -> None:
@@ -117,29 +127,17 @@ def run_arm(config, programs: Programs, workdir: Path, policy, reward) -> None:
   newest checkpoint.
   """
   arm, built, shared = config.variant, programs.built, shared_arm(config)
-  checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
-  state = initial_state(
-    config, built, policy, reward["backbone"], reward["phi"], make=programs.first
-  )
-  models = loop.models_of(state)
-  state, fresh = loop.resume(config, checkpoints, state, models=models)
-  if fresh and VARIANTS[arm].start == "head":
-    like = shapes_of(state.reward_head)
-    head = stage(
-      workdir,
-      "warm_start",
-      like,
-      lambda: do(head_job(config, built, policy, reward, state.reward_head), built, workdir),
+
+  def first():
+    return initial_state(
+      config, built, policy, reward["backbone"], reward["phi"], make=programs.first
     )
-    state = warm(state, head)
-  if int(state.step) == config.steps:
-    return
 
-  def table(when):
-    return table_rows(arm, when, *hosts.fetch(programs.sample(state, shared)))
+  def warm_start(state):
+    def make():
+      return do(head_job(config, built, policy, reward, state.reward_head), built, workdir)
 
-  if fresh:
-    append_samples(workdir, table("before"))
+    return warm(state, stage(workdir, "warm_start", shapes_of(state.reward_head), make))
 
   def advance(state, t: int):
     prompts = rl_prompts(config, t)
@@ -156,8 +154,10 @@ def run_arm(config, programs: Programs, workdir: Path, policy, reward) -> None:
     shown = dict(gold=metrics["reward/gold"], frozen=metrics["reward/frozen"], kl=metrics["kl"])
     return state, out, prompts.example_id, metrics, shown
 
-  state = loop.run_steps(config, workdir, checkpoints, state, advance, models=models)
-  append_samples(workdir, table("after"))
+  def samples(state, when: str):
+    return table_rows(arm, when, *hosts.fetch(programs.sample(state, shared)))
+
+  train(Run(first, warm_start, lambda state: advance, samples), config, workdir)
 
 
 def make_sampler(config, built: Build):
@@ -166,7 +166,7 @@ def make_sampler(config, built: Build):
   """
   count = config.log.samples
   prompts = goldtask.prompts(config.seed, STREAM_TABLE, 0, count)
-  read, judge, omega_at = make_read(config), make_judge(built.defs, config), make_omega(config)
+  read, omega_at = make_read(config), make_omega(config)
 
   @sharding.jit_on(built.mesh)
   def sample(state, arm):
@@ -186,8 +186,8 @@ def make_sampler(config, built: Build):
       built.defs.open_policy(state.policy, state.ref), built.defs.open_ref(state.ref), sequences
     )
     w = omega_at(state.step, measured_kl(old, ref, sequences))
-    rows = sequences.tokens, sequences.token_mask
-    return sequences, judge(state, w, sequences, old, ref, *rows, arm, sampled=count)[0]
+    annotate = make_annotate(built.defs, config, reward_of(built.defs, arm))
+    return sequences, annotate(state, w, Rollout(sequences), old, ref)[0]
 
   return sample
 

@@ -10,15 +10,21 @@ same kind of device and mesh every token is the one that was drawn. RUN is read 
 is written.
 """
 
+import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from r2m_jax.algorithm.annotate import make_annotate
+from r2m_jax.algorithm.read import make_read, measured_kl
+from r2m_jax.algorithm.schedules import make_omega
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.config import ConfigError
 from r2m_jax.data.datasets import batch_of, prompt_data
@@ -31,22 +37,66 @@ from r2m_jax.run import checkpoint, loop
 from r2m_jax.run.build import Build, abstract, build, init_policy, init_reward_model, initial_state
 from r2m_jax.run.files import plain, write_atomic
 from r2m_jax.run.metrics import read_metrics
-from r2m_jax.run.run import Again
 from r2m_jax.run.workdir import shapes_of, warm, with_variant
-from r2m_jax.step import make_judge, make_omega, make_read, measured_kl
 from r2m_jax.tasks import folders, scratch
 from r2m_jax.tasks.export import run_config
+from r2m_jax.types import Rollout, Rows, TrainState
 
 MATCHES = (
   1e-5  # a logged metric made again; a rounding error, where the mesh is another than the run's
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Again:
+  """The parts of a run, as it put them together."""
+
+  built: Build
+  first: TrainState  # as the run began, before a warm start
+  step: (
+    Callable  # (state, t) -> (state, StepOutput, input of the reward model i32[B, L'], its mask)
+  )
+  example_ids: Callable[[int], Any]  # of step t's prompts
+  tell: Callable[
+    [Any, int], dict
+  ]  # (sequences on the host, row) -> texts, and what else is known of the answer
+  word: Callable[[int], str]  # of one of the policy's tokens
+
+
 def run(config, workdir: Path) -> dict:
   """Prints the sample that config.replay names, writes it to WORKDIR/replay and returns it."""
   wanted = config.replay
   config = config_of(config, workdir)
-  t, place = wanted.step, wanted.prompt
+  require_in_run(config, wanted)
+  t = wanted.step
+  again = (from_folders if config.policy.path else gold_task)(config, workdir)
+  place = place_of(wanted, again)
+  row = place * config.rollout.group_size + wanted.sample
+  state = state_before(config, again, workdir, t)
+  for earlier in range(int(state.step), t):
+    state, *_ = again.step(state, earlier)
+  before = jax.tree.map(jnp.copy, state)  # the step donates its state
+  _, out, *read = again.step(state, t)
+  parts, out = jax.device_get((make_parts(config, again.built)(before, out.sequences, *read), out))
+  found = {
+    "arm": config.variant,
+    "step": t,
+    "prompt": place,
+    "sample": wanted.sample,
+    "example_id": int(again.example_ids(t)[place]),
+    **again.tell(out.sequences, row),
+    **facts_of(again, out, parts, row),
+  }
+  path = workdir / "replay" / f"{config.variant}-{t}-{place}-{wanted.sample}.json"
+  write_atomic(path, json.dumps(found, indent=1, allow_nan=False))
+  show(found, out, row)
+  compare(workdir, config.variant, t, out.metrics)
+  print(f"all of it in {path}")
+  return found
+
+
+def require_in_run(config, wanted) -> None:
+  """Raises ConfigError if the run has no such step, prompt or sample."""
   limits = {
     "step": config.steps,
     "prompt": config.rollout.prompts,
@@ -57,67 +107,62 @@ def run(config, workdir: Path) -> dict:
       raise ConfigError(
         f"config.replay.{name} is {wanted[name]}: the run has {limit}, counted from 0"
       )
-  again = (from_folders if config.policy.path else gold_task)(config, workdir)
-  if wanted.example_id >= 0:
-    ids = [int(i) for i in again.example_ids(t)]
-    if wanted.example_id not in ids:
-      raise ConfigError(
-        f"config.replay.example_id is {wanted.example_id}: the prompts of step {t} are {ids}"
-      )
-    place = ids.index(wanted.example_id)
-  row = place * config.rollout.group_size + wanted.sample
-  state = state_before(config, again, workdir, t)
-  for earlier in range(int(state.step), t):
-    state, *_ = again.step(state, earlier)
-  before = jax.tree.map(jnp.copy, state)  # the step donates its state
-  _, out, *read = again.step(state, t)
-  parts, out = jax.device_get((make_parts(config, again.built)(before, out.sequences, *read), out))
+
+
+def place_of(wanted, again: Again) -> int:
+  """Which prompt of its step is wanted, by its number or by its example id."""
+  if wanted.example_id < 0:
+    return wanted.prompt
+  ids = [int(i) for i in again.example_ids(wanted.step)]
+  if wanted.example_id not in ids:
+    raise ConfigError(
+      f"config.replay.example_id is {wanted.example_id}: the prompts of step {wanted.step} are "
+      f"{ids}"
+    )
+  return ids.index(wanted.example_id)
+
+
+def facts_of(again: Again, out, parts: dict, row: int) -> dict:
+  """Tokens, log-probabilities, attention and rewards of one row, as JSON holds them.
+
+  Args:
+    out: StepOutput of the step, on the host.
+    parts: of `make_parts`, on the host.
+  """
+
+  def listed(x):
+    return [plain(value) for value in x]
 
   width = out.sequences.response_mask.shape[1]
-  tokens, mask, keep = (
-    x[row] for x in (out.sequences.tokens, out.sequences.token_mask, out.sequences.response_mask)
-  )
-  reward, frozen, w = (
-    out.judged.scores[row],
-    out.judged.scores_frozen[row],
-    float(parts.pop("omega")),
-  )
-  mine = {name: None if x is None else x[row] for name, x in parts.items()}
-  weights, listed = mine["attention"], lambda x: [plain(value) for value in x]
-  found = {
-    "arm": config.variant,
-    "step": t,
-    "prompt": place,
-    "sample": wanted.sample,
-    "example_id": int(again.example_ids(t)[place]),
-    **again.tell(out.sequences, row),
+  tokens, mask = out.sequences.tokens[row], out.sequences.token_mask[row]
+  keep = out.sequences.response_mask[row]
+  mine = {name: x if x is None or name == "omega" else x[row] for name, x in parts.items()}
+  weights = mine["attention"]
+  return {
     "tokens": tokens[-width:][keep].tolist(),
     "logprobs": listed(mine["logprobs"][keep]),
     "ref_logprobs": listed(mine["ref_logprobs"][keep]),
-    "states": [
-      again.word(i) for i in tokens[mask].tolist()
-    ],  # the policy's, prompt and answer: what attention reads
+    # the policy's, prompt and answer: what attention reads
+    "states": [again.word(i) for i in tokens[mask].tolist()],
     "attention": None if weights is None else [listed(head) for head in weights[:, mask]],
-    "omega": w,
-    "reward": plain(reward),
-    "frozen": plain(frozen),
+    "omega": float(mine["omega"]),
+    "reward": plain(out.judged.scores[row]),
+    "frozen": plain(out.judged.scores_frozen[row]),
     "own": listed(mine["own"]),
     "read": None if mine["read"] is None else listed(mine["read"]),
   }
-  path = workdir / "replay" / f"{config.variant}-{t}-{place}-{wanted.sample}.json"
-  write_atomic(path, json.dumps(found, indent=1, allow_nan=False))
+
+
+def show(found: dict, out, row: int) -> None:
+  """Prints a sample: its texts, its rewards and the states that attention reads most."""
   print(f"prompt   {found['prompt_text']}\nanswer   {found['response_text']}")
+  reward, frozen = out.judged.scores[row], out.judged.scores_frozen[row]
   gold = f", gold {found['gold']['gold']:.2f}" if "gold" in found else ""
-  print(f"reward   {reward:.4f} (frozen {frozen:.4f}, omega {w:.3f}){gold}")
-  if weights is not None:
-    most = np.argsort(-weights[:, mask].mean(0))[:5]
-    print(
-      "reads    "
-      + ", ".join(f"{found['states'][i]} {weights[:, mask].mean(0)[i]:.2f}" for i in most)
-    )
-  compare(workdir, config.variant, t, out.metrics)
-  print(f"all of it in {path}")
-  return found
+  print(f"reward   {reward:.4f} (frozen {frozen:.4f}, omega {found['omega']:.3f}){gold}")
+  if found["attention"] is not None:
+    weights = np.mean(np.asarray(found["attention"], float), 0)
+    most = np.argsort(-weights)[:5]
+    print("reads    " + ", ".join(f"{found['states'][i]} {weights[i]:.2f}" for i in most))
 
 
 def compare(workdir: Path, arm: str, t: int, metrics: dict) -> None:
@@ -256,7 +301,7 @@ def from_folders(config, workdir: Path) -> Again:
     load_reward(config.reward.path, config, mesh),
   )
   folders.hold_contract(workdir, reward.renderer)
-  data = prompt_data(config, policy, workdir)
+  data = prompt_data(config, policy.tokenizer, workdir)
   built = folders.build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   first = folders.start_state(config, built, policy, reward, donate=True)
   labeller = folders.labeller_of(config, policy, reward, workdir)
@@ -268,7 +313,7 @@ def from_folders(config, workdir: Path) -> Again:
   def step(state, t: int):
     index = data.order[t]
     state, out, rows[:] = program(
-      state, batch_of(data, index, policy), [data.prompts[i] for i in index]
+      state, batch_of(data, index, policy.tokenizer), [data.prompts[i] for i in index]
     )
     return state, out, *reward.renderer.batch(rows)
 
@@ -298,16 +343,19 @@ def make_parts(config, built: Build):
   of what attention read. With the policy's feedback the reward is omega * own + (1 - omega) * read
   (eq. 4; phi is linear).
   """
-  read, judge, omega_at = make_read(config), make_judge(built.defs, config), make_omega(config)
+  read, annotate, omega_at = (
+    make_read(config),
+    make_annotate(built.defs, config),
+    make_omega(config),
+  )
   defs, feedback = built.defs, VARIANTS[config.variant].feedback
 
   @sharding.jit_on(built.mesh)
   def parts(state, sequences, reward_tokens, reward_mask):
     old, ref = read(defs.open_policy(state.policy, state.ref), defs.open_ref(state.ref), sequences)
     w = omega_at(state.step, measured_kl(old, ref, sequences))
-    judged, _ = judge(
-      state, w, sequences, old, ref, reward_tokens, reward_mask, sampled=len(sequences.tokens)
-    )
+    rows = Rollout(Rows(reward_tokens, reward_mask))
+    judged, _ = annotate(state, w, Rollout(sequences), old, ref, rows)
     head = nnx.merge(
       defs.reward_head, state.reward_head if state.reward_average is None else state.reward_average
     )

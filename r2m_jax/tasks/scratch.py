@@ -229,7 +229,7 @@ def sets_of(config, reward: RewardModel, data: str, *, dev: bool = False) -> lis
       rows = load(settings.data, "pair")
       rows = [row for row in rows if not dev or row.get("meta", {}).get("group") == "val"]
       try:
-        kept, _ = datasets.pair_ids(settings, reward, rows, Path(source).name)
+        kept, _ = datasets.pair_ids(settings, reward.renderer, rows, Path(source).name)
       except DataError as error:  # all are too long
         print(f"data     {error}")
         continue

@@ -8,12 +8,14 @@ and out.
 """
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from r2m_jax.algorithm.read import read_feedback
 from r2m_jax.data.jsonl import check_output, read_rows, write_rows
 from r2m_jax.data.text import Tokenizer, as_prompts, each_row, pad_left, responses_of
 from r2m_jax.hf.folders import (
@@ -21,7 +23,6 @@ from r2m_jax.hf.folders import (
   Policy,
   RewardModel,
   abstract_head,
-  describe_reward,
   load_policy,
   load_reward,
   mesh_of,
@@ -31,11 +32,13 @@ from r2m_jax.models.generate import generate
 from r2m_jax.models.reward import read_rte
 from r2m_jax.parallel import hosts, sharding
 from r2m_jax.run.progress import progress
-from r2m_jax.step import read_feedback
 
 
-def run(config) -> None:
-  """`config.task`: "generate" or "score"."""
+def run(config, workdir: Path | None = None) -> None:
+  """`config.task`: "generate" or "score". The workdir is not used: what is read and written is
+  named in the config.
+  """
+  del workdir
   # float32 means float32: accelerators would otherwise multiply matrices in fewer bits
   with jax.default_matmul_precision("highest" if config.dtype == "float32" else "default"):
     {"generate": run_generate, "score": run_score}[config.task](config)
@@ -163,7 +166,9 @@ def run_score(config) -> None:
       )
     policy = load_policy(config.policy.path, config, mesh)
   print(
-    describe_reward(reward, rows[0]["prompt"], rows[0]["response"], rows[0].get("truncated", False))
+    reward.renderer.describe(
+      rows[0]["prompt"], rows[0]["response"], rows[0].get("truncated", False)
+    )
   )
   scores = score(config, reward, policy, rows, mesh)
   require_finite(

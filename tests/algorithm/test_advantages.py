@@ -8,6 +8,8 @@ import pytest
 
 from r2m_jax.algorithm import advantages
 
+pytestmark = pytest.mark.numerics
+
 EPS = 1e-4
 ESTIMATORS = {
   "rloo": (advantages.rloo, oracles.rloo_loop),

@@ -14,6 +14,8 @@ from r2m_jax import ops
 from r2m_jax.algorithm import advantages, losses
 from r2m_jax.models.logprobs import token_stats
 
+pytestmark = pytest.mark.numerics
+
 EPS = 1e-4  # inside the root of eq. 6
 ROOT_EPS = EPS**0.5
 

@@ -9,7 +9,6 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from configs import default
 from r2m_jax.algorithm.optim import (
   apply_updates,
   descend,
@@ -17,13 +16,14 @@ from r2m_jax.algorithm.optim import (
   make_optimizer,
   round_at_random,
 )
+from r2m_jax.knobs import make_config, optimizer
 from r2m_jax.parallel.sharding import make_mesh
 
 ROUND = jax.jit(jax.vmap(round_at_random, (None, 0)))
 
 
 def section(**changes):
-  config = default.optimizer(lr=1e-3)
+  config = make_config(optimizer(lr=1e-3))
   return ConfigDict(config.to_dict() | changes)
 
 

@@ -192,9 +192,9 @@ def test_malformed_row_is_counted(case, tmp_path, capsys):
 
 
 def test_malformed_covers_every_kind():
-  assert {kind for _, kind in MALFORMED.values()} | {"cut off"} == set(KINDS) and len(
-    MALFORMED
-  ) >= 30
+  assert {kind for _, kind in MALFORMED.values()} | {"cut off", "undesirable"} == set(
+    KINDS
+  ) and len(MALFORMED) >= 30
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])

@@ -64,7 +64,7 @@ def test_sft_batches_hold_the_rows(buckets, model, tmp_path):
   hf, policy = model
   path = demonstrations(tmp_path / "d.jsonl")
   config = settings(path, data__buckets=buckets)
-  dataset, collate = datasets.sft_rows(config, policy, tmp_path, "sft")
+  dataset, collate = datasets.sft_rows(config, policy.tokenizer, tmp_path, "sft")
   want = collections.Counter(str(ends_of(hf, json.loads(line))) for line in open(path))
   got, shapes, t = collections.Counter(), set(), 0
   while sum(got.values()) < 400:
@@ -93,7 +93,7 @@ def test_packed_lines_hold_whole_dialogues_end_to_end(model, tmp_path):
   config = settings(
     path, data__max_prompt_length=20, data__max_response_length=12, data__unique=True
   )
-  dataset, collate = datasets.packed_lines(config, policy, tmp_path, "lm")
+  dataset, collate = datasets.packed_lines(config, policy.tokenizer, tmp_path, "lm")
   batch = collate(np.arange(4))
   assert (
     batch["tokens"].shape == (4, 32)
@@ -116,7 +116,7 @@ def test_pairs_are_the_renderers(model, tmp_path):
   hf, reward = model
   rows = [{"prompt": TALK, "chosen": f"yes {i}", "rejected": "no " * (1 + i)} for i in range(9)]
   config = settings(lines(tmp_path / "d.jsonl", rows), data__buckets=(48,))
-  dataset, collate, count = datasets.pairs(config, reward, tmp_path)
+  dataset, collate, count = datasets.pairs(config, reward.renderer, tmp_path)
   index = dataset[0]
   batch = collate(index)
   assert count == 9
@@ -145,7 +145,9 @@ def test_what_is_left_out(model, tmp_path, capsys):
   limits = dict(
     data__max_prompt_length=30, data__max_response_length=500, data__max_chosen_length=20
   )
-  data = datasets.prompt_data(settings(path, data__unique=True, **limits), policy, tmp_path)
+  data = datasets.prompt_data(
+    settings(path, data__unique=True, **limits), policy.tokenizer, tmp_path
+  )
   assert data.prompts == [
     "the cat",
     "a mat",
@@ -158,12 +160,14 @@ def test_what_is_left_out(model, tmp_path, capsys):
     "1 dropped: prompt over 30 tokens" in shown and "1 dropped: the same as an earlier row" in shown
   )
   limits["data__max_chosen_length"] = 0
-  kept = datasets.prompt_data(settings(path, **limits), policy, tmp_path / "b").prompts
+  kept = datasets.prompt_data(settings(path, **limits), policy.tokenizer, tmp_path / "b").prompts
   assert kept == [row["prompt"] for row in rows if len(row["prompt"]) < 80]
   with pytest.raises(
     DataError, match="no row of config.data.name is left for r2m; 7 dropped: prompt over 1 tokens"
   ):
-    datasets.prompt_data(settings(path, data__max_prompt_length=1), policy, tmp_path / "c")
+    datasets.prompt_data(
+      settings(path, data__max_prompt_length=1), policy.tokenizer, tmp_path / "c"
+    )
 
 
 def test_a_mixture_of_files_comes_by_its_weights(model, tmp_path):
@@ -171,10 +175,10 @@ def test_a_mixture_of_files_comes_by_its_weights(model, tmp_path):
   lines(tmp_path / "a.jsonl", [{"prompt": f"the cat {i}"} for i in range(30)])
   lines(tmp_path / "b.jsonl", [{"prompt": f"the dog {i}"} for i in range(6)])
   config = settings("a.jsonl,b.jsonl", data__root=str(tmp_path), data__weights=(1.0, 3.0))
-  data = datasets.prompt_data(config, policy, tmp_path / "run")
+  data = datasets.prompt_data(config, policy.tokenizer, tmp_path / "run")
   drawn = [data.prompts[i] for t in range(20) for i in data.order[t]]
   assert np.mean(["dog" in prompt for prompt in drawn]) == pytest.approx(0.75, abs=0.02)
-  batch = datasets.batch_of(data, data.order[0], policy)
+  batch = datasets.batch_of(data, data.order[0], policy.tokenizer)
   assert (
     batch.tokens.shape == (4, data.length) and batch.example_id.tolist() == data.order[0].tolist()
   )
@@ -185,6 +189,5 @@ def test_a_text_that_cannot_be_rendered_is_named(model, tmp_path):
   path = lines(tmp_path / "d.jsonl", [{"prompt": "the cat"}, {"prompt": TALK}])
   plain = tmp_path / "plain"
   tiny_text.tokenizer("plain", plain)
-  other = types.SimpleNamespace(tokenizer=load_tokenizer(plain))
   with pytest.raises(TextError, match=r"d.jsonl:2: the tokenizer of .* has no chat template"):
-    datasets.prompt_data(settings(path), other, tmp_path)
+    datasets.prompt_data(settings(path), load_tokenizer(plain), tmp_path)

@@ -128,12 +128,12 @@ def test_start_up_print_shows_special_tokens(made):
 def test_left_padding_masks_by_length(made):
   tokenizer, _ = made["plain"]
   rows = [[5, tokenizer.pad_id, 7], [tokenizer.pad_id]]  # real tokens that equal the pad id
-  prompts = as_prompts(rows, tokenizer.pad_id, first_id=3)
+  prompts = as_prompts(rows, tokenizer.pad_id)
   assert prompts.tokens.shape == (2, 16) and prompts.tokens.dtype == np.int32
   assert (
     prompts.mask.sum(1).tolist() == [3, 1]
     and prompts.mask[:, -1].all()
-    and prompts.example_id.tolist() == [3, 4]
+    and prompts.example_id.tolist() == [0, 1]
   )
   assert prompts.tokens[0, -3:].tolist() == rows[0]
   with pytest.raises(TextError, match="row 0 has 3 tokens and 2 fit"):

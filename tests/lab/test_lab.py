@@ -13,6 +13,7 @@ from flax import nnx
 
 from configs import lab as lab_config
 from configs import quickstart
+from r2m_jax.algorithm.annotate import make_reward
 from r2m_jax.algorithm.variants import VARIANTS, States
 from r2m_jax.config import ConfigError, arms_of, check_config
 from r2m_jax.goldtask import rl
@@ -20,7 +21,6 @@ from r2m_jax.lab import grid, together
 from r2m_jax.lab.table import curves_of, read_table
 from r2m_jax.models.reward import read_rte
 from r2m_jax.run.metrics import read_metrics
-from r2m_jax.step import make_score
 from r2m_jax.tasks import gold as gold_task
 from r2m_jax.types import Sequences
 
@@ -308,7 +308,7 @@ def test_drift_against_single_scores():
   )
   _, probe = grid.make_probe(cfg, built, mesh)
   found = jax.device_get(probe(stacked, stacked.reward_head, fixed, fixed))
-  score = make_score(built.defs, cfg)
+  score = make_reward(built.defs, cfg).score
   for i, one in enumerate(states):
     rte = read_rte(nnx.merge(built.defs.reward_backbone, one.reward_backbone), tokens[i], mask[i])
 

@@ -10,6 +10,7 @@ from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.rl import gold_metrics
 from r2m_jax.lab import results, stats
 from r2m_jax.lab.table import arm_columns, curves_of, joined, read_table, write_table
+from r2m_jax.report import intervals
 from r2m_jax.types import Judged, Sequences
 
 # two-sided 95% points of Student's t, from printed tables, by degrees of freedom
@@ -59,7 +60,7 @@ def test_interval_has_the_length_of_the_t_interval(count):
   Student's length.
   """
   values = np.random.default_rng(count).permutation(np.linspace(-1, 1, count))
-  found = stats.interval(values + 3)
+  found = intervals.interval(values + 3)
   assert found.value == pytest.approx(3) and found.count == count
   half = STUDENT[count - 1] * values.std(ddof=1) / np.sqrt(count)
   # below five values the bootstrap could not leave the data, so it is Student's itself
@@ -70,30 +71,30 @@ def test_interval_has_the_length_of_the_t_interval(count):
 def test_interval_covers_the_mean_of_few_seeds(count):
   rng, hits = np.random.default_rng(0), 0
   for values in rng.normal(size=(1000, count)):
-    found = stats.interval(values)
+    found = intervals.interval(values)
     hits += found.low <= 0 <= found.high
   assert 0.925 <= hits / 1000 <= 0.97  # standard error 0.007; the plain percentile interval: 0.90
 
 
 def test_interval_leaves_out_what_a_seed_does_not_have():
-  assert stats.interval([1.0, np.nan, 3.0]) == stats.interval([1.0, 3.0])
-  single = stats.interval([np.nan, 2.0])
+  assert intervals.interval([1.0, np.nan, 3.0]) == intervals.interval([1.0, 3.0])
+  single = intervals.interval([np.nan, 2.0])
   assert single[0] == 2 and np.isnan(single[1]) and single.count == 1
-  assert stats.interval([np.nan]).count == 0 and np.isnan(stats.interval([])[0])
+  assert intervals.interval([np.nan]).count == 0 and np.isnan(intervals.interval([])[0])
 
 
 def test_pairing_takes_the_seeds_variance_out():
   rng = np.random.default_rng(1)
   seed_effect = rng.normal(size=10) * 5
   first, second = seed_effect + 1.0 + 0.01 * rng.normal(size=10), seed_effect
-  found = stats.paired(first, second)
+  found = intervals.paired(first, second)
   assert found.value == pytest.approx((first - second).mean()) and found.high - found.low < 0.05
-  assert stats.paired([1.0, 2.0, np.nan], [0.0, np.nan, 1.0]).count == 1
+  assert intervals.paired([1.0, 2.0, np.nan], [0.0, np.nan, 1.0]).count == 1
 
 
 def test_resamples_are_draws_with_replacement():
-  weights = stats.resampled(4)
-  assert weights.shape == (stats.RESAMPLES, 4) and (weights.sum(1) == 4).all()
+  weights = intervals.resampled(4)
+  assert weights.shape == (intervals.RESAMPLES, 4) and (weights.sum(1) == 4).all()
   np.testing.assert_allclose(weights.mean(0), 1, atol=0.05)
   assert weights.var(0) == pytest.approx(4 * 0.25 * 0.75, rel=0.05)  # of a binomial
 
@@ -246,7 +247,7 @@ def candidates(**changes):
   for i in range(4):
     for measure, value in usual.items():
       count, value = changes.get(measure, {}).get(i, (4, value))
-      found[f"r2m.candidate_{i}", 1.0, measure, ""] = stats.Interval(value, value, value, count)
+      found[f"r2m.candidate_{i}", 1.0, measure, ""] = intervals.Interval(value, value, value, count)
   curves = {f"r2m.candidate_{i}": {} for i in range(4)} | {"vanilla": {}}
   return results.Results(curves, {}, {}, {}, [], found, {})
 

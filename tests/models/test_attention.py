@@ -132,6 +132,7 @@ def compare(run, mask, q, k, v, w, keys, *, scale, cap, bound=BOUND):
     (130, 64, 64, 3.0),
   ],
 )
+@pytest.mark.numerics
 def test_splash_is_attention(length, dim, window, cap):
   q, k, v, w, keys = problem(length, dim)
   seen, scale = Seen(keys, window is not None), dim**-0.5
@@ -144,6 +145,7 @@ def test_splash_is_attention(length, dim, window, cap):
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 @pytest.mark.parametrize("mesh, slides", [((2, 2, 2), True), ((1, 2, 4), False)])
+@pytest.mark.numerics
 def test_splash_on_a_mesh(mesh, slides):
   """Rows and heads on their devices, whether key heads split over tensor or are fewer; the kind
   of the layer traced.
@@ -170,6 +172,7 @@ def test_splash_on_a_mesh(mesh, slides):
 
 
 @pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.numerics
 def test_dot_product_is_attention(window):
   q, k, v, w, keys = problem(50, 16)
   mask = mask_of(keys, window)
@@ -181,6 +184,7 @@ def test_dot_product_is_attention(window):
 
 
 @pytest.mark.parametrize("how, arch", [("splash", ARCH), ("dot_product", PLAIN)])
+@pytest.mark.numerics
 def test_a_model_reads_and_decodes_alike(how, arch):
   """A prompt of 150 tokens into the cache, then one more token: layers of both kinds, a soft
   cap, rotary positions.
@@ -291,6 +295,7 @@ def slots_problem(heads, kv, dim, slots, common, dtype):
     (3, 3, 16, 40, 33, 35),
   ],
 )
+@pytest.mark.numerics
 def test_slots_give_what_the_whole_cache_gives(heads, kv, dim, slots, common, own, dtype, close):
   """Blocks of 64 that the cache does not fill, rows that start late, 1 to 32 queries a key head."""
   given, (keys, values) = slots_problem(heads, kv, dim, slots, common, dtype)
@@ -315,6 +320,7 @@ def test_slots_give_what_the_whole_cache_gives(heads, kv, dim, slots, common, ow
 
 @pytest.mark.parametrize("shape", [None, (2, 1, 1), (1, 2, 2), (1, 1, 8)], ids=str)
 @pytest.mark.parametrize("length, cap", [(1, None), (3, 5.0)])
+@pytest.mark.numerics
 def test_a_prompt_in_common_is_attended_to_as_copies_are(shape, length, cap):
   """Four rows, two and two with one prompt, against the prompt copied into the cache of each;
   rows start late.
@@ -342,6 +348,7 @@ def test_a_prompt_in_common_is_attended_to_as_copies_are(shape, length, cap):
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 @pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 2), (1, 1, 8)])
+@pytest.mark.numerics
 def test_slots_on_a_mesh(shape):
   """Rows and heads over devices, heads whole where they do not split."""
   given, _ = slots_problem(4, 2, 16, 100, 40, jnp.float32)

@@ -18,6 +18,8 @@ from r2m_jax.models.logprobs import Head, token_stats
 from r2m_jax.ops import Truncation
 from r2m_jax.parallel.sharding import BATCH, make_mesh, on_mesh
 
+pytestmark = pytest.mark.numerics
+
 ROWS, LENGTH, WIDTH, VOCAB, TAU = 3, 7, 4, 11, 0.7
 
 

@@ -13,6 +13,8 @@ from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.reward import RewardHead, last_token, read_rte
 
+pytestmark = pytest.mark.numerics
+
 ROWS, SLOTS, POLICY_DIM, REWARD_DIM, WIDTH = 3, 7, 6, 5, 8
 MASK = np.array([[0, 0, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 0, 0, 0]], bool)
 

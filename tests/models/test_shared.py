@@ -13,6 +13,7 @@ from flax import nnx
 from test_transformer import ARCHS
 
 from r2m_jax import step
+from r2m_jax.algorithm import read
 from r2m_jax.models import transformer
 from r2m_jax.models.attention import Shared
 from r2m_jax.parallel import rows as row_parts
@@ -78,12 +79,12 @@ def test_states_and_gradients_are_those_of_whole_rows(name, attention):
 
 def flops(cfg, shared: bool, monkeypatch) -> float:
   """Of `learn`, as the compiler counts them."""
-  monkeypatch.setattr(step, "neighbours", row_parts.neighbours if shared else lambda group, rows: 1)
+  monkeypatch.setattr(read, "neighbours", row_parts.neighbours if shared else lambda group, rows: 1)
   built, state = small.start(cfg)
-  learn = step.make_learn(built.defs, cfg, built.mesh, same_tokens=True)
+  learn = step.make_learn(built.defs, cfg, built.mesh)
   rollout = step.make_rollout(built.defs, cfg, built.mesh, (0,), 1)
-  sequences = jax.eval_shape(rollout, state, small.prompts(cfg, 0))
-  lowered = jax.jit(learn).lower(state, sequences, sequences.tokens, sequences.token_mask)
+  drawn = jax.eval_shape(rollout, state, small.prompts(cfg, 0))
+  lowered = jax.jit(learn).lower(state, drawn)
   return lowered.cost_analysis()["flops"]
 
 
@@ -99,18 +100,19 @@ def test_a_step_gives_the_numbers_of_whole_rows(monkeypatch):
   """Three steps of R2M with minibatches, micro-batches and a critic, prompts computed once or
   with every response.
   """
-  cfg = small.config(
-    rollout__group_size=8, ppo__minibatches=2, ppo__accumulation=2, algorithm="ppo"
-  )
-  once, _ = small.run(cfg, 3)
-  monkeypatch.setattr(step, "neighbours", lambda group, rows: 1)
-  whole, _ = small.run(cfg, 3)
-  for a, b in zip(whole, once):
-    np.testing.assert_array_equal(b.sequences.tokens, a.sequences.tokens)
-    for name in a.metrics:
-      np.testing.assert_allclose(
-        b.metrics[name], a.metrics[name], rtol=1e-5, atol=2e-5, err_msg=name
-      )
+  changes = dict(rollout__group_size=8, ppo__minibatches=2, ppo__accumulation=2, algorithm="ppo")
+  runs = {}
+  for how in ("once", "whole"):
+    if how == "whole":
+      monkeypatch.setattr(read, "neighbours", lambda group, rows: 1)
+    with jax.enable_x64(True):
+      runs["exact", how], _ = small.run(small.config(**changes, **small.FLOAT64), 3)
+    runs["low", how], _ = small.run(small.config(**changes), 3)
+  for outputs in runs.values():
+    small.same_tokens(outputs, runs["exact", "whole"])
+  found = {key: small.metrics_of(outputs) for key, outputs in runs.items()}
+  small.equal_in_float64(found["exact", "once"], found["exact", "whole"])
+  small.as_good_in_float32(found["low", "once"], found["low", "whole"], found["exact", "whole"])
 
 
 def test_runs_that_do_not_split_over_the_mesh_are_computed_whole():

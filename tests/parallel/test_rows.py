@@ -23,6 +23,8 @@ from r2m_jax.parallel.rows import (
 )
 from r2m_jax.parallel.sharding import BATCH, lay_rows, make_mesh, on_mesh
 
+pytestmark = pytest.mark.numerics
+
 X = np.random.default_rng(0).standard_normal((32, 3, 4)).astype(np.float32)
 MOVES = r" (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)\("
 
@@ -91,7 +93,7 @@ def test_no_row_leaves_its_device():
   moved = jax.jit(on_mesh(mesh, lambda x: lay_rows(x[::-1]))).lower(x).compile().as_text()
   assert re.findall(MOVES, moved)  # what the check looks for is there where rows do move
   for got, want in zip(found(x, order), inside(X, order)):
-    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)  # a sum of four may cancel
     assert got.sharding.is_equivalent_to(x.sharding, got.ndim)
 
 

@@ -75,9 +75,7 @@ def counted_and_real(config) -> dict[str, tuple[float, float]]:
   state = programs.abstract_state(config, built)
   prompts, judged = programs.arguments(config, sizes, built)
   rollout = jax.make_jaxpr(make_rollout(built.defs, config, mesh, (1,), 0))(state, prompts)
-  learn = jax.make_jaxpr(make_learn(built.defs, config, mesh, same_tokens=sizes.same_tokens))(
-    state, *judged
-  )
+  learn = jax.make_jaxpr(make_learn(built.defs, config, mesh))(state, *judged)
   phases = phases_of(config, sizes, Layout(1, 1, 1), "cpu")
 
   def count(inside):

@@ -2,6 +2,7 @@
 loops.
 """
 
+import html
 import io
 import json
 import math
@@ -103,8 +104,9 @@ def test_resuming_drops_only_this_arms_later_rows(tmp_path):
   assert not list(tmp_path.glob(".*tmp"))
 
 
-def test_disabled_metrics_touch_nothing(tmp_path):
-  with metrics.Metrics(tmp_path / "run", "rl", from_step=0, enabled=False) as log:
+def test_metrics_of_other_processes_touch_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(metrics.hosts, "first", lambda: False)
+  with metrics.Metrics(tmp_path / "run", "rl", from_step=0) as log:
     log.log(0, {"kl": 1.0})
   assert not (tmp_path / "run").exists()
 
@@ -342,7 +344,9 @@ def test_report_of_stages_before_rl_and_of_nothing(tmp_path):
   (tmp_path / "config.json").write_text('{"seed": 3}')
   page = report_page.write_report(tmp_path, title="sft").read_text(encoding="utf-8")
   assert (
-    "No RL steps were logged" in page and page.count("<img") == 1 and "&quot;seed&quot;: 3" in page
+    "No RL steps were logged" in page
+    and page.count("<img") == 1
+    and '"seed": 3' in html.unescape(page)
   )
 
 

@@ -22,7 +22,6 @@ from test_folders import small as folder_run
 
 from benchmarks import kill_resume
 from configs import default, quickstart
-from r2m_jax import main
 from r2m_jax.algorithm.optim import descend
 from r2m_jax.config import ConfigError, check_config, redact
 from r2m_jax.data import datasets
@@ -30,7 +29,7 @@ from r2m_jax.data.jsonl import DataError
 from r2m_jax.data.rows import load
 from r2m_jax.hf.folders import FolderError, load_policy, load_reward
 from r2m_jax.parallel.sharding import make_mesh
-from r2m_jax.run import checkpoint, loop, progress, workdir
+from r2m_jax.run import checkpoint, loop, process, progress, workdir
 from r2m_jax.run import files as run_files
 from r2m_jax.tasks import export
 from r2m_jax.tasks import folders as folders_task
@@ -167,10 +166,10 @@ def test_every_stage_is_held_to_its_rows(folders, tmp_path):
   cfg.data.max_prompt_length = cfg.data.max_response_length = 10
   policy, reward = load_policy(cfg.policy.path, cfg), load_reward(cfg.reward.path, cfg)
   stages = {
-    "sft": lambda: datasets.sft_rows(cfg, policy, tmp_path, "sft"),
-    "lm": lambda: datasets.packed_lines(cfg, policy, tmp_path, "lm"),
-    "reward": lambda: datasets.pairs(cfg, reward, tmp_path),
-    "judgments": lambda: datasets.judged_pairs(cfg, policy, reward, tmp_path),
+    "sft": lambda: datasets.sft_rows(cfg, policy.tokenizer, tmp_path, "sft"),
+    "lm": lambda: datasets.packed_lines(cfg, policy.tokenizer, tmp_path, "lm"),
+    "reward": lambda: datasets.pairs(cfg, reward.renderer, tmp_path),
+    "judgments": lambda: datasets.judged_pairs(cfg, policy.tokenizer, reward.renderer, tmp_path),
   }
   for make in (*stages.values(), *stages.values()):
     make()
@@ -362,10 +361,15 @@ def test_spikes_are_counted_by_the_update():
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
-  """The state is equal bit for bit; what follows has the same tokens, metrics within 1e-5,
-  parameters within 1e-4.
+  """The state is equal bit for bit; what follows has the same tokens and, in float64, metrics
+  and parameters.
   """
-  cfg, meshes = small.config(), {"same": (2, 2, 2), "one": (1, 1, 1), "fsdp": (1, 8, 1)}
+  with jax.enable_x64(True):
+    go_on_on_another_mesh(tmp_path, small.config(**small.FLOAT64))
+
+
+def go_on_on_another_mesh(tmp_path, cfg):
+  meshes = {"same": (2, 2, 2), "one": (1, 1, 1), "fsdp": (1, 8, 1)}
   built, state = small.start(cfg, meshes["same"])
   step = small.step_of(cfg, built, state)
   for t in range(2):
@@ -391,19 +395,12 @@ def test_a_run_goes_on_on_another_mesh(tmp_path):
       [bits(x) for x in jax.tree.leaves((restored.policy, restored.reward_head))],
     )
   outputs, parameters = ends.pop("same")
-  for name, (others, other_parameters) in ends.items():
-    for ours, theirs in zip(outputs, others):
-      np.testing.assert_array_equal(ours.sequences.tokens, theirs.sequences.tokens)
-      for metric, value in ours.metrics.items():
-        atol = (
-          2e-5 if metric.endswith("_deviation") else 1e-5
-        )  # these are maxima of rounding errors
-        np.testing.assert_allclose(
-          theirs.metrics[metric], value, rtol=1e-5, atol=atol, err_msg=f"{name} {metric}"
-        )
-    moved = max(np.abs(a - b).max() for a, b in zip(parameters, other_parameters))
-    print(f"{name}: tokens equal, parameters within {moved:.1e}")
-    assert moved < 1e-4
+  for others, other_parameters in ends.values():
+    small.same_tokens(others, outputs)
+    small.equal_in_float64(small.metrics_of(others), small.metrics_of(outputs))
+    small.equal_in_float64(
+      *({f"array{i}": x for i, x in enumerate(xs)} for xs in (other_parameters, parameters))
+    )
 
 
 # ---- names and folders from elsewhere ----
@@ -496,11 +493,11 @@ def test_what_the_environment_keeps_secret_is_never_written(monkeypatch, capsys)
         assert secret not in str(refused.value)
       assert redact(f"401 for {secret}") == "401 for (hidden)"
       with pytest.raises(SystemExit):
-        main.stop(f"config.steps is {secret!r}: must be of type int")
+        process.stop(f"config.steps is {secret!r}: must be of type int")
       try:
         raise KeyError(secret)
       except KeyError as error:
-        main.show_traceback(KeyError, error, error.__traceback__)
+        process.show_traceback(KeyError, error, error.__traceback__)
     shown = capsys.readouterr().err
     assert (
       secret not in shown
@@ -515,7 +512,7 @@ def test_what_the_environment_keeps_secret_is_never_written(monkeypatch, capsys)
 
 def test_a_failed_save_leaves_one_line(capsys):
   for said in ("Event loop is closed", "something else"):
-    main.show_unraisable(
+    process.show_unraisable(
       SimpleNamespace(
         exc_type=RuntimeError,
         exc_value=RuntimeError(said),

@@ -4,8 +4,10 @@ prompts.
 
 import functools
 import json
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +15,11 @@ from configs import quickstart
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.parallel import sharding
 from r2m_jax.run import build
+from r2m_jax.run.workdir import LAYOUT
 from r2m_jax.step import make_step
+
+FLOAT64 = dict(dtype="float64", param_dtype="float64")  # under jax.enable_x64(True)
+FLOAT32 = dict(dtype="float32", param_dtype="float32")
 
 
 def config(**overrides):
@@ -50,8 +56,17 @@ def models(arch: str, param_dtype: str, ensemble: int):
 
 
 def start(cfg, mesh=(1, 1, 1), ref_noise=0.0):
-  """(built, state) of a run's first step."""
+  """(built, state) of a run's first step. In float64 it is the state of float32, each number
+  widened.
+  """
   built = build.build(cfg, sharding.make_mesh(mesh), vocab_size=goldtask.VOCAB_SIZE)
+  if cfg.param_dtype == "float64":
+    low = cfg.copy_and_resolve_references()
+    low.update(FLOAT32)
+    with jax.enable_x64(False):  # random numbers of float64 would be others
+      _, state = start(low, mesh, ref_noise)
+    beta = jax.device_put(np.float64(cfg.kl.beta), state.beta.sharding)  # a setting: not rounded
+    return built, widened(state).replace(beta=beta)
   policy, reward = models(cfg.policy.arch.to_json(), cfg.param_dtype, cfg.reward.ensemble)
   state = build.initial_state(cfg, built, policy, reward["backbone"], reward["phi"])
   if ref_noise:
@@ -60,6 +75,25 @@ def start(cfg, mesh=(1, 1, 1), ref_noise=0.0):
     )
     state = state.replace(ref=ref)
   return built, state
+
+
+def widened(tree):
+  """Arrays of float32 as float64, where they are; others as they are."""
+
+  def wide(x):
+    return jax.device_put(np.asarray(x, np.float64), x.sharding) if x.dtype == jnp.float32 else x
+
+  return jax.tree.map(wide, tree)
+
+
+def rounded(tree):
+  """Numbers of float64 moved by half a unit in the last place of float32, up or down at random."""
+  rng = np.random.default_rng(0)
+
+  def move(x):
+    return jax.device_put(np.asarray(x) * (1 + rng.choice([-1, 1], x.shape) * 2.0**-24), x.sharding)
+
+  return jax.tree.map(move, tree)
 
 
 def step_of(cfg, built, state, labeller=None):
@@ -88,6 +122,87 @@ def run(cfg, steps, mesh=(1, 1, 1)):
   return outputs, state
 
 
+def same_tokens(outputs, others):
+  for t, (a, b) in enumerate(zip(outputs, others, strict=True)):
+    np.testing.assert_array_equal(
+      a.sequences.tokens, b.sequences.tokens, err_msg=f"tokens of step {t}"
+    )
+
+
+def metrics_of(outputs) -> dict[str, np.ndarray]:
+  """Each metric at every step, under the name "metric ..."; all are finite."""
+  columns = {name: [out.metrics[name] for out in outputs] for name in outputs[0].metrics}
+  found = {f"metric {name}": np.array(column, np.float64) for name, column in columns.items()}
+  assert all(np.isfinite(x).all() for x in found.values()), found
+  return found
+
+
+def equal_in_float64(found, exact, rtol=1e-10):
+  """Two orders of one computation, {name: array}: each array within `rtol` of its norm.
+
+  What is zero in exact arithmetic, and a metric, which may be a sum of numbers near one that
+  cancel, is within `rtol` of the size that `scales` gives.
+  """
+  within(found, exact, {name: rtol * size for name, size in scales(exact).items()})
+
+
+def as_good_in_float32(found, low, exact, times=8, floor=8):
+  """`found` is as near to float64 as `low`, another order of the same computation in float32, is,
+  {name: array} each.
+
+  A processor has its own order of sums, and its own exponential. The bound therefore is `times` the
+  distance of `low` from `exact` on this processor. That distance may be small by chance: it counts
+  as `floor` eps of the size at least.
+  """
+  eps = np.finfo(np.float32).eps
+
+  def far(name, size):
+    return max(np.linalg.norm(low[name] - exact[name]), floor * eps * size)
+
+  within(found, exact, {name: times * far(name, size) for name, size in scales(exact).items()})
+
+
+def scales(exact) -> dict[str, float]:
+  """The size of the numbers that each array is a sum of: its norm; at least 1 for an entry of a
+  metric.
+
+  An array that is zero in exact arithmetic, such as the gradient of a bias that shifts all scores
+  alike, has the size of the largest one whose name begins alike.
+  """
+  sizes = {name: float(np.linalg.norm(x)) for name, x in exact.items()}
+  largest = {}
+  for name, size in sizes.items():
+    family = name.split("/")[0]
+    largest[family] = max(size, largest.get(family, 0.0))
+
+  def scale(name):
+    if name.startswith("metric "):
+      return max(sizes[name], np.sqrt(np.size(exact[name])))
+    return (
+      sizes[name]
+      if sizes[name] > 1e-10 * largest[name.split("/")[0]]
+      else largest[name.split("/")[0]]
+    )
+
+  return {name: scale(name) for name in exact}
+
+
+def within(found, exact, bounds):
+  """Every array of `found` within its bound of that of `exact`, by the norm of the difference."""
+  assert set(found) == set(exact)
+  shares = {
+    name: np.linalg.norm(found[name] - exact[name]) / bound
+    for name, bound in bounds.items()
+    if bound
+  }
+  worst = max(shares, key=shares.get)
+  print(f"largest difference {shares[worst]:.2f} of its bound: {worst}")
+  assert shares[worst] <= 1, {name: share for name, share in shares.items() if share > 1}
+  assert all(
+    np.array_equal(found[name], exact[name]) for name, bound in bounds.items() if not bound
+  )
+
+
 def interrupt(monkeypatch, module, calls, run):
   """`run()` until the `calls`th call of module.gold_metrics, which a Ctrl-C interrupts; nothing
   stays patched.
@@ -103,3 +218,11 @@ def interrupt(monkeypatch, module, calls, run):
   with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
     patched.setattr(module, "gold_metrics", dies)
     run()
+
+
+def unlisted(folder):
+  """Names in a workdir that LAYOUT does not have."""
+  names = [re.escape(entry.name) for entry in LAYOUT]
+  pattern = re.compile("|".join(re.sub(r"<\w+>", ".+", name) for name in names))
+  found = [path.name + "/" * path.is_dir() for path in folder.iterdir()]
+  return [name for name in found if not pattern.fullmatch(name)]

@@ -57,6 +57,7 @@ def test_smallest_run_leaves_everything(smallest_run):
   page = (workdir / "report.html").read_text()
   assert "data:image/png;base64" in page and "http://" not in page.replace("http://www.w3.org", "")
   assert list((workdir / "figures").glob("*.png"))
+  assert not small.unlisted(workdir)
 
 
 def test_arms_start_from_the_same_samples_and_gold_is_that_of_the_samples(smallest_run):

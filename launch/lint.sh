@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Lint, format and types, as continuous integration checks them. Nothing is changed.
+#
+#   ./launch/lint.sh                       stops at the first check that fails
+#   .venv/bin/ruff check --fix .           mends what lint can mend
+#   .venv/bin/ruff format .                formats
+#
+# The settings are in pyproject.toml.
+
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+
+ensure_venv test
+cd "$ROOT"
+run "$PY" -m ruff check .
+run "$PY" -m ruff format --check .
+run "$PY" -m mypy

@@ -1,0 +1,106 @@
+"""Annotate (algorithm 1): what the reward model makes of a rollout, fused with the policy's states.
+
+Equation numbers are those of R2M (arXiv 2601.22664).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from r2m_jax.algorithm.read import KEY_NOISE, Defs, all_rows, parts_of, shared_prompts, step_key
+from r2m_jax.algorithm.variants import VARIANTS, States, feed_back, other_rows
+from r2m_jax.models.reward import member_scores, read_reward_states
+from r2m_jax.ops import combine
+from r2m_jax.parallel.rows import map_rows
+from r2m_jax.types import Feedback, Judged, Rollout, TrainState
+
+
+class Reward(NamedTuple):
+  """How responses are scored, and what becomes of an update of the head."""
+
+  # (head state, rte f32[B, Dr], States, omega f32[]) -> f32[B, M], the reward by each of M heads
+  score: Callable[..., jax.Array]
+  # (new, old) -> one of the two; None: the new one. Trees of head, optimizer state and metrics.
+  keep: Callable | None = None
+
+
+def make_reward(defs: Defs, config) -> Reward:
+  """The `Reward` of the config's variant (eqs. 3 and 4)."""
+  variant = VARIANTS[config.variant]
+
+  def score(head_state, rte, states: States, w):
+    head = nnx.merge(defs.reward_head, head_state)
+    if variant.feedback:
+      return head.members(rte, states.hidden, states.mask, w)
+    return member_scores(head.phi, rte) * (w if variant.scaled else 1.0)
+
+  return Reward(score)
+
+
+def make_annotate(
+  defs: Defs, config, reward: Reward | None = None
+) -> Callable[..., tuple[Judged, States]]:
+  """Builds `annotate(state, w, rollout, old, ref, reward_rows=None, *, group=1)`: one pass of the
+  frozen backbone, fused with the policy's states (eqs. 3 and 4).
+
+  Of the built function:
+    w: f32[], omega (eq. 4).
+    old, ref: `Feedback` of policy and reference, of `all_rows` of the rollout.
+    reward_rows: a `Rollout` of `Rows`, the same responses as the reward model reads them. None: it
+      reads the very tokens of the policy.
+    group: as in `make_read`; it counts only without reward_rows.
+  Returns (Judged, the backbone's own states), both of `all_rows` of the rollout.
+
+  Args:
+    reward: None is the variant's own.
+  """
+  variant, parts = VARIANTS[config.variant], parts_of(config)
+  score = (reward or make_reward(defs, config)).score
+  together = dict(how=config.reward.combine, variance_weight=config.reward.variance_weight)
+
+  def annotate(
+    state: TrainState,
+    w,
+    rollout: Rollout,
+    old: Feedback,
+    ref: Feedback,
+    reward_rows: Rollout | None = None,
+    *,
+    group=1,
+  ):
+    backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
+    sequences, own_tokens = all_rows(rollout), reward_rows is not None
+    if own_tokens:
+      rows = all_rows(reward_rows)
+      tokens, mask = rows.tokens, rows.mask
+    else:
+      tokens, mask = sequences.tokens, sequences.token_mask
+    shared_of = functools.partial(shared_prompts, 1 if own_tokens else group, sequences)
+
+    def states_of(tokens, mask):
+      return read_reward_states(
+        backbone, tokens, mask, variant.width == "reward", shared_of(tokens)
+      )
+
+    rte, hidden = map_rows(states_of, parts, tokens, mask)
+    own = States(hidden, mask)
+    states = feed_back(
+      variant.feedback,
+      States(old.hidden, sequences.token_mask),
+      States(ref.hidden, sequences.token_mask),
+      own,
+      step_key(state, KEY_NOISE),
+      others=other_rows(len(rte), len(rollout.samples.tokens)),
+    )
+    head = state.reward_head if state.reward_average is None else state.reward_average
+    scores = score(head, rte, states, w)
+    frozen = member_scores(nnx.merge(defs.phi, state.reward_frozen), rte)
+    judged = Judged(
+      rte=rte, scores=combine(scores, **together), scores_frozen=combine(frozen, **together)
+    )
+    return judged, own
+
+  return annotate

@@ -1,0 +1,181 @@
+"""Read (algorithm 1): what policy and reference say of a step's rows. Here is also what every later
+part needs: the modules of a run, how tokens are drawn, and the keys of a step.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from r2m_jax.algorithm import losses
+from r2m_jax.algorithm.objective import kl_estimator
+from r2m_jax.algorithm.variants import READS_POLICY, VARIANTS
+from r2m_jax.models.attention import Shared
+from r2m_jax.models.logprobs import token_stats
+from r2m_jax.models.transformer import Transformer
+from r2m_jax.ops import Truncation, masked_sum, predicts_response
+from r2m_jax.parallel.rows import map_rows, neighbours
+from r2m_jax.parallel.sharding import lay_rows
+from r2m_jax.types import Feedback, Rollout, Sequences, TrainState
+
+# what a step's key is for
+KEY_SHUFFLE, KEY_NOISE, KEY_REFRESHED_NOISE, KEY_PAIR_NOISE = range(2**31 - 1, 2**31 - 5, -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Defs:
+  """The static halves of the modules whose states live in TrainState, and their optimizers."""
+
+  vocab_size: int  # the policy's
+  policy: nnx.GraphDef
+  reward_backbone: nnx.GraphDef
+  reward_head: nnx.GraphDef
+  phi: nnx.GraphDef
+  policy_tx: optax.GradientTransformation
+  reward_tx: optax.GradientTransformation
+  base: nnx.GraphDef | None = None  # of the reference, where the policy is adapters on top of it
+  critic_backbone: nnx.GraphDef | None = None  # of PPO's critic
+  critic_head: nnx.GraphDef | None = None
+  critic_tx: optax.GradientTransformation | None = None
+
+  def open_policy(self, policy, ref) -> Transformer:
+    """The policy's module. With adapters `policy` holds these alone, and `ref` the weights below
+    them.
+    """
+    return (
+      nnx.merge(self.policy, policy) if self.base is None else nnx.merge(self.policy, policy, ref)
+    )
+
+  def open_ref(self, ref) -> Transformer:
+    """The reference's module; with adapters that is the base without them."""
+    return nnx.merge(self.policy if self.base is None else self.base, ref)
+
+
+def step_key(state: TrainState, purpose: int) -> jax.Array:
+  return jax.random.fold_in(jax.random.fold_in(state.key, state.step), purpose)
+
+
+def sampling(config) -> dict:
+  """How tokens are drawn, in the sampler and in every log-probability alike."""
+  rollout = config.rollout
+  return dict(
+    temperature=rollout.temperature,
+    truncation=Truncation(rollout.top_k, rollout.top_p, rollout.min_p),
+  )
+
+
+def truncated(config) -> bool:
+  """Whether some tokens may never be sampled."""
+  return sampling(config)["truncation"] != Truncation()
+
+
+def all_rows(rollout: Rollout):
+  """Both parts of a rollout in one: the rows of the samples, then the greedy ones.   [B (+ P), ...]."""
+  if rollout.greedy is None:
+    return rollout.samples
+
+  def join(samples, greedy):
+    return lay_rows(jnp.concatenate([samples, greedy]))
+
+  return jax.tree.map(join, rollout.samples, rollout.greedy)
+
+
+def split_rows(tree, samples: int) -> Rollout:
+  """The inverse of `all_rows`: the first `samples` rows and the others, if there are any."""
+  if len(jax.tree.leaves(tree)[0]) == samples:
+    return Rollout(tree)
+  return Rollout(
+    jax.tree.map(lambda x: lay_rows(x[:samples]), tree),
+    jax.tree.map(lambda x: lay_rows(x[samples:]), tree),
+  )
+
+
+def read_feedback(
+  model: Transformer,
+  sequences: Sequences,
+  *,
+  temperature: float,
+  layer: int,
+  chunk: int,
+  truncation: Truncation = Truncation(),
+  support=None,
+  shared: Shared | None = None,
+) -> Feedback:
+  """One forward pass: log-probabilities of the sampled tokens, and the hidden states that the
+  reward model reads.
+  """
+  T = sequences.response_mask.shape[1]
+  out = model(sequences.tokens, sequences.token_mask, feedback_layer=layer, shared=shared)
+  last_hidden = predicts_response(out.hidden, T)
+  stats = token_stats(
+    model.head,
+    last_hidden,
+    sequences.tokens[:, -T:],
+    temperature=temperature,
+    truncation=truncation,
+    support=support,
+    chunk=chunk,
+  )
+  return Feedback(
+    logprobs=stats.logprobs, entropy=stats.entropy, hidden=out.feedback, last_hidden=last_hidden
+  )
+
+
+def make_read(config) -> Callable[..., tuple[Feedback, Feedback]]:
+  """Builds `read(policy, ref, sequences, group=1)`: `read_feedback` of both models with the
+  config's settings.
+
+  `group` neighbouring rows have one prompt, which is computed once for as many as go through a
+  model together. Where sampling is truncated, the reference is normalised over the tokens that the
+  policy may sample. States that the config's variant and KL do not read have width 0: nothing is as
+  large as they are.
+  """
+  settings = sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=config.logits_chunk)
+  needs_support, parts, kind = (
+    truncated(config),
+    parts_of(config),
+    VARIANTS[config.variant].feedback,
+  )
+
+  def read_rows(policy, ref, shared_of, sequences: Sequences) -> tuple[Feedback, Feedback]:
+    shared = shared_of(sequences.tokens)
+    old = read_feedback(policy, sequences, **settings, shared=shared)
+    support = (policy.head, old.last_hidden) if needs_support else None
+    reference = read_feedback(ref, sequences, **settings, support=support, shared=shared)
+    exact = kl_estimator(config, policy.arch.vocab_size) == "exact"
+    return old.keep(kind in READS_POLICY, exact), reference.keep(kind == "reference", exact)
+
+  def read(
+    policy: Transformer, ref: Transformer, sequences: Sequences, group=1
+  ) -> tuple[Feedback, Feedback]:
+    shared_of = functools.partial(shared_prompts, group, sequences)
+    return map_rows(functools.partial(read_rows, policy, ref, shared_of), parts, sequences)
+
+  return read
+
+
+def shared_prompts(group: int, whole: Sequences, tokens: jax.Array) -> Shared:
+  """What rows of `tokens`, a part of `whole`, have in common: `group` neighbours of `whole` have
+  one prompt.
+  """
+  return Shared(
+    whole.tokens.shape[1] - whole.response_mask.shape[1], neighbours(group, len(tokens))
+  )
+
+
+def parts_of(config) -> int:
+  """Into how many parts passes without a gradient take the rows of a step: as many rows at a
+  time as an update does.
+  """
+  return config.ppo.minibatches * config.ppo.accumulation
+
+
+def measured_kl(old: Feedback, ref: Feedback, sequences: Sequences) -> jax.Array:
+  """KL(policy || reference) of the samples, nats a sequence: k3 summed over tokens, mean over
+  rows. f32[].
+  """
+  return masked_sum(losses.kl_k3(old.logprobs, ref.logprobs), sequences.response_mask, -1).mean()

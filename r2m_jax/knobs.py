@@ -1,0 +1,938 @@
+"""Every knob: its default, what it does, its unit, its bounds, and whether it may change between
+two starts of a run.
+
+`KNOBS` is the whole table, in the order of config.json. configs/default.py makes a config of it,
+r2m_jax/config.py checks a config by it, and docs/config.md is printed from it:
+
+  python -m r2m_jax.knobs > docs/config.md
+"""
+
+import datetime
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from r2m_jax.algorithm import advantages
+from r2m_jax.algorithm.advantages import NORMS
+from r2m_jax.algorithm.losses import RATIOS
+from r2m_jax.algorithm.schedules import KL_CONTROLLERS, OMEGA_SCHEDULES
+from r2m_jax.algorithm.variants import VARIANTS
+from r2m_jax.models.attention import ATTENTION
+from r2m_jax.ops import AGGREGATIONS, COMBINE
+
+TASKS = (
+  "tokenizer",
+  "sft",
+  "reward",
+  "r2m",
+  "scratch",
+  "lab",
+  "lab_text",
+  "generate",
+  "score",
+  "export",
+  "replay",
+  "analyse",
+  "plan",
+)
+# of task=analyse; docs/analyse.md defines them
+PIECES = (
+  "similarity",
+  "differences",
+  "dynamics",
+  "noise",
+  "cost",
+  "hacking",
+  "accuracy",
+  "ablations",
+  "probes",
+)
+ALGORITHMS = tuple(advantages.ESTIMATORS)
+ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
+DTYPES = ("float32", "bfloat16", "float64")
+GENERATIONS = ("v4", "v5e", "v5p", "v6e")
+
+
+# ---- rules ----
+
+
+class Rule(NamedTuple):
+  """A condition on one value."""
+
+  holds: Callable[[Any], bool]
+  fix: str | Callable[[Any], str]  # what a refusal advises, or a function of the refused value
+  bound: str  # the condition as docs/config.md shows it
+
+
+class Knob:
+  """One setting.
+
+  Attributes:
+    default: its value in configs/default.py; a config keeps its type.
+    about: what it does, in one sentence.
+    rules: the conditions on its value, in the order in which they are checked.
+    unit: of its value, such as "tokens"; "" if it has none.
+    free: whether a run may be started again with another value.
+  """
+
+  def __init__(self, default, about: str, *rules: Rule, unit: str = "", free: bool = False):
+    self.default = default
+    self.about = about
+    self.rules = rules
+    self.unit = unit
+    self.free = free
+
+
+class Section(NamedTuple):
+  """A named group of knobs and sections."""
+
+  title: str
+  parts: dict  # name -> Knob or Section
+  free: bool = False  # whether all of its knobs are
+  tasks: tuple[str, ...] = ()  # config.task for which its rules are checked; (): for all
+
+
+def one_of(*choices) -> Rule:
+  named = ", ".join(map(repr, choices))
+  return Rule(lambda x: x in choices, f"choose one of {named}", named.replace("'", '"'))
+
+
+def at_least(low, fix: str = "") -> Rule:
+  return Rule(lambda x: x >= low, fix or f"must be at least {low}", f"at least {low}")
+
+
+def above(low, fix: str = "") -> Rule:
+  return Rule(lambda x: x > low, fix or f"must be above {low}", f"above {low}")
+
+
+def within(interval: str, hint: str = "") -> Rule:
+  """The value lies in an interval such as "(0, 1]"."""
+  low, high = map(float, interval[1:-1].split(","))
+
+  def holds(x):
+    above_low = low <= x if interval[0] == "[" else low < x
+    below_high = x <= high if interval[-1] == "]" else x < high
+    return above_low and below_high
+
+  return Rule(holds, f"must lie in {interval}{hint}", f"in {interval}")
+
+
+def is_date(text: str) -> bool:
+  """Whether the text is "" or a day as YYYY-MM-DD."""
+  if text == "":
+    return True
+  try:
+    return bool(re.fullmatch(r"\d{4}-\d\d-\d\d", text) and datetime.date.fromisoformat(text))
+  except ValueError:
+    return False
+
+
+def names_in(text: str) -> list[str]:
+  """The names in a text that separates them by commas, each once."""
+  return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def unknown_pieces(text: str) -> str:
+  """The names in config.analyse.what that are no piece of the analysis, with commas."""
+  return ", ".join(name for name in names_in(text) if name not in PIECES)
+
+
+def is_mesh(sizes) -> bool:
+  """Whether the sizes are three positive integers, of which one may be -1."""
+  positive = all(isinstance(size, int) and (size > 0 or size == -1) for size in sizes)
+  return len(sizes) == 3 and positive and tuple(sizes).count(-1) <= 1
+
+
+def are_weights(weights) -> bool:
+  """Whether they are numbers from 0 on, not all of them 0."""
+  good = all(isinstance(weight, (int, float)) and weight >= 0 for weight in weights)
+  return good and (not weights or sum(weights) > 0)
+
+
+def are_positive(values) -> bool:
+  """Whether they are numbers above 0 without a repetition."""
+  good = all(isinstance(value, (int, float)) and value > 0 for value in values)
+  return good and len(set(values)) == len(values)
+
+
+ARMS = (
+  Rule(
+    lambda x: len(x) > 0 and set(x) <= set(VARIANTS),
+    f"choose from {', '.join(VARIANTS)}",
+    "variants",
+  ),
+  Rule(lambda x: len(set(x)) == len(x), "each variant may appear once", "each once"),
+)
+SEED = Rule(
+  lambda x: 0 <= x < 2**32,
+  "must be at least 0 and below 2**32: random keys have 32 bits",
+  "in [0, 2**32)",
+)
+MESH = Rule(
+  is_mesh,
+  "give three sizes (data, fsdp, tensor), at most one of them -1, such as (-1, 1, 1)",
+  "three sizes, at most one of them -1",
+)
+DUAL_CLIP = Rule(
+  lambda x: x == 0 or x > 1, "must be above 1, such as 3, or 0: off", "0, or above 1"
+)
+FINITE = Rule(lambda x: x < float("inf"), "must be a finite number, such as 1e-4", "finite")
+DATE = Rule(
+  is_date, "give a day as YYYY-MM-DD, or '' for the day that the run begins", 'YYYY-MM-DD or ""'
+)
+WEIGHTS = Rule(are_weights, "give numbers from 0 on, not all of them 0", "at least 0, not all 0")
+BUCKETS = Rule(
+  lambda x: all(isinstance(b, int) and b >= 2 for b in x),
+  "give lengths in tokens from 2 on, such as (128, 256, 512), or ()",
+  "each at least 2",
+)
+KNOWN_PIECES = Rule(
+  lambda x: not unknown_pieces(x),
+  lambda x: f"{unknown_pieces(x)}: choose from {', '.join(PIECES)}, with commas",
+  ", ".join(PIECES),
+)
+KNOWN_TPUS = Rule(
+  lambda x: set(x) <= set(GENERATIONS),
+  f"choose from {', '.join(GENERATIONS)}",
+  ", ".join(GENERATIONS),
+)
+SEEDS = (
+  Rule(
+    lambda x: len(x) > 0 and all(isinstance(seed, int) and seed >= 0 for seed in x),
+    "give whole numbers from 0 on, such as (0, 1, 2)",
+    "whole numbers, at least 0",
+  ),
+  Rule(lambda x: len(set(x)) == len(x), "each seed may appear once", "each once"),
+)
+POSITIVE_FIX = "give numbers above 0, each once, such as (1.0,)"
+POSITIVE = Rule(are_positive, POSITIVE_FIX, "above 0, each once")
+SOME_POSITIVE = Rule(
+  lambda x: len(x) > 0 and are_positive(x), POSITIVE_FIX, "at least one, above 0, each once"
+)
+
+
+# ---- the knobs ----
+
+
+def optimizer(lr: float, schedule: str = "constant", warmup: int = 0) -> dict[str, Knob]:
+  """The knobs of algorithm.optim.make_optimizer."""
+  return dict(
+    optimizer=Knob("adamw", "update rule", one_of("adamw", "sgd")),
+    lr=Knob(lr, "peak learning rate", at_least(0), FINITE),
+    lr_schedule=Knob(
+      schedule,
+      'learning rate after the warm-up; "linear" and "cosine" reach zero at the last update',
+      one_of("constant", "linear", "cosine"),
+    ),
+    warmup_steps=Knob(
+      warmup, "length of the linear warm-up from zero", at_least(0), unit="optimizer updates"
+    ),
+    b1=Knob(0.9, "Adam's decay of the first moment", within("[0, 1)")),
+    b2=Knob(0.99, "Adam's decay of the second moment", within("[0, 1)")),
+    adam_eps=Knob(
+      1e-5,
+      "added to Adam's denominator; larger than the usual 1e-8, so that a gradient of rounding "
+      "noise does not become a full-sized step",
+      at_least(0),
+    ),
+    weight_decay=Knob(0.0, "decoupled weight decay", at_least(0)),
+    max_grad_norm=Knob(1.0, "gradients are clipped to this global norm; 0: never", at_least(0)),
+    moment_dtype=Knob(
+      "float32",
+      'dtype of Adam\'s moments; with "float32", float64 parameters have float64 moments',
+      one_of("float32", "bfloat16"),
+    ),
+  )
+
+
+RUN = dict(
+  task=Knob(
+    "r2m",
+    '"sft", "reward" and "r2m" run the pipeline up to that stage; "scratch" trains all models on '
+    'text, from the tokenizer on; "tokenizer" trains only that; "lab" and "lab_text" compare arms; '
+    '"generate" and "score" apply a model to JSON lines; "export" writes a checkpoint as Hugging '
+    'Face folders; "replay" reproduces one sample of a run; "analyse" draws its evidence; "plan" '
+    "reports whether a run fits a machine",
+    one_of(*TASKS),
+    free=True,
+  ),
+  algorithm=Knob(
+    "rloo",
+    'policy-gradient estimator, see docs/variants.md; only "ppo" has a critic',
+    one_of(*ALGORITHMS),
+  ),
+  variant=Knob(
+    "r2m",
+    'what the reward reads and trains, see docs/variants.md; "": every variant in `arms`, each '
+    "from the same checkpoints",
+    one_of("", *VARIANTS),
+  ),
+  arms=Knob(("vanilla", "scaled", "r2m"), 'variants that are run if `variant` is ""', *ARMS),
+  steps=Knob(120, "length of RL, the paper's T", at_least(1), unit="RL steps"),
+  budget=Knob(
+    0.0,
+    "time budget of RL from Hugging Face folders; `steps` is derived from a measured rate. 0: use "
+    "`steps`",
+    at_least(0),
+    unit="seconds",
+  ),
+  seed=Knob(0, "seed of all random numbers", SEED),
+  dtype=Knob(
+    "float32",
+    "dtype of the computation; scores, advantages and losses are at least float32",
+    one_of(*DTYPES),
+  ),
+  param_dtype=Knob("float32", "dtype of the parameters", one_of(*DTYPES)),
+  mesh=Knob(
+    (1, 1, 1),
+    "devices along (data, fsdp, tensor); -1: as many as are left",
+    MESH,
+    unit="devices",
+    free=True,
+  ),
+  remat=Knob(
+    "dots",
+    'what the backward pass recomputes: "dots" everything except weight matmuls, "full" whole '
+    'layers, "none" nothing',
+    one_of("none", "full", "dots"),
+    free=True,
+  ),
+  attention=Knob(
+    "auto",
+    'attention kernel for whole rows: "xla", "dot_product" (cuDNN on GPUs, with a decoding kernel '
+    'as well), "splash" (TPUs); "auto" chooses by the devices',
+    one_of(*ATTENTION),
+    free=True,
+  ),
+  logits_chunk=Knob(
+    2**21,
+    "most logits (tokens x vocabulary) of one row held in memory at once; 0: no limit",
+    at_least(0),
+    unit="logits",
+    free=True,
+  ),
+)
+
+ROLLOUT = dict(
+  prompts=Knob(16, "prompts per RL step, n", at_least(1)),
+  group_size=Knob(
+    8, "responses per prompt, K", at_least(2, "R2M compares K >= 2 responses per prompt")
+  ),
+  max_new_tokens=Knob(24, "longest response", at_least(1), unit="tokens"),
+  temperature=Knob(
+    1.0, "sampling temperature", above(0, "must be above 0: greedy samples have no log-probability")
+  ),
+  top_k=Knob(0, "sample from the k most likely tokens; 0: from all", at_least(0), unit="tokens"),
+  top_p=Knob(
+    1.0,
+    "sample from the fewest most likely tokens whose probabilities reach this sum",
+    within("(0, 1]", "; 1 keeps every token"),
+  ),
+  min_p=Knob(
+    0.0,
+    "sample from tokens at least this fraction as likely as the most likely token",
+    within("[0, 1)", "; 0 keeps every token"),
+  ),
+  waves=Knob(
+    1,
+    "groups of prompts that are sampled in turn; only one group's KV cache is in memory",
+    at_least(1),
+    free=True,
+  ),
+  repetition_stop=Knob(
+    0,
+    "a response ends when its last N tokens repeat the N tokens before them; 0: never",
+    at_least(0),
+    unit="tokens",
+  ),
+)
+
+# the bounds of these are in models.arch.ArchConfig, which knows what goes together
+ARCH = dict(
+  hidden_size=Knob(64, "width of the residual stream"),
+  num_layers=Knob(2, "number of layers"),
+  num_heads=Knob(4, "attention heads"),
+  num_kv_heads=Knob(4, "key-value heads; fewer than num_heads: grouped-query attention"),
+  intermediate_size=Knob(256, "width of the MLP"),
+  norm=Knob("rms", 'normalisation: "rms" or "layer"'),
+  activation=Knob("silu", 'activation of the MLP: "silu", "gelu" or "gelu_tanh"'),
+  gated_mlp=Knob(True, "whether the MLP has a gate"),
+  tie_embeddings=Knob(False, "whether input and output embeddings share their weights"),
+)
+
+POLICY = dict(
+  **optimizer(lr=3e-4),
+  path=Knob("", 'Hugging Face folder or hub name; "": a new model for the gold-reward task'),
+  arch=Section(
+    "Shape of a new model; the vocabulary comes from the task (`models.arch.ArchConfig`)", ARCH
+  ),
+)
+
+PPO = dict(
+  epochs=Knob(2, "passes over the samples of a step, k", at_least(1)),
+  minibatches=Knob(1, "policy updates per epoch", at_least(1)),
+  accumulation=Knob(
+    1,
+    "micro-batches per update, whose gradients are summed; affects memory, not results, also in "
+    "passes without a gradient",
+    at_least(1),
+    free=True,
+  ),
+  clip_eps=Knob(
+    0.2, "half-width of the clipped interval of the ratio", within("(0, 1)", ", such as 0.2")
+  ),
+  clip_eps_high=Knob(0.0, "upper half-width of an asymmetric clip; 0: clip_eps", at_least(0)),
+  dual_clip=Knob(
+    0.0, "largest ratio that multiplies a negative advantage, such as 3; 0: no limit", DUAL_CLIP
+  ),
+  ratio=Knob("token", 'importance ratio per "token" or per "sequence" (GSPO)', one_of(*RATIOS)),
+  aggregation=Knob(
+    "sequence_sum",
+    "how the losses of tokens become one number, see docs/variants.md",
+    one_of(*AGGREGATIONS),
+  ),
+  whiten_advantages=Knob(False, "whiten advantages over all response tokens of the batch"),
+  advantage_norm=Knob(
+    "group",
+    'standard deviation that GRPO divides by: of the "group", of the "batch", or "none"',
+    one_of(*NORMS),
+  ),
+  advantage_eps=Knob(1e-4, "added to the variance by which GRPO divides", above(0)),
+)
+
+CRITIC = dict(
+  **optimizer(lr=3e-4),
+  init=Knob(
+    "reward",
+    'what the critic starts from: the "reward" model (if the tokenizers agree) or the "policy"',
+    one_of("reward", "policy"),
+  ),
+  gamma=Knob(1.0, "discount per token", within("[0, 1]")),
+  lam=Knob(0.95, "lambda of generalised advantage estimation", within("[0, 1]")),
+  value_clip=Knob(0.2, "half-width of the clip around the old value", at_least(0)),
+)
+
+KL = dict(
+  beta=Knob(0.05, "weight of KL(policy || reference)", at_least(0)),
+  placement=Knob(
+    "loss",
+    '"loss": the KL is added to the loss; "reward": it is subtracted from each token\'s reward',
+    one_of("loss", "reward"),
+  ),
+  estimator=Knob(
+    "auto",
+    '"k1" (only in the reward), "k2", "k3", or "exact" over the vocabulary; "auto": k1 in the '
+    "reward, and in the loss exact up to 1,024 entries, else k2",
+    one_of(*ESTIMATORS),
+  ),
+  controller=Knob(
+    "fixed",
+    "how the weight changes: not at all, slowly towards `target`, or by a wall above `target`; see "
+    "docs/variants.md",
+    one_of(*KL_CONTROLLERS),
+  ),
+  target=Knob(
+    6.0,
+    'KL that "adaptive" and "hold" steer by',
+    above(0, "must be above 0 nats"),
+    unit="nats per sequence",
+  ),
+  horizon=Knob(100, 'time scale of "adaptive"', at_least(1), unit="RL steps"),
+)
+
+SHAPING = dict(
+  centre=Knob(False, "subtract the batch's mean"),
+  clip=Knob(0.0, "limit on the absolute score; 0: no limit", at_least(0)),
+  missing_eos=Knob(
+    "none",
+    'a response without an end token has the penalty subtracted ("subtract") or scores it '
+    '("replace")',
+    one_of("none", "subtract", "replace"),
+  ),
+  missing_eos_penalty=Knob(1.0, "the penalty of missing_eos", at_least(0)),
+  length_penalty=Knob(0.0, "subtracted for every token", at_least(0), unit="reward per token"),
+  mask_truncated=Knob(False, "leave responses without an end token out of the policy's loss"),
+)
+
+R2M = dict(
+  **optimizer(lr=1e-4),
+  omega_min=Knob(
+    0.6, "floor of the weight on the reward model's own embedding, Omega in eq. 4", within("[0, 1]")
+  ),
+  omega_schedule=Knob(
+    "cosine",
+    'fall of that weight over training; "cosine" is the paper\'s, "kl" falls with the KL and needs '
+    "no T",
+    one_of(*OMEGA_SCHEDULES),
+  ),
+  omega_kl=Knob(
+    6.0,
+    'KL at which "kl" reaches the end of its fall',
+    above(0, "must be above 0 nats"),
+    unit="nats per sequence",
+  ),
+  alpha=Knob(0.3, "weight of the group reward entropy (eq. 7)", within("[0, 1]")),
+  gre_eps=Knob(1e-4, "added to the variance by which eq. 6 divides", above(0)),
+  attention_dim=Knob(64, "width of the cross-attention, d in eq. 3", at_least(1)),
+  num_heads=Knob(1, "heads of the cross-attention; a divisor of attention_dim", at_least(1)),
+  feedback_layer=Knob(
+    -1, "policy layer whose hidden states are fed back; -1: the last, after the final norm"
+  ),
+  average=Knob(
+    0.0,
+    "decay per step of a moving average of the head, which then scores; 0: the head itself scores",
+    within("[0, 1)", "; 0 scores with the head itself"),
+  ),
+  labels=Knob(
+    "self",
+    'what orders the pairs of eq. 5: scores of the reward model ("self") or "preference" labels',
+    one_of("self", "preference"),
+  ),
+  label_budget=Knob(
+    0.02,
+    "trajectories in labelled pairs, as a fraction of those sampled",
+    within("(0, 1]", ", such as 0.02"),
+  ),
+  judgments=Knob(
+    "", "JSON lines {prompt, chosen, rejected} with the labels of a run from Hugging Face folders"
+  ),
+  warm_epochs=Knob(4, 'passes over the preferences in variant "warm_start"', at_least(1)),
+)
+
+SFT = dict(
+  **optimizer(lr=4e-3, schedule="cosine", warmup=100),
+  examples=Knob(16384, "training examples of the gold-reward task", at_least(1)),
+  steps=Knob(1000, "length of SFT", at_least(1), unit="updates"),
+  batch_size=Knob(64, "size of a batch", at_least(1), unit="sequences"),
+  budget=Knob(
+    0.0,
+    "time budget of SFT from Hugging Face folders; sft.steps is derived from a measured rate. 0: "
+    "use sft.steps",
+    at_least(0),
+    unit="seconds",
+  ),
+)
+
+REWARD = dict(
+  **optimizer(lr=1e-3, schedule="cosine"),
+  path=Knob("", 'Hugging Face folder or hub name of a sequence classifier; "": it is fitted'),
+  max_length=Knob(
+    0, "longest input; longer ones lose their beginning. 0: no limit", at_least(0), unit="tokens"
+  ),
+  max_reply_length=Knob(
+    0,
+    "longest reply of a pair; longer ones are truncated, and no pair is left out. 0: the limits in "
+    "`data`",
+    at_least(0),
+    unit="tokens",
+  ),
+  pairs=Knob(2048, "training pairs", at_least(1)),
+  epochs=Knob(4, "passes over the pairs", at_least(1)),
+  batch_size=Knob(32, "size of a batch", at_least(1), unit="pairs"),
+  budget=Knob(
+    0.0,
+    "time budget from Hugging Face folders, replaces reward.epochs. 0: use reward.epochs",
+    at_least(0),
+    unit="seconds",
+  ),
+  choice_temperature=Knob(0.3, "T in P(a is preferred) = sigmoid((gold_a - gold_b) / T)", above(0)),
+  label_flip=Knob(0.2, "fraction of labels that are then flipped", within("[0, 1]")),
+  heldout_pairs=Knob(512, "held-out pairs with clean labels, to measure accuracy", at_least(1)),
+  ensemble=Knob(
+    1, "score heads on the one backbone, each fitted on a bootstrap of the pairs", at_least(1)
+  ),
+  combine=Knob("mean", "how the heads' scores are combined", one_of(*COMBINE)),
+  variance_weight=Knob(1.0, 'weight of the variance in "mean_minus_variance"', at_least(0)),
+  sum_to_zero=Knob(0.0, "weight in the loss of the squared mean score of a batch", at_least(0)),
+)
+
+GOLD = dict(
+  **optimizer(lr=1e-3, schedule="cosine"),
+  path=Knob("", 'Hugging Face folder of a finished one; "": it is fitted'),
+  depth=Knob(2, "layers for each layer of the policy, from which it is grown", at_least(1)),
+  epochs=Knob(1, "passes over the pairs", at_least(1)),
+  batch_size=Knob(32, "size of a batch", at_least(1), unit="pairs"),
+  budget=Knob(
+    0.0, "time budget, replaces gold.epochs. 0: use gold.epochs", at_least(0), unit="seconds"
+  ),
+)
+
+LORA = dict(
+  rank=Knob(0, "rank of the adapters; 0: no adapters, every parameter is trained", at_least(0)),
+  alpha=Knob(16.0, "the adapters' output is multiplied by alpha / rank", above(0)),
+  targets=Knob(
+    "attn/(q|k|v|o)|mlp/(gate|up|down)",
+    "regular expression for the paths of the adapted linear layers; see models.transformer",
+  ),
+  export=Knob(
+    "merged",
+    'how adapters are exported: "merged" into the weights, or as a "peft" adapter folder',
+    one_of("merged", "peft"),
+  ),
+)
+
+DATA = dict(
+  name=Knob(
+    "",
+    "path, folder or glob of JSON lines or parquet, tfds:NAME, or hf:OWNER/NAME; several are "
+    "separated by commas",
+  ),
+  root=Knob(
+    "",
+    'folder in which relative paths start and from whose files tfds:NAME is prepared ("": from '
+    "the hub)",
+  ),
+  split=Knob(
+    "train", "split of tfds: and hf: names, and of a folder that has files of several splits"
+  ),
+  date=Knob(
+    "",
+    'today\'s date in chat templates; "": the day that the run begins; a run keeps the date that '
+    "it began with",
+    DATE,
+    free=True,
+  ),
+  tfds_dir=Knob("", 'folder of prepared data sets; "": ~/tensorflow_datasets'),
+  weights=Knob(
+    (), "relative sampling rate of each name; (): proportional to its number of rows", WEIGHTS
+  ),
+  max_bad_share=Knob(
+    0.01, "largest fraction of broken rows in a name; the run stops above it", within("[0, 1]")
+  ),
+  max_prompt_length=Knob(512, "rows with a longer prompt are left out", at_least(1), unit="tokens"),
+  max_response_length=Knob(
+    512, "rows with a longer response are left out", at_least(1), unit="tokens"
+  ),
+  max_chosen_length=Knob(
+    512,
+    "rows with a longer chosen response are left out, for RL too (the paper's filter). 0: off",
+    at_least(0),
+    unit="tokens",
+  ),
+  unique=Knob(False, "use rows only once if they agree in everything that a task reads"),
+  buckets=Knob(
+    (),
+    "padded lengths of SFT and reward batches, each compiled once; (): the longest row",
+    BUCKETS,
+    unit="tokens",
+  ),
+  pack=Knob(
+    False, "packing in SFT: whole dialogues fill each line, and the loss is over every token"
+  ),
+)
+
+LM = dict(
+  **optimizer(lr=1e-3, schedule="cosine"),
+  steps=Knob(1000, "length of language modelling", at_least(1), unit="updates"),
+  batch_size=Knob(16, "size of a batch", at_least(1), unit="lines"),
+  budget=Knob(
+    0.0,
+    "time budget; scratch.lm.steps is derived from a measured rate. 0: use scratch.lm.steps",
+    at_least(0),
+    unit="seconds",
+  ),
+)
+
+SCRATCH = dict(
+  arms=Knob(
+    ("vanilla", "r2m"),
+    "variants to run; the last is exported to WORKDIR/export, the others to folders in it",
+  ),
+  corpus=Knob("", "data for the tokenizer and for language modelling"),
+  sft=Knob("", "data with responses"),
+  pairs=Knob("", "data with chosen and rejected responses"),
+  prompts=Knob("", "prompts of RL"),
+  sft_val=Knob("", "held-out data with responses"),
+  prompts_val=Knob("", "held-out prompts"),
+  pairs_val=Knob("", "held-out pairs; each name gets its own line in the report"),
+  pairs_dev=Knob("", 'held-out pairs, of which only rows with meta.group = "val" are measured'),
+  samples=Knob(256, "held-out prompts sampled before and after RL", at_least(1)),
+  download=Knob("", "what to download and from where, printed if the data is missing"),
+  lm=Section("Language modelling; otherwise as `sft`", LM),
+)
+
+TOKENIZER = dict(
+  vocab_size=Knob(
+    4096, "entries, including the 256 bytes and the special tokens", at_least(300), unit="tokens"
+  ),
+  min_frequency=Knob(2, "a pair of pieces is merged if it occurs this often", at_least(1)),
+)
+
+GENERATE = dict(
+  input=Knob("", "JSON lines with prompt, as text or messages"),
+  output=Knob("", "file for the answers"),
+  max_new_tokens=Knob(128, "longest answer", at_least(1), unit="tokens"),
+  temperature=Knob(1.0, "sampling temperature; 0: the most likely token", at_least(0)),
+  batch_size=Knob(16, "size of a batch", at_least(1), unit="rows"),
+)
+
+SCORE = dict(
+  input=Knob("", "JSON lines with prompt and response"),
+  output=Knob("", "file for the scores"),
+  batch_size=Knob(16, "size of a batch", at_least(1), unit="rows"),
+)
+
+EXPORT = dict(
+  checkpoint=Knob(
+    "", "workdir of a run, or WORKDIR/checkpoints/ARM[/STEP], or WORKDIR/stages/STAGE"
+  ),
+  out=Knob("", "folder in which policy and reward are written"),
+  check=Knob(True, "compare with transformers if torch is installed; loads the model once more"),
+  push_to=Knob(
+    "", "hub name OWNER/MODEL; also uploads private OWNER/MODEL-policy and OWNER/MODEL-reward"
+  ),
+)
+
+LOG = dict(
+  checkpoint_every=Knob(
+    40, "interval between checkpoints; the last step is always saved", at_least(1), unit="RL steps"
+  ),
+  samples=Knob(12, "rows of the sample table, before and after", at_least(1)),
+)
+
+CHECKPOINT = dict(
+  keep_last=Knob(
+    2, "newest checkpoints kept; with 1, a damaged one has no predecessor", at_least(1)
+  ),
+  keep_every=Knob(
+    0, "also keep the steps that are multiples of this; 0: none", at_least(0), unit="RL steps"
+  ),
+  keep_best=Knob(0, "also keep this many with the best value of best_metric", at_least(0)),
+  best_metric=Knob("reward/used", "name in metrics.jsonl, read at the checkpoint's step"),
+  best_mode=Knob("max", "which value of best_metric is best", one_of("max", "min")),
+  background=Knob(True, "write while the next steps run"),
+  fork_from=Knob("", "workdir of a run with other settings to start from; that run is not changed"),
+)
+
+GUARD = dict(
+  max_skipped=Knob(
+    10, "the run stops after this many skipped updates in a row", at_least(1), unit="RL steps"
+  ),
+  spike=Knob(
+    10.0,
+    "gradient norms above this multiple of max_grad_norm are counted",
+    above(1, "must be above 1, such as 10"),
+  ),
+)
+
+REPLAY = dict(
+  arm=Knob("", 'variant of the run; "": the only one', one_of("", *VARIANTS)),
+  step=Knob(0, "RL step, as in metrics.jsonl", at_least(0)),
+  prompt=Knob(0, "index of the prompt in the step", at_least(0)),
+  example_id=Knob(
+    -1, "id of the prompt in the data, as in skipped.jsonl; -1: use replay.prompt", at_least(-1)
+  ),
+  sample=Knob(0, "index among the prompt's K responses", at_least(0)),
+)
+
+ANALYSE = dict(
+  what=Knob(
+    "",
+    'parts of the analysis, separated by commas; "": all that the run has data for',
+    KNOWN_PIECES,
+  ),
+  prompts=Knob(
+    256,
+    "held-out prompts of the gold-reward task, or pairs of a run on text",
+    at_least(20, "must be at least 20, which probes split into 5 x 4 parts"),
+  ),
+  samples=Knob(8, "responses per prompt on the gold-reward task", at_least(2)),
+  pairs=Knob("", 'held-out pairs for a run on text; "": scratch.pairs_val'),
+)
+
+PLAN = dict(
+  topology=Knob(
+    "",
+    'hardware, such as v5p:2x2x4, gpu:h100x8 or cpu:1; "auto": the smallest slice of each TPU that '
+    "fits",
+  ),
+  generations=Knob(GENERATIONS, 'TPUs that "auto" tries', KNOWN_TPUS),
+  policy=Knob("", "name of a shape (plan/sizes.py) if policy.path is not a local folder"),
+  reward=Knob("", "name of a shape (plan/sizes.py) if reward.path is not a local folder"),
+  prompt_length=Knob(0, "padded prompt; 0: data.max_prompt_length", at_least(0), unit="tokens"),
+  reward_length=Knob(
+    0,
+    "padded input of the reward model; 0: prompt and response together",
+    at_least(0),
+    unit="tokens",
+  ),
+  compile=Knob(True, "False: only count, which takes seconds and needs no compiler"),
+  layers=Knob(0, "most layers of each model, for a quick look; 0: all", at_least(0)),
+  compare=Knob("vanilla", 'variant that the run is compared with; "": none', one_of("", *VARIANTS)),
+)
+
+HOSTS = dict(
+  coordinator=Knob(
+    "",
+    'HOST:PORT of process 0; "": from JAX_COORDINATOR_ADDRESS or the cluster, "none": one process',
+  ),
+  processes=Knob(0, "number of processes; 0: from JAX_NUM_PROCESSES or the cluster"),
+  process=Knob(-1, "index of this process, from 0; -1: from JAX_PROCESS_ID or the cluster"),
+  start_timeout=Knob(300, "time within which all must have joined", at_least(1), unit="seconds"),
+  heartbeat_timeout=Knob(
+    100,
+    "time without a heartbeat after which a process counts as lost",
+    at_least(1),
+    unit="seconds",
+  ),
+  end_timeout=Knob(
+    30, "time that a finished process waits for the others", at_least(1), unit="seconds"
+  ),
+)
+
+LAB = dict(
+  arms=Knob(
+    ("vanilla", "scaled", "r2m"),
+    'arms as "VARIANT[.NAME] [FIELD=VALUE ...]"; if `variant` is set, only that one runs',
+  ),
+  seeds=Knob((0, 1, 2, 3, 4), "seeds of every arm", *SEEDS),
+  betas=Knob((1.0,), "KL weights, as multiples of the arm's own kl.beta", SOME_POSITIVE),
+  together=Knob(10, "runs in one program at a time, limited by memory", at_least(1)),
+  kls=Knob(
+    (2.0, 4.0),
+    "KLs at which arms are compared by gold reward",
+    SOME_POSITIVE,
+    unit="nats per sequence",
+  ),
+  stops=Knob(
+    (2.0, 4.0), "KLs at which the baseline is stopped early", POSITIVE, unit="nats per sequence"
+  ),
+  baseline=Knob(
+    "vanilla", "arm that each arm is paired with, or BASELINE.NAME if there is such an arm"
+  ),
+  control=Knob("scaled", 'the same for a second comparison; "": none'),
+  probe_every=Knob(
+    10,
+    "interval at which fixed responses are scored with the current feedback",
+    at_least(1),
+    unit="RL steps",
+  ),
+  probe_prompts=Knob(32, "prompts of these fixed responses", at_least(1)),
+  best_prompts=Knob(64, "prompts for best-of-n", at_least(1)),
+  best_samples=Knob(256, "responses per prompt from which best-of-n is estimated", at_least(1)),
+)
+
+KNOBS = Section(
+  "The run",
+  dict(
+    **RUN,
+    rollout=Section("Sampling", ROLLOUT),
+    policy=Section("The policy and its optimizer", POLICY),
+    ppo=Section("The policy update", PPO),
+    critic=Section('The critic of algorithm "ppo" and its optimizer', CRITIC),
+    kl=Section("KL to the reference policy", KL),
+    shaping=Section(
+      "Changes to the scores before advantages, in this order (`objective.shape_scores`)", SHAPING
+    ),
+    r2m=Section("The reward head that reads the policy's hidden states", R2M),
+    sft=Section("Supervised fine-tuning", SFT),
+    reward=Section("The proxy reward model, fitted to noisy preferences", REWARD),
+    gold=Section(
+      'The gold reward model of task "lab_text", fitted to clean pairs; otherwise as `reward`', GOLD
+    ),
+    lora=Section(
+      'LoRA adapters of a Hugging Face folder\'s policy, and of its reward model in task "reward"',
+      LORA,
+    ),
+    data=Section("Rows for runs on text; data/forms.py lists the forms", DATA),
+    scratch=Section(
+      'Training from scratch on text (task "scratch"); data sets are named as in data.name', SCRATCH
+    ),
+    tokenizer=Section(
+      'A tokenizer, and a model of policy.arch with random weights (task "tokenizer")', TOKENIZER
+    ),
+    generate=Section('Batch generation (task "generate")', GENERATE, free=True),
+    score=Section('Batch scoring (task "score")', SCORE, free=True),
+    export=Section('A checkpoint as Hugging Face folders (task "export")', EXPORT, free=True),
+    log=Section("Logging", LOG, free=True),
+    checkpoint=Section("Which checkpoints are kept, and where a run starts", CHECKPOINT, free=True),
+    guard=Section("Updates that are not finite are skipped and counted", GUARD, free=True),
+    replay=Section('One sample of the run in WORKDIR again (task "replay")', REPLAY, free=True),
+    analyse=Section(
+      'The paper\'s evidence from the run in WORKDIR (task "analyse"); docs/analyse.md',
+      ANALYSE,
+      free=True,
+    ),
+    plan=Section(
+      'Whether the run fits a machine (task "plan"); config.mesh is used if it covers the chips',
+      PLAN,
+      free=True,
+    ),
+    hosts=Section(
+      "The processes of one run, one per host; found on TPU slices, GKE, Slurm and Open MPI without "
+      "these settings",
+      HOSTS,
+      free=True,
+    ),
+    lab=Section(
+      'Arms x seeds x KL weights on the gold-reward task (task "lab") or on text ("lab_text"); '
+      "docs/lab.md",
+      LAB,
+      free=True,
+      tasks=("lab", "lab_text"),
+    ),
+  ),
+)
+
+
+# ---- what is made of the table ----
+
+
+def make_config(parts: dict) -> ConfigDict:
+  """A config with every default of `parts`, name -> Knob or Section."""
+  config = ConfigDict()
+  for name, part in parts.items():
+    config[name] = make_config(part.parts) if isinstance(part, Section) else part.default
+  return config
+
+
+def walk(section: Section, prefix: str = "") -> Iterator[tuple[str, Knob | Section]]:
+  """(dotted name, Knob or Section) of everything in a section; a section before its parts."""
+  for name, part in section.parts.items():
+    yield prefix + name, part
+    if isinstance(part, Section):
+      yield from walk(part, f"{prefix}{name}.")
+
+
+# settings that a run may change from one start to the next: they affect placement, duration and
+# logging, not the result
+FREE = tuple(name for name, part in walk(KNOBS) if part.free)
+
+
+def document() -> str:
+  """docs/config.md: a table for each section."""
+  lines = [
+    "# Every knob",
+    "",
+    "Printed from [`r2m_jax/knobs.py`](../r2m_jax/knobs.py) by `python -m r2m_jax.knobs > "
+    "docs/config.md`; edit that file, not this one.",
+    "Set a knob on the command line with `--config.FIELD=VALUE`, or in a file of `configs/`. A run "
+    "can be resumed with another value",
+    'of a knob only if "may change" is yes.',
+  ]
+  sections = [("", KNOBS), *((n, part) for n, part in walk(KNOBS) if isinstance(part, Section))]
+  for name, section in sections:
+    heading = f"`{name}`: {section.title}" if name else section.title
+    lines += ["", f"## {heading}", ""]
+    lines += ["| field | default | unit, values | may change | what it does |"]
+    lines += ["| --- | --- | --- | --- | --- |"]
+    prefix = f"{name}." if name else ""
+    for field, part in section.parts.items():
+      if isinstance(part, Knob):
+        lines.append(_row(prefix + field, part, part.free or section.free))
+  return "\n".join(lines) + "\n"
+
+
+def _row(field: str, knob: Knob, free: bool) -> str:
+  """A knob's line of docs/config.md."""
+  values = "; ".join([*([knob.unit] if knob.unit else []), *(rule.bound for rule in knob.rules)])
+  default = f'"{knob.default}"' if isinstance(knob.default, str) else repr(knob.default)
+  default = default.replace("'", '"').replace("|", "\\|")
+  about = knob.about.replace("|", "\\|")
+  return f"| `{field}` | `{default}` | {values} | {'yes' if free else ''} | {about} |"
+
+
+if __name__ == "__main__":
+  print(document(), end="")

@@ -1,0 +1,289 @@
+"""Figures of reports: what a run's report draws, and what the laboratory and the analysis draw with.
+
+A figure is drawn on axes of `grid` or `canvas` and becomes a PNG by `rendered`.
+"""
+
+import io
+import math
+
+import numpy as np
+
+from r2m_jax.report.summary import series, window_means
+
+# Okabe and Ito's colourblind-safe colours, less the yellow; arms past the seventh repeat them
+# dashed.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#767676")
+OWN_COLOUR = {
+  "": "#0072B2",
+  "vanilla": "#767676",
+  "scaled": "#E69F00",
+  "r2m": "#0072B2",
+}  # alike in every report
+
+# (file, title, x, caption, panels); a panel is (metric, title, y label, reference line or None).
+# The metrics of the stages before RL carry the stage's name here: sft/loss.
+STEP, ROOT_KL = "step", "sqrt(KL from the reference)  [√nat]"
+FIGURES = (
+  (
+    "1_rewards",
+    "Gold and proxy reward",
+    STEP,
+    "Over-optimisation is gold falling while the frozen proxy still rises. Dots mark each arm's "
+    "gold peak. The used "
+    "reward is what the policy is trained on; where it moves or is scaled it is not comparable "
+    "across arms.",
+    (
+      ("reward/gold", "Gold reward", "gold", None),
+      ("reward/frozen", "Frozen proxy, same samples", "proxy", None),
+      ("reward/used", "Used reward", "reward", None),
+    ),
+  ),
+  (
+    "2_frontier",
+    "Reward against distance from the reference",
+    ROOT_KL,
+    "Arms that move at different speeds are compared at equal KL, not at equal step. The dotted "
+    "line is the largest KL "
+    "that all arms reach.",
+    (
+      ("reward/gold", "Gold reward", "gold", None),
+      ("reward/frozen", "Frozen proxy, same samples", "proxy", None),
+    ),
+  ),
+  (
+    "3_behaviour",
+    "What the policy does",
+    STEP,
+    "A reward gained by collapsing to very short, very long or repeated text is no gain.",
+    (
+      ("length", "Response length", "tokens", None),
+      ("entropy", "Entropy", "nats a token", None),
+      ("kl", "KL from the reference", "nats a response", None),
+      ("truncated", "Cut at the length limit", "share", None),
+      ("repetition", "Repetition", "share", None),
+    ),
+  ),
+  (
+    "4_reward_head",
+    "The reward model during RL",
+    STEP,
+    "Pairs are labelled by the reward itself. Disagreement is the share of them whose order "
+    "contradicts gold (dotted: "
+    "chance). The correlation is that of used reward and gold among responses to one prompt.",
+    (
+      ("r2m/omega", "Weight ω on the own embedding", "weight", None),
+      ("r2m/bt", "Bradley-Terry loss", "nats", None),
+      ("r2m/gre", "Group reward entropy", "nats", None),
+      ("r2m/pair_disagreement", "Pairs that contradict gold", "share", 0.5),
+      ("reward/within_corr", "Used reward and gold, within prompt", "correlation", 0.0),
+      ("r2m/attention_entropy", "Attention entropy", "nats", None),
+    ),
+  ),
+  (
+    "5_policy",
+    "Policy optimisation",
+    STEP,
+    "",
+    (
+      ("policy/loss", "Policy loss", "loss", None),
+      ("policy/grad_norm", "Gradient norm", "norm", None),
+      ("policy/clip_fraction", "Clipped tokens", "share", None),
+    ),
+  ),
+  (
+    "6_before_rl",
+    "Before RL: fine-tuning and reward model",
+    STEP,
+    "Dotted: chance.",
+    (
+      ("lm/loss", "Language-modelling loss", "nats a token", None),
+      ("sft/loss", "Fine-tuning loss", "nats a token", None),
+      ("sft/gold", "Gold reward of samples", "gold", None),
+      ("reward/loss", "Reward model: Bradley-Terry loss", "nats", None),
+      ("reward/accuracy", "Reward model: pair accuracy", "share", 0.5),
+    ),
+  ),
+)
+
+
+CELL = (4.2, 2.9)  # a panel's inches; with DPI whole pixels, so that a figure cuts exactly
+DPI = 150
+
+
+# ---- from axes to a PNG ----
+
+
+def canvas(wide: float, tall: float, rows: int = 1, columns: int = 1):
+  """(figure, axes [rows, columns]); inches."""
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(wide, tall), dpi=DPI, layout="constrained")
+  return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def shape_of(count: int, most: int) -> tuple[int, int]:
+  """(rows, columns) of `count` panels, at most `most` beside each other."""
+  columns = min(most, count)
+  return -(-count // columns), columns
+
+
+def grid(count: int, most: int, cell: tuple[float, float], more: float = 0.0):
+  """(figure, `count` axes), row by row, at most `most` beside each other.
+
+  Args:
+    cell: inches of a panel, width and height.
+    more: inches of height besides the panels, for a legend.
+  """
+  rows, columns = shape_of(count, most)
+  figure, axes = canvas(cell[0] * columns, cell[1] * rows + more, rows, columns)
+  for axis in axes.flat[count:]:
+    axis.remove()
+  return figure, list(axes.flat[:count])
+
+
+def legend(figure, axis, columns: int = 4, *, place: str = "lower"):
+  """Of one axis, outside of all panels: "lower" or "upper"."""
+  figure.legend(
+    *axis.get_legend_handles_labels(),
+    loc=f"outside {place} center",
+    ncols=columns,
+    frameon=False,
+    fontsize=9,
+  )
+
+
+def image_of(figure):
+  """A figure as a Pillow image."""
+  from matplotlib.backends.backend_agg import FigureCanvasAgg
+  from PIL import Image
+
+  drawn = FigureCanvasAgg(figure)
+  drawn.draw()
+  return Image.fromarray(np.asarray(drawn.buffer_rgba())).convert("RGB")
+
+
+def png(image) -> bytes:
+  """A Pillow image with few colours."""
+  data = io.BytesIO()
+  image.quantize(128).save(data, "png")
+  return data.getvalue()
+
+
+def rendered(figure) -> bytes:
+  """A figure as PNG."""
+  return png(image_of(figure))
+
+
+# ---- the figures of a run ----
+
+
+def style_of(arms):
+  """arm -> (colour, line style), the same in every figure and table of the report."""
+  free = [c for c in COLOURS if c not in {OWN_COLOUR[a] for a in arms if a in OWN_COLOUR}] or list(
+    COLOURS
+  )
+  others = [arm for arm in arms if arm not in OWN_COLOUR]
+  styles = {arm: (colour, "-") for arm, colour in OWN_COLOUR.items()}
+  return styles | {
+    arm: (free[i % len(free)], ("-", "--", ":")[i // len(free) % 3]) for i, arm in enumerate(others)
+  }
+
+
+def draw_figure(rows, x, panels, styles, matched_kl=None):
+  """Returns (png of the figure, [png of each panel]); panels that no row has are left out, none
+  left gives None.
+  """
+  from matplotlib.figure import Figure
+
+  panels = [panel for panel in panels if len(series(rows, panel[0])[0])]
+  if not panels:
+    return None
+  arms = arms_with(rows, panels)
+  rows_of_panels, columns = shape_of(len(panels), 3)
+  height = rows_of_panels * CELL[1]
+  strip = (
+    0.26 * -(-len(arms) // (2 * columns)) + 0.04 if len(arms) > 1 else 0.0
+  )  # the legend, above the panels
+  figure = Figure(figsize=(columns * CELL[0], height + strip), dpi=DPI)
+  boxes = []
+  for i, panel in enumerate(panels):
+    left, top = i % columns * CELL[0], strip + i // columns * CELL[1]
+    wide, tall = figure.get_size_inches()
+    box = (
+      left + 0.66,
+      top + CELL[1] - 0.52,
+      CELL[0] - 0.80,
+      CELL[1] - 0.86,
+    )  # x, y of the lower left from the top
+    axes = figure.add_axes((box[0] / wide, 1 - box[1] / tall, box[2] / wide, box[3] / tall))
+    _draw_panel(axes, rows, arms, x, panel, styles, matched_kl)
+    boxes.append([round(v * DPI) for v in (left, top, left + CELL[0], top + CELL[1])])
+  if strip:
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+      handles,
+      labels,
+      loc="upper center",
+      ncols=2 * columns,
+      frameon=False,
+      fontsize=9,
+      borderaxespad=0.2,
+    )
+  image = image_of(figure)
+  return png(image), [png(image.crop(box)) for box in boxes]
+
+
+def arms_with(rows, panels):
+  return list(dict.fromkeys(row["arm"] for row in rows if any(panel[0] in row for panel in panels)))
+
+
+def _draw_panel(axes, rows, arms, x, panel, styles, matched_kl):
+  metric, title, label, reference = panel
+  for arm in arms:
+    colour, dashes = styles.get(arm, (COLOURS[0], "-"))
+    mine = [row for row in rows if row["arm"] == arm]
+    if x == STEP:
+      steps, values = series(mine, metric)
+      axes.plot(steps, values, color=colour, lw=0.7, alpha=0.3)
+      at, means = window_means(steps), window_means(values)
+    else:
+      _, kl, values = series(mine, "kl", metric)
+      axes.plot(np.sqrt(np.maximum(kl, 0)), values, ".", color=colour, ms=2.5, alpha=0.25, mew=0)
+      at, means = np.sqrt(np.maximum(window_means(kl), 0)), window_means(values)
+    axes.plot(
+      at,
+      means,
+      color=colour,
+      ls=dashes,
+      lw=2,
+      label=arm or "run",
+      marker="o" if len(means) == 1 else None,
+    )
+    if metric == "reward/gold" and len(means) > 1:
+      top = int(np.argmax(means))
+      axes.plot(at[top], means[top], "o", color=colour, ms=6, mec="white", mew=1.2, zorder=5)
+  if reference is not None:
+    axes.axhline(reference, color="#777", lw=1, ls=":")
+  if x != STEP and matched_kl is not None:
+    axes.axvline(math.sqrt(max(matched_kl, 0)), color="#777", lw=1, ls=":")
+  dress(axes, title, x, label)
+
+
+def dress(axes, title, x, label):
+  """A panel's title, labels, grid and spines."""
+  axes.set_title(title, fontsize=11, loc="left", fontweight="bold", color="#222")
+  axes.set_xlabel(x, fontsize=9.5, color="#444")
+  axes.set_ylabel(label, fontsize=9.5, color="#444")
+  axes.tick_params(labelsize=9, colors="#444", length=3)
+  axes.locator_params(nbins=5)
+  for axis in (
+    axes.xaxis,
+    axes.yaxis,
+  ):  # no common factor above the axes, where the title is; + 0.0: no -0
+    axis.set_major_formatter(lambda value, _: f"{round(value, 10) + 0.0:.4g}")
+  axes.grid(color="#e6e8eb", lw=0.8)
+  axes.set_axisbelow(True)
+  for side in ("top", "right"):
+    axes.spines[side].set_visible(False)
+  for side in ("left", "bottom"):
+    axes.spines[side].set_color("#bbb")

@@ -1,0 +1,191 @@
+"""A workdir: its lock and its log."""
+
+import io
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import small
+
+from configs import quickstart
+from r2m_jax.config import ConfigError
+from r2m_jax.run import lock, log, workdir
+
+ROOT = pathlib.Path(__file__).parents[2]
+HOLD = """
+import pathlib, sys, time
+from r2m_jax.run import lock
+lock.take(pathlib.Path(sys.argv[1]), shared=sys.argv[2] == "shared")
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+  """Starts a process that holds `tmp_path`, alone or shared."""
+  started = []
+
+  def start(how):
+    process = subprocess.Popen(
+      [sys.executable, "-c", HOLD, str(tmp_path), how], stdout=subprocess.PIPE, text=True
+    )
+    started.append(process)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+  yield start
+  for process in started:
+    process.kill()
+    process.wait()
+
+
+def claim(folder, **how):
+  workdir.claim(quickstart.get_config("test"), folder, **how)
+
+
+def test_a_workdir_is_one_run_s_until_its_process_ends(tmp_path, holder):
+  process = holder("alone")
+  for how in ({}, {"shared": True}):
+    with pytest.raises(
+      ConfigError, match=rf"is in use by process {process.pid} on .*, since 20.*: wait until"
+    ):
+      claim(tmp_path, **how)
+  assert not (tmp_path / "config.json").exists()
+  process.kill()  # nothing that it could tidy up
+  process.wait()
+  claim(tmp_path)
+  claim(tmp_path)  # again by the same process
+  assert json.loads((tmp_path / lock.LOCK).read_text())["pid"] == os.getpid()
+
+
+def test_processes_that_share_keep_out_only_those_that_do_not(tmp_path, holder):
+  holder("shared")
+  claim(tmp_path, shared=True)
+  with pytest.raises(ConfigError, match="is in use by process"):
+    claim(tmp_path)
+
+
+def test_a_disk_without_locks_is_used_with_a_warning(tmp_path, monkeypatch, capsys):
+  def lockf(file, how):
+    raise OSError(38, "Function not implemented")
+
+  monkeypatch.setattr(lock.fcntl, "lockf", lockf)
+  claim(tmp_path)
+  assert (tmp_path / "config.json").exists()
+  assert "cannot be locked (Function not implemented)" in capsys.readouterr().err
+
+
+def test_a_workdir_deleted_and_made_again_is_locked_again(tmp_path, holder):
+  folder = tmp_path / "run"
+  claim(folder)
+  for path in folder.iterdir():
+    path.unlink()
+  claim(folder)
+  assert (folder / lock.LOCK).exists()
+
+
+def tee(monkeypatch):
+  """Makes this a process that has just started, with streams that are teed."""
+  monkeypatch.setattr(log, "_file", None)
+  monkeypatch.setattr(log, "_before", None)
+  monkeypatch.setattr(sys, "stdout", io.StringIO())
+  monkeypatch.setattr(sys, "stderr", io.StringIO())
+  log.tee()
+
+
+def test_the_log_has_what_was_printed_before_and_after_over_restarts(tmp_path, monkeypatch):
+  monkeypatch.setenv("SOME_TOKEN", "abcdefghijklmnop")
+  for _ in range(2):
+    tee(monkeypatch)
+    print("before")
+    claim(tmp_path)
+    sys.stderr.write("\r  1/3")
+    sys.stderr.write("\r  2/3")
+    print("between")
+    sys.stderr.write("\r  3/3\n")
+    print("token abcdefghijklmnop")
+  first, *lines = (tmp_path / log.LOG).read_text().splitlines()
+  assert first.startswith("---- 20") and f"process {os.getpid()}" in first
+  assert lines[:4] == ["before", "between", "  3/3", "token (hidden)"]
+  assert lines[4].startswith("---- ") and lines[5:] == lines[:4]
+  assert "\r  2/3" in sys.stderr._stream.getvalue()  # the terminal has all of it
+
+
+def test_a_refused_workdir_gets_no_log(tmp_path, monkeypatch):
+  tee(monkeypatch)
+  claim(tmp_path)
+  before = (tmp_path / log.LOG).read_bytes()
+  tee(monkeypatch)
+  other = quickstart.get_config("test")
+  other.kl.beta = 0.5
+  with pytest.raises(ConfigError, match="holds a run of another config"):
+    workdir.claim(other, tmp_path)
+  print("error: refused")
+  assert (tmp_path / log.LOG).read_bytes() == before
+
+
+def test_a_log_that_cannot_be_written_ends_and_the_run_goes_on(tmp_path, monkeypatch):
+  tee(monkeypatch)
+  claim(tmp_path)
+  log._file.close()
+  print("one")
+  print("two")
+  assert sys.stdout._stream.getvalue() == "one\ntwo\n"
+  assert sys.stderr._stream.getvalue().count("log.txt ends here") == 1
+
+
+def test_a_real_run_leaves_its_log_and_a_second_process_is_refused(tmp_path):
+  command = [sys.executable, "-m", "r2m_jax.main", "--config=configs/quickstart.py:test"]
+  command += [f"--workdir={tmp_path}", "--config.task=sft"]
+  environ = os.environ | {"JAX_PLATFORMS": "cpu"}
+  first = subprocess.Popen(
+    command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  )
+  until = time.monotonic() + 200
+  while not (tmp_path / log.LOG).exists() and time.monotonic() < until:
+    time.sleep(0.05)
+  first.send_signal(19)  # SIGSTOP: alive, and not done before the second one comes
+  second = subprocess.run(command, env=environ, capture_output=True, text=True)
+  first.send_signal(18)  # SIGCONT
+  out, _ = first.communicate(timeout=300)
+  assert second.returncode == 2 and "Traceback" not in second.stderr
+  assert f"is in use by process {first.pid} on" in second.stderr
+  assert first.returncode == 0, out
+  lines = (tmp_path / log.LOG).read_text().splitlines()
+  assert lines[0].startswith("---- ") and lines[1:] == out.splitlines()
+  assert not small.unlisted(tmp_path)
+
+
+# ---- the table of what lies in a workdir ----
+
+
+def test_the_page_has_the_table():
+  page = (ROOT / "docs/resume.md").read_text(encoding="utf-8")
+  shown = page.partition("<!-- layout -->\n")[2].partition("\n<!-- end of layout -->")[0]
+  assert shown == workdir.layout_table(), "paste layout_table() into docs/resume.md"
+
+
+def test_every_name_in_the_library_is_in_the_table():
+  """Of the literal names of files and folders right in a workdir."""
+  listed = {entry.name.rstrip("/") for entry in workdir.LAYOUT}
+  for path in (ROOT / "r2m_jax").rglob("*.py"):
+    for name in re.findall(r'\bworkdir / "([^"/]+)', path.read_text(encoding="utf-8")):
+      assert name in listed, f"{path}: {name}"
+
+
+def test_a_fork_takes_over_what_the_table_says():
+  assert set(workdir.TAKEN_OVER) == {
+    "metrics.jsonl",
+    "samples.jsonl",
+    "skipped.jsonl",
+    "r2m_renderer.json",
+    "budgets.json",
+    "stages/",
+    "checkpoints/",
+  }
