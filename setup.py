@@ -44,6 +44,7 @@ EXTRAS = {
   # torch on CPU and peft are oracles, never run-time dependencies
   "test": [
     "ruff>=0.17.6,<0.18",
+    "mypy>=2.4.1,<3",
     "pytest>=9.2.0,<10",
     "pytest-xdist>=3.8.0,<4",
     "hypothesis>=6.170.15,<7",

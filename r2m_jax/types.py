@@ -56,8 +56,7 @@ class Rollout:
   greedy: Any = None  # of P rows, the most likely response to each prompt; None: none are drawn
 
 
-@struct.dataclass
-class Feedback:
+class Feedback(struct.PyTreeNode):
   """What one forward pass of a policy over `Sequences` says about them."""
 
   logprobs: jax.Array  # f32[B, T]    of the sampled tokens, at the rollout temperature
@@ -117,8 +116,7 @@ class Pairs:
   weight: jax.Array  # f32[m]       0 where this step has fewer than m labels
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
   """The whole run as one pytree: donated to the step, saved by the checkpointer."""
 
   step: jax.Array  # i32[]

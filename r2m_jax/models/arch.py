@@ -41,6 +41,9 @@ class RopeScaling:
       )
 
 
+FOLLOWS_OTHERS: Any = None  # given for a field, `FOLLOWS` has its value
+
+
 @dataclasses.dataclass(frozen=True)
 class ArchConfig:
   """Static shape of a decoder. The defaults describe a small Llama."""
@@ -49,18 +52,17 @@ class ArchConfig:
   hidden_size: int = 512  # D
   num_layers: int = 8  # N
   num_heads: int = 8  # H
-  num_kv_heads: int | None = None  # KV; None: num_heads
-  head_dim: int | None = None  # Dh; None: hidden_size // num_heads
-  intermediate_size: int | None = None  # None: 4 * hidden_size
+  num_kv_heads: int = FOLLOWS_OTHERS  # KV; None: num_heads
+  head_dim: int = FOLLOWS_OTHERS  # Dh; None: hidden_size // num_heads
+  intermediate_size: int = FOLLOWS_OTHERS  # None: 4 * hidden_size
   family: str = "llama"  # Hugging Face model_type; names and layouts on disk only
   # norms
   norm: str = "rms"  # "rms" | "layer" (with bias)
   norm_eps: float = 1e-6
   norm_offset: float = 0.0  # Gemma stores w and multiplies by 1 + w
   qk_norm: bool = False  # norm each head's query and key before the rotation (Qwen3, Gemma 3)
-  post_norms: bool = (
-    False  # norm again after attention and MLP, before the residual sum (Gemma 2, 3)
-  )
+  # norm again after attention and MLP, before the residual sum (Gemma 2, 3)
+  post_norms: bool = False
   # MLP and linears
   activation: str = "silu"  # "silu" | "gelu" (erf) | "gelu_tanh"
   gated_mlp: bool = True
@@ -74,12 +76,11 @@ class ArchConfig:
   embed_scale: float = 1.0  # Gemma: sqrt(hidden_size)
   final_softcap: float | None = None  # c * tanh(logits / c)
   # attention
-  query_scale: float | None = None  # None: head_dim ** -0.5
+  query_scale: float = FOLLOWS_OTHERS  # None: head_dim ** -0.5
   attn_softcap: float | None = None
   sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it
-  sliding_layers: tuple[int, ...] | None = (
-    None  # 0-based; None: every layer, where sliding_window is set
-  )
+  # 0-based; None: every layer, if sliding_window is set
+  sliding_layers: tuple[int, ...] = FOLLOWS_OTHERS
   # rotary positions
   rotary_fraction: float = 1.0  # leading part of head_dim that is rotated (GPT-NeoX: 0.25)
   rope_theta: float = 10000.0
@@ -214,7 +215,7 @@ class ArchConfig:
       lm_head=not any(
         name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()
       ),
-      **{field: config[key] for field, key in (FIELDS | family.fields).items()},
+      **{field: config[key] for field, key in {**FIELDS, **family.fields}.items()},
       **family.fixed,
       **family.derived(config),
       **_read_rope(config, given, family),
@@ -230,7 +231,7 @@ class ArchConfig:
       "model_type": self.family,
       "architectures": [family.causal if self.lm_head else family.classifier],
       family.activation: {ours: theirs for theirs, ours in ACTIVATIONS.items()}[self.activation],
-      **{key: getattr(self, field) for field, key in (FIELDS | family.fields).items()},
+      **{key: getattr(self, field) for field, key in {**FIELDS, **family.fields}.items()},
       **_write_rope(self, family),
       **_write_sliding(self, family),
     }
@@ -512,7 +513,7 @@ def _read_rope(config: dict, given: Mapping[str, Any], family: Family) -> dict[s
 def _write_rope(arch: ArchConfig, family: Family) -> dict[str, Any]:
   """Both spellings of the rotary fields."""
   scaling = arch.rope_scaling
-  kind = {"rope_type": "default"}
+  kind: dict[str, Any] = {"rope_type": "default"}
   if scaling is not None:
     kind = {"rope_type": scaling.kind, "factor": scaling.factor}
     if scaling.kind == "llama3":
@@ -521,7 +522,8 @@ def _write_rope(arch: ArchConfig, family: Family) -> dict[str, Any]:
         "high_freq_factor": scaling.high_freq_factor,
         "original_max_position_embeddings": scaling.original_length,
       }
-  old, new = {"rope_scaling": scaling and kind}, {**kind, "rope_theta": arch.rope_theta}
+  old: dict[str, Any] = {"rope_scaling": scaling and kind}
+  new: dict[str, Any] = {**kind, "rope_theta": arch.rope_theta}
   if "rotary_pct" in family.defaults:
     new["partial_rotary_factor"] = arch.rotary_fraction
     return old | {
@@ -569,7 +571,7 @@ def _write_sliding(arch: ArchConfig, family: Family) -> dict[str, Any]:
   """sliding_window, and layer_types where the family has them."""
   if family.slides is None:
     return {}
-  config = {"sliding_window": arch.sliding_window}
+  config: dict[str, Any] = {"sliding_window": arch.sliding_window}
   if "use_sliding_window" in family.defaults:
     config["use_sliding_window"] = arch.sliding_window is not None
     config["max_window_layers"] = min(arch.sliding_layers, default=arch.num_layers)

@@ -1,11 +1,15 @@
 """Sampling: prefill the prompts once, then decode with a KV cache until every row has ended."""
 
+import dataclasses
 import functools
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from r2m_jax.models.decode import Decoder, ScannedDecoder, decoder_of
 from r2m_jax.models.transformer import Transformer, lay_states
 from r2m_jax.ops import Truncation, at_least_f32, kept
 from r2m_jax.parallel.rows import map_rows
@@ -13,10 +17,8 @@ from r2m_jax.parallel.sharding import ROWS, lay, lay_rows, row_shards
 from r2m_jax.types import Prompts, Sequences
 
 GROUPED = 2048  # entries; from here on a vocabulary is drawn from in two parts
-STAGES, SHORTEST = (
-  4,
-  32,
-)  # parts of a response, each at least so many tokens, between which the cache grows
+STAGES = 4  # parts of a response, between which the cache grows
+SHORTEST = 32  # tokens of such a part, at least
 
 
 def sample_keys(
@@ -127,7 +129,9 @@ def generate(
     waves: sample the prompts in that many equal groups one after another, so that the cache of one
       group exists at a time. The tokens are the same.
   """
-  settings = dict(
+  how = Sampler(
+    key=key,
+    step=step,
     group_size=group_size,
     max_new_tokens=max_new_tokens,
     temperature=temperature,
@@ -137,115 +141,153 @@ def generate(
     repetition_stop=repetition_stop,
     greedy_rows=greedy_rows,
   )
+  if waves == 1:
+    return sample(model, prompts, how)
+  return in_waves(functools.partial(sample, model, how=how), prompts, group_size, waves)
+
+
+def in_waves(draw: Callable, prompts: Prompts, group_size: int, waves: int) -> Sequences:
+  """`draw(prompts)` in `waves` groups of prompts, in the order of one call: the samples of all
+  prompts, then their greedy rows.
+  """
 
   def wave(prompts):
     """(rows of each prompt [P / waves, K, ...], its greedy row [P / waves, 1, ...] or none)."""
-    drawn, sampled = sample(model, prompts, key, step, **settings), len(prompts.tokens) * group_size
+    drawn = draw(prompts)
     count = len(prompts.tokens)
+    sampled = count * group_size
 
     def rows(x):
       return x.reshape(count, len(x) // count, *x.shape[1:])
 
-    return jax.tree.map(lambda x: rows(x[:sampled]), drawn), jax.tree.map(
-      lambda x: rows(x[sampled:]), drawn
-    )
-
-  if waves == 1:
-    return sample(model, prompts, key, step, **settings)
+    samples = jax.tree.map(lambda x: rows(x[:sampled]), drawn)
+    return samples, jax.tree.map(lambda x: rows(x[sampled:]), drawn)
 
   def flat(x):
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
-  return jax.tree.map(
-    lambda s, g: jnp.concatenate([flat(s), flat(g)]), *map_rows(wave, waves, prompts)
-  )
+  samples, greedy = map_rows(wave, waves, prompts)
+  return jax.tree.map(lambda s, g: jnp.concatenate([flat(s), flat(g)]), samples, greedy)
 
 
-def sample(
-  model: Transformer,
-  prompts: Prompts,
-  key,
-  step,
-  *,
-  group_size,
-  max_new_tokens,
-  temperature,
-  eos_ids,
-  pad_id,
-  truncation,
-  repetition_stop,
-  greedy_rows,
-) -> Sequences:
-  """One wave of `generate`."""
-  prompts, prompt_length = jax.tree.map(lay_rows, prompts), prompts.tokens.shape[1]
-  loop_fits = 2 * repetition_stop <= max_new_tokens
-  keys = sample_keys(key, step, prompts.example_id, group_size)
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """What `generate` samples by; see its arguments."""
 
-  def repeat(x, axis=0):
-    return jnp.repeat(x, group_size, axis)
+  key: jax.Array
+  step: jax.Array
+  group_size: int
+  max_new_tokens: int
+  temperature: float
+  eos_ids: tuple[int, ...]
+  pad_id: int
+  truncation: Truncation
+  repetition_stop: int
+  greedy_rows: bool
 
-  if greedy_rows:
+  def repeat(self, x: jax.Array, axis: int = 0) -> jax.Array:
+    """The rows to decode of the prompts' rows along `axis`: K of each, then the greedy rows."""
+    samples = jnp.repeat(x, self.group_size, axis)
+    return jnp.concatenate([samples, x], axis) if self.greedy_rows else samples
 
-    def repeat(x, axis=0):
-      return jnp.concatenate([jnp.repeat(x, group_size, axis), x], axis)
+  def copies(self, prompts: int) -> int | None:
+    """How many rows each prompt has if they are neighbours on one device, else None."""
+    in_runs = not self.greedy_rows and prompts % row_shards() == 0
+    return self.group_size if in_runs else None
 
-  out = model(
-    prompts.tokens,
-    prompts.mask,
-    cache=model.init_cache(len(prompts.tokens), prompt_length),
-    cache_index=0,
-  )
-  decoder, cache = model.apart(prompt_length + max_new_tokens), out.cache
-  is_apart = decoder is not model
-  in_slots = is_apart and decoder.decodes_in_slots
-  if is_apart:
-    cache = cache.apart(turned=not in_slots)
-  in_runs = (
-    not greedy_rows and len(prompts.tokens) % row_shards() == 0
-  )  # the rows of a prompt are on one device
-  cache = cache.shared(group_size) if is_apart and in_runs else cache.repeated(repeat)
-  hidden = lay_states(repeat(out.hidden[:, -1:]))[:, 0]
-
-  def draw(t, hidden, stopped):
-    logits = lay(model.logits(hidden, temperature or 1.0), ROWS, "tensor")
-    sampled, at = logits[: len(keys)], jax.vmap(jax.random.fold_in, (0, None))(keys, t)
-    token = sample_token(at, sampled, truncation) if temperature else most_likely(sampled)
-    if greedy_rows:
+  def draw(self, model: Transformer, keys: jax.Array, t, hidden, stopped):
+    """Token t of each row from what the head reads, hidden [B, D]: (token i32[B], `pad_id` in
+    rows that have stopped; bool[B], whether it ends its row). keys: of the rows to sample.
+    """
+    logits = lay(model.logits(hidden, self.temperature or 1.0), ROWS, "tensor")
+    sampled = logits[: len(keys)]
+    at = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
+    if self.temperature:
+      token = sample_token(at, sampled, self.truncation)
+    else:
+      token = most_likely(sampled)
+    if self.greedy_rows:
       token = jnp.concatenate([token, most_likely(logits[len(keys) :])])
-    token = jnp.where(stopped, pad_id, token)
-    return token, ~stopped & jnp.isin(token, jnp.asarray(eos_ids, jnp.int32))
+    token = jnp.where(stopped, self.pad_id, token)
+    return token, ~stopped & jnp.isin(token, jnp.asarray(self.eos_ids, jnp.int32))
 
-  rows = hidden.shape[0]
-  token, has_eos = draw(0, hidden, jnp.zeros(rows, bool))
-  tokens = jnp.full((rows, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(token)
-  lengths = jnp.ones(rows, jnp.int32)
+  @property
+  def stops_loops(self) -> bool:
+    """Whether rows that repeat themselves are cut off; a loop must fit into the response."""
+    return 0 < 2 * self.repetition_stop <= self.max_new_tokens
 
-  def decode(start, carry):
-    i, tokens, last, cache, stopped, has_eos, lengths = carry
-    t = start + i
-    out = decoder(last[:, None], ~stopped[:, None], cache=cache, cache_index=prompt_length + t - 1)
-    token, ends = draw(t, out.hidden[:, 0], stopped)
-    tokens, lengths = tokens.at[:, t].set(token), lengths + ~stopped
-    stopped |= ends
-    if repetition_stop and loop_fits:
-      stopped |= loops(tokens, t, repetition_stop)
-    return i + 1, tokens, token, out.cache, stopped, has_eos | ends, lengths
 
-  carry = (tokens, token, cache, has_eos, has_eos, lengths)
-  for start, end in stages(max_new_tokens, growing=is_apart and not in_slots):
-    tokens, last, cache, *rest = carry
-    carry = (jnp.int32(0), tokens, last, cache.grown(prompt_length + end), *rest)
+class Decoding(NamedTuple):
+  """The rows while they are decoded."""
 
-    def unfinished(carry, count=end - start):
-      return (carry[0] < count) & ~carry[4].all()
+  i: jax.Array  # i32[]; tokens decoded in this stage
+  tokens: jax.Array  # i32[B, T]
+  last: jax.Array  # i32[B], the newest token
+  cache: Any
+  stopped: jax.Array  # bool[B]
+  has_eos: jax.Array  # bool[B]
+  lengths: jax.Array  # i32[B]
 
-    _, *carry = jax.lax.while_loop(unfinished, functools.partial(decode, start), carry)
-  tokens, _, _, _, has_eos, lengths = carry
 
-  response_mask = jnp.arange(max_new_tokens) < lengths[:, None]
+def sample(model: Transformer, prompts: Prompts, how: Sampler) -> Sequences:
+  """One wave of `generate`."""
+  prompts = jax.tree.map(lay_rows, prompts)
+  count, prompt_length = prompts.tokens.shape
+  keys = sample_keys(how.key, how.step, prompts.example_id, how.group_size)
+  empty = model.init_cache(count, prompt_length)
+  out = model(prompts.tokens, prompts.mask, cache=empty, cache_index=0)
+  decoder = decoder_of(model, prompt_length + how.max_new_tokens)
+  cache = decoder.cache(out.cache, how.repeat, how.copies(count))
+  hidden = lay_states(how.repeat(out.hidden[:, -1:]))[:, 0]
+  draw = functools.partial(how.draw, model, keys)
+  rows = first_tokens(hidden, cache, how, draw)
+  rows = decode(decoder, rows, prompt_length, how, draw)
+  response_mask = jnp.arange(how.max_new_tokens) < rows.lengths[:, None]
   return Sequences(
-    tokens=lay_rows(jnp.concatenate([repeat(prompts.tokens), tokens], 1)),
-    token_mask=lay_rows(jnp.concatenate([repeat(prompts.mask), response_mask], 1)),
+    tokens=lay_rows(jnp.concatenate([how.repeat(prompts.tokens), rows.tokens], 1)),
+    token_mask=lay_rows(jnp.concatenate([how.repeat(prompts.mask), response_mask], 1)),
     response_mask=lay_rows(response_mask),
-    has_eos=has_eos,
+    has_eos=rows.has_eos,
   )
+
+
+def first_tokens(hidden: jax.Array, cache: Any, how: Sampler, draw: Callable) -> Decoding:
+  """Decoding with their first token, which a prefill's hidden [B, D] predicts."""
+  count = hidden.shape[0]
+  token, has_eos = draw(0, hidden, jnp.zeros(count, bool))
+  tokens = jnp.full((count, how.max_new_tokens), how.pad_id, jnp.int32).at[:, 0].set(token)
+  lengths = jnp.ones(count, jnp.int32)
+  return Decoding(jnp.int32(0), tokens, token, cache, has_eos, has_eos, lengths)
+
+
+def decode(
+  decoder: Decoder | ScannedDecoder,
+  rows: Decoding,
+  prompt_length: int,
+  how: Sampler,
+  draw: Callable,
+) -> Decoding:
+  """The rows with tokens 1 .. T - 1, until all have stopped; draw(t, hidden, stopped) -> (token,
+  whether it ends its row).
+  """
+
+  def one_token(start, rows: Decoding) -> Decoding:
+    t = start + rows.i
+    last, live = rows.last[:, None], ~rows.stopped[:, None]
+    hidden, cache = decoder(last, live, rows.cache, prompt_length + t - 1)
+    token, ends = draw(t, hidden, rows.stopped)
+    tokens = rows.tokens.at[:, t].set(token)
+    lengths = rows.lengths + ~rows.stopped
+    stopped = rows.stopped | ends
+    if how.stops_loops:
+      stopped |= loops(tokens, t, how.repetition_stop)
+    return Decoding(rows.i + 1, tokens, token, cache, stopped, rows.has_eos | ends, lengths)
+
+  for start, end in stages(how.max_new_tokens, decoder.grows):
+    rows = rows._replace(i=jnp.int32(0), cache=rows.cache.grown(prompt_length + end))
+
+    def unfinished(rows: Decoding, count=end - start):
+      return (rows.i < count) & ~rows.stopped.all()
+
+    rows = jax.lax.while_loop(unfinished, functools.partial(one_token, start), rows)
+  return rows

@@ -49,9 +49,8 @@ class TokenStats:
 
   logprobs: jax.Array
   entropy: jax.Array  # nats
-  kl: (
-    jax.Array
-  )  # exact KL(policy || reference) over the vocabulary, nats; zero where there is no reference
+  # exact KL(policy || reference) over the vocabulary, nats; zero if there is no reference
+  kl: jax.Array
 
 
 LogitsOf = Head | Callable[[jax.Array], jax.Array]
@@ -60,9 +59,8 @@ LogitsOf = Head | Callable[[jax.Array], jax.Array]
 def tempered(head: LogitsOf, hidden: jax.Array, temperature: float) -> jax.Array:
   """hidden [..., D] -> logits / temperature [..., V], at least float32."""
   if isinstance(head, Head) and head.cap is None and hidden.dtype == at_least_f32(hidden).dtype:
-    return head(
-      hidden / temperature
-    )  # D numbers a token to divide, not V, and as many in the gradient
+    # D numbers a token to divide, not V, and as many in the gradient
+    return head(hidden / temperature)
   return at_least_f32(head(hidden)) / temperature
 
 
@@ -80,12 +78,11 @@ def _own_logprob(logits, index):
 
 
 def _own_logprob_backward(saved, gradient):
-  logp, index = jax.lax.optimization_barrier(
-    saved
-  )  # else XLA makes the ones beforehand, for all updates of a scan
-  return gradient[..., None] * (
-    (jnp.arange(logp.shape[-1]) == index[..., None]) - jnp.exp(logp)
-  ), None
+  # else XLA makes the ones beforehand, for all updates of a scan
+  logp, index = jax.lax.optimization_barrier(saved)
+  gradient = gradient[..., None]
+  own = jnp.arange(logp.shape[-1]) == index[..., None]
+  return gradient * (own - jnp.exp(logp)), None
 
 
 own_logprob.defvjp(_own_logprob, _own_logprob_backward)
@@ -131,44 +128,55 @@ def token_stats(
     raise ValueError("token_stats takes a reference or another model's support, not both")
   length = tokens.shape[1]
   vocab = jax.eval_shape(head, hidden[:1, :1]).shape[-1]
-  heads = [head] if ref is None else [head, ref[0]]
-  if (
-    0 < chunk < length * vocab
-    and truncation == Truncation()
-    and all(isinstance(h, Head) for h in heads)
-  ):
-    return stats_in_parts(
-      head, hidden, tokens, ref, temperature=temperature, parts=-(-length * vocab // chunk)
-    )
-  chunk = max(chunk // vocab, 1) if chunk else 0
-
-  scaled = functools.partial(tempered, temperature=temperature)
-
-  def slice_stats(hidden, tokens, other_hidden):
-    logits = scaled(head, hidden)
-
-    def inside(x):
-      return x
-
-    if truncation != Truncation():
-      keep = kept(scaled(support[0], other_hidden) if support else logits, truncation)
-      keep |= jnp.arange(logits.shape[-1]) == tokens[..., None]
-
-      def inside(x):
-        return jnp.where(keep, x, jnp.finfo(x.dtype).min)
-
-    logits = inside(logits)
-    logp = jax.nn.log_softmax(logits)
-    p = jnp.exp(logp)
-    kl = jnp.zeros(tokens.shape, logp.dtype)
-    if ref is not None:
-      ref_logp = jax.nn.log_softmax(inside(scaled(ref[0], other_hidden)))
-      kl = (p * (logp - ref_logp)).sum(-1)
-    return TokenStats(logprobs=own_logprob(logits, tokens), entropy=-(p * logp).sum(-1), kl=kl)
-
+  if 0 < chunk < length * vocab and truncation == Truncation():
+    parts = -(-length * vocab // chunk)
+    if isinstance(head, Head) and (ref is None or isinstance(ref[0], Head)):
+      return stats_in_parts(head, hidden, tokens, ref, temperature=temperature, parts=parts)
+  slice_stats = functools.partial(
+    whole_stats, head, temperature, truncation, ref and ref[0], support and support[0]
+  )
   other_hidden = hidden[:, :, :0] if other is None else other[1]
+  chunk = max(chunk // vocab, 1) if chunk else 0
   if not 0 < chunk < length:
     return slice_stats(hidden, tokens, other_hidden)
+  return in_slices(slice_stats, chunk, hidden, tokens, other_hidden)
+
+
+def whole_stats(
+  head: LogitsOf,
+  temperature: float,
+  truncation: Truncation,
+  ref: LogitsOf | None,
+  support: LogitsOf | None,
+  hidden: jax.Array,
+  tokens: jax.Array,
+  other_hidden: jax.Array,
+) -> TokenStats:
+  """`token_stats` from all logits at once; `other_hidden` is what `ref` or `support` reads."""
+  logits = tempered(head, hidden, temperature)
+  keep = None
+  if truncation != Truncation():
+    keep = kept(tempered(support, other_hidden, temperature) if support else logits, truncation)
+    keep |= jnp.arange(logits.shape[-1]) == tokens[..., None]
+
+  def inside(x):
+    return x if keep is None else jnp.where(keep, x, jnp.finfo(x.dtype).min)
+
+  logits = inside(logits)
+  logp = jax.nn.log_softmax(logits)
+  p = jnp.exp(logp)
+  kl = jnp.zeros(tokens.shape, logp.dtype)
+  if ref is not None:
+    ref_logp = jax.nn.log_softmax(inside(tempered(ref, other_hidden, temperature)))
+    kl = (p * (logp - ref_logp)).sum(-1)
+  return TokenStats(logprobs=own_logprob(logits, tokens), entropy=-(p * logp).sum(-1), kl=kl)
+
+
+def in_slices(slice_stats: Callable, chunk: int, *xs: jax.Array) -> TokenStats:
+  """`slice_stats(*xs)` of arrays [B, T, ...] for `chunk` tokens of each row at a time, made again
+  in the backward pass.
+  """
+  length = xs[0].shape[1]
   count = -(-length // chunk)
 
   def split(x):  # [B, T, ...] -> [count, B, chunk, ...], the last slice padded
@@ -176,7 +184,7 @@ def token_stats(
     return jnp.moveaxis(x.reshape(x.shape[0], count, chunk, *x.shape[2:]), 1, 0)
 
   body = jax.checkpoint(lambda xs: slice_stats(*xs), prevent_cse=False)
-  stats = jax.lax.map(body, (split(hidden), split(tokens), split(other_hidden)))
+  stats = jax.lax.map(body, tuple(map(split, xs)))
   return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1)[:, :length], stats)
 
 
@@ -199,11 +207,12 @@ def stats_in_parts(
 ) -> TokenStats:
   """`token_stats` of the whole distribution in about `parts` parts of the vocabulary."""
   mesh = mesh_around()
-  parts = vocabulary_parts(head.kernel.shape[1], parts, 1 if mesh is None else mesh.shape["tensor"])
-  ref_hidden, ref_kernel, ref_cap = (
-    (None, None, None) if ref is None else (ref[1], ref[0].kernel, ref[0].cap)
-  )
-  static = (head.cap, ref_cap, temperature, parts)
+  shards = 1 if mesh is None else mesh.shape["tensor"]
+  split = vocabulary_parts(head.kernel.shape[1], parts, shards)
+  ref_hidden = ref_kernel = ref_cap = None
+  if ref is not None:
+    ref_hidden, ref_kernel, ref_cap = ref[1], ref[0].kernel, ref[0].cap
+  static = (head.cap, ref_cap, temperature, split)
   frozen = jax.lax.stop_gradient((ref_hidden, ref_kernel))
   return TokenStats(*_stats(static, hidden, head.kernel, tokens, *frozen))
 

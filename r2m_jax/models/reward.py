@@ -57,6 +57,7 @@ def member_scores(phi: nnx.Linear, h: jax.Array) -> jax.Array:
   shift, so its true gradient is zero, and Adam would turn the rounding noise around that zero into
   full-sized steps.
   """
+  assert phi.bias is not None  # score heads are made with one
   return h @ phi.kernel[...] + jax.lax.stop_gradient(phi.bias[...])
 
 

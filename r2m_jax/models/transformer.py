@@ -15,7 +15,8 @@ slots, H query heads, KV key heads, Dh numbers a head.
 
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,29 +25,25 @@ from flax import nnx, struct
 
 from r2m_jax.models.arch import ArchConfig, RopeScaling
 from r2m_jax.models.attention import (
-  BLOCK,
-  Seen,
   Shared,
   SharedMask,
-  Slots,
   attend,
   attend_shared,
-  attend_slots,
   choose,
   dot_product,
-  slots_fit,
-  splash_attend,
 )
 from r2m_jax.models.cache import Cache, lay_cache, write
+from r2m_jax.models.kernels.slots import Slots, attend_slots, slots_fit
+from r2m_jax.models.kernels.splash import BLOCK, Seen, splash_attend
 from r2m_jax.models.logprobs import Head, tempered
-from r2m_jax.parallel.sharding import ROWS, lay, lay_rows, mesh_around, path_name, row_shards
+from r2m_jax.parallel.sharding import ROWS, lay, lay_rows, row_shards
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "silu": jax.nn.silu,
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
 }
-REMAT = {
+REMAT: dict[str, Callable[[Callable], Callable]] = {
   "none": lambda f: f,
   "full": lambda f: jax.checkpoint(f, prevent_cse=False),
   "dots": lambda f: jax.checkpoint(
@@ -61,7 +58,7 @@ class Output:
 
   hidden: jax.Array  # [B, L, D]    after the final norm: what the language-model head reads
   feedback: jax.Array  # [B, L, D]  `hidden`, or the residual stream after `feedback_layer`
-  cache: Cache | None
+  cache: Any  # a Cache, None without one
 
 
 def lay_states(x: jax.Array) -> jax.Array:
@@ -144,13 +141,18 @@ class Attention(nnx.Module):
   def __call__(self, x, table, store):
     """x [B, L, D]; table (cos, sin, seen) of this layer; store(k, v) -> (keys and values to attend
     over, those of the prompt before them or (), cache)."""
-    arch, (cos, sin, seen) = self.arch, table
     rows = as_rows(x)
+    return self.attend((self.q(rows), self.k(rows), self.v(rows)), x.shape, table, store)
+
+  def attend(self, projected, shape, table, store):
+    """`__call__` from queries, keys and values [B * L, heads * Dh] of an x of `shape` [B, L, D]."""
+    arch = self.arch
+    cos, sin, seen = table
 
     def heads(y):
-      return lay(y.reshape(*x.shape[:2], -1, arch.head_dim).swapaxes(1, 2), ROWS, "tensor")
+      return lay(y.reshape(*shape[:2], -1, arch.head_dim).swapaxes(1, 2), ROWS, "tensor")
 
-    q, k, v = (heads(y) for y in side_by_side(self, ("q", "k", "v"), rows))
+    q, k, v = (heads(y) for y in projected)
     if arch.qk_norm:
       q, k = self.q_norm(q), self.k_norm(k)
     k, v, prompt, cache = store(rotate(k, cos, sin), v)
@@ -160,13 +162,12 @@ class Attention(nnx.Module):
       y, cache = attend_slots(
         q, k, v, cache, prompt, seen, scale=arch.query_scale, interpret=interpret
       )
+    elif isinstance(seen, SharedMask):
+      y = attend_shared(self.mix, q, k, v, seen)
     else:
-      y = (
-        attend_shared(self.mix, q, k, v, seen)
-        if isinstance(seen, SharedMask)
-        else self.mix(q, k, v, seen, prompt)
-      )
-    return self.o(y.swapaxes(1, 2).reshape(len(rows), -1)).reshape(x.shape), cache
+      y = self.mix(q, k, v, seen, prompt)
+    rows = y.swapaxes(1, 2).reshape(shape[0] * shape[1], -1)
+    return self.o(rows).reshape(shape), cache
 
   def mix(self, q, k, v, seen, prompt=()):
     """q [B, H, L, Dh], k and v [B, KV, S, Dh] -> [B, H, L, Dh], by the implementation that fits
@@ -177,7 +178,7 @@ class Attention(nnx.Module):
       interpret = self.attention == "interpreted"
       return splash_attend(q, k, v, seen, scale=scale, cap=cap, window=window, interpret=interpret)
     if self.attention in ("dot_product", "cudnn") and q.shape[2] > 1:
-      implementation = "cudnn" if self.attention == "cudnn" else "xla"
+      implementation: Literal["xla", "cudnn"] = "cudnn" if self.attention == "cudnn" else "xla"
       return dot_product(q, k, v, seen, scale=scale, implementation=implementation)
     return attend(q, k, v, seen, scale=scale, cap=cap, prompt=prompt)
 
@@ -198,18 +199,14 @@ class MLP(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, L, D] -> [B, L, D]."""
-    act, shape = ACTIVATIONS[self.activation], x.shape
+    rows = as_rows(x)
+    wide = (self.gate(rows), self.up(rows)) if self.gated else (self.up(rows),)
+    return self.down(self.inside(*wide)).reshape(x.shape)
 
-    def inside(gate, *up):
-      return act(gate) * up[0] if up else act(gate)
-
-    if "columns" in vars(self):
-      wide, down = self.columns
-      y = down(inside(*jnp.split(wide(as_rows(x).T), 2 if self.gated else 1)))
-      return jax.lax.optimization_barrier(y).T.reshape(shape)  # else XLA makes it x W again
-    return self.down(
-      inside(*side_by_side(self, ("gate", "up") if self.gated else ("up",), as_rows(x)))
-    ).reshape(shape)
+  def inside(self, first: jax.Array, *up: jax.Array) -> jax.Array:
+    """What `down` reads: act(gate) * up, or act(up) if the MLP has no gate and `first` is up."""
+    activated = ACTIVATIONS[self.activation](first)
+    return activated * up[0] if up else activated
 
 
 class Block(nnx.Module):
@@ -228,11 +225,15 @@ class Block(nnx.Module):
 
   def __call__(self, x, table, store):
     """x [B, L, D] -> (x [B, L, D], cache)."""
-    y, cache = self.attn(self.attn_norm(x), table, store)
+    return self.around(self.attn, self.mlp, x, table, store)
+
+  def around(self, attn: Callable, mlp: Callable, x, table, store):
+    """`__call__` with `attn` and `mlp` in place of the block's own."""
+    y, cache = attn(self.attn_norm(x), table, store)
     if self.arch.parallel_residual:
-      return x + y + self.mlp(self.mlp_norm(x)), cache
+      return x + y + mlp(self.mlp_norm(x)), cache
     x = x + (self.attn_post_norm(y) if self.arch.post_norms else y)
-    y = self.mlp(self.mlp_norm(x))
+    y = mlp(self.mlp_norm(x))
     return x + (self.mlp_post_norm(y) if self.arch.post_norms else y), cache
 
 
@@ -242,42 +243,48 @@ def as_rows(x: jax.Array) -> jax.Array:
   return x.reshape(-1, x.shape[-1])
 
 
-def side_by_side(module: nnx.Module, names: tuple[str, ...], x: jax.Array) -> list[jax.Array]:
-  """Results of the module's linears of these names, from one product where `join` has made one
-  linear of them.
+def splits_in_runs(shared: Shared | None, rows: int) -> bool:
+  """Whether what runs of rows share can be computed once: there are such runs, and each lies on
+  one device of the mesh.
   """
-  if "_".join(names) not in vars(module):
-    return [getattr(module, name)(x) for name in names]
-  y, widths = (
-    getattr(module, "_".join(names))(x),
-    [getattr(module, name).out_features for name in names],
-  )
-  return jnp.split(y, np.cumsum(widths)[:-1], -1)
+  return shared is not None and shared.copies > 1 and rows % (shared.copies * row_shards()) == 0
 
 
-def join(module: nnx.Module, names: tuple[str, ...]) -> nnx.Linear:
-  """Puts beside the module's linears of these names one that has all their columns, and returns
-  it.
+class Visible(NamedTuple):
+  """Which keys the tokens of a call see: those of real tokens up to themselves."""
+
+  seen: jax.Array  # bool[B, L, S]
+  here: jax.Array  # i32[B, L]   position of each token
+  there: jax.Array  # i32[B, S]  position of each key
+
+  @classmethod
+  def of(cls, keys: jax.Array, slot: int | jax.Array, length: int) -> "Visible":
+    """For `length` tokens in slots from `slot` on; keys bool[B, S], True on real tokens."""
+    there = jnp.maximum(jnp.cumsum(keys, 1, dtype=jnp.int32) - 1, 0)
+    causal = jnp.arange(keys.shape[1])[None, :] <= slot + jnp.arange(length)[:, None]
+    seen = causal[None] & keys[:, None, :]
+    if keys.shape[1] == length:
+      return cls(seen, there, there)
+    return cls(seen, jnp.maximum(seen.sum(-1, dtype=jnp.int32) - 1, 0), there)
+
+  def mask(self, window: int | None) -> jax.Array:
+    """bool[B, L, S]; with a window a token sees itself and the window - 1 tokens before it."""
+    if window is None:
+      return self.seen
+    return self.seen & (self.here[:, :, None] - self.there[:, None, :] < window)
+
+
+def by_kind(arch: ArchConfig, table: Callable[[bool], tuple]) -> tuple[Any, jax.Array | None]:
+  """What `table(slides)` gives for the kinds of layer that the model has.
+
+  If all layers are of one kind: (its table, None). Else (both tables stacked, full before sliding;
+  i32[N], the kind of each layer).
   """
-  linears = [getattr(module, name) for name in names]
-  one = nnx.clone(linears[0])
-  one.kernel = nnx.Param(jnp.concatenate([linear.kernel[...] for linear in linears], 1))
-  if one.bias is not None:
-    one.bias = nnx.Param(jnp.concatenate([linear.bias[...] for linear in linears]))
-  setattr(module, "_".join(names), one)
-  return one
-
-
-class Columns(nnx.Module):
-  """A linear of columns, W^T x: [in, N] -> [out, N]. For a few rows it takes XLA on CPU 4 to 15%
-  less time than x W, for which all of the weights are packed first."""
-
-  def __init__(self, linear: nnx.Linear):
-    self.kernel, self.bias = nnx.Param(linear.kernel[...].T), linear.bias
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    y = jnp.matmul(self.kernel[...], x)
-    return y if self.bias is None else y + self.bias[...][:, None].astype(y.dtype)
+  slides = [i in arch.sliding_layers for i in range(arch.num_layers)]
+  if all(slides) or not any(slides):
+    return table(slides[0]), None
+  both = jax.tree.map(lambda *kinds: jnp.stack(kinds), table(False), table(True))
+  return both, jnp.asarray(slides, jnp.int32)
 
 
 def residual_init(arch: ArchConfig):
@@ -304,14 +311,16 @@ class Transformer(nnx.Module):
     param_dtype=jnp.float32,
     remat="none",
     adapt=None,
-    attention=("auto", "cpu"),
+    attention: tuple[str, str] = ("auto", "cpu"),
   ):
     if remat not in REMAT:
       raise ValueError(f"{remat=} is unknown; use one of {sorted(REMAT)}")
     self.arch, self.dtype, self.remat = arch, dtype, remat
-    self.decodes_apart, self.decodes_in_columns = attention[1] != "tpu", attention[1] == "cpu"
-    self.attention = attention = choose(*attention, arch, param_dtype if dtype is None else dtype)
-    self.decodes_in_slots = slots_fit(attention, arch)
+    # how `models.decode` runs it
+    self.decodes_apart = attention[1] != "tpu"
+    self.decodes_in_columns = attention[1] == "cpu"
+    self.attention = choose(*attention, arch, param_dtype if dtype is None else dtype)
+    self.decodes_in_slots = slots_fit(self.attention, arch)
     d, vocab, small = arch.hidden_size, arch.vocab_size, nnx.initializers.normal(0.02)
     self.embed = nnx.Embed(
       vocab, d, embedding_init=small, dtype=dtype, param_dtype=param_dtype, rngs=rngs
@@ -320,7 +329,7 @@ class Transformer(nnx.Module):
     @nnx.split_rngs(splits=arch.num_layers)
     @nnx.vmap(in_axes=0, out_axes=0)
     def stack(rngs):
-      block = Block(arch, rngs=rngs, dtype=dtype, param_dtype=param_dtype, attention=attention)
+      block = Block(arch, rngs=rngs, dtype=dtype, param_dtype=param_dtype, attention=self.attention)
       return block if adapt is None else adapt(block, rngs)
 
     self.layers = stack(rngs)
@@ -358,187 +367,103 @@ class Transformer(nnx.Module):
       raise ValueError(
         f"{feedback_layer=} is not a layer of {arch.num_layers}; -1 is the output of the final norm"
       )
-    tap = None if feedback_layer == -1 else feedback_layer % arch.num_layers
     if (cache is None) != (cache_index is None):
       raise ValueError(
         f"cache and cache_index come together; got {cache_index=} and cache={cache and 'a cache'}"
       )
-    slot = 0 if cache is None else cache_index
+    tap = None if feedback_layer == -1 else feedback_layer % arch.num_layers
+    slot = 0 if cache_index is None else cache_index
     fresh = isinstance(slot, int) and slot == 0  # attend over the tokens of this call alone
     if cache is not None:
-      cache = cache.replace(mask=jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, slot, 1))
-    keys = mask if fresh else cache.mask  # bool[B, S]
+      cache = cache.written(mask, slot)
+    keys = mask if fresh or cache is None else cache.mask  # bool[B, S]
     in_blocks = self.attention in ("splash", "interpreted") and fresh and length >= BLOCK
-    if shared is not None:
-      uneven = len(tokens) % (shared.copies * row_shards())
-      shared = None if cache is not None or in_blocks or uneven or shared.copies == 1 else shared
-    in_slots = cache is not None and isinstance(cache.k, tuple) and not cache.turned
-    tables, kinds = self._tables(keys, slot, length, in_blocks, in_slots, shared)
-    x = self._embedded(tokens if shared is None else shared.pack(tokens))
-    if arch.embed_scale != 1.0:
-      x = x * jnp.asarray(arch.embed_scale, x.dtype)
-
-    kv, tapped = None if cache is None else (cache.k, cache.v), None if tap is None else x
-    if isinstance(self.layers, nnx.List):
-      x, kv, tapped = self._one_by_one(x, cache, tapped, tables, kinds, slot, fresh, tap)
-    else:
-      blocks, stacked = nnx.split(self.layers)
-
-      def body(carry, xs):
-        x, kv, tapped = carry
-        state, layer, kind = xs
-        table = tables if kind is None else jax.tree.map(lambda t: t[kind], tables)
-
-        def store(k, v):
-          if kv is None:
-            return k, v, (), None
-          new = tuple(write(all_, one[None], layer, 0, 0, slot, 0) for all_, one in zip(kv, (k, v)))
-          return (k, v, (), new) if fresh else (new[0][layer], new[1][layer], (), new)
-
-        x, kv = nnx.merge(blocks, state)(x, table, store)
-        x = lay_states(x)
-        if tap is not None:
-          tapped = jnp.where(layer == tap, x, tapped)
-        return (x, kv, tapped), None
-
-      xs = (stacked, jnp.arange(arch.num_layers), kinds)
-      (x, kv, tapped), _ = jax.lax.scan(REMAT[self.remat](body), (x, kv, tapped), xs)
+    if cache is not None or in_blocks or not splits_in_runs(shared, len(tokens)):
+      shared = None
+    tables, kinds = self._tables(keys, slot, length, in_blocks, shared)
+    x = self.embedded(tokens if shared is None else shared.pack(tokens))
+    kv = None if cache is None else (cache.k, cache.v)
+    x, kv, tapped = self._scan(x, kv, tables, kinds, slot, fresh, tap)
     hidden = self.final_norm(x)
     if cache is not None:
       cache = cache.replace(k=kv[0], v=kv[1])
-    rows = (lambda x: x) if shared is None else (lambda x: lay_states(shared.unpack(x)))
+
+    def rows(x):
+      return x if shared is None else lay_states(shared.unpack(x))
+
     hidden = rows(hidden)
     return Output(hidden=hidden, feedback=hidden if tap is None else rows(tapped), cache=cache)
 
-  def _one_by_one(self, x, cache, tapped, tables, kinds, slot, fresh, tap):
-    """The layers of a model `apart`. What a layer reads, weights and cache, is there as an array
-    of its own.
+  def _scan(self, x, kv, tables, kinds, slot, fresh, tap):
+    """All layers, one after another: (x, kv, x after layer `tap` or None).
+
+    x [B, L, D]; kv (keys, values) of a cache or None; tables and kinds of `_tables`; slot i32[];
+    `fresh`: attend over the tokens of this call instead of the cache.
     """
-    found = []
-    for layer, block in enumerate(self.layers):
-      table = (
-        tables
-        if kinds is None
-        else jax.tree.map(lambda t: t[int(layer in self.arch.sliding_layers)], tables)
-      )
-
-      def store(k, v, layer=layer):
-        if cache is None:
-          return k, v, (), None
-        keys, values, prompt = cache.k[layer], cache.v[layer], tuple(x[layer] for x in cache.prompt)
-        if not cache.turned:
-          return k, v, prompt, (keys, values)
-        at = slot - (prompt[1].shape[2] if prompt else 0)
-        keys, values = write(keys, k.swapaxes(-1, -2), 0, 0, 0, at), write(values, v, 0, 0, at, 0)
-        if fresh:
-          return k, v, (), (keys, values)
-
-        def read(k, v):
-          return (k.swapaxes(-1, -2), v)
-
-        return *read(keys, values), read(*prompt) if prompt else (), (keys, values)
-
-      x, own = block(x, table, store)
-      x = lay_states(x)
-      tapped = x if layer == tap else tapped
-      found.append(own)
-    return x, None if cache is None else tuple(zip(*found)), tapped
-
-  def apart(self, slots: int) -> "Transformer":
-    """The same model with an array a layer for each parameter, in the compute dtype, and its cache,
-    of up to so many slots, so too.
-
-    A loop over tokens that reads stacked arrays copies a layer's slice, weights and cache, before
-    each product. Apart they are read where they lie, for one copy of the layers' weights outside of
-    the loop; every layer is compiled. On a single device linears of one input are joined, since a
-    few rows take a GPU as long as a launch. On TPUs, whose compiler reads the slices in place, this
-    is the model itself. Sine and cosine of all positions are made once, where XLA on CPU would make
-    those of a token anew in each head of each layer. There few rows go through the MLP as
-    `Columns`.
-    """
-    if not self.decodes_apart:
-      return self
     blocks, stacked = nnx.split(self.layers)
 
-    def in_dtype(path, x):
-      return x.astype(self.compute_dtype) if "kernel" in path_name(path) else x
+    def body(carry, xs):
+      x, kv, tapped = carry
+      state, layer, kind = xs
+      table = tables if kind is None else jax.tree.map(lambda t: t[kind], tables)
 
-    stacked = jax.tree_util.tree_map_with_path(in_dtype, stacked)
-    model = nnx.merge(*nnx.split(self))
+      def store(k, v):
+        if kv is None:
+          return k, v, (), None
+        new = tuple(write(all_, one[None], layer, 0, 0, slot, 0) for all_, one in zip(kv, (k, v)))
+        return (k, v, (), new) if fresh else (new[0][layer], new[1][layer], (), new)
 
-    def one(i):
-      return nnx.merge(blocks, jax.tree.map(lambda x: x[i], stacked))
+      x, kv = nnx.merge(blocks, state)(x, table, store)
+      x = lay_states(x)
+      if tap is not None:
+        tapped = jnp.where(layer == tap, x, tapped)
+      return (x, kv, tapped), None
 
-    model.layers = nnx.List([one(i) for i in range(self.arch.num_layers)])
-    if not self.decodes_in_slots:
-      rotations = {slides: self._rotation(slides, jnp.arange(slots)) for slides in (False, True)}
-      model.rotations = nnx.data(rotations)
-    adapted = any(
-      "lora" in path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(stacked)[0]
-    )
-    for block in model.layers if mesh_around() is None and not adapted else ():
-      join(block.attn, ("q", "k", "v"))
-      wide = join(block.mlp, ("gate", "up")) if self.arch.gated_mlp else block.mlp.up
-      if self.decodes_in_columns:
-        block.mlp.columns = nnx.List([Columns(wide), Columns(block.mlp.down)])
-    return model
+    xs = (stacked, jnp.arange(self.arch.num_layers), kinds)
+    carry = (x, kv, None if tap is None else x)
+    carry, _ = jax.lax.scan(REMAT[self.remat](body), carry, xs)
+    return carry
 
-  def _embedded(self, tokens):
-    """i32[B, L] -> [B, L, D]. Devices that share the embedding's columns look up their own and
-    exchange rows for them: of the embedding nothing moves."""
+  def embedded(self, tokens: jax.Array) -> jax.Array:
+    """i32[B, L] -> [B, L, D], scaled as the family does. Devices that share the embedding's columns
+    look up their own and exchange rows for them: the embedding itself does not move."""
     x = jnp.take(self.embed.embedding[...], lay(tokens, "data"), axis=0).astype(self.compute_dtype)
-    return lay_states(lay(x, "data", None, "fsdp"))
+    x = lay_states(lay(x, "data", None, "fsdp"))
+    scale = self.arch.embed_scale
+    return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
-  def _tables(self, keys, slot, length, in_blocks, in_slots, shared):
-    """What layers read besides x: rotation and visibility, for each kind of layer (full, sliding)
-      the model has.
+  def _tables(self, keys, slot, length, in_blocks, shared):
+    """What layers read besides x, for each kind of layer (full, sliding) the model has; see
+    `by_kind`.
 
-    keys bool[B, S] -> ((cos [B, 1, L, R], sin, mask bool[B, 1, L, S]), None) where all layers are
-    of one kind, else the same stacked over the two kinds, and kinds i32[N]. In place of the mask
-    stands with `in_blocks` a `Seen`, with `in_slots` a `Slots`, with `shared` a `SharedMask` (and
-    rotations of the packed positions).
+    keys bool[B, S] -> (cos [B, 1, L, R], sin, mask bool[B, 1, L, S]), and kinds. With `in_blocks` a
+    `Seen` takes the mask's place, with `shared` a `SharedMask` (and rotations of the packed
+    positions).
     """
-    arch = self.arch
-    at = jnp.maximum(jnp.cumsum(keys, 1, dtype=jnp.int32) - 1, 0)  # position of each key
-    causal = jnp.arange(keys.shape[1])[None, :] <= slot + jnp.arange(length)[:, None]
-    seen = causal[None] & keys[:, None, :]
-    here = at if keys.shape[1] == length else jnp.maximum(seen.sum(-1, dtype=jnp.int32) - 1, 0)
+    visible = Visible.of(keys, slot, length)
 
     def table(slides):
-      packed = here if shared is None else shared.pack(here)
-      rotation = self._rotation(slides, packed[:, None])
+      here = visible.here if shared is None else shared.pack(visible.here)
+      rotation = self.rotation(slides, here[:, None])
       if in_blocks:
         return *rotation, Seen(keys, slides)
-      visible = seen & (here[:, :, None] - at[:, None, :] < arch.sliding_window) if slides else seen
-      if in_slots:
-        return *rotation, Slots(visible[:, 0].argmax(-1).astype(jnp.int32), jnp.int32(slot))
-      return *rotation, visible[:, None] if shared is None else shared.masks(visible[:, None])
+      mask = visible.mask(self.arch.sliding_window if slides else None)[:, None]
+      return *rotation, mask if shared is None else shared.masks(mask)
 
-    slides = [i in arch.sliding_layers for i in range(arch.num_layers)]
-    if all(slides) or not any(slides):
-      return table(slides[0]), None
-    return jax.tree.map(lambda *kinds: jnp.stack(kinds), table(False), table(True)), jnp.asarray(
-      slides, jnp.int32
-    )
+    return by_kind(self.arch, table)
 
-  def _rotation(self, slides, positions):
+  def rotation(self, slides: bool, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin [..., R] of the angles at positions i32[...], for layers that slide or do not."""
-    if "rotations" in vars(self):
-      return tuple(jnp.take(x, positions, 0, mode="clip") for x in self.rotations[slides])
-    arch, local = self.arch, slides and self.arch.rope_local_theta is not None
-    theta, scaling = (
-      (arch.rope_local_theta, None) if local else (arch.rope_theta, arch.rope_scaling)
-    )
-    frequencies = rotary_frequencies(arch.rotary_dim, theta, scaling).astype(
-      at_least_float32(self.compute_dtype)
-    )
-    angle = positions[..., None] * frequencies
+    arch = self.arch
+    theta, scaling = arch.rope_theta, arch.rope_scaling
+    if slides and arch.rope_local_theta is not None:
+      theta, scaling = arch.rope_local_theta, None
+    frequencies = rotary_frequencies(arch.rotary_dim, theta, scaling)
+    angle = positions[..., None] * frequencies.astype(at_least_float32(self.compute_dtype))
     return jnp.cos(angle), jnp.sin(angle)
 
   def init_cache(self, batch: int, length: int) -> Cache:
-    """An empty cache of `length` slots for `batch` rows, in the compute dtype; stacked, see
-    `Cache.apart`.
-    """
+    """An empty cache of `length` slots for `batch` rows, in the compute dtype."""
     arch = self.arch
     shape = (arch.num_layers, batch, arch.num_kv_heads, length, arch.head_dim)
 

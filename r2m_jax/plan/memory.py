@@ -68,7 +68,7 @@ def feedback_bytes(config, sizes: Sizes, layout: Layout) -> float:
 
 def rollout_temporaries(config, sizes: Sizes, layout: Layout, platform: str) -> float:
   """Beside the cache: prefill's own cache, logits with the noise added to them, and gathered
-  weights; where layers decode apart (`Transformer.apart`), a copy of theirs."""
+  weights; where layers decode apart (`models.decode`), a copy of theirs."""
   arch, width = sizes.arch, jnp.dtype(config.dtype).itemsize
   rows = sizes.rows / layout.shards / config.rollout.waves
   logits = 3 * rows * arch.vocab_size * 4 / layout.tensor

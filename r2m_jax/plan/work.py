@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from r2m_jax.algorithm.objective import kl_estimator
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.models.arch import ArchConfig
-from r2m_jax.models.attention import BLOCK, choose, slots_fit
+from r2m_jax.models.attention import choose
+from r2m_jax.models.kernels.slots import slots_fit
+from r2m_jax.models.kernels.splash import BLOCK
 from r2m_jax.parallel.rows import dealt
 from r2m_jax.plan.sizes import Sizes, baseline_of, fed_states, reads_feedback
 

@@ -17,16 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
-from r2m_jax.models.attention import (
-  Seen,
-  Slots,
-  attend,
-  attend_slots,
-  choose,
-  dot_product,
-  slots_fit,
-  splash_attend,
-)
+from r2m_jax.models.attention import attend, choose, dot_product
+from r2m_jax.models.kernels.slots import Slots, attend_slots, slots_fit
+from r2m_jax.models.kernels.splash import Seen, splash_attend
 from r2m_jax.parallel.sharding import BATCH, make_mesh, on_mesh
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -425,6 +425,8 @@ class Countdown:
   of what it read.
   """
 
+  decodes_apart = False
+
   def __init__(self):
     self.calls = []
 
@@ -436,9 +438,6 @@ class Countdown:
     jax.debug.callback(lambda *call: self.calls.append(call), cache_index, mask, ordered=True)
     hidden = jax.nn.one_hot(tokens - 1, 16)
     return transformer.Output(hidden=hidden, feedback=hidden, cache=cache)
-
-  def apart(self, slots):
-    return self
 
   def logits(self, hidden, temperature):
     return hidden / temperature
