@@ -252,6 +252,7 @@ def make_step(
 
     return jit_step(step, state_shardings, 1)
 
+  assert labeller is not None, "config.r2m.labels is 'preference': a labeller orders the pairs"
   rollout, learn = jax.jit(rollout), jit_step(learn, state_shardings, 3)
 
   def labelled_step(state: TrainState, prompts: Prompts) -> tuple[TrainState, StepOutput]:
