@@ -15,7 +15,7 @@ from r2m_jax.algorithm.variants import VARIANTS, States, feed_back, other_rows
 from r2m_jax.models.reward import member_scores, read_reward_states
 from r2m_jax.ops import combine
 from r2m_jax.parallel.rows import map_rows
-from r2m_jax.types import Feedback, Judged, Rollout, TrainState
+from r2m_jax.types import Feedback, Judged, Rollout, Rows, TrainState
 
 
 class Reward(NamedTuple):
@@ -52,10 +52,8 @@ def make_annotate(
     reward_rows: a `Rollout` of `Rows`, the same responses as the reward model reads them. None: it
       reads the very tokens of the policy.
     group: as in `make_read`; it counts only without reward_rows.
-  Returns (Judged, the backbone's own states), both of `all_rows` of the rollout.
-
-  Args:
-    reward: None is the variant's own.
+  Returns (Judged, the backbone's own states), both of `all_rows` of the rollout. `reward` None is
+  the variant's own.
   """
   variant, parts = VARIANTS[config.variant], parts_of(config)
   score = (reward or make_reward(defs, config)).score
@@ -72,21 +70,19 @@ def make_annotate(
     group=1,
   ):
     backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
-    sequences, own_tokens = all_rows(rollout), reward_rows is not None
-    if own_tokens:
-      rows = all_rows(reward_rows)
-      tokens, mask = rows.tokens, rows.mask
-    else:
-      tokens, mask = sequences.tokens, sequences.token_mask
-    shared_of = functools.partial(shared_prompts, 1 if own_tokens else group, sequences)
+    sequences = all_rows(rollout)
+    rows = Rows(sequences.tokens, sequences.token_mask)
+    if reward_rows is not None:
+      rows, group = all_rows(reward_rows), 1
+    shared_of = functools.partial(shared_prompts, group, sequences)
 
     def states_of(tokens, mask):
       return read_reward_states(
         backbone, tokens, mask, variant.width == "reward", shared_of(tokens)
       )
 
-    rte, hidden = map_rows(states_of, parts, tokens, mask)
-    own = States(hidden, mask)
+    rte, hidden = map_rows(states_of, parts, rows.tokens, rows.mask)
+    own = States(hidden, rows.mask)
     states = feed_back(
       variant.feedback,
       States(old.hidden, sequences.token_mask),
