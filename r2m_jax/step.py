@@ -55,10 +55,7 @@ def make_learn(
       the very tokens of the policy.
     labels: the step's `Pairs` if config.r2m.labels is "preference".
 
-  Reads the config once; a missing knob fails here and not in the middle of a run.
-
-  Args:
-    reward: None is the variant's own.
+  `reward` None is the variant's own. A missing knob fails here and not in the middle of a run.
   """
   reward = reward or make_reward(defs, config)
   read, omega_at = make_read(config), make_omega(config)

@@ -257,7 +257,7 @@ class _Count:
   @property
   def group(self) -> int:
     """Neighbouring rows of one prompt in passes without a gradient; none beside the greedy rows
-    of "remax".
+    of a greedy baseline.
     """
     return self.config.rollout.group_size if self.trained_rows() == self.sizes.rows else 1
 
@@ -334,7 +334,7 @@ class _Count:
     )
 
   def trained_rows(self) -> int:
-    """Rows of the update: without the greedy ones of "remax"."""
+    """Rows of the update: without the greedy ones."""
     return self.sizes.prompts * self.config.rollout.group_size
 
   def policy_update(self) -> Phase:
