@@ -109,8 +109,7 @@ def check_secrets(config: ConfigDict) -> None:
     if isinstance(value, (str, tuple, list)) and redact(str(value)) != str(value):
       raise ConfigError(
         f"config.{field} looks like it holds a token or a password, which would end in the run's "
-        "files: give it in the "
-        "environment instead, such as HF_TOKEN"
+        "files: give it in the environment instead, such as HF_TOKEN"
       )
 
 
@@ -274,8 +273,8 @@ def check_lab(config: ConfigDict) -> None:
 
 
 def arms_of(config: ConfigDict) -> dict[str, ConfigDict]:
-  """The laboratory's arms by name, each with the config that it runs. Where config.variant is set,
-  that one alone.
+  """The laboratory's arms by name, each with the config that it runs. If config.variant is set,
+  only that one.
 
   An arm is "VARIANT[.NAME] [FIELD=VALUE ...]", such as "r2m.whitened ppo.whiten_advantages=True".
 
@@ -366,7 +365,7 @@ def check_fields(config: ConfigDict, fields: list[str]) -> None:
 
 
 def check_batch(config: ConfigDict, mesh: tuple[int, int, int]) -> None:
-  """Raises ConfigError where a batch does not split over the mesh's data and fsdp axes."""
+  """Raises ConfigError if a batch does not split over the mesh's data and fsdp axes."""
   shards, rows = mesh[0] * mesh[1], config.rollout.prompts * config.rollout.group_size
   sizes = {
     "rollout.prompts": config.rollout.prompts,

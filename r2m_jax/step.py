@@ -68,12 +68,7 @@ def make_learn(
   metrics_of, controller = make_step_metrics(config), config.kl.controller
   toward = dict(target=config.kl.target, horizon=config.kl.horizon)
 
-  def learn(
-    state: TrainState,
-    rollout: Rollout,
-    reward_rows: Rollout | None = None,
-    labels: Pairs | None = None,
-  ):
+  def learn(state: TrainState, rollout: Rollout, reward_rows=None, labels: Pairs | None = None):
     sequences, B = rollout.samples, len(rollout.samples.tokens)
     # greedy rows do not lie beside the samples of their prompt
     group = config.rollout.group_size if rollout.greedy is None else 1
@@ -257,6 +252,7 @@ def make_step(
 
     return jit_step(step, state_shardings, 1)
 
+  assert labeller is not None, "config.r2m.labels is 'preference': a labeller orders the pairs"
   rollout, learn = jax.jit(rollout), jit_step(learn, state_shardings, 3)
 
   def labelled_step(state: TrainState, prompts: Prompts) -> tuple[TrainState, StepOutput]:

@@ -151,6 +151,7 @@ def _grpo(scored: Scored, group_size: int, config) -> Targets:
 
 
 def _remax(scored: Scored, group_size: int, config) -> Targets:
+  assert scored.greedy_scores is not None  # the estimator's baseline
   found = remax(scored.of_responses(), scored.greedy_scores, group_size)
   return Targets(per_token(found, scored.mask))
 
@@ -161,6 +162,7 @@ def _reinforce(scored: Scored, group_size: int, config) -> Targets:
 
 
 def _ppo(scored: Scored, group_size: int, config) -> Targets:
+  assert scored.values is not None  # the estimator's baseline
   settings = dict(gamma=config.critic.gamma, lam=config.critic.lam)
   return Targets(*gae(scored.of_tokens(), scored.values, scored.mask, **settings))
 

@@ -15,7 +15,7 @@ from r2m_jax.algorithm.variants import VARIANTS, States, feed_back, other_rows
 from r2m_jax.models.reward import member_scores, read_reward_states
 from r2m_jax.ops import combine
 from r2m_jax.parallel.rows import map_rows
-from r2m_jax.types import Feedback, Judged, Rollout, TrainState
+from r2m_jax.types import Judged, Rollout, TrainState
 
 
 class Reward(NamedTuple):
@@ -61,23 +61,12 @@ def make_annotate(
   score = (reward or make_reward(defs, config)).score
   together = dict(how=config.reward.combine, variance_weight=config.reward.variance_weight)
 
-  def annotate(
-    state: TrainState,
-    w,
-    rollout: Rollout,
-    old: Feedback,
-    ref: Feedback,
-    reward_rows: Rollout | None = None,
-    *,
-    group=1,
-  ):
+  def annotate(state: TrainState, w, rollout: Rollout, old, ref, reward_rows=None, *, group=1):
     backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
     sequences, own_tokens = all_rows(rollout), reward_rows is not None
+    tokens, mask = sequences.tokens, sequences.token_mask
     if own_tokens:
-      rows = all_rows(reward_rows)
-      tokens, mask = rows.tokens, rows.mask
-    else:
-      tokens, mask = sequences.tokens, sequences.token_mask
+      tokens, mask = all_rows(reward_rows).tokens, all_rows(reward_rows).mask
     shared_of = functools.partial(shared_prompts, 1 if own_tokens else group, sequences)
 
     def states_of(tokens, mask):

@@ -38,8 +38,8 @@ def make_credit(defs: Defs, config) -> Callable[..., Experience]:
     state: TrainState, rollout: Rollout, scores, old: Feedback, ref: Feedback, beta
   ) -> Experience:
     rows, sequences = all_rows(rollout), rollout.samples
-    shaped = shape_scores(scores, rows.response_mask.sum(-1), rows.has_eos, shaping)
-    shaped = split_rows(shaped, len(sequences.tokens))
+    all_shaped = shape_scores(scores, rows.response_mask.sum(-1), rows.has_eos, shaping)
+    shaped = split_rows(all_shaped, len(sequences.tokens))
     token_kl = token_kl_of(state, sequences, old, ref)
 
     def values_of(part):
@@ -95,6 +95,7 @@ def make_token_kl(defs: Defs, config) -> Callable[..., jax.Array]:
 
 def open_values(defs: Defs, critic, sequences: Sequences, shared: Shared) -> jax.Array:
   """V of the critic's state before each response token, f32[B, T]."""
+  assert defs.critic_backbone is not None and defs.critic_head is not None
   backbone = nnx.merge(defs.critic_backbone, critic["backbone"])
   head = nnx.merge(defs.critic_head, critic["head"])
   return read_values(backbone, head, sequences, shared)

@@ -66,7 +66,7 @@ def make_advantages(config) -> Callable[..., Targets]:
     )
     targets = estimator.advantage(Scored(scores, penalty, mask, greedy_scores, values), K, config)
     if whiten:
-      return targets.replace(advantages=masked_whiten(targets.advantages, mask))
+      return Targets(masked_whiten(targets.advantages, mask), targets.returns)
     return targets
 
   return make
@@ -98,9 +98,9 @@ def make_objective(
 
   def objective(stats: TokenStats, batch: Experience, beta, whole: Experience | None = None):
     sampled, mask = batch.sequences.response_mask, counts(batch.sequences)
-    whole = mask if whole is None else counts(whole.sequences)
+    counted = mask if whole is None else counts(whole.sequences)
     loss, metrics = losses.ppo_clip(
-      stats.logprobs, batch.old_logprobs, batch.advantages, mask, whole=whole, **settings
+      stats.logprobs, batch.old_logprobs, batch.advantages, mask, whole=counted, **settings
     )
     metrics["policy/objective"] = loss
     if kl_in_loss:
@@ -109,7 +109,7 @@ def make_objective(
         if estimator == "exact"
         else KL_OF_LOGPROBS[estimator](stats.logprobs, batch.ref_logprobs)
       )
-      metrics["policy/kl_loss"] = aggregate(kl, mask, aggregation, whole)
+      metrics["policy/kl_loss"] = aggregate(kl, mask, aggregation, counted)
       loss = loss + beta * metrics["policy/kl_loss"]
     metrics["policy/loss"] = loss
     reported = (

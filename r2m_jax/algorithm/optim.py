@@ -50,7 +50,7 @@ def make_optimizer(config, total_updates: int) -> optax.GradientTransformation:
 class Kept(NamedTuple):
   """State of `keep_moments`."""
 
-  count: jax.Array  # i32[], updates so far: what the rounding of each depends on
+  count: jax.Array  # type: ignore[assignment]  # i32[], updates so far: what the rounding of each depends on
   inner: Any
 
 

@@ -74,9 +74,9 @@ class Arm(NamedTuple):
   bool[].
   """
 
-  fused: jax.Array  # the policy's states are fused into the reward
-  scaled: jax.Array  # omega multiplies it
-  trained: jax.Array  # the head keeps its update
+  fused: jax.Array | np.bool_  # the policy's states are fused into the reward
+  scaled: jax.Array | np.bool_  # omega multiplies it
+  trained: jax.Array | np.bool_  # the head keeps its update
 
 
 def arm_of(name: str) -> Arm | None:
