@@ -252,7 +252,7 @@ def sample(model: Transformer, prompts: Prompts, how: Sampler) -> Sequences:
 
 
 def first_tokens(hidden: jax.Array, cache: Any, how: Sampler, draw: Callable) -> Decoding:
-  """Decoding with their first token, which a prefill's hidden [B, D] predicts."""
+  """The rows with their first token, which a prefill's hidden [B, D] predicts."""
   count = hidden.shape[0]
   token, has_eos = draw(0, hidden, jnp.zeros(count, bool))
   tokens = jnp.full((count, how.max_new_tokens), how.pad_id, jnp.int32).at[:, 0].set(token)
