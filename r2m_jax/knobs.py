@@ -429,13 +429,13 @@ KL = dict(
   ),
   controller=Knob(
     "fixed",
-    "how the weight changes: not at all, slowly towards `target`, or by a wall above `target`; see "
-    "docs/variants.md",
+    "how the weight changes: not at all, slowly towards `target`, by a wall above `target`, or until "
+    "the KL is held at `target`; see docs/variants.md",
     one_of(*KL_CONTROLLERS),
   ),
   target=Knob(
     6.0,
-    'KL that "adaptive" and "hold" steer by',
+    'KL that "adaptive", "hold" and "held" steer by',
     above(0, "must be above 0 nats"),
     unit="nats per sequence",
   ),

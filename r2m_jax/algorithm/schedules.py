@@ -39,7 +39,9 @@ def make_omega(config) -> Callable[[jax.Array, jax.Array], jax.Array]:
   return lambda step, kl: omega(progress(step, kl), floor, kind)
 
 
-KL_CONTROLLERS = ("fixed", "adaptive", "hold")
+KL_CONTROLLERS = ("fixed", "adaptive", "hold", "held")
+HELD_RATE = 0.1  # most that one step moves log beta by
+HELD_BETA = (1e-3, 3.0)  # beta stays between these
 
 
 def kl_weight(
@@ -51,6 +53,8 @@ def kl_weight(
     adaptive   beta, then beta * (1 + clip(KL / target - 1, -0.2, 0.2) / horizon): drifts until KL is at the target
                (arXiv 1909.08593)
     hold       beta * max(1, KL / target)^2, from the same beta each step: a wall that gives way again
+    held       beta, then beta * exp(0.1 clip(KL / target - 1, -1, 1)) within [1e-3, 3]: dual ascent
+               on log beta until the KL stays at the target, from above and from below
 
   Args:
     kl: measured KL(policy || reference) of the step's samples, nats a sequence.
@@ -61,6 +65,9 @@ def kl_weight(
     return beta, beta * (1 + jnp.clip(kl / target - 1, -0.2, 0.2) / horizon)
   if kind == "hold":
     return beta * jnp.maximum(1.0, kl / target) ** 2, beta
+  if kind == "held":
+    error = jnp.clip(kl / target - 1, -1.0, 1.0)
+    return beta, jnp.clip(beta * jnp.exp(HELD_RATE * error), *HELD_BETA)
   return beta, beta
 
 

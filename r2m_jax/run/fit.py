@@ -31,6 +31,7 @@ LOG_EVERY = 10  # updates; a fetch waits for the device
 # times its budget at which a stage is cut short: the machine is slower than when it was measured
 LATE = 1.25
 PROBED = 32  # batches whose shapes say how long an update takes on average
+SKIPPED_SHARE = 0.5  # of the updates of a fit; if more are skipped, nothing was learned
 BAD_ROWS = 3  # logged rows in a row with every update skipped, then the fit stops
 SAVE_SECONDS = 300  # between saves of an unfinished fit
 PARTIAL = "partial"  # folder of these
@@ -125,15 +126,14 @@ def fit(
 ):
   """Minimises loss_fn over `total` batches as stage `stage`; returns the state, which is donated.
 
-  Every process gives its own rows of a batch (`hosts.rows_of`). What a signal or the clock makes it
-  save lies in WORKDIR/partial, from where it resumes, until the stage is done.
+  Every process gives its own rows of a batch. What a signal or the clock makes it save lies in
+  WORKDIR/partial, from where it resumes, until the stage is done.
 
   Args:
     frozen: a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
     budget: seconds from the first update on, 0 for none. The fit ends after `LATE` times that.
   """
-  extra = () if frozen is None else (frozen,)
-  mesh = jax.tree.leaves(state_shardings)[0].mesh
+  extra, mesh = () if frozen is None else (frozen,), jax.tree.leaves(state_shardings)[0].mesh
   opt_shardings = shardings(jax.eval_shape(tx.init, state), mesh)
   update = make_update(loss_fn, tx, mesh, state_shardings, opt_shardings)
   opt, saved = jax.jit(tx.init, out_shardings=opt_shardings)(state), time.monotonic()
@@ -168,6 +168,7 @@ def fit(
         print(cut_short(stage, i + 1, total, budget))
       if late or stop:
         break
+  rows.require_learned()
   return state
 
 
@@ -208,6 +209,8 @@ class Rows:
     self.bad = 0  # rows in a row with every update skipped
     self.skipped = 0.0  # updates since the last row; on the device until the next one
     self.since = 0
+    self.done = 0  # updates in all
+    self.void = 0.0  # of these, skipped
 
   def count(self, metrics: dict) -> None:
     """Counts an update, without waiting for the device."""
@@ -230,6 +233,7 @@ class Rows:
     # the first update compiles, and fetching its loss waited for it
     self.began = self.began or time.perf_counter()
     self.bad = self.bad + 1 if metrics["skipped"] == self.since else 0
+    self.done, self.void = self.done + self.since, self.void + metrics["skipped"]
     self.skipped, self.since = 0.0, 0
     if self.bad == BAD_ROWS:
       raise loop.Diverged(
@@ -237,6 +241,15 @@ class Rows:
         f"{self.stage}'s lr"
       )
     return {"loss": metrics["loss"]}
+
+  def require_learned(self) -> None:
+    """Raises Diverged if more than `SKIPPED_SHARE` of the updates were skipped."""
+    if self.void > SKIPPED_SHARE * self.done:
+      raise loop.Diverged(
+        f"{self.stage}: {self.void:.0f} of {self.done} updates were skipped, since a loss or a "
+        f"gradient was not finite; nothing was exported. Lower {self.stage}'s lr, or look for NaN "
+        "in the model's weights: task=generate and task=score refuse a model that has them"
+      )
 
 
 class Timed:

@@ -106,7 +106,6 @@ def run_steps(
   *,
   data: str = "",
   models: str = "",
-  cursor=lambda: None,
 ):
   """Advances `state` to config.steps and returns it: logs every step, saves as config.log and
   config.checkpoint say.
@@ -118,16 +117,14 @@ def run_steps(
     data: fingerprint of the rows behind the prompts; it lies in every manifest.
     models: fingerprint of the frozen models: the reference (with adapters, their base) and the
       reward model.
-    cursor: () -> JSON, where a data pipeline stands after the step;
-      `checkpoint.facts_of(...)["cursor"]` gives it back. The prompts of this package are a function
-      of the step, and need none.
 
   Raises:
     Interrupted: a signal came; the step is finished and saved.
-    Diverged: config.guard.max_skipped steps in a row had a skipped update.
+    Diverged: config.guard.max_skipped steps in a row had a skipped update, or more than half of
+      all.
     CheckpointError: a save failed, now or in the background.
   """
-  start, in_a_row = int(state.step), []
+  start, in_a_row, skipped = int(state.step), [], 0
   facts = {"config": identity(config), "data": data, "models": models}
   best = config.checkpoint.best_metric
   with at_hand() as asked, checkpoint.finished(checkpoints):
@@ -135,27 +132,42 @@ def run_steps(
       with progress(config.steps, config.variant, initial=start) as bar:
         for t in range(start, config.steps):
           state, out, example_id, metrics, shown = advance(state, t)
-          if config.checkpoint.keep_best and best not in metrics:
-            raise ConfigError(
-              f"config.checkpoint.best_metric is {best!r}: choose one of "
-              f"{', '.join(sorted(metrics))}"
-            )
+          require_best(config, metrics)
           log.log(t, metrics)
           bar.update(**shown)
           stop, last = asked(), t + 1 == config.steps
           in_a_row = [*in_a_row, t] if metrics["skipped"] else []
+          skipped += bool(metrics["skipped"])
           if in_a_row:
             keep_rows(workdir, config.variant, t, out, example_id)
           if len(in_a_row) >= config.guard.max_skipped:
             raise Diverged(report(workdir, checkpoints, in_a_row, metrics))
           if last or stop or (t + 1) % config.log.checkpoint_every == 0:
             require_workdir(workdir)
-            checkpoint.save(
-              checkpoints, t + 1, state, value=metrics.get(best), facts=facts | {"cursor": cursor()}
-            )
+            checkpoint.save(checkpoints, t + 1, state, value=metrics.get(best), facts=facts)
           if stop:
             break
+  require_learned(config, skipped, config.steps - start, workdir)
   return state
+
+
+def require_best(config, metrics: dict) -> None:
+  """Raises ConfigError if the best checkpoints are kept by a metric that there is not."""
+  best = config.checkpoint.best_metric
+  if config.checkpoint.keep_best and best not in metrics:
+    names = ", ".join(sorted(metrics))
+    raise ConfigError(f"config.checkpoint.best_metric is {best!r}: choose one of {names}")
+
+
+def require_learned(config, skipped: int, steps: int, workdir: Path) -> None:
+  """Raises Diverged if more than half of the steps had a skipped update."""
+  if skipped > steps / 2:
+    raise Diverged(
+      f"{config.variant}: {skipped} of {steps} steps had an update skipped because a loss, gradient "
+      "or reward was not finite, so nothing is exported. Their rows are in "
+      f"{workdir / SAMPLES_KEPT}; look at one with --config.task=replay, lower the learning rates, "
+      "or look for NaN in the models' weights"
+    )
 
 
 def require_workdir(workdir: Path) -> None:

@@ -14,8 +14,8 @@ class Progress:
   anywhere else.
   """
 
-  def __init__(self, total, label, unit="step", initial=0, *, enabled=True, out=None):
-    self.total, self.label, self.unit, self.n = total, label, unit, initial
+  def __init__(self, total, label, initial=0, *, enabled=True, out=None):
+    self.total, self.label, self.n = total, label, initial
     self._out = out or sys.stderr
     self._bar = None
     enabled = enabled and hosts.first()
@@ -23,7 +23,7 @@ class Progress:
     if enabled and not self._lines:
       with contextlib.suppress(OSError, ValueError):
         self._bar = tqdm(
-          total=total, desc=label, unit=unit, initial=initial, file=self._out, dynamic_ncols=True
+          total=total, desc=label, unit="step", initial=initial, file=self._out, dynamic_ncols=True
         )
     self._first = None  # (n, time) after the first update: the speed leaves out compilation
     self._printed = (initial, time.monotonic())
@@ -56,9 +56,7 @@ class Progress:
     if done and seconds:
       left = tqdm.format_interval((self.total - self.n) * seconds / done)
       fast = done >= seconds
-      pace = (
-        f"{done / seconds:.3g} {self.unit}/s" if fast else f"{seconds / done:.3g} s/{self.unit}"
-      )
+      pace = f"{done / seconds:.3g} step/s" if fast else f"{seconds / done:.3g} s/step"
       pace = f"  {pace}, {left} left"
     values = "".join(f"  {name} {_short(value)}" for name, value in live.items())
     width = len(str(self.total))
@@ -76,9 +74,9 @@ class Progress:
     self.close()
 
 
-def progress(total, label, unit="step", initial=0, *, enabled=True):
+def progress(total, label, initial=0, *, enabled=True):
   """`with progress(120, "vanilla") as bar: bar.update(gold=1.1, kl=2.0)` after every step."""
-  return Progress(total, label, unit, initial, enabled=enabled)
+  return Progress(total, label, initial, enabled=enabled)
 
 
 def _short(value):

@@ -406,6 +406,18 @@ def test_kl_controllers():
   np.testing.assert_allclose(step("hold", 8), [0.4, 0.1], rtol=1e-6)
   np.testing.assert_allclose(step("adaptive", 40), [0.1, 0.102], rtol=1e-6)
   np.testing.assert_allclose(step("adaptive", 3.6), [0.1, 0.099], rtol=1e-6)
+  np.testing.assert_allclose(step("held", 40), [0.1, 0.1 * np.exp(0.1)], rtol=1e-6)
+  np.testing.assert_allclose(step("held", 2), [0.1, 0.1 * np.exp(-0.05)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("start", [0.001, 0.08, 3.0])
+def test_a_held_kl_comes_to_its_target_from_above_and_from_below(start):
+  """A policy whose KL follows 0.2 / beta, some steps late, as that of a trained one does."""
+  beta, kl = jnp.float32(start), 0.0
+  for _ in range(150):
+    kl += 0.3 * (0.2 / float(beta) - kl)
+    _, beta = schedules.kl_weight("held", beta, jnp.float32(kl), target=4.0, horizon=1)
+  assert abs(kl / 4.0 - 1) < 0.05
 
 
 def test_weighted_bradley_terry():
