@@ -192,6 +192,7 @@ def take_over(old: Path, workdir: Path, new: dict) -> None:
   """Copies stages, the newest sound checkpoint of each arm, metrics and samples of another run,
   which is only read.
   """
+  workdir.mkdir(parents=True, exist_ok=True)
   changed = fixed_difference(old / "config.json", new)
   print(f"fork     from {old}" + "".join(f"\n  {line}" for line in changed))
   for name in TAKEN_OVER:

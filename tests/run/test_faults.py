@@ -31,6 +31,7 @@ from r2m_jax.hf.folders import FolderError, load_policy, load_reward
 from r2m_jax.parallel.sharding import make_mesh
 from r2m_jax.run import checkpoint, loop, process, progress, workdir
 from r2m_jax.run import files as run_files
+from r2m_jax.run.lock import LOCK
 from r2m_jax.tasks import export
 from r2m_jax.tasks import folders as folders_task
 
@@ -64,7 +65,9 @@ def shards(folder: pathlib.Path, rows) -> list[pathlib.Path]:
 
 
 def files(folder: pathlib.Path) -> dict:
-  return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+  """Everything in a workdir but its lock, which says when the run at hand began."""
+  found = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != LOCK]
+  return {p.relative_to(folder): p.read_bytes() for p in found}
 
 
 # ---- rows that change under a run ----
