@@ -289,6 +289,7 @@ def test_a_fork_takes_what_was_trained_and_finds_the_rest_anew(tmp_path):
     run_files.write_atomic(old / name, "{}\n")
 
   def fork(to, **changes):
+    workdir.require_new(old, tmp_path / to)
     return workdir.take_over(old, tmp_path / to, json.loads(config.to_json()) | changes)
 
   fork("same")

@@ -4,13 +4,13 @@ import importlib
 
 import pytest
 
-from r2m_jax import config, main
+from r2m_jax import knobs, main
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.run import process
 
 
 def test_every_task_of_the_config_has_a_function():
-  assert set(main.TASKS) == set(config.TASKS)
+  assert set(main.TASKS) == set(knobs.TASKS)
 
 
 @pytest.mark.parametrize(
