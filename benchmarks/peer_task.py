@@ -28,12 +28,11 @@ SIZES = {
   ),
 }
 ROPE_THETA, NORM_EPS = 1e6, 1e-6
-PROMPTS, GROUP, LENGTH, RESPONSE = (
-  8,
-  8,
-  64,
-  64,
-)  # prompts, samples of each, tokens of a prompt and of a response
+# prompts, samples of each, tokens of a prompt and of a response
+PROMPTS = 8
+GROUP = 8
+LENGTH = 64
+RESPONSE = 64
 ROWS = PROMPTS * GROUP
 ON_GPU = {
   "0.5b": dict(prompts=32, response=512, parts=8)

@@ -102,12 +102,8 @@ class States(NamedTuple):
   mask: jax.Array  # bool[B, S], True on real tokens
 
 
-READS_POLICY = (
-  "policy",
-  "noise",
-  "constant",
-  "shuffled",
-)  # kinds of feedback made of the policy's own states
+# kinds of feedback made of the policy's own states
+READS_POLICY = ("policy", "noise", "constant", "shuffled")
 
 
 def feed_back(

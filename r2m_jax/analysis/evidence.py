@@ -40,13 +40,8 @@ TREND = ("reward/used", "reward/frozen", "reward/gold")  # of fig. 6
 # the rule of fig. 9, in quantiles of the supervised policy's responses, the same for every arm and
 # step
 PROXY_HIGH, GOLD_LOW, GOLD_HIGH = 0.75, 0.25, 0.5
-ABLATION = (
-  "final",
-  "frozen_final",
-  "used_final",
-  "kl_final",
-  "length_final",
-)  # of the laboratory's measures
+# of the laboratory's measures
+ABLATION = ("final", "frozen_final", "used_final", "kl_final", "length_final")
 
 
 class Row(NamedTuple):

@@ -21,10 +21,9 @@ from r2m_jax.report.intervals import (
   with_ends,
 )
 
-FOLDS, INNER = (
-  5,
-  4,
-)  # of the prompts: to predict rows that no fit saw, and to choose the penalty without them
+# of the prompts: to predict rows that no fit saw, and to choose the penalty without them
+FOLDS = 5
+INNER = 4
 PENALTIES = 10.0 ** np.arange(-4, 4.5, 0.5)
 
 

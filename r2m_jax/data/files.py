@@ -16,12 +16,8 @@ from r2m_jax.parallel.errors import UserError
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (*JSON_LINES, *(f"{suffix}.gz" for suffix in JSON_LINES), ".parquet")
-METADATA = (
-  "dataset_info.json",
-  "dataset_infos.json",
-  "dataset_dict.json",
-  "state.json",
-)  # of the datasets library
+# of the datasets library
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 SPLITS = (
   "train",
   "training",

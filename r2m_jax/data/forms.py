@@ -20,12 +20,8 @@ from typing import Any
 from r2m_jax.data.files import BadRow
 
 NEEDS = ("prompt", "response", "pair", "text")  # what a task reads of a row
-RESPONSES = (
-  "response",
-  "completion",
-  "chosen",
-  "reference",
-)  # the first of them that a row has is its response
+# the first of them that a row has is its response
+RESPONSES = ("response", "completion", "chosen", "reference")
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of HH-RLHF's dialogues
 ROLE = {"Human": "user", "Assistant": "assistant"}
 

@@ -17,12 +17,8 @@ from r2m_jax.hf.weights import load_pretrained
 from r2m_jax.models.reward import read_rte
 
 BOUND = 1e-4  # what is promised of float32
-LENGTHS = (
-  17,
-  11,
-  5,
-  1,
-)  # tokens of the compared rows, padded on the left in ours, one at a time in theirs
+# tokens of the compared rows, padded on the left in ours, one at a time in theirs
+LENGTHS = (17, 11, 5, 1)
 
 
 def available() -> bool:

@@ -31,9 +31,8 @@ from jax.sharding import NamedSharding
 
 from r2m_jax.parallel.errors import UserError
 
-LOST = (
-  75  # exit status where another process was lost, that of "resume me": the same command goes on
-)
+# exit status where another process was lost, that of "resume me": the same command goes on
+LOST = 75
 ALONE = "none"  # config.hosts.coordinator of a process that looks for no others
 PATIENCE = 20.0  # seconds that a shared disk has to show what another machine wrote
 # what the runtime says of a process that is gone, and what others, such as orbax, make of it

@@ -36,9 +36,8 @@ from r2m_jax.run.files import write_atomic
 from r2m_jax.step import make_learn, make_rollout
 from r2m_jax.types import Pairs, Prompts, Rollout, Rows, Sequences
 
-KEPT_FORMAT = (
-  "2"  # of the cache's files; another number where what is read from a compiled program changes
-)
+# of the cache's files; another number where what is read from a compiled program changes
+KEPT_FORMAT = "2"
 STATE_KINDS = {  # of TrainState's fields; a step's number and key weigh nothing
   "policy": "parameters",
   "policy_opt": "optimizer",

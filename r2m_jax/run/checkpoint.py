@@ -25,11 +25,8 @@ from r2m_jax.parallel.errors import UserError
 from r2m_jax.run.files import read_json, write_atomic
 
 MANIFEST = "manifest.json"
-UNSIGNED = (
-  MANIFEST,
-  "_CHECKPOINT_METADATA",
-  "commit_success.txt",
-)  # orbax writes the last two at the very end
+# orbax writes the last two at the very end
+UNSIGNED = (MANIFEST, "_CHECKPOINT_METADATA", "commit_success.txt")
 UNFINISHED = ".orbax-checkpoint-tmp"
 
 

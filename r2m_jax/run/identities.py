@@ -24,10 +24,9 @@ from r2m_jax.parallel import hosts
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.types import Sequences
 
-WARN, FAIL = (
-  5.0,
-  30.0,
-)  # times the rounding that the run itself measures, for the largest of many deviations
+# times the rounding that the run itself measures, for the largest of many deviations
+WARN = 5.0
+FAIL = 30.0
 MEAN = 3.0  # a mean has no outliers: there both are that many times smaller
 EDGE = 1e-3  # share of tokens that rounding may move across the edge of a truncated distribution
 ROWS = 4  # of the first step's rows, the longest are read again
@@ -97,8 +96,8 @@ def measure_rounding(
   if not np.isfinite(plain[mask]).all():
     raise IdentityError(
       "the model gives log-probabilities that are not finite, before any update. Its weights may "
-      "hold NaN or "
-      "infinity, or a token id may lie beyond its embedding: check the folder with another program"
+      "hold NaN or infinity, or a token id may lie beyond its embedding: check the folder with another "
+      "program"
     )
   move = jax.jit(move_weights)
   again = [read(move(weights, jax.random.key(i), eps), tokens, token_mask) for i in range(DRAWS)]

@@ -42,9 +42,8 @@ from r2m_jax.tasks import folders, scratch
 from r2m_jax.tasks.export import run_config
 from r2m_jax.types import Rollout, Rows, TrainState
 
-MATCHES = (
-  1e-5  # a logged metric made again; a rounding error, where the mesh is another than the run's
-)
+# a logged metric made again; a rounding error, where the mesh is another than the run's
+MATCHES = 1e-5
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,10 +35,9 @@ from r2m_jax.tasks import serve, tokenizer
 from r2m_jax.tasks.evals import Mean, mean_of, perplexity, response_logprobs, wins
 
 MIN_GROUPS = 10  # prompts; a bootstrap over fewer gives no interval worth printing
-TABLES, STAGES = (
-  "tables.json",
-  "stages.json",
-)  # of a workdir: what was measured, and the seconds of each stage
+# of a workdir: what was measured, and the seconds of each stage
+TABLES = "tables.json"
+STAGES = "stages.json"
 
 
 def run(config, workdir: Path) -> None:
