@@ -29,8 +29,12 @@ RESUME = 75  # exit status of a run that was asked to stop and has saved everyth
 SAMPLES_KEPT = "skipped.jsonl"
 
 
-class Interrupted(Exception):
-  """A signal asked the run to stop. All is saved: the same command goes on."""
+class Interrupted(BaseException):
+  """A signal asked the run to stop. All is saved: the same command goes on.
+
+  It is no `Exception`, as KeyboardInterrupt is none: it may be raised within any library's call, and
+  what explains that library's errors must let it pass.
+  """
 
 
 class Diverged(UserError, RuntimeError):

@@ -277,6 +277,13 @@ def test_a_signal_outside_the_loop_raises_at_once_and_the_second_is_the_default(
   assert signal.getsignal(signal.SIGTERM) == before
 
 
+def test_a_signal_is_not_taken_for_an_error_of_the_call_it_came_in():
+  with pytest.raises(loop.Interrupted, match="SIGTERM"), loop.signals_end_the_run():
+    with checkpoint.told("the checkpoints cannot be opened"):
+      os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(1)  # a Python signal handler runs between two instructions
+
+
 def test_skipped_rows_are_kept_and_too_many_in_a_row_stop_the_run(tmp_path):
   config = settings(guard__max_skipped=3)
   with pytest.raises(loop.Diverged) as stopped:
