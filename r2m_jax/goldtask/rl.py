@@ -50,8 +50,12 @@ def make_gold_step(config, built: Build, layout):
   if uses_labels(config):
     labelled = make_step(*fixed, gold_labeller(config))
     return lambda state, prompts, arm: labelled(state, own(prompts))
-  step = jit_step(make_arm_step(*fixed[:3]), layout, 2)
-  return lambda state, prompts, arm: step(state, own(prompts), arm)
+  program = jit_step(make_arm_step(*fixed[:3]), layout, 2)
+
+  def step(state, prompts, arm):
+    return program(state, own(prompts), arm)
+
+  return step
 
 
 def make_arm_step(defs: Defs, config, mesh):

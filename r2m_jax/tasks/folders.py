@@ -237,7 +237,9 @@ def hold_contract(workdir: Path, renderer: Renderer) -> None:
 # ---- r2m ----
 
 
-def run_r2m(config, workdir: Path, mesh, *, out: Path, watch: Watch | None = None) -> None:
+def run_r2m(
+  config, workdir: Path, mesh, *, out: Path | None = None, watch: Watch | None = None
+) -> None:
   """Trains all of `runs`."""
   for each in runs(config, workdir, mesh, out=out, watch=watch):
     train(each, workdir)

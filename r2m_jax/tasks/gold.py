@@ -15,7 +15,7 @@ from r2m_jax.algorithm.annotate import make_annotate
 from r2m_jax.algorithm.read import make_read, measured_kl, sampling
 from r2m_jax.algorithm.schedules import make_omega
 from r2m_jax.algorithm.variants import VARIANTS, measured
-from r2m_jax.config import ConfigError, check_batch
+from r2m_jax.config import check_batch
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.rl import (
   gold_metrics,
@@ -26,6 +26,7 @@ from r2m_jax.goldtask.rl import (
   shared_arm,
 )
 from r2m_jax.goldtask.stages import STREAM_TABLE, fit_golden, fit_reward, fit_sft, head_job
+from r2m_jax.hf.folders import mesh_of
 from r2m_jax.models.generate import generate
 from r2m_jax.parallel import hosts, sharding
 from r2m_jax.report.page import format_summary, summary_table, write_report
@@ -61,10 +62,7 @@ def run(config, workdir: Path) -> None:
 
 def begin(config, workdir: Path) -> Mesh:
   """Claims the workdir and prints on what the run goes; returns the config's mesh."""
-  try:
-    mesh = sharding.make_mesh(tuple(config.mesh))
-  except ValueError as error:
-    raise ConfigError(error) from None
+  mesh = mesh_of(config)
   check_batch(config, tuple(mesh.shape.values()))
   claim(config, workdir)
   devices = f"{mesh.size} {jax.devices()[0].platform} device(s) as {dict(mesh.shape)}"
