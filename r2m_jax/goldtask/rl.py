@@ -110,9 +110,8 @@ def against_gold(gold: np.ndarray, used: np.ndarray, group_size: int) -> dict[st
   """
   gold, used = (np.asarray(x, float).reshape(-1, group_size) for x in (gold, used))
   rows = np.arange(len(gold))
-  gap = (
-    gold[rows, used.argmax(-1)] - gold[rows, used.argmin(-1)]
-  )  # of the pair that the reward update would label
+  # of the pair that the reward update would label
+  gap = gold[rows, used.argmax(-1)] - gold[rows, used.argmin(-1)]
   centred_gold, centred_used = (x - x.mean(-1, keepdims=True) for x in (gold, used))
   norm = np.sqrt((centred_gold**2).sum() * (centred_used**2).sum())
   return {
