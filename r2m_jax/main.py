@@ -21,19 +21,22 @@ def run_of(module: str) -> Callable:
   return lambda config: importlib.import_module(f"r2m_jax.{module}").run
 
 
-def training(config) -> Callable:
-  """`run(config, workdir)` of the gold-reward task or of runs from folders."""
-  return tasks.training(config).run
+def training_of(module: str) -> Callable:
+  """The same for a module of the gold-reward task, or of runs from folders if the config names
+  one.
+  """
+  return lambda config: tasks.training(config, module).run
 
 
+TRAINING = training_of("tasks.gold")
 SERVING = run_of("tasks.serve")
 TASKS = {
   "tokenizer": run_of("tasks.tokenizer"),
-  "sft": training,
-  "reward": training,
-  "r2m": training,
+  "sft": TRAINING,
+  "reward": TRAINING,
+  "r2m": TRAINING,
   "scratch": run_of("tasks.scratch"),
-  "lab": run_of("lab.grid"),
+  "lab": training_of("lab.grid"),
   "lab_text": run_of("lab.realtext"),
   "generate": SERVING,
   "score": SERVING,

@@ -61,7 +61,6 @@ from r2m_jax.run.metrics import read_metrics
 from r2m_jax.run.run import Run, Steps, train
 from r2m_jax.run.workdir import claim, shapes_of, warm
 from r2m_jax.step import make_learn, make_rollout
-from r2m_jax.tasks import gold, training
 from r2m_jax.types import Rollout
 
 KEY_PROBE = 2**31 - 10  # of the fixed responses
@@ -73,8 +72,6 @@ def run(config, workdir: Path) -> None:
   in it.
   """
   arms = arms_of(config)
-  if training(config) is not gold:
-    raise ConfigError("config.task is 'lab': from a folder it is one of sft, reward, r2m")
   if jax.process_count() > 1:
     raise ConfigError(
       "config.task is 'lab': for one process, over whose devices its seeds are shared out"

@@ -76,12 +76,16 @@ def run(config, workdir: Path) -> None:
   """`config.task` from the folders config.policy.path and config.reward.path; ends in
   WORKDIR/export.
   """
+  if config.task not in ("sft", "reward", "r2m"):
+    raise ConfigError(
+      f"config.task is {config.task!r}: from a folder it is one of sft, reward, r2m"
+    )
   mesh = begin(config, workdir)
   if config.task == "sft":
     run_sft(config, workdir, mesh)
-  elif config.task == "reward":
+  if config.task == "reward":
     run_reward(config, workdir, mesh)
-  else:
+  if config.task == "r2m":
     for each in runs(config, workdir, mesh):
       train(each, workdir)
   title = f"R2M: {config.task} from {config.policy.path or config.reward.path}"
