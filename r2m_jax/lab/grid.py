@@ -545,8 +545,9 @@ def run_of(name: str, config, replicas: list[tuple[int, float]], workdir: Path) 
     rows = rows_of(config, out, drift(states, t, out.sequences), len(replicas))
     if t == 0:
       check_first_step(config, built, states, out, rows)
+    # in float32, which metrics.jsonl gives back exactly
     logged = {
-      f"{i}/{key}": np.nan if value is None else value
+      f"{i}/{key}": np.float32(np.nan if value is None else value)
       for i, row in enumerate(rows)
       for key, value in row.items()
     }
