@@ -11,8 +11,9 @@ Each goes on where it stopped; an arm that is in the table is not run again.
 """
 
 from configs import quickstart
+from r2m_jax.algorithm import variants
 
-VARIANTS = (
+FIRST = (
   "vanilla",
   "scaled",
   "r2m",
@@ -28,6 +29,7 @@ VARIANTS = (
   "own_states",
   "warm_start",
 )
+VARIANTS = tuple(dict.fromkeys([*FIRST, *variants.VARIANTS]))  # all there are
 TELLING = ("vanilla", "scaled", "r2m", "r2m_untrained", "iterative_head", "shuffled")
 # unit-variance advantages pull three times as hard as raw ones, so the KL weight is three times
 # that of the raw arms
@@ -99,7 +101,7 @@ def tuned(arms):
   four of either.
   """
   for arm in arms:
-    learns = arm not in ("vanilla", "scaled", "r2m_untrained", "pretrained_rm")
+    learns = variants.VARIANTS[arm].trained
     for i, lr in enumerate(CANDIDATES):
       yield f"{arm}.candidate_{i} " + (
         f"r2m.lr={lr}" if learns else f"kl.beta={(0.01, 0.02, 0.04, 0.08)[i]}"

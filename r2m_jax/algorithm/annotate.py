@@ -84,6 +84,10 @@ def make_annotate(
       step_key(state, KEY_NOISE),
       others=other_rows(len(rte), len(rollout.samples.tokens)),
     )
+    assert states.hidden.shape[-1] or not variant.feedback, (
+      f"FEEDBACK says that {variant.feedback!r} is made of the states of the {variant.reads}, and "
+      "only those are kept: `feed_back` made it of others"
+    )
     head = state.reward_head if state.reward_average is None else state.reward_average
     scores = score(head, rte, states, w)
     frozen = member_scores(nnx.merge(defs.phi, state.reward_frozen), rte)

@@ -13,7 +13,7 @@ from flax import nnx
 
 from r2m_jax.algorithm import losses
 from r2m_jax.algorithm.objective import kl_estimator
-from r2m_jax.algorithm.variants import READS_POLICY, VARIANTS
+from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.models.attention import Shared
 from r2m_jax.models.logprobs import token_stats
 from r2m_jax.models.transformer import Transformer
@@ -135,11 +135,8 @@ def make_read(config) -> Callable[..., tuple[Feedback, Feedback]]:
   large as they are.
   """
   settings = sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=config.logits_chunk)
-  needs_support, parts, kind = (
-    truncated(config),
-    parts_of(config),
-    VARIANTS[config.variant].feedback,
-  )
+  needs_support, parts = truncated(config), parts_of(config)
+  reads = VARIANTS[config.variant].reads
 
   def read_rows(policy, ref, shared_of, sequences: Sequences) -> tuple[Feedback, Feedback]:
     shared = shared_of(sequences.tokens)
@@ -147,7 +144,7 @@ def make_read(config) -> Callable[..., tuple[Feedback, Feedback]]:
     support = (policy.head, old.last_hidden) if needs_support else None
     reference = read_feedback(ref, sequences, **settings, support=support, shared=shared)
     exact = kl_estimator(config, policy.arch.vocab_size) == "exact"
-    return old.keep(kind in READS_POLICY, exact), reference.keep(kind == "reference", exact)
+    return old.keep(reads == "policy", exact), reference.keep(reads == "reference", exact)
 
   def read(
     policy: Transformer, ref: Transformer, sequences: Sequences, group=1

@@ -28,7 +28,7 @@ from r2m_jax.algorithm.read import (
   shared_prompts,
   step_key,
 )
-from r2m_jax.algorithm.variants import READS_POLICY, VARIANTS, States, feed_back, other_rows
+from r2m_jax.algorithm.variants import VARIANTS, States, feed_back, other_rows
 from r2m_jax.models.attention import Shared
 from r2m_jax.models.logprobs import token_stats
 from r2m_jax.models.reward import read_reward_states
@@ -68,7 +68,7 @@ def make_policy_loss(defs: Defs, config, objective: Callable) -> Callable:
   """
   draw, layer = sampling(config) | dict(chunk=config.logits_chunk), config.r2m.feedback_layer
   exact = kl_estimator(config, defs.vocab_size) == "exact"
-  reads_policy = VARIANTS[config.variant].feedback in READS_POLICY
+  reads_policy = VARIANTS[config.variant].reads == "policy"
 
   def policy_loss(policy_state, batch: Experience, ref_state, beta, whole: Experience):
     policy, sequences = defs.open_policy(policy_state, ref_state), batch.sequences

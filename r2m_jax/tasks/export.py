@@ -30,8 +30,10 @@ from r2m_jax.run.files import read_json
 BUDGETS = "budgets.json"  # of a workdir: the steps that each budget of seconds gave
 
 
-def run(config) -> None:
-  """Exports `config.export.checkpoint` into `config.export.out`."""
+def run(config, workdir: Path | None = None) -> None:
+  """Exports `config.export.checkpoint` into `config.export.out`. The command's own workdir is not
+  used.
+  """
   workdir, stage, step = find_checkpoint(Path(config.export.checkpoint).expanduser().absolute())
   lora_export, config = config.lora.export, run_config(config, workdir, mine=("export", "mesh"))
   config.lora.export = lora_export
