@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from r2m_jax.models.decode import Decoder, ScannedDecoder, decoder_of
 from r2m_jax.models.transformer import Transformer, lay_states
@@ -347,6 +348,21 @@ def decode(
     rows = rows._replace(cache=rows.cache.grown(prompt_length + end))
     rows = until(end, enough_of(sizes), keys, rows)
   return go_on_with_half(keys, rows, sizes[1:])
+
+
+def decoded_places(lengths: np.ndarray, limit: int, halvings: int) -> int:
+  """How many tokens `generate` computes for rows of these lengths i32[B] on one device, the first
+  ones included: of every row that is still decoded, finished or not.
+  """
+  size, places = len(lengths), len(lengths)
+  for t in range(1, limit):
+    left = int((lengths > t).sum())
+    while halvings and size % 2 == 0 and left <= size // 2:
+      size, halvings = size // 2, halvings - 1
+    if not left:
+      break
+    places += size
+  return places
 
 
 def enough_of(sizes: list[int]) -> int:

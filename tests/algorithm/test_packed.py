@@ -11,7 +11,7 @@ from r2m_jax.parallel import sharding
 from r2m_jax.step import make_learn, make_rollout
 from r2m_jax.types import Rollout
 
-SHARE = 0.7
+SHARE = 0.8
 MINIBATCHES = dict(rollout__group_size=4, ppo__minibatches=2, ppo__accumulation=2)
 # every estimator, place of the KL and kind of feedback is there once
 CASES = {
