@@ -19,6 +19,7 @@ def get_config():
   config.remat = "full"
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 16, 8, 256
   config.rollout.temperature = 0.7
+  config.packing = (0.35, 0.5, 0.7, 1.0)
   config.policy.lr, config.r2m.lr = 1e-6, 1e-6
   config.r2m.attention_dim = 512
   config.sft.lr, config.sft.steps, config.sft.batch_size = 1e-5, 500, 16

@@ -46,6 +46,7 @@ def dialogue(words: str):
   config.steps = 100
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 64, 8, 512
   config.ppo.accumulation = 16
+  config.packing, config.rollout.halvings = (0.35, 0.5, 0.7, 1.0), 2
   config.sft.batch_size = config.reward.batch_size = 64
   config.reward.path, config.plan.reward = "Skywork/Skywork-Reward-V2-Llama-3.1-8B", "llama3.1-8b"
   config.r2m.lr = 1e-6

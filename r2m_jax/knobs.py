@@ -178,6 +178,13 @@ MESH = Rule(
 DUAL_CLIP = Rule(
   lambda x: x == 0 or x > 1, "must be above 1, such as 3, or 0: off", "0, or above 1"
 )
+PACKING = (
+  Rule(
+    lambda x: len(x) > 0 and x[-1] == 1 and all(0 < low < high for low, high in zip(x, x[1:])),
+    "give ascending shares above 0, the last one 1, such as (0.35, 0.5, 0.7, 1.0)",
+    "ascending, above 0, the last one 1",
+  ),
+)
 FINITE = Rule(lambda x: x < float("inf"), "must be a finite number, such as 1e-4", "finite")
 DATE = Rule(
   is_date, "give a day as YYYY-MM-DD, or '' for the day that the run begins", 'YYYY-MM-DD or ""'
@@ -306,6 +313,13 @@ RUN = dict(
     one_of(*ATTENTION),
     free=True,
   ),
+  packing=Knob(
+    (1.0,),
+    "shares of the padded places of a step for which learning is compiled; each step runs the "
+    "smallest that holds its tokens. A share of 1 computes padding too",
+    *PACKING,
+    free=True,
+  ),
   logits_chunk=Knob(
     2**21,
     "most logits (tokens x vocabulary) of one row held in memory at once; 0: no limit",
@@ -334,6 +348,13 @@ ROLLOUT = dict(
     0.0,
     "sample from tokens at least this fraction as likely as the most likely token",
     within("[0, 1)", "; 0 keeps every token"),
+  ),
+  halvings=Knob(
+    0,
+    "how often decoding goes on with half of the rows, once at most half are unfinished; each time "
+    "is compiled",
+    at_least(0),
+    free=True,
   ),
   waves=Knob(
     1,

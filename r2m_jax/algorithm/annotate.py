@@ -70,9 +70,8 @@ def make_annotate(
     shared_of = functools.partial(shared_prompts, 1 if own_tokens else group, sequences)
 
     def states_of(tokens, mask):
-      return read_reward_states(
-        backbone, tokens, mask, variant.width == "reward", shared_of(tokens)
-      )
+      keep = variant.width == "reward"
+      return read_reward_states(backbone, tokens, mask, keep, shared_of(tokens), defs.share)
 
     rte, hidden = map_rows(states_of, parts, tokens, mask)
     own = States(hidden, mask)

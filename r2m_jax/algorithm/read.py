@@ -41,6 +41,8 @@ class Defs:
   critic_backbone: nnx.GraphDef | None = None  # of PPO's critic
   critic_head: nnx.GraphDef | None = None
   critic_tx: optax.GradientTransformation | None = None
+  # of the padded places of a pass, how many are computed; see `Transformer.__call__`
+  share: float = 1.0
 
   def open_policy(self, policy, ref) -> Transformer:
     """The policy's module. With adapters `policy` holds these alone, and `ref` the weights below
@@ -104,12 +106,15 @@ def read_feedback(
   truncation: Truncation = Truncation(),
   support=None,
   shared: Shared | None = None,
+  share: float = 1.0,
 ) -> Feedback:
   """One forward pass: log-probabilities of the sampled tokens, and the hidden states that the
   reward model reads.
   """
   T = sequences.response_mask.shape[1]
-  out = model(sequences.tokens, sequences.token_mask, feedback_layer=layer, shared=shared)
+  out = model(
+    sequences.tokens, sequences.token_mask, feedback_layer=layer, shared=shared, share=share
+  )
   last_hidden = predicts_response(out.hidden, T)
   stats = token_stats(
     model.head,
@@ -119,22 +124,25 @@ def read_feedback(
     truncation=truncation,
     support=support,
     chunk=chunk,
+    mask=sequences.response_mask,
+    share=share,
   )
   return Feedback(
     logprobs=stats.logprobs, entropy=stats.entropy, hidden=out.feedback, last_hidden=last_hidden
   )
 
 
-def make_read(config) -> Callable[..., tuple[Feedback, Feedback]]:
+def make_read(config, share: float = 1.0) -> Callable[..., tuple[Feedback, Feedback]]:
   """Builds `read(policy, ref, sequences, group=1)`: `read_feedback` of both models with the
   config's settings.
 
   `group` neighbouring rows have one prompt, which is computed once for as many as go through a
   model together. Where sampling is truncated, the reference is normalised over the tokens that the
   policy may sample. States that the config's variant and KL do not read have width 0: nothing is as
-  large as they are.
+  large as they are. `share` is that of `Defs`.
   """
   settings = sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=config.logits_chunk)
+  settings |= dict(share=share)
   needs_support, parts = truncated(config), parts_of(config)
   reads = VARIANTS[config.variant].reads
 

@@ -19,6 +19,7 @@ from flax import nnx
 from r2m_jax.algorithm.advantages import ESTIMATORS
 from r2m_jax.algorithm.labels import Labeller, uses_labels
 from r2m_jax.algorithm.optim import make_optimizer
+from r2m_jax.algorithm.packed import make_needed, smallest
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.config import ConfigError
 from r2m_jax.data.batches import Stream
@@ -47,6 +48,7 @@ from r2m_jax.hf.folders import (
 )
 from r2m_jax.models import lora
 from r2m_jax.parallel import hosts, sharding
+from r2m_jax.parallel.sharding import on_mesh
 from r2m_jax.run.build import Build, build, init_adapters, initial_state
 from r2m_jax.run.files import read_json, write_atomic
 from r2m_jax.run.fit import (
@@ -64,7 +66,7 @@ from r2m_jax.run.loop import fingerprint
 from r2m_jax.run.metrics import append_samples
 from r2m_jax.run.run import Run, Steps, Texts, train
 from r2m_jax.run.workdir import shapes_of, stage, warm, with_variant
-from r2m_jax.step import StepOutput, make_learn, make_rollout
+from r2m_jax.step import StepOutput, jit_step, make_learn_at, make_rollout
 from r2m_jax.tasks import export as export_task
 from r2m_jax.tasks.gold import begin, conclude
 from r2m_jax.types import Rollout, Rows
@@ -373,12 +375,17 @@ def make_two_part_step(
     out_shardings=built.rows,
   )
   labelled = uses_labels(config)
-  learn = jax.jit(
-    make_learn(built.defs, config, built.mesh),
-    donate_argnums=0,
-    in_shardings=(layout,) + (None,) * (3 if labelled else 2),
-    out_shardings=(layout, None),
-  )
+  learns = [
+    jit_step(on_mesh(built.mesh, make_learn_at(share, built.defs, config)), layout, 2 + labelled)
+    for share in config.packing
+  ]
+  needed = jax.jit(on_mesh(built.mesh, make_needed(built.defs, config)))
+
+  def learn_of(state, drawn, read):
+    """The program that computes the fewest places."""
+    if len(learns) == 1:
+      return learns[0]
+    return learns[smallest(config.packing, float(needed(state, drawn, read)))]
 
   def answered(sequences, texts):
     """(prompt, answer, whether it was cut off) of this process's rows; `texts` has every row's."""
@@ -399,7 +406,8 @@ def make_two_part_step(
     if greedy:
       read = read.replace(greedy=Rows(tokens[len(samples) :], mask[len(samples) :]))
     pairs = (labeller(hosts.fetch(drawn.samples), int(state.step)),) if labelled else ()
-    state, out = learn(state, drawn, hosts.place(read, built.rows), *pairs)
+    read = hosts.place(read, built.rows)
+    state, out = learn_of(state, drawn, read)(state, drawn, read, *pairs)
     return state, out, samples
 
   return step
