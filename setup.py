@@ -69,7 +69,9 @@ setuptools.setup(
   license="Apache-2.0",
   license_files=["LICENSE"],
   python_requires=">=3.11",
-  packages=setuptools.find_packages(include=["r2m_jax", "r2m_jax.*", "configs", "configs.*"]),
+  # r2m_jax/configs is a link to configs/: a wheel holds the configs inside the package
+  packages=setuptools.find_packages(include=["r2m_jax", "r2m_jax.*"]),
+  entry_points={"console_scripts": ["r2m = r2m_jax.main:start"]},
   package_data={"r2m_jax.report": ["template.html"]},
   install_requires=RUN,
   extras_require=EXTRAS,

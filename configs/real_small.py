@@ -1,5 +1,6 @@
-"""The main job on real text, from nothing: tokenizer, 4-million-parameter policy, reward model,
-RLOO and RLOO + R2M.
+"""From nothing on real text: tokenizer, policy, reward model, RL.
+
+The policy has 4 million parameters; RL is RLOO and RLOO + R2M.
 
   python -m r2m_jax.main --config=configs/real_small.py --config.data.root=DATA
   --workdir=runs/real_small
@@ -20,7 +21,7 @@ frozen reward on held-out prompts from -0.60 (-0.70 to -0.50) to 0.46 (0.39 to 0
 (92% of both, 41% before). With more time, raise the budgets.
 """
 
-from configs import default
+from r2m_jax.configs import default
 
 PREFERENCES = (
   "ultrafeedback",
