@@ -13,7 +13,7 @@ import setuptools
 
 ROOT = pathlib.Path(__file__).parent
 README = ROOT / "README.md"
-JAX = ">=0.10.2,<0.12"
+JAX = ">=0.8,<0.13"
 
 RUN = [
   f"jax{JAX}",
@@ -41,6 +41,7 @@ NOTEBOOK = ["ipykernel>=7.4.0,<8", "nbclient>=0.11.0,<1", "nbformat>=5.11.1,<6"]
 
 EXTRAS = {
   "notebook": NOTEBOOK,
+  "docs": ["sphinx>=8,<10", "myst-parser>=4,<6", "sphinx-book-theme>=1.1.4,<2"],
   # torch on CPU and peft are oracles, never run-time dependencies
   "test": [
     "ruff>=0.17.6,<0.18",
@@ -50,12 +51,14 @@ EXTRAS = {
     "hypothesis>=6.170.15,<7",
     "torch==2.13.0",
     "peft>=0.21.2,<1",
+    "uv>=0.9,<1",  # makes the environments of tests/test_colab.py
     *NOTEBOOK,
     f"jax[tpu]{JAX}",  # its compiler, which runs without a TPU
   ],
   "plan": [f"jax[tpu]{JAX}"],
   "tpu": [f"jax[tpu]{JAX}"],
-  "cuda": [f"jax[cuda12]{JAX}"],
+  "cuda12": [f"jax[cuda12]{JAX}"],
+  "cuda13": [f"jax[cuda13]{JAX}"],
 }
 
 setuptools.setup(

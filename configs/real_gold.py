@@ -2,9 +2,8 @@
 
 Does RL on a small, noisy reward model lose what a larger one judges by?
 
-  python -m r2m_jax.main --config=configs/real_gold.py --config.data.root=DATA
-  --workdir=runs/real_gold python -m r2m_jax.main --config=configs/real_gold.py
-  --config.data.root=DATA --workdir=runs/real_gold \\
+  python -m r2m_jax.main --config=configs/real_gold.py --config.data.root=DATA --workdir=runs/real_gold
+  python -m r2m_jax.main --config=configs/real_gold.py --config.data.root=DATA --workdir=runs/real_gold \\
     --config.policy.path=runs/real_small/models/sft         # with the policy of configs/real_small.py, if it is there
 
 Protocol: docs/lab.md, "The second task". DATA is that of configs/real_small.py. The same command

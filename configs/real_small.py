@@ -2,8 +2,7 @@
 
 The policy has 4 million parameters; RL is RLOO and RLOO + R2M.
 
-  python -m r2m_jax.main --config=configs/real_small.py --config.data.root=DATA
-  --workdir=runs/real_small
+  python -m r2m_jax.main --config=configs/real_small.py --config.data.root=DATA --workdir=runs/real_small
 
 DATA has preferences/ and prompts/ with files of JSON lines or parquet, named as below; without them
 the command says what to download. The budgets make it about 45 minutes on two cores, and the same

@@ -121,7 +121,9 @@ def no_such_config(value: str) -> str:
   if re.fullmatch(r"\w+", str(path)):
     close = difflib.get_close_matches(str(path), names, n=1)
     meant = f"; did you mean {close[0]}?" if close else f"; choose one of {', '.join(names)}"
-    return f"--config is {value}: there is no such config, and no such file from {Path.cwd()}{meant}"
+    return (
+      f"--config is {value}: there is no such config, and no such file from {Path.cwd()}{meant}"
+    )
   meant = f"; --config={path.stem} needs no file" if path.stem in names else ""
   return f"--config is {value}: there is no such file from {Path.cwd()}{meant}"
 
