@@ -60,7 +60,7 @@ def versions() -> str:
   freeze = os.environ.get("R2M_COLAB_FREEZE")
   if not freeze:
     return RUNTIME
-  return "\n".join(re.findall(r"^[\w.-]+==\S+", pathlib.Path(freeze).read_text(), re.M))
+  return "\n".join(re.findall(r"^[\w.-]+==[\w.]+$", pathlib.Path(freeze).read_text(), re.M))
 
 
 @pytest.fixture(scope="module")
