@@ -306,11 +306,11 @@ def test_a_mistake_on_the_command_line_is_one_line(answers, name):
 @pytest.mark.parametrize(
   "argv, error, answer",
   [
-    ([], ValueError(), "--config is missing; give one, such as --config=configs/quickstart.py"),
+    ([], ValueError(), "--config is missing; give one, such as --config=quickstart"),
     (
       ["--config.steps=3"],
       ValueError(),
-      "--config is missing; give one, such as --config=configs/quickstart.py",
+      "--config is missing; give one, such as --config=quickstart",
     ),
     (
       ["--config", "configs/quickstart.py"],

@@ -145,7 +145,7 @@ def command_line_mistake(argv: list[str], error: Exception) -> str | None:
   nothing there did.
   """
   given = "\n".join(argv)
-  for name, example in (("config", "configs/quickstart.py"), ("workdir", "runs/mine")):
+  for name, example in (("config", "quickstart"), ("workdir", "runs/mine")):
     if not re.search(rf"^--?{name}[=\n].", given, re.M):
       return f"--{name} is missing; give one, such as --{name}={example}"
   path = re.search(r"^--?config[=\n](.+)", given, re.M)[1]
