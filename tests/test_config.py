@@ -251,7 +251,7 @@ NO_PLATFORM = "no_such_platform"  # jax raises as soon as anything asks for a de
 MAIN = ["-m", "r2m_jax.main", "--config=configs/quickstart.py:test", "--workdir=unused"]
 CONTROL = """
 import jax
-from configs import quickstart
+from r2m_jax.configs import quickstart
 from r2m_jax.config import check_config
 check_config(quickstart.get_config())
 print("checked")
