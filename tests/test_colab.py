@@ -51,8 +51,9 @@ nbformat.write(notebook, sys.argv[2])
 """
 
 
-def uv(*arguments, check=True):
-  return subprocess.run([sys.executable, "-m", "uv", *map(str, arguments)], check=check)
+def uv(*arguments) -> str:
+  command = [sys.executable, "-m", "uv", *map(str, arguments)]
+  return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def versions() -> str:
@@ -114,6 +115,15 @@ def check_install(runtime, outputs):
   code = "import importlib.metadata as m; print(m.version('jax'), m.version('jaxlib'))"
   kept = subprocess.run([str(runtime), "-c", code], capture_output=True, text=True).stdout.split()
   assert kept == ["0.7.2", "0.7.2"] and found and found[2] != "0.7.2"
+
+
+@pytest.mark.parametrize("extra", ["cuda12", "cuda13"])
+def test_a_gpu_gets_the_plugin_of_its_jax(runtime, extra):
+  """By versions, where no GPU is: jax, jaxlib and the parts for the GPU are of one release."""
+  settings = ["-q", "--no-annotate", "--no-header", "--python", runtime, "--extra", extra]
+  resolved = dict(re.findall(r"^(\S+)==(\S+)$", uv("pip", "compile", *settings, "setup.py"), re.M))
+  parts = ("jax", "jaxlib", f"jax-{extra}-plugin", f"jax-{extra}-pjrt")
+  assert len({resolved[name] for name in parts}) == 1, resolved
 
 
 def test_quickstart(runtime, tmp_path):
