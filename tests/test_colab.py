@@ -73,7 +73,9 @@ def runtime(tmp_path_factory):
   uv("venv", "-q", "--seed", "--python", wanted, folder / "env")
   python = folder / "env/bin/python"
   names = re.findall(r"^[\w-]+", RUNTIME, re.M)
-  uv("pip", "install", "-q", "--python", python, "-c", folder / "versions.txt", "torch", *names)
+  install = ["pip", "install", "-q", "--python", python]
+  uv(*install, "-c", folder / "versions.txt", *names)
+  uv(*install, "torch")  # Colab has a build of its own, which no index has
   return python
 
 
