@@ -11,7 +11,6 @@ import os
 import pathlib
 import re
 import subprocess
-import sys
 import time
 
 import nbformat
@@ -52,8 +51,14 @@ nbformat.write(notebook, sys.argv[2])
 
 
 def uv(*arguments) -> str:
-  command = [sys.executable, "-m", "uv", *map(str, arguments)]
-  return subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+  """Runs uv on a runtime that knows nothing of this environment; what it prints."""
+  from uv import find_uv_bin
+
+  env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+  command = [find_uv_bin(), *map(str, arguments)]
+  return subprocess.run(
+    command, cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True
+  ).stdout
 
 
 def versions() -> str:
