@@ -19,10 +19,10 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from configs import default
 from r2m_jax.algorithm.annotate import make_annotate
 from r2m_jax.algorithm.read import make_read
 from r2m_jax.config import check_config
+from r2m_jax.configs import default
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.parallel import sharding

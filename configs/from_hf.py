@@ -1,5 +1,6 @@
-"""R2M on a policy and a reward model from Hugging Face folders or hub names, whatever their
-tokenizers.
+"""R2M on your own policy and reward model: Hugging Face folders or names.
+
+The two may have different tokenizers.
 
   python -m r2m_jax.main --config=configs/from_hf.py --workdir=runs/mine \\
     --config.policy.path=Qwen/Qwen2.5-0.5B-Instruct \\
@@ -10,7 +11,7 @@ runs/mine/export/reward. `--config.task=sft` (rows with response) and `--config.
 (chosen, rejected) train the two beforehand. `--config.lora.rank=16` trains adapters only.
 """
 
-from configs import default
+from r2m_jax.configs import default
 
 
 def get_config():

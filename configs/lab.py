@@ -1,5 +1,6 @@
-"""The laboratory: R2M, its ablations, placebos and plain baselines against a gold reward. Protocol:
-docs/lab.md.
+"""The laboratory: R2M, its ablations and controls against a gold reward.
+
+The controls are placebos and plain baselines. Protocol: docs/lab.md.
 
   python -m r2m_jax.main --config=configs/lab.py --workdir=runs/lab         # every arm, ten seeds, one KL weight each
   python -m r2m_jax.main --config=configs/lab.py:sweep --workdir=runs/lab   # main arms over KL weights, same folder
@@ -10,8 +11,8 @@ Each goes on where it stopped; an arm that is in the table is not run again.
 `--config.lab.arms="('vanilla','r2m')"` runs some of them.
 """
 
-from configs import quickstart
 from r2m_jax.algorithm import variants
+from r2m_jax.configs import quickstart
 
 FIRST = (
   "vanilla",

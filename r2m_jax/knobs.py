@@ -22,21 +22,21 @@ from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.models.attention import ATTENTION
 from r2m_jax.ops import AGGREGATIONS, COMBINE
 
-TASKS = (
-  "tokenizer",
-  "sft",
-  "reward",
-  "r2m",
-  "scratch",
-  "lab",
-  "lab_text",
-  "generate",
-  "score",
-  "export",
-  "replay",
-  "analyse",
-  "plan",
-)
+TASKS = {  # config.task -> what it does, as `r2m --help` shows it
+  "tokenizer": "train a tokenizer on rows of text",
+  "sft": "supervised fine-tuning of the policy",
+  "reward": "fit the reward model to preferences",
+  "r2m": "RL with the fused reward; fits the models first if the config names none",
+  "scratch": "everything on real text, from a tokenizer to evaluation",
+  "lab": "compare variants over seeds, with the gold reward",
+  "lab_text": "the same comparison on real text",
+  "generate": "sample from a policy: rows of prompts in, rows of responses out",
+  "score": "score rows of prompts and responses with a reward model",
+  "export": "write a checkpoint as Hugging Face folders",
+  "replay": "compute one sample of a run again, with its log-probabilities and rewards",
+  "analyse": "the paper's figures and tables from the checkpoints of a run",
+  "plan": "memory and time of a run on a TPU slice, compiled without one",
+}
 # of task=analyse; docs/analyse.md defines them
 PIECES = (
   "similarity",

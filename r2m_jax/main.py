@@ -1,5 +1,7 @@
-"""Entry point: python -m r2m_jax.main --config=configs/quickstart.py --workdir=runs/mine
+"""Entry point: python -m r2m_jax.main --config=quickstart --workdir=runs/mine
 [--config.FIELD=VALUE ...]
+
+`r2m` is the same command, and `r2m --help` lists configs and tasks.
 """
 
 import importlib
@@ -68,5 +70,10 @@ def run(config, workdir: Path) -> None:
     TASKS[config.task](config)(config, workdir)
 
 
-if __name__ == "__main__":
+def start() -> None:
+  """The console script `r2m`."""
   app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == "__main__":
+  start()

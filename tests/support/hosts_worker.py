@@ -73,7 +73,7 @@ def record(folder):
 
 def units(folder):
   """What `hosts` promises, checked inside of two processes with four devices each."""
-  from configs import default
+  from r2m_jax.configs import default
   from r2m_jax.parallel import hosts, sharding
 
   mine = jax.process_index
