@@ -145,6 +145,12 @@ def is_mesh(sizes) -> bool:
   return len(sizes) == 3 and positive and tuple(sizes).count(-1) <= 1
 
 
+def is_window(window) -> bool:
+  """Whether it is () or (first step >= 0, number of steps >= 1)."""
+  whole = all(type(number) is int for number in window)
+  return not window or whole and len(window) == 2 and window[0] >= 0 and window[1] >= 1
+
+
 def are_weights(weights) -> bool:
   """Whether they are numbers from 0 on, not all of them 0."""
   good = all(isinstance(weight, (int, float)) and weight >= 0 for weight in weights)
@@ -181,6 +187,11 @@ DUAL_CLIP = Rule(
 FINITE = Rule(lambda x: x < float("inf"), "must be a finite number, such as 1e-4", "finite")
 DATE = Rule(
   is_date, "give a day as YYYY-MM-DD, or '' for the day that the run begins", 'YYYY-MM-DD or ""'
+)
+WINDOW = Rule(
+  is_window,
+  "give the first step, from 0 on, and how many steps, from 1 on, such as (10, 3), or ()",
+  "two whole numbers, or ()",
 )
 WEIGHTS = Rule(are_weights, "give numbers from 0 on, not all of them 0", "at least 0, not all 0")
 BUCKETS = Rule(
@@ -690,6 +701,20 @@ LOG = dict(
     40, "interval between checkpoints; the last step is always saved", at_least(1), unit="RL steps"
   ),
   samples=Knob(12, "rows of the sample table, before and after", at_least(1)),
+  profile=Knob(
+    (),
+    "(first step, number of steps) of RL that are traced to WORKDIR/profile; (): none",
+    WINDOW,
+    unit="RL steps",
+  ),
+  peak_flops=Knob(
+    0.0,
+    "peak of one device, of which speed/mfu is a share; 0: the maker's figure for bfloat16, and no "
+    "speed/mfu if the device is not known",
+    at_least(0),
+    FINITE,
+    unit="FLOP/s",
+  ),
 )
 
 CHECKPOINT = dict(

@@ -24,9 +24,11 @@ from r2m_jax.run.checkpoint import CheckpointError, Checkpoints
 from r2m_jax.run.files import plain, read_jsonl, write_atomic
 from r2m_jax.run.metrics import Metrics
 from r2m_jax.run.progress import progress
+from r2m_jax.run.speed import phase, profiled, take_seconds
 
 RESUME = 75  # exit status of a run that was asked to stop and has saved everything
 SAMPLES_KEPT = "skipped.jsonl"
+PROFILE = "profile"  # folder of a trace
 
 
 class Interrupted(BaseException):
@@ -110,6 +112,7 @@ def run_steps(
   *,
   data: str = "",
   models: str = "",
+  cost: Callable | None = None,
 ):
   """Advances `state` to config.steps and returns it: logs every step, saves as config.log and
   config.checkpoint say.
@@ -121,6 +124,7 @@ def run_steps(
     data: fingerprint of the rows behind the prompts; it lies in every manifest.
     models: fingerprint of the frozen models: the reference (with adapters, their base) and the
       reward model.
+    cost: (state, StepOutput, seconds of each phase) -> the scalars of what the step cost.
 
   Raises:
     Interrupted: a signal came; the step is finished and saved.
@@ -131,13 +135,19 @@ def run_steps(
   start, in_a_row, skipped = int(state.step), [], 0
   facts = {"config": identity(config), "data": data, "models": models}
   best = config.checkpoint.best_metric
-  with at_hand() as asked, checkpoint.finished(checkpoints):
+  take_seconds()  # what came before belongs to no step
+  trace = profiled(config.log.profile, workdir / PROFILE)
+  with at_hand() as asked, checkpoint.finished(checkpoints), trace as profile:
     with Metrics(workdir, "rl", config.variant, from_step=start) as log:
       with progress(config.steps, config.variant, initial=start) as bar:
         for t in range(start, config.steps):
-          state, out, example_id, metrics, shown = advance(state, t)
+          profile(t)
+          with phase("step"):
+            state, out, example_id, metrics, shown = advance(state, t)
           require_best(config, metrics)
-          log.log(t, metrics)
+          costs = cost(state, out, take_seconds()) if cost else {}
+          with phase("save"):
+            log.log(t, metrics | costs)
           bar.update(**shown)
           stop, last = asked(), t + 1 == config.steps
           in_a_row = [*in_a_row, t] if metrics["skipped"] else []
@@ -148,7 +158,8 @@ def run_steps(
             raise Diverged(report(workdir, checkpoints, in_a_row, metrics))
           if last or stop or (t + 1) % config.log.checkpoint_every == 0:
             require_workdir(workdir)
-            checkpoint.save(checkpoints, t + 1, state, value=metrics.get(best), facts=facts)
+            with phase("save"):
+              checkpoint.save(checkpoints, t + 1, state, value=metrics.get(best), facts=facts)
           if stop:
             break
   require_learned(config, skipped, config.steps - start, workdir)

@@ -15,11 +15,20 @@ from r2m_jax.parallel import hosts
 from r2m_jax.run.files import DamagedFile, plain, read_jsonl, write_atomic
 
 ROW_KEYS = ("stage", "arm", "step", "seconds")
+# What depends on the clock or the machine: the same run again has other values. A name that ends
+# with a slash stands for all that begin with it.
+CLOCKED = ("seconds", "data/wait", "seconds/", "speed/", "memory/")
 _NONFINITE = {
   "nan": math.nan,
   "inf": math.inf,
   "-inf": -math.inf,
 }  # JSON has no such numbers: kept as strings
+
+
+def without_clock(row: dict) -> dict:
+  """A row without what `CLOCKED` lists: the same for each run of one config."""
+  ends = tuple(name for name in CLOCKED if name.endswith("/"))
+  return {k: v for k, v in row.items() if k not in CLOCKED and not k.startswith(ends)}
 
 
 # ---- files ----

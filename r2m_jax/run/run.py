@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from r2m_jax.algorithm.variants import VARIANTS
-from r2m_jax.run import checkpoint, loop
+from r2m_jax.run import checkpoint, loop, speed
 from r2m_jax.run.metrics import append_samples
 from r2m_jax.types import TrainState
 
@@ -48,7 +48,8 @@ def train(run: Run, config, workdir: Path) -> TrainState:
     state = run.warm(state)
   if fresh and run.samples:
     append_samples(workdir, run.samples(state, "before"))
-  state = loop.run_steps(config, workdir, checkpoints, state, run.steps(state), **facts)
+  cost = speed.Cost(config, state)
+  state = loop.run_steps(config, workdir, checkpoints, state, run.steps(state), cost=cost, **facts)
   if run.samples:
     append_samples(workdir, run.samples(state, "after"))
   return state

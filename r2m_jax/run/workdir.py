@@ -35,6 +35,7 @@ LAYOUT = (
   Entry("samples.jsonl", "sampled responses before and after RL", "RL", True),
   Entry("skipped.jsonl", "rows behind skipped updates", "RL", True),
   Entry("tensorboard/", "the scalars of metrics.jsonl as events", "every run"),
+  Entry("profile/", "an xprof trace of the steps in log.profile", "RL"),
   Entry("stages/", "a folder for each finished stage: its result", "every run", True),
   Entry("checkpoints/", "a folder for each arm: its TrainState, by step", "RL", True),
   Entry("partial/", "the state of an unfinished fit or arm", "fits, task=lab"),

@@ -64,6 +64,7 @@ from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
 from r2m_jax.run.loop import fingerprint
 from r2m_jax.run.metrics import append_samples
 from r2m_jax.run.run import Run, train
+from r2m_jax.run.speed import phase
 from r2m_jax.run.workdir import claim, shapes_of, stage, warm, with_variant
 from r2m_jax.step import StepOutput, make_learn, make_rollout
 from r2m_jax.tasks import export as export_task
@@ -147,6 +148,7 @@ def fit_stage(
       batch_sharding=built.rows,
       frozen=frozen,
       budget=settings.budget,
+      settings=settings,
     )
 
   return stage(workdir, name, shapes_of(start), make, frozen=frozen)
@@ -365,19 +367,22 @@ def make_two_part_step(
     return [(texts[i], text, cut) for i, (text, cut) in zip(mine, answers)]
 
   def step(state, prompts, texts):
-    drawn = rollout(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
-    samples = answered(drawn.samples, [text for text in texts for _ in range(K)])
-    greedy = [] if drawn.greedy is None else answered(drawn.greedy, texts)
+    with phase("rollout"):
+      drawn = rollout(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
+      samples = answered(drawn.samples, [text for text in texts for _ in range(K)])
+      greedy = [] if drawn.greedy is None else answered(drawn.greedy, texts)
     rows = samples + greedy
-    ids = [renderer.ids(prompt, text, truncated=truncated) for prompt, text, truncated in rows]
-    tokens, mask = pad_left(
-      ids, renderer.tokenizer.pad_id, hosts.largest(bucket(max(map(len, ids))))
-    )
+    with phase("render"):
+      ids = [renderer.ids(prompt, text, truncated=truncated) for prompt, text, truncated in rows]
+      tokens, mask = pad_left(
+        ids, renderer.tokenizer.pad_id, hosts.largest(bucket(max(map(len, ids))))
+      )
     read = Rollout(Rows(tokens[: len(samples)], mask[: len(samples)]))
     if greedy:
       read = read.replace(greedy=Rows(tokens[len(samples) :], mask[len(samples) :]))
     pairs = (labeller(hosts.fetch(drawn.samples), int(state.step)),) if labelled else ()
-    state, out = learn(state, drawn, hosts.place(read, built.rows), *pairs)
+    with phase("learn"):
+      state, out = learn(state, drawn, hosts.place(read, built.rows), *pairs)
     return state, out, samples
 
   return step
@@ -420,10 +425,12 @@ def run_arm(
     return functools.partial(advance, step, order)
 
   def advance(step, order, state, t: int):
-    index = next(order)
-    prompts, texts = batch_of(data, index, policy.tokenizer), [data.prompts[i] for i in index]
+    with phase("data"):
+      index = next(order)
+      prompts, texts = batch_of(data, index, policy.tokenizer), [data.prompts[i] for i in index]
     state, output, rows = step(state, prompts, texts)
-    output = hosts.fetch(output)
+    with phase("learn"):  # waits for the device
+      output = hosts.fetch(output)
     if t == 0:
       rounding = sample_rounding(built.defs, config, state.ref, output.sequences)
       check_step_zero(output.metrics, rounding, config)

@@ -41,6 +41,7 @@ from r2m_jax.run.fit import do
 from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
 from r2m_jax.run.metrics import read_metrics
 from r2m_jax.run.run import Run, train
+from r2m_jax.run.speed import phase
 from r2m_jax.run.workdir import claim, shapes_of, stage, warm, with_variant
 from r2m_jax.types import Rollout
 
@@ -140,7 +141,8 @@ def run_arm(config, programs: Programs, workdir: Path, policy, reward) -> None:
     return warm(state, stage(workdir, "warm_start", shapes_of(state.reward_head), make))
 
   def advance(state, t: int):
-    prompts = rl_prompts(config, t)
+    with phase("data"):
+      prompts = rl_prompts(config, t)
     state, out = programs.step(state, prompts, shared)
     out = hosts.fetch(out)
     out = out.replace(
