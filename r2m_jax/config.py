@@ -7,6 +7,7 @@ fields are here.
 import ast
 import difflib
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -84,6 +85,7 @@ def check_config(config: ConfigDict) -> None:
   check_files(config)
   check_lora(config)
   check_sizes(config)
+  check_trackers(config)
   if config.policy.path or config.reward.path:
     check_folder_run(config)
   check_labels(config)
@@ -204,6 +206,13 @@ def check_lora(config: ConfigDict) -> None:
     "lora.rank",
     "adapters need a model to sit on: give config.policy.path",
   )
+
+
+def check_trackers(config: ConfigDict) -> None:
+  """The libraries of the trackers are installed; none is imported."""
+  for name in config.log.to:
+    if name != "tensorboard" and importlib.util.find_spec(name) is None:
+      need(config, False, "log.to", f"{name} is not installed: pip install {name}")
 
 
 def check_sizes(config: ConfigDict) -> None:

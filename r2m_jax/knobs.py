@@ -52,6 +52,7 @@ PIECES = (
 ALGORITHMS = tuple(advantages.ESTIMATORS)
 ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
 
 
@@ -187,6 +188,11 @@ DUAL_CLIP = Rule(
 FINITE = Rule(lambda x: x < float("inf"), "must be a finite number, such as 1e-4", "finite")
 DATE = Rule(
   is_date, "give a day as YYYY-MM-DD, or '' for the day that the run begins", 'YYYY-MM-DD or ""'
+)
+KNOWN_TRACKERS = Rule(
+  lambda x: set(x) <= set(TRACKERS) and len(set(x)) == len(x),
+  f"choose from {', '.join(TRACKERS)}, each once, or ()",
+  f"{', '.join(TRACKERS)}, each once",
 )
 WINDOW = Rule(
   is_window,
@@ -701,6 +707,11 @@ LOG = dict(
     40, "interval between checkpoints; the last step is always saved", at_least(1), unit="RL steps"
   ),
   samples=Knob(12, "rows of the sample table, before and after", at_least(1)),
+  to=Knob(
+    ("tensorboard",),
+    "where the scalars of metrics.jsonl go besides, see docs/trackers.md; (): nowhere",
+    KNOWN_TRACKERS,
+  ),
   profile=Knob(
     (),
     "(first step, number of steps) of RL that are traced to WORKDIR/profile; (): none",

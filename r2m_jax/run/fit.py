@@ -166,6 +166,8 @@ def fit(
       if stop or turn and hosts.any_of(time.monotonic() - saved > SAVE_SECONDS):
         checkpoint.save(partial, i + 1, (state, opt), facts=facts)
         saved = time.monotonic()
+      if stop:
+        log.close("stopped")
       if late:
         print(cut_short(stage, i + 1, total, budget))
       if late or stop:

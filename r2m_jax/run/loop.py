@@ -161,6 +161,7 @@ def run_steps(
             with phase("save"):
               checkpoint.save(checkpoints, t + 1, state, value=metrics.get(best), facts=facts)
           if stop:
+            log.close("stopped")
             break
   require_learned(config, skipped, config.steps - start, workdir)
   return state
