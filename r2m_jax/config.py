@@ -86,6 +86,7 @@ def check_config(config: ConfigDict) -> None:
   check_lora(config)
   check_sizes(config)
   check_trackers(config)
+  check_revisions(config)
   if config.policy.path or config.reward.path:
     check_folder_run(config)
   check_labels(config)
@@ -206,6 +207,18 @@ def check_lora(config: ConfigDict) -> None:
     "lora.rank",
     "adapters need a model to sit on: give config.policy.path",
   )
+
+
+def check_revisions(config: ConfigDict) -> None:
+  """A revision has a hub name that it belongs to."""
+  for section in ("policy", "reward"):
+    path = config[section].path
+    need(
+      config,
+      not config[section].revision or path != "" and not os.path.isdir(os.path.expanduser(path)),
+      f"{section}.revision",
+      f"it belongs to a hub name, and config.{section}.path is {path!r}: leave it out",
+    )
 
 
 def check_trackers(config: ConfigDict) -> None:

@@ -382,6 +382,9 @@ ARCH = dict(
 POLICY = dict(
   **optimizer(lr=3e-4),
   path=Knob("", 'Hugging Face folder or hub name; "": a new model for the gold-reward task'),
+  revision=Knob(
+    "", 'branch, tag or commit of a hub name; "": main. A run keeps the commit that it began with'
+  ),
   arch=Section(
     "Shape of a new model; the vocabulary comes from the task (`models.arch.ArchConfig`)", ARCH
   ),
@@ -535,6 +538,7 @@ SFT = dict(
 REWARD = dict(
   **optimizer(lr=1e-3, schedule="cosine"),
   path=Knob("", 'Hugging Face folder or hub name of a sequence classifier; "": it is fitted'),
+  revision=Knob("", "as policy.revision"),
   max_length=Knob(
     0, "longest input; longer ones lose their beginning. 0: no limit", at_least(0), unit="tokens"
   ),
@@ -697,8 +701,12 @@ EXPORT = dict(
   ),
   out=Knob("", "folder in which policy and reward are written"),
   check=Knob(True, "compare with transformers if torch is installed; loads the model once more"),
-  push_to=Knob(
-    "", "hub name OWNER/MODEL; also uploads private OWNER/MODEL-policy and OWNER/MODEL-reward"
+  push_to=Knob("", "hub name OWNER/MODEL; also uploads OWNER/MODEL-policy and OWNER/MODEL-reward"),
+  private=Knob(True, "whether models that push_to makes are private"),
+  revision=Knob("", 'branch that push_to uploads to, made if it does not exist; "": main'),
+  pull_request=Knob(False, "push_to opens a pull request in models that exist"),
+  license=Knob(
+    "", 'license in the model card, such as "apache-2.0"; "": as in the card of the base'
   ),
 )
 

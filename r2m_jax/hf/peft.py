@@ -17,7 +17,12 @@ from r2m_jax.parallel import sharding
 
 
 def save_peft(
-  folder: pathlib.Path, arch: ArchConfig, adapters: nnx.State, lora: LoraConfig, base: str
+  folder: pathlib.Path,
+  arch: ArchConfig,
+  adapters: nnx.State,
+  lora: LoraConfig,
+  base: str,
+  revision: str = "",
 ) -> None:
   """Writes the adapters of a causal language model. With several processes all must call; the first
   one writes.
@@ -27,6 +32,7 @@ def save_peft(
 
   Args:
     base: folder or hub name of the model they sit on.
+    revision: commit of a hub name.
   """
   found = {
     sharding.path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(adapters)[0]
@@ -60,6 +66,7 @@ def save_peft(
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
     "base_model_name_or_path": base,
+    "revision": revision or None,
     "inference_mode": True,
     "r": lora.rank,
     "lora_alpha": lora.alpha,

@@ -44,6 +44,7 @@ LAYOUT = (
   Entry("partial/", "the state of an unfinished fit or arm", "fits, task=lab"),
   Entry("data_<stage>.json", "rows and SHA-256 of each data file of a stage", "runs on text"),
   Entry("r2m_renderer.json", "how the reward model's text is rendered", "runs from folders", True),
+  Entry("hub.json", "the commit of each model from the hub", "runs from folders", True),
   Entry("budgets.json", "steps that each time budget gave", "runs from folders", True),
   Entry("export/", "Hugging Face folders: policy and reward", "runs from folders"),
   Entry("report.html", "the report", "every run"),

@@ -174,7 +174,7 @@ def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None 
     out: WORKDIR/export/policy where not given.
   """
   settings = config.sft
-  policy = load_policy(config.policy.path, config, mesh)
+  policy = load_policy(config.policy.path, config, mesh, workdir=workdir)
   dataset, collate = (packed_lines if config.data.pack else sft_rows)(
     config, policy.tokenizer, workdir, name
   )
@@ -201,7 +201,8 @@ def run_reward(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
   it in `out`.
   """
   settings = config.reward
-  reward = load_reward(config.reward.path or config.policy.path, config, mesh, from_policy=True)
+  source = config.reward.path or config.policy.path
+  reward = load_reward(source, config, mesh, from_policy=True, workdir=workdir)
   if reward.head is not None:
     raise FolderError(
       f"{reward.folder} is an R2M reward model; task=reward trains one that reads no policy"
@@ -258,8 +259,8 @@ def run_r2m(
     raise FolderError(
       f"config.{missing} is empty: task=r2m from folders needs a policy and a reward model"
     )
-  policy = load_policy(config.policy.path, config, mesh)
-  reward = load_reward(config.reward.path, config, mesh)
+  policy = load_policy(config.policy.path, config, mesh, workdir=workdir)
+  reward = load_reward(config.reward.path, config, mesh, workdir=workdir)
   hold_contract(workdir, reward.renderer)
   same_tokens = policy.tokenizer.hf.get_vocab() == reward.renderer.tokenizer.hf.get_vocab()
   has_critic = ESTIMATORS[config.algorithm].baseline == "critic"

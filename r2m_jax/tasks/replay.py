@@ -296,8 +296,8 @@ def from_folders(config, workdir: Path) -> Again:
   """
   mesh = mesh_of(config)
   policy, reward = (
-    load_policy(config.policy.path, config, mesh),
-    load_reward(config.reward.path, config, mesh),
+    load_policy(config.policy.path, config, mesh, workdir=workdir),
+    load_reward(config.reward.path, config, mesh, workdir=workdir),
   )
   folders.hold_contract(workdir, reward.renderer)
   data = prompt_data(config, policy.tokenizer, workdir)
