@@ -210,7 +210,7 @@ def check_lora(config: ConfigDict) -> None:
 
 
 def check_revisions(config: ConfigDict) -> None:
-  """A revision has a hub name that it belongs to."""
+  """A revision has a hub name that it belongs to; a pull request has none."""
   for section in ("policy", "reward"):
     path = config[section].path
     need(
@@ -219,6 +219,12 @@ def check_revisions(config: ConfigDict) -> None:
       f"{section}.revision",
       f"it belongs to a hub name, and config.{section}.path is {path!r}: leave it out",
     )
+  need(
+    config,
+    not (config.export.pull_request and config.export.revision),
+    "export.revision",
+    "a pull request is opened against the main branch: leave it out, or pull_request=False",
+  )
 
 
 def check_trackers(config: ConfigDict) -> None:

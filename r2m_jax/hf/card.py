@@ -68,14 +68,18 @@ model = AutoPeftModelForCausalLM.from_pretrained(FOLDER)""",
 # of the last RL row, those that say what the model became; "eval/..." is added
 EVALUATED = ("reward/gold", "reward/frozen", "reward/used", "kl", "length", "loss", "accuracy")
 PIPELINES = {"reward": "text-classification", "r2m_reward": "text-classification"}
-CITATION = """@article{huang2026r2m,
+CITATION = """The method is that of
+
+```bibtex
+@article{huang2026r2m,
   title = {Real-Time Aligned Reward Model beyond Semantics},
   author = {Huang, Zixuan and Xia, Xin and Ren, Yuxi and Zheng, Jianbin and Xiao, Xuefeng and Xie, Hongyan
     and Li, Huaqiu and Liang, Songshi and Dai, Zhongxiang and Zhuang, Fuzhen and Li, Jianxin and Ban, Yikun
     and Wang, Deqing},
   journal = {arXiv preprint arXiv:2601.22664},
   year = {2026}
-}"""
+}
+```"""
 VERSIONS = ("jax", "flax", "optax", "transformers", "huggingface_hub")
 
 
@@ -132,11 +136,7 @@ def write_card(
     "",
     "## Citation",
     "",
-    "The method is that of",
-    "",
-    "```bibtex",
     CITATION,
-    "```",
     "",
   ]
   (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")

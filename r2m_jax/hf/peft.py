@@ -62,7 +62,19 @@ def save_peft(
       )
   short = {template: template.split("{}.", 1)[1] for template in groups}
   other = {short[t]: rank for t, rank in ranks.items() if rank != lora.rank}
-  config = {
+  config = adapter_config(lora, base, revision, sorted(short.values()), other)
+  if jax.process_index() != 0:
+    return
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+  save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def adapter_config(
+  lora: LoraConfig, base: str, revision: str, targets: list[str], ranks: dict[str, int]
+) -> dict:
+  """adapter_config.json of PEFT. `ranks`: of the linears whose adapters have another one."""
+  return {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
     "base_model_name_or_path": base,
@@ -73,12 +85,7 @@ def save_peft(
     "lora_dropout": 0.0,
     "bias": "none",
     "fan_in_fan_out": False,
-    "target_modules": sorted(short.values()),
-    "rank_pattern": other,
-    "alpha_pattern": {name: rank * lora.scale for name, rank in other.items()},
+    "target_modules": targets,
+    "rank_pattern": ranks,
+    "alpha_pattern": {name: rank * lora.scale for name, rank in ranks.items()},
   }
-  if jax.process_index() != 0:
-    return
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-  save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})

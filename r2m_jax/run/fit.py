@@ -141,11 +141,7 @@ def fit(
   opt, saved = jax.jit(tx.init, out_shardings=opt_shardings)(state), time.monotonic()
   partial = checkpoint.open_checkpoints(workdir / PARTIAL / stage, last=1)
   facts = {} if frozen is None else {"models": checkpoint.fingerprint(frozen)}
-  start = checkpoint.newest(partial) or 0
-  if start:
-    checkpoint.require(partial, start, **facts)
-    state, opt = checkpoint.restore(partial, (state, opt), start)
-    print(f"{stage}: goes on from update {start} of {total}")
+  start, state, opt = resumed(partial, f"{stage}: goes on from update", total, facts, state, opt)
   batches = Timed(itertools.islice(batches, start, total))
   with (
     loop.at_hand() as asked,
@@ -174,6 +170,18 @@ def fit(
         break
   rows.require_learned()
   return state
+
+
+def resumed(partial: checkpoint.Checkpoints, words: str, total: int, facts: dict, state, opt):
+  """(updates done, state, optimizer's state) of an unfinished fit, printed after `words`; or what
+  was given, and 0 updates.
+  """
+  start = checkpoint.newest(partial) or 0
+  if start:
+    checkpoint.require(partial, start, **facts)
+    state, opt = checkpoint.restore(partial, (state, opt), start)
+    print(f"{words} {start} of {total}")
+  return start, state, opt
 
 
 def make_update(

@@ -103,6 +103,12 @@ def at_hand() -> Iterator[Callable[[], bool]]:
 # ---- the loop ----
 
 
+def no_cost(state, out, seconds) -> dict[str, float]:
+  """In place of `speed.Cost`: nothing is logged of what a step cost."""
+  del state, out, seconds
+  return {}
+
+
 def run_steps(
   config,
   workdir: Path,
@@ -112,7 +118,7 @@ def run_steps(
   *,
   data: str = "",
   models: str = "",
-  cost: Callable | None = None,
+  cost: Callable = no_cost,
 ):
   """Advances `state` to config.steps and returns it: logs every step, saves as config.log and
   config.checkpoint say.
@@ -135,7 +141,6 @@ def run_steps(
   start, in_a_row, skipped = int(state.step), [], 0
   facts = {"config": identity(config), "data": data, "models": models}
   best = config.checkpoint.best_metric
-  take_seconds()  # what came before belongs to no step
   trace = profiled(config.log.profile, workdir / PROFILE)
   with at_hand() as asked, checkpoint.finished(checkpoints), trace as profile:
     with Metrics(workdir, "rl", config.variant, from_step=start) as log:
@@ -145,9 +150,8 @@ def run_steps(
           with phase("step"):
             state, out, example_id, metrics, shown = advance(state, t)
           require_best(config, metrics)
-          costs = cost(state, out, take_seconds()) if cost else {}
           with phase("save"):
-            log.log(t, metrics | costs)
+            log.log(t, metrics | cost(state, out, take_seconds()))
           bar.update(**shown)
           stop, last = asked(), t + 1 == config.steps
           in_a_row = [*in_a_row, t] if metrics["skipped"] else []

@@ -120,6 +120,7 @@ class Cost:
 
   def __init__(self, config, state: TrainState):
     """state: any state of the run; its shapes alone are read."""
+    _seconds.clear()  # what came before belongs to no step
     updates = config.steps * config.ppo.epochs * config.ppo.minibatches
     self.config = config
     self.rates = {"policy": rate_table(config.policy, updates)}

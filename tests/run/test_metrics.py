@@ -1,8 +1,6 @@
 """What runs log: every key is documented, costs are counted rightly, and trackers never stop a run."""
 
 import json
-import pathlib
-import re
 import sys
 import types
 import warnings
@@ -22,21 +20,7 @@ from r2m_jax.run import loop, metrics, speed, trackers
 from r2m_jax.step import StepOutput
 from r2m_jax.types import Sequences
 
-ROOT = pathlib.Path(__file__).parents[2]
-
-
 # ---- docs/metrics.md ----
-
-
-def documented():
-  """The keys in the tables of docs/metrics.md -> whether they are marked as of the clock."""
-  found = {}
-  for line in (ROOT / "docs/metrics.md").read_text(encoding="utf-8").splitlines():
-    if line.startswith("| `"):
-      first = line.split(" | ")[0]
-      for name in re.findall(r"`([^`]+)`", first):
-        found[name] = first.endswith("*")
-  return found
 
 
 def logged_by_steps():
@@ -55,15 +39,15 @@ def test_every_logged_key_is_documented_and_every_documented_key_is_logged(small
   rows = metrics.read_metrics(smallest_run[0])
   run = {name for row in rows for name in row} - set(metrics.ROW_KEYS)
   assert {"lr/policy", "lr/reward", "seconds/save", "real/rollout", "memory/process_peak"} <= run
-  assert run <= documented().keys()
+  assert run <= small.documented_metrics().keys()
   # those of runs from folders (tests/tasks/test_folders.py), of an accelerator, and of a known peak
   elsewhere = {f"seconds/{name}" for name in ("rollout", "render", "learn")}
   elsewhere |= {"memory/device_peak", "speed/mfu"}
-  assert documented().keys() == run | logged_by_steps() | elsewhere
+  assert small.documented_metrics().keys() == run | logged_by_steps() | elsewhere
 
 
 def test_the_page_marks_what_depends_on_the_clock():
-  for name, marked in documented().items():
+  for name, marked in small.documented_metrics().items():
     assert marked == (name not in metrics.without_clock({name: 0})), name
 
 
