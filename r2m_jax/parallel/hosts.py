@@ -284,7 +284,7 @@ def total(number: int) -> int:
   """The sum of every process's `number`. All must ask."""
   if jax.process_count() == 1:
     return number
-  return int(multihost_utils.process_allgather(np.float64(number)).sum())
+  return int(multihost_utils.process_allgather(np.int32(number)).sum())
 
 
 def from_first(value: Any) -> Any:
