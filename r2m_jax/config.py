@@ -7,6 +7,7 @@ fields are here.
 import ast
 import difflib
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -84,6 +85,8 @@ def check_config(config: ConfigDict) -> None:
   check_files(config)
   check_lora(config)
   check_sizes(config)
+  check_trackers(config)
+  check_revisions(config)
   if config.policy.path or config.reward.path:
     check_folder_run(config)
   check_labels(config)
@@ -204,6 +207,31 @@ def check_lora(config: ConfigDict) -> None:
     "lora.rank",
     "adapters need a model to sit on: give config.policy.path",
   )
+
+
+def check_revisions(config: ConfigDict) -> None:
+  """A revision has a hub name that it belongs to; a pull request has none."""
+  for section in ("policy", "reward"):
+    path = config[section].path
+    need(
+      config,
+      not config[section].revision or path != "" and not os.path.isdir(os.path.expanduser(path)),
+      f"{section}.revision",
+      f"it belongs to a hub name, and config.{section}.path is {path!r}: leave it out",
+    )
+  need(
+    config,
+    not (config.export.pull_request and config.export.revision),
+    "export.revision",
+    "a pull request is opened against the main branch: leave it out, or pull_request=False",
+  )
+
+
+def check_trackers(config: ConfigDict) -> None:
+  """The libraries of the trackers are installed; none is imported."""
+  for name in config.log.to:
+    if name != "tensorboard" and importlib.util.find_spec(name) is None:
+      need(config, False, "log.to", f"{name} is not installed: pip install {name}")
 
 
 def check_sizes(config: ConfigDict) -> None:

@@ -52,6 +52,7 @@ PIECES = (
 ALGORITHMS = tuple(advantages.ESTIMATORS)
 ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
 
 
@@ -145,6 +146,12 @@ def is_mesh(sizes) -> bool:
   return len(sizes) == 3 and positive and tuple(sizes).count(-1) <= 1
 
 
+def is_window(window) -> bool:
+  """Whether it is () or (first step >= 0, number of steps >= 1)."""
+  whole = all(type(number) is int for number in window)
+  return not window or whole and len(window) == 2 and window[0] >= 0 and window[1] >= 1
+
+
 def are_weights(weights) -> bool:
   """Whether they are numbers from 0 on, not all of them 0."""
   good = all(isinstance(weight, (int, float)) and weight >= 0 for weight in weights)
@@ -188,6 +195,16 @@ PACKING = (
 FINITE = Rule(lambda x: x < float("inf"), "must be a finite number, such as 1e-4", "finite")
 DATE = Rule(
   is_date, "give a day as YYYY-MM-DD, or '' for the day that the run begins", 'YYYY-MM-DD or ""'
+)
+KNOWN_TRACKERS = Rule(
+  lambda x: set(x) <= set(TRACKERS) and len(set(x)) == len(x),
+  f"choose from {', '.join(TRACKERS)}, each once, or ()",
+  f"{', '.join(TRACKERS)}, each once",
+)
+WINDOW = Rule(
+  is_window,
+  "give the first step, from 0 on, and how many steps, from 1 on, such as (10, 3), or ()",
+  "two whole numbers, or ()",
 )
 WEIGHTS = Rule(are_weights, "give numbers from 0 on, not all of them 0", "at least 0, not all 0")
 BUCKETS = Rule(
@@ -386,6 +403,9 @@ ARCH = dict(
 POLICY = dict(
   **optimizer(lr=3e-4),
   path=Knob("", 'Hugging Face folder or hub name; "": a new model for the gold-reward task'),
+  revision=Knob(
+    "", 'branch, tag or commit of a hub name; "": main. A run keeps the commit that it began with'
+  ),
   arch=Section(
     "Shape of a new model; the vocabulary comes from the task (`models.arch.ArchConfig`)", ARCH
   ),
@@ -539,6 +559,7 @@ SFT = dict(
 REWARD = dict(
   **optimizer(lr=1e-3, schedule="cosine"),
   path=Knob("", 'Hugging Face folder or hub name of a sequence classifier; "": it is fitted'),
+  revision=Knob("", "as policy.revision"),
   max_length=Knob(
     0, "longest input; longer ones lose their beginning. 0: no limit", at_least(0), unit="tokens"
   ),
@@ -701,8 +722,12 @@ EXPORT = dict(
   ),
   out=Knob("", "folder in which policy and reward are written"),
   check=Knob(True, "compare with transformers if torch is installed; loads the model once more"),
-  push_to=Knob(
-    "", "hub name OWNER/MODEL; also uploads private OWNER/MODEL-policy and OWNER/MODEL-reward"
+  push_to=Knob("", "hub name OWNER/MODEL; also uploads OWNER/MODEL-policy and OWNER/MODEL-reward"),
+  private=Knob(True, "whether models that push_to makes are private"),
+  revision=Knob("", 'branch that push_to uploads to, made if it does not exist; "": main'),
+  pull_request=Knob(False, "push_to opens a pull request in models that exist"),
+  license=Knob(
+    "", 'license in the model card, such as "apache-2.0"; "": as in the card of the base'
   ),
 )
 
@@ -711,6 +736,25 @@ LOG = dict(
     40, "interval between checkpoints; the last step is always saved", at_least(1), unit="RL steps"
   ),
   samples=Knob(12, "rows of the sample table, before and after", at_least(1)),
+  to=Knob(
+    ("tensorboard",),
+    "where the scalars of metrics.jsonl go besides, see docs/trackers.md; (): nowhere",
+    KNOWN_TRACKERS,
+  ),
+  profile=Knob(
+    (),
+    "(first step, number of steps) of RL that are traced to WORKDIR/profile; (): none",
+    WINDOW,
+    unit="RL steps",
+  ),
+  peak_flops=Knob(
+    0.0,
+    "peak of one device, of which speed/mfu is a share; 0: the maker's figure for bfloat16, and no "
+    "speed/mfu if the device is not known",
+    at_least(0),
+    FINITE,
+    unit="FLOP/s",
+  ),
 )
 
 CHECKPOINT = dict(

@@ -113,6 +113,8 @@ def make_learn_at(share: float, defs: Defs, config, reward: Reward | None = None
     # 6. Metrics, and the state that the next step starts from.
     average = averaged(state.reward_average, head.head, config.r2m.average)
     metrics = metrics_of(sequences, judged, old, ref, w, beta, updates, head.metrics)
+    if len(config.packing) > 1:
+      metrics["learn/computed"] = jnp.float32(share)
     state = next_state(state, trained, head, average, next_beta, omega_at(state.step + 1, kl))
     return state, StepOutput(metrics=metrics, sequences=sequences, judged=judged)
 

@@ -325,7 +325,8 @@ def test_a_mistake_on_the_command_line_is_one_line(answers, name):
     (
       ["--config=configs/quickstart.py", "--workdir=x", "--config.log=3"],
       flags.IllegalFlagValueError("flag --config.log=3: Failed to parse '3' as a ConfigDict"),
-      "config.log is a section: set one of config.log.checkpoint_every, config.log.samples",
+      "config.log is a section: set one of config.log.checkpoint_every, "
+      "config.log.peak_flops, config.log.profile, config.log.samples, config.log.to",
     ),
     (
       ["--config", "configs/quickstart.py", "--workdir", "x", "--noconfig.ppo.whiten"],

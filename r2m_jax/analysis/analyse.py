@@ -356,7 +356,7 @@ def read_text(config, workdir: Path, wanted: list[str], *, kind: str) -> GoldRea
       "reward__path": str(workdir / "models" / "reward"),
     }
     settings = scratch.derived(config, "r2m", config.scratch.prompts, **models)
-  reward = load_reward(settings.reward.path, settings, mesh)
+  reward = load_reward(settings.reward.path, settings, mesh, workdir=workdir)
   rows = {
     json.dumps(row["prompt"]): row
     for pairs in scratch.sets_of(settings, reward, names)
@@ -375,7 +375,10 @@ def read_text(config, workdir: Path, wanted: list[str], *, kind: str) -> GoldRea
   frozen, reads = scratch.scores_of(settings, reward, None, rows, mesh).reshape(-1), []
   for name, out in {START: None, **exports_of(config, workdir, kind)}.items():
     policy = load_policy(
-      settings.policy.path if out is None else str(out / "policy"), settings, mesh
+      settings.policy.path if out is None else str(out / "policy"),
+      settings,
+      mesh,
+      workdir=workdir,
     )
     scores = {"frozen reward": frozen}
     if out is not None and VARIANTS[name].feedback == "policy":

@@ -14,6 +14,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from r2m_jax.algorithm.variants import VARIANTS
+from r2m_jax.config import redact
 from r2m_jax.hf import parity
 from r2m_jax.hf.card import write_card
 from r2m_jax.hf.folders import (
@@ -28,12 +29,19 @@ from r2m_jax.hf.folders import (
   score_of,
 )
 from r2m_jax.hf.peft import save_peft
-from r2m_jax.hf.weights import TOKENIZER_FILES, save_pretrained
+from r2m_jax.hf.weights import TOKENIZER_FILES, commit_of, save_pretrained
 from r2m_jax.models.lora import merged
 from r2m_jax.parallel import hosts
+from r2m_jax.parallel.errors import UserError
 from r2m_jax.run.build import lora_of
 
 HEAD_MODULE = Path(__file__).with_name("r2m_head.py")  # PyTorch; copied, never imported here
+
+
+class PushError(UserError, RuntimeError):
+  """The hub did not take a model."""
+
+  status = 1
 
 
 @contextlib.contextmanager
@@ -73,7 +81,8 @@ def write_policy(
   peft = lora is not None and config.lora.export == "peft"
   with new_folder(out) as folder:
     if peft:
-      save_peft(folder, policy.arch, state, lora, config.policy.path)
+      commit = commit_of(policy.folder)
+      save_peft(folder, policy.arch, state, lora, config.policy.path, commit)
       for file in (file for pattern in TOKENIZER_FILES for file in policy.folder.glob(pattern)):
         if hosts.first():
           shutil.copyfile(file, folder / file.name)
@@ -89,7 +98,8 @@ def write_policy(
           json.dumps(ends, indent=2) + "\n", encoding="utf-8"
         )
     if hosts.first():
-      write_card(folder, config, workdir, kind="adapters" if peft else "policy", bases=bases)
+      kind = "adapters" if peft else "policy"
+      write_card(folder, config, workdir, kind=kind, bases=bases, base_folder=policy.folder)
   finish(config, out, "policy", None if peft else lambda: parity.policy_gap(out))
 
 
@@ -132,7 +142,8 @@ def write_reward(
         else "the text prompt + ' ' + response"
       )
       kind = "reward" if head is None else "r2m_reward"
-      write_card(folder, config, workdir, kind=kind, bases=bases or [reward.arch.family], rule=rule)
+      named = dict(bases=bases or [reward.arch.family], base_folder=reward.folder)
+      write_card(folder, config, workdir, kind=kind, rule=rule, **named)
   finish(
     config, out, "reward", None if head and not policy else lambda: parity.reward_gap(out, policy)
   )
@@ -193,14 +204,36 @@ def finish(config, out: Path, what: str, gap) -> None:
         "(float32, 4 rows)"
       )
   if config.export.push_to:
-    push(out, f"{config.export.push_to}-{what}")
+    push(out, f"{config.export.push_to}-{what}", config.export)
 
 
-def push(folder: Path, name: str) -> None:
-  """Uploads a folder to the Hugging Face hub as a private model; the hub's own login is used."""
+def push(folder: Path, name: str, settings) -> None:
+  """Uploads a folder to the Hugging Face hub; the hub's own login is used.
+
+  Args:
+    settings: config.export: `private`, `revision` and `pull_request`. The latter changes a model
+      that exists, perhaps of somebody else, and makes none.
+
+  Raises:
+    PushError: the hub refused it or cannot be reached. The folder stays as it is.
+  """
   import huggingface_hub
 
-  api = huggingface_hub.HfApi()
-  api.create_repo(name, private=True, exist_ok=True)
-  api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Export from r2m_jax")
-  print(f"hub      {folder} is now {name}")
+  api, branch = huggingface_hub.HfApi(), settings.revision
+  where = {"revision": branch} if branch else {}
+  if settings.pull_request:
+    where["create_pr"] = True
+  try:
+    if not settings.pull_request:
+      api.create_repo(name, private=settings.private, exist_ok=True)
+      if branch:
+        api.create_branch(name, branch=branch, exist_ok=True)
+    message = "Export from r2m_jax"
+    done = api.upload_folder(repo_id=name, folder_path=str(folder), commit_message=message, **where)
+  except Exception as error:  # noqa: BLE001  its versions raise errors of three HTTP libraries
+    reason = redact(" ".join(str(error).split()))
+    raise PushError(
+      f"config.export.push_to: {name} was not uploaded: {reason}. {folder} is complete; repair that "
+      "and export it again with --config.task=export, or run: hf upload"
+    ) from None
+  print(f"hub      {folder} is now {getattr(done, 'pr_url', None) or name}")

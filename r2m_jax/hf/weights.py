@@ -33,6 +33,8 @@ from r2m_jax.parallel.errors import UserError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")  # of tensors on disk, as safetensors names them
+HUB = "hub.json"  # of a workdir: field -> the hub name, the revision asked for, and its commit
+CARD = "README.md"  # the model card
 SCORE = "score"  # the score head of a sequence classifier
 TOKENIZER_FILES = (
   "tokenizer*",
@@ -193,9 +195,12 @@ def load_pretrained(
   return Pretrained(arch, graphdef, state, score)
 
 
-def fetch(source: str | pathlib.Path) -> pathlib.Path:
+def fetch(source: str | pathlib.Path, revision: str = "") -> pathlib.Path:
   """The local folder of a model; a hub name is downloaded first, and nothing but safetensors,
-  JSON and tokenizer.
+  JSON, tokenizer and model card.
+
+  Args:
+    revision: branch, tag or commit of a hub name; "": its main branch.
   """
   folder = pathlib.Path(source).expanduser()
   if folder.is_dir():
@@ -206,14 +211,22 @@ def fetch(source: str | pathlib.Path) -> pathlib.Path:
     )
   import huggingface_hub
 
-  wanted = ["config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES]
+  wanted = ["config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES, CARD]
+  pin = {"revision": revision} if revision else {}
   try:
-    return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
+    found = huggingface_hub.snapshot_download(str(source), allow_patterns=wanted, **pin)
   except (OSError, ValueError) as error:
     reason = " ".join(str(error).split())
+    at = f" at revision {revision}" if revision else ""
     raise FileNotFoundError(
-      f"{source} is neither a folder nor a model that the hub gives: {reason}"
+      f"{source}{at} is neither a folder nor a model that the hub gives: {reason}"
     ) from error
+  return pathlib.Path(found)
+
+
+def commit_of(folder: pathlib.Path) -> str:
+  """The commit of a folder that `fetch` downloaded; "" of any other folder."""
+  return folder.name if folder.parent.name == "snapshots" else ""
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:

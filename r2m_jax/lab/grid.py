@@ -556,4 +556,6 @@ def run_of(name: str, config, replicas: list[tuple[int, float]], workdir: Path) 
   def ready(states=begun):
     return states  # `first_states` has put the fitted heads in
 
-  return Run(config, built, first=ready, warm=ready, steps=steps, name=name, shown=False)
+  return Run(
+    config, built, first=ready, warm=ready, steps=steps, name=name, shown=False, costed=False
+  )

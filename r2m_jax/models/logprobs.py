@@ -129,18 +129,10 @@ def token_stats(
   """
   if share < 1:
     assert mask is not None, "a share of the tokens is asked for: `mask` says which"
-    packing = Packing.of(mask, share)
-    stats = token_stats(
-      head,
-      packing.pack(hidden),
-      packing.pack(tokens),
-      temperature=temperature,
-      truncation=truncation,
-      ref=ref and (ref[0], packing.pack(ref[1])),
-      support=support and (support[0], packing.pack(support[1])),
-      chunk=chunk,
+    stats = functools.partial(
+      token_stats, temperature=temperature, truncation=truncation, chunk=chunk
     )
-    return jax.tree.map(packing.unpack, stats)
+    return packed_stats(stats, Packing.of(mask, share), head, hidden, tokens, ref, support)
   check(hidden, "B T D")
   check(tokens, "B T", jnp.integer)
   other = ref or support  # the reference is never read together with another model's support
@@ -160,6 +152,20 @@ def token_stats(
   if not 0 < chunk < length:
     return slice_stats(hidden, tokens, other_hidden)
   return in_slices(slice_stats, chunk, hidden, tokens, other_hidden)
+
+
+def packed_stats(
+  stats: Callable, packing: Packing, head: LogitsOf, hidden, tokens, ref, support
+) -> TokenStats:
+  """`token_stats` of the packed tokens, put back in their rows."""
+  found = stats(
+    head,
+    packing.pack(hidden),
+    packing.pack(tokens),
+    ref=ref and (ref[0], packing.pack(ref[1])),
+    support=support and (support[0], packing.pack(support[1])),
+  )
+  return jax.tree.map(packing.unpack, found)
 
 
 def whole_stats(

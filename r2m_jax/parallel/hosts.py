@@ -280,6 +280,13 @@ def largest(number: int) -> int:
   return int(multihost_utils.process_allgather(np.int32(number)).max())
 
 
+def total(number: int) -> int:
+  """The sum of every process's `number`. All must ask."""
+  if jax.process_count() == 1:
+    return number
+  return int(multihost_utils.process_allgather(np.int32(number)).sum())
+
+
 def from_first(value: Any) -> Any:
   """The first process's `value` in every process; JSON. The others' is not read."""
   if jax.process_count() == 1:

@@ -28,8 +28,8 @@ from r2m_jax.algorithm.labels import pairs_per_step, uses_labels
 from r2m_jax.config import ConfigError
 from r2m_jax.models import transformer
 from r2m_jax.parallel import sharding
+from r2m_jax.parallel.chips import Topology
 from r2m_jax.plan import hlo
-from r2m_jax.plan.chips import Topology
 from r2m_jax.plan.sizes import Sizes
 from r2m_jax.run import build
 from r2m_jax.run.files import write_atomic

@@ -25,6 +25,7 @@ from r2m_jax.run.files import plain, read_jsonl, write_atomic
 
 RESUME = 75  # exit status of a run that was asked to stop and has saved everything
 SAMPLES_KEPT = "skipped.jsonl"
+PROFILE = "profile"  # folder of a trace
 
 
 class Interrupted(BaseException):

@@ -8,10 +8,13 @@ from typing import Any, NamedTuple
 
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.parallel import hosts
-from r2m_jax.run import checkpoint, loop
+from r2m_jax.run import checkpoint, loop, speed
 from r2m_jax.run.build import Build
 from r2m_jax.run.metrics import Metrics, append_samples
 from r2m_jax.run.progress import progress
+from r2m_jax.run.speed import phase, profiled, take_seconds
+
+PROFILE = "profile"  # folder of a trace
 
 
 class Steps(NamedTuple):
@@ -48,6 +51,7 @@ class Run:
   data: fingerprint of the rows behind the prompts.
   name: what the run is called where it is shown; "" is config.variant.
   shown: whether its progress is printed if there is no terminal.
+  costed: whether it logs what each step cost; see `speed.Cost`.
   """
 
   config: Any
@@ -61,6 +65,7 @@ class Run:
   data: str = ""
   name: str = ""
   shown: bool = True
+  costed: bool = True
 
 
 def train(run: Run, workdir: Path):
@@ -86,32 +91,56 @@ def train(run: Run, workdir: Path):
   if start < config.steps:
     if not start:
       state = begin(run, state, workdir)
-    steps, guard = run.steps(state), loop.Guard(config, workdir, checkpoints, start)
-    with (
-      loop.at_hand() as asked,
-      checkpoint.finished(checkpoints),
-      Metrics(workdir, "rl", config.variant, from_step=start) as log,
-      progress(config.steps, name, initial=start, enabled=run.shown or sys.stderr.isatty()) as bar,
-    ):
-      for t, batch in zip(range(start, config.steps), steps.batches):
-        state, out, *seen = steps.step(state, *batch)
-        out = hosts.fetch(out)
-        metrics, live = steps.measure(t, state, out, batch, *seen)
-        loop.require_best(config, metrics)
-        log.log(t, metrics)
-        bar.update(**live)
-        stop = asked()
-        guard.see(t, metrics, out, batch[0].example_id)
-        if stop or t + 1 == config.steps or (t + 1) % config.log.checkpoint_every == 0:
-          loop.save(config, workdir, checkpoints, t + 1, state, metrics, facts)
-        if stop:
-          break
-    guard.require_learned()
+    state = advance(run, state, start, workdir, checkpoints, facts)
     if run.samples:
       append_samples(workdir, run.samples(state, "after"))
   if run.end:
     run.end(state)
   return state
+
+
+def advance(run: Run, state, start: int, workdir: Path, checkpoints, facts: dict):
+  """The loop of `train`, from step `start` on; facts: of the run, for the checkpoints."""
+  config, name = run.config, run.name or run.config.variant
+  steps, guard = run.steps(state), loop.Guard(config, workdir, checkpoints, start)
+  cost = speed.Cost(config, state) if run.costed else no_cost
+  shown = run.shown or sys.stderr.isatty()
+  with (
+    loop.at_hand() as asked,
+    checkpoint.finished(checkpoints),
+    profiled(config.log.profile, workdir / PROFILE) as profile,
+    Metrics(workdir, "rl", config.variant, from_step=start) as log,
+    progress(config.steps, name, initial=start, enabled=shown) as bar,
+  ):
+    for t in range(start, config.steps):
+      profile(t)
+      with phase("step"):
+        with phase("data"):
+          batch = next(steps.batches)
+        state, out, *seen = steps.step(state, *batch)
+        with phase("learn"):  # waits for the device
+          out = hosts.fetch(out)
+        metrics, live = steps.measure(t, state, out, batch, *seen)
+      loop.require_best(config, metrics)
+      with phase("save"):
+        log.log(t, metrics | cost(state, out, take_seconds()))
+      bar.update(**live)
+      stop = asked()
+      guard.see(t, metrics, out, batch[0].example_id)
+      if stop or t + 1 == config.steps or (t + 1) % config.log.checkpoint_every == 0:
+        with phase("save"):
+          loop.save(config, workdir, checkpoints, t + 1, state, metrics, facts)
+      if stop:
+        log.close("stopped")
+        break
+  guard.require_learned()
+  return state
+
+
+def no_cost(state, out, seconds) -> dict[str, float]:
+  """In place of `speed.Cost`: nothing is logged of what a step cost."""
+  del state, out, seconds
+  return {}
 
 
 def begin(run: Run, state, workdir: Path):

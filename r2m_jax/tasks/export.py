@@ -56,16 +56,15 @@ def run(config, workdir: Path | None = None) -> None:
     export_policy(config, workdir, out, mesh, manager, at)
     return
   config.task = stage[1] if stage[0] == "stages" else "r2m"
-  reward = load_reward(
-    config.reward.path or config.policy.path, config, mesh, from_policy=config.task == "reward"
-  )
+  source, from_policy = config.reward.path or config.policy.path, config.task == "reward"
+  reward = load_reward(source, config, mesh, from_policy=from_policy, workdir=workdir)
   if (workdir / RENDERER).exists():
     reward.renderer.require(read_json(workdir / RENDERER), workdir)
   if config.task == "reward":
     export_reward(config, workdir, out, mesh, manager, at, reward)
     return
   config.variant = stage[1]
-  policy = load_policy(config.policy.path, config, mesh)
+  policy = load_policy(config.policy.path, config, mesh, workdir=workdir)
   built = build(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   starts = policy.state, reward.state, reward.phi
   if not config.checkpoint.fork_from:
@@ -76,7 +75,7 @@ def run(config, workdir: Path | None = None) -> None:
 
 def export_policy(config, workdir: Path, out: Path, mesh, manager, at: int) -> None:
   """The policy of a checkpoint of supervised training, at step `at`."""
-  policy = load_policy(config.policy.path, config, mesh)
+  policy = load_policy(config.policy.path, config, mesh, workdir=workdir)
   config.task = "sft"
   built, like = build(config, mesh, arch=policy.arch), policy.state
   if built.lora:

@@ -65,6 +65,7 @@ from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
 from r2m_jax.run.loop import fingerprint
 from r2m_jax.run.metrics import append_samples
 from r2m_jax.run.run import Run, Steps, Texts, train
+from r2m_jax.run.speed import phase
 from r2m_jax.run.workdir import shapes_of, stage, warm, with_variant
 from r2m_jax.step import StepOutput, jit_step, make_learn_at, make_rollout
 from r2m_jax.tasks import export as export_task
@@ -149,6 +150,7 @@ def fit_stage(
       batch_sharding=built.rows,
       frozen=frozen,
       budget=settings.budget,
+      settings=settings,
     )
 
   return stage(workdir, name, shapes_of(start), make, frozen=frozen)
@@ -174,7 +176,7 @@ def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None 
     out: WORKDIR/export/policy where not given.
   """
   settings = config.sft
-  policy = load_policy(config.policy.path, config, mesh)
+  policy = load_policy(config.policy.path, config, mesh, workdir=workdir)
   dataset, collate = (packed_lines if config.data.pack else sft_rows)(
     config, policy.tokenizer, workdir, name
   )
@@ -201,7 +203,8 @@ def run_reward(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
   it in `out`.
   """
   settings = config.reward
-  reward = load_reward(config.reward.path or config.policy.path, config, mesh, from_policy=True)
+  source = config.reward.path or config.policy.path
+  reward = load_reward(source, config, mesh, from_policy=True, workdir=workdir)
   if reward.head is not None:
     raise FolderError(
       f"{reward.folder} is an R2M reward model; task=reward trains one that reads no policy"
@@ -304,8 +307,8 @@ def load_models(config, workdir: Path, mesh) -> tuple[Policy, RewardModel]:
     raise FolderError(
       f"config.{missing} is empty: task=r2m from folders needs a policy and a reward model"
     )
-  policy = load_policy(config.policy.path, config, mesh)
-  reward = load_reward(config.reward.path, config, mesh)
+  policy = load_policy(config.policy.path, config, mesh, workdir=workdir)
+  reward = load_reward(config.reward.path, config, mesh, workdir=workdir)
   hold_contract(workdir, reward.renderer)
   same_tokens = policy.tokenizer.hf.get_vocab() == reward.renderer.tokenizer.hf.get_vocab()
   has_critic = ESTIMATORS[config.algorithm].baseline == "critic"
@@ -394,20 +397,23 @@ def make_two_part_step(
     return [(texts[i], text, cut) for i, (text, cut) in zip(mine, answers)]
 
   def step(state, prompts, texts):
-    drawn = rollout(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
-    samples = answered(drawn.samples, [text for text in texts for _ in range(K)])
-    greedy = [] if drawn.greedy is None else answered(drawn.greedy, texts)
+    with phase("rollout"):
+      drawn = rollout(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
+      samples = answered(drawn.samples, [text for text in texts for _ in range(K)])
+      greedy = [] if drawn.greedy is None else answered(drawn.greedy, texts)
     rows = samples + greedy
-    ids = [renderer.ids(prompt, text, truncated=truncated) for prompt, text, truncated in rows]
-    tokens, mask = pad_left(
-      ids, renderer.tokenizer.pad_id, hosts.largest(bucket(max(map(len, ids))))
-    )
+    with phase("render"):
+      ids = [renderer.ids(prompt, text, truncated=truncated) for prompt, text, truncated in rows]
+      tokens, mask = pad_left(
+        ids, renderer.tokenizer.pad_id, hosts.largest(bucket(max(map(len, ids))))
+      )
     read = Rollout(Rows(tokens[: len(samples)], mask[: len(samples)]))
     if greedy:
       read = read.replace(greedy=Rows(tokens[len(samples) :], mask[len(samples) :]))
     pairs = (labeller(hosts.fetch(drawn.samples), int(state.step)),) if labelled else ()
     read = hosts.place(read, built.rows)
-    state, out = learn_of(state, drawn, read)(state, drawn, read, *pairs)
+    with phase("learn"):
+      state, out = learn_of(state, drawn, read)(state, drawn, read, *pairs)
     return state, out, samples
 
   return step

@@ -24,7 +24,7 @@ from r2m_jax.hf.folders import load_policy, load_reward, mesh_of
 from r2m_jax.lab import realtext
 from r2m_jax.lab.table import read_table
 from r2m_jax.run.files import read_jsonl
-from r2m_jax.run.metrics import read_metrics
+from r2m_jax.run.metrics import read_metrics, without_clock
 from r2m_jax.tasks import scratch, serve
 
 
@@ -79,7 +79,7 @@ def policy_bytes(workdir, arm, seed):
 
 def timeless(workdir, arm, seed):
   rows = read_metrics(realtext.run_of(workdir, arm, seed))
-  return [{k: v for k, v in row.items() if k not in ("seconds", "data/wait")} for row in rows]
+  return list(map(without_clock, rows))
 
 
 # ---- gold stays outside ----

@@ -25,7 +25,7 @@ from r2m_jax.run import build, checkpoint
 from r2m_jax.run import workdir as workdirs
 from r2m_jax.run.files import read_jsonl
 from r2m_jax.run.fit import fit
-from r2m_jax.run.metrics import read_metrics
+from r2m_jax.run.metrics import read_metrics, without_clock
 from r2m_jax.tasks import gold
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -121,11 +121,7 @@ def test_interrupted_run_goes_on_and_ends_where_the_unbroken_one_does(
   gold.run(cfg, tmp_path)
 
   def pick(rows):
-    return [
-      {k: v for k, v in row.items() if k != "seconds"}
-      for row in rows
-      if row["stage"] == "rl" and row["arm"] == "r2m"
-    ]
+    return [without_clock(row) for row in rows if row["stage"] == "rl" and row["arm"] == "r2m"]
 
   resumed, unbroken = pick(read_metrics(tmp_path)), pick(read_metrics(smallest_run[0]))
   assert resumed == unbroken

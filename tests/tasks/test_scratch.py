@@ -28,7 +28,7 @@ from r2m_jax.data.jsonl import DataError
 from r2m_jax.hf.folders import load_policy, load_reward, mesh_of
 from r2m_jax.run import fit
 from r2m_jax.run.files import read_jsonl
-from r2m_jax.run.metrics import read_metrics
+from r2m_jax.run.metrics import read_metrics, without_clock
 from r2m_jax.tasks import evals, folders, replay, scratch, tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -272,11 +272,9 @@ def test_rl_goes_on_from_its_checkpoint(finished, tmp_path):
 
   assert bytes_of(again) == bytes_of(workdir)
 
-  def timeless(row):
-    return {name: x for name, x in row.items() if name not in ("seconds", "data/wait")}
-
   rows, want = (
-    [timeless(row) for row in read_metrics(run) if row["arm"] == "r2m"] for run in (again, workdir)
+    [without_clock(row) for row in read_metrics(run) if row["arm"] == "r2m"]
+    for run in (again, workdir)
   )
   assert rows == want and len(rows) == 2
 
