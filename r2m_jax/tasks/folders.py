@@ -33,6 +33,7 @@ from r2m_jax.data.datasets import (
   prompt_data,
   sft_rows,
   take_pairs,
+  warn_of_lengths,
 )
 from r2m_jax.data.text import Renderer, bucket, pad_left, responses_of
 from r2m_jax.hf import export
@@ -80,7 +81,7 @@ def run(config, workdir: Path) -> None:
   tasks = {"sft": run_sft, "reward": run_reward, "r2m": run_r2m}
   if config.task not in tasks:
     raise ConfigError(
-      f"config.task is {config.task!r}: from a folder it is one of {', '.join(tasks)}"
+      f"config.task is {config.task!r}: from a folder it is one of {', '.join(tasks)}: choose one"
     )
   mesh = mesh_of(config)
   check_batch(config, tuple(mesh.shape.values()))
@@ -202,7 +203,8 @@ def run_reward(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
   reward = load_reward(config.reward.path or config.policy.path, config, mesh, from_policy=True)
   if reward.head is not None:
     raise FolderError(
-      f"{reward.folder} is an R2M reward model; task=reward trains one that reads no policy"
+      f"{reward.folder} is an R2M reward model; task=reward trains one that reads no policy; "
+      "give a reward model without a head, or a policy"
     )
   hold_contract(workdir, reward.renderer)
   dataset, collate, count = pairs(config, reward.renderer, workdir)
@@ -254,7 +256,8 @@ def run_r2m(
   if not (config.policy.path and config.reward.path):
     missing = "reward.path" if config.policy.path else "policy.path"
     raise FolderError(
-      f"config.{missing} is empty: task=r2m from folders needs a policy and a reward model"
+      f"config.{missing} is empty: task=r2m from folders needs a policy and a reward model; "
+      "give both"
     )
   policy = load_policy(config.policy.path, config, mesh)
   reward = load_reward(config.reward.path, config, mesh)
@@ -270,10 +273,12 @@ def run_r2m(
   layers = policy.arch.num_layers
   if not -layers <= config.r2m.feedback_layer < layers:
     raise ConfigError(
-      f"config.r2m.feedback_layer is {config.r2m.feedback_layer}: the policy has {layers} layers"
+      f"config.r2m.feedback_layer is {config.r2m.feedback_layer}: the policy has {layers} layers; "
+      f"give a number from {-layers} to {layers - 1}"
     )
   built = build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   data = prompt_data(config, policy.tokenizer, workdir)
+  warn_of_lengths(config, data, policy.tokenizer, reward.renderer)
   if not (workdir / "checkpoints").exists():
     check_model(
       built.defs.base or built.defs.policy,
