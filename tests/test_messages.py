@@ -5,6 +5,7 @@ A message counts as naming a fix if a clause of it begins with an imperative of 
 """
 
 import ast
+import functools
 import pathlib
 import re
 
@@ -100,6 +101,7 @@ def template(node, helpers: dict) -> str:
   return "{}"
 
 
+@functools.cache
 def messages() -> dict[str, str]:
   """ "file:line" -> template of the first argument of every such error, and of `stop`."""
   sources = trees()
