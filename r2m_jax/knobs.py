@@ -320,7 +320,7 @@ ROLLOUT = dict(
   group_size=Knob(
     8,
     "responses per prompt, K",
-    at_least(2, "must be at least 2: R2M compares the responses of a prompt"),
+    at_least(2, "R2M compares K >= 2 responses per prompt"),
   ),
   max_new_tokens=Knob(24, "longest response", at_least(1), unit="tokens"),
   temperature=Knob(

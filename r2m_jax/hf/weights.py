@@ -213,8 +213,7 @@ def fetch(source: str | pathlib.Path) -> pathlib.Path:
   except (OSError, ValueError) as error:
     reason = " ".join(str(error).split())
     raise FileNotFoundError(
-      f"{source} is neither a folder nor a model that the hub gives: {reason}; correct "
-      "the name, or without a network give a folder"
+      f"{source} is neither a folder nor a model that the hub gives: {reason}"
     ) from error
 
 
