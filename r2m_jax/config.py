@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import re
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
@@ -75,6 +76,7 @@ class ConfigError(UserError, ValueError):
 def check_config(config: ConfigDict) -> None:
   """Raises ConfigError for the first value that cannot work. Touches no device."""
   check_secrets(config)
+  check_home(config)
   check_rules(config)
   check_kl(config)
   check_reward_lengths(config)
@@ -113,6 +115,20 @@ def check_secrets(config: ConfigDict) -> None:
       raise ConfigError(
         f"config.{field} looks like it holds a token or a password, which would end in the run's "
         "files: give it in the environment instead, such as HF_TOKEN"
+      )
+
+
+def check_home(config: ConfigDict) -> None:
+  """A path that begins with ~ has a home folder to stand for."""
+  try:
+    Path.home()
+  except RuntimeError:
+    for field in _fields(config):
+      value = _get(config, field)
+      names = value.split(",") if isinstance(value, str) else ()
+      needs_home = any(name.strip().startswith("~") for name in names)
+      need(
+        config, not needs_home, field, "there is no home folder; give the whole path, or set HOME"
       )
 
 
@@ -187,7 +203,7 @@ def check_shapes(config: ConfigDict) -> None:
       config,
       -layers <= config.r2m.feedback_layer < layers,
       "r2m.feedback_layer",
-      f"the policy has {layers} layers; -1 is the last",
+      f"the policy has {layers} layers; give one from {-layers} to {layers - 1}, such as -1, the last",
     )
 
 
@@ -247,7 +263,7 @@ def check_sizes(config: ConfigDict) -> None:
     config,
     config.variant != "shuffled" or config.rollout.prompts > 1,
     "rollout.prompts",
-    "variant shuffled needs two",
+    "variant shuffled needs two; give 2 or more, or choose another variant",
   )
 
 
@@ -352,7 +368,7 @@ def check_folder_run(config: ConfigDict) -> None:
     config,
     config.reward.ensemble == 1,
     "reward.ensemble",
-    "a folder's reward model has one score head; 1 is all it can give",
+    "a folder's reward model has one score head; give 1",
   )
   if config.task != "r2m":
     return
@@ -372,7 +388,7 @@ def check_folder_run(config: ConfigDict) -> None:
       not needed or config.r2m.judgments != "",
       "r2m.judgments",
       f"variant {variant!r} with labels {config.r2m.labels!r} needs a file of JSON lines "
-      f"{{prompt, chosen, rejected}}",
+      f"{{prompt, chosen, rejected}}; give one",
     )
 
 

@@ -170,7 +170,7 @@ ARMS = (
     f"choose from {', '.join(VARIANTS)}",
     "variants",
   ),
-  Rule(lambda x: len(set(x)) == len(x), "each variant may appear once", "each once"),
+  Rule(lambda x: len(set(x)) == len(x), "name each variant once", "each once"),
 )
 SEED = Rule(
   lambda x: 0 <= x < 2**32,
@@ -228,7 +228,7 @@ SEEDS = (
     "give whole numbers from 0 on, such as (0, 1, 2)",
     "whole numbers, at least 0",
   ),
-  Rule(lambda x: len(set(x)) == len(x), "each seed may appear once", "each once"),
+  Rule(lambda x: len(set(x)) == len(x), "give each seed once", "each once"),
 )
 POSITIVE_FIX = "give numbers above 0, each once, such as (1.0,)"
 POSITIVE = Rule(are_positive, POSITIVE_FIX, "above 0, each once")
@@ -349,7 +349,9 @@ RUN = dict(
 ROLLOUT = dict(
   prompts=Knob(16, "prompts per RL step, n", at_least(1)),
   group_size=Knob(
-    8, "responses per prompt, K", at_least(2, "R2M compares K >= 2 responses per prompt")
+    8,
+    "responses per prompt, K",
+    at_least(2, "R2M compares K >= 2 responses per prompt"),
   ),
   max_new_tokens=Knob(24, "longest response", at_least(1), unit="tokens"),
   temperature=Knob(

@@ -73,7 +73,9 @@ def run(config, workdir: Path) -> dict[str, Found]:
       have.
   """
   if not (workdir / "config.json").is_file():
-    raise ConfigError(f"--workdir={workdir} holds no run to analyse: there is no config.json")
+    raise ConfigError(
+      f"--workdir={workdir} holds no run to analyse: there is no config.json; give the workdir of a run"
+    )
   wanted, task = chosen_pieces(config), read_json(workdir / "config.json").get("task")
   config = run_config(config, workdir, mine=("mesh", "analyse"))
   kind = task if task in ("lab", "scratch") else training(config).__name__.rpartition(".")[2]
@@ -81,12 +83,16 @@ def run(config, workdir: Path) -> dict[str, Found]:
   lacks = missing(config, workdir, kind, curves)
   if refused := [f"{name}: {lacks[name]}" for name in wanted if name in lacks]:
     raise ConfigError(
-      f"config.analyse.what asks {workdir} for what it does not have: " + "; ".join(refused)
+      f"config.analyse.what asks {workdir} for what it does not have: "
+      + "; ".join(refused)
+      + "; leave it out"
     )
   wanted = wanted or [name for name in PIECES if name not in lacks]
   if not wanted:
     reasons = "; ".join(dict.fromkeys(lacks.values()))
-    raise ConfigError(f"--workdir={workdir} has nothing to analyse: {reasons}")
+    raise ConfigError(
+      f"--workdir={workdir} has nothing to analyse: {reasons}; give the workdir of another run"
+    )
   for name in PIECES:
     if name not in wanted and name in lacks:
       print(f"analyse  without {name}: {lacks[name]}")
@@ -369,7 +375,8 @@ def read_text(config, workdir: Path, wanted: list[str], *, kind: str) -> GoldRea
   rows = [rows[i] for i in np.sort(picked)]
   if len(rows) < 2:
     raise ConfigError(
-      f"config.analyse.pairs gives {len(rows)} prompts within the limits of config.data: 2 at least"
+      f"config.analyse.pairs gives {len(rows)} prompts within the limits of config.data: give 2 at least, "
+      "or raise config.data.max_prompt_length and max_response_length"
     )
   prompt, label = np.repeat(np.arange(len(rows)), 2), np.tile([1, 0], len(rows))
   frozen, reads = scratch.scores_of(settings, reward, None, rows, mesh).reshape(-1), []

@@ -119,6 +119,15 @@ def enough(rows: int, field: str, size: int, source: str = "data.name") -> None:
     )
 
 
+SHORTER_ROWS = "lower config.data.max_prompt_length or config.data.max_response_length"
+SHORTER_SAMPLES = "lower config.data.max_prompt_length or config.rollout.max_new_tokens"
+SHORTER_INPUTS = (
+  "set config.reward.max_length to that limit, which drops the beginning of longer rows"
+)
+# prompts that are rendered for the reward model before the run, to see how long they get
+LONGEST = 8
+
+
 # ---- sft ----
 
 
@@ -139,6 +148,7 @@ def sft_rows(config, tokenizer: Tokenizer, workdir: Path, name: str):
   rows, ids = [rows[i] for i in kept], [(ids[i][0], ids[i][1] + end) for i in kept]
   print(f"response {len(ids[0][1])} tokens: {tokenizer.hf.decode(ids[0][1])!r}")
   widest = bucket(max(len(response) for _, response in ids))
+  tokenizer.warn_beyond([len(p) + len(r) for p, r in ids], f"rows for {name}", SHORTER_ROWS)
   hold(workdir, name, rows, ids)
   dataset, lengths = row_stream(
     config, rows, config.sft.batch_size, lengths=[len(p) + len(r) for p, r in ids]
@@ -183,6 +193,7 @@ def packed_lines(config, tokenizer: Tokenizer, workdir: Path, name: str):
     f"data     {len(texts)} of {len(rows)} dialogues for {name} make {len(lines)} lines of "
     f"{length} tokens"
   )
+  tokenizer.warn_beyond([length] * len(lines), f"packed lines for {name}", SHORTER_ROWS)
   enough(len(lines), "sft.batch_size", config.sft.batch_size)
   dataset, _ = row_stream(
     config, [{"part": 0}] * len(lines), config.sft.batch_size, lengths=[length] * len(lines)
@@ -249,6 +260,8 @@ def pairs(config, renderer: Renderer, workdir: Path):
   print(renderer.describe(rows[0]["prompt"], rows[0]["chosen"]))
   rows, ids = pair_ids(config, renderer, rows, "reward")
   enough(len(rows), "reward.batch_size", config.reward.batch_size)
+  lengths_of_sides = [len(side) for pair in ids for side in pair]
+  renderer.tokenizer.warn_beyond(lengths_of_sides, "responses of pairs", SHORTER_INPUTS)
   hold(workdir, "reward", rows, ids)
   dataset, lengths = row_stream(
     config, rows, config.reward.batch_size, lengths=[max(map(len, pair)) for pair in ids]
@@ -295,6 +308,22 @@ def prompt_data(config, tokenizer: Tokenizer, workdir: Path) -> PromptData:
   return PromptData([row["prompt"] for row in rows], ids, bucket(max(map(len, ids))), order)
 
 
+def warn_of_lengths(config, data: PromptData, tokenizer: Tokenizer, renderer: Renderer) -> None:
+  """Warns if samples may be longer than the policy or the reward model was trained for.
+
+  How long a response gets for the reward model is not known before it is sampled: it is taken to
+  have as many tokens as for the policy.
+  """
+  new = config.rollout.max_new_tokens
+  more = f"with config.rollout.max_new_tokens = {new}"
+  tokenizer.warn_beyond([len(ids) + new for ids in data.ids], f"prompts {more}", SHORTER_SAMPLES)
+  longest = sorted(range(len(data.ids)), key=lambda i: len(data.ids[i]))[-LONGEST:]
+  inputs = [len(renderer.ids(data.prompts[i], "", truncated=True)) + new for i in longest]
+  inputs = [min(n, renderer.max_length or n) for n in inputs]
+  what = f"longest prompts {more}, as input of the reward model,"
+  renderer.tokenizer.warn_beyond(inputs, what, f"{SHORTER_SAMPLES}, {SHORTER_INPUTS}")
+
+
 def batch_of(data: PromptData, index: np.ndarray, tokenizer: Tokenizer) -> Prompts:
   prompts = as_prompts([data.ids[i] for i in index], tokenizer.pad_id, length=data.length)
   return prompts.replace(example_id=np.asarray(index, np.int32))
@@ -335,8 +364,10 @@ def judged_pairs(
   if not kept:
     raise DataError(
       f"no row of {config.r2m.judgments} is within config.data.max_prompt_length + "
-      "max_response_length"
+      f"max_response_length = {limit} tokens; raise them, or give shorter judgments"
     )
+  for which, of, fix in ((0, tokenizer, SHORTER_ROWS), (1, renderer.tokenizer, SHORTER_INPUTS)):
+    of.warn_beyond([len(side) for pair in kept for side in pair[which]], "judged responses", fix)
   arrays = {}
   for which, name, pad in ((0, "", tokenizer.pad_id), (1, "reward_", renderer.tokenizer.pad_id)):
     flat = [side for pair in kept for side in pair[which]]

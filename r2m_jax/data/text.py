@@ -13,6 +13,7 @@ import hashlib
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -52,6 +53,7 @@ class Tokenizer:
   suffix: tuple[
     int, ...
   ] = ()  # what the tokenizer adds behind every text by itself, such as an EOS
+  max_positions: int | None = None  # max_position_embeddings of the model beside it, in tokens
 
   @property
   def has_template(self) -> bool:
@@ -146,7 +148,8 @@ class Tokenizer:
       raise TextError(
         f"{shown[:80]!r} holds the token {token!r} with id {max(ids)}; the model of {self.source} "
         "knows "
-        f"{self.vocab_size} ids: the tokenizer is not the model's"
+        f"{self.vocab_size} ids: the tokenizer is not the model's; copy the model's own files "
+        "again"
       )
     bos = self.hf.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
@@ -156,6 +159,25 @@ class Tokenizer:
         f"{self.source}); take one out of the prompt or of the chat template: {shown[:80]!r}"
       )
     return ids
+
+  def warn_beyond(self, lengths: Sequence[int], what: str, fix: str) -> None:
+    """Warns on stderr if rows of these lengths, in tokens, are longer than the model can be
+    expected to read.
+
+    Args:
+      what: what the rows are, with the fields that make them long.
+      fix: how to make them shorter.
+    """
+    limit = self.max_positions
+    if limit is None or not len(lengths) or max(lengths) <= limit:
+      return
+    print(
+      f"warning: {sum(n > limit for n in lengths)} of {len(lengths)} {what} are longer than "
+      f"max_position_embeddings = {limit} in the config.json of {self.source}, the longest "
+      f"{max(lengths)} tokens: the model was not trained on positions beyond it, so what it "
+      f"computes there may be worthless; {fix}, or use a model with more positions",
+      file=sys.stderr,
+    )
 
   def describe(self, prompt: Prompt) -> str:
     """What a user should look at once: one rendered prompt with its special tokens, and the ids
@@ -176,13 +198,16 @@ class Tokenizer:
 
 
 def load_tokenizer(
-  folder: str | pathlib.Path, vocab_size: int | None = None, date: str = ""
+  folder: str | pathlib.Path,
+  vocab_size: int | None = None,
+  date: str = "",
+  max_positions: int | None = None,
 ) -> Tokenizer:
   """The tokenizer in a model's folder, with the eos ids of the generation config, the tokenizer and
   the template.
 
-  `vocab_size` of the model: a text with an id beyond it is refused when it is rendered. `date` as
-  in Tokenizer.
+  `vocab_size` of the model: a text with an id beyond it is refused when it is rendered. `date`
+  and `max_positions` as in Tokenizer.
   """
   import transformers
 
@@ -192,7 +217,8 @@ def load_tokenizer(
   except Exception as error:  # noqa: BLE001  its files are parsed by Rust and Python code that raises all kinds
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
     raise TextError(
-      f"{folder} holds no tokenizer that transformers reads (tokenizer.json): {reason}"
+      f"{folder} holds no tokenizer that transformers reads (tokenizer.json): {reason}; copy its "
+      "tokenizer files again, or write them by save_pretrained of its tokenizer"
     ) from None
   end = _end_of_turn(hf)
   own = [] if hf.eos_token_id is None else [hf.eos_token_id]
@@ -219,6 +245,7 @@ def load_tokenizer(
     vocab_size=vocab_size,
     date=date,
     suffix=_suffix(hf),
+    max_positions=max_positions,
   )
 
 
@@ -288,7 +315,8 @@ def _end_of_turn(hf) -> int | None:
   ) as error:  # the last three of what is no template
     source = hf.name_or_path
     raise TextError(
-      f"the chat template of {source} cannot render a question and its answer: {error}"
+      f"the chat template of {source} cannot render a question and its answer: {error}; "
+      "mend it in chat_template.jinja (or tokenizer_config.json), or take it out"
     ) from None
   after = (
     hf(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"]
@@ -329,7 +357,8 @@ def check_messages(messages) -> list[dict[str, str]]:
   ):
     shown = json.dumps(messages, ensure_ascii=False, default=str)[:120]
     raise TextError(
-      f"a prompt is text or a list of {{'role': ..., 'content': text}}; this one is {shown}"
+      f"a prompt is text or a list of {{'role': ..., 'content': text}}; this one is {shown}: "
+      "change it"
     )
   return messages
 
@@ -356,7 +385,7 @@ def pad_left(
   mask = np.zeros((len(rows), length), bool)
   for i, row in enumerate(rows):
     if len(row) > length:
-      raise TextError(f"row {i} has {len(row)} tokens and {length} fit")
+      raise TextError(f"row {i} has {len(row)} tokens and {length} fit; shorten it")
     if len(row):
       tokens[i, -len(row) :], mask[i, -len(row) :] = row, True
   return tokens, mask

@@ -192,17 +192,10 @@ def finish(config, out: Path, what: str, gap) -> None:
       "parity   not measured: the policy is a PEFT folder; config.lora.export=merged is measured"
     )
   elif config.export.check:
-    if (value := gap()) is None:
-      print("parity   not measured: torch is not installed")
-    else:
-      name, within = (
-        ("logit", "score")[what == "reward"],
-        "within" if value <= parity.BOUND else "ABOVE",
-      )
-      print(
-        f"parity   max |{name} - that of transformers| {value:.1e}, {within} {parity.BOUND:.0e} "
-        "(float32, 4 rows)"
-      )
+    found = gap()
+    name = "score" if what == "reward" else "logit"
+    reason = "not measured: torch is not installed"
+    print(f"parity   {reason if found is None else found.describe(name)}")
   if config.export.push_to:
     push(out, f"{config.export.push_to}-{what}", config.export)
 

@@ -110,7 +110,7 @@ def load_policy(
       f"config.policy.path is {source}: a sequence classifier, which cannot generate; give a "
       "causal language model"
     )
-  tokenizer = load_tokenizer(folder, model.arch.vocab_size, config.data.date)
+  tokenizer = _tokenizer(folder, model.arch, config)
   return Policy(folder, model.arch, model.graphdef, model.state, tokenizer)
 
 
@@ -139,9 +139,10 @@ def load_reward(
   if model.score is not None and model.score.kernel.shape[1] != 1:
     labels = model.score.kernel.shape[1]
     raise FolderError(
-      f"config.reward.path is {source}: it gives {labels} labels; a reward is one number"
+      f"config.reward.path is {source}: it gives {labels} labels; a reward is one number: "
+      "give a reward model with one label"
     )
-  tokenizer = load_tokenizer(folder, model.arch.vocab_size, config.data.date)
+  tokenizer = _tokenizer(folder, model.arch, config)
   renderer = Renderer(tokenizer, config.reward.max_length)
   if (folder / RENDERER).exists():
     renderer.require(read_object(folder / RENDERER), folder)
@@ -207,6 +208,10 @@ def _load(
     raise
   except (ValueError, OSError, SafetensorError) as error:
     raise FolderError(f"config.{field} is {source}: {error}") from error
+
+
+def _tokenizer(folder: pathlib.Path, arch: ArchConfig, config) -> Tokenizer:
+  return load_tokenizer(folder, arch.vocab_size, config.data.date, arch.max_positions)
 
 
 def reward_start(reward: RewardModel, mesh):
@@ -312,7 +317,8 @@ def load_head(folder: pathlib.Path) -> tuple[HeadConfig, nnx.State] | None:
     if x is None or x.shape != like.shape:
       found = None if x is None else x.shape
       raise FolderError(
-        f"{folder / HEAD_WEIGHTS}: {name} (transposed) must be {like.shape}; it is {found}"
+        f"{folder / HEAD_WEIGHTS}: {name} (transposed) must be {like.shape}; it is {found}: copy "
+        "both files again"
       )
     return jnp.asarray(x, like.dtype)
 

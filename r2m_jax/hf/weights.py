@@ -157,6 +157,7 @@ def load_pretrained(
   folder = fetch(source)
   arch = read_arch(folder / "config.json")
   files = Files(folder)
+  files.add_prefix(arch)
   score_name = f"{SCORE}.weight"
   arch = arch.replace(lm_head=score_name not in files.shapes if lm_head is None else lm_head)
   files.check_tied(arch)
@@ -187,11 +188,11 @@ def load_pretrained(
     def put(x):
       return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
 
-    bias = files.tensor(f"{SCORE}.bias") if f"{SCORE}.bias" in files.shapes else None
-    kernel = np.ascontiguousarray(files.tensor(score_name).T)
-    score = Score(
-      put(kernel.astype(param_dtype)), None if bias is None else put(bias.astype(param_dtype))
-    )
+    files.check_score(arch, read_json(folder / "config.json"))
+    kernel, bias = np.ascontiguousarray(files.tensor(score_name).T), None
+    if f"{SCORE}.bias" in files.shapes:
+      bias = put(files.tensor(f"{SCORE}.bias").astype(param_dtype))
+    score = Score(put(kernel.astype(param_dtype)), bias)
   return Pretrained(arch, graphdef, state, score)
 
 
@@ -325,30 +326,65 @@ class Files:
         "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
       )
     else:
-      raise PretrainedError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
+      raise PretrainedError(
+        f"{folder} holds neither {WEIGHTS} nor {INDEX}; copy one there, or write the model by "
+        "save_pretrained"
+      )
     self.folder = folder
     if outside := sorted(
       {file for file in self.where.values() if pathlib.PurePath(file).name != file}
     ):
       raise PretrainedError(
-        f"{folder / INDEX} names {outside}: weights lie in the folder itself, nothing else is read"
+        f"{folder / INDEX} names {outside}: nothing outside of the folder is read; put the files "
+        "into it and name them without a folder"
       )
     if absent := sorted({file for file in self.where.values() if not (folder / file).exists()}):
       raise PretrainedError(
         f"{folder / INDEX} names {absent}, which are not in the folder; copy it again"
       )
     shapes = {name: header(folder / name) for name in sorted(set(self.where.values()))}
+    self._require_once(shapes)
     for name, file in self.where.items():
       if name not in shapes[file]:
         raise PretrainedError(
-          f"{folder / INDEX} says {name} lies in {file}, which does not hold it"
+          f"{folder / INDEX} says {name} lies in {file}, which does not hold it; copy both again"
         )
     self.shapes = {name: shapes[file][name] for name, file in self.where.items()}
+    self.stored = {name: name for name in self.where}  # as the files spell it
+
+  def _require_once(self, shapes: dict[str, dict]) -> None:
+    """Raises if two files hold the same tensor: transformers then takes the last file's, the index
+    may name the first.
+    """
+    seen: dict[str, str] = {}
+    for file, held in shapes.items():
+      for name in held:
+        if name in seen:
+          raise PretrainedError(
+            f"{self.folder}: {name} lies in {seen[name]} and in {file}; take it out of one of them, "
+            "or copy the folder again"
+          )
+        seen[name] = file
+
+  def add_prefix(self, arch: ArchConfig) -> None:
+    """Names the tensors of a bare decoder as those of the whole model.
+
+    AutoModel saves them without "model.", and transformers adds it when a model with a head is
+    loaded.
+    """
+    embed, head = (name_of(arch, path)[0] for path in ("embed/embedding", "lm_head/kernel"))
+    prefix = embed.split(".")[0] + "."
+    if embed in self.shapes or embed.removeprefix(prefix) not in self.shapes:
+      return
+    heads = (f"{SCORE}.", head)
+    self.stored = {name if name.startswith(heads) else prefix + name: name for name in self.stored}
+    self.where = {name: self.where[stored] for name, stored in self.stored.items()}
+    self.shapes = {name: self.shapes[stored] for name, stored in self.stored.items()}
 
   def tensor(self, name: str, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
     """A part of a tensor, read from disk."""
     with safe_open(self.folder / self.where[name], "np") as file:
-      return file.get_slice(name)[index]
+      return file.get_slice(self.stored[name])[index]
 
   def check(self, shapes: dict[str, tuple[int, ...]], arch: ArchConfig) -> None:
     """Raises unless the files hold exactly the parameters of `arch`, in their shapes."""
@@ -367,13 +403,14 @@ class Files:
       raise PretrainedError(
         f"{self.folder} lacks {len(missing)} tensors, the first {missing[0]} of shape "
         f"{expected[missing[0]]}; it holds "
-        f"{len(self.shapes)} of model_type {arch.family!r}, such as {min(self.shapes)}"
+        f"{len(self.shapes)} of model_type {arch.family!r}, such as {min(self.shapes)}; copy "
+        "the weights again, or correct config.json"
       )
     for name, shape in expected.items():
       if self.shapes[name] != shape:
         raise PretrainedError(
           f"{name} has shape {self.shapes[name]} in {self.folder / self.where[name]}; config.json "
-          f"asks for {shape}"
+          f"asks for {shape}: correct it, or copy the weights again"
         )
     allowed = {f"{SCORE}.weight", f"{SCORE}.bias", f"{name_of(arch, 'lm_head/kernel')[0]}"}
     extra = sorted(
@@ -383,7 +420,33 @@ class Files:
       raise PretrainedError(
         f"{self.folder / self.where[extra[0]]} holds {len(extra)} tensors that config.json gives "
         "no place, the first "
-        f"{extra[0]} of shape {self.shapes[extra[0]]}"
+        f"{extra[0]} of shape {self.shapes[extra[0]]}; correct config.json, or take them out"
+      )
+
+  def check_score(self, arch: ArchConfig, config: dict[str, Any]) -> None:
+    """Raises if the score head has another width than the model, or other rows than `config`, of
+    config.json, has labels.
+
+    As in transformers, `num_labels` goes before `id2label`. Its default of two labels if both are
+    absent is not taken over: then the head says how many there are.
+    """
+    name = f"{SCORE}.weight"
+    shape = self.shapes[name]
+    rows = shape[0] if shape else 0
+    bias = self.shapes.get(f"{SCORE}.bias", (rows,))
+    if shape != (rows, arch.hidden_size) or bias != (rows,):
+      raise PretrainedError(
+        f"{name} has shape {shape} and its bias {bias} in {self.folder / self.where[name]}; a head "
+        f"is (labels, {arch.hidden_size}) and (labels,): correct it, or copy the weights again"
+      )
+    names = config.get("id2label")
+    named = len(names) if isinstance(names, dict) else names
+    field = "id2label" if config.get("num_labels") is None else "num_labels"
+    labels = named if field == "id2label" else config["num_labels"]
+    if labels is not None and labels != rows:
+      raise PretrainedError(
+        f"{self.folder / 'config.json'} has {labels} labels in {field}, and {name} beside it has "
+        f"{rows} rows, which disagree; correct the one that is wrong"
       )
 
   def check_tied(self, arch: ArchConfig) -> None:

@@ -44,6 +44,7 @@ from r2m_jax.lab import report, results, stats, table
 from r2m_jax.lab.together import fit_together, pick, seeds_mesh, spread, stack, together
 from r2m_jax.models.generate import generate
 from r2m_jax.ops import combine
+from r2m_jax.parallel.hosts import ALONE
 from r2m_jax.parallel.sharding import make_mesh
 from r2m_jax.run import checkpoint
 from r2m_jax.run.build import (
@@ -74,7 +75,8 @@ def run(config, workdir: Path) -> None:
   arms = arms_of(config)
   if jax.process_count() > 1:
     raise ConfigError(
-      "config.task is 'lab': for one process, over whose devices its seeds are shared out"
+      "config.task is 'lab': for one process, over whose devices its seeds are shared out; start one, "
+      f"with --config.hosts.coordinator={ALONE}"
     )
   claim(config, workdir, shared=True)
   wanted = [(seed, factor) for factor in config.lab.betas for seed in config.lab.seeds]

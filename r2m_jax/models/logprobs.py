@@ -128,11 +128,8 @@ def token_stats(
       zeros.
   """
   if share < 1:
-    assert mask is not None, "a share of the tokens is asked for: `mask` says which"
-    stats = functools.partial(
-      token_stats, temperature=temperature, truncation=truncation, chunk=chunk
-    )
-    return packed_stats(stats, Packing.of(mask, share), head, hidden, tokens, ref, support)
+    whole = functools.partial(token_stats, head, temperature=temperature, chunk=chunk)
+    return packed_stats(whole, mask, share, hidden, tokens, ref, support, truncation)
   check(hidden, "B T D")
   check(tokens, "B T", jnp.integer)
   other = ref or support  # the reference is never read together with another model's support
@@ -155,13 +152,15 @@ def token_stats(
 
 
 def packed_stats(
-  stats: Callable, packing: Packing, head: LogitsOf, hidden, tokens, ref, support
+  stats: Callable, mask, share, hidden, tokens, ref, support, truncation
 ) -> TokenStats:
-  """`token_stats` of the packed tokens, put back in their rows."""
+  """`stats`, which is `token_stats`, of the packed tokens, put back in their rows."""
+  assert mask is not None, "a share of the tokens is asked for: `mask` says which"
+  packing = Packing.of(mask, share)
   found = stats(
-    head,
     packing.pack(hidden),
     packing.pack(tokens),
+    truncation=truncation,
     ref=ref and (ref[0], packing.pack(ref[1])),
     support=support and (support[0], packing.pack(support[1])),
   )

@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import threading
 import time
 from importlib import metadata
@@ -75,7 +76,9 @@ def devices_of(topology: Topology) -> list:
     found = jax.devices("cpu")
     if len(found) < topology.count:
       raise ConfigError(
-        f"config.plan.topology is {topology.name!r}: this process has {len(found)} CPU devices"
+        f"config.plan.topology is {topology.name!r}: this process has {len(found)} CPU devices; "
+        f"choose cpu:{len(found)} at most, or take xla_force_host_platform_device_count out of "
+        "XLA_FLAGS"
       )
     return found[: topology.count]
   if importlib.util.find_spec("libtpu") is None:
@@ -95,7 +98,8 @@ def devices_of(topology: Topology) -> list:
       )
   except Exception as error:  # of several kinds, by the compiler's own library
     raise ConfigError(
-      f"config.plan.topology is {topology.name!r}: {str(error).splitlines()[0][:200]}"
+      f"config.plan.topology is {topology.name!r}: {str(error).splitlines()[0][:200]}; choose "
+      "another slice"
     ) from None
 
 
@@ -217,8 +221,15 @@ def compile_program(
   with progress(f"{which} for {topology.name}"):
     found = told_by_compiler(lowered, resident)
   found |= {"arguments": resident, "seconds": time.perf_counter() - began}
-  path.parent.mkdir(parents=True, exist_ok=True)
-  write_atomic(path, json.dumps(found))
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(found))
+  except OSError as error:
+    print(
+      f"warning: {path} cannot be written ({error}): the next plan compiles again; set "
+      "XDG_CACHE_HOME to a folder that can be written",
+      file=sys.stderr,
+    )
   return found
 
 
@@ -282,7 +293,10 @@ def kept_at(program: str, topology: Topology) -> pathlib.Path:
   key = hashlib.sha256(
     "\n".join([program, topology.name, KEPT_FORMAT, *versions]).encode()
   ).hexdigest()[:32]
-  folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+  try:
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+  except RuntimeError:  # there is no home folder
+    folder = pathlib.Path(tempfile.gettempdir())
   return folder / "r2m_jax" / "plans" / f"{key}.json"
 
 

@@ -63,7 +63,7 @@ def parse_flags(argv: list[str]) -> list[str]:
   if section := section_given(argv, CONFIG.value):
     stop(section)
   if len(rest) > 1:
-    stop(f"unknown arguments {rest[1:]}; settings are --config.FIELD=VALUE")
+    stop(f"unknown arguments {rest[1:]}; give settings as --config.FIELD=VALUE")
   return rest
 
 

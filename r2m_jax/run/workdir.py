@@ -183,10 +183,10 @@ def require_new(old: Path, workdir: Path) -> None:
   if not (old / "config.json").is_file():
     raise ConfigError(
       f"config.checkpoint.fork_from is {str(old)!r}: there is no config.json, so no run to start "
-      "from"
+      "from; give the workdir of a run"
     )
   if workdir.exists() and any(path.name != lock.LOCK for path in workdir.iterdir()):
-    raise ConfigError(f"--workdir={workdir} is not empty: a fork needs a new one")
+    raise ConfigError(f"--workdir={workdir} is not empty: a fork needs a new one; name another")
   if workdir.resolve().is_relative_to(old.resolve()):
     raise ConfigError(
       f"--workdir={workdir} lies in {old}, which the fork only reads: give one elsewhere"

@@ -43,12 +43,13 @@ def run(config, workdir: Path | None = None) -> None:
     raise FolderError(
       f"{workdir} is a run of the gold-reward task, whose words have no tokenizer: only runs that "
       "started from "
-      "config.policy.path or config.reward.path are exported"
+      "config.policy.path or config.reward.path are exported; name one of these"
     )
   manager = checkpoint.open_checkpoints(workdir.joinpath(*stage))
   if checkpoint.newest(manager) is None or step not in (None, *manager.all_steps()):
     raise FolderError(
-      f"{workdir.joinpath(*stage)} holds checkpoints of steps {manager.all_steps()}, not of {step}"
+      f"{workdir.joinpath(*stage)} holds checkpoints of steps {manager.all_steps()}, not of {step}; "
+      "choose one of these"
     )
 
   at = checkpoint.newest(manager) if step is None else step
@@ -122,7 +123,7 @@ def find_checkpoint(path: Path) -> tuple[Path, tuple[str, str], int | None]:
   else:
     raise FolderError(
       f"config.export.checkpoint is {path}: neither it nor a folder above it is the workdir of a "
-      "run"
+      "run; give one, or a checkpoint in it"
     )
   parts = path.relative_to(workdir).parts
   found = sorted(
@@ -138,7 +139,10 @@ def find_checkpoint(path: Path) -> tuple[Path, tuple[str, str], int | None]:
     raise FolderError(f"config.export.checkpoint is {path}: point at one of {names}")
   step = parts[2] if len(parts) > 2 else None
   if step is not None and not step.isdecimal():
-    raise FolderError(f"config.export.checkpoint is {path}: {step!r} is not the number of a step")
+    raise FolderError(
+      f"config.export.checkpoint is {path}: {step!r} is not the number of a step; give the folder "
+      "of a step"
+    )
   return workdir, stages[0], None if step is None else int(step)
 
 
@@ -152,7 +156,8 @@ def run_config(config, workdir: Path, *, mine: tuple[str, ...]):
     result.update({key: value for key, value in saved.items() if key not in mine})
   except (KeyError, TypeError, AttributeError) as error:
     raise FolderError(
-      f"{workdir / 'config.json'} is not a config of this version: {error}"
+      f"{workdir / 'config.json'} is not a config of this version: {error}; use the version "
+      "of r2m_jax that made the run"
     ) from None
   if (workdir / BUDGETS).exists():
     result.steps = read_json(workdir / BUDGETS).get("rl", result.steps)

@@ -34,6 +34,7 @@ from r2m_jax.data.datasets import (
   prompt_data,
   sft_rows,
   take_pairs,
+  warn_of_lengths,
 )
 from r2m_jax.data.text import Renderer, bucket, pad_left, responses_of
 from r2m_jax.hf import export
@@ -81,7 +82,7 @@ def run(config, workdir: Path) -> None:
   """
   if config.task not in ("sft", "reward", "r2m"):
     raise ConfigError(
-      f"config.task is {config.task!r}: from a folder it is one of sft, reward, r2m"
+      f"config.task is {config.task!r}: from a folder it is one of sft, reward, r2m; choose one"
     )
   mesh = begin(config, workdir)
   if config.task == "sft":
@@ -207,7 +208,8 @@ def run_reward(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
   reward = load_reward(source, config, mesh, from_policy=True, workdir=workdir)
   if reward.head is not None:
     raise FolderError(
-      f"{reward.folder} is an R2M reward model; task=reward trains one that reads no policy"
+      f"{reward.folder} is an R2M reward model; task=reward trains one that reads no policy; "
+      "give a reward model without a head, or a policy"
     )
   hold_contract(workdir, reward.renderer)
   dataset, collate, count = pairs(config, reward.renderer, workdir)
@@ -275,6 +277,7 @@ def runs(
   policy, reward = load_models(config, workdir, mesh)
   built = build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   data = prompt_data(config, policy.tokenizer, workdir)
+  warn_of_lengths(config, data, policy.tokenizer, reward.renderer)
   if not (workdir / "checkpoints").exists():
     check_model(
       built.defs.base or built.defs.policy,
@@ -305,7 +308,8 @@ def load_models(config, workdir: Path, mesh) -> tuple[Policy, RewardModel]:
   if not (config.policy.path and config.reward.path):
     missing = "reward.path" if config.policy.path else "policy.path"
     raise FolderError(
-      f"config.{missing} is empty: task=r2m from folders needs a policy and a reward model"
+      f"config.{missing} is empty: task=r2m from folders needs a policy and a reward model; "
+      "give both"
     )
   policy = load_policy(config.policy.path, config, mesh, workdir=workdir)
   reward = load_reward(config.reward.path, config, mesh, workdir=workdir)
@@ -321,7 +325,8 @@ def load_models(config, workdir: Path, mesh) -> tuple[Policy, RewardModel]:
   layers = policy.arch.num_layers
   if not -layers <= config.r2m.feedback_layer < layers:
     raise ConfigError(
-      f"config.r2m.feedback_layer is {config.r2m.feedback_layer}: the policy has {layers} layers"
+      f"config.r2m.feedback_layer is {config.r2m.feedback_layer}: the policy has {layers} layers; "
+      f"give a number from {-layers} to {layers - 1}"
     )
   return policy, reward
 

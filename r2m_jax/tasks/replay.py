@@ -87,7 +87,8 @@ def require_in_run(config, wanted) -> None:
   for name, limit in limits.items():
     if wanted[name] >= limit:
       raise ConfigError(
-        f"config.replay.{name} is {wanted[name]}: the run has {limit}, counted from 0"
+        f"config.replay.{name} is {wanted[name]}: the run has {limit}, counted from 0; give a "
+        "smaller one"
       )
 
 
@@ -99,7 +100,7 @@ def place_of(wanted, example_ids) -> int:
   if wanted.example_id not in ids:
     raise ConfigError(
       f"config.replay.example_id is {wanted.example_id}: the prompts of step {wanted.step} are "
-      f"{ids}"
+      f"{ids}; choose one of these"
     )
   return ids.index(wanted.example_id)
 
@@ -185,12 +186,16 @@ def config_of(config, workdir: Path):
   call's mesh.
   """
   if not (workdir / "config.json").is_file():
-    raise ConfigError(f"--workdir={workdir} holds no run: there is no config.json")
+    raise ConfigError(
+      f"--workdir={workdir} holds no run: there is no config.json; give the workdir of a run"
+    )
   arms = sorted(folder.name for folder in (workdir / "checkpoints").glob("*"))
   arm = config.replay.arm or (arms[0] if len(arms) == 1 else "")
   if arm not in arms:
     have = ", ".join(arms) or "no checkpoints"
-    raise ConfigError(f"config.replay.arm is {config.replay.arm!r}: {workdir} has {have}")
+    raise ConfigError(
+      f"config.replay.arm is {config.replay.arm!r}: {workdir} has {have}; choose one of its arms"
+    )
   config = run_config(config, workdir, mine=("mesh", "replay"))
   if config.task == "scratch":
     config = scratch.arm_config(config, workdir, arm)
@@ -214,8 +219,8 @@ def state_before(again: Run, workdir: Path, t: int) -> tuple[TrainState, int]:
       return checkpoint.restore(kept, first, step), step
   if config.checkpoint.fork_from:
     raise ConfigError(
-      f"config.replay.step is {t}: no checkpoint of this fork is at or before it; if "
-      f"{config.checkpoint.fork_from} made that step, replay it there"
+      f"config.replay.step is {t}: no checkpoint of this fork is at or before it; "
+      f"replay it in {config.checkpoint.fork_from} if that made the step"
     )
   print(f"replay   step {t} of {arm}, from the beginning: no checkpoint is at or before it")
   return warmed(again, first), 0

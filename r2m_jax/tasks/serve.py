@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from r2m_jax.algorithm.read import read_feedback
+from r2m_jax.data.datasets import SHORTER_INPUTS
 from r2m_jax.data.jsonl import check_output, read_rows, write_rows
 from r2m_jax.data.text import Tokenizer, as_prompts, each_row, pad_left, responses_of
 from r2m_jax.hf.folders import (
@@ -90,6 +91,10 @@ def run_generate(config) -> None:
   policy = load_policy(config.policy.path, config, mesh)
   print(policy.tokenizer.describe(rows[0]["prompt"]))
   prompts = each_row(rows, lambda row: policy.tokenizer.render(row["prompt"]), settings.input)
+  lengths = [len(prompt) + settings.max_new_tokens for prompt in prompts]
+  what = f"prompts with config.generate.max_new_tokens = {settings.max_new_tokens}"
+  fix = "lower config.generate.max_new_tokens or give shorter prompts"
+  policy.tokenizer.warn_beyond(lengths, what, fix)
   results = sample(config, policy, prompts, mesh)
   finite = np.array([np.isfinite(result["logprobs"]).all() for result in results])
   require_finite(config, finite, "log-probabilities", f"config.policy.path = {config.policy.path}")
@@ -202,13 +207,22 @@ def score(config, reward: RewardModel, policy: Policy | None, rows: list[dict], 
   return make_scorer(config, reward, policy, mesh)(rows)
 
 
+def warn_of_lengths(
+  reward: RewardModel, policy: Policy | None, lengths: list[int], read: list[int]
+) -> None:
+  """Warns if rows, of these lengths for the reward model and for the policy, are too long."""
+  reward.renderer.tokenizer.warn_beyond(lengths, "rows for the reward model", SHORTER_INPUTS)
+  if policy is not None:
+    policy.tokenizer.warn_beyond(read, "rows for the policy", "shorten prompts or responses")
+
+
 def make_scorer(
   config, reward: RewardModel, policy: Policy | None, mesh, *, shown: bool = True
 ) -> Callable[[list[dict]], np.ndarray]:
   """Builds the function behind `score`, rows -> f32[N], for many calls: a program is made once.
 
   Args:
-    shown: print a line of progress.
+    shown: print a line of progress, and warn of rows that are too long for a model.
   """
   head_config, head_state = reward.head or (None, None)
   if head_config is not None and head_config.policy_hidden_size != policy.arch.hidden_size:
@@ -240,12 +254,13 @@ def make_scorer(
       config.score.input,
     )
     lengths = [len(row) for row in ids]
+    read = []
     if head_config is not None:
       read = each_row(rows, lambda r: policy_ids(policy.tokenizer, r), config.score.input)
-    scores, size = (
-      np.zeros(len(rows), np.float32),
-      batch_size(config, config.score, len(rows), mesh),
-    )
+    if shown:
+      warn_of_lengths(reward, policy, lengths, [len(row) for row in read])
+    scores = np.zeros(len(rows), np.float32)
+    size = batch_size(config, config.score, len(rows), mesh)
     with progress(-(-len(rows) // size), "score", enabled=shown) as bar:
       for index in batches(lengths, size):
         tokens, mask = spread(
