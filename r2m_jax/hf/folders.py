@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from r2m_jax.config import ConfigError
-from r2m_jax.data.text import Renderer, TextError, Tokenizer, load_tokenizer
+from r2m_jax.data.text import POLICY, Chat, Renderer, TextError, Tokenizer, load_tokenizer
 from r2m_jax.hf.weights import Pretrained, PretrainedError, Score, fetch, load_pretrained, read_json
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.reward import RewardHead
@@ -75,6 +75,7 @@ class RewardModel:
   has_bias: bool  # whether the folder's score head had one
   renderer: Renderer
   head: tuple[HeadConfig, nnx.State] | None
+  policy_chat: dict[str, Any]  # `Chat.contract` of the policy that the head reads; {}: no changes
 
 
 def mesh_of(config) -> Mesh:
@@ -93,7 +94,8 @@ def load_policy(source: str, config, mesh: Mesh | None = None) -> Policy:
       f"config.policy.path is {source}: a sequence classifier, which cannot generate; give a "
       "causal language model"
     )
-  tokenizer = load_tokenizer(folder, model.arch.vocab_size, config.data.date)
+  chat = chat_of(config, "policy")
+  tokenizer = load_tokenizer(folder, model.arch.vocab_size, config.data.date, chat)
   return Policy(folder, model.arch, model.graphdef, model.state, tokenizer)
 
 
@@ -118,14 +120,42 @@ def load_reward(
     raise FolderError(
       f"config.reward.path is {source}: it gives {labels} labels; a reward is one number"
     )
-  tokenizer = load_tokenizer(folder, model.arch.vocab_size, config.data.date)
-  renderer = Renderer(tokenizer, config.reward.max_length)
-  if (folder / RENDERER).exists():
-    renderer.require(read_object(folder / RENDERER), folder)
+  saved = read_object(folder / RENDERER) if (folder / RENDERER).exists() else {}
+  chat = chat_of(config, "reward", saved)
+  tokenizer = load_tokenizer(folder, model.arch.vocab_size, config.data.date, chat)
+  strip = config.reward.strip_thinking or saved.get("strip_thinking") is True
+  renderer = Renderer(tokenizer, config.reward.max_length, strip)
+  if saved:
+    renderer.require(saved, folder)
   phi = None if model.score is None else phi_state(model.score)
   has_bias = model.score is not None and model.score.bias is not None
   return RewardModel(
-    folder, model.arch, model.graphdef, model.state, phi, has_bias, renderer, load_head(folder)
+    folder,
+    model.arch,
+    model.graphdef,
+    model.state,
+    phi,
+    has_bias,
+    renderer,
+    load_head(folder),
+    saved.get(POLICY) or {},
+  )
+
+
+def chat_of(config, section: str, saved: dict[str, Any] | None = None) -> Chat:
+  """What config.policy or config.reward, the `section`, changes about a chat template.
+
+  Args:
+    saved: the contract of a reward model, whose system prompt and arguments are used if the config
+      gives none; the renderer refuses others.
+  """
+  given, saved = config[section], saved or {}
+  args = given.chat_template_args.to_dict() or saved.get("chat_template_args") or {}
+  return Chat(
+    args=args if isinstance(args, dict) else {},
+    system=given.system_prompt or str(saved.get("system_prompt") or ""),
+    file=given.chat_template,
+    section=section,
   )
 
 

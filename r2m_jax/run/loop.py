@@ -133,7 +133,8 @@ def run_steps(
   best = config.checkpoint.best_metric
   with at_hand() as asked, checkpoint.finished(checkpoints):
     with Metrics(workdir, "rl", config.variant, from_step=start) as log:
-      with progress(config.steps, config.variant, initial=start) as bar:
+      going = "compiling, then the first step"  # advance does both
+      with progress(config.steps, config.variant, initial=start, doing=going) as bar:
         for t in range(start, config.steps):
           state, out, example_id, metrics, shown = advance(state, t)
           require_best(config, metrics)
