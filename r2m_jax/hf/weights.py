@@ -183,19 +183,22 @@ def load_pretrained(
       return jax.make_array_from_callback(x.shape, layout, read)
 
     state = jax.tree_util.tree_map_with_path(place, shapes)
-  score = None
-  if score_name in files.shapes:
-    layout = default_sharding() if mesh is None else NamedSharding(mesh, P())
-
-    def put(x):
-      return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
-
-    bias = files.tensor(f"{SCORE}.bias") if f"{SCORE}.bias" in files.shapes else None
-    kernel = np.ascontiguousarray(files.tensor(score_name).T)
-    score = Score(
-      put(kernel.astype(param_dtype)), None if bias is None else put(bias.astype(param_dtype))
-    )
+  score = _read_score(files, mesh, param_dtype) if score_name in files.shapes else None
   return Pretrained(arch, graphdef, state, score)
+
+
+def _read_score(files: "Files", mesh: Mesh | None, param_dtype) -> Score:
+  """The score head of a classifier, whole on every device."""
+  layout = default_sharding() if mesh is None else NamedSharding(mesh, P())
+
+  def put(x):
+    return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
+
+  bias = files.tensor(f"{SCORE}.bias") if f"{SCORE}.bias" in files.shapes else None
+  kernel = np.ascontiguousarray(files.tensor(f"{SCORE}.weight").T)
+  return Score(
+    put(kernel.astype(param_dtype)), None if bias is None else put(bias.astype(param_dtype))
+  )
 
 
 def fetch(source: str | pathlib.Path) -> pathlib.Path:

@@ -139,10 +139,8 @@ def fit(
   opt, saved = jax.jit(tx.init, out_shardings=opt_shardings)(state), time.monotonic()
   partial = checkpoint.open_checkpoints(workdir / PARTIAL / stage, last=1)
   facts = {} if frozen is None else {"models": checkpoint.fingerprint(frozen)}
-  start = checkpoint.newest(partial) or 0
+  state, opt, start = resumed(partial, state, opt, facts)
   if start:
-    checkpoint.require(partial, start, **facts)
-    state, opt = checkpoint.restore(partial, (state, opt), start)
     print(f"{stage}: goes on from update {start} of {total}")
   batches = Timed(itertools.islice(batches, start, total))
   with (
@@ -172,6 +170,15 @@ def fit(
         break
   rows.require_learned()
   return state
+
+
+def resumed(partial: checkpoint.Checkpoints, state, opt, facts: dict):
+  """(state, opt, updates done) of the newest checkpoint, or as they are and 0."""
+  start = checkpoint.newest(partial) or 0
+  if start:
+    checkpoint.require(partial, start, **facts)
+    state, opt = checkpoint.restore(partial, (state, opt), start)
+  return state, opt, start
 
 
 def make_update(

@@ -21,7 +21,7 @@ TICK = 1.0  # seconds between two looks at the clock
 # seconds of waiting at which a line is printed without a terminal, then every PATIENCE
 WAITS = (10, 30, 60, 120, 300)
 PATIENCE = 300
-LAYOUT = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
+LAYOUT = "{desc} {percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt}{postfix}"
 
 
 class Live:

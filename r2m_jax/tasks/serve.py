@@ -238,6 +238,24 @@ def score(config, reward: RewardModel, policy: Policy | None, rows: list[dict], 
   return make_scorer(config, reward, policy, mesh)(rows)
 
 
+def require_policy(config, reward: RewardModel, policy: Policy) -> None:
+  """Raises FolderError unless an R2M reward model can read the policy as it read its own."""
+  size = reward.head[0].policy_hidden_size
+  if size != policy.arch.hidden_size:
+    raise FolderError(
+      f"{reward.folder} reads hidden states of {size} numbers; those of "
+      "config.policy.path = "
+      f"{config.policy.path} have {policy.arch.hidden_size}: give the policy it was trained with"
+    )
+  if policy.tokenizer.chat.contract != reward.policy_chat:
+    raise FolderError(
+      f"{reward.folder} reads the states of a policy whose prompts were rendered with "
+      f"{reward.policy_chat or 'no changes to its chat template'}; config.policy gives "
+      f"{policy.tokenizer.chat.contract or 'none'}: set config.policy.system_prompt and "
+      "chat_template_args as they were in training"
+    )
+
+
 def make_scorer(
   config, reward: RewardModel, policy: Policy | None, mesh, *, shown: bool = True
 ) -> Callable[[list[dict]], np.ndarray]:
@@ -247,20 +265,8 @@ def make_scorer(
     shown: print a line of progress.
   """
   head_config, head_state = reward.head or (None, None)
-  if head_config is not None and head_config.policy_hidden_size != policy.arch.hidden_size:
-    raise FolderError(
-      f"{reward.folder} reads hidden states of {head_config.policy_hidden_size} numbers; those of "
-      "config.policy.path = "
-      f"{config.policy.path} have {policy.arch.hidden_size}: give the policy it was trained with"
-    )
-
-  if head_config is not None and policy.tokenizer.chat.contract != reward.policy_chat:
-    raise FolderError(
-      f"{reward.folder} reads the states of a policy whose prompts were rendered with "
-      f"{reward.policy_chat or 'its own chat template'}; config.policy gives "
-      f"{policy.tokenizer.chat.contract or 'no changes'}: set config.policy.system_prompt, "
-      "chat_template_args and chat_template as they were in training"
-    )
+  if head_config is not None:
+    require_policy(config, reward, policy)
   head_def = None if head_config is None else nnx.graphdef(abstract_head(head_config))
 
   @sharding.jit_on(mesh)

@@ -84,7 +84,9 @@ def test_a_template_file_of_the_users_own(folders, tmp_path):
   file.write_text("{% for m in %}", encoding="utf-8")
   with pytest.raises(TextError, match="chat template of .*mine.jinja cannot render a question"):
     ours(folders, "chatml", file=str(file))
-  with pytest.raises(TextError, match="config.policy.chat_template is '/none.jinja'.*give the path"):
+  with pytest.raises(
+    TextError, match="config.policy.chat_template is '/none.jinja'.*give the path"
+  ):
     ours(folders, "chatml", file="/none.jinja")
 
 
@@ -98,7 +100,9 @@ def test_arguments_that_the_template_never_reads_get_a_warning(folders, capsys):
 
 def test_changes_need_a_template(tmp_path):
   tiny_text.tokenizer("plain", tmp_path)
-  with pytest.raises(TextError, match="config.policy.system_prompt change a chat template, and the"):
+  with pytest.raises(
+    TextError, match="config.policy.system_prompt change a chat template, and the"
+  ):
     load_tokenizer(tmp_path, chat=Chat(system="Be brief."))
 
 
@@ -121,7 +125,9 @@ def test_arguments_that_are_refused(args, fix):
 def test_a_template_file_must_be_there():
   config = default.get_config()
   config.reward.chat_template = "/none.jinja"
-  with pytest.raises(ConfigError, match="config.reward.chat_template is '/none.jinja': there is no"):
+  with pytest.raises(
+    ConfigError, match="config.reward.chat_template is '/none.jinja': there is no"
+  ):
     check_config(config)
 
 
@@ -157,7 +163,7 @@ STRIPPED = [
   (f"{REASON}\n</think>\n\n{ANSWER}", ANSWER),  # the prompt had the opening tag
   (f"<think>\n{REASON}", ""),  # cut off while it reasoned
   (f"{WHOLE} And <think>more", f"{ANSWER} And "),
-  (f"a <think>b</think> c <think>d</think> e", "a  c  e"),
+  ("a <think>b</think> c <think>d</think> e", "a  c  e"),
   ("<think>a<think>b</think>c</think>d", "d"),
   ("<think>\n\n</think>\n\n" + ANSWER, ANSWER),
   ("a</think>b</think>c", "c"),

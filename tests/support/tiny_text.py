@@ -81,6 +81,7 @@ def model(case: str, kind: str, folder, **kwargs):
   ids = dict(vocab_size=KINDS[kind][-1], bos_token_id=hf.bos_token_id, eos_token_id=hf.eos_token_id)
   return hf_models.make(case, folder, **(ids | kwargs)), hf
 
+
 # as Qwen3: the last answer has a block of reasoning, an empty one if it has none; earlier ones lose
 # theirs; enable_thinking=False ends the generation prompt with an empty block
 QWEN3 = (
