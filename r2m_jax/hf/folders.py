@@ -120,12 +120,13 @@ def load_reward(
     raise FolderError(
       f"config.reward.path is {source}: it gives {labels} labels; a reward is one number"
     )
-  saved = read_object(folder / RENDERER) if (folder / RENDERER).exists() else {}
+  has_contract = (folder / RENDERER).exists()
+  saved = read_object(folder / RENDERER) if has_contract else {}
   chat = chat_of(config, "reward", saved)
   tokenizer = load_tokenizer(folder, model.arch.vocab_size, config.data.date, chat)
   strip = config.reward.strip_thinking or saved.get("strip_thinking") is True
   renderer = Renderer(tokenizer, config.reward.max_length, strip)
-  if saved:
+  if has_contract:
     renderer.require(saved, folder)
   phi = None if model.score is None else phi_state(model.score)
   has_bias = model.score is not None and model.score.bias is not None

@@ -11,9 +11,13 @@ import sys
 import termios
 import time
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
-from r2m_jax.run import progress
+from r2m_jax.parallel import sharding
+from r2m_jax.run import fit, progress
 
 
 class Clock:
@@ -158,6 +162,43 @@ def test_the_thread_ends_with_the_job(monkeypatch):
   assert re.fullmatch(r"r2m  0/2  compiling, 00:00 so far\n", out.getvalue())
   off = progress.Progress(2, "r2m", out=out, enabled=False)
   assert off._thread is None
+
+
+def test_a_fit_counts_what_its_device_has_done(tmp_path, monkeypatch):
+  """Between two logged updates too, whose results nobody fetches."""
+  seen, results = [], []
+
+  class Recording(progress.Progress):
+    def dispatched(self, result=None):
+      super().dispatched(result)
+      done = sum(r["loss"].is_ready() for r in results)
+      results.append(result)
+      seen.append((self.n, done))
+
+  def recorded(total, label, initial, unit):
+    return Recording(total, label, initial, unit=unit, out=io.StringIO())
+
+  def loss(state, batch):
+    slow = jax.lax.fori_loop(0, 10**5, lambda i, x: jnp.sin(x), jax.lax.stop_gradient(state["w"]))
+    return ((state["w"] + slow - batch["x"]) ** 2).sum(), {}
+
+  monkeypatch.setattr(fit, "progress", recorded)
+  mesh = sharding.make_mesh((1, 1, 1))
+  state = jax.device_put({"w": jnp.zeros(3)}, sharding.shardings({"w": jnp.zeros(3)}, mesh))
+  fit.fit(
+    loss,
+    state,
+    optax.sgd(0.1),
+    [{"x": np.ones((1, 3), np.float32)}] * 6,
+    total=6,
+    stage="sft",
+    workdir=tmp_path,
+    state_shardings=sharding.shardings(state, mesh),
+    batch_sharding=jax.NamedSharding(mesh, sharding.BATCH),
+  )
+  # the first update is logged, so it is finished before the second one begins
+  assert [n for n, _ in seen] == [0, 1, 2, 3, 4, 5]
+  assert all(n <= done for n, done in seen)
 
 
 SLOW = """
