@@ -6,7 +6,6 @@ fields are here.
 
 import ast
 import difflib
-import functools
 import hashlib
 import json
 import os
@@ -27,6 +26,7 @@ __all__ = [
   "ESTIMATORS",
   "FREE",
   "PIECES",
+  "DICTS",
   "DICT_EXAMPLE",
   "ConfigError",
   "arms_of",
@@ -50,6 +50,8 @@ SECRET_NAME = re.compile(
 )  # of environment variables
 HIDDEN = "(hidden)"
 SHORTEST_SECRET = 12  # characters; a shorter value of such a variable is more likely a setting
+# settings whose value is a dict, of no fixed names
+DICTS = tuple(name for name, part in walk(KNOBS) if isinstance(part, Knob) and part.default == {})
 DICT_EXAMPLE = "{'enable_thinking': False}"
 LAB_VOCAB = 64  # entries of the gold-reward task's vocabulary
 TEXT_VOCAB = 4096  # a vocabulary for which kl.estimator "auto" is not "exact"
@@ -376,12 +378,9 @@ def check_fields(config: ConfigDict, fields: list[str]) -> None:
       raise ConfigError(f"config.{field} does not exist; {hint}")
 
 
-@functools.cache
 def is_dict(field: str) -> bool:
   """Whether the dotted name is a setting whose value is a dict, and not a section."""
-  return any(
-    name == field and part.default == {} for name, part in walk(KNOBS) if isinstance(part, Knob)
-  )
+  return field in DICTS
 
 
 def check_batch(config: ConfigDict, mesh: tuple[int, int, int]) -> None:

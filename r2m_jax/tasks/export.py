@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 
+from r2m_jax.config import DICTS
 from r2m_jax.hf.export import write_policy, write_reward, write_run
 from r2m_jax.hf.folders import (
   RENDERER,
@@ -30,8 +31,10 @@ from r2m_jax.run.files import read_json
 BUDGETS = "budgets.json"  # of a workdir: the steps that each budget of seconds gave
 
 
-def run(config) -> None:
-  """Exports `config.export.checkpoint` into `config.export.out`."""
+def run(config, workdir: Path | None = None) -> None:
+  """Exports `config.export.checkpoint` into `config.export.out`. The command's own workdir is not
+  used.
+  """
   workdir, stage, step = find_checkpoint(Path(config.export.checkpoint).expanduser().absolute())
   lora_export, config = config.lora.export, run_config(config, workdir, mine=("export", "mesh"))
   config.lora.export = lora_export
@@ -148,6 +151,8 @@ def run_config(config, workdir: Path, *, mine: tuple[str, ...]):
   saved = read_json(workdir / "config.json")
   result = config.copy_and_resolve_references()
   try:
+    for section, name in (field.split(".") for field in DICTS):
+      result[section][name] = saved[section].get(name, {})  # whole: `update` adds no name
     result.update({key: value for key, value in saved.items() if key not in mine})
   except (KeyError, TypeError, AttributeError) as error:
     raise FolderError(

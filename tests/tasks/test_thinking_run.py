@@ -10,6 +10,7 @@ import torch
 import transformers
 from test_serve import config, read, their_scores, write
 
+from r2m_jax import main
 from r2m_jax.hf.folders import RENDERER, FolderError, load_reward
 from r2m_jax.run.files import read_json
 from r2m_jax.tasks import folders as folders_task
@@ -184,6 +185,23 @@ def test_the_reward_reads_what_transformers_renders_without_reasoning(r2m_run, f
     np.testing.assert_allclose(out.judged.scores_frozen, their_scores(model, by_hand), atol=1e-4)
     tokens = out.sequences.response_mask.sum(1)
     assert tokens.min() >= 1 and out.metrics["length"] == pytest.approx(tokens.mean())
+
+
+def test_a_checkpoint_is_exported_by_its_own_settings(r2m_run, tmp_path):
+  """By the table of tasks, as the command line does; the config that asks has none of them."""
+  _, workdir, _ = r2m_run
+  asking = config(
+    task="export",
+    export__checkpoint=str(workdir),
+    export__out=str(tmp_path / "out"),
+    export__check=False,
+  )
+  asking.lock()
+  main.TASKS["export"](asking, tmp_path / "unused")
+  for name in (RENDERER, "r2m_head.safetensors"):
+    first = (workdir / "export/reward" / name).read_bytes()
+    assert (tmp_path / "out/reward" / name).read_bytes() == first
+  assert not (tmp_path / "unused").exists()
 
 
 def test_an_export_is_read_as_it_was_trained(r2m_run, tmp_path):
