@@ -24,21 +24,21 @@ from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.models.attention import ATTENTION
 from r2m_jax.ops import AGGREGATIONS, COMBINE
 
-TASKS = (
-  "tokenizer",
-  "sft",
-  "reward",
-  "r2m",
-  "scratch",
-  "lab",
-  "lab_text",
-  "generate",
-  "score",
-  "export",
-  "replay",
-  "analyse",
-  "plan",
-)
+TASKS = {  # config.task -> what it does, as `r2m --help` shows it
+  "tokenizer": "train a tokenizer on rows of text",
+  "sft": "supervised fine-tuning of the policy",
+  "reward": "fit the reward model to preferences",
+  "r2m": "RL with the fused reward; fits the models first if the config names none",
+  "scratch": "everything on real text, from a tokenizer to evaluation",
+  "lab": "compare variants over seeds, with the gold reward",
+  "lab_text": "the same comparison on real text",
+  "generate": "sample from a policy: rows of prompts in, rows of responses out",
+  "score": "score rows of prompts and responses with a reward model",
+  "export": "write a checkpoint as Hugging Face folders",
+  "replay": "compute one sample of a run again, with its log-probabilities and rewards",
+  "analyse": "the paper's figures and tables from the checkpoints of a run",
+  "plan": "memory and time of a run on a TPU slice, compiled without one",
+}
 # of task=analyse; docs/analyse.md defines them
 PIECES = (
   "similarity",
@@ -225,6 +225,13 @@ TEMPLATE_ARGS = (
     "not what the renderer gives",
   ),
 )
+PACKING = (
+  Rule(
+    lambda x: len(x) > 0 and x[-1] == 1 and all(0 < low < high for low, high in zip(x, x[1:])),
+    "give ascending shares above 0, the last one 1, such as (0.35, 0.5, 0.7, 1.0)",
+    "ascending, above 0, the last one 1",
+  ),
+)
 FINITE = Rule(lambda x: x < float("inf"), "must be a finite number, such as 1e-4", "finite")
 DATE = Rule(
   is_date, "give a day as YYYY-MM-DD, or '' for the day that the run begins", 'YYYY-MM-DD or ""'
@@ -368,6 +375,13 @@ RUN = dict(
     one_of(*ATTENTION),
     free=True,
   ),
+  packing=Knob(
+    (1.0,),
+    "shares of the padded places of a step for which learning is compiled; each step runs the "
+    "smallest that holds its tokens. A share of 1 computes padding too",
+    *PACKING,
+    free=True,
+  ),
   logits_chunk=Knob(
     2**21,
     "most logits (tokens x vocabulary) of one row held in memory at once; 0: no limit",
@@ -401,6 +415,13 @@ ROLLOUT = dict(
     1.0, "sampling temperature", above(0, "must be above 0: greedy samples have no log-probability")
   ),
   **TRUNCATION,
+  halvings=Knob(
+    0,
+    "how often decoding goes on with half of the rows, once at most half are unfinished; each time "
+    "is compiled",
+    at_least(0),
+    free=True,
+  ),
   waves=Knob(
     1,
     "groups of prompts that are sampled in turn; only one group's KV cache is in memory",

@@ -33,7 +33,7 @@ from r2m_jax.plan.chips import Topology
 from r2m_jax.plan.sizes import Sizes
 from r2m_jax.run import build
 from r2m_jax.run.files import write_atomic
-from r2m_jax.step import make_learn, make_rollout
+from r2m_jax.step import make_learn_at, make_rollout
 from r2m_jax.types import Pairs, Prompts, Rollout, Rows, Sequences
 
 # of the cache's files; another number where what is read from a compiled program changes
@@ -223,7 +223,9 @@ def compile_program(
 
 
 def program_of(which: str, config, sizes: Sizes, mesh: Mesh) -> tuple[Any, tuple]:
-  """(jitted function, abstract arguments) of "rollout" or "learn" on a mesh."""
+  """(jitted function, abstract arguments) of "rollout" or "learn" on a mesh; learning computes all
+  places, as it does if every response is as long as may be.
+  """
   built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
   state = abstract_state(config, built)
   prompts, judged = arguments(config, sizes, built)
@@ -233,7 +235,7 @@ def program_of(which: str, config, sizes: Sizes, mesh: Mesh) -> tuple[Any, tuple
     return jax.jit(rollout, out_shardings=built.rows), (state, prompts)
   layout = sharding.shardings(state, mesh)
   jitted = jax.jit(
-    make_learn(built.defs, config, mesh),
+    sharding.on_mesh(mesh, make_learn_at(1.0, built.defs, config)),
     donate_argnums=0,
     in_shardings=(layout,) + (None,) * len(judged),
     out_shardings=(layout, None),

@@ -95,7 +95,7 @@ def require_platform() -> None:
     given = f" with JAX_PLATFORMS={wanted}" if wanted else ""
     raise ConfigError(
       f"JAX finds no device{given}{f': {reason}' if reason else ''}. Set JAX_PLATFORMS=cpu, or "
-      "install jax for the device: pip install -e .[cuda] or .[tpu]"
+      "install jax for the device: pip install 'r2m_jax[cuda12]', [cuda13] or [tpu]"
     ) from None
 
 

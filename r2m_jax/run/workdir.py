@@ -235,3 +235,15 @@ def stage(workdir: Path, name: str, like, make, *, frozen=None):
   if hosts.first():
     shutil.rmtree(workdir / PARTIAL / name, ignore_errors=True)
   return result
+
+
+def saved(workdir: Path, name: str, like, make=None, *, frozen=None):
+  """The result of a stage that was done, of a run that is only read: nothing is made or set aside.
+
+  The arguments are those of `stage`.
+
+  Raises:
+    CheckpointError: its files are damaged.
+  """
+  del make, frozen
+  return checkpoint.restore(checkpoint.open_checkpoints(workdir / "stages" / name), like, 0)

@@ -589,7 +589,7 @@ print(sum("XLAEigen" in name for name in names))
 def test_one_process_starts_nothing():
   """Without a cluster around it a run has no service and no thread more."""
   code = (
-    "import threading, jax; from configs import default; from r2m_jax.parallel import hosts\n"
+    "import threading, jax; from r2m_jax.configs import default; from r2m_jax.parallel import hosts\n"
     "before = threading.active_count()\n"
     "with hosts.together(default.get_config().hosts):\n"
     "  assert not jax.distributed.is_initialized() and threading.active_count() == before\n"

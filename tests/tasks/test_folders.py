@@ -13,6 +13,7 @@ import safetensors.numpy
 import tiny_text
 import torch
 import transformers
+from frames import frames_to_the_step
 from test_serve import ASK, config, read, their_scores, write
 
 from r2m_jax import main
@@ -111,6 +112,14 @@ def r2m_run(folders, tmp_path_factory):
     patch.setattr(folders_task, "make_two_part_step", recording)
     folders_task.run(cfg, tmp_path / "run")
   return cfg, tmp_path / "run", seen
+
+
+def test_five_frames_lead_to_the_compiled_step(folders, tmp_path, monkeypatch):
+  """As many as on the gold-reward task: main.main calls main.run; then as counted here."""
+  data = write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS])
+  cfg = small(folders, tmp_path, data__name=data, task="r2m")
+  found = frames_to_the_step(monkeypatch, folders_task, lambda: main.run(cfg, tmp_path / "run"))
+  assert found == ["run", "run", "train", "step"]
 
 
 def test_r2m_across_families_and_tokenizers(r2m_run, folders):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -11,10 +12,13 @@ import numpy as np
 import optax
 import pytest
 import small
+from frames import frames_to_the_step
 from jax.sharding import NamedSharding
 
 from configs import quickstart
+from r2m_jax import main as program
 from r2m_jax.config import ConfigError
+from r2m_jax.goldtask import rl
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.parallel import sharding
 from r2m_jax.run import build, checkpoint
@@ -125,6 +129,15 @@ def test_interrupted_run_goes_on_and_ends_where_the_unbroken_one_does(
 
   resumed, unbroken = pick(read_metrics(tmp_path)), pick(read_metrics(smallest_run[0]))
   assert resumed == unbroken
+
+
+def test_five_frames_lead_to_the_compiled_step(smallest_run, tmp_path, monkeypatch):
+  """main.main calls main.run; then as counted here."""
+  shutil.copytree(smallest_run[0] / "stages", tmp_path / "stages")
+  cfg = quickstart.get_config("test")
+  cfg.variant = "vanilla"
+  found = frames_to_the_step(monkeypatch, rl, lambda: program.run(cfg, tmp_path))
+  assert found == ["run", "run", "train", "step"]
 
 
 def test_claim_shows_what_differs(tmp_path):

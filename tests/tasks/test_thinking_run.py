@@ -197,7 +197,7 @@ def test_a_checkpoint_is_exported_by_its_own_settings(r2m_run, tmp_path):
     export__check=False,
   )
   asking.lock()
-  main.TASKS["export"](asking, tmp_path / "unused")
+  main.TASKS["export"](asking)(asking, tmp_path / "unused")
   for name in (RENDERER, "r2m_head.safetensors"):
     first = (workdir / "export/reward" / name).read_bytes()
     assert (tmp_path / "out/reward" / name).read_bytes() == first
