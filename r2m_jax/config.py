@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from r2m_jax.algorithm.objective import kl_estimator
 from r2m_jax.algorithm.variants import VARIANTS
-from r2m_jax.knobs import ALGORITHMS, ESTIMATORS, FREE, KNOBS, PIECES, Section, names_in, walk
+from r2m_jax.knobs import ALGORITHMS, ESTIMATORS, FREE, KNOBS, PIECES, Knob, Section, names_in, walk
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.attention import choose
 from r2m_jax.parallel.errors import UserError
@@ -28,6 +28,8 @@ __all__ = [
   "ESTIMATORS",
   "FREE",
   "PIECES",
+  "DICTS",
+  "DICT_EXAMPLE",
   "ConfigError",
   "arms_of",
   "check_batch",
@@ -37,6 +39,7 @@ __all__ = [
   "difference",
   "fixed",
   "identity",
+  "is_dict",
   "redact",
 ]
 
@@ -49,6 +52,9 @@ SECRET_NAME = re.compile(
 )  # of environment variables
 HIDDEN = "(hidden)"
 SHORTEST_SECRET = 12  # characters; a shorter value of such a variable is more likely a setting
+# settings whose value is a dict, of no fixed names
+DICTS = tuple(name for name, part in walk(KNOBS) if isinstance(part, Knob) and part.default == {})
+DICT_EXAMPLE = "{'enable_thinking': False}"
 LAB_VOCAB = 64  # entries of the gold-reward task's vocabulary
 TEXT_VOCAB = 4096  # a vocabulary for which kl.estimator "auto" is not "exact"
 # what a task reads or writes, which no default can name
@@ -104,14 +110,17 @@ def check_config(config: ConfigDict) -> None:
 def need(config: ConfigDict, ok: bool, field: str, fix: str) -> None:
   """Raises ConfigError with the field, its value and the fix unless `ok`."""
   if not ok:
-    raise ConfigError(f"config.{field} is {_get(config, field)!r}: {fix}")
+    value = _get(config, field)
+    shown = value.to_dict() if isinstance(value, ConfigDict) else value
+    raise ConfigError(f"config.{field} is {shown!r}: {fix}")
 
 
 def check_secrets(config: ConfigDict) -> None:
   """Raises ConfigError if a value looks like a token or a password."""
   for field in _fields(config):
     value = _get(config, field)
-    if isinstance(value, (str, tuple, list)) and redact(str(value)) != str(value):
+    text = isinstance(value, (str, tuple, list)) or is_dict(field)
+    if text and redact(str(value)) != str(value):
       raise ConfigError(
         f"config.{field} looks like it holds a token or a password, which would end in the run's "
         "files: give it in the environment instead, such as HF_TOKEN"
@@ -399,6 +408,11 @@ def check_fields(config: ConfigDict, fields: list[str]) -> None:
   known = _fields(config)
   for field in fields:
     if field not in known:
+      if is_dict(inside := field.rpartition(".")[0]):
+        raise ConfigError(
+          f"config.{field} does not exist; give the whole dict, such as "
+          f'--config.{inside}="{DICT_EXAMPLE}"'
+        )
       last = field.split(".")[-1]
       same = [
         name for name in known if name.split(".")[-1] == last
@@ -406,6 +420,11 @@ def check_fields(config: ConfigDict, fields: list[str]) -> None:
       near = difflib.get_close_matches(field, same or known, n=1, cutoff=0.0 if same else 0.5)
       hint = f"did you mean config.{near[0]}?" if near else f"choose from {', '.join(config)}"
       raise ConfigError(f"config.{field} does not exist; {hint}")
+
+
+def is_dict(field: str) -> bool:
+  """Whether the dotted name is a setting whose value is a dict, and not a section."""
+  return field in DICTS
 
 
 def check_batch(config: ConfigDict, mesh: tuple[int, int, int]) -> None:
@@ -482,9 +501,9 @@ def _fields(config: ConfigDict, prefix: str = "") -> list[str]:
   """Dotted names of all sections and settings."""
   names = []
   for key, value in config.items():
-    names += [prefix + key] + (
-      _fields(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else []
-    )
+    name = f"{prefix}{key}"
+    section = isinstance(value, ConfigDict) and not is_dict(name)
+    names += [name] + (_fields(value, f"{name}.") if section else [])
   return names
 
 

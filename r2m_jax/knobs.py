@@ -8,8 +8,10 @@ r2m_jax/config.py checks a config by it, and docs/config.md is printed from it:
 """
 
 import datetime
+import json
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -158,6 +160,15 @@ def are_weights(weights) -> bool:
   return good and (not weights or sum(weights) > 0)
 
 
+def are_variables(values) -> bool:
+  """Whether a dict has identifiers as keys and holds what JSON can."""
+  try:
+    json.dumps(dict(values), allow_nan=False, default=dict)  # of a dict within, a ConfigDict
+  except (TypeError, ValueError):
+    return False
+  return all(isinstance(name, str) and name.isidentifier() for name in values)
+
+
 def are_positive(values) -> bool:
   """Whether they are numbers above 0 without a repetition."""
   good = all(isinstance(value, (int, float)) and value > 0 for value in values)
@@ -184,6 +195,42 @@ MESH = Rule(
 )
 DUAL_CLIP = Rule(
   lambda x: x == 0 or x > 1, "must be above 1, such as 3, or 0: off", "0, or above 1"
+)
+IS_FILE = Rule(
+  lambda x: not x or Path(x).expanduser().is_file(),
+  'there is no such file; give the path of a .jinja file, or "" for the model\'s own template',
+  'a file, or ""',
+)
+# what the renderer itself gives to a chat template or to transformers
+RENDERED = (
+  "messages",
+  "conversation",
+  "chat_template",
+  "add_generation_prompt",
+  "continue_final_message",
+  "tokenize",
+  "padding",
+  "truncation",
+  "max_length",
+  "return_tensors",
+  "return_dict",
+  "return_assistant_tokens_mask",
+  "tokenizer_kwargs",
+)
+TEMPLATE_ARGS = (
+  Rule(
+    are_variables,
+    "give names of the template's variables and values that JSON can hold, such as "
+    "{'enable_thinking': False}",
+    "names and JSON values",
+  ),
+  Rule(
+    lambda x: not set(x) & set(RENDERED),
+    lambda x: (
+      f"{', '.join(sorted(set(x) & set(RENDERED)))} is for the renderer to give; leave it out"
+    ),
+    "not what the renderer gives",
+  ),
 )
 PACKING = (
   Rule(
@@ -271,6 +318,21 @@ def optimizer(lr: float, schedule: str = "constant", warmup: int = 0) -> dict[st
   )
 
 
+def chat(reads: str) -> dict[str, Knob]:
+  """The knobs of data.text.Chat; `reads` names what is rendered."""
+  return dict(
+    chat_template=Knob(
+      "", f'Jinja file with the chat template for {reads}; "": the model\'s own', IS_FILE
+    ),
+    chat_template_args=Knob(
+      {},
+      "variables of the chat template, as a dict such as {'enable_thinking': False}",
+      *TEMPLATE_ARGS,
+    ),
+    system_prompt=Knob("", f"system message for {reads}, unless a row has its own"),
+  )
+
+
 RUN = dict(
   task=Knob(
     "r2m",
@@ -346,17 +408,7 @@ RUN = dict(
   ),
 )
 
-ROLLOUT = dict(
-  prompts=Knob(16, "prompts per RL step, n", at_least(1)),
-  group_size=Knob(
-    8,
-    "responses per prompt, K",
-    at_least(2, "R2M compares K >= 2 responses per prompt"),
-  ),
-  max_new_tokens=Knob(24, "longest response", at_least(1), unit="tokens"),
-  temperature=Knob(
-    1.0, "sampling temperature", above(0, "must be above 0: greedy samples have no log-probability")
-  ),
+TRUNCATION = dict(
   top_k=Knob(0, "sample from the k most likely tokens; 0: from all", at_least(0), unit="tokens"),
   top_p=Knob(
     1.0,
@@ -368,6 +420,18 @@ ROLLOUT = dict(
     "sample from tokens at least this fraction as likely as the most likely token",
     within("[0, 1)", "; 0 keeps every token"),
   ),
+)
+
+ROLLOUT = dict(
+  prompts=Knob(16, "prompts per RL step, n", at_least(1)),
+  group_size=Knob(
+    8, "responses per prompt, K", at_least(2, "R2M compares K >= 2 responses per prompt")
+  ),
+  max_new_tokens=Knob(24, "longest response", at_least(1), unit="tokens"),
+  temperature=Knob(
+    1.0, "sampling temperature", above(0, "must be above 0: greedy samples have no log-probability")
+  ),
+  **TRUNCATION,
   halvings=Knob(
     0,
     "how often decoding goes on with half of the rows, once at most half are unfinished; each time "
@@ -408,6 +472,7 @@ POLICY = dict(
   revision=Knob(
     "", 'branch, tag or commit of a hub name; "": main. A run keeps the commit that it began with'
   ),
+  **chat("prompts"),
   arch=Section(
     "Shape of a new model; the vocabulary comes from the task (`models.arch.ArchConfig`)", ARCH
   ),
@@ -562,6 +627,12 @@ REWARD = dict(
   **optimizer(lr=1e-3, schedule="cosine"),
   path=Knob("", 'Hugging Face folder or hub name of a sequence classifier; "": it is fitted'),
   revision=Knob("", "as policy.revision"),
+  **chat("what the reward model reads"),
+  strip_thinking=Knob(
+    False,
+    "leave reasoning between <think> tags out of what the reward model reads; it still counts in the "
+    "length",
+  ),
   max_length=Knob(
     0, "longest input; longer ones lose their beginning. 0: no limit", at_least(0), unit="tokens"
   ),
@@ -709,7 +780,14 @@ GENERATE = dict(
   output=Knob("", "file for the answers"),
   max_new_tokens=Knob(128, "longest answer", at_least(1), unit="tokens"),
   temperature=Knob(1.0, "sampling temperature; 0: the most likely token", at_least(0)),
-  batch_size=Knob(16, "size of a batch", at_least(1), unit="rows"),
+  **TRUNCATION,
+  n=Knob(1, "answers for each prompt", at_least(1)),
+  seed=Knob(
+    -1,
+    "seed of the samples; -1: `seed`",
+    Rule(lambda x: -1 <= x < 2**32, "must be -1, or in [0, 2**32)", "-1, or in [0, 2**32)"),
+  ),
+  batch_size=Knob(16, "size of a batch", at_least(1), unit="answers"),
 )
 
 SCORE = dict(

@@ -14,6 +14,7 @@ import numpy as np
 
 from r2m_jax.algorithm.labels import Labeller, pairs_at, pairs_per_step
 from r2m_jax.config import ConfigError
+from r2m_jax.data import thinking
 from r2m_jax.data.batches import group_by_length, pack, row_batches
 from r2m_jax.data.checked import fingerprint, keep, too_long
 from r2m_jax.data.jsonl import DataError
@@ -32,17 +33,20 @@ def select(
   chosen=None,
   *,
   long: bool = False,
+  empty: str = "",
 ) -> list[int]:
   """Which rows have a prompt and responses, given as token ids, that config.data allows; says why
   the others go.
 
   `chosen` holds the ids of the responses that the paper's filter looks at, row by row; `long` rows
-  stay.
+  stay. `empty` is the reason why rows with an empty response go; "": they stay.
   """
   seen, reasons = set(), []
   for i, (prompt, *responses) in enumerate(ids):
     lengths = len(prompt), [len(r) for r in responses], len(chosen[i]) if chosen else 0
     reason = None if long else too_long(config.data, *lengths)
+    if empty and not all(lengths[1]):
+      reason = empty
     if reason is None and config.data.unique:
       row = hash((tuple(prompt), *map(tuple, responses)))
       reason = "the same as an earlier row" if row in seen else None
@@ -141,9 +145,10 @@ def sft_rows(config, tokenizer: Tokenizer, workdir: Path, name: str):
   print(tokenizer.describe(rows[0]["prompt"]))
   end = [] if tokenizer.end_id is None else [tokenizer.end_id]
   ids = each_row(
-    rows, lambda r: (tokenizer.render(r["prompt"]), tokenizer.encode(r["response"], special=False))
+    rows, lambda r: (tokenizer.render(r["prompt"]), tokenizer.answer(r["prompt"], r["response"]))
   )
-  kept = select(config, rows, ids, name)
+  print(seam(tokenizer, rows), end="")
+  kept = select(config, rows, ids, name, empty="no answer beside its reasoning")
   enough(len(kept), "sft.batch_size", config.sft.batch_size)
   rows, ids = [rows[i] for i in kept], [(ids[i][0], ids[i][1] + end) for i in kept]
   print(f"response {len(ids[0][1])} tokens: {tokenizer.hf.decode(ids[0][1])!r}")
@@ -166,6 +171,21 @@ def sft_rows(config, tokenizer: Tokenizer, workdir: Path, name: str):
   return dataset, collate
 
 
+def seam(tokenizer: Tokenizer, rows: list[dict]) -> str:
+  """A line that says how many answers were changed where they meet the generation prompt, if any."""
+  changed = sum(
+    not isinstance(row["prompt"], str)
+    and thinking.continuation(tokenizer.opening, row["response"]) != row["response"]
+    for row in rows
+  )
+  if not changed:
+    return ""
+  ends = f"ends with {tokenizer.opening!r}" if tokenizer.opening else "opens no <think>"
+  return (
+    f"seam     {changed} of {len(rows)} answers are fitted to the generation prompt, which {ends}\n"
+  )
+
+
 def packed_lines(config, tokenizer: Tokenizer, workdir: Path, name: str):
   """As `sft_rows`, for dialogues and texts laid end to end in full lines; every token but a
   line's first counts.
@@ -176,8 +196,12 @@ def packed_lines(config, tokenizer: Tokenizer, workdir: Path, name: str):
   def whole(row):
     if "text" in row:
       return tokenizer.encode(row["text"]) + end
-    if tokenizer.has_template:
+    if tokenizer.has_template and not drops_reasoning(tokenizer, row):
       return tokenizer.dialogue(row["prompt"], row["response"], truncated=False)
+    if tokenizer.has_template:
+      prompt = row["prompt"]
+      turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+      return tokenizer.render(turns) + tokenizer.answer(turns, row["response"]) + end
     return tokenizer.join(row["prompt"], row["response"]) + end
 
   rows = load(data, "text")
@@ -204,6 +228,11 @@ def packed_lines(config, tokenizer: Tokenizer, workdir: Path, name: str):
     return {"tokens": lines[batch], "token_mask": full, "response_mask": full[:, 1:]}
 
   return dataset, collate
+
+
+def drops_reasoning(tokenizer: Tokenizer, row: dict) -> bool:
+  """Whether the answer of a row has reasoning that the chat template leaves out of a dialogue."""
+  return thinking.CLOSE in row["response"] and tokenizer.drops_reasoning
 
 
 # ---- reward ----
@@ -349,7 +378,7 @@ def judged_pairs(
   def encode(row):
     prompt = tokenizer.render(row["prompt"])
     sides = row["chosen"], row["rejected"]
-    return [[*prompt, *tokenizer.encode(side, special=False), *end] for side in sides], [
+    return [[*prompt, *tokenizer.answer(row["prompt"], side), *end] for side in sides], [
       renderer.ids(row["prompt"], side) for side in sides
     ]
 

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.config import redact
+from r2m_jax.data.text import POLICY, Tokenizer
 from r2m_jax.hf import parity
 from r2m_jax.hf.card import write_card
 from r2m_jax.hf.folders import (
@@ -34,6 +35,7 @@ from r2m_jax.models.lora import merged
 from r2m_jax.parallel import hosts
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.run.build import lora_of
+from r2m_jax.run.progress import doing
 
 HEAD_MODULE = Path(__file__).with_name("r2m_head.py")  # PyTorch; copied, never imported here
 
@@ -69,6 +71,12 @@ def replace(out: Path, part: Path, old: Path) -> None:
   shutil.rmtree(old, ignore_errors=True)
 
 
+def write_template(folder: Path, tokenizer: Tokenizer) -> None:
+  """The user's own chat template, where transformers looks for it first."""
+  if tokenizer.chat.file:
+    (folder / "chat_template.jinja").write_text(tokenizer.hf.chat_template, encoding="utf-8")
+
+
 def write_policy(
   out: Path, config, policy: Policy, state: nnx.State, workdir: Path, *, base=None
 ) -> None:
@@ -98,13 +106,23 @@ def write_policy(
           json.dumps(ends, indent=2) + "\n", encoding="utf-8"
         )
     if hosts.first():
+      write_template(folder, policy.tokenizer)
       kind = "adapters" if peft else "policy"
       write_card(folder, config, workdir, kind=kind, bases=bases, base_folder=policy.folder)
   finish(config, out, "policy", None if peft else lambda: parity.policy_gap(out))
 
 
 def write_reward(
-  out: Path, config, reward: RewardModel, backbone, phi, workdir: Path, *, head=None, policy=None
+  out: Path,
+  config,
+  reward: RewardModel,
+  backbone,
+  phi,
+  workdir: Path,
+  *,
+  head=None,
+  policy=None,
+  chat=None,
 ):
   """The reward model: a sequence classifier, its contract and, for R2M, the head with its PyTorch
   module.
@@ -114,6 +132,7 @@ def write_reward(
       has its own.
     head: (HeadConfig, state) of an R2M reward model.
     policy: folder of the policy whose hidden states the head reads.
+    chat: `Chat.contract` of that policy.
   """
   bases = [
     base
@@ -129,6 +148,8 @@ def write_reward(
     tensors = None if head is None else head_tensors(head[1])
     if hosts.first():
       if contract:
+        write_template(folder, reward.renderer.tokenizer)
+        contract |= {POLICY: chat} if head and chat else {}
         (folder / RENDERER).write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
       if head is not None:
         (folder / HEAD_CONFIG).write_text(
@@ -179,6 +200,7 @@ def write_run(out: Path, config, policy: Policy, reward: RewardModel, state, wor
     lora_of(config) is not None and config.lora.export == "peft"
   )  # which our loader does not read
   args = dict(head=head, policy=None if adapters_alone else out / "policy")
+  args["chat"] = policy.tokenizer.chat.contract
   write_reward(out / "reward", config, reward, state.reward_backbone, phi, workdir, **args)
 
 
@@ -192,7 +214,8 @@ def finish(config, out: Path, what: str, gap) -> None:
       "parity   not measured: the policy is a PEFT folder; config.lora.export=merged is measured"
     )
   elif config.export.check:
-    found = gap()
+    with doing("comparing with transformers"):
+      found = gap()
     name = "score" if what == "reward" else "logit"
     reason = "not measured: torch is not installed"
     print(f"parity   {reason if found is None else found.describe(name)}")

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from r2m_jax.config import ConfigError
-from r2m_jax.data.text import Renderer, TextError, Tokenizer, load_tokenizer
+from r2m_jax.data.text import POLICY, Chat, Renderer, TextError, Tokenizer, load_tokenizer
 from r2m_jax.hf.weights import (
   HUB,
   Pretrained,
@@ -86,6 +86,7 @@ class RewardModel:
   has_bias: bool  # whether the folder's score head had one
   renderer: Renderer
   head: tuple[HeadConfig, nnx.State] | None
+  policy_chat: dict[str, Any]  # `Chat.contract` of the policy that the head reads; {}: no changes
 
 
 def mesh_of(config) -> Mesh:
@@ -110,7 +111,7 @@ def load_policy(
       f"config.policy.path is {source}: a sequence classifier, which cannot generate; give a "
       "causal language model"
     )
-  tokenizer = _tokenizer(folder, model.arch, config)
+  tokenizer = _tokenizer(folder, model.arch, config, chat_of(config, "policy"))
   return Policy(folder, model.arch, model.graphdef, model.state, tokenizer)
 
 
@@ -142,14 +143,42 @@ def load_reward(
       f"config.reward.path is {source}: it gives {labels} labels; a reward is one number: "
       "give a reward model with one label"
     )
-  tokenizer = _tokenizer(folder, model.arch, config)
-  renderer = Renderer(tokenizer, config.reward.max_length)
-  if (folder / RENDERER).exists():
-    renderer.require(read_object(folder / RENDERER), folder)
+  has_contract = (folder / RENDERER).exists()
+  saved = read_object(folder / RENDERER) if has_contract else {}
+  tokenizer = _tokenizer(folder, model.arch, config, chat_of(config, "reward", saved))
+  strip = config.reward.strip_thinking or saved.get("strip_thinking") is True
+  renderer = Renderer(tokenizer, config.reward.max_length, strip)
+  if has_contract:
+    renderer.require(saved, folder)
   phi = None if model.score is None else phi_state(model.score)
   has_bias = model.score is not None and model.score.bias is not None
   return RewardModel(
-    folder, model.arch, model.graphdef, model.state, phi, has_bias, renderer, load_head(folder)
+    folder,
+    model.arch,
+    model.graphdef,
+    model.state,
+    phi,
+    has_bias,
+    renderer,
+    load_head(folder),
+    saved.get(POLICY) or {},
+  )
+
+
+def chat_of(config, section: str, saved: dict[str, Any] | None = None) -> Chat:
+  """What config.policy or config.reward, the `section`, changes about a chat template.
+
+  Args:
+    saved: the contract of a reward model, whose system prompt and arguments are used if the config
+      gives none; the renderer refuses others.
+  """
+  given, saved = config[section], saved or {}
+  args = given.chat_template_args.to_dict() or saved.get("chat_template_args") or {}
+  return Chat(
+    args=args if isinstance(args, dict) else {},
+    system=given.system_prompt or str(saved.get("system_prompt") or ""),
+    file=given.chat_template,
+    section=section,
   )
 
 
@@ -210,8 +239,8 @@ def _load(
     raise FolderError(f"config.{field} is {source}: {error}") from error
 
 
-def _tokenizer(folder: pathlib.Path, arch: ArchConfig, config) -> Tokenizer:
-  return load_tokenizer(folder, arch.vocab_size, config.data.date, arch.max_positions)
+def _tokenizer(folder: pathlib.Path, arch: ArchConfig, config, chat: Chat) -> Tokenizer:
+  return load_tokenizer(folder, arch.vocab_size, config.data.date, arch.max_positions, chat)
 
 
 def reward_start(reward: RewardModel, mesh):

@@ -13,7 +13,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,7 @@ from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.parallel import sharding
 from r2m_jax.parallel.errors import UserError
+from r2m_jax.run.progress import doing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")  # of tensors on disk, as safetensors names them
@@ -170,30 +171,40 @@ def load_pretrained(
   ]
   files.check({path: shape for path, shape in flat}, arch)
 
-  def place(path, x):
-    name = sharding.path_name(path)
-    layout = (
-      default_sharding()
-      if mesh is None
-      else NamedSharding(mesh, sharding.spec_for(name, x.shape, mesh))
-    )
-    read = Memo(lambda index: files.read(arch, name, x.shape, index, x.dtype))
-    return jax.make_array_from_callback(x.shape, layout, read)
+  total = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+  # of several processes each reads its shards alone
+  with doing(f"loading weights of {folder.name}", total // jax.process_count()) as bar:
 
-  state = jax.tree_util.tree_map_with_path(place, shapes)
+    def place(path, x):
+      name = sharding.path_name(path)
+      layout = (
+        default_sharding()
+        if mesh is None
+        else NamedSharding(mesh, sharding.spec_for(name, x.shape, mesh))
+      )
+      read = Memo(lambda index: files.read(arch, name, x.shape, index, x.dtype, bar.add))
+      return jax.make_array_from_callback(x.shape, layout, read)
+
+    state = jax.tree_util.tree_map_with_path(place, shapes)
   score = None
   if score_name in files.shapes:
-    layout = default_sharding() if mesh is None else NamedSharding(mesh, P())
-
-    def put(x):
-      return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
-
     files.check_score(arch, read_json(folder / "config.json"))
-    kernel, bias = np.ascontiguousarray(files.tensor(score_name).T), None
-    if f"{SCORE}.bias" in files.shapes:
-      bias = put(files.tensor(f"{SCORE}.bias").astype(param_dtype))
-    score = Score(put(kernel.astype(param_dtype)), bias)
+    score = _read_score(files, mesh, param_dtype)
   return Pretrained(arch, graphdef, state, score)
+
+
+def _read_score(files: "Files", mesh: Mesh | None, param_dtype) -> Score:
+  """The score head of a classifier, whole on every device."""
+  layout = default_sharding() if mesh is None else NamedSharding(mesh, P())
+
+  def put(x):
+    return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
+
+  bias = files.tensor(f"{SCORE}.bias") if f"{SCORE}.bias" in files.shapes else None
+  kernel = np.ascontiguousarray(files.tensor(f"{SCORE}.weight").T)
+  return Score(
+    put(kernel.astype(param_dtype)), None if bias is None else put(bias.astype(param_dtype))
+  )
 
 
 def fetch(source: str | pathlib.Path, revision: str = "") -> pathlib.Path:
@@ -465,19 +476,27 @@ class Files:
       )
 
   def read(
-    self, arch: ArchConfig, path: str, shape: tuple[int, ...], index: tuple[slice, ...], dtype
+    self,
+    arch: ArchConfig,
+    path: str,
+    shape: tuple[int, ...],
+    index: tuple[slice, ...],
+    dtype,
+    done: Callable[[int], None] = lambda size: None,
   ) -> np.ndarray:
     """The part `index` of the parameter at `path`, of full `shape`, as `dtype`: from disk, one
-    layer at a time.
+    layer at a time, after which `done` is told its bytes.
     """
     template, part = name_of(arch, path)
     result = aligned([len(range(*i.indices(n))) for i, n in zip(index, shape)], dtype)
     if not path.startswith("layers/"):
       result[...] = self._read(template, part, index, arch, path)
+      done(result.nbytes)
       return result
     layers = range(*index[0].indices(shape[0]))
     for row, layer in enumerate(layers):
       result[row] = self._read(template.format(layer), part, index[1:], arch, path)
+      done(result[row].nbytes)
     return result
 
   def _read(self, name, part, index, arch, path) -> np.ndarray:
@@ -542,8 +561,10 @@ def save_pretrained(
     for _ in tensors:  # takes part in gathering
       pass
     return
+  total = sum(x.size for x in params.values()) * jnp.dtype(name).itemsize
   with _replacing(folder) as new:
-    _write_shards(new, tensors, max_shard_bytes)
+    with doing(f"writing weights to {folder}", total) as bar:
+      _write_shards(new, tensors, max_shard_bytes, bar.add)
     for pattern in TOKENIZER_FILES if tokenizer_folder else ():
       for file in pathlib.Path(tokenizer_folder).glob(pattern):
         shutil.copyfile(file, new / file.name)
@@ -629,10 +650,13 @@ def gather(x: jax.Array, dtype) -> np.ndarray:
 
 
 def _write_shards(
-  folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], max_bytes: int
+  folder: pathlib.Path,
+  tensors: Iterator[tuple[str, np.ndarray]],
+  max_bytes: int,
+  done: Callable[[int], None],
 ) -> None:
   """Fills files up to `max_bytes`, then names them: one file, or model-0000i-of-0000n with an
-  index.
+  index. `done` is told the bytes of each file.
   """
   shards: list[list[str]] = []
   pending: dict[str, np.ndarray] = {}
@@ -641,6 +665,7 @@ def _write_shards(
   def flush():
     save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
     shards.append(list(pending))
+    done(sum(x.nbytes for x in pending.values()))
     pending.clear()
 
   for name, array in tensors:

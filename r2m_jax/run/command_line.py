@@ -14,7 +14,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 import r2m_jax
-from r2m_jax.config import ConfigError, check_fields
+from r2m_jax.config import DICT_EXAMPLE, ConfigError, check_fields, is_dict
 from r2m_jax.knobs import TASKS
 from r2m_jax.run.process import stop
 
@@ -133,7 +133,7 @@ def section_given(argv: list[str], config) -> str | None:
   has.
   """
   for field in re.findall(r"^--?config\.([^=\n]*)", "\n".join(argv), re.M):
-    if isinstance(
+    if not is_dict(field) and isinstance(
       functools.reduce(lambda section, name: section[name], field.split("."), config), ConfigDict
     ):
       return f"config.{field} is a section: set its fields one by one, such as --config.{field}.FIELD=VALUE"
@@ -168,6 +168,8 @@ def command_line_mistake(argv: list[str], error: Exception) -> str | None:
   if wrong:
     field, value = wrong.groups()
     default = functools.reduce(lambda section, name: section[name], field.split("."), config)
+    if is_dict(field):
+      return f"config.{field} is {value!r}: must be a dict, such as {DICT_EXAMPLE}"
     if isinstance(default, ConfigDict):
       return f"config.{field} is a section: set one of {', '.join(f'config.{field}.{name}' for name in default)}"
     return (

@@ -25,7 +25,7 @@ from r2m_jax.parallel.sharding import jit_on, on_mesh, shardings
 from r2m_jax.run import checkpoint, loop, speed
 from r2m_jax.run.build import Build
 from r2m_jax.run.metrics import Metrics
-from r2m_jax.run.progress import progress
+from r2m_jax.run.progress import doing, progress
 
 LOG_EVERY = 10  # updates; a fetch waits for the device
 # times its budget at which a stage is cut short: the machine is slower than when it was measured
@@ -147,26 +147,26 @@ def fit(
     loop.at_hand() as asked,
     checkpoint.finished(partial),
     Metrics(workdir, stage, from_step=start) as log,
-    progress(total, stage, initial=start) as bar,
+    progress(total, stage, initial=start, unit="update") as bar,
   ):
     rows = Rows(stage, log, batches, budget, speed.FitCost(settings, total))
     for i, batch in enumerate(batches, start):
       state, opt, metrics = update(state, opt, hosts.place(batch, batch_sharding), *extra)
+      bar.dispatched(metrics)
       rows.count(metrics, batch)
       # the processes agree only at updates whose device is waited for
       turn = jax.process_count() == 1 or i % LOG_EVERY == 0
       late = turn and hosts.any_of(rows.late())
-      logged = i % LOG_EVERY == 0 or i == total - 1 or late
-      bar.update(**(rows.write(i, metrics, opt) if logged else {}))
+      if i % LOG_EVERY == 0 or i == total - 1 or late:
+        bar.settle(**rows.write(i, metrics, opt))
       stop = turn and asked()
       if stop or turn and hosts.any_of(time.monotonic() - saved > SAVE_SECONDS):
         checkpoint.save(partial, i + 1, (state, opt), facts=facts)
         saved = time.monotonic()
-      if stop:
-        log.close("stopped")
       if late:
         print(cut_short(stage, i + 1, total, budget))
       if late or stop:
+        log.close("stopped" if stop else "finished")
         break
   rows.require_learned()
   return state
@@ -310,12 +310,13 @@ def steps_within(
     count[shape] = count.get(shape, 0) + 1
     batch_of.setdefault(shape, batch)
   total = 0.0
-  for shape, batch in batch_of.items():
-    batch = hosts.place(batch, batch_sharding)
-    jax.block_until_ready(grads(state, batch, *extra))
-    start = time.perf_counter()
-    jax.block_until_ready([grads(state, batch, *extra) for _ in range(2)])
-    total += (time.perf_counter() - start) / 2 * count[shape]
+  with doing("rate     compiling, and measuring updates"):
+    for shape, batch in batch_of.items():
+      batch = hosts.place(batch, batch_sharding)
+      jax.block_until_ready(grads(state, batch, *extra))
+      start = time.perf_counter()
+      jax.block_until_ready([grads(state, batch, *extra) for _ in range(2)])
+      total += (time.perf_counter() - start) / 2 * count[shape]
   each, spent = total / sum(count.values()), time.perf_counter() - began
   steps = max(1, int(seconds / each))
   print(

@@ -118,6 +118,7 @@ def advance(run: Run, state, start: int, workdir: Path, checkpoints, facts: dict
         with phase("data"):
           batch = next(steps.batches)
         state, out, *seen = steps.step(state, *batch)
+        bar.dispatched()
         with phase("learn"):  # waits for the device
           out = hosts.fetch(out)
         metrics, live = steps.measure(t, state, out, batch, *seen)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 
+from r2m_jax.config import DICTS
 from r2m_jax.hf.export import write_policy, write_reward, write_run
 from r2m_jax.hf.folders import (
   RENDERER,
@@ -153,6 +154,8 @@ def run_config(config, workdir: Path, *, mine: tuple[str, ...]):
   saved = read_json(workdir / "config.json")
   result = config.copy_and_resolve_references()
   try:
+    for section, name in (field.split(".") for field in DICTS):
+      result[section][name] = saved[section].get(name, {})  # whole: `update` adds no name
     result.update({key: value for key, value in saved.items() if key not in mine})
   except (KeyError, TypeError, AttributeError) as error:
     raise FolderError(

@@ -65,6 +65,7 @@ from r2m_jax.run.fit import (
 from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
 from r2m_jax.run.loop import fingerprint
 from r2m_jax.run.metrics import append_samples
+from r2m_jax.run.progress import doing, progress
 from r2m_jax.run.run import Run, Steps, Texts, train
 from r2m_jax.run.speed import phase
 from r2m_jax.run.workdir import shapes_of, stage, warm, with_variant
@@ -279,13 +280,14 @@ def runs(
   data = prompt_data(config, policy.tokenizer, workdir)
   warn_of_lengths(config, data, policy.tokenizer, reward.renderer)
   if not (workdir / "checkpoints").exists():
-    check_model(
-      built.defs.base or built.defs.policy,
-      policy.state,
-      vocab_size=policy.arch.vocab_size,
-      dtype=config.dtype,
-      temperature=config.rollout.temperature,
-    )
+    with doing("checking the policy against its KV cache"):
+      check_model(
+        built.defs.base or built.defs.policy,
+        policy.state,
+        vocab_size=policy.arch.vocab_size,
+        dtype=config.dtype,
+        temperature=config.rollout.temperature,
+      )
   arms = (config.variant,) if config.variant else tuple(config.arms)
   if config.budget:
     probed = with_variant(config, arms[-1])
@@ -342,13 +344,15 @@ def rl_steps_within(
   step = make_two_part_step(
     config, built, policy, reward, sharding.shardings(state, built.mesh), labeller
   )
-  for t in range(3):
-    began, index = time.perf_counter(), data.order[t]
-    state, output, _ = step(
-      state, batch_of(data, index, policy.tokenizer), [data.prompts[i] for i in index]
-    )
-    jax.block_until_ready((state, output))
-    times.append(time.perf_counter() - began)
+  with progress(3, "rate", doing="compiling, then the first step") as bar:
+    for t in range(3):
+      began, index = time.perf_counter(), data.order[t]
+      state, output, _ = step(
+        state, batch_of(data, index, policy.tokenizer), [data.prompts[i] for i in index]
+      )
+      jax.block_until_ready((state, output))
+      times.append(time.perf_counter() - began)
+      bar.update()
   each = sum(times[1:]) / 2
   steps = max(1, int(seconds / each))
   print(
@@ -399,7 +403,9 @@ def make_two_part_step(
     """(prompt, answer, whether it was cut off) of this process's rows; `texts` has every row's."""
     mine = hosts.rows_of(built.rows, len(sequences.tokens)).tolist()
     answers = responses_of(hosts.local(sequences), tokenizer)
-    return [(texts[i], text, cut) for i, (text, cut) in zip(mine, answers)]
+    return [
+      (texts[i], tokenizer.whole(texts[i], text), cut) for i, (text, cut) in zip(mine, answers)
+    ]
 
   def step(state, prompts, texts):
     with phase("rollout"):
@@ -561,7 +567,7 @@ def samples(config, output, prompts: list, policy: Policy, when: str) -> list[di
       "arm": config.variant,
       "when": when,
       "prompt": prompt_text(prompt),
-      "response": text,
+      "response": policy.tokenizer.whole(prompt, text),
       "reward": reward,
       "frozen": frozen,
       "length": int(mask.sum()),

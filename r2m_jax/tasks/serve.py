@@ -31,6 +31,7 @@ from r2m_jax.hf.folders import (
 )
 from r2m_jax.models.generate import generate
 from r2m_jax.models.reward import read_rte
+from r2m_jax.ops import Truncation
 from r2m_jax.parallel import hosts, sharding
 from r2m_jax.run.progress import progress
 
@@ -66,10 +67,12 @@ def batches(lengths: list[int], size: int) -> Iterator[np.ndarray]:
     yield np.resize(order[i : i + size], size)
 
 
-def batch_size(config, section, rows: int, mesh) -> int:
-  """The section's batch size, no larger than the rows need, as a multiple of the batch's shards."""
+def batch_size(config, section, rows: int, mesh, *, each: int = 1) -> int:
+  """The section's batch size in rows of `each` answers, no larger than the rows need, as a multiple
+  of the batch's shards.
+  """
   shards = mesh.shape["data"] * mesh.shape["fsdp"]
-  return -(-min(section.batch_size, rows) // shards) * shards
+  return -(-min(max(1, section.batch_size // each), rows) // shards) * shards
 
 
 def spread(batch, mesh):
@@ -82,8 +85,8 @@ def spread(batch, mesh):
 
 
 def run_generate(config) -> None:
-  """Reads rows with `prompt`; writes them with prompt_tokens, tokens, logprobs, text and
-  truncated, in their order.
+  """Reads rows with `prompt`; writes them with prompt_tokens, tokens, logprobs, text and truncated,
+  in their order. With config.generate.n above 1, each comes n times, with the index `sample`.
   """
   settings, mesh = config.generate, mesh_of(config)
   check_output(settings.output, "config.generate.output")
@@ -96,6 +99,9 @@ def run_generate(config) -> None:
   fix = "lower config.generate.max_new_tokens or give shorter prompts"
   policy.tokenizer.warn_beyond(lengths, what, fix)
   results = sample(config, policy, prompts, mesh)
+  rows = [row for row in rows for _ in range(settings.n)]
+  for row, result in zip(rows, results):
+    result["text"] = policy.tokenizer.whole(row["prompt"], result["text"])
   finite = np.array([np.isfinite(result["logprobs"]).all() for result in results])
   require_finite(config, finite, "log-probabilities", f"config.policy.path = {config.policy.path}")
   file = hosts.on_first(
@@ -108,9 +114,48 @@ def run_generate(config) -> None:
 
 
 def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]:
-  """One response for each rendered prompt, as the fields of a row."""
-  settings, size = config.generate, batch_size(config, config.generate, len(prompts), mesh)
+  """config.generate.n responses for each rendered prompt, next to each other, as the fields of a
+  row. They depend on the seed, the place of the prompt and the index of the sample alone.
+  """
+  settings, n = config.generate, config.generate.n
+  size = batch_size(config, settings, len(prompts), mesh, each=n)
   T, tokenizer = settings.max_new_tokens, policy.tokenizer
+  draw = make_draw(config, policy, mesh)
+  results: list[dict] = [{}] * (len(prompts) * n)
+  with progress(-(-len(prompts) // size), "generate", unit="batch") as bar:
+    for index in batches([len(p) for p in prompts], size):
+      batch = as_prompts([prompts[i] for i in index], tokenizer.pad_id).replace(
+        example_id=index.astype(np.int32)
+      )
+      drawn = draw(policy.state, spread(batch, mesh))
+      bar.dispatched()
+      sequences, logprobs = hosts.fetch(drawn)
+      texts, lengths = responses_of(sequences, tokenizer), sequences.response_mask.sum(1)
+      for row, (text, truncated) in enumerate(texts):
+        i, which = int(index[row // n]), row % n
+        results[i * n + which] = {
+          **({"sample": which} if n > 1 else {}),
+          "prompt_tokens": list(prompts[i]),
+          "tokens": sequences.tokens[row, -T:][: lengths[row]].tolist(),
+          "logprobs": logprobs[row, : lengths[row]].astype(float).tolist(),
+          "text": text,
+          "truncated": truncated,
+        }
+      bar.update()
+  return results
+
+
+def make_draw(config, policy: Policy, mesh) -> Callable:
+  """Builds `draw(state, prompts) -> (Sequences, log-probabilities f32[P * n, T])` by the settings of
+  config.generate; the log-probabilities are those of the distribution that was sampled from.
+  """
+  settings, tokenizer = config.generate, policy.tokenizer
+  truncation = Truncation(settings.top_k, settings.top_p, settings.min_p)
+  seed = config.seed if settings.seed == -1 else settings.seed
+  if (
+    not settings.temperature
+  ):  # the most likely token is never cut away; all log-probabilities stay
+    truncation = Truncation()
 
   @sharding.jit_on(mesh)
   def draw(state, prompts):
@@ -118,36 +163,27 @@ def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]
     sequences = generate(
       model,
       prompts,
-      jax.random.key(config.seed),
+      jax.random.key(seed),
       0,
-      group_size=1,
-      max_new_tokens=T,
+      group_size=settings.n,
+      max_new_tokens=settings.max_new_tokens,
       eos_ids=tokenizer.eos_ids,
       temperature=settings.temperature,
       pad_id=tokenizer.pad_id,
+      truncation=truncation,
     )
     # at temperature 0 the log-probabilities are those of the unscaled logits
-    reading = dict(temperature=settings.temperature or 1.0, layer=-1, chunk=config.logits_chunk)
-    return sequences, read_feedback(model, sequences, **reading).logprobs
+    logprobs = read_feedback(
+      model,
+      sequences,
+      temperature=settings.temperature or 1.0,
+      layer=-1,
+      chunk=config.logits_chunk,
+      truncation=truncation,
+    ).logprobs
+    return sequences, logprobs
 
-  results: list[dict] = [{}] * len(prompts)
-  with progress(-(-len(prompts) // size), "generate") as bar:
-    for index in batches([len(p) for p in prompts], size):
-      batch = as_prompts([prompts[i] for i in index], tokenizer.pad_id).replace(
-        example_id=index.astype(np.int32)
-      )
-      sequences, logprobs = hosts.fetch(draw(policy.state, spread(batch, mesh)))
-      texts, lengths = responses_of(sequences, tokenizer), sequences.response_mask.sum(1)
-      for row, i in enumerate(index):
-        results[i] = {
-          "prompt_tokens": list(prompts[i]),
-          "tokens": sequences.tokens[row, -T:][: lengths[row]].tolist(),
-          "logprobs": logprobs[row, : lengths[row]].astype(float).tolist(),
-          "text": texts[row][0],
-          "truncated": texts[row][1],
-        }
-      bar.update()
-  return results
+  return draw
 
 
 # ---- score ----
@@ -194,7 +230,7 @@ def run_score(config) -> None:
 
 def policy_ids(tokenizer: Tokenizer, row: dict) -> list[int]:
   """Prompt and response as the policy would have sampled them."""
-  ids = tokenizer.render(row["prompt"]) + tokenizer.encode(row["response"], special=False)
+  ids = tokenizer.render(row["prompt"]) + tokenizer.sampled(row["prompt"], row["response"])
   return (
     ids if row.get("truncated", False) or tokenizer.end_id is None else [*ids, tokenizer.end_id]
   )
@@ -216,6 +252,24 @@ def warn_of_lengths(
     policy.tokenizer.warn_beyond(read, "rows for the policy", "shorten prompts or responses")
 
 
+def require_policy(config, reward: RewardModel, policy: Policy) -> None:
+  """Raises FolderError unless an R2M reward model can read the policy as it read its own."""
+  size = reward.head[0].policy_hidden_size
+  if size != policy.arch.hidden_size:
+    raise FolderError(
+      f"{reward.folder} reads hidden states of {size} numbers; those of "
+      "config.policy.path = "
+      f"{config.policy.path} have {policy.arch.hidden_size}: give the policy it was trained with"
+    )
+  if policy.tokenizer.chat.contract != reward.policy_chat:
+    raise FolderError(
+      f"{reward.folder} reads the states of a policy whose prompts were rendered with "
+      f"{reward.policy_chat or 'no changes to its chat template'}; config.policy gives "
+      f"{policy.tokenizer.chat.contract or 'none'}: set config.policy.system_prompt and "
+      "chat_template_args as they were in training"
+    )
+
+
 def make_scorer(
   config, reward: RewardModel, policy: Policy | None, mesh, *, shown: bool = True
 ) -> Callable[[list[dict]], np.ndarray]:
@@ -225,13 +279,8 @@ def make_scorer(
     shown: print a line of progress, and warn of rows that are too long for a model.
   """
   head_config, head_state = reward.head or (None, None)
-  if head_config is not None and head_config.policy_hidden_size != policy.arch.hidden_size:
-    raise FolderError(
-      f"{reward.folder} reads hidden states of {head_config.policy_hidden_size} numbers; those of "
-      "config.policy.path = "
-      f"{config.policy.path} have {policy.arch.hidden_size}: give the policy it was trained with"
-    )
-
+  if head_config is not None:
+    require_policy(config, reward, policy)
   head_def = None if head_config is None else nnx.graphdef(abstract_head(head_config))
 
   @sharding.jit_on(mesh)
@@ -261,7 +310,7 @@ def make_scorer(
       warn_of_lengths(reward, policy, lengths, [len(row) for row in read])
     scores = np.zeros(len(rows), np.float32)
     size = batch_size(config, config.score, len(rows), mesh)
-    with progress(-(-len(rows) // size), "score", enabled=shown) as bar:
+    with progress(-(-len(rows) // size), "score", enabled=shown, unit="batch") as bar:
       for index in batches(lengths, size):
         tokens, mask = spread(
           pad_left([ids[i] for i in index], reward.renderer.tokenizer.pad_id), mesh
@@ -271,6 +320,7 @@ def make_scorer(
         else:
           fed = spread(pad_left([read[i] for i in index], policy.tokenizer.pad_id), mesh)
           result = fused(reward.state, head_state, policy.state, tokens, mask, *fed)
+        bar.dispatched()
         scores[index] = hosts.fetch(result)
         bar.update()
     return scores
