@@ -145,7 +145,7 @@ def test_claim_shows_what_differs(tmp_path):
     workdirs.claim(cfg, tmp_path)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [pytest.param((1, 1, 1), marks=pytest.mark.long), (2, 2, 2)])
 def test_what_is_fitted_before_rl(tmp_path, mesh):
   """Golden pairs, a warm start and gold labels, on one device and on eight."""
   cfg = quickstart.get_config("test")
