@@ -1,9 +1,9 @@
 """Packaging of r2m_jax: `pip install -e .` in a clone, or `pip install -e ".[test]"` to run the
 tests.
 
-Every range starts at the lowest version that `launch/lowest.sh` passes with, and has wheels for
-Python 3.11 to 3.13. JAX 0.11 and 0.12 exist for Python 3.12 and later only; 0.10.2 is the newest
-for 3.11. An accelerator's own jax (a GPU image, a TPU VM) is kept where it lies in the range.
+`launch/lowest.sh` tries the lower end of every range, which has wheels for Python 3.11 to 3.13. JAX
+0.11 and 0.12 exist for Python 3.12 and later only; 0.10.2 is the newest for 3.11. An accelerator's
+own jax (a GPU image, a TPU VM) is kept where it lies in the range.
 """
 
 import pathlib
