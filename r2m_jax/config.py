@@ -97,6 +97,12 @@ def check_config(config: ConfigDict) -> None:
   check_revisions(config)
   if config.policy.path or config.reward.path:
     check_folder_run(config)
+  elif config.task in ("sft", "reward", "r2m"):
+    # the gold-reward task makes its own prompts
+    fix = (
+      "give the models that train on it, config.policy.path and config.reward.path, or leave it out"
+    )
+    need(config, not config.data.name, "data.name", fix)
   check_labels(config)
   try:
     addresses(config.hosts)

@@ -43,6 +43,8 @@ REFUSALS = [  # field, value, the fix
   ("arms", ("vanilla", "r2n"), "choose from vanilla, r2m, "),
   ("arms", ("r2m", "r2m"), "once"),
   ("arms", (), "choose from"),
+  ("data.name", "x.jsonl", "give the models that train on it, config.policy.path"),
+  ("packing", (0.5,), "ascending shares above 0, the last one 1"),
   ("dtype", "float16", "'float32', 'bfloat16'"),
   ("remat", "some", "'none', 'full', 'dots'"),
   ("ppo.aggregation", "mean", "'sequence_sum', 'sequence_mean', 'token_mean', 'constant'"),
