@@ -98,25 +98,31 @@ def load_policy(source: str, config, mesh: Mesh | None = None) -> Policy:
 
 
 def load_reward(
-  source: str, config, mesh: Mesh | None = None, *, from_policy: bool = False
+  source: str,
+  config,
+  mesh: Mesh | None = None,
+  *,
+  from_policy: bool = False,
+  field: str = "reward.path",
 ) -> RewardModel:
   """The reward model of a folder or hub name; refused where its contract is not this tokenizer's
   and config's.
 
   Args:
     from_policy: accept a language model without a score head, as the start of a reward model.
+    field: of the config, which gives the source.
   """
-  folder, model = _load(source, "reward.path", config, mesh, lm_head=False)
+  folder, model = _load(source, field, config, mesh, lm_head=False)
   if model.score is None and not from_policy:
     raise FolderError(
-      f"config.reward.path is {source}: it holds no score head, so it cannot score; give a "
+      f"config.{field} is {source}: it holds no score head, so it cannot score; give a "
       "sequence classifier, or "
       "train one from it with config.task=reward"
     )
   if model.score is not None and model.score.kernel.shape[1] != 1:
     labels = model.score.kernel.shape[1]
     raise FolderError(
-      f"config.reward.path is {source}: it gives {labels} labels; a reward is one number"
+      f"config.{field} is {source}: it gives {labels} labels; a reward is one number"
     )
   tokenizer = load_tokenizer(folder, model.arch.vocab_size, config.data.date)
   renderer = Renderer(tokenizer, config.reward.max_length)

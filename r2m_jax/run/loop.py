@@ -11,18 +11,20 @@ import hashlib
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from r2m_jax.config import ConfigError, identity
+from r2m_jax.config import ConfigError, best_metric, identity
 from r2m_jax.parallel import hosts
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.run import checkpoint
 from r2m_jax.run.checkpoint import CheckpointError, Checkpoints
 from r2m_jax.run.files import plain, read_jsonl, write_atomic
-from r2m_jax.run.metrics import Metrics
+from r2m_jax.run.metrics import EVAL, Metrics
 from r2m_jax.run.progress import progress
 
 RESUME = 75  # exit status of a run that was asked to stop and has saved everything
@@ -101,6 +103,24 @@ def at_hand() -> Iterator[Callable[[], bool]]:
 # ---- the loop ----
 
 
+class Seen(NamedTuple):
+  """What a watch has seen of a state."""
+
+  values: dict[str, float] = {}  # of an evaluation, by their names in its row; {} if there was none
+  stop: str = ""  # why the run ends here; "" if it does not
+
+
+# (state, its step, metrics of the step that led to it, or None for the state that a start begins
+# with) -> what is seen. It may read the state and must not change it.
+Watch = Callable[..., Seen]
+
+
+def watch_nothing(state, step: int, metrics: dict | None) -> Seen:
+  """The `Watch` of a run that is not evaluated and does not end early."""
+  del state, step, metrics
+  return Seen()
+
+
 def run_steps(
   config,
   workdir: Path,
@@ -110,9 +130,10 @@ def run_steps(
   *,
   data: str = "",
   models: str = "",
+  watch: Watch = watch_nothing,
 ):
-  """Advances `state` to config.steps and returns it: logs every step, saves as config.log and
-  config.checkpoint say.
+  """Advances `state` to config.steps, or until `watch` ends the run, and returns it: logs every
+  step, saves as config.log and config.checkpoint say.
 
   Args:
     state: a TrainState of any step; it is donated.
@@ -121,6 +142,7 @@ def run_steps(
     data: fingerprint of the rows behind the prompts; it lies in every manifest.
     models: fingerprint of the frozen models: the reference (with adapters, their base) and the
       reward model.
+    watch: sees the state at the start and after each step; its values make rows of stage "eval".
 
   Raises:
     Interrupted: a signal came; the step is finished and saved.
@@ -130,34 +152,72 @@ def run_steps(
   """
   start, in_a_row, skipped = int(state.step), [], 0
   facts = {"config": identity(config), "data": data, "models": models}
-  best = config.checkpoint.best_metric
   with at_hand() as asked, checkpoint.finished(checkpoints):
-    with Metrics(workdir, "rl", config.variant, from_step=start) as log:
+    seen = watch(state, start, None)  # it may read rows that `Metrics` drops and this loop repeats
+    end = start if seen.stop else config.steps
+    with Metrics(workdir, "rl", config.variant, from_step=start, also=EVAL) as log:
+      log_seen(log, start, seen)
       with progress(config.steps, config.variant, initial=start) as bar:
-        for t in range(start, config.steps):
+        for t in range(start, end):
           state, out, example_id, metrics, shown = advance(state, t)
           require_best(config, metrics)
           log.log(t, metrics)
           bar.update(**shown)
-          stop, last = asked(), t + 1 == config.steps
           in_a_row = [*in_a_row, t] if metrics["skipped"] else []
           skipped += bool(metrics["skipped"])
           if in_a_row:
             keep_rows(workdir, config.variant, t, out, example_id)
           if len(in_a_row) >= config.guard.max_skipped:
             raise Diverged(report(workdir, checkpoints, in_a_row, metrics))
-          if last or stop or (t + 1) % config.log.checkpoint_every == 0:
+          seen = watch(state, t + 1, metrics)
+          log_seen(log, t + 1, seen)
+          last = t + 1 == config.steps or bool(seen.stop)
+          stop = asked()
+          if last or stop or is_due(config, t + 1, seen):
             require_workdir(workdir)
-            checkpoint.save(checkpoints, t + 1, state, value=metrics.get(best), facts=facts)
-          if stop:
+            value = value_of(best_metric(config), metrics, seen)
+            checkpoint.save(checkpoints, t + 1, state, value=value, facts=facts)
+          if last or stop:
             break
-  require_learned(config, skipped, config.steps - start, workdir)
+  require_learned(config, skipped, int(state.step) - start, workdir)
   return state
+
+
+def log_seen(log: Metrics, step: int, seen: Seen) -> None:
+  """Logs the row of an evaluation, if there was one."""
+  if seen.values:
+    log.log(step, seen.values, stage=EVAL)
+
+
+def is_due(config, step: int, seen: Seen) -> bool:
+  """Whether the state of this step is saved: at an interval, and if it may be among the best."""
+  evaluated = bool(config.checkpoint.keep_best and seen.values)
+  return evaluated or step % config.log.checkpoint_every == 0
+
+
+def value_of(metric: str, metrics: dict, seen: Seen):
+  """The value of `best_metric` at a step, None if it has none."""
+  stage, _, name = metric.partition("/")
+  return seen.values.get(name) if stage == EVAL else metrics.get(metric)
+
+
+def warn_of_best(config) -> None:
+  """Warns if the best checkpoints are chosen by a reward that the run optimises."""
+  best = best_metric(config)
+  if config.checkpoint.keep_best and best in ("reward/used", "reward/frozen", "eval/frozen"):
+    print(
+      f"warning: config.checkpoint.keep_best goes by {best}, the reward that this run optimises, so "
+      "it keeps what games that reward most. Name eval/gold in config.checkpoint.best_metric: "
+      "config.eval.every and, from folders, config.eval.gold.path measure it",
+      file=sys.stderr,
+    )
 
 
 def require_best(config, metrics: dict) -> None:
   """Raises ConfigError if the best checkpoints are kept by a metric that there is not."""
-  best = config.checkpoint.best_metric
+  best = best_metric(config)
+  if best.startswith(f"{EVAL}/"):  # `check_evaluation` knows whether it is measured
+    return
   if config.checkpoint.keep_best and best not in metrics:
     names = ", ".join(sorted(metrics))
     raise ConfigError(f"config.checkpoint.best_metric is {best!r}: choose one of {names}")

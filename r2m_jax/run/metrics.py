@@ -15,6 +15,7 @@ from r2m_jax.parallel import hosts
 from r2m_jax.run.files import DamagedFile, plain, read_jsonl, write_atomic
 
 ROW_KEYS = ("stage", "arm", "step", "seconds")
+EVAL = "eval"  # stage of the rows that evaluations of an RL run make
 _NONFINITE = {
   "nan": math.nan,
   "inf": math.inf,
@@ -94,31 +95,36 @@ class Metrics:
   """The log of one stage of one arm: metrics.jsonl, and the same scalars under tensorboard/.
 
   from_step is 0 for a fresh start, or the step a resumed run does next: older rows at or past it
-  are dropped, so every step appears once.
+  are dropped, so every step appears once. `also` names a second stage whose rows are logged here.
   """
 
-  def __init__(self, workdir, stage, arm="", *, from_step):
+  def __init__(self, workdir, stage, arm="", *, from_step, also=""):
     self.stage, self.arm, self.enabled = stage, arm, hosts.first()
     self._file = self._events = None
     if not self.enabled:
       return
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    if also:
+      truncate(workdir, also, arm, from_step)
     self._start = time.monotonic() - truncate(workdir, stage, arm, from_step)
     self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
     self._guarded(
       self._open_events, workdir / "tensorboard" / (f"{stage}-{arm}" if arm else stage), from_step
     )
 
-  def log(self, step, scalars):
-    """Writes one row. scalars: name -> number or 0-d array; a None is left out."""
+  def log(self, step, scalars, stage=""):
+    """Writes one row. scalars: name -> number or 0-d array; a None is left out.
+
+    stage: of the row if it is not the log's own. In TensorBoard its scalars are named STAGE/NAME.
+    """
     if not self.enabled:
       return
     if taken := set(scalars) & set(ROW_KEYS):
       raise ValueError(f"{sorted(taken)} name the row itself; rename the scalars")
     values = {name: float(value) for name, value in scalars.items() if value is not None}
     row = {
-      "stage": self.stage,
+      "stage": stage or self.stage,
       "arm": self.arm,
       "step": int(step),
       "seconds": round(time.monotonic() - self._start, 3),
@@ -126,7 +132,9 @@ class Metrics:
     self._file.write(_dump(row | {name: plain(value) for name, value in values.items()}))
     self._file.flush()
     if self._events:
-      self._guarded(self._write_events, int(step), values)
+      prefix = f"{stage}/" if stage else ""
+      tagged = {prefix + name: value for name, value in values.items()}
+      self._guarded(self._write_events, int(step), tagged)
 
   def close(self):
     if self._file:

@@ -19,6 +19,7 @@ class Run:
   steps: (the state to go on from) -> `advance` of `loop.run_steps`.
   samples: (state, "before" or "after") -> rows of samples.jsonl; None if `steps` writes them.
   data: fingerprint of the rows behind the prompts.
+  watch: of `loop.run_steps`: evaluates the states of the run and may end it early.
   """
 
   first: Callable[[], TrainState]
@@ -26,11 +27,12 @@ class Run:
   steps: Callable[[TrainState], Callable]
   samples: Callable[[TrainState, str], list[dict]] | None = None
   data: str = ""
+  watch: loop.Watch = loop.watch_nothing
 
 
 def train(run: Run, config, workdir: Path) -> TrainState:
-  """Trains config.variant to config.steps, from its newest checkpoint if there is one; returns the
-  last state.
+  """Trains config.variant to config.steps or until `run.watch` ends it, from its newest checkpoint
+  if there is one; returns the last state.
 
   Raises:
     CheckpointError: the checkpoint is of another config, other rows or other frozen models, or a
@@ -38,6 +40,7 @@ def train(run: Run, config, workdir: Path) -> TrainState:
     Interrupted, Diverged: see `loop.run_steps`.
   """
   arm = config.variant
+  loop.warn_of_best(config)
   checkpoints = checkpoint.open_checkpoints(workdir / "checkpoints" / arm, config.checkpoint)
   state = run.first()
   facts = dict(data=run.data, models=loop.models_of(state))
@@ -48,7 +51,8 @@ def train(run: Run, config, workdir: Path) -> TrainState:
     state = run.warm(state)
   if fresh and run.samples:
     append_samples(workdir, run.samples(state, "before"))
-  state = loop.run_steps(config, workdir, checkpoints, state, run.steps(state), **facts)
+  advance = run.steps(state)
+  state = loop.run_steps(config, workdir, checkpoints, state, advance, watch=run.watch, **facts)
   if run.samples:
     append_samples(workdir, run.samples(state, "after"))
   return state

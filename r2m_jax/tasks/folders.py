@@ -20,12 +20,13 @@ from r2m_jax.algorithm.advantages import ESTIMATORS
 from r2m_jax.algorithm.labels import Labeller, uses_labels
 from r2m_jax.algorithm.optim import make_optimizer
 from r2m_jax.algorithm.variants import VARIANTS
-from r2m_jax.config import ConfigError, check_batch
+from r2m_jax.config import ConfigError, check_batch, check_evaluation
 from r2m_jax.data.batches import Stream
 from r2m_jax.data.datasets import (
   PromptData,
   batch_of,
   enough,
+  evaluation_prompts,
   judged_pairs,
   judgments_labeller,
   packed_lines,
@@ -67,6 +68,8 @@ from r2m_jax.run.run import Run, train
 from r2m_jax.run.workdir import claim, shapes_of, stage, warm, with_variant
 from r2m_jax.step import StepOutput, make_learn, make_rollout
 from r2m_jax.tasks import export as export_task
+from r2m_jax.tasks.evaluation import load_gold, make_evaluate
+from r2m_jax.tasks.follow import Watch as Follow
 from r2m_jax.tasks.gold import conclude
 from r2m_jax.types import Rollout, Rows
 
@@ -274,6 +277,7 @@ def run_r2m(
     )
   built = build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   data = prompt_data(config, policy.tokenizer, workdir)
+  follow = follow_of(config, policy, reward, data, mesh, workdir)
   if not (workdir / "checkpoints").exists():
     check_model(
       built.defs.base or built.defs.policy,
@@ -296,7 +300,27 @@ def run_r2m(
     folder = (out or workdir / "export") / ("" if config.variant else variant)
     last, arm = i == len(arms) - 1, with_variant(config, variant)
     built = build_lora(arm, mesh, arch=policy.arch, reward_arch=reward.arch)
-    run_arm(arm, built, workdir, policy, reward, data, folder, donate=last, watch=watch)
+    watches = dict(watch=watch, follow=follow(arm, built))
+    run_arm(arm, built, workdir, policy, reward, data, folder, donate=last, **watches)
+
+
+def follow_of(
+  config, policy: Policy, reward: RewardModel, data: PromptData, mesh, workdir: Path
+) -> Callable[..., Follow]:
+  """Builds `follow(arm's config, its Build)`: what evaluates an arm and may end it early."""
+  check_evaluation(config)
+  if not config.eval.every:
+    return lambda arm, built: Follow(arm, workdir)
+  held_out = evaluation_prompts(config, policy.tokenizer, workdir, data)
+  gold = load_gold(config, mesh)
+  if gold is not None:
+    print(gold.renderer.describe(held_out.prompts[0], "yes"))
+
+  def follow(arm, built: Build) -> Follow:
+    evaluate = make_evaluate(arm, built, policy, reward.renderer, held_out, gold, prompt_text)
+    return Follow(arm, workdir, evaluate)
+
+  return follow
 
 
 def rl_steps_within(
@@ -393,6 +417,7 @@ def run_arm(
   out: Path,
   *,
   donate: bool,
+  follow: Follow,
   watch: Watch | None = None,
 ) -> None:
   """RL for one variant, from the folders' models or from the arm's newest checkpoint; exports
@@ -428,7 +453,8 @@ def run_arm(
       rounding = sample_rounding(built.defs, config, state.ref, output.sequences)
       check_step_zero(output.metrics, rounding, config)
       print(reward.renderer.describe(*rows[0]))
-    if t in (0, config.steps - 1):
+    ends = t == config.steps - 1 or bool(follow.kl_reached(output.metrics["kl"], t + 1))
+    if t == 0 or ends:
       when = "before" if t == 0 else "after"
       append_samples(workdir, samples(config, output, texts, policy, when))
     metrics = output.metrics | {"data/wait": order.waiting_share()}
@@ -436,7 +462,8 @@ def run_arm(
     shown = dict(reward=metrics["reward/used"], kl=metrics["kl"])
     return state, output, prompts.example_id, metrics, shown
 
-  state = train(Run(first, warm_up, steps, data=fingerprint(data.ids)), config, workdir)
+  run = Run(first, warm_up, steps, data=fingerprint(data.ids), watch=follow)
+  state = train(run, config, workdir)
   export.write_run(out, config, policy, reward, state, workdir)
 
 

@@ -23,7 +23,14 @@ from r2m_jax.goldtask.rl import (
   rl_prompts,
   shared_arm,
 )
-from r2m_jax.goldtask.stages import STREAM_TABLE, fit_golden, fit_reward, fit_sft, head_job
+from r2m_jax.goldtask.stages import (
+  STREAM_EVALUATION,
+  STREAM_TABLE,
+  fit_golden,
+  fit_reward,
+  fit_sft,
+  head_job,
+)
 from r2m_jax.models.generate import generate
 from r2m_jax.parallel import hosts, sharding
 from r2m_jax.report.page import format_summary, summary_table, write_report
@@ -42,7 +49,16 @@ from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
 from r2m_jax.run.metrics import read_metrics
 from r2m_jax.run.run import Run, train
 from r2m_jax.run.workdir import claim, shapes_of, stage, warm, with_variant
-from r2m_jax.types import Rollout
+from r2m_jax.tasks.evaluation import (
+  Evaluate,
+  Evaluation,
+  columns_of,
+  evaluation,
+  make_draw,
+  make_frozen,
+)
+from r2m_jax.tasks.follow import Watch
+from r2m_jax.types import Rollout, TrainState
 
 
 def run(config, workdir: Path) -> None:
@@ -109,6 +125,7 @@ class Programs(NamedTuple):
   first: Callable  # of build.make_first_state
   step: Callable  # of make_gold_step
   sample: Callable  # of make_sampler
+  evaluate: Evaluate | None  # None if config.eval.every is 0
 
 
 def make_programs(config, mesh, policy, reward) -> Programs:
@@ -119,7 +136,8 @@ def make_programs(config, mesh, policy, reward) -> Programs:
     first, jax.random.key(config.seed), policy, reward["backbone"], reward["phi"]
   )
   step = make_gold_step(config, built, sharding.shardings(state, mesh))
-  return Programs(built, first, step, make_sampler(config, built))
+  evaluate = make_evaluate(config, built) if config.eval.every else None
+  return Programs(built, first, step, make_sampler(config, built), evaluate)
 
 
 def run_arm(config, programs: Programs, workdir: Path, policy, reward) -> None:
@@ -157,7 +175,32 @@ def run_arm(config, programs: Programs, workdir: Path, policy, reward) -> None:
   def samples(state, when: str):
     return table_rows(arm, when, *hosts.fetch(programs.sample(state, shared)))
 
-  train(Run(first, warm_start, lambda state: advance, samples), config, workdir)
+  watch = Watch(config, workdir, programs.evaluate)
+  run = Run(first, warm_start, lambda state: advance, samples, watch=watch)
+  train(run, config, workdir)
+
+
+def make_evaluate(config, built: Build) -> Evaluate:
+  """Builds the evaluation of a run on prompts of their own; gold is the task's."""
+  prompts = goldtask.prompts(config.seed, STREAM_EVALUATION, 0, config.eval.prompts)
+  draw = make_draw(config, built, (goldtask.EOS,), goldtask.PAD)
+  frozen = make_frozen(config, built)
+  asked = [goldtask.render(*row) for row in zip(prompts.tokens, prompts.mask)]
+
+  def evaluate(state: TrainState) -> Evaluation:
+    sequences, kl = draw(state, prompts)
+    scores = {
+      "gold": goldtask.gold(sequences).gold,
+      "frozen": frozen(state, sequences.tokens, sequences.token_mask),
+    }
+    width = sequences.response_mask.shape[1]
+    texts = [
+      goldtask.render(tokens[-width:], used)
+      for tokens, used in zip(sequences.tokens, sequences.response_mask)
+    ]
+    return evaluation(config, columns_of(sequences, kl, scores), asked, texts)
+
+  return evaluate
 
 
 def make_sampler(config, built: Build):
