@@ -32,6 +32,7 @@ __all__ = [
   "DICT_EXAMPLE",
   "ConfigError",
   "arms_of",
+  "best_metric",
   "check_batch",
   "check_config",
   "check_fields",
@@ -55,6 +56,8 @@ SHORTEST_SECRET = 12  # characters; a shorter value of such a variable is more l
 # settings whose value is a dict, of no fixed names
 DICTS = tuple(name for name, part in walk(KNOBS) if isinstance(part, Knob) and part.default == {})
 DICT_EXAMPLE = "{'enable_thinking': False}"
+# what an evaluation measures; "gold" only if there is a gold reward
+EVALUATED = ("gold", "frozen", "kl", "length", "truncated", "repetition")
 LAB_VOCAB = 64  # entries of the gold-reward task's vocabulary
 TEXT_VOCAB = 4096  # a vocabulary for which kl.estimator "auto" is not "exact"
 # what a task reads or writes, which no default can name
@@ -104,6 +107,7 @@ def check_config(config: ConfigDict) -> None:
     )
     need(config, not config.data.name, "data.name", fix)
   check_labels(config)
+  check_evaluation(config)
   try:
     addresses(config.hosts)
   except HostsError as error:
@@ -292,6 +296,52 @@ def check_labels(config: ConfigDict) -> None:
     f"variant {config.variant!r} never updates the reward, so no label would be used; take 'self', "
     "or a variant such as 'r2m' or 'iterative_head'",
   )
+
+
+def measures_gold(config: ConfigDict) -> bool:
+  """Whether evaluations of a run have a gold reward: a second reward model, or the toy task's own."""
+  return config.eval.every > 0 and bool(config.eval.gold.path or not config.policy.path)
+
+
+def best_metric(config: ConfigDict) -> str:
+  """The metric that `keep_best` and `stop.patience` compare."""
+  return config.checkpoint.best_metric or ("eval/gold" if measures_gold(config) else "reward/used")
+
+
+def check_evaluation(config: ConfigDict) -> None:
+  """Evaluations have what they measure, and what is chosen by them is measured."""
+  if config.task in ("lab", "lab_text"):
+    fix = "the laboratory compares runs of one length and measures gold at each step: give 0"
+    for field in ("eval.every", "stop.kl", "stop.patience"):
+      need(config, _get(config, field) == 0, field, fix)
+  gold, reward = config.eval.gold.path, config.reward.path
+  if gold:
+    same = bool(reward) and os.path.realpath(gold) == os.path.realpath(reward)
+    fix = "that is the reward model that the run optimises; give one of another family"
+    need(config, not same, "eval.gold.path", fix)
+    fix = "the gold-reward task has its own gold; a second reward model needs config.policy.path"
+    need(config, config.task != "r2m" or bool(config.policy.path), "eval.gold.path", fix)
+    no_run = config.task not in ("r2m", "scratch")
+    fix = "config.eval.gold.path is measured every so many steps, such as 10"
+    need(config, no_run or config.eval.every > 0, "eval.every", fix)
+  if config.stop.patience or (config.checkpoint.keep_best and config.task == "r2m"):
+    check_best_metric(config)
+
+
+def check_best_metric(config: ConfigDict) -> None:
+  """`checkpoint.best_metric` is measured if it is of evaluations, as `stop.patience` requires."""
+  stage, _, name = best_metric(config).partition("/")
+  field, names = "checkpoint.best_metric", [f"eval/{name}" for name in EVALUATED]
+  if stage != "eval":
+    fix = f"it counts evaluations: name one of {', '.join(names)} in config.{field}"
+    need(config, config.stop.patience == 0, "stop.patience", fix)
+    return
+  need(config, name in EVALUATED, field, f"choose one of {', '.join(names)}")
+  need(
+    config, config.eval.every > 0, field, "set config.eval.every above 0, so that it is measured"
+  )
+  fix = "gold is measured if config.eval.gold.path names a second reward model"
+  need(config, name != "gold" or measures_gold(config), field, fix)
 
 
 def chosen_pieces(config: ConfigDict) -> list[str]:

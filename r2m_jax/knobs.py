@@ -837,6 +837,46 @@ LOG = dict(
   ),
 )
 
+EVAL = dict(
+  every=Knob(
+    0,
+    "interval between evaluations on held-out prompts, also before the first step and after the "
+    "last; 0: none",
+    at_least(0),
+    unit="RL steps",
+  ),
+  prompts=Knob(64, "held-out prompts, one sample each", at_least(2)),
+  data=Knob(
+    "", 'held-out prompts, named as in data.name; "": set aside from those of the run, at random'
+  ),
+  batch_size=Knob(64, "prompts at a time", at_least(1), unit="sequences", free=True),
+  gold=Section(
+    "A second reward model, which only measures",
+    dict(
+      path=Knob(
+        "",
+        "Hugging Face folder or hub name of a sequence classifier of another family; any tokenizer",
+      )
+    ),
+  ),
+)
+
+STOP = dict(
+  kl=Knob(
+    0.0,
+    "the run ends after the first step whose `kl` in metrics.jsonl is at least this; 0: never",
+    at_least(0),
+    unit="nats per sequence",
+  ),
+  patience=Knob(
+    0,
+    "the run ends after this many evaluations in a row without a new best of "
+    "checkpoint.best_metric; 0: never",
+    at_least(0),
+    unit="evaluations",
+  ),
+)
+
 CHECKPOINT = dict(
   keep_last=Knob(
     2, "newest checkpoints kept; with 1, a damaged one has no predecessor", at_least(1)
@@ -845,7 +885,11 @@ CHECKPOINT = dict(
     0, "also keep the steps that are multiples of this; 0: none", at_least(0), unit="RL steps"
   ),
   keep_best=Knob(0, "also keep this many with the best value of best_metric", at_least(0)),
-  best_metric=Knob("reward/used", "name in metrics.jsonl, read at the checkpoint's step"),
+  best_metric=Knob(
+    "",
+    'name in metrics.jsonl, read at the checkpoint\'s step, or "eval/NAME" of an evaluation; "": '
+    '"eval/gold" if it is measured, else "reward/used"',
+  ),
   best_mode=Knob("max", "which value of best_metric is best", one_of("max", "min")),
   background=Knob(True, "write while the next steps run"),
   fork_from=Knob("", "workdir of a run with other settings to start from; that run is not changed"),
@@ -992,6 +1036,8 @@ KNOBS = Section(
     score=Section('Batch scoring (task "score")', SCORE, free=True),
     export=Section('A checkpoint as Hugging Face folders (task "export")', EXPORT, free=True),
     log=Section("Logging", LOG, free=True),
+    eval=Section("Held-out evaluation while a run goes; docs/evaluate.md", EVAL),
+    stop=Section("When a run ends before its last step; docs/evaluate.md", STOP, free=True),
     checkpoint=Section("Which checkpoints are kept, and where a run starts", CHECKPOINT, free=True),
     guard=Section("Updates that are not finite are skipped and counted", GUARD, free=True),
     replay=Section('One sample of the run in WORKDIR again (task "replay")', REPLAY, free=True),

@@ -13,9 +13,8 @@ import numpy as np
 
 from r2m_jax.algorithm.read import Defs, all_rows, parts_of, shared_prompts
 from r2m_jax.algorithm.update import shared_group, shuffles
-from r2m_jax.models.packing import packing_shards
 from r2m_jax.models.transformer import Transformer
-from r2m_jax.parallel.rows import blocks_of, parts_of_rows, take_rows
+from r2m_jax.parallel.rows import blocks_of, parts_of_rows, shards_of, take_rows
 from r2m_jax.types import Rollout, Sequences, TrainState
 
 
@@ -78,6 +77,6 @@ def share_of_blocks(tokens: jax.Array, width: int, parts: int) -> jax.Array:
   """
   shards, each = blocks_of(len(tokens), parts)
   in_part = tokens.reshape(shards, parts, each).swapaxes(0, 1).reshape(parts, -1)
-  packed = packing_shards(shards * each)
+  packed = shards_of(shards * each)
   together = in_part.reshape(parts, packed, -1).sum(-1)
   return together.max() / jnp.float32(in_part.shape[1] // packed * width)

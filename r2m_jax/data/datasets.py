@@ -312,29 +312,85 @@ def pairs(config, renderer: Renderer, workdir: Path):
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldOut:
+  """Prompts that are only evaluated."""
+
+  prompts: list  # text or messages
+  ids: list[list[int]]  # rendered for the policy
+
+  @property
+  def length(self) -> int:
+    """Of the padded prompts."""
+    return bucket(max(map(len, self.ids)))
+
+
+@dataclasses.dataclass(frozen=True)
 class PromptData:
   prompts: list  # text or messages
   ids: list[list[int]]  # rendered for the policy
   length: int  # of the padded prompts: one for the run, so that the rollout compiles once
   order: Any  # dataset of row numbers: entry t is the prompts of step t
+  held_out: HeldOut | None = None  # set aside from the rows; None if none are
+
+
+def prompt_rows(config, data, tokenizer: Tokenizer, what: str) -> tuple[list[dict], list]:
+  """The rows of `data`, as config.data, that the limits allow, and their prompts' ids."""
+  rows = load(data, "prompt")
+  print(tokenizer.describe(rows[0]["prompt"]))
+  ids = each_row(rows, lambda row: (tokenizer.render(row["prompt"]),))
+  chosen = [tokenizer.encode(row.get("chosen", ""), special=False) for row in rows]
+  kept = select(config, rows, ids, what, chosen)
+  return [rows[i] for i in kept], [ids[i][0] for i in kept]
 
 
 def prompt_data(config, tokenizer: Tokenizer, workdir: Path) -> PromptData:
-  rows = load(config.data, "prompt")
-  print(tokenizer.describe(rows[0]["prompt"]))
-  ids = each_row(rows, lambda row: (tokenizer.render(row["prompt"]),))
-  kept = select(
-    config,
-    rows,
-    ids,
-    "r2m",
-    [tokenizer.encode(row.get("chosen", ""), special=False) for row in rows],
-  )
-  enough(len(kept), "rollout.prompts", config.rollout.prompts)
-  rows, ids = [rows[i] for i in kept], [ids[i][0] for i in kept]
+  rows, ids = prompt_rows(config, config.data, tokenizer, "r2m")
+  held_out = None
+  if config.eval.every and not config.eval.data:
+    chosen, left = set_aside(config, ids)
+    held_out = HeldOut([rows[i]["prompt"] for i in chosen], [ids[i] for i in chosen])
+    print(
+      f"held out {len(chosen)} prompts for evaluation: {len(rows) - len(left)} of {len(rows)} rows"
+    )
+    rows, ids = [rows[i] for i in left], [ids[i] for i in left]
+  enough(len(ids), "rollout.prompts", config.rollout.prompts)
   hold(workdir, "r2m", rows, [(i,) for i in ids])
   order, _ = row_stream(config, rows, config.rollout.prompts)
-  return PromptData([row["prompt"] for row in rows], ids, bucket(max(map(len, ids))), order)
+  prompts = [row["prompt"] for row in rows]
+  return PromptData(prompts, ids, bucket(max(map(len, ids))), order, held_out)
+
+
+def set_aside(config, ids: list, source: str = "data.name") -> tuple[list[int], list[int]]:
+  """config.eval.prompts different prompts, chosen at random by the seed, and the others: numbers of
+  rows. Rows with the same prompt as a chosen one are in neither.
+  """
+  first = {tuple(ids[i]): i for i in reversed(range(len(ids)))}
+  numbers = sorted(first.values())
+  enough(len(numbers), "eval.prompts", config.eval.prompts, source)
+  order = np.random.default_rng([config.seed, 6]).permutation(len(numbers))
+  chosen = [numbers[i] for i in order[: config.eval.prompts]]
+  held = {tuple(ids[i]) for i in chosen}
+  return chosen, [i for i, prompt in enumerate(ids) if tuple(prompt) not in held]
+
+
+def evaluation_prompts(config, tokenizer: Tokenizer, workdir: Path, data: PromptData) -> HeldOut:
+  """The prompts of the run's evaluations: those set aside, or config.eval.prompts of
+  config.eval.data that the run does not train on.
+  """
+  if data.held_out is not None:
+    return data.held_out
+  source = config.data.copy_and_resolve_references()
+  source.name, source.weights = config.eval.data, ()
+  rows, ids = prompt_rows(config, source, tokenizer, "evaluation")
+  trained = set(map(tuple, data.ids))
+  new = [i for i, prompt in enumerate(ids) if tuple(prompt) not in trained]
+  if len(new) < len(ids):
+    print(f"held out {len(ids) - len(new)} rows of config.eval.data are trained on: left out")
+  rows, ids = [rows[i] for i in new], [ids[i] for i in new]
+  chosen, _ = set_aside(config, ids, "eval.data")
+  rows, ids = [rows[i] for i in chosen], [ids[i] for i in chosen]
+  hold(workdir, "eval", rows, [(prompt,) for prompt in ids], "eval.data")
+  return HeldOut([row["prompt"] for row in rows], ids)
 
 
 def warn_of_lengths(config, data: PromptData, tokenizer: Tokenizer, renderer: Renderer) -> None:

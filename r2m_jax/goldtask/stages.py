@@ -24,7 +24,7 @@ from r2m_jax.types import Prompts, Sequences
 
 # of prompts; stream 0 is the demonstrations', 5 that of labels.STREAM_LABELS
 STREAM_PAIRS, STREAM_HELDOUT, STREAM_RL, STREAM_TABLE = range(1, 5)
-STREAM_PROBE, STREAM_BEST, STREAM_ANALYSE = 6, 7, 8
+STREAM_PROBE, STREAM_BEST, STREAM_ANALYSE, STREAM_EVALUATION = range(6, 10)
 CHUNK = 64  # prompts sampled at a time
 
 

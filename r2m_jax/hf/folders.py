@@ -122,6 +122,7 @@ def load_reward(
   *,
   from_policy: bool = False,
   workdir: pathlib.Path | None = None,
+  field: str = "reward.path",
 ) -> RewardModel:
   """The reward model of a folder or hub name; refused where its contract is not this tokenizer's
   and config's.
@@ -129,26 +130,24 @@ def load_reward(
   Args:
     from_policy: accept a language model without a score head, as the start of a reward model.
     workdir: as for `load_policy`.
+    field: of the config, which gives the source.
   """
-  folder, model = _load(source, "reward.path", config, mesh, workdir, lm_head=False)
+  folder, model = _load(source, field, config, mesh, workdir, lm_head=False)
   if model.score is None and not from_policy:
     raise FolderError(
-      f"config.reward.path is {source}: it holds no score head, so it cannot score; give a "
+      f"config.{field} is {source}: it holds no score head, so it cannot score; give a "
       "sequence classifier, or "
       "train one from it with config.task=reward"
     )
   if model.score is not None and model.score.kernel.shape[1] != 1:
     labels = model.score.kernel.shape[1]
     raise FolderError(
-      f"config.reward.path is {source}: it gives {labels} labels; a reward is one number: "
+      f"config.{field} is {source}: it gives {labels} labels; a reward is one number: "
       "give a reward model with one label"
     )
-  has_contract = (folder / RENDERER).exists()
-  saved = read_object(folder / RENDERER) if has_contract else {}
-  tokenizer = _tokenizer(folder, model.arch, config, chat_of(config, "reward", saved))
-  strip = config.reward.strip_thinking or saved.get("strip_thinking") is True
-  renderer = Renderer(tokenizer, config.reward.max_length, strip)
-  if has_contract:
+  saved = read_object(folder / RENDERER) if (folder / RENDERER).exists() else {}
+  renderer = _renderer(folder, model.arch, config, saved, own=field == "reward.path")
+  if saved:
     renderer.require(saved, folder)
   phi = None if model.score is None else phi_state(model.score)
   has_bias = model.score is not None and model.score.bias is not None
@@ -163,6 +162,25 @@ def load_reward(
     load_head(folder),
     saved.get(POLICY) or {},
   )
+
+
+def _renderer(
+  folder: pathlib.Path, arch: ArchConfig, config, saved: dict[str, Any], *, own: bool
+) -> Renderer:
+  """How a reward model reads: as config.reward and its contract, `saved`, say. One that is not the
+  run's `own`, a gold reward model, reads by its contract alone.
+  """
+  given = config.reward
+  if own:
+    chat, length = chat_of(config, "reward", saved), given.max_length
+    strip = given.strip_thinking or saved.get("strip_thinking") is True
+  else:
+    args = saved.get("chat_template_args")
+    system = str(saved.get("system_prompt") or "")
+    chat = Chat(args=args if isinstance(args, dict) else {}, system=system, section="eval.gold")
+    length = saved["max_length"] if isinstance(saved.get("max_length"), int) else 0
+    strip = saved.get("strip_thinking") is True if saved else given.strip_thinking
+  return Renderer(_tokenizer(folder, arch, config, chat), length, strip)
 
 
 def chat_of(config, section: str, saved: dict[str, Any] | None = None) -> Chat:
@@ -187,7 +205,7 @@ def revision_of(source: str, field: str, config) -> str:
   of the config's. A reward model may start from the policy's folder.
   """
   for section in (field.split(".")[0], "policy"):
-    if config[section].path == source:
+    if config[section].get("path") == source:
       return config[section].revision
   return ""
 

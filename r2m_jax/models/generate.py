@@ -13,7 +13,7 @@ import numpy as np
 from r2m_jax.models.decode import Decoder, ScannedDecoder, decoder_of
 from r2m_jax.models.transformer import Transformer, lay_states
 from r2m_jax.ops import Truncation, at_least_f32, kept
-from r2m_jax.parallel.rows import map_rows, take_shares
+from r2m_jax.parallel.rows import map_rows, shards_of, take_shares
 from r2m_jax.parallel.sharding import ROWS, lay, lay_rows, row_shards
 from r2m_jax.types import Prompts, Sequences
 
@@ -374,7 +374,7 @@ def enough_of(sizes: list[int]) -> int:
 
 def unfinished(stopped: jax.Array) -> jax.Array:
   """bool[B] -> i32[], the most rows of a device that have not stopped."""
-  return (~stopped).reshape(row_shards(), -1).sum(1).max()
+  return (~stopped).reshape(shards_of(len(stopped)), -1).sum(1).max()
 
 
 def unfinished_first(stopped: jax.Array, size: int) -> jax.Array:

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from r2m_jax.parallel.sharding import lay_leading, row_shards
+from r2m_jax.parallel.rows import shards_of
+from r2m_jax.parallel.sharding import lay_leading
 
 
 def packed_width(width: int, share: float) -> int:
@@ -43,7 +44,7 @@ class Packing:
     """Of rows with mask bool[R, W], True on real tokens, for a `share` of their places."""
     rows, width = mask.shape
     packed = packed_width(width, share)
-    shards = packing_shards(rows)
+    shards = shards_of(rows)
     real = lay_leading(mask.reshape(shards, -1))
     count = rows // shards * packed
     slot = jnp.cumsum(real, 1, dtype=jnp.int32) - 1
@@ -70,11 +71,6 @@ class Packing:
 
   def _by_device(self, x: jax.Array) -> jax.Array:
     return lay_leading(x.reshape(len(self.place), -1, *x.shape[2:]))
-
-
-def packing_shards(rows: int) -> int:
-  """Into how many parts `Packing` splits so many rows."""
-  return row_shards() if rows % row_shards() == 0 else 1
 
 
 @jax.custom_vjp

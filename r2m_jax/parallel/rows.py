@@ -34,6 +34,11 @@ def neighbours(group: int, rows: int) -> int:
   return math.gcd(group, rows // shards if rows % shards == 0 else rows)
 
 
+def shards_of(rows: int) -> int:
+  """Over how many devices so many rows are split: one if they do not split evenly."""
+  return row_shards() if rows % row_shards() == 0 else 1
+
+
 def blocks_of(rows: int, parts: int) -> tuple[int, int]:
   """(devices, rows of each in a part): how `scan_rows` splits so many rows."""
   shards = row_shards() if rows % (row_shards() * parts) == 0 else 1
@@ -42,8 +47,7 @@ def blocks_of(rows: int, parts: int) -> tuple[int, int]:
 
 def parts_of_rows(rows: int, parts: int) -> int:
   """The number of parts, at least `parts`, into which `map_rows` splits so many rows."""
-  shards = row_shards()
-  whole = rows // shards if rows % shards == 0 else rows
+  whole = rows // shards_of(rows)
   return next(n for n in range(min(parts, whole), whole + 1) if whole % n == 0)
 
 

@@ -11,21 +11,23 @@ import hashlib
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from r2m_jax.config import ConfigError, identity
+from r2m_jax.config import ConfigError, best_metric, identity
 from r2m_jax.parallel import hosts
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.run import checkpoint
 from r2m_jax.run.checkpoint import CheckpointError, Checkpoints
 from r2m_jax.run.files import plain, read_jsonl, write_atomic
+from r2m_jax.run.metrics import EVAL, Metrics
 
 RESUME = 75  # exit status of a run that was asked to stop and has saved everything
 SAMPLES_KEPT = "skipped.jsonl"
-PROFILE = "profile"  # folder of a trace
 
 
 class Interrupted(BaseException):
@@ -100,20 +102,70 @@ def at_hand() -> Iterator[Callable[[], bool]]:
 # ---- what is saved, and where a run goes on ----
 
 
-def save(config, workdir: Path, checkpoints: Checkpoints, step: int, state, metrics, facts) -> None:
+class Seen(NamedTuple):
+  """What a watch has seen of a state."""
+
+  values: dict[str, float] = {}  # of an evaluation, by their names in its row; {} if there was none
+  stop: str = ""  # why the run ends here; "" if it does not
+
+
+# (state, its step, metrics of the step that led to it, or None for the state that a start begins
+# with) -> what is seen. It may read the state and must not change it.
+Watch = Callable[..., Seen]
+
+
+def watch_nothing(state, step: int, metrics: dict | None) -> Seen:
+  """The `Watch` of a run that is not evaluated and does not end early."""
+  del state, step, metrics
+  return Seen()
+
+
+def log_seen(log: Metrics, step: int, seen: Seen) -> None:
+  """Logs the row of an evaluation, if there was one."""
+  if seen.values:
+    log.log(step, seen.values, stage=EVAL)
+
+
+def is_due(config, step: int, seen: Seen) -> bool:
+  """Whether the state of this step is saved: at an interval, and if it may be among the best."""
+  evaluated = bool(config.checkpoint.keep_best and seen.values)
+  return evaluated or step % config.log.checkpoint_every == 0
+
+
+def value_of(metric: str, metrics: dict, seen: Seen):
+  """The value of `best_metric` at a step, None if it has none."""
+  stage, _, name = metric.partition("/")
+  return seen.values.get(name) if stage == EVAL else metrics.get(metric)
+
+
+def save(config, workdir: Path, checkpoints, step: int, state, metrics, seen: Seen, facts) -> None:
   """Starts the save of a step's state, which may be donated at once.
 
   facts: data= and models=, fingerprints; see `resume`.
   """
   require_workdir(workdir)
-  value = metrics.get(config.checkpoint.best_metric)
+  value = value_of(best_metric(config), metrics, seen)
   facts = {"config": identity(config), **facts}
   checkpoint.save(checkpoints, step, state, value=value, facts=facts)
 
 
+def warn_of_best(config) -> None:
+  """Warns if the best checkpoints are chosen by a reward that the run optimises."""
+  best = best_metric(config)
+  if config.checkpoint.keep_best and best in ("reward/used", "reward/frozen", "eval/frozen"):
+    print(
+      f"warning: config.checkpoint.keep_best goes by {best}, the reward that this run optimises, so "
+      "it keeps what games that reward most. Name eval/gold in config.checkpoint.best_metric: "
+      "config.eval.every and, from folders, config.eval.gold.path measure it",
+      file=sys.stderr,
+    )
+
+
 def require_best(config, metrics: dict) -> None:
   """Raises ConfigError if the best checkpoints are kept by a metric that there is not."""
-  best = config.checkpoint.best_metric
+  best = best_metric(config)
+  if best.startswith(f"{EVAL}/"):  # `check_evaluation` knows whether it is measured
+    return
   if config.checkpoint.keep_best and best not in metrics:
     names = ", ".join(sorted(metrics))
     raise ConfigError(f"config.checkpoint.best_metric is {best!r}: choose one of {names}")
@@ -172,11 +224,10 @@ class Guard:
   Metrics without "skipped" are of several seeds, of which none stops the others.
   """
 
-  def __init__(self, config, workdir: Path, checkpoints: Checkpoints, start: int):
+  def __init__(self, config, workdir: Path, checkpoints: Checkpoints):
     self.config, self.workdir, self.checkpoints = config, workdir, checkpoints
-    self.start = start
     self.in_a_row: list[int] = []
-    self.skipped = 0
+    self.seen = self.skipped = 0  # steps
 
   def see(self, t: int, metrics: dict, out, example_id) -> None:
     """Raises Diverged after step t if too many in a row had a skipped update.
@@ -185,6 +236,7 @@ class Guard:
       out: StepOutput of the step, on the host.
       example_id: of its prompts, i32[P].
     """
+    self.seen += 1
     if not metrics.get("skipped"):
       self.in_a_row = []
       return
@@ -196,10 +248,9 @@ class Guard:
 
   def require_learned(self) -> None:
     """Raises Diverged if more than half of the steps had a skipped update."""
-    steps = self.config.steps - self.start
-    if self.skipped > steps / 2:
+    if self.skipped > self.seen / 2:
       raise Diverged(
-        f"{self.config.variant}: {self.skipped} of {steps} steps had an update skipped because a "
+        f"{self.config.variant}: {self.skipped} of {self.seen} steps had an update skipped because a "
         "loss, gradient or reward was not finite, so nothing is exported. Their rows are in "
         f"{self.workdir / SAMPLES_KEPT}; look at one with --config.task=replay, lower the learning "
         "rates, or look for NaN in the models' weights"

@@ -20,6 +20,7 @@ ROW_KEYS = ("stage", "arm", "step", "seconds")
 # What depends on the clock or the machine: the same run again has other values. A name that ends
 # with a slash stands for all that begin with it.
 CLOCKED = ("seconds", "data/wait", "seconds/", "speed/", "memory/")
+EVAL = "eval"  # stage of the rows that evaluations of an RL run make
 _NONFINITE = {
   "nan": math.nan,
   "inf": math.inf,
@@ -106,16 +107,18 @@ class Metrics:
   workdir's config names in `log.to`.
 
   from_step is 0 for a fresh start, or the step a resumed run does next: older rows at or past it
-  are dropped, so every step appears once.
+  are dropped, so every step appears once. `also` names a second stage whose rows are logged here.
   """
 
-  def __init__(self, workdir, stage, arm="", *, from_step):
+  def __init__(self, workdir, stage, arm="", *, from_step, also=""):
     self.stage, self.arm, self.enabled = stage, arm, hosts.first()
     self._file, self._trackers = None, {}
     if not self.enabled:
       return
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    if also:
+      truncate(workdir, also, arm, from_step)
     self._start = time.monotonic() - truncate(workdir, stage, arm, from_step)
     self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
     config, names = wanted(workdir)
@@ -123,22 +126,26 @@ class Metrics:
     self._trackers = {name: TRACKERS[name][1]() for name in names}
     self._tell("start", run)
 
-  def log(self, step, scalars):
-    """Writes one row. scalars: name -> number or 0-d array; a None is left out."""
+  def log(self, step, scalars, stage=""):
+    """Writes one row. scalars: name -> number or 0-d array; a None is left out.
+
+    stage: of the row if it is not the log's own. In TensorBoard its scalars are named STAGE/NAME.
+    """
     if not self.enabled:
       return
     if taken := set(scalars) & set(ROW_KEYS):
       raise ValueError(f"{sorted(taken)} name the row itself; rename the scalars")
     values = {name: float(value) for name, value in scalars.items() if value is not None}
     row = {
-      "stage": self.stage,
+      "stage": stage or self.stage,
       "arm": self.arm,
       "step": int(step),
       "seconds": round(time.monotonic() - self._start, 3),
     }
     self._file.write(_dump(row | {name: plain(value) for name, value in values.items()}))
     self._file.flush()
-    self._tell("log", int(step), values)
+    prefix = f"{stage}/" if stage else ""
+    self._tell("log", int(step), {prefix + name: value for name, value in values.items()})
 
   def close(self, status="finished"):
     """Ends the log. status: of `trackers.Tracker.finish`."""

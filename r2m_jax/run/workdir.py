@@ -33,6 +33,7 @@ LAYOUT = (
   Entry("log.txt", "what the first process printed, over all starts", "every run"),
   Entry("metrics.jsonl", "scalars: a row for each step of a stage and arm", "every run", True),
   Entry("samples.jsonl", "sampled responses before and after RL", "RL", True),
+  Entry("eval_samples.jsonl", "responses to held-out prompts at each evaluation", "RL", True),
   Entry("skipped.jsonl", "rows behind skipped updates", "RL", True),
   Entry("tensorboard/", "the scalars of metrics.jsonl as events", "every run"),
   Entry("trackers.json", "the run's name or id in each tracker, by stage", "every run"),

@@ -21,12 +21,13 @@ from r2m_jax.algorithm.labels import Labeller, uses_labels
 from r2m_jax.algorithm.optim import make_optimizer
 from r2m_jax.algorithm.packed import make_needed, smallest
 from r2m_jax.algorithm.variants import VARIANTS
-from r2m_jax.config import ConfigError
+from r2m_jax.config import ConfigError, check_evaluation
 from r2m_jax.data.batches import Stream
 from r2m_jax.data.datasets import (
   PromptData,
   batch_of,
   enough,
+  evaluation_prompts,
   judged_pairs,
   judgments_labeller,
   packed_lines,
@@ -71,6 +72,8 @@ from r2m_jax.run.speed import phase
 from r2m_jax.run.workdir import shapes_of, stage, warm, with_variant
 from r2m_jax.step import StepOutput, jit_step, make_learn_at, make_rollout
 from r2m_jax.tasks import export as export_task
+from r2m_jax.tasks.evaluation import load_gold, make_evaluate
+from r2m_jax.tasks.follow import Watch as Follow
 from r2m_jax.tasks.gold import begin, conclude
 from r2m_jax.types import Rollout, Rows
 
@@ -279,6 +282,7 @@ def runs(
   built = build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   data = prompt_data(config, policy.tokenizer, workdir)
   warn_of_lengths(config, data, policy.tokenizer, reward.renderer)
+  follow = follow_of(config, policy, reward, data, mesh, workdir)
   if not (workdir / "checkpoints").exists():
     with doing("checking the policy against its KV cache"):
       check_model(
@@ -302,7 +306,8 @@ def runs(
     folder = (out or workdir / "export") / ("" if config.variant else variant)
     last, arm = i == len(arms) - 1, with_variant(config, variant)
     built = build_lora(arm, mesh, arch=policy.arch, reward_arch=reward.arch)
-    yield run_of(arm, built, workdir, policy, reward, data, folder, stage, donate=last, watch=watch)
+    watches = dict(watch=watch, follow=follow(arm, built))
+    yield run_of(arm, built, workdir, policy, reward, data, folder, stage, donate=last, **watches)
 
 
 def load_models(config, workdir: Path, mesh) -> tuple[Policy, RewardModel]:
@@ -331,6 +336,25 @@ def load_models(config, workdir: Path, mesh) -> tuple[Policy, RewardModel]:
       f"give a number from {-layers} to {layers - 1}"
     )
   return policy, reward
+
+
+def follow_of(
+  config, policy: Policy, reward: RewardModel, data: PromptData, mesh, workdir: Path
+) -> Callable[..., Follow]:
+  """Builds `follow(arm's config, its Build)`: what evaluates an arm and may end it early."""
+  check_evaluation(config)
+  if not config.eval.every:
+    return lambda arm, built: Follow(arm, workdir)
+  held_out = evaluation_prompts(config, policy.tokenizer, workdir, data)
+  gold = load_gold(config, mesh)
+  if gold is not None:
+    print(gold.renderer.describe(held_out.prompts[0], "yes"))
+
+  def follow(arm, built: Build) -> Follow:
+    evaluate = make_evaluate(arm, built, policy, reward.renderer, held_out, gold, prompt_text)
+    return Follow(arm, workdir, evaluate)
+
+  return follow
 
 
 def rl_steps_within(
@@ -441,6 +465,7 @@ def run_of(
   stage: Callable,
   *,
   donate: bool,
+  follow: Follow,
   watch: Watch | None = None,
 ) -> Run:
   """The Run of config.variant, from the folders' models; ends with the export of both models."""
@@ -468,7 +493,8 @@ def run_of(
       rounding = sample_rounding(built.defs, config, state.ref, output.sequences)
       check_step_zero(output.metrics, rounding, config)
       print(reward.renderer.describe(*rows[0]))
-    if t in (0, config.steps - 1):
+    ends = t == config.steps - 1 or bool(follow.kl_reached(output.metrics["kl"], t + 1))
+    if t == 0 or ends:
       when = "before" if t == 0 else "after"
       append_samples(workdir, samples(config, output, batch[1], policy, when))
     metrics = output.metrics | {"data/wait": order.waiting_share()}
@@ -479,7 +505,7 @@ def run_of(
     export.write_run(out, config, policy, reward, state, workdir)
 
   texts, ids = texts_of(policy, reward), fingerprint(data.ids)
-  return Run(config, built, first, warm_up, steps, texts=texts, end=end, data=ids)
+  return Run(config, built, first, warm_up, steps, texts=texts, end=end, watch=follow, data=ids)
 
 
 def texts_of(policy: Policy, reward: RewardModel) -> Texts:

@@ -25,7 +25,14 @@ from r2m_jax.goldtask.rl import (
   rl_prompts,
   shared_arm,
 )
-from r2m_jax.goldtask.stages import STREAM_TABLE, fit_golden, fit_reward, fit_sft, head_job
+from r2m_jax.goldtask.stages import (
+  STREAM_EVALUATION,
+  STREAM_TABLE,
+  fit_golden,
+  fit_reward,
+  fit_sft,
+  head_job,
+)
 from r2m_jax.hf.folders import mesh_of
 from r2m_jax.models.generate import generate
 from r2m_jax.parallel import hosts, sharding
@@ -45,7 +52,16 @@ from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
 from r2m_jax.run.metrics import read_metrics
 from r2m_jax.run.run import Run, Steps, Texts, train
 from r2m_jax.run.workdir import claim, shapes_of, stage, warm, with_variant
-from r2m_jax.types import Rollout
+from r2m_jax.tasks.evaluation import (
+  Evaluate,
+  Evaluation,
+  columns_of,
+  evaluation,
+  make_draw,
+  make_frozen,
+)
+from r2m_jax.tasks.follow import Watch
+from r2m_jax.types import Rollout, TrainState
 
 
 def run(config, workdir: Path) -> None:
@@ -121,6 +137,7 @@ class Programs(NamedTuple):
   first: Callable  # of build.make_first_state
   step: Callable  # of make_gold_step
   sample: Callable  # of make_sampler
+  evaluate: Evaluate | None  # None if config.eval.every is 0
 
 
 def make_programs(config, mesh: Mesh, policy, reward) -> Programs:
@@ -131,7 +148,8 @@ def make_programs(config, mesh: Mesh, policy, reward) -> Programs:
     first, jax.random.key(config.seed), policy, reward["backbone"], reward["phi"]
   )
   step = make_gold_step(config, built, sharding.shardings(state, mesh))
-  return Programs(built, first, step, make_sampler(config, built))
+  evaluate = make_evaluate(config, built) if config.eval.every else None
+  return Programs(built, first, step, make_sampler(config, built), evaluate)
 
 
 def run_of(config, programs: Programs, workdir: Path, policy, reward, stage: Callable) -> Run:
@@ -170,7 +188,8 @@ def run_of(config, programs: Programs, workdir: Path, policy, reward, stage: Cal
     return table_rows(arm, when, *hosts.fetch(programs.sample(state, shared)))
 
   texts = Texts(read_tokens, tell, goldtask.WORDS.__getitem__)
-  return Run(config, built, first, warm_start, steps, samples, texts)
+  watch = Watch(config, workdir, programs.evaluate)
+  return Run(config, built, first, warm_start, steps, samples, texts, watch=watch)
 
 
 def read_tokens(out):
@@ -187,6 +206,29 @@ def tell(out, row: int) -> dict:
     "response_text": goldtask.render(tokens[-width:], sequences.response_mask[row]),
     "gold": jax.tree.map(lambda x: float(x[row]), goldtask.gold(sequences))._asdict(),
   }
+
+
+def make_evaluate(config, built: Build) -> Evaluate:
+  """Builds the evaluation of a run on prompts of their own; gold is the task's."""
+  prompts = goldtask.prompts(config.seed, STREAM_EVALUATION, 0, config.eval.prompts)
+  draw = make_draw(config, built, (goldtask.EOS,), goldtask.PAD)
+  frozen = make_frozen(config, built)
+  asked = [goldtask.render(*row) for row in zip(prompts.tokens, prompts.mask)]
+
+  def evaluate(state: TrainState) -> Evaluation:
+    sequences, kl = draw(state, prompts)
+    scores = {
+      "gold": goldtask.gold(sequences).gold,
+      "frozen": frozen(state, sequences.tokens, sequences.token_mask),
+    }
+    width = sequences.response_mask.shape[1]
+    texts = [
+      goldtask.render(tokens[-width:], used)
+      for tokens, used in zip(sequences.tokens, sequences.response_mask)
+    ]
+    return evaluation(config, columns_of(sequences, kl, scores), asked, texts)
+
+  return evaluate
 
 
 def make_sampler(config, built: Build):

@@ -315,9 +315,11 @@ def same_folders(one: pathlib.Path, other: pathlib.Path, names):
 
 @pytest.mark.long
 def test_a_run_from_folders_by_two_processes_equals_one(models, tmp_path):
+  """With evaluations on five prompts, which do not split over eight shards."""
+  arguments = folder_arguments(models, **{"eval.every": 1, "eval.prompts": 5})
   for name, kind in (("one", ONE), ("two", TWO)):
     folder = tmp_path / name
-    run("main", *folder_arguments(models), f"--workdir={folder}", record=folder / "record", **kind)
+    run("main", *arguments, f"--workdir={folder}", record=folder / "record", **kind)
   same_run(tmp_path / "one", tmp_path / "two", (0, 1), **FLOAT32)
   same_folders(tmp_path / "one", tmp_path / "two", ("policy", "reward"))
   lines = [
@@ -329,6 +331,15 @@ def test_a_run_from_folders_by_two_processes_equals_one(models, tmp_path):
   )  # seven prompts, those of the second process among them
   for a, b in zip(*lines):
     assert (a["when"], a["prompt"], a["response"]) == (b["when"], b["prompt"], b["response"])
+  evaluated = [
+    [json.loads(line) for line in (tmp_path / name / "eval_samples.jsonl").read_text().splitlines()]
+    for name in ("one", "two")
+  ]
+  assert len(evaluated[0]) == len(evaluated[1]) == 15  # at steps 0, 1 and 2
+  for a, b in zip(*evaluated):
+    assert (a["step"], a["prompt"], a["response"]) == (b["step"], b["prompt"], b["response"])
+    assert a["frozen"] == pytest.approx(b["frozen"], abs=1e-3)
+    assert a["kl"] == pytest.approx(b["kl"], abs=1e-3)
 
 
 @pytest.mark.long

@@ -18,6 +18,7 @@ from r2m_jax.config import ConfigError, check_config
 from r2m_jax.goldtask.rl import rl_prompts
 from r2m_jax.parallel import chips
 from r2m_jax.run import loop, metrics, speed, trackers
+from r2m_jax.run import run as run_module
 from r2m_jax.step import StepOutput
 from r2m_jax.types import Sequences
 
@@ -160,7 +161,7 @@ def test_a_window_of_steps_is_profiled(tmp_path):
 
 
 def traces(workdir):
-  return list((workdir / loop.PROFILE).rglob("*.xplane.pb"))
+  return list((workdir / run_module.PROFILE).rglob("*.xplane.pb"))
 
 
 @pytest.mark.parametrize("window", [(1,), (-1, 2), (0, 0), (1.5, 2), (1, 2, 3)])

@@ -246,7 +246,7 @@ def counting(then=lambda t: None, wrong=()):
   return Steps(itertools.repeat((prompts,)), step, measure)
 
 
-def run_loop(workdir, config, steps):
+def run_loop(workdir, config, steps, watch=loop.watch_nothing):
   """What a task does: goes on from what is there, to the end."""
   workdir.mkdir(exist_ok=True)
   workdirs.claim(config, workdir)
@@ -254,7 +254,7 @@ def run_loop(workdir, config, steps):
   def first():
     return Count(jnp.int32(0), jnp.int32(0))
 
-  run = Run(config, None, first, warm=None, steps=lambda state: steps, costed=False)
+  run = Run(config, None, first, warm=None, steps=lambda state: steps, watch=watch, costed=False)
   return train(run, workdir)
 
 
@@ -319,6 +319,38 @@ def test_skipped_rows_are_kept_and_too_many_in_a_row_stop_the_run(tmp_path):
   assert [row["skipped"] for row in logged] == [1, 0, 1, 1, 1] and np.isnan(
     logged[0]["reward/used"]
   )
+
+
+def test_the_best_checkpoints_are_those_of_evaluated_steps(tmp_path):
+  """Steps 3 and 6 are saved as well, and step 3 has no value to compete with."""
+  golds = {0: 3.0, 2: 9.0, 4: 1.0}
+  kept = dict(checkpoint__keep_best=1, checkpoint__keep_last=1, log__checkpoint_every=3)
+  config = settings(**kept, checkpoint__best_metric="eval/gold", eval__every=2)
+
+  def watch(state, step, metrics):
+    assert int(state.step) == step and (metrics is None) == (step == 0)
+    return loop.Seen({"gold": golds[step]} if step in golds else {})
+
+  run_loop(tmp_path, config, counting(), watch=watch)
+  saved = checkpoint.open_checkpoints(tmp_path / "checkpoints" / "r2m", config.checkpoint)
+  assert saved.all_steps() == [2, 6]
+  rows = metrics.read_metrics(tmp_path)
+  assert [(row["step"], row["gold"]) for row in rows if row["stage"] == "eval"] == [*golds.items()]
+
+
+def test_a_watch_ends_a_run_for_good(tmp_path):
+  config, done = settings(log__checkpoint_every=100), []
+
+  def watch(state, step, metrics):
+    return loop.Seen({}, "enough" if step >= 4 else "")
+
+  for _ in range(2):  # the same command again trains nothing
+    state = run_loop(tmp_path, config, counting(done.append), watch=watch)
+    assert int(state.step) == 4 and done == [0, 1, 2, 3]
+  assert (
+    int(run_loop(tmp_path, config, counting(done.append)).step) == 6
+  )  # without it the run goes on
+  assert done == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_workdir_that_vanishes_stops_the_run(tmp_path):

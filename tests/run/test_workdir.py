@@ -183,6 +183,7 @@ def test_a_fork_takes_over_what_the_table_says():
   assert set(workdir.TAKEN_OVER) == {
     "metrics.jsonl",
     "samples.jsonl",
+    "eval_samples.jsonl",
     "skipped.jsonl",
     "r2m_renderer.json",
     "budgets.json",
