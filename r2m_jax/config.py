@@ -62,6 +62,7 @@ FILES = {
   ),
   "generate": ("policy.path", "generate.input", "generate.output"),
   "score": ("reward.path", "score.input", "score.output"),
+  "rewardbench": ("rewardbench.data", "reward.path"),
   "export": ("export.checkpoint", "export.out"),
   "plan": ("plan.topology",),
 }
@@ -87,6 +88,8 @@ def check_config(config: ConfigDict) -> None:
   if config.policy.path or config.reward.path:
     check_folder_run(config)
   check_labels(config)
+  if config.task == "judge":
+    check_judge(config)
   try:
     addresses(config.hosts)
   except HostsError as error:
@@ -232,6 +235,40 @@ def check_labels(config: ConfigDict) -> None:
     "r2m.labels",
     f"variant {config.variant!r} never updates the reward, so no label would be used; take 'self', "
     "or a variant such as 'r2m' or 'iterative_head'",
+  )
+
+
+def check_judge(config: ConfigDict) -> None:
+  """One judge, with what it needs."""
+  judge = config.judge
+  given = [name for name in ("url", "reward", "judgments") if judge[name]]
+  need(
+    config,
+    len(given) == 1,
+    f"judge.{given[1] if given else 'url'}",
+    "give one judge: an endpoint (judge.url, judge.model), a reward model (judge.reward) or a file "
+    "(judge.judgments)",
+  )
+  need(
+    config,
+    judge.model != "" or not judge.url,
+    "judge.model",
+    "name the model at config.judge.url",
+  )
+  answered = judge.candidate != "" or judge.judgments != ""
+  for field in () if answered else ("policy.path", "generate.input"):
+    need(
+      config,
+      _get(config, field) != "",
+      field,
+      "give the answers as config.judge.candidate, or config.policy.path and config.generate.input "
+      "to generate them first",
+    )
+  need(
+    config,
+    judge.max_cost == 0 or judge.prompt_price + judge.completion_price > 0,
+    "judge.max_cost",
+    "a cap needs prices: give config.judge.prompt_price and config.judge.completion_price",
   )
 
 

@@ -8,6 +8,7 @@ r2m_jax/config.py checks a config by it, and docs/config.md is printed from it:
 """
 
 import datetime
+import json
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -32,6 +33,8 @@ TASKS = (
   "lab_text",
   "generate",
   "score",
+  "judge",
+  "rewardbench",
   "export",
   "replay",
   "analyse",
@@ -49,6 +52,9 @@ PIECES = (
   "ablations",
   "probes",
 )
+# of task=judge; r2m_jax/judge/templates.py has their texts
+PROTOCOLS = ("alpaca_eval", "mt_bench", "mt_bench_single", "arena_hard", "tldr")
+FORMATS = ("rows", "alpaca_eval", "mt_bench", "arena_hard")
 ALGORITHMS = tuple(advantages.ESTIMATORS)
 ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -139,6 +145,19 @@ def unknown_pieces(text: str) -> str:
   return ", ".join(name for name in names_in(text) if name not in PIECES)
 
 
+def is_object(text: str) -> bool:
+  """Whether the text is "" or a JSON object."""
+  try:
+    return text == "" or isinstance(json.loads(text), dict)
+  except ValueError:
+    return False
+
+
+def is_address(text: str) -> bool:
+  """Whether the text is "" or an address of HTTP without a user in it."""
+  return text == "" or bool(re.fullmatch(r"https?://[^/\s@?#]+(/[^\s?#]*)?", text))
+
+
 def is_mesh(sizes) -> bool:
   """Whether the sizes are three positive integers, of which one may be -1."""
   positive = all(isinstance(size, int) and (size > 0 or size == -1) for size in sizes)
@@ -181,6 +200,14 @@ DUAL_CLIP = Rule(
 FINITE = Rule(lambda x: x < float("inf"), "must be a finite number, such as 1e-4", "finite")
 DATE = Rule(
   is_date, "give a day as YYYY-MM-DD, or '' for the day that the run begins", 'YYYY-MM-DD or ""'
+)
+OBJECT = Rule(
+  is_object, "give a JSON object, such as '{\"top_p\": 1}', or ''", 'a JSON object or ""'
+)
+ADDRESS = Rule(
+  is_address,
+  "give an address up to its version, such as http://localhost:8000/v1, without a key in it",
+  "http or https",
 )
 WEIGHTS = Rule(are_weights, "give numbers from 0 on, not all of them 0", "at least 0, not all 0")
 BUCKETS = Rule(
@@ -252,8 +279,9 @@ RUN = dict(
     "r2m",
     '"sft", "reward" and "r2m" run the pipeline up to that stage; "scratch" trains all models on '
     'text, from the tokenizer on; "tokenizer" trains only that; "lab" and "lab_text" compare arms; '
-    '"generate" and "score" apply a model to JSON lines; "export" writes a checkpoint as Hugging '
-    'Face folders; "replay" reproduces one sample of a run; "analyse" draws its evidence; "plan" '
+    '"generate" and "score" apply a model to JSON lines; "judge" finds out which of two sets of '
+    'answers wins; "rewardbench" measures a reward model on preferences; "export" writes a '
+    'checkpoint as Hugging Face folders; "replay" reproduces one sample of a run; "analyse" draws its evidence; "plan" '
     "reports whether a run fits a machine",
     one_of(*TASKS),
     free=True,
@@ -666,12 +694,72 @@ GENERATE = dict(
   max_new_tokens=Knob(128, "longest answer", at_least(1), unit="tokens"),
   temperature=Knob(1.0, "sampling temperature; 0: the most likely token", at_least(0)),
   batch_size=Knob(16, "size of a batch", at_least(1), unit="rows"),
+  format=Knob(
+    "rows",
+    'form of the output: the input\'s "rows" with the answers, or what another evaluator reads',
+    one_of(*FORMATS),
+  ),
+  name=Knob("", 'name of the model in these files; "": its folder\'s'),
 )
 
 SCORE = dict(
   input=Knob("", "JSON lines with prompt and response"),
   output=Knob("", "file for the scores"),
   batch_size=Knob(16, "size of a batch", at_least(1), unit="rows"),
+)
+
+JUDGE = dict(
+  candidate=Knob(
+    "",
+    "JSON lines with the prompts and the answers that are judged, as task=generate writes them; "
+    '"": config.policy.path answers config.generate.input first',
+  ),
+  candidate_field=Knob("text", "field of the candidate's answer"),
+  baseline=Knob(
+    "", 'JSON lines with the answers to compare with; "": the candidate\'s rows hold them'
+  ),
+  baseline_field=Knob(
+    "", "field of the baseline's answer; \"\": text of its own file, reference of the candidate's"
+  ),
+  url=Knob("", "judge: an OpenAI-compatible endpoint", ADDRESS),
+  model=Knob("", "name of the model at the endpoint"),
+  reward=Knob("", "judge: Hugging Face folder or hub name of a reward model"),
+  judgments=Knob("", "judge: JSON lines with id and winner, or preference"),
+  votes=Knob("", "JSON lines of the same form, with which the judge's agreement is measured"),
+  key_env=Knob("OPENAI_API_KEY", "environment variable with the endpoint's key"),
+  template=Knob("alpaca_eval", "protocol of the questions, see docs/judge.md", one_of(*PROTOCOLS)),
+  both_orders=Knob(True, "ask about each pair in both orders; False: in one, drawn by the seed"),
+  repeats=Knob(1, "times that each question is asked", at_least(1)),
+  temperature=Knob(0.0, "sampling temperature of the judge", at_least(0)),
+  max_tokens=Knob(0, "longest answer; 0: the template's own", at_least(0), unit="tokens"),
+  logprobs=Knob(True, "ask for the label's log-probabilities if the answer is a label alone"),
+  body=Knob(
+    "", "JSON object of further fields of each request; null takes a field of ours out", OBJECT
+  ),
+  workers=Knob(8, "questions asked at a time", at_least(1)),
+  timeout=Knob(120.0, "time that one attempt may take", above(0), unit="seconds"),
+  retries=Knob(6, "further attempts after a failed one", at_least(0)),
+  backoff=Knob(
+    1.0,
+    "wait before the second attempt, doubled before each further one",
+    at_least(0),
+    unit="seconds",
+  ),
+  longest_wait=Knob(
+    600.0, "a server that asks for a longer wait stops the task", at_least(0), unit="seconds"
+  ),
+  prompt_price=Knob(0.0, "price of a million prompt tokens; 0: unknown", at_least(0), unit="$"),
+  completion_price=Knob(0.0, "price of a million tokens of answers", at_least(0), unit="$"),
+  max_cost=Knob(
+    0.0, "the task stops before its questions cost more than this; 0: no cap", at_least(0), unit="$"
+  ),
+)
+
+REWARDBENCH = dict(
+  data=Knob(
+    "",
+    "preferences, named as in data.name: RewardBench 2's columns or pairs in any form of data.md",
+  ),
 )
 
 EXPORT = dict(
@@ -845,6 +933,12 @@ KNOBS = Section(
     ),
     generate=Section('Batch generation (task "generate")', GENERATE, free=True),
     score=Section('Batch scoring (task "score")', SCORE, free=True),
+    judge=Section('Who wins (task "judge"); docs/judge.md', JUDGE, free=True, tasks=("judge",)),
+    rewardbench=Section(
+      'A reward model on preferences (task "rewardbench"); docs/judge.md',
+      REWARDBENCH,
+      free=True,
+    ),
     export=Section('A checkpoint as Hugging Face folders (task "export")', EXPORT, free=True),
     log=Section("Logging", LOG, free=True),
     checkpoint=Section("Which checkpoints are kept, and where a run starts", CHECKPOINT, free=True),

@@ -114,7 +114,7 @@ def agreed(config, workdir: Path):
   hosts.require_same(
     [given, str(workdir)], "what they were given; start the same command on every host"
   )
-  if config.task in ("replay", "analyse") and jax.process_count() > 1:
+  if config.task in ("replay", "analyse", "judge", "rewardbench") and jax.process_count() > 1:
     alone = f"for one process; add --config.hosts.coordinator={hosts.ALONE}"
     raise ConfigError(f"config.task is {config.task!r}: {alone}")
   return with_date(config, workdir)

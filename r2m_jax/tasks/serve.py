@@ -39,9 +39,13 @@ def run(config, workdir: Path | None = None) -> None:
   named in the config.
   """
   del workdir
-  # float32 means float32: accelerators would otherwise multiply matrices in fewer bits
-  with jax.default_matmul_precision("highest" if config.dtype == "float32" else "default"):
+  with matmul_precision(config):
     {"generate": run_generate, "score": run_score}[config.task](config)
+
+
+def matmul_precision(config):
+  """In here float32 means float32: accelerators would otherwise multiply matrices in fewer bits."""
+  return jax.default_matmul_precision("highest" if config.dtype == "float32" else "default")
 
 
 def require_finite(config, finite: np.ndarray, what: str, model: str) -> None:
