@@ -26,7 +26,7 @@ import numpy as np
 
 from r2m_jax.config import ConfigError
 from r2m_jax.data.jsonl import write_rows
-from r2m_jax.hf.folders import load_policy, load_reward, mesh_of
+from r2m_jax.hf.folders import load_reward, mesh_of
 from r2m_jax.hf.weights import PretrainedError, fetch, read_json
 from r2m_jax.judge import statistics, votes
 from r2m_jax.judge.endpoint import (
@@ -114,7 +114,8 @@ def generated(config, workdir: Path) -> str:
   """
   out, made = workdir / "candidate.jsonl", workdir / "candidate.json"
   how = json.loads(config.generate.to_json()) | {"policy": config.policy.path, "seed": config.seed}
-  del how["output"], how["batch_size"]
+  for name in ("output", "batch_size", "format", "name"):
+    del how[name]
   if out.exists() and made.exists():
     before = json.loads(made.read_text(encoding="utf-8"))
     if before != how:
@@ -126,7 +127,7 @@ def generated(config, workdir: Path) -> str:
     return str(out)
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    config.generate.output = str(out)
+    config.generate.output, config.generate.format = str(out), "rows"
   serve.run_generate(config)
   write_atomic(made, json.dumps(how, indent=1) + "\n")
   return str(out)
@@ -416,14 +417,7 @@ def by_reward_model(config, items: list[Item], workdir: Path) -> Judged:
   warn_of_relation(settings.reward, config.reward.path)
   mesh = mesh_of(config)
   reward = load_reward(settings.reward, config, mesh)
-  policy = None
-  if reward.head is not None:
-    if not config.policy.path:
-      raise ConfigError(
-        f"config.judge.reward is {settings.reward}: an R2M reward model, which reads the policy's "
-        "hidden states; give the policy as config.policy.path"
-      )
-    policy = load_policy(config.policy.path, config, mesh)
+  policy = serve.policy_read_by(config, reward, mesh, f"config.judge.reward is {settings.reward}")
   places, rows = [], []
   for number, item in enumerate(items):
     for turn in range(len(item.questions)):

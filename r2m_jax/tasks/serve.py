@@ -16,7 +16,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from r2m_jax.algorithm.read import read_feedback
-from r2m_jax.data.jsonl import check_output, read_rows, write_rows
+from r2m_jax.data.jsonl import check_output, read_rows, turns_of, write_rows
 from r2m_jax.data.text import Tokenizer, as_prompts, each_row, pad_left, responses_of
 from r2m_jax.hf.folders import (
   FolderError,
@@ -28,6 +28,7 @@ from r2m_jax.hf.folders import (
   mesh_of,
   phi_score,
 )
+from r2m_jax.judge.formats import check_form, write_answers
 from r2m_jax.models.generate import generate
 from r2m_jax.models.reward import read_rte
 from r2m_jax.parallel import hosts, sharding
@@ -86,19 +87,22 @@ def spread(batch, mesh):
 
 def run_generate(config) -> None:
   """Reads rows with `prompt`; writes them with prompt_tokens, tokens, logprobs, text and
-  truncated, in their order.
+  truncated, in their order. In a conversation, a row with `turns`, these are of the last turn, and
+  `answers` holds the texts of all.
   """
   settings, mesh = config.generate, mesh_of(config)
   check_output(settings.output, "config.generate.output")
   rows = read_rows(settings.input, ("prompt",))
+  check_form(rows, settings.format)
   policy = load_policy(config.policy.path, config, mesh)
   print(policy.tokenizer.describe(rows[0]["prompt"]))
-  prompts = each_row(rows, lambda row: policy.tokenizer.render(row["prompt"]), settings.input)
-  results = sample(config, policy, prompts, mesh)
+  results = converse(config, policy, rows, mesh)
   finite = np.array([np.isfinite(result["logprobs"]).all() for result in results])
   require_finite(config, finite, "log-probabilities", f"config.policy.path = {config.policy.path}")
+  answered = [row | more for row, more in zip(rows, results)]
+  name = settings.name or policy.folder.name
   file = hosts.on_first(
-    lambda: str(write_rows(settings.output, [row | more for row, more in zip(rows, results)]))
+    lambda: str(write_answers(settings.output, answered, settings.format, name))
   )
   print(
     f"wrote    {len(rows)} rows to {file}; {sum(r['truncated'] for r in results)} cut off at the "
@@ -106,8 +110,36 @@ def run_generate(config) -> None:
   )
 
 
-def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]:
-  """One response for each rendered prompt, as the fields of a row."""
+def converse(config, policy: Policy, rows: list[dict], mesh) -> list[dict]:
+  """One response to each row's prompt, and to each further message of its `turns`."""
+
+  def render(row):
+    return policy.tokenizer.render(row["prompt"])
+
+  results = sample(config, policy, each_row(rows, render, config.generate.input), mesh)
+  turns = [turns_of(row) for row in rows]
+  prompts = [row["prompt"] for row in rows]
+  answers = [[result["text"]] for result in results]
+  for turn in range(1, max(map(len, turns))):
+    asked = [i for i, mine in enumerate(turns) if turn < len(mine)]
+    for i in asked:
+      said = {"role": "assistant", "content": answers[i][-1]}
+      prompts[i] = [*prompts[i], said, {"role": "user", "content": turns[i][turn]}]
+    later = [
+      {"where": f"{config.generate.input}, row {i + 1}", "prompt": prompts[i]} for i in asked
+    ]
+    found = sample(config, policy, each_row(later, render), mesh, turn)
+    for i, result in zip(asked, found):
+      answers[i].append(result["text"])
+      results[i] = result
+  return [
+    result | ({"answers": said} if mine else {})
+    for result, said, mine in zip(results, answers, turns)
+  ]
+
+
+def sample(config, policy: Policy, prompts: list[list[int]], mesh, turn: int = 0) -> list[dict]:
+  """One response for each rendered prompt, as the fields of a row; each turn draws anew."""
   settings, size = config.generate, batch_size(config, config.generate, len(prompts), mesh)
   T, tokenizer = settings.max_new_tokens, policy.tokenizer
 
@@ -118,7 +150,7 @@ def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]
       model,
       prompts,
       jax.random.key(config.seed),
-      0,
+      turn,
       group_size=1,
       max_new_tokens=T,
       eos_ids=tokenizer.eos_ids,
@@ -160,15 +192,7 @@ def run_score(config) -> None:
   check_output(settings.output, "config.score.output")
   rows = read_rows(settings.input, ("prompt", "response"))
   reward = load_reward(config.reward.path, config, mesh)
-  policy = None
-  if reward.head is not None:
-    if not config.policy.path:
-      raise FolderError(
-        f"config.reward.path is {config.reward.path}: an R2M reward model, which reads the "
-        "policy's hidden states; "
-        "give the policy as config.policy.path"
-      )
-    policy = load_policy(config.policy.path, config, mesh)
+  policy = policy_read_by(config, reward, mesh, f"config.reward.path is {config.reward.path}")
   print(
     reward.renderer.describe(
       rows[0]["prompt"], rows[0]["response"], rows[0].get("truncated", False)
@@ -189,6 +213,20 @@ def run_score(config) -> None:
   print(
     f"wrote    {len(rows)} scores to {file}, mean {scores.mean():.4f}, from {low:.4f} to {high:.4f}"
   )
+
+
+def policy_read_by(config, reward: RewardModel, mesh, given: str) -> Policy | None:
+  """The policy whose hidden states a reward model reads; None if it reads none. `given` names the
+  model in an error.
+  """
+  if reward.head is None:
+    return None
+  if not config.policy.path:
+    raise FolderError(
+      f"{given}: an R2M reward model, which reads the policy's hidden states; "
+      "give the policy as config.policy.path"
+    )
+  return load_policy(config.policy.path, config, mesh)
 
 
 def policy_ids(tokenizer: Tokenizer, row: dict) -> list[int]:
