@@ -1,5 +1,16 @@
-"""What the paper's three experiments (arXiv 2601.22664) share, and the words that choose an
-estimator and a variant.
+"""What the paper's three experiments (arXiv 2601.22664) share, the words that choose an estimator
+and a variant, and its three evaluations of a finished run:
+
+  run="python -m r2m_jax.main --config.policy.path=runs/qwen/export/policy"
+  judge="--config.judge.url=http://localhost:8000/v1 --config.judge.model=NAME"
+  $run --config=configs/paper.py:evaluate,alpaca_eval --workdir=runs/qwen_alpaca $judge \\
+    --config.generate.input=alpaca_eval.jsonl
+  $run --config=configs/paper.py:evaluate,mt_bench --workdir=runs/qwen_mt $judge \\
+    --config.generate.input=question.jsonl
+  $run --config=configs/paper.py:evaluate,tldr --workdir=runs/tldr_wins $judge \\
+    --config.generate.input=tldr_test.parquet
+
+docs/reproduce.md says where the files come from, what it costs and what the paper got.
 """
 
 from configs import default
@@ -7,12 +18,49 @@ from r2m_jax.algorithm.variants import VARIANTS
 
 ESTIMATORS = ("rloo", "grpo")
 AGGREGATIONS = {"grpo": "sequence_mean"}  # of an estimator whose loss has one of its own
+# The paper gives no sampling settings of its evaluations. Lengths are those of the benchmarks' own
+# tools; temperatures are ours.
+EVALUATIONS = {
+  "alpaca_eval": {
+    "judge.template": "alpaca_eval",
+    "judge.baseline_field": "reference",
+    "generate.max_new_tokens": 2048,
+    "generate.temperature": 0.7,
+  },
+  "mt_bench": {
+    "judge.template": "mt_bench_single",
+    "generate.max_new_tokens": 1024,
+    "generate.temperature": 0.7,
+  },
+  "tldr": {
+    "judge.template": "tldr",
+    "judge.baseline_field": "completion",
+    "generate.max_new_tokens": 50,
+    "generate.temperature": 0.0,
+    "generate.rows": 1000,
+  },
+}
+
+
+def evaluate(words: list[str]):
+  """`task=judge` as one of the paper's evaluations, named by the only word."""
+  if len(words) != 1 or words[0] not in EVALUATIONS:
+    raise ValueError(
+      f"evaluate needs one of {', '.join(EVALUATIONS)} after a comma, such as evaluate,alpaca_eval"
+    )
+  config = default.get_config()
+  config.task, config.dtype, config.param_dtype = "judge", "bfloat16", "bfloat16"
+  config.mesh = (1, -1, 1)
+  config.update_from_flattened_dict(EVALUATIONS[words[0]])
+  return config
 
 
 def get_config(words: str):
   """The shared settings; `words` as in `grpo`, `rloo,vanilla` or `r2m_untrained`. RLOO + R2M
-  where it does not say.
+  where it does not say. `evaluate,NAME` is an evaluation.
   """
+  if words.split(",")[0] == "evaluate":
+    return evaluate(words.split(",")[1:])
   config = default.get_config()
   for word in filter(None, words.split(",")):
     if word in ESTIMATORS:

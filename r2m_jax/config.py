@@ -245,7 +245,7 @@ def check_judge(config: ConfigDict) -> None:
   need(
     config,
     len(given) == 1,
-    f"judge.{given[1] if given else 'url'}",
+    f"judge.{given[-1] if given else 'url'}",
     "give one judge: an endpoint (judge.url, judge.model), a reward model (judge.reward) or a file "
     "(judge.judgments)",
   )

@@ -691,6 +691,7 @@ TOKENIZER = dict(
 GENERATE = dict(
   input=Knob("", "JSON lines with prompt, as text or messages"),
   output=Knob("", "file for the answers"),
+  rows=Knob(0, "answer only the first rows; 0: all", at_least(0), unit="rows"),
   max_new_tokens=Knob(128, "longest answer", at_least(1), unit="tokens"),
   temperature=Knob(1.0, "sampling temperature; 0: the most likely token", at_least(0)),
   batch_size=Knob(16, "size of a batch", at_least(1), unit="rows"),

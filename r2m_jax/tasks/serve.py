@@ -92,7 +92,7 @@ def run_generate(config) -> None:
   """
   settings, mesh = config.generate, mesh_of(config)
   check_output(settings.output, "config.generate.output")
-  rows = read_rows(settings.input, ("prompt",))
+  rows = read_rows(settings.input, ("prompt",))[: settings.rows or None]
   check_form(rows, settings.format)
   policy = load_policy(config.policy.path, config, mesh)
   print(policy.tokenizer.describe(rows[0]["prompt"]))
