@@ -88,6 +88,7 @@ def check_config(config: ConfigDict) -> None:
   if config.policy.path or config.reward.path:
     check_folder_run(config)
   check_labels(config)
+  check_label_judge(config)
   if config.task == "judge":
     check_judge(config)
   try:
@@ -272,6 +273,31 @@ def check_judge(config: ConfigDict) -> None:
   )
 
 
+def check_label_judge(config: ConfigDict) -> None:
+  """A judge that labels has samples as text to label, and a name."""
+  labels = config.r2m
+  if not labels.judge_url:
+    return
+  need(
+    config,
+    bool(config.policy.path or config.reward.path),
+    "r2m.judge_url",
+    "a judge reads text: only runs from Hugging Face folders (policy.path, reward.path) have it",
+  )
+  need(
+    config,
+    labels.labels == "preference",
+    "r2m.labels",
+    "a judge at r2m.judge_url orders the pairs only with 'preference'",
+  )
+  need(
+    config,
+    labels.judge_model != "",
+    "r2m.judge_model",
+    "name the model at config.r2m.judge_url",
+  )
+
+
 def chosen_pieces(config: ConfigDict) -> list[str]:
   """The names in config.analyse.what, each once and in the order of the report."""
   return sorted(
@@ -378,7 +404,7 @@ def check_folder_run(config: ConfigDict) -> None:
     needed = start == "head" or (config.r2m.labels == "preference" and VARIANTS[variant].trained)
     need(
       config,
-      not needed or config.r2m.judgments != "",
+      not needed or config.r2m.judgments != "" or (start != "head" and config.r2m.judge_url != ""),
       "r2m.judgments",
       f"variant {variant!r} with labels {config.r2m.labels!r} needs a file of JSON lines "
       f"{{prompt, chosen, rejected}}",

@@ -526,6 +526,19 @@ R2M = dict(
   judgments=Knob(
     "", "JSON lines {prompt, chosen, rejected} with the labels of a run from Hugging Face folders"
   ),
+  judge_url=Knob(
+    "",
+    "OpenAI-compatible endpoint that labels pairs of samples in a run from Hugging Face folders, in "
+    "place of the file; key, waits and prices as in `judge`",
+    ADDRESS,
+    free=True,
+  ),
+  judge_model=Knob("", "name of the model at this endpoint"),
+  judge_template=Knob(
+    "alpaca_eval",
+    "protocol of its questions, see docs/judge.md",
+    one_of("alpaca_eval", "mt_bench", "arena_hard", "tldr"),
+  ),
   warm_epochs=Knob(4, 'passes over the preferences in variant "warm_start"', at_least(1)),
 )
 
@@ -934,7 +947,7 @@ KNOBS = Section(
     ),
     generate=Section('Batch generation (task "generate")', GENERATE, free=True),
     score=Section('Batch scoring (task "score")', SCORE, free=True),
-    judge=Section('Who wins (task "judge"); docs/judge.md', JUDGE, free=True, tasks=("judge",)),
+    judge=Section('Who wins (task "judge"); docs/judge.md', JUDGE, free=True),
     rewardbench=Section(
       'A reward model on preferences (task "rewardbench"); docs/judge.md',
       REWARDBENCH,

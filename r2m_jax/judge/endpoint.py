@@ -120,7 +120,7 @@ class Endpoint:
     """The answer to one request, after as many attempts as it takes.
 
     Returns:
-      text, first (`top_tokens`), finish, model, prompt_tokens, completion_tokens.
+      text, first (`top_tokens`), finish, model, prompt_tokens and completion_tokens (`counted`).
 
     Raises:
       NoAnswer: the request was refused, or all attempts failed.
@@ -138,7 +138,7 @@ class Endpoint:
         continue
       last = attempt == self._retries or answer["finish"] == "length"
       if answer["text"].strip() or last:
-        return answer
+        return counted(answer, body)
     raise NoAnswer(f"{self._retries + 1} attempts failed, the last with: {reason}")
 
   def _pause(self, attempt: int) -> None:
@@ -407,6 +407,10 @@ class Prices(NamedTuple):
   def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
     return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
 
+  def spent(self, answers: Iterable[dict[str, Any]]) -> float:
+    """What answers have cost, each with its `counted` tokens."""
+    return sum(self.cost(a["prompt_tokens"], a["completion_tokens"]) for a in answers)
+
 
 def tokens_of(body: dict[str, Any]) -> tuple[int, int]:
   """(prompt tokens, completion tokens) that a request may cost: an estimate from above."""
@@ -415,12 +419,10 @@ def tokens_of(body: dict[str, Any]) -> tuple[int, int]:
   return math.ceil(text / CHARACTERS) + 8 * len(body["messages"]), int(most)
 
 
-def tokens_spent(answer: dict, body: dict[str, Any]) -> tuple[int, int]:
-  """(prompt tokens, completion tokens) of an answer: as the endpoint counts, else estimated."""
-  prompt, _ = tokens_of(body)
-  written = math.ceil(len(answer["text"]) / CHARACTERS)
-  given = answer.get("prompt_tokens"), answer.get("completion_tokens")
-  return (
-    prompt if given[0] is None else given[0],
-    written if given[1] is None else given[1],
-  )
+def counted(answer: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+  """The answer with its tokens: as the endpoint counts them, else estimated."""
+  estimate = {
+    "prompt_tokens": tokens_of(body)[0],
+    "completion_tokens": math.ceil(len(answer["text"]) / CHARACTERS),
+  }
+  return answer | {name: value for name, value in estimate.items() if answer[name] is None}

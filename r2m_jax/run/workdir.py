@@ -46,6 +46,7 @@ LAYOUT = (
   Entry("figures/", "its figures", "every run"),
   Entry("replay/", "samples made again", "task=replay"),
   Entry("analysis/", "tables and figures of the analysis", "task=analyse"),
+  Entry("label_answers.jsonl", "answers of the judge at r2m.judge_url", "runs from folders"),
   Entry("judge.json", "who wins, with judge, date and template", "task=judge"),
   Entry("judge.html", "the same as a page", "task=judge"),
   Entry("judgments.jsonl", "every verdict", "task=judge"),

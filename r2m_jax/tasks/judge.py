@@ -18,7 +18,7 @@ import random
 import sys
 import time
 import urllib.parse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +39,6 @@ from r2m_jax.judge.endpoint import (
   key_from,
   question,
   tokens_of,
-  tokens_spent,
 )
 from r2m_jax.judge.items import Item, read_items
 from r2m_jax.judge.results import (
@@ -179,20 +178,11 @@ def by_endpoint(config, items: list[Item], workdir: Path) -> Judged:
   settings = config.judge
   template = TEMPLATES[settings.template]
   check_turns(template, items)
-  key = key_from(settings.key_env)
-  endpoint = Endpoint(
-    settings.url,
-    key,
-    timeout=settings.timeout,
-    retries=settings.retries,
-    backoff=settings.backoff,
-    longest=settings.longest_wait,
-  )
-  warn_of_plain_http(endpoint.url, key)
+  endpoint = endpoint_of(config, settings.url)
   asked = questions_of(config, template, items, endpoint.url)
   cache = Cache(workdir / ANSWERS)
   try:
-    failed = ask_within_budget(config, endpoint, cache, asked)
+    failed = ask_within_budget(config, endpoint, cache, [one.question for one in asked])
   finally:
     cache.close()
   for reason, count in collections.Counter(failed.values()).most_common(3):
@@ -214,6 +204,22 @@ def by_endpoint(config, items: list[Item], workdir: Path) -> Judged:
   }
   read = rated if template.rates else compared
   return read(template, items, asked, cache.answers)._replace(judge=about)
+
+
+def endpoint_of(config, url: str) -> Endpoint:
+  """The endpoint at an address, with the settings and the key of config.judge."""
+  settings = config.judge
+  key = key_from(settings.key_env)
+  endpoint = Endpoint(
+    url,
+    key,
+    timeout=settings.timeout,
+    retries=settings.retries,
+    backoff=settings.backoff,
+    longest=settings.longest_wait,
+  )
+  warn_of_plain_http(endpoint.url, key)
+  return endpoint
 
 
 def check_turns(template: Template, items: Sequence[Item]) -> None:
@@ -251,7 +257,7 @@ def questions_of(config, template: Template, items: list[Item], url: str) -> lis
             (item.candidate, item.baseline) if mine else (item.baseline, item.candidate)
           )
           messages = request(template, item, turn, first, [] if template.rates else second)
-          body = body_of(config, template, messages)
+          body = body_of(config, template, messages, config.judge.model)
           asked.append(Asked(number, turn, repeat, mine, question(body, url, repeat)))
   return asked
 
@@ -265,11 +271,11 @@ def sides_of(config, template: Template, item: Item, repeat: int) -> tuple[bool,
   return (random.Random(f"{config.seed} {item.id} {repeat}").random() < 0.5,)
 
 
-def body_of(config, template: Template, messages: list[dict]) -> dict[str, Any]:
+def body_of(config, template: Template, messages: list[dict], model: str) -> dict[str, Any]:
   """A request: ours, changed by config.judge.body, in which null takes a field out."""
   settings = config.judge
   body: dict[str, Any] = {
-    "model": settings.model,
+    "model": model,
     "messages": messages,
     "temperature": settings.temperature,
     "max_tokens": most_tokens(config, template),
@@ -281,36 +287,38 @@ def body_of(config, template: Template, messages: list[dict]) -> dict[str, Any]:
 
 
 def ask_within_budget(
-  config, endpoint: Endpoint, cache: Cache, asked: list[Asked]
+  config, endpoint: Endpoint, cache: Cache, asked: Iterable[Question], *, shown: bool = True
 ) -> dict[str, str]:
-  """Asks what is missing, if its estimated cost is within the cap. Why, for what stays open."""
+  """Asks what is missing, if its estimated cost is within the cap. Why, for what stays open.
+
+  Args:
+    shown: print the estimate and a line of progress.
+  """
   settings = config.judge
   prices = Prices(settings.prompt_price, settings.completion_price)
-  every = {one.question.key: one.question for one in asked}
+  every = {one.key: one for one in asked}
   missing = [one for key, one in every.items() if key not in cache.answers]
-  spent = [0, 0]
-  for key, one in every.items():
-    if key in cache.answers:
-      spent = np.add(spent, tokens_spent(cache.answers[key], one.body)).tolist()
-  ahead = np.sum([tokens_of(one.body) for one in missing] or [(0, 0)], 0).tolist()
-  paid, most = prices.cost(*spent), prices.cost(*ahead)
+  prompt, written = np.sum([tokens_of(one.body) for one in missing] or [(0, 0)], 0).tolist()
+  paid, most = prices.spent(cache.answers.values()), prices.cost(prompt, written)
   money = f", at most ${most:.2f}; ${paid:.2f} are spent" if any(prices) else ""
-  print(
-    f"judge    {len(missing)} of {len(every)} questions are to be asked: about {ahead[0]} prompt "
-    f"tokens and at most {ahead[1]} of answers{money}"
-  )
-  if settings.max_cost and paid + most > settings.max_cost:
+  if shown:
+    print(
+      f"judge    {len(missing)} of {len(every)} questions are to be asked: about {prompt} prompt "
+      f"tokens and at most {written} of answers{money}"
+    )
+  if settings.max_cost and missing and paid + most > settings.max_cost:
     raise ConfigError(
       f"config.judge.max_cost is {settings.max_cost:g}: the questions may cost ${paid + most:.2f} "
       "in all; allow that, judge fewer prompts, or lower config.judge.max_tokens"
     )
 
-  with progress(len(missing), "judge") as bar:
+  with progress(len(missing), "judge", enabled=shown) as bar:
 
     def seen(key, answer):
       nonlocal paid
+      del key
       bar.update()
-      paid += prices.cost(*tokens_spent(answer, every[key].body))
+      paid += prices.spent([answer])
       if settings.max_cost and paid > settings.max_cost:
         raise JudgeError(
           f"the answers have cost ${paid:.2f}, over config.judge.max_cost = {settings.max_cost:g}; "
