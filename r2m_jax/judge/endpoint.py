@@ -201,7 +201,10 @@ class Endpoint:
         )
       if error.code in (408, 409, 425, 429) or error.code >= 500:
         return _Again(reason, seconds_of(error.headers.get("Retry-After")))
-      return NoAnswer(f"the judge refuses the request ({reason})")
+      return NoAnswer(
+        f"the judge refuses the request ({reason}); config.judge.logprobs and config.judge.body "
+        "change what is sent"
+      )
     return _Again(f"HTTP {error.code}, cut off", seconds_of(error.headers.get("Retry-After")))
 
 

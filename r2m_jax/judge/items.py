@@ -18,6 +18,8 @@ class Item(NamedTuple):
   baseline: list[str]  # answers, by turn; [] if there is no baseline
   reference: list[str]  # reference answers, by turn; [] if the row has none
   group: str  # category or data set; "" if the row has none
+  # whether the length limit cut off the last answer of the candidate, and of the baseline
+  truncated: tuple[bool, bool] = (False, False)
 
 
 def read_items(candidate: str, field: str, baseline: str, baseline_field: str) -> list[Item]:
@@ -62,6 +64,7 @@ def read_items(candidate: str, field: str, baseline: str, baseline_field: str) -
         baseline=against,
         reference=[] if baseline_field == "reference" else texts(row.get("reference")),
         group=str(row.get("category") or row.get("dataset") or ""),
+        truncated=(cut_off(row, field), bool(baseline) and cut_off(other or {}, baseline_field)),
       )
     )
   return items
@@ -79,6 +82,11 @@ def answers_of(row: dict, field: str, file: str, number: int) -> list[str]:
       f"{file}, row {number + 1}: 'answers' must hold a text for each of 'turns'; generate it again"
     )
   return answers
+
+
+def cut_off(row: dict, field: str) -> bool:
+  """Whether `truncated` is true and is of this field: `task=generate` writes both."""
+  return field == "text" and row.get("truncated", False)
 
 
 def texts(value: Any) -> list[str]:

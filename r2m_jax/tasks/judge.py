@@ -26,8 +26,7 @@ import numpy as np
 
 from r2m_jax.config import ConfigError
 from r2m_jax.data.jsonl import write_rows
-from r2m_jax.hf.folders import load_reward, mesh_of
-from r2m_jax.hf.weights import PretrainedError, fetch, read_json
+from r2m_jax.hf.folders import load_reward, mesh_of, read_object
 from r2m_jax.judge import statistics, votes
 from r2m_jax.judge.endpoint import (
   Cache,
@@ -190,7 +189,7 @@ def by_endpoint(config, items: list[Item], workdir: Path) -> Judged:
   about = {
     "kind": "endpoint",
     "name": settings.model,
-    "answered_as": sorted({answer["model"] for answer in cache.answers.values()} - {""}),
+    "answered_as": sorted(answered_as(asked, cache.answers)),
     "url": endpoint.url,
     "template": template.name,
     "template_sha256": template.sha256,
@@ -204,6 +203,12 @@ def by_endpoint(config, items: list[Item], workdir: Path) -> Judged:
   }
   read = rated if template.rates else compared
   return read(template, items, asked, cache.answers)._replace(judge=about)
+
+
+def answered_as(asked: list[Asked], answers: dict[str, dict]) -> set[str]:
+  """The names under which the endpoint's models answered."""
+  found = [answers.get(one.question.key, {}) for one in asked]
+  return {answer["model"] for answer in found if answer.get("model")}
 
 
 def endpoint_of(config, url: str) -> Endpoint:
@@ -422,16 +427,17 @@ def by_reward_model(config, items: list[Item], workdir: Path) -> Judged:
   if not all(item.baseline for item in items):
     raise ConfigError("config.judge.baseline is '': a reward model compares two files of answers")
   settings = config.judge
-  warn_of_relation(settings.reward, config.reward.path)
   mesh = mesh_of(config)
   reward = load_reward(settings.reward, config, mesh)
+  warn_of_relation(reward.folder, config.reward.path)
   policy = serve.policy_read_by(config, reward, mesh, f"config.judge.reward is {settings.reward}")
   places, rows = [], []
   for number, item in enumerate(items):
     for turn in range(len(item.questions)):
       for side, answers in enumerate((item.candidate, item.baseline)):
         places.append((side, number, turn))
-        rows.append(scored_row(item, answers, turn))
+        row = scored_row(item, answers, turn)
+        rows.append(row | {"truncated": last_turn(item, turn) and item.truncated[side]})
   scores = serve.score(config, reward, policy, rows, mesh)
   serve.require_finite(
     config, np.isfinite(scores), "scores", f"config.judge.reward = {settings.reward}"
@@ -439,6 +445,10 @@ def by_reward_model(config, items: list[Item], workdir: Path) -> Judged:
   return from_scores(items, places, scores)._replace(
     judge={"kind": "reward model", "name": settings.reward, "template": None}
   )
+
+
+def last_turn(item: Item, turn: int) -> bool:
+  return turn == len(item.questions) - 1
 
 
 def scored_row(item: Item, answers: list[str], turn: int) -> dict[str, Any]:
@@ -467,20 +477,18 @@ def from_scores(items: list[Item], places: list[tuple[int, int, int]], scores) -
   return Judged(verdicts, Scores(table[0], table[1]), Unread(0, 0), rows, {})
 
 
-def warn_of_relation(judge: str, proxy: str) -> None:
-  """A judge of the proxy's own family may share its errors."""
-  if not proxy:
+def warn_of_relation(judge: Path, proxy: str) -> None:
+  """A judge of the proxy's own family may share its errors. Told if both are folders."""
+  if not proxy or not (Path(proxy).expanduser() / "config.json").is_file():
     return
-  try:
-    kinds = [
-      read_json(fetch(source) / "config.json").get("model_type") for source in (judge, proxy)
-    ]
-  except (OSError, PretrainedError):
-    return  # loading the judge tells what is wrong
+  kinds = [
+    read_object(folder / "config.json").get("model_type")
+    for folder in (judge, Path(proxy).expanduser())
+  ]
   if kinds[0] == kinds[1]:
     print(
-      f"warning: the judge {judge} is of the family {kinds[0]}, as the proxy {proxy} is, and may share "
-      "its errors: take one of another family",
+      f"warning: the judge {judge} is of the family {kinds[0]}, as the proxy {proxy} is, and may "
+      "share its errors: take one of another family",
       file=sys.stderr,
     )
 

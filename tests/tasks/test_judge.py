@@ -287,6 +287,8 @@ def test_a_reward_model_judges_what_a_policy_answers(folders, tmp_path, capsys):
   cfg.task = "score"
   for field, name in (("text", "candidate_score"), ("reference", "baseline_score")):
     rows = [{"prompt": row["prompt"], "response": row[field]} for row in made]
+    if field == "text":  # an answer that was cut off is rendered without an end
+      rows = [row | {"truncated": one["truncated"]} for row, one in zip(rows, made)]
     cfg.score.input = write(tmp_path / "score.jsonl", rows)
     cfg.score.output = str(tmp_path / "scored.jsonl")
     serve.run(cfg)
