@@ -34,9 +34,8 @@ def read_items(candidate: str, field: str, baseline: str, baseline_field: str) -
   Raises:
     DataError: a row lacks its answer, or the two files do not hold the same prompts.
   """
-  mine = read_rows(
-    candidate, ("prompt", *(() if baseline or not baseline_field else (baseline_field,)), field)
-  )
+  both = [field] if baseline or not baseline_field else [field, baseline_field]
+  mine = read_rows(candidate, ("prompt", *both))
   theirs: list[dict] | None = None
   if baseline:
     theirs = matched(mine, read_rows(baseline, ("prompt", baseline_field)), candidate, baseline)

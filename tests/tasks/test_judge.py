@@ -12,7 +12,7 @@ import pytest
 import tiny_text
 from judge_server import Server, completion, verdict
 
-from configs import default
+from configs import default, paper
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.data.jsonl import DataError
 from r2m_jax.judge.endpoint import JudgeError
@@ -220,6 +220,28 @@ def test_votes_of_people_against_a_judge(tmp_path, capsys):
 def test_refusals(changes, message):
   with pytest.raises(ConfigError, match=message):
     config(**changes)
+
+
+@pytest.mark.parametrize("name", paper.EVALUATIONS)
+def test_the_papers_evaluations(name):
+  cfg = paper.get_config(f"evaluate,{name}")
+  with pytest.raises(ConfigError, match="give one judge"):
+    check_config(cfg)
+  cfg.judge.url, cfg.judge.model = "http://127.0.0.1:9/v1", "judge-1"
+  cfg.policy.path, cfg.generate.input = "p", "in.jsonl"
+  check_config(cfg)
+  assert (
+    cfg.task == "judge"
+    and judge.baseline_of(cfg)
+    == {
+      "alpaca_eval": "reference",
+      "mt_bench": "",
+      "tldr": "completion",
+    }[name]
+  )
+  for words in ("evaluate", "evaluate,gpt", f"evaluate,{name},rloo"):
+    with pytest.raises(ValueError, match="evaluate needs one of alpaca_eval, mt_bench, tldr"):
+      paper.get_config(words)
 
 
 def test_a_killed_run_goes_on(tmp_path):
