@@ -314,7 +314,9 @@ def test_a_reward_model_judges_what_a_policy_answers(folders, tmp_path, capsys):
     cfg.score.input = write(tmp_path / "score.jsonl", rows)
     cfg.score.output = str(tmp_path / "scored.jsonl")
     serve.run(cfg)
-    assert [row[name] for row in found] == [row["score"] for row in read(cfg.score.output)]
+    want = [row["score"] for row in read(cfg.score.output)]
+    # other batches, so sums of float32 in another order
+    assert [row[name] for row in found] == pytest.approx(want, abs=1e-5)
   for row in found:
     assert row["preference"] == float(row["candidate_score"] > row["baseline_score"])
   cfg.task = "judge"
