@@ -744,7 +744,7 @@ JUDGE = dict(
   template=Knob("alpaca_eval", "protocol of the questions, see docs/judge.md", one_of(*PROTOCOLS)),
   both_orders=Knob(True, "ask about each pair in both orders; False: in one, drawn by the seed"),
   repeats=Knob(1, "times that each question is asked", at_least(1)),
-  temperature=Knob(0.0, "sampling temperature of the judge", at_least(0)),
+  answer_temperature=Knob(0.0, "sampling temperature of the judge", at_least(0)),
   max_tokens=Knob(0, "longest answer; 0: the template's own", at_least(0), unit="tokens"),
   logprobs=Knob(True, "ask for the label's log-probabilities if the answer is a label alone"),
   body=Knob(

@@ -195,7 +195,7 @@ def by_endpoint(config, items: list[Item], workdir: Path) -> Judged:
     "template_sha256": template.sha256,
     "system": template.system,
     "ask": template.ask,
-    "temperature": settings.temperature,
+    "temperature": settings.answer_temperature,
     "max_tokens": most_tokens(config, template),
     "both_orders": settings.both_orders,
     "repeats": settings.repeats,
@@ -282,7 +282,7 @@ def body_of(config, template: Template, messages: list[dict], model: str) -> dic
   body: dict[str, Any] = {
     "model": model,
     "messages": messages,
-    "temperature": settings.temperature,
+    "temperature": settings.answer_temperature,
     "max_tokens": most_tokens(config, template),
   }
   if template.bare and settings.logprobs:
