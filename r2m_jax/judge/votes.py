@@ -17,8 +17,9 @@ import numpy as np
 from r2m_jax.data.jsonl import DataError, read_rows
 from r2m_jax.judge import statistics
 from r2m_jax.judge.items import Item
-from r2m_jax.judge.results import percent, write_result
+from r2m_jax.judge.results import findings, percent, write_result
 from r2m_jax.judge.statistics import Agreement, Verdict
+from r2m_jax.report.page import lead_section, table_section, write_page
 
 NAMED = {"candidate": 1.0, "model_a": 1.0, "baseline": 0.0, "model_b": 0.0}
 
@@ -119,7 +120,7 @@ def pair_votes(file: str) -> list[tuple[tuple, str, float]]:
   return found
 
 
-def compare_files(judgments: str, votes: str, workdir: Path) -> dict[str, Any]:
+def compare_files(judgments: str, votes: str, workdir: Path) -> None:
   """Win rates of each pair of models in a file of judgments, and its agreement with votes.
 
   Args:
@@ -149,5 +150,20 @@ def compare_files(judgments: str, votes: str, workdir: Path) -> dict[str, Any]:
       f"ties, {percent(found.without_ties)} of {found.decided} without"
     )
   write_result(workdir / "judge.json", result)
-  print(f"wrote    {workdir / 'judge.json'}")
-  return result
+  write_pairs_page(workdir / "judge.html", result)
+  print(f"wrote    {workdir / 'judge.json'} and {workdir / 'judge.html'}")
+
+
+def write_pairs_page(path: Path, result: dict[str, Any]) -> None:
+  """The page of `compare_files`."""
+  rows = [[name, percent(rate), str(rate.count)] for name, rate in result["win_rates"].items()]
+  table = {
+    "title": "Pairs of models",
+    "head": ["Pair", "Win rate of the first [95%]", "Questions"],
+    "rows": rows,
+    "note": "Ties count as half. 95% intervals by a bootstrap over questions.",
+  }
+  about = f"Judgments: {result['judgments']}. Votes: {result['votes'] or 'none'}."
+  points = findings(result) or [f"{len(rows)} pairs of models were compared."]
+  sections = [lead_section("Who wins", points), table_section(table)]
+  write_page(path, title="Judged", heading="Judged models", about=about, sections=sections)

@@ -198,6 +198,8 @@ def test_votes_of_people_against_a_judge(tmp_path, capsys):
   # question 81: a win and a tie; 82: a loss
   assert found["win_rates"]["one against two"]["value"] == 1.5 / 3
   assert "75.0%" in capsys.readouterr().out
+  page = (tmp_path / "work/judge.html").read_text()
+  assert "one against two" in page and "75.0%" in page
   bad = config(judge__judgments=write(tmp_path / "bad.jsonl", [row | {"winner": "one"}]))
   with pytest.raises(DataError, match=r"bad.jsonl, row 1 has winner = 'one'; give 'candidate'"):
     judge.run(bad, tmp_path / "bad")
