@@ -7,15 +7,17 @@ fields are here.
 import ast
 import difflib
 import hashlib
+import importlib.util
 import json
 import os
 import re
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from r2m_jax.algorithm.objective import kl_estimator
 from r2m_jax.algorithm.variants import VARIANTS
-from r2m_jax.knobs import ALGORITHMS, ESTIMATORS, FREE, KNOBS, PIECES, Section, names_in, walk
+from r2m_jax.knobs import ALGORITHMS, ESTIMATORS, FREE, KNOBS, PIECES, Knob, Section, names_in, walk
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.attention import choose
 from r2m_jax.parallel.errors import UserError
@@ -26,6 +28,8 @@ __all__ = [
   "ESTIMATORS",
   "FREE",
   "PIECES",
+  "DICTS",
+  "DICT_EXAMPLE",
   "ConfigError",
   "arms_of",
   "check_batch",
@@ -35,6 +39,7 @@ __all__ = [
   "difference",
   "fixed",
   "identity",
+  "is_dict",
   "redact",
 ]
 
@@ -47,6 +52,9 @@ SECRET_NAME = re.compile(
 )  # of environment variables
 HIDDEN = "(hidden)"
 SHORTEST_SECRET = 12  # characters; a shorter value of such a variable is more likely a setting
+# settings whose value is a dict, of no fixed names
+DICTS = tuple(name for name, part in walk(KNOBS) if isinstance(part, Knob) and part.default == {})
+DICT_EXAMPLE = "{'enable_thinking': False}"
 LAB_VOCAB = 64  # entries of the gold-reward task's vocabulary
 TEXT_VOCAB = 4096  # a vocabulary for which kl.estimator "auto" is not "exact"
 # what a task reads or writes, which no default can name
@@ -75,6 +83,7 @@ class ConfigError(UserError, ValueError):
 def check_config(config: ConfigDict) -> None:
   """Raises ConfigError for the first value that cannot work. Touches no device."""
   check_secrets(config)
+  check_home(config)
   check_rules(config)
   check_kl(config)
   check_reward_lengths(config)
@@ -85,6 +94,8 @@ def check_config(config: ConfigDict) -> None:
   check_files(config)
   check_lora(config)
   check_sizes(config)
+  check_trackers(config)
+  check_revisions(config)
   if config.policy.path or config.reward.path:
     check_folder_run(config)
   check_labels(config)
@@ -103,17 +114,34 @@ def check_config(config: ConfigDict) -> None:
 def need(config: ConfigDict, ok: bool, field: str, fix: str) -> None:
   """Raises ConfigError with the field, its value and the fix unless `ok`."""
   if not ok:
-    raise ConfigError(f"config.{field} is {_get(config, field)!r}: {fix}")
+    value = _get(config, field)
+    shown = value.to_dict() if isinstance(value, ConfigDict) else value
+    raise ConfigError(f"config.{field} is {shown!r}: {fix}")
 
 
 def check_secrets(config: ConfigDict) -> None:
   """Raises ConfigError if a value looks like a token or a password."""
   for field in _fields(config):
     value = _get(config, field)
-    if isinstance(value, (str, tuple, list)) and redact(str(value)) != str(value):
+    text = isinstance(value, (str, tuple, list)) or is_dict(field)
+    if text and redact(str(value)) != str(value):
       raise ConfigError(
         f"config.{field} looks like it holds a token or a password, which would end in the run's "
         "files: give it in the environment instead, such as HF_TOKEN"
+      )
+
+
+def check_home(config: ConfigDict) -> None:
+  """A path that begins with ~ has a home folder to stand for."""
+  try:
+    Path.home()
+  except RuntimeError:
+    for field in _fields(config):
+      value = _get(config, field)
+      names = value.split(",") if isinstance(value, str) else ()
+      needs_home = any(name.strip().startswith("~") for name in names)
+      need(
+        config, not needs_home, field, "there is no home folder; give the whole path, or set HOME"
       )
 
 
@@ -188,7 +216,7 @@ def check_shapes(config: ConfigDict) -> None:
       config,
       -layers <= config.r2m.feedback_layer < layers,
       "r2m.feedback_layer",
-      f"the policy has {layers} layers; -1 is the last",
+      f"the policy has {layers} layers; give one from {-layers} to {layers - 1}, such as -1, the last",
     )
 
 
@@ -210,6 +238,31 @@ def check_lora(config: ConfigDict) -> None:
   )
 
 
+def check_revisions(config: ConfigDict) -> None:
+  """A revision has a hub name that it belongs to; a pull request has none."""
+  for section in ("policy", "reward"):
+    path = config[section].path
+    need(
+      config,
+      not config[section].revision or path != "" and not os.path.isdir(os.path.expanduser(path)),
+      f"{section}.revision",
+      f"it belongs to a hub name, and config.{section}.path is {path!r}: leave it out",
+    )
+  need(
+    config,
+    not (config.export.pull_request and config.export.revision),
+    "export.revision",
+    "a pull request is opened against the main branch: leave it out, or pull_request=False",
+  )
+
+
+def check_trackers(config: ConfigDict) -> None:
+  """The libraries of the trackers are installed; none is imported."""
+  for name in config.log.to:
+    if name != "tensorboard" and importlib.util.find_spec(name) is None:
+      need(config, False, "log.to", f"{name} is not installed: pip install {name}")
+
+
 def check_sizes(config: ConfigDict) -> None:
   """Batches are no larger than what they are taken from; shuffling needs two prompts."""
   for section, examples in (("sft", "examples"), ("reward", "pairs")):
@@ -223,7 +276,7 @@ def check_sizes(config: ConfigDict) -> None:
     config,
     config.variant != "shuffled" or config.rollout.prompts > 1,
     "rollout.prompts",
-    "variant shuffled needs two",
+    "variant shuffled needs two; give 2 or more, or choose another variant",
   )
 
 
@@ -387,7 +440,7 @@ def check_folder_run(config: ConfigDict) -> None:
     config,
     config.reward.ensemble == 1,
     "reward.ensemble",
-    "a folder's reward model has one score head; 1 is all it can give",
+    "a folder's reward model has one score head; give 1",
   )
   if config.task != "r2m":
     return
@@ -407,7 +460,7 @@ def check_folder_run(config: ConfigDict) -> None:
       not needed or config.r2m.judgments != "" or (start != "head" and config.r2m.judge_url != ""),
       "r2m.judgments",
       f"variant {variant!r} with labels {config.r2m.labels!r} needs a file of JSON lines "
-      f"{{prompt, chosen, rejected}}",
+      f"{{prompt, chosen, rejected}}; give one",
     )
 
 
@@ -418,6 +471,11 @@ def check_fields(config: ConfigDict, fields: list[str]) -> None:
   known = _fields(config)
   for field in fields:
     if field not in known:
+      if is_dict(inside := field.rpartition(".")[0]):
+        raise ConfigError(
+          f"config.{field} does not exist; give the whole dict, such as "
+          f'--config.{inside}="{DICT_EXAMPLE}"'
+        )
       last = field.split(".")[-1]
       same = [
         name for name in known if name.split(".")[-1] == last
@@ -425,6 +483,11 @@ def check_fields(config: ConfigDict, fields: list[str]) -> None:
       near = difflib.get_close_matches(field, same or known, n=1, cutoff=0.0 if same else 0.5)
       hint = f"did you mean config.{near[0]}?" if near else f"choose from {', '.join(config)}"
       raise ConfigError(f"config.{field} does not exist; {hint}")
+
+
+def is_dict(field: str) -> bool:
+  """Whether the dotted name is a setting whose value is a dict, and not a section."""
+  return field in DICTS
 
 
 def check_batch(config: ConfigDict, mesh: tuple[int, int, int]) -> None:
@@ -501,9 +564,9 @@ def _fields(config: ConfigDict, prefix: str = "") -> list[str]:
   """Dotted names of all sections and settings."""
   names = []
   for key, value in config.items():
-    names += [prefix + key] + (
-      _fields(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else []
-    )
+    name = f"{prefix}{key}"
+    section = isinstance(value, ConfigDict) and not is_dict(name)
+    names += [name] + (_fields(value, f"{name}.") if section else [])
   return names
 
 

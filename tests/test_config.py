@@ -251,7 +251,7 @@ NO_PLATFORM = "no_such_platform"  # jax raises as soon as anything asks for a de
 MAIN = ["-m", "r2m_jax.main", "--config=configs/quickstart.py:test", "--workdir=unused"]
 CONTROL = """
 import jax
-from configs import quickstart
+from r2m_jax.configs import quickstart
 from r2m_jax.config import check_config
 check_config(quickstart.get_config())
 print("checked")
@@ -306,11 +306,11 @@ def test_a_mistake_on_the_command_line_is_one_line(answers, name):
 @pytest.mark.parametrize(
   "argv, error, answer",
   [
-    ([], ValueError(), "--config is missing; give one, such as --config=configs/quickstart.py"),
+    ([], ValueError(), "--config is missing; give one, such as --config=quickstart"),
     (
       ["--config.steps=3"],
       ValueError(),
-      "--config is missing; give one, such as --config=configs/quickstart.py",
+      "--config is missing; give one, such as --config=quickstart",
     ),
     (
       ["--config", "configs/quickstart.py"],
@@ -325,7 +325,8 @@ def test_a_mistake_on_the_command_line_is_one_line(answers, name):
     (
       ["--config=configs/quickstart.py", "--workdir=x", "--config.log=3"],
       flags.IllegalFlagValueError("flag --config.log=3: Failed to parse '3' as a ConfigDict"),
-      "config.log is a section: set one of config.log.checkpoint_every, config.log.samples",
+      "config.log is a section: set one of config.log.checkpoint_every, "
+      "config.log.peak_flops, config.log.profile, config.log.samples, config.log.to",
     ),
     (
       ["--config", "configs/quickstart.py", "--workdir", "x", "--noconfig.ppo.whiten"],

@@ -30,7 +30,7 @@ MAY_IMPORT = {
   "knobs": "ops models algorithm",
   "config": "parallel models algorithm knobs",
   "step": "types ops parallel models algorithm",
-  "run": "types ops parallel models algorithm config step",
+  "run": "types ops parallel models algorithm knobs config step",
   "data": "types parallel algorithm config run",
   "hf": "parallel models algorithm config run data",
   "goldtask": "types ops parallel models algorithm step run",

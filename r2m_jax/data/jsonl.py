@@ -34,14 +34,17 @@ def read_rows(path: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
         f"{record.where} cannot be read ({row.kind}): {row}; give JSON lines with {wanted}"
       )
     if not isinstance(row, dict):
-      raise DataError(f"{record.where} is a {type(row).__name__}, not an object with {wanted}")
+      raise DataError(
+        f"{record.where} is a {type(row).__name__}, not an object with {wanted}; give one object a "
+        "line"
+      )
     if "prompt" in fields and "turns" in row and "prompt" not in row:
       row = with_first_turn(row, record.where)
     for field in fields:
       if not isinstance(row.get(field), (str, list) if field == "prompt" else str):
         kind = "text or a list of messages" if field == "prompt" else "text"
         raise DataError(
-          f"{record.where} needs {field!r} as {kind}; it has {', '.join(row) or 'nothing'}"
+          f"{record.where} needs {field!r} as {kind}; it has {', '.join(row) or 'nothing'}; add it"
         )
     if not isinstance(row.get("truncated", False), bool):
       raise DataError(

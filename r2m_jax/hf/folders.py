@@ -9,6 +9,7 @@ A reward model is a sequence classifier. Beside it may lie
 """
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -21,13 +22,23 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from r2m_jax.config import ConfigError
-from r2m_jax.data.text import Renderer, TextError, Tokenizer, load_tokenizer
-from r2m_jax.hf.weights import Pretrained, PretrainedError, Score, fetch, load_pretrained, read_json
+from r2m_jax.data.text import POLICY, Chat, Renderer, TextError, Tokenizer, load_tokenizer
+from r2m_jax.hf.weights import (
+  HUB,
+  Pretrained,
+  PretrainedError,
+  Score,
+  commit_of,
+  fetch,
+  load_pretrained,
+  read_json,
+)
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.reward import RewardHead
 from r2m_jax.parallel import hosts, sharding
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.run.build import model_kwargs
+from r2m_jax.run.files import write_atomic
 
 RENDERER, HEAD_CONFIG, HEAD_WEIGHTS = "r2m_renderer.json", "r2m_head.json", "r2m_head.safetensors"
 HEAD_FORMAT = 1
@@ -75,6 +86,7 @@ class RewardModel:
   has_bias: bool  # whether the folder's score head had one
   renderer: Renderer
   head: tuple[HeadConfig, nnx.State] | None
+  policy_chat: dict[str, Any]  # `Chat.contract` of the policy that the head reads; {}: no changes
 
 
 def mesh_of(config) -> Mesh:
@@ -85,28 +97,40 @@ def mesh_of(config) -> Mesh:
     raise ConfigError(error) from None
 
 
-def load_policy(source: str, config, mesh: Mesh | None = None) -> Policy:
-  """The language model and tokenizer of a folder or hub name, in the config's dtypes."""
-  folder, model = _load(source, "policy.path", config, mesh)
+def load_policy(
+  source: str, config, mesh: Mesh | None = None, *, workdir: pathlib.Path | None = None
+) -> Policy:
+  """The language model and tokenizer of a folder or hub name, in the config's dtypes.
+
+  Args:
+    workdir: of a run, which keeps the commit of a hub name that it began with; see `pinned`.
+  """
+  folder, model = _load(source, "policy.path", config, mesh, workdir)
   if model.score is not None:
     raise FolderError(
       f"config.policy.path is {source}: a sequence classifier, which cannot generate; give a "
       "causal language model"
     )
-  tokenizer = load_tokenizer(folder, model.arch.vocab_size, config.data.date)
+  tokenizer = _tokenizer(folder, model.arch, config, chat_of(config, "policy"))
   return Policy(folder, model.arch, model.graphdef, model.state, tokenizer)
 
 
 def load_reward(
-  source: str, config, mesh: Mesh | None = None, *, from_policy: bool = False
+  source: str,
+  config,
+  mesh: Mesh | None = None,
+  *,
+  from_policy: bool = False,
+  workdir: pathlib.Path | None = None,
 ) -> RewardModel:
   """The reward model of a folder or hub name; refused where its contract is not this tokenizer's
   and config's.
 
   Args:
     from_policy: accept a language model without a score head, as the start of a reward model.
+    workdir: as for `load_policy`.
   """
-  folder, model = _load(source, "reward.path", config, mesh, lm_head=False)
+  folder, model = _load(source, "reward.path", config, mesh, workdir, lm_head=False)
   if model.score is None and not from_policy:
     raise FolderError(
       f"config.reward.path is {source}: it holds no score head, so it cannot score; give a "
@@ -116,24 +140,89 @@ def load_reward(
   if model.score is not None and model.score.kernel.shape[1] != 1:
     labels = model.score.kernel.shape[1]
     raise FolderError(
-      f"config.reward.path is {source}: it gives {labels} labels; a reward is one number"
+      f"config.reward.path is {source}: it gives {labels} labels; a reward is one number: "
+      "give a reward model with one label"
     )
-  tokenizer = load_tokenizer(folder, model.arch.vocab_size, config.data.date)
-  renderer = Renderer(tokenizer, config.reward.max_length)
-  if (folder / RENDERER).exists():
-    renderer.require(read_object(folder / RENDERER), folder)
+  has_contract = (folder / RENDERER).exists()
+  saved = read_object(folder / RENDERER) if has_contract else {}
+  tokenizer = _tokenizer(folder, model.arch, config, chat_of(config, "reward", saved))
+  strip = config.reward.strip_thinking or saved.get("strip_thinking") is True
+  renderer = Renderer(tokenizer, config.reward.max_length, strip)
+  if has_contract:
+    renderer.require(saved, folder)
   phi = None if model.score is None else phi_state(model.score)
   has_bias = model.score is not None and model.score.bias is not None
   return RewardModel(
-    folder, model.arch, model.graphdef, model.state, phi, has_bias, renderer, load_head(folder)
+    folder,
+    model.arch,
+    model.graphdef,
+    model.state,
+    phi,
+    has_bias,
+    renderer,
+    load_head(folder),
+    saved.get(POLICY) or {},
   )
 
 
-def _load(source: str, field: str, config, mesh, **kwargs) -> tuple[pathlib.Path, Pretrained]:
+def chat_of(config, section: str, saved: dict[str, Any] | None = None) -> Chat:
+  """What config.policy or config.reward, the `section`, changes about a chat template.
+
+  Args:
+    saved: the contract of a reward model, whose system prompt and arguments are used if the config
+      gives none; the renderer refuses others.
+  """
+  given, saved = config[section], saved or {}
+  args = given.chat_template_args.to_dict() or saved.get("chat_template_args") or {}
+  return Chat(
+    args=args if isinstance(args, dict) else {},
+    system=given.system_prompt or str(saved.get("system_prompt") or ""),
+    file=given.chat_template,
+    section=section,
+  )
+
+
+def revision_of(source: str, field: str, config) -> str:
+  """The revision that the config asks for of a model that is loaded as `field`; "" if it is none
+  of the config's. A reward model may start from the policy's folder.
+  """
+  for section in (field.split(".")[0], "policy"):
+    if config[section].path == source:
+      return config[section].revision
+  return ""
+
+
+def pinned(source: str, field: str, config, workdir: pathlib.Path | None) -> pathlib.Path:
+  """The local folder of a model. A hub name is the commit that the run in `workdir` began with.
+
+  The commit lies in WORKDIR/hub.json, so that a branch that moves changes no run. It holds for one
+  name and revision; another revision in the config is looked up again.
+  """
+  revision = revision_of(source, field, config)
+  if workdir is None or pathlib.Path(source).expanduser().is_dir():
+    return fetch(source, revision)
+  path = workdir / HUB
+  saved = read_json(path) if path.exists() else {}
+  asked = {"name": source, "revision": revision}
+  entry = saved.get(field, {})
+  if asked.items() <= entry.items():
+    return fetch(source, entry["commit"])
+  folder = fetch(source, revision)
+  commit = hosts.from_first(commit_of(folder))
+  if not commit:
+    return folder
+  print(f"hub      {source} is commit {commit}")
+  write_atomic(path, json.dumps(saved | {field: asked | {"commit": commit}}, indent=2))
+  return folder if commit_of(folder) == commit else fetch(source, commit)
+
+
+def _load(
+  source: str, field: str, config, mesh, workdir, **kwargs
+) -> tuple[pathlib.Path, Pretrained]:
   if not source:
     raise FolderError(f"config.{field} is empty; give a Hugging Face folder or a hub name")
   try:
-    folder = fetch(source)
+    folder = pinned(source, field, config, workdir)
     if not (folder / "config.json").exists():
       if (folder / "adapter_config.json").exists():
         raise FolderError(
@@ -148,6 +237,10 @@ def _load(source: str, field: str, config, mesh, **kwargs) -> tuple[pathlib.Path
     raise
   except (ValueError, OSError, SafetensorError) as error:
     raise FolderError(f"config.{field} is {source}: {error}") from error
+
+
+def _tokenizer(folder: pathlib.Path, arch: ArchConfig, config, chat: Chat) -> Tokenizer:
+  return load_tokenizer(folder, arch.vocab_size, config.data.date, arch.max_positions, chat)
 
 
 def reward_start(reward: RewardModel, mesh):
@@ -253,7 +346,8 @@ def load_head(folder: pathlib.Path) -> tuple[HeadConfig, nnx.State] | None:
     if x is None or x.shape != like.shape:
       found = None if x is None else x.shape
       raise FolderError(
-        f"{folder / HEAD_WEIGHTS}: {name} (transposed) must be {like.shape}; it is {found}"
+        f"{folder / HEAD_WEIGHTS}: {name} (transposed) must be {like.shape}; it is {found}: copy "
+        "both files again"
       )
     return jnp.asarray(x, like.dtype)
 

@@ -13,7 +13,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -30,9 +30,12 @@ from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.parallel import sharding
 from r2m_jax.parallel.errors import UserError
+from r2m_jax.run.progress import doing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")  # of tensors on disk, as safetensors names them
+HUB = "hub.json"  # of a workdir: field -> the hub name, the revision asked for, and its commit
+CARD = "README.md"  # the model card
 SCORE = "score"  # the score head of a sequence classifier
 TOKENIZER_FILES = (
   "tokenizer*",
@@ -155,6 +158,7 @@ def load_pretrained(
   folder = fetch(source)
   arch = read_arch(folder / "config.json")
   files = Files(folder)
+  files.add_prefix(arch)
   score_name = f"{SCORE}.weight"
   arch = arch.replace(lm_head=score_name not in files.shapes if lm_head is None else lm_head)
   files.check_tied(arch)
@@ -167,35 +171,48 @@ def load_pretrained(
   ]
   files.check({path: shape for path, shape in flat}, arch)
 
-  def place(path, x):
-    name = sharding.path_name(path)
-    layout = (
-      default_sharding()
-      if mesh is None
-      else NamedSharding(mesh, sharding.spec_for(name, x.shape, mesh))
-    )
-    read = Memo(lambda index: files.read(arch, name, x.shape, index, x.dtype))
-    return jax.make_array_from_callback(x.shape, layout, read)
+  total = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+  # of several processes each reads its shards alone
+  with doing(f"loading weights of {folder.name}", total // jax.process_count()) as bar:
 
-  state = jax.tree_util.tree_map_with_path(place, shapes)
+    def place(path, x):
+      name = sharding.path_name(path)
+      layout = (
+        default_sharding()
+        if mesh is None
+        else NamedSharding(mesh, sharding.spec_for(name, x.shape, mesh))
+      )
+      read = Memo(lambda index: files.read(arch, name, x.shape, index, x.dtype, bar.add))
+      return jax.make_array_from_callback(x.shape, layout, read)
+
+    state = jax.tree_util.tree_map_with_path(place, shapes)
   score = None
   if score_name in files.shapes:
-    layout = default_sharding() if mesh is None else NamedSharding(mesh, P())
-
-    def put(x):
-      return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
-
-    bias = files.tensor(f"{SCORE}.bias") if f"{SCORE}.bias" in files.shapes else None
-    kernel = np.ascontiguousarray(files.tensor(score_name).T)
-    score = Score(
-      put(kernel.astype(param_dtype)), None if bias is None else put(bias.astype(param_dtype))
-    )
+    files.check_score(arch, read_json(folder / "config.json"))
+    score = _read_score(files, mesh, param_dtype)
   return Pretrained(arch, graphdef, state, score)
 
 
-def fetch(source: str | pathlib.Path) -> pathlib.Path:
+def _read_score(files: "Files", mesh: Mesh | None, param_dtype) -> Score:
+  """The score head of a classifier, whole on every device."""
+  layout = default_sharding() if mesh is None else NamedSharding(mesh, P())
+
+  def put(x):
+    return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
+
+  bias = files.tensor(f"{SCORE}.bias") if f"{SCORE}.bias" in files.shapes else None
+  kernel = np.ascontiguousarray(files.tensor(f"{SCORE}.weight").T)
+  return Score(
+    put(kernel.astype(param_dtype)), None if bias is None else put(bias.astype(param_dtype))
+  )
+
+
+def fetch(source: str | pathlib.Path, revision: str = "") -> pathlib.Path:
   """The local folder of a model; a hub name is downloaded first, and nothing but safetensors,
-  JSON and tokenizer.
+  JSON, tokenizer and model card.
+
+  Args:
+    revision: branch, tag or commit of a hub name; "": its main branch.
   """
   folder = pathlib.Path(source).expanduser()
   if folder.is_dir():
@@ -206,14 +223,22 @@ def fetch(source: str | pathlib.Path) -> pathlib.Path:
     )
   import huggingface_hub
 
-  wanted = ["config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES]
+  wanted = ["config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES, CARD]
+  pin = {"revision": revision} if revision else {}
   try:
-    return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
+    found = huggingface_hub.snapshot_download(str(source), allow_patterns=wanted, **pin)
   except (OSError, ValueError) as error:
     reason = " ".join(str(error).split())
+    at = f" at revision {revision}" if revision else ""
     raise FileNotFoundError(
-      f"{source} is neither a folder nor a model that the hub gives: {reason}"
+      f"{source}{at} is neither a folder nor a model that the hub gives: {reason}"
     ) from error
+  return pathlib.Path(found)
+
+
+def commit_of(folder: pathlib.Path) -> str:
+  """The commit of a folder that `fetch` downloaded; "" of any other folder."""
+  return folder.name if folder.parent.name == "snapshots" else ""
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
@@ -312,30 +337,65 @@ class Files:
         "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
       )
     else:
-      raise PretrainedError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
+      raise PretrainedError(
+        f"{folder} holds neither {WEIGHTS} nor {INDEX}; copy one there, or write the model by "
+        "save_pretrained"
+      )
     self.folder = folder
     if outside := sorted(
       {file for file in self.where.values() if pathlib.PurePath(file).name != file}
     ):
       raise PretrainedError(
-        f"{folder / INDEX} names {outside}: weights lie in the folder itself, nothing else is read"
+        f"{folder / INDEX} names {outside}: nothing outside of the folder is read; put the files "
+        "into it and name them without a folder"
       )
     if absent := sorted({file for file in self.where.values() if not (folder / file).exists()}):
       raise PretrainedError(
         f"{folder / INDEX} names {absent}, which are not in the folder; copy it again"
       )
     shapes = {name: header(folder / name) for name in sorted(set(self.where.values()))}
+    self._require_once(shapes)
     for name, file in self.where.items():
       if name not in shapes[file]:
         raise PretrainedError(
-          f"{folder / INDEX} says {name} lies in {file}, which does not hold it"
+          f"{folder / INDEX} says {name} lies in {file}, which does not hold it; copy both again"
         )
     self.shapes = {name: shapes[file][name] for name, file in self.where.items()}
+    self.stored = {name: name for name in self.where}  # as the files spell it
+
+  def _require_once(self, shapes: dict[str, dict]) -> None:
+    """Raises if two files hold the same tensor: transformers then takes the last file's, the index
+    may name the first.
+    """
+    seen: dict[str, str] = {}
+    for file, held in shapes.items():
+      for name in held:
+        if name in seen:
+          raise PretrainedError(
+            f"{self.folder}: {name} lies in {seen[name]} and in {file}; take it out of one of them, "
+            "or copy the folder again"
+          )
+        seen[name] = file
+
+  def add_prefix(self, arch: ArchConfig) -> None:
+    """Names the tensors of a bare decoder as those of the whole model.
+
+    AutoModel saves them without "model.", and transformers adds it when a model with a head is
+    loaded.
+    """
+    embed, head = (name_of(arch, path)[0] for path in ("embed/embedding", "lm_head/kernel"))
+    prefix = embed.split(".")[0] + "."
+    if embed in self.shapes or embed.removeprefix(prefix) not in self.shapes:
+      return
+    heads = (f"{SCORE}.", head)
+    self.stored = {name if name.startswith(heads) else prefix + name: name for name in self.stored}
+    self.where = {name: self.where[stored] for name, stored in self.stored.items()}
+    self.shapes = {name: self.shapes[stored] for name, stored in self.stored.items()}
 
   def tensor(self, name: str, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
     """A part of a tensor, read from disk."""
     with safe_open(self.folder / self.where[name], "np") as file:
-      return file.get_slice(name)[index]
+      return file.get_slice(self.stored[name])[index]
 
   def check(self, shapes: dict[str, tuple[int, ...]], arch: ArchConfig) -> None:
     """Raises unless the files hold exactly the parameters of `arch`, in their shapes."""
@@ -354,13 +414,14 @@ class Files:
       raise PretrainedError(
         f"{self.folder} lacks {len(missing)} tensors, the first {missing[0]} of shape "
         f"{expected[missing[0]]}; it holds "
-        f"{len(self.shapes)} of model_type {arch.family!r}, such as {min(self.shapes)}"
+        f"{len(self.shapes)} of model_type {arch.family!r}, such as {min(self.shapes)}; copy "
+        "the weights again, or correct config.json"
       )
     for name, shape in expected.items():
       if self.shapes[name] != shape:
         raise PretrainedError(
           f"{name} has shape {self.shapes[name]} in {self.folder / self.where[name]}; config.json "
-          f"asks for {shape}"
+          f"asks for {shape}: correct it, or copy the weights again"
         )
     allowed = {f"{SCORE}.weight", f"{SCORE}.bias", f"{name_of(arch, 'lm_head/kernel')[0]}"}
     extra = sorted(
@@ -370,7 +431,33 @@ class Files:
       raise PretrainedError(
         f"{self.folder / self.where[extra[0]]} holds {len(extra)} tensors that config.json gives "
         "no place, the first "
-        f"{extra[0]} of shape {self.shapes[extra[0]]}"
+        f"{extra[0]} of shape {self.shapes[extra[0]]}; correct config.json, or take them out"
+      )
+
+  def check_score(self, arch: ArchConfig, config: dict[str, Any]) -> None:
+    """Raises if the score head has another width than the model, or other rows than `config`, of
+    config.json, has labels.
+
+    As in transformers, `num_labels` goes before `id2label`. Its default of two labels if both are
+    absent is not taken over: then the head says how many there are.
+    """
+    name = f"{SCORE}.weight"
+    shape = self.shapes[name]
+    rows = shape[0] if shape else 0
+    bias = self.shapes.get(f"{SCORE}.bias", (rows,))
+    if shape != (rows, arch.hidden_size) or bias != (rows,):
+      raise PretrainedError(
+        f"{name} has shape {shape} and its bias {bias} in {self.folder / self.where[name]}; a head "
+        f"is (labels, {arch.hidden_size}) and (labels,): correct it, or copy the weights again"
+      )
+    names = config.get("id2label")
+    named = len(names) if isinstance(names, dict) else names
+    field = "id2label" if config.get("num_labels") is None else "num_labels"
+    labels = named if field == "id2label" else config["num_labels"]
+    if labels is not None and labels != rows:
+      raise PretrainedError(
+        f"{self.folder / 'config.json'} has {labels} labels in {field}, and {name} beside it has "
+        f"{rows} rows, which disagree; correct the one that is wrong"
       )
 
   def check_tied(self, arch: ArchConfig) -> None:
@@ -389,19 +476,27 @@ class Files:
       )
 
   def read(
-    self, arch: ArchConfig, path: str, shape: tuple[int, ...], index: tuple[slice, ...], dtype
+    self,
+    arch: ArchConfig,
+    path: str,
+    shape: tuple[int, ...],
+    index: tuple[slice, ...],
+    dtype,
+    done: Callable[[int], None] = lambda size: None,
   ) -> np.ndarray:
     """The part `index` of the parameter at `path`, of full `shape`, as `dtype`: from disk, one
-    layer at a time.
+    layer at a time, after which `done` is told its bytes.
     """
     template, part = name_of(arch, path)
     result = aligned([len(range(*i.indices(n))) for i, n in zip(index, shape)], dtype)
     if not path.startswith("layers/"):
       result[...] = self._read(template, part, index, arch, path)
+      done(result.nbytes)
       return result
     layers = range(*index[0].indices(shape[0]))
     for row, layer in enumerate(layers):
       result[row] = self._read(template.format(layer), part, index[1:], arch, path)
+      done(result[row].nbytes)
     return result
 
   def _read(self, name, part, index, arch, path) -> np.ndarray:
@@ -466,8 +561,10 @@ def save_pretrained(
     for _ in tensors:  # takes part in gathering
       pass
     return
+  total = sum(x.size for x in params.values()) * jnp.dtype(name).itemsize
   with _replacing(folder) as new:
-    _write_shards(new, tensors, max_shard_bytes)
+    with doing(f"writing weights to {folder}", total) as bar:
+      _write_shards(new, tensors, max_shard_bytes, bar.add)
     for pattern in TOKENIZER_FILES if tokenizer_folder else ():
       for file in pathlib.Path(tokenizer_folder).glob(pattern):
         shutil.copyfile(file, new / file.name)
@@ -553,10 +650,13 @@ def gather(x: jax.Array, dtype) -> np.ndarray:
 
 
 def _write_shards(
-  folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], max_bytes: int
+  folder: pathlib.Path,
+  tensors: Iterator[tuple[str, np.ndarray]],
+  max_bytes: int,
+  done: Callable[[int], None],
 ) -> None:
   """Fills files up to `max_bytes`, then names them: one file, or model-0000i-of-0000n with an
-  index.
+  index. `done` is told the bytes of each file.
   """
   shards: list[list[str]] = []
   pending: dict[str, np.ndarray] = {}
@@ -565,6 +665,7 @@ def _write_shards(
   def flush():
     save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
     shards.append(list(pending))
+    done(sum(x.nbytes for x in pending.values()))
     pending.clear()
 
   for name, array in tensors:

@@ -30,8 +30,14 @@ def write_answers(path: str, rows: list[dict[str, Any]], form: str, name: str) -
   return file
 
 
-def check_form(rows: Sequence[dict[str, Any]], form: str) -> None:
-  """Raises DataError, before any answer is generated, if a row lacks what the form names it by."""
+def check_form(rows: Sequence[dict[str, Any]], form: str, n: int) -> None:
+  """Raises DataError, before any of `n` answers a prompt is generated, if the form cannot hold them
+  or a row lacks what the form names it by.
+  """
+  if form != "rows" and n > 1:
+    raise DataError(
+      f"config.generate.format is {form!r}, which has one answer a prompt; set config.generate.n = 1"
+    )
   wanted = {"mt_bench": ("question_id", "id"), "arena_hard": ("uid", "id")}.get(form, ())
   for number, row in enumerate(rows, 1):
     if wanted and not any(row.get(field) is not None for field in wanted):

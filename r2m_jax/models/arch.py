@@ -86,7 +86,7 @@ class ArchConfig:
   rope_theta: float = 10000.0
   rope_scaling: RopeScaling | None = None
   rope_local_theta: float | None = None  # Gemma 3: sliding layers' own theta, without rope_scaling
-  max_positions: int = 2048  # what the model was trained for, tokens; only written to disk
+  max_positions: int = 2048  # what the model was trained for, tokens; longer rows get a warning
 
   def __post_init__(self):
     if whole(self.num_layers) > MOST_LAYERS:
@@ -196,7 +196,8 @@ class ArchConfig:
       )
     if config.get("use_bidirectional_attention"):
       raise ValueError(
-        "use_bidirectional_attention=true in config.json is not supported: decoders here are causal"
+        "use_bidirectional_attention=true in config.json is not supported: decoders here are causal; "
+        "give another model"
       )
     whole = config["hidden_size"] // max(config["num_attention_heads"], 1)
     if "head_dim" not in family.fields.values() and config.get("head_dim") not in (None, whole):
@@ -207,7 +208,8 @@ class ArchConfig:
     activation = config[family.activation]
     if activation not in ACTIVATIONS:
       raise ValueError(
-        f"{family.activation}={activation!r} in config.json is not one of {sorted(ACTIVATIONS)}"
+        f"{family.activation}={activation!r} in config.json is not one of {sorted(ACTIVATIONS)}; "
+        "give a model that has one of these"
       )
     return cls(
       family=config["model_type"],
@@ -307,7 +309,8 @@ def family_of(model_type: str | None) -> Family:
   """The table entry, or a ValueError that lists them."""
   if model_type not in FAMILIES:
     raise ValueError(
-      f"model_type {model_type!r} in config.json is not supported; supported are {sorted(FAMILIES)}"
+      f"model_type {model_type!r} in config.json is not supported; supported are {sorted(FAMILIES)}: "
+      "give a model of one of these"
     )
   return FAMILIES[model_type]
 
@@ -500,7 +503,8 @@ def _read_rope(config: dict, given: Mapping[str, Any], family: Family) -> dict[s
     )
   else:
     raise ValueError(
-      f"rope type {kind!r} in config.json is not supported; 'default', 'linear' and 'llama3' are"
+      f"rope type {kind!r} in config.json is not supported; 'default', 'linear' and 'llama3' "
+      "are: give a model that has one of these"
     )
   return {
     "rope_theta": rope["rope_theta"],
@@ -558,8 +562,7 @@ def _read_sliding(config: dict, family: Family) -> dict[str, Any]:
   else:
     raise ValueError(
       "layer_types in config.json must list 'sliding_attention' or 'full_attention' for each of "
-      f"{len(layers)} layers;"
-      f" it is {kinds}"
+      f"{len(layers)} layers; it is {kinds}: correct it"
     )
   return {
     "sliding_window": config["sliding_window"],

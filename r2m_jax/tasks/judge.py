@@ -112,7 +112,7 @@ def generated(config, workdir: Path) -> str:
   """
   out, made = workdir / "candidate.jsonl", workdir / "candidate.json"
   how = json.loads(config.generate.to_json()) | {"policy": config.policy.path, "seed": config.seed}
-  for name in ("output", "batch_size", "format", "name"):
+  for name in ("output", "batch_size", "format", "name", "n"):
     del how[name]
   if out.exists() and made.exists():
     before = json.loads(made.read_text(encoding="utf-8"))
@@ -125,7 +125,7 @@ def generated(config, workdir: Path) -> str:
     return str(out)
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    config.generate.output, config.generate.format = str(out), "rows"
+    config.generate.output, config.generate.format, config.generate.n = str(out), "rows", 1
   serve.run_generate(config)
   write_atomic(made, json.dumps(how, indent=1) + "\n")
   return str(out)
@@ -428,7 +428,10 @@ def by_reward_model(config, items: list[Item], workdir: Path) -> Judged:
     raise ConfigError("config.judge.baseline is '': a reward model compares two files of answers")
   settings = config.judge
   mesh = mesh_of(config)
-  reward = load_reward(settings.reward, config, mesh)
+  judge = config.copy_and_resolve_references()
+  with judge.unlocked():
+    judge.reward.revision = ""  # it is the proxy's
+  reward = load_reward(settings.reward, judge, mesh)
   warn_of_relation(reward.folder, config.reward.path)
   policy = serve.policy_read_by(config, reward, mesh, f"config.judge.reward is {settings.reward}")
   places, rows = [], []

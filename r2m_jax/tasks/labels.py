@@ -47,7 +47,11 @@ def judge_labeller(
     rng = np.random.default_rng([config.seed, STREAM, step])
     groups = rng.permutation(np.arange(most) % config.rollout.prompts)
     a, b = np.stack([g * K + rng.choice(K, 2, replace=False) for g in groups]).T
-    texts, prompts = responses_of(sequences, tokenizer), prompts_at(step)
+    prompts = prompts_at(step)
+    texts = [
+      (tokenizer.whole(prompts[i // K], text), cut)
+      for i, (text, cut) in enumerate(responses_of(sequences, tokenizer))
+    ]
     count = pairs_at(config, step)
     pairs = [
       (shown(prompts[g]), texts[i][0], texts[j][0])

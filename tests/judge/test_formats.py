@@ -52,9 +52,11 @@ def test_arena_hard(tmp_path):
 
 
 def test_rows_that_a_form_cannot_name():
-  check_form([ROW], "rows")
-  check_form([ROW], "mt_bench")
+  check_form([ROW], "rows", 1)
+  check_form([ROW], "mt_bench", 1)
   with pytest.raises(DataError, match="format is 'arena_hard', and row 1 .* has no 'uid'"):
-    check_form([ROW], "arena_hard")
+    check_form([ROW], "arena_hard", 1)
   with pytest.raises(DataError, match="'alpaca_eval', which has one turn; row 1"):
-    check_form([ROW], "alpaca_eval")
+    check_form([ROW], "alpaca_eval", 1)
+  with pytest.raises(DataError, match="one answer a prompt; set config.generate.n = 1"):
+    check_form([ROW], "mt_bench", 2)

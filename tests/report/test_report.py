@@ -137,7 +137,7 @@ def test_a_failing_tensorboard_warns_once_and_training_goes_on(tmp_path, monkeyp
     def full(_):
       raise OSError("no space left on device")
 
-    monkeypatch.setattr(log._events, "write_event", full)
+    monkeypatch.setattr(log._trackers["tensorboard"].events, "write_event", full)
     with pytest.warns(UserWarning, match="no space left"):
       log.log(0, {"kl": 1})
     with warnings.catch_warnings():

@@ -186,6 +186,7 @@ def test_a_fork_takes_over_what_the_table_says():
     "skipped.jsonl",
     "r2m_renderer.json",
     "budgets.json",
+    "hub.json",
     "stages/",
     "checkpoints/",
   }
