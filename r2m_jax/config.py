@@ -73,6 +73,7 @@ FILES = {
   ),
   "generate": ("policy.path", "generate.input", "generate.output"),
   "score": ("reward.path", "score.input", "score.output"),
+  "rewardbench": ("rewardbench.data", "reward.path"),
   "export": ("export.checkpoint", "export.out"),
   "plan": ("plan.topology",),
 }
@@ -108,6 +109,9 @@ def check_config(config: ConfigDict) -> None:
     need(config, not config.data.name, "data.name", fix)
   check_labels(config)
   check_evaluation(config)
+  check_label_judge(config)
+  if config.task == "judge":
+    check_judge(config)
   try:
     addresses(config.hosts)
   except HostsError as error:
@@ -344,6 +348,66 @@ def check_best_metric(config: ConfigDict) -> None:
   need(config, name != "gold" or measures_gold(config), field, fix)
 
 
+def check_judge(config: ConfigDict) -> None:
+  """One judge, with what it needs."""
+  judge = config.judge
+  given = [name for name in ("url", "reward", "judgments") if judge[name]]
+  need(
+    config,
+    len(given) == 1,
+    f"judge.{given[-1] if given else 'url'}",
+    "give one judge: an endpoint (judge.url, judge.model), a reward model (judge.reward) or a file "
+    "(judge.judgments)",
+  )
+  need(
+    config,
+    judge.model != "" or not judge.url,
+    "judge.model",
+    "name the model at config.judge.url",
+  )
+  answered = judge.candidate != "" or judge.judgments != ""
+  for field in () if answered else ("policy.path", "generate.input"):
+    need(
+      config,
+      _get(config, field) != "",
+      field,
+      "give the answers as config.judge.candidate, or config.policy.path and config.generate.input "
+      "to generate them first",
+    )
+  need(
+    config,
+    judge.max_cost == 0 or judge.prompt_price + judge.completion_price > 0,
+    "judge.max_cost",
+    "a cap needs prices: give config.judge.prompt_price and config.judge.completion_price",
+  )
+
+
+def check_label_judge(config: ConfigDict) -> None:
+  """A judge that labels has samples as text to label, and a name."""
+  labels = config.r2m
+  if not labels.judge_url:
+    return
+  need(
+    config,
+    bool(config.policy.path or config.reward.path),
+    "r2m.judge_url",
+    "give config.policy.path and config.reward.path: a judge reads text, which only runs from "
+    "Hugging Face folders have",
+  )
+  need(
+    config,
+    labels.labels == "preference",
+    "r2m.labels",
+    "use 'preference': only then a judge at r2m.judge_url orders the pairs",
+  )
+  need(
+    config,
+    labels.judge_model != "",
+    "r2m.judge_model",
+    "name the model at config.r2m.judge_url",
+  )
+
+
 def chosen_pieces(config: ConfigDict) -> list[str]:
   """The names in config.analyse.what, each once and in the order of the report."""
   return sorted(
@@ -450,7 +514,7 @@ def check_folder_run(config: ConfigDict) -> None:
     needed = start == "head" or (config.r2m.labels == "preference" and VARIANTS[variant].trained)
     need(
       config,
-      not needed or config.r2m.judgments != "",
+      not needed or config.r2m.judgments != "" or (start != "head" and config.r2m.judge_url != ""),
       "r2m.judgments",
       f"variant {variant!r} with labels {config.r2m.labels!r} needs a file of JSON lines "
       f"{{prompt, chosen, rejected}}; give one",

@@ -34,6 +34,8 @@ TASKS = {  # config.task -> what it does, as `r2m --help` shows it
   "lab_text": "the same comparison on real text",
   "generate": "sample from a policy: rows of prompts in, rows of responses out",
   "score": "score rows of prompts and responses with a reward model",
+  "judge": "which of two sets of answers wins, by an endpoint, a reward model or a file",
+  "rewardbench": "how well a reward model orders preferences",
   "export": "write a checkpoint as Hugging Face folders",
   "replay": "compute one sample of a run again, with its log-probabilities and rewards",
   "analyse": "the paper's figures and tables from the checkpoints of a run",
@@ -51,6 +53,9 @@ PIECES = (
   "ablations",
   "probes",
 )
+# of task=judge; r2m_jax/judge/templates.py has their texts
+PROTOCOLS = ("alpaca_eval", "mt_bench", "mt_bench_single", "arena_hard", "tldr")
+FORMATS = ("rows", "alpaca_eval", "mt_bench", "arena_hard")
 ALGORITHMS = tuple(advantages.ESTIMATORS)
 ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
@@ -140,6 +145,19 @@ def names_in(text: str) -> list[str]:
 def unknown_pieces(text: str) -> str:
   """The names in config.analyse.what that are no piece of the analysis, with commas."""
   return ", ".join(name for name in names_in(text) if name not in PIECES)
+
+
+def is_object(text: str) -> bool:
+  """Whether the text is "" or a JSON object."""
+  try:
+    return text == "" or isinstance(json.loads(text), dict)
+  except ValueError:
+    return False
+
+
+def is_address(text: str) -> bool:
+  """Whether the text is "" or an address of HTTP without a user in it."""
+  return text == "" or bool(re.fullmatch(r"https?://[^/\s@?#]+(/[^\s?#]*)?", text))
 
 
 def is_mesh(sizes) -> bool:
@@ -243,6 +261,14 @@ FINITE = Rule(lambda x: x < float("inf"), "must be a finite number, such as 1e-4
 DATE = Rule(
   is_date, "give a day as YYYY-MM-DD, or '' for the day that the run begins", 'YYYY-MM-DD or ""'
 )
+OBJECT = Rule(
+  is_object, "give a JSON object, such as '{\"top_p\": 1}', or ''", 'a JSON object or ""'
+)
+ADDRESS = Rule(
+  is_address,
+  "give an address up to its version, such as http://localhost:8000/v1, without a key in it",
+  "http or https",
+)
 KNOWN_TRACKERS = Rule(
   lambda x: set(x) <= set(TRACKERS) and len(set(x)) == len(x),
   f"choose from {', '.join(TRACKERS)}, each once, or ()",
@@ -338,8 +364,9 @@ RUN = dict(
     "r2m",
     '"sft", "reward" and "r2m" run the pipeline up to that stage; "scratch" trains all models on '
     'text, from the tokenizer on; "tokenizer" trains only that; "lab" and "lab_text" compare arms; '
-    '"generate" and "score" apply a model to JSON lines; "export" writes a checkpoint as Hugging '
-    'Face folders; "replay" reproduces one sample of a run; "analyse" draws its evidence; "plan" '
+    '"generate" and "score" apply a model to JSON lines; "judge" finds out which of two sets of '
+    'answers wins; "rewardbench" measures a reward model on preferences; "export" writes a '
+    'checkpoint as Hugging Face folders; "replay" reproduces one sample of a run; "analyse" draws its evidence; "plan" '
     "reports whether a run fits a machine",
     one_of(*TASKS),
     free=True,
@@ -606,6 +633,19 @@ R2M = dict(
   judgments=Knob(
     "", "JSON lines {prompt, chosen, rejected} with the labels of a run from Hugging Face folders"
   ),
+  judge_url=Knob(
+    "",
+    "OpenAI-compatible endpoint that labels pairs of samples in a run from Hugging Face folders, in "
+    "place of the file; key, waits and prices as in `judge`",
+    ADDRESS,
+    free=True,
+  ),
+  judge_model=Knob("", "name of the model at this endpoint"),
+  judge_template=Knob(
+    "alpaca_eval",
+    "protocol of its questions, see docs/judge.md",
+    one_of("alpaca_eval", "mt_bench", "arena_hard", "tldr"),
+  ),
   warm_epochs=Knob(4, 'passes over the preferences in variant "warm_start"', at_least(1)),
 )
 
@@ -778,6 +818,7 @@ TOKENIZER = dict(
 GENERATE = dict(
   input=Knob("", "JSON lines with prompt, as text or messages"),
   output=Knob("", "file for the answers"),
+  rows=Knob(0, "answer only the first rows; 0: all", at_least(0), unit="rows"),
   max_new_tokens=Knob(128, "longest answer", at_least(1), unit="tokens"),
   temperature=Knob(1.0, "sampling temperature; 0: the most likely token", at_least(0)),
   **TRUNCATION,
@@ -788,12 +829,72 @@ GENERATE = dict(
     Rule(lambda x: -1 <= x < 2**32, "must be -1, or in [0, 2**32)", "-1, or in [0, 2**32)"),
   ),
   batch_size=Knob(16, "size of a batch", at_least(1), unit="answers"),
+  format=Knob(
+    "rows",
+    'form of the output: the input\'s "rows" with the answers, or what another evaluator reads',
+    one_of(*FORMATS),
+  ),
+  name=Knob("", 'name of the model in these files; "": its folder\'s'),
 )
 
 SCORE = dict(
   input=Knob("", "JSON lines with prompt and response"),
   output=Knob("", "file for the scores"),
   batch_size=Knob(16, "size of a batch", at_least(1), unit="rows"),
+)
+
+JUDGE = dict(
+  candidate=Knob(
+    "",
+    "JSON lines with the prompts and the answers that are judged, as task=generate writes them; "
+    '"": config.policy.path answers config.generate.input first',
+  ),
+  candidate_field=Knob("text", "field of the candidate's answer"),
+  baseline=Knob(
+    "", 'JSON lines with the answers to compare with; "": the candidate\'s rows hold them'
+  ),
+  baseline_field=Knob(
+    "", "field of the baseline's answer; \"\": text of its own file, reference of the candidate's"
+  ),
+  url=Knob("", "judge: an OpenAI-compatible endpoint", ADDRESS),
+  model=Knob("", "name of the model at the endpoint"),
+  reward=Knob("", "judge: Hugging Face folder or hub name of a reward model"),
+  judgments=Knob("", "judge: JSON lines with id and winner, or preference"),
+  votes=Knob("", "JSON lines of the same form, with which the judge's agreement is measured"),
+  key_env=Knob("OPENAI_API_KEY", "environment variable with the endpoint's key"),
+  template=Knob("alpaca_eval", "protocol of the questions, see docs/judge.md", one_of(*PROTOCOLS)),
+  both_orders=Knob(True, "ask about each pair in both orders; False: in one, drawn by the seed"),
+  repeats=Knob(1, "times that each question is asked", at_least(1)),
+  answer_temperature=Knob(0.0, "sampling temperature of the judge", at_least(0)),
+  max_tokens=Knob(0, "longest answer; 0: the template's own", at_least(0), unit="tokens"),
+  logprobs=Knob(True, "ask for the label's log-probabilities if the answer is a label alone"),
+  body=Knob(
+    "", "JSON object of further fields of each request; null takes a field of ours out", OBJECT
+  ),
+  workers=Knob(8, "questions asked at a time", at_least(1)),
+  timeout=Knob(120.0, "time that one attempt may take", above(0), unit="seconds"),
+  retries=Knob(6, "further attempts after a failed one", at_least(0)),
+  backoff=Knob(
+    1.0,
+    "wait before the second attempt, doubled before each further one",
+    at_least(0),
+    unit="seconds",
+  ),
+  longest_wait=Knob(
+    600.0, "a server that asks for a longer wait stops the task", at_least(0), unit="seconds"
+  ),
+  prompt_price=Knob(0.0, "price of a million prompt tokens; 0: unknown", at_least(0), unit="$"),
+  completion_price=Knob(0.0, "price of a million tokens of answers", at_least(0), unit="$"),
+  max_cost=Knob(
+    0.0, "the task stops before its questions cost more than this; 0: no cap", at_least(0), unit="$"
+  ),
+)
+
+REWARDBENCH = dict(
+  data=Knob(
+    "",
+    "preferences, named as in data.name: RewardBench 2's columns or pairs in any form of data.md",
+  ),
 )
 
 EXPORT = dict(
@@ -1034,6 +1135,12 @@ KNOBS = Section(
     ),
     generate=Section('Batch generation (task "generate")', GENERATE, free=True),
     score=Section('Batch scoring (task "score")', SCORE, free=True),
+    judge=Section('Who wins (task "judge"); docs/judge.md', JUDGE, free=True),
+    rewardbench=Section(
+      'A reward model on preferences (task "rewardbench"); docs/judge.md',
+      REWARDBENCH,
+      free=True,
+    ),
     export=Section('A checkpoint as Hugging Face folders (task "export")', EXPORT, free=True),
     log=Section("Logging", LOG, free=True),
     eval=Section("Held-out evaluation while a run goes; docs/evaluate.md", EVAL),

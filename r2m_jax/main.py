@@ -42,6 +42,8 @@ TASKS = {
   "lab_text": run_of("lab.realtext"),
   "generate": SERVING,
   "score": SERVING,
+  "judge": run_of("tasks.judge"),
+  "rewardbench": run_of("tasks.rewardbench"),
   "export": run_of("tasks.export"),
   "replay": run_of("tasks.replay"),
   "analyse": run_of("analysis.analyse"),

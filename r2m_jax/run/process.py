@@ -138,7 +138,7 @@ def agreed(config, workdir: Path):
   hosts.require_same(
     [given, str(workdir)], "what they were given; start the same command on every host"
   )
-  if config.task in ("replay", "analyse") and jax.process_count() > 1:
+  if config.task in ("replay", "analyse", "judge", "rewardbench") and jax.process_count() > 1:
     raise ConfigError(
       f"config.task is {config.task!r}: for one process; add "
       f"--config.hosts.coordinator={hosts.ALONE}"

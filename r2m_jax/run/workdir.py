@@ -52,6 +52,18 @@ LAYOUT = (
   Entry("figures/", "its figures", "every run"),
   Entry("replay/", "samples made again", "task=replay"),
   Entry("analysis/", "tables and figures of the analysis", "task=analyse"),
+  Entry("label_answers.jsonl", "answers of the judge at r2m.judge_url", "runs from folders"),
+  Entry("judge.json", "who wins, with judge, date and template", "task=judge"),
+  Entry("judge.html", "the same as a page", "task=judge"),
+  Entry("judgments.jsonl", "every verdict", "task=judge"),
+  Entry(
+    "answers.jsonl", "every answer of the judge; what is in it is not asked again", "task=judge"
+  ),
+  Entry("candidate.jsonl", "answers that were generated first", "task=judge"),
+  Entry("candidate.json", "how they were generated", "task=judge"),
+  Entry("rewardbench.json", "accuracy and calibration of a reward model", "task=rewardbench"),
+  Entry("rewardbench.html", "the same as a page", "task=rewardbench"),
+  Entry("scores.jsonl", "the scores of every completion", "task=rewardbench"),
   Entry("plan.json", "the plan", "task=plan"),
   Entry("plan.txt", "the plan as printed", "task=plan"),
   Entry("models/", "models that later stages start from", "task=scratch, lab_text"),

@@ -75,6 +75,7 @@ from r2m_jax.tasks import export as export_task
 from r2m_jax.tasks.evaluation import load_gold, make_evaluate
 from r2m_jax.tasks.follow import Watch as Follow
 from r2m_jax.tasks.gold import begin, conclude
+from r2m_jax.tasks.labels import judge_labeller
 from r2m_jax.types import Rollout, Rows
 
 Watch = Callable[[StepOutput, list[tuple[Any, str, bool]]], dict[str, float | None]]
@@ -364,7 +365,7 @@ def rl_steps_within(
   the rate.
   """
   state, times = start_state(config, built, policy, reward, donate=False), []
-  labeller = labeller_of(config, policy, reward, workdir)
+  labeller = labeller_of(config, policy, reward, data, workdir)
   step = make_two_part_step(
     config, built, policy, reward, sharding.shardings(state, built.mesh), labeller
   )
@@ -386,14 +387,22 @@ def rl_steps_within(
   return steps
 
 
-def labeller_of(config, policy: Policy, reward: RewardModel, workdir: Path) -> Labeller | None:
-  """What orders the pairs of the reward update from the file of judgments, where the run asks
-  for real labels.
+def labeller_of(
+  config, policy: Policy, reward: RewardModel, data: PromptData, workdir: Path
+) -> Labeller | None:
+  """What orders the pairs of the reward update if the run asks for real labels: a judge, or the
+  file of judgments.
   """
-  return (
-    judgments_labeller(config, judged_pairs(config, policy.tokenizer, reward.renderer, workdir))
-    if uses_labels(config)
-    else None
+  if not uses_labels(config):
+    return None
+  if config.r2m.judge_url:
+
+    def prompts_at(step):
+      return [data.prompts[i] for i in data.order[step]]
+
+    return judge_labeller(config, policy.tokenizer, reward.renderer, prompts_at, workdir)
+  return judgments_labeller(
+    config, judged_pairs(config, policy.tokenizer, reward.renderer, workdir)
   )
 
 
@@ -481,7 +490,7 @@ def run_of(
     return batch_of(data, index, policy.tokenizer), [data.prompts[i] for i in index]
 
   def steps(state):
-    labeller = labeller_of(config, policy, reward, workdir)
+    labeller = labeller_of(config, policy, reward, data, workdir)
     layout = sharding.shardings(state, built.mesh)
     step = make_two_part_step(config, built, policy, reward, layout, labeller)
     # a step takes one batch: the saved step is where the data goes on

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from r2m_jax.algorithm.read import read_feedback
 from r2m_jax.data.datasets import SHORTER_INPUTS
-from r2m_jax.data.jsonl import check_output, read_rows, write_rows
+from r2m_jax.data.jsonl import check_output, read_rows, turns_of, write_rows
 from r2m_jax.data.text import Tokenizer, as_prompts, each_row, pad_left, responses_of
 from r2m_jax.hf.folders import (
   FolderError,
@@ -29,6 +29,7 @@ from r2m_jax.hf.folders import (
   mesh_of,
   phi_score,
 )
+from r2m_jax.judge.formats import check_form, write_answers
 from r2m_jax.models.generate import generate
 from r2m_jax.models.reward import read_rte
 from r2m_jax.ops import Truncation
@@ -41,9 +42,13 @@ def run(config, workdir: Path | None = None) -> None:
   named in the config.
   """
   del workdir
-  # float32 means float32: accelerators would otherwise multiply matrices in fewer bits
-  with jax.default_matmul_precision("highest" if config.dtype == "float32" else "default"):
+  with matmul_precision(config):
     {"generate": run_generate, "score": run_score}[config.task](config)
+
+
+def matmul_precision(config):
+  """In here float32 means float32: accelerators would otherwise multiply matrices in fewer bits."""
+  return jax.default_matmul_precision("highest" if config.dtype == "float32" else "default")
 
 
 def require_finite(config, finite: np.ndarray, what: str, model: str) -> None:
@@ -86,26 +91,23 @@ def spread(batch, mesh):
 
 def run_generate(config) -> None:
   """Reads rows with `prompt`; writes them with prompt_tokens, tokens, logprobs, text and truncated,
-  in their order. With config.generate.n above 1, each comes n times, with the index `sample`.
+  in their order. With config.generate.n above 1, each comes n times, with the index `sample`. In a
+  conversation, a row with `turns`, these are of the last turn, and `answers` holds the texts of all.
   """
   settings, mesh = config.generate, mesh_of(config)
   check_output(settings.output, "config.generate.output")
-  rows = read_rows(settings.input, ("prompt",))
+  rows = read_rows(settings.input, ("prompt",))[: settings.rows or None]
+  check_form(rows, settings.format, settings.n)
   policy = load_policy(config.policy.path, config, mesh)
   print(policy.tokenizer.describe(rows[0]["prompt"]))
-  prompts = each_row(rows, lambda row: policy.tokenizer.render(row["prompt"]), settings.input)
-  lengths = [len(prompt) + settings.max_new_tokens for prompt in prompts]
-  what = f"prompts with config.generate.max_new_tokens = {settings.max_new_tokens}"
-  fix = "lower config.generate.max_new_tokens or give shorter prompts"
-  policy.tokenizer.warn_beyond(lengths, what, fix)
-  results = sample(config, policy, prompts, mesh)
+  results = converse(config, policy, rows, mesh)
   rows = [row for row in rows for _ in range(settings.n)]
-  for row, result in zip(rows, results):
-    result["text"] = policy.tokenizer.whole(row["prompt"], result["text"])
   finite = np.array([np.isfinite(result["logprobs"]).all() for result in results])
   require_finite(config, finite, "log-probabilities", f"config.policy.path = {config.policy.path}")
+  answered = [row | more for row, more in zip(rows, results)]
+  name = settings.name or policy.folder.name
   file = hosts.on_first(
-    lambda: str(write_rows(settings.output, [row | more for row, more in zip(rows, results)]))
+    lambda: str(write_answers(settings.output, answered, settings.format, name))
   )
   print(
     f"wrote    {len(rows)} rows to {file}; {sum(r['truncated'] for r in results)} cut off at the "
@@ -113,14 +115,57 @@ def run_generate(config) -> None:
   )
 
 
-def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]:
+def converse(config, policy: Policy, rows: list[dict], mesh) -> list[dict]:
+  """config.generate.n responses to each row's prompt, and one to each further message of its
+  `turns`, in n conversations.
+  """
+  n = config.generate.n
+  results = answers_to(config, policy, rows, mesh)
+  rows = [row for row in rows for _ in range(n)]
+  turns, prompts = [turns_of(row) for row in rows], [row["prompt"] for row in rows]
+  answers = [[result["text"]] for result in results]
+  once = config.copy_and_resolve_references()
+  with once.unlocked():
+    once.generate.n = 1
+  for turn in range(1, max(map(len, turns))):
+    asked = [i for i, mine in enumerate(turns) if turn < len(mine)]
+    for i in asked:
+      said = {"role": "assistant", "content": answers[i][-1]}
+      prompts[i] = [*prompts[i], said, {"role": "user", "content": turns[i][turn]}]
+    where = [f"{config.generate.input}, row {i // n + 1}" for i in asked]
+    later = [{"where": at, "prompt": prompts[i]} for at, i in zip(where, asked)]
+    for i, result in zip(asked, answers_to(once, policy, later, mesh, turn)):
+      answers[i].append(result["text"])
+      results[i] |= result
+  return [
+    result | ({"answers": said} if mine else {})
+    for result, said, mine in zip(results, answers, turns)
+  ]
+
+
+def answers_to(config, policy: Policy, rows: list[dict], mesh, turn: int = 0) -> list[dict]:
+  """config.generate.n responses to the prompt of each row, as the fields of a row."""
+  settings, tokenizer = config.generate, policy.tokenizer
+  file = "" if turn else settings.input  # later turns are named by the rows themselves
+  prompts = each_row(rows, lambda row: tokenizer.render(row["prompt"]), file)
+  lengths = [len(prompt) + settings.max_new_tokens for prompt in prompts]
+  what = f"prompts with config.generate.max_new_tokens = {settings.max_new_tokens}"
+  fix = "lower config.generate.max_new_tokens or give shorter prompts"
+  tokenizer.warn_beyond(lengths, what, fix)
+  results = sample(config, policy, prompts, mesh, turn)
+  for number, result in enumerate(results):
+    result["text"] = tokenizer.whole(rows[number // settings.n]["prompt"], result["text"])
+  return results
+
+
+def sample(config, policy: Policy, prompts: list[list[int]], mesh, turn: int = 0) -> list[dict]:
   """config.generate.n responses for each rendered prompt, next to each other, as the fields of a
-  row. They depend on the seed, the place of the prompt and the index of the sample alone.
+  row. They depend on the seed, the turn, the place of the prompt and the index of the sample alone.
   """
   settings, n = config.generate, config.generate.n
   size = batch_size(config, settings, len(prompts), mesh, each=n)
   T, tokenizer = settings.max_new_tokens, policy.tokenizer
-  draw = make_draw(config, policy, mesh)
+  draw = make_draw(config, policy, mesh, turn)
   results: list[dict] = [{}] * (len(prompts) * n)
   with progress(-(-len(prompts) // size), "generate", unit="batch") as bar:
     for index in batches([len(p) for p in prompts], size):
@@ -145,7 +190,7 @@ def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]
   return results
 
 
-def make_draw(config, policy: Policy, mesh) -> Callable:
+def make_draw(config, policy: Policy, mesh, turn: int) -> Callable:
   """Builds `draw(state, prompts) -> (Sequences, log-probabilities f32[P * n, T])` by the settings of
   config.generate; the log-probabilities are those of the distribution that was sampled from.
   """
@@ -164,7 +209,7 @@ def make_draw(config, policy: Policy, mesh) -> Callable:
       model,
       prompts,
       jax.random.key(seed),
-      0,
+      turn,
       group_size=settings.n,
       max_new_tokens=settings.max_new_tokens,
       eos_ids=tokenizer.eos_ids,
@@ -197,15 +242,7 @@ def run_score(config) -> None:
   check_output(settings.output, "config.score.output")
   rows = read_rows(settings.input, ("prompt", "response"))
   reward = load_reward(config.reward.path, config, mesh)
-  policy = None
-  if reward.head is not None:
-    if not config.policy.path:
-      raise FolderError(
-        f"config.reward.path is {config.reward.path}: an R2M reward model, which reads the "
-        "policy's hidden states; "
-        "give the policy as config.policy.path"
-      )
-    policy = load_policy(config.policy.path, config, mesh)
+  policy = policy_read_by(config, reward, mesh, f"config.reward.path is {config.reward.path}")
   print(
     reward.renderer.describe(
       rows[0]["prompt"], rows[0]["response"], rows[0].get("truncated", False)
@@ -226,6 +263,20 @@ def run_score(config) -> None:
   print(
     f"wrote    {len(rows)} scores to {file}, mean {scores.mean():.4f}, from {low:.4f} to {high:.4f}"
   )
+
+
+def policy_read_by(config, reward: RewardModel, mesh, given: str) -> Policy | None:
+  """The policy whose hidden states a reward model reads; None if it reads none. `given` names the
+  model in an error.
+  """
+  if reward.head is None:
+    return None
+  if not config.policy.path:
+    raise FolderError(
+      f"{given}: an R2M reward model, which reads the policy's hidden states; "
+      "give the policy as config.policy.path"
+    )
+  return load_policy(config.policy.path, config, mesh)
 
 
 def policy_ids(tokenizer: Tokenizer, row: dict) -> list[int]:

@@ -44,7 +44,7 @@ def test_a_file_of_that_name_is_preferred(monkeypatch, tmp_path):
   "value, end",
   [
     ("quikstart:test", "did you mean quickstart?"),
-    ("gpt", "choose one of default, from_hf, lab, quickstart, "),
+    ("gpt", "choose one of default, evaluate, from_hf, lab, quickstart, "),
     ("configs/quickstart.py", "; --config=quickstart needs no file"),
     ("configs/none.py", "there is no such file from {cwd}"),
   ],
@@ -58,7 +58,9 @@ def test_what_is_neither_is_refused_with_what_there_is(value, end, monkeypatch, 
 
 
 @pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' way to read a file
-def test_a_file_without_get_config_is_refused(tmp_path):
+def test_a_file_without_get_config_is_refused(tmp_path, monkeypatch):
+  # every config is loaded under one name, and would be taken for one that was loaded before
+  monkeypatch.delitem(sys.modules, "config_config", raising=False)
   (tmp_path / "mine.py").write_text("x = 1\n")
   argv = ["r2m", f"--config={tmp_path}/mine.py", "--workdir=x"]
   refused = command_line.command_line_mistake(argv, AttributeError())
