@@ -420,6 +420,7 @@ def test_limits_count_tokens_and_say_why(capsys):
 def test_settings_that_cannot_work(field, value, message):
   config = default.get_config()
   config.data.name = "a.jsonl,b.jsonl"
+  config.policy.path = config.reward.path = "models/mine"
   check_config(config)
   config.update_from_flattened_dict({field: value})
   with pytest.raises(
