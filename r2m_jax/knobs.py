@@ -365,6 +365,11 @@ ARCH = dict(
 POLICY = dict(
   **optimizer(lr=3e-4),
   path=Knob("", 'Hugging Face folder or hub name; "": a new model for the gold-reward task'),
+  adapters=Knob(
+    "merged",
+    'adapters of a PEFT folder: "merged" into the base, or "trained" on with the base as reference',
+    one_of("merged", "trained"),
+  ),
   arch=Section(
     "Shape of a new model; the vocabulary comes from the task (`models.arch.ArchConfig`)", ARCH
   ),
@@ -518,6 +523,11 @@ SFT = dict(
 REWARD = dict(
   **optimizer(lr=1e-3, schedule="cosine"),
   path=Knob("", 'Hugging Face folder or hub name of a sequence classifier; "": it is fitted'),
+  label=Knob(
+    "",
+    "the label of a classifier with several that is the reward, by name or number, or a weighted "
+    'sum such as "helpful:0.8,verbose:-0.2"; "": it has one',
+  ),
   max_length=Knob(
     0, "longest input; longer ones lose their beginning. 0: no limit", at_least(0), unit="tokens"
   ),

@@ -73,7 +73,8 @@ def write_policy(
   peft = lora is not None and config.lora.export == "peft"
   with new_folder(out) as folder:
     if peft:
-      save_peft(folder, policy.arch, state, lora, config.policy.path)
+      below = policy.adapter.base if policy.adapter else config.policy.path
+      save_peft(folder, policy.arch, state, lora, below)
       for file in (file for pattern in TOKENIZER_FILES for file in policy.folder.glob(pattern)):
         if hosts.first():
           shutil.copyfile(file, folder / file.name)

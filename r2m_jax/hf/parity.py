@@ -66,6 +66,18 @@ def policy_gap(folder: pathlib.Path) -> float | None:
   return max(float(np.abs(g[-len(w) :] - w).max()) for g, w in zip(got, want))
 
 
+def classifier(folder: pathlib.Path, **like):
+  """AutoModelForSequenceClassification of a folder, or only the backbone of a family for which
+  transformers has no such class (Granite).
+  """
+  import transformers
+
+  try:
+    return transformers.AutoModelForSequenceClassification.from_pretrained(folder, **like)
+  except ValueError:
+    return transformers.AutoModel.from_pretrained(folder, **like)
+
+
 def reward_gap(folder: pathlib.Path, policy_folder: pathlib.Path | None = None) -> float | None:
   """max |score difference| to AutoModelForSequenceClassification over four random rows, both in
   float32.
@@ -84,7 +96,7 @@ def reward_gap(folder: pathlib.Path, policy_folder: pathlib.Path | None = None) 
   rows = random_rows(ours.arch.vocab_size)
   tokens, mask = padded(rows)
   like = dict(dtype=torch.float32, trust_remote_code=False)
-  theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **like).eval()
+  theirs = classifier(folder, **like).eval()
   theirs.config.pad_token_id = None  # with a pad id it would look for the last token that is not it
   read = jax.jit(
     lambda state, tokens, mask: read_rte(nnx.merge(ours.graphdef, state), tokens, mask)
@@ -95,7 +107,13 @@ def reward_gap(folder: pathlib.Path, policy_folder: pathlib.Path | None = None) 
       got = np.asarray(phi_score(phi_state(ours.score), rte)) - (
         0 if ours.score.bias is None else ours.score.bias[0]
       )
-      want = [theirs(torch.tensor(row)[None]).logits.item() for row in rows]
+      kernel = torch.tensor(np.asarray(ours.score.kernel, np.float32))
+
+      def scored(row):
+        out = theirs(torch.tensor(row)[None])
+        return (out.logits if "logits" in out else out.last_hidden_state[:, -1] @ kernel).item()
+
+      want = list(map(scored, rows))
       return float(np.abs(got - np.array(want)).max())
 
     config, state = head

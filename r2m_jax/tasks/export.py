@@ -63,7 +63,7 @@ def run(config) -> None:
     export_reward(config, workdir, out, mesh, manager, at, reward)
     return
   config.variant = stage[1]
-  policy = load_policy(config.policy.path, config, mesh)
+  policy = load_policy(config.policy.path, config, mesh, training=True)
   built = build(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   starts = policy.state, reward.state, reward.phi
   if not config.checkpoint.fork_from:
@@ -74,7 +74,7 @@ def run(config) -> None:
 
 def export_policy(config, workdir: Path, out: Path, mesh, manager, at: int) -> None:
   """The policy of a checkpoint of supervised training, at step `at`."""
-  policy = load_policy(config.policy.path, config, mesh)
+  policy = load_policy(config.policy.path, config, mesh, training=True)
   config.task = "sft"
   built, like = build(config, mesh, arch=policy.arch), policy.state
   if built.lora:

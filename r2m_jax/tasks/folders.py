@@ -46,6 +46,7 @@ from r2m_jax.hf.folders import (
   mesh_of,
   reward_start,
 )
+from r2m_jax.hf.peft import load_peft
 from r2m_jax.models import lora
 from r2m_jax.parallel import hosts, sharding
 from r2m_jax.run.build import Build, build, init_adapters, initial_state
@@ -160,6 +161,14 @@ def build_lora(config, mesh, **archs) -> Build:
     raise ConfigError(error) from None
 
 
+def start_adapters(built: Build, policy: Policy, fresh):
+  """The adapters that training starts from: fresh ones, or a PEFT folder's."""
+  if policy.adapter is None:
+    return fresh
+  assert built.lora is not None  # load_policy requires it
+  return load_peft(policy.adapter, built.arch, built.lora, fresh)
+
+
 # ---- sft ----
 
 
@@ -172,7 +181,7 @@ def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None 
     out: WORKDIR/export/policy where not given.
   """
   settings = config.sft
-  policy = load_policy(config.policy.path, config, mesh)
+  policy = load_policy(config.policy.path, config, mesh, training=True)
   dataset, collate = (packed_lines if config.data.pack else sft_rows)(
     config, policy.tokenizer, workdir, name
   )
@@ -180,7 +189,7 @@ def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None 
   start, frozen = policy.state, None
   loss = loss_fn = sft_loss(built.defs.policy, chunk=config.logits_chunk)
   if built.lora:
-    start, frozen = init_adapters(config, built, mesh), policy.state
+    start, frozen = start_adapters(built, policy, init_adapters(config, built, mesh)), policy.state
 
     def loss_fn(state, batch, base):
       return loss(nnx.merge_state(state, base), batch)
@@ -256,7 +265,7 @@ def run_r2m(
     raise FolderError(
       f"config.{missing} is empty: task=r2m from folders needs a policy and a reward model"
     )
-  policy = load_policy(config.policy.path, config, mesh)
+  policy = load_policy(config.policy.path, config, mesh, training=True)
   reward = load_reward(config.reward.path, config, mesh)
   hold_contract(workdir, reward.renderer)
   same_tokens = policy.tokenizer.hf.get_vocab() == reward.renderer.tokenizer.hf.get_vocab()
@@ -426,7 +435,7 @@ def run_arm(
     output = hosts.fetch(output)
     if t == 0:
       rounding = sample_rounding(built.defs, config, state.ref, output.sequences)
-      check_step_zero(output.metrics, rounding, config)
+      check_step_zero(output.metrics, rounding, config, continued=policy.adapter is not None)
       print(reward.renderer.describe(*rows[0]))
     if t in (0, config.steps - 1):
       when = "before" if t == 0 else "after"
@@ -459,6 +468,8 @@ def start_state(config, built: Build, policy: Policy, reward: RewardModel, *, do
   weights up.
   """
   state = initial_state(config, built, policy.state, reward.state, reward.phi, donate=donate)
+  if built.lora:
+    state = state.replace(policy=start_adapters(built, policy, state.policy))
   if reward.head is None or not VARIANTS[config.variant].feedback:
     return state
   saved, head = reward.head

@@ -296,7 +296,7 @@ def from_folders(config, workdir: Path) -> Again:
   """
   mesh = mesh_of(config)
   policy, reward = (
-    load_policy(config.policy.path, config, mesh),
+    load_policy(config.policy.path, config, mesh, training=True),
     load_reward(config.reward.path, config, mesh),
   )
   folders.hold_contract(workdir, reward.renderer)
