@@ -18,8 +18,8 @@ import time
 import jax
 from absl import app, flags, logging
 
-from configs import quickstart
 from r2m_jax.algorithm.variants import arm_of
+from r2m_jax.configs import quickstart
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.rl import make_gold_step, rl_prompts
 from r2m_jax.parallel import sharding

@@ -13,7 +13,7 @@ import json
 import sys
 import time
 
-from configs import default
+from r2m_jax.configs import default
 from r2m_jax.data.batches import Stream, pack, row_batches
 from r2m_jax.data.rows import load
 from r2m_jax.data.text import load_tokenizer, pad_left

@@ -15,7 +15,7 @@ import time
 import jax
 from absl import app, flags
 
-from configs import quickstart
+from r2m_jax.configs import quickstart
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.parallel import sharding
 from r2m_jax.run import build

@@ -30,7 +30,7 @@ from absl import app, flags, logging
 
 from r2m_jax.run import checkpoint
 from r2m_jax.run.loop import RESUME
-from r2m_jax.run.metrics import read_metrics
+from r2m_jax.run.metrics import read_metrics, without_clock
 
 KILLS = flags.DEFINE_integer("kills", 50, "How many times a run is killed")
 SEED = flags.DEFINE_integer("seed", 0, "Of the random moments")
@@ -100,11 +100,7 @@ def arrays(workdir: pathlib.Path, step: int = STEPS) -> list[bytes]:
 
 def rows(workdir: pathlib.Path) -> list[dict]:
   """The RL stage in metrics.jsonl, without times."""
-
-  def without_times(row):
-    return {name: value for name, value in row.items() if name not in ("seconds", "data/wait")}
-
-  return [without_times(row) for row in read_metrics(workdir) if row["stage"] == "rl"]
+  return [without_clock(row) for row in read_metrics(workdir) if row["stage"] == "rl"]
 
 
 def kill_chain(workdir: pathlib.Path, kills: int, rng: random.Random) -> collections.Counter:

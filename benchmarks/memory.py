@@ -17,7 +17,7 @@ import jax
 from absl import app, flags
 
 from benchmarks import machine, workload
-from configs import default
+from r2m_jax.configs import default
 from r2m_jax.plan.sizes import sizes_of
 
 CHILD = flags.DEFINE_bool("child", False, "Run the step in this process")

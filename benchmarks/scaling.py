@@ -12,7 +12,7 @@ import json
 from absl import app, flags
 
 from benchmarks import machine
-from r2m_jax.plan.chips import GIB, parse_topology
+from r2m_jax.parallel.chips import GIB, parse_topology
 
 CONFIG = flags.DEFINE_string("config", "configs/ultrafeedback_qwen2_5_3b.py", "What is scaled")
 SLICES = ["v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"]

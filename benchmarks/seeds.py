@@ -14,7 +14,7 @@ import jax
 from absl import app, flags
 
 from benchmarks import machine
-from configs import quickstart
+from r2m_jax.configs import quickstart
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.rl import rl_prompts
 from r2m_jax.lab.grid import first_states, make_together_step, with_seed

@@ -11,7 +11,7 @@ seconds. Prints Markdown; what the plans print goes to standard error.
 from absl import app, flags
 
 from benchmarks import machine
-from r2m_jax.plan.chips import GIB, parse_topology
+from r2m_jax.parallel.chips import GIB, parse_topology
 
 CONFIGS = ("ultrafeedback_qwen2_5_3b", "ultrafeedback_llama3_8b", "tldr_pythia_2_8b")
 COMPILE = flags.DEFINE_bool("compile", True, "Ask the compiler; else the count alone")

@@ -19,10 +19,10 @@ import numpy as np
 from absl import flags
 from flax import nnx
 
-from configs import default
 from r2m_jax.algorithm.annotate import make_annotate
 from r2m_jax.algorithm.read import make_read
 from r2m_jax.config import check_config
+from r2m_jax.configs import default
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.parallel import sharding
@@ -134,11 +134,13 @@ class Work:
   the same functions. With `policy_alone` there is a policy and its `rollout`, nothing else.
   """
 
-  def __init__(self, config, sizes: Sizes, policy_alone: bool = False):
+  def __init__(self, config, sizes: Sizes, policy_alone: bool = False, eos_ids=None):
+    """eos_ids: tokens that end a row; None: one outside of the vocabulary, so that none ends."""
     self.config, self.sizes, self.count = config, sizes, 0
     self.mesh = sharding.make_mesh((1, 1, 1))
     self.built = build.build(config, self.mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
-    self.eos_ids, self.pad_id = (sizes.arch.vocab_size,), 0
+    self.eos_ids = (sizes.arch.vocab_size,) if eos_ids is None else eos_ids
+    self.pad_id = 0
     if policy_alone:
       policy = build.init_policy(config, self.built, jax.random.key(1))
       self.state = PolicyState(policy, None, jax.random.key(config.seed), jnp.int32(0))

@@ -1,5 +1,6 @@
-"""R2M on a policy and a reward model from Hugging Face folders or hub names, whatever their
-tokenizers.
+"""R2M on your own policy and reward model: Hugging Face folders or names.
+
+The two may have different tokenizers.
 
   python -m r2m_jax.main --config=configs/from_hf.py --workdir=runs/mine \\
     --config.policy.path=Qwen/Qwen2.5-0.5B-Instruct \\
@@ -10,7 +11,7 @@ runs/mine/export/reward. `--config.task=sft` (rows with response) and `--config.
 (chosen, rejected) train the two beforehand. `--config.lora.rank=16` trains adapters only.
 """
 
-from configs import default
+from r2m_jax.configs import default
 
 
 def get_config():
@@ -19,6 +20,7 @@ def get_config():
   config.remat = "full"
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 16, 8, 256
   config.rollout.temperature = 0.7
+  config.packing = (0.35, 0.5, 0.7, 1.0)
   config.policy.lr, config.r2m.lr = 1e-6, 1e-6
   config.r2m.attention_dim = 512
   config.sft.lr, config.sft.steps, config.sft.batch_size = 1e-5, 500, 16

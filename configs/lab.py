@@ -1,5 +1,6 @@
-"""The laboratory: R2M, its ablations, placebos and plain baselines against a gold reward. Protocol:
-docs/lab.md.
+"""The laboratory: R2M, its ablations and controls against a gold reward.
+
+The controls are placebos and plain baselines. Protocol: docs/lab.md.
 
   python -m r2m_jax.main --config=configs/lab.py --workdir=runs/lab         # every arm, ten seeds, one KL weight each
   python -m r2m_jax.main --config=configs/lab.py:sweep --workdir=runs/lab   # main arms over KL weights, same folder
@@ -10,9 +11,10 @@ Each goes on where it stopped; an arm that is in the table is not run again.
 `--config.lab.arms="('vanilla','r2m')"` runs some of them.
 """
 
-from configs import quickstart
+from r2m_jax.algorithm import variants
+from r2m_jax.configs import quickstart
 
-VARIANTS = (
+FIRST = (
   "vanilla",
   "scaled",
   "r2m",
@@ -28,6 +30,7 @@ VARIANTS = (
   "own_states",
   "warm_start",
 )
+VARIANTS = tuple(dict.fromkeys([*FIRST, *variants.VARIANTS]))  # all there are
 TELLING = ("vanilla", "scaled", "r2m", "r2m_untrained", "iterative_head", "shuffled")
 # unit-variance advantages pull three times as hard as raw ones, so the KL weight is three times
 # that of the raw arms
@@ -99,7 +102,7 @@ def tuned(arms):
   four of either.
   """
   for arm in arms:
-    learns = arm not in ("vanilla", "scaled", "r2m_untrained", "pretrained_rm")
+    learns = variants.VARIANTS[arm].trained
     for i, lr in enumerate(CANDIDATES):
       yield f"{arm}.candidate_{i} " + (
         f"r2m.lr={lr}" if learns else f"kl.beta={(0.01, 0.02, 0.04, 0.08)[i]}"

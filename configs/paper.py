@@ -2,14 +2,14 @@
 estimator and a variant.
 """
 
-from configs import default
 from r2m_jax.algorithm.variants import VARIANTS
+from r2m_jax.configs import default
 
 ESTIMATORS = ("rloo", "grpo")
 AGGREGATIONS = {"grpo": "sequence_mean"}  # of an estimator whose loss has one of its own
 
 
-def get_config(words: str):
+def shared(words: str):
   """The shared settings; `words` as in `grpo`, `rloo,vanilla` or `r2m_untrained`. RLOO + R2M
   where it does not say.
   """
@@ -39,13 +39,14 @@ def dialogue(words: str):
   """UltraFeedback, 64 prompts x 8 responses of up to 512 tokens, judged by Skywork's 8B reward
   model.
   """
-  config = get_config(words)
+  config = shared(words)
   config.data.name = "hf:HuggingFaceH4/ultrafeedback_binarized"
   config.data.split = "train_prefs"
   config.data.max_chosen_length = 512
   config.steps = 100
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 64, 8, 512
   config.ppo.accumulation = 16
+  config.packing, config.rollout.halvings = (0.35, 0.5, 0.7, 1.0), 2
   config.sft.batch_size = config.reward.batch_size = 64
   config.reward.path, config.plan.reward = "Skywork/Skywork-Reward-V2-Llama-3.1-8B", "llama3.1-8b"
   config.r2m.lr = 1e-6

@@ -1,5 +1,6 @@
-"""Over-optimisation in minutes on a laptop: vanilla RLOO, its `scaled` control and RLOO + R2M
-against a gold reward.
+"""Over-optimisation in minutes on a laptop, against a gold reward.
+
+The arms are vanilla RLOO, its `scaled` control and RLOO + R2M.
 
   python -m r2m_jax.main --config=configs/quickstart.py --workdir=runs/quickstart
   python -m r2m_jax.main --config=configs/quickstart.py:test --workdir=/tmp/smallest   # the same job in seconds
@@ -9,7 +10,7 @@ was picked because its fall is clear; `--config.task=lab` shows seeds 0 to 4 of 
 configs/lab.py is the whole laboratory.
 """
 
-from configs import default
+from r2m_jax.configs import default
 
 
 def get_config(size: str = ""):

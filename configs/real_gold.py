@@ -1,9 +1,9 @@
-"""The laboratory's second task, on real text: does RL on a small, noisy reward model lose what a
-larger one judges by?
+"""The laboratory on real text, with a larger reward model as gold.
 
-  python -m r2m_jax.main --config=configs/real_gold.py --config.data.root=DATA
-  --workdir=runs/real_gold python -m r2m_jax.main --config=configs/real_gold.py
-  --config.data.root=DATA --workdir=runs/real_gold \\
+Does RL on a small, noisy reward model lose what a larger one judges by?
+
+  python -m r2m_jax.main --config=configs/real_gold.py --config.data.root=DATA --workdir=runs/real_gold
+  python -m r2m_jax.main --config=configs/real_gold.py --config.data.root=DATA --workdir=runs/real_gold \\
     --config.policy.path=runs/real_small/models/sft         # with the policy of configs/real_small.py, if it is there
 
 Protocol: docs/lab.md, "The second task". DATA is that of configs/real_small.py. The same command
@@ -11,7 +11,7 @@ goes on where it stopped; an arm that is finished for a seed is not run again. P
 same command share the work. What it gave is in docs/findings.md.
 """
 
-from configs import real_small
+from r2m_jax.configs import real_small
 
 ARMS = ("vanilla", "scaled", "r2m", "shuffled", "vanilla.hold kl.controller=hold kl.target=2.0")
 

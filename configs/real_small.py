@@ -1,8 +1,8 @@
-"""The main job on real text, from nothing: tokenizer, 4-million-parameter policy, reward model,
-RLOO and RLOO + R2M.
+"""From nothing on real text: tokenizer, policy, reward model, RL.
 
-  python -m r2m_jax.main --config=configs/real_small.py --config.data.root=DATA
-  --workdir=runs/real_small
+The policy has 4 million parameters; RL is RLOO and RLOO + R2M.
+
+  python -m r2m_jax.main --config=configs/real_small.py --config.data.root=DATA --workdir=runs/real_small
 
 DATA has preferences/ and prompts/ with files of JSON lines or parquet, named as below; without them
 the command says what to download. The budgets make it about 45 minutes on two cores, and the same
@@ -20,7 +20,7 @@ frozen reward on held-out prompts from -0.60 (-0.70 to -0.50) to 0.46 (0.39 to 0
 (92% of both, 41% before). With more time, raise the budgets.
 """
 
-from configs import default
+from r2m_jax.configs import default
 
 PREFERENCES = (
   "ultrafeedback",

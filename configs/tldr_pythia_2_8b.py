@@ -12,11 +12,11 @@ The paper names Pythia-2.8B, fitted to TL;DR, for both models, and no weights; t
 ones of that kind, an assumption.
 """
 
-from configs import paper
+from r2m_jax.configs import paper
 
 
 def get_config(words: str = ""):
-  config = paper.get_config(words)
+  config = paper.shared(words)
   config.data.name = "hf:trl-lib/tldr"
   config.data.max_chosen_length = 0  # the filter is UltraFeedback's
   config.steps = 122

@@ -1,5 +1,6 @@
-"""Dialogue with Meta-Llama-3-8B-Instruct and Skywork's 8B reward model, as in R2M (arXiv
-2601.22664).
+"""Dialogue with Meta-Llama-3-8B-Instruct, as in R2M (arXiv 2601.22664).
+
+The reward model is Skywork's of 8B parameters.
 
   python -m r2m_jax.main --config=configs/ultrafeedback_llama3_8b.py --workdir=runs/llama  # RLOO + R2M
   python -m r2m_jax.main --config=configs/ultrafeedback_llama3_8b.py:rloo,vanilla --workdir=runs/plain  # plain RLOO
@@ -12,7 +13,7 @@ other. AlpacaEval 2 (LC / WR) that the paper reports: SFT 22.9 / 22.6, RLOO 28.4
 31.8. Not run here.
 """
 
-from configs import paper
+from r2m_jax.configs import paper
 
 
 def get_config(words: str = ""):

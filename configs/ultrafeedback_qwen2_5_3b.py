@@ -1,4 +1,6 @@
-"""Dialogue with Qwen2.5-3B-Instruct and Skywork's 8B reward model, as in R2M (arXiv 2601.22664).
+"""Dialogue with Qwen2.5-3B-Instruct, as in R2M (arXiv 2601.22664).
+
+The reward model is Skywork's of 8B parameters.
 
   python -m r2m_jax.main --config=configs/ultrafeedback_qwen2_5_3b.py --workdir=runs/qwen  # RLOO + R2M
   python -m r2m_jax.main --config=configs/ultrafeedback_qwen2_5_3b.py:rloo,vanilla --workdir=runs/plain  # plain RLOO
@@ -9,7 +11,7 @@ other. AlpacaEval 2 (LC / WR) that the paper reports: SFT 15.5 / 15.8, RLOO 21.9
 24.8 / 31.2, GRPO 22.7 / 25.6, GRPO + R2M 25.8 / 30.9. Not run here.
 """
 
-from configs import paper
+from r2m_jax.configs import paper
 
 
 def get_config(words: str = ""):

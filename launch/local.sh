@@ -2,7 +2,7 @@
 # Any config on this machine: CPU, or the accelerators it has.
 #
 #   ./launch/local.sh --config=configs/quickstart.py --workdir=runs/mine
-#   EXTRAS=cuda ./launch/local.sh --config=...     install JAX for NVIDIA GPUs first (tpu: for TPUs)
+#   EXTRAS=cuda12 ./launch/local.sh --config=...   install JAX for NVIDIA GPUs first (cuda13; tpu: for TPUs)
 #   KEEP_GOING=1 ./launch/local.sh --config=...    start it again where it ends with 75, "resume me", or is killed
 #   DRY_RUN=1 ./launch/local.sh --config=...       print the command and run nothing
 

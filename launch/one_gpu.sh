@@ -3,6 +3,7 @@
 #
 #   ./launch/one_gpu.sh --config=configs/NAME.py --workdir=runs/mine
 #   GPU=1 ./launch/one_gpu.sh --config=...        the second GPU alone
+#   EXTRAS=cuda13 ./launch/one_gpu.sh --config=...    JAX for CUDA 13 instead of 12
 #   DRY_RUN=1 ./launch/one_gpu.sh --config=...    print the command and run nothing
 #
 # On a spot machine put this line into its start-up script: after a preemption the same command goes on from what is saved.
@@ -10,4 +11,4 @@
 set -euo pipefail
 
 if [ -n "${GPU:-}" ]; then export CUDA_VISIBLE_DEVICES=$GPU; fi
-EXTRAS=cuda KEEP_GOING=1 exec "$(dirname "${BASH_SOURCE[0]}")/local.sh" "$@"
+EXTRAS=${EXTRAS:-cuda12} KEEP_GOING=1 exec "$(dirname "${BASH_SOURCE[0]}")/local.sh" "$@"

@@ -7,15 +7,17 @@ fields are here.
 import ast
 import difflib
 import hashlib
+import importlib.util
 import json
 import os
 import re
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from r2m_jax.algorithm.objective import kl_estimator
 from r2m_jax.algorithm.variants import VARIANTS
-from r2m_jax.knobs import ALGORITHMS, ESTIMATORS, FREE, KNOBS, PIECES, Section, names_in, walk
+from r2m_jax.knobs import ALGORITHMS, ESTIMATORS, FREE, KNOBS, PIECES, Knob, Section, names_in, walk
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.attention import choose
 from r2m_jax.parallel.errors import UserError
@@ -26,8 +28,11 @@ __all__ = [
   "ESTIMATORS",
   "FREE",
   "PIECES",
+  "DICTS",
+  "DICT_EXAMPLE",
   "ConfigError",
   "arms_of",
+  "best_metric",
   "check_batch",
   "check_config",
   "check_fields",
@@ -35,6 +40,7 @@ __all__ = [
   "difference",
   "fixed",
   "identity",
+  "is_dict",
   "redact",
 ]
 
@@ -47,6 +53,11 @@ SECRET_NAME = re.compile(
 )  # of environment variables
 HIDDEN = "(hidden)"
 SHORTEST_SECRET = 12  # characters; a shorter value of such a variable is more likely a setting
+# settings whose value is a dict, of no fixed names
+DICTS = tuple(name for name, part in walk(KNOBS) if isinstance(part, Knob) and part.default == {})
+DICT_EXAMPLE = "{'enable_thinking': False}"
+# what an evaluation measures; "gold" only if there is a gold reward
+EVALUATED = ("gold", "frozen", "kl", "length", "truncated", "repetition")
 LAB_VOCAB = 64  # entries of the gold-reward task's vocabulary
 TEXT_VOCAB = 4096  # a vocabulary for which kl.estimator "auto" is not "exact"
 # what a task reads or writes, which no default can name
@@ -62,6 +73,7 @@ FILES = {
   ),
   "generate": ("policy.path", "generate.input", "generate.output"),
   "score": ("reward.path", "score.input", "score.output"),
+  "rewardbench": ("rewardbench.data", "reward.path"),
   "export": ("export.checkpoint", "export.out"),
   "plan": ("plan.topology",),
 }
@@ -74,6 +86,7 @@ class ConfigError(UserError, ValueError):
 def check_config(config: ConfigDict) -> None:
   """Raises ConfigError for the first value that cannot work. Touches no device."""
   check_secrets(config)
+  check_home(config)
   check_rules(config)
   check_kl(config)
   check_reward_lengths(config)
@@ -84,9 +97,21 @@ def check_config(config: ConfigDict) -> None:
   check_files(config)
   check_lora(config)
   check_sizes(config)
+  check_trackers(config)
+  check_revisions(config)
   if config.policy.path or config.reward.path:
     check_folder_run(config)
+  elif config.task in ("sft", "reward", "r2m"):
+    # the gold-reward task makes its own prompts
+    fix = (
+      "give the models that train on it, config.policy.path and config.reward.path, or leave it out"
+    )
+    need(config, not config.data.name, "data.name", fix)
   check_labels(config)
+  check_evaluation(config)
+  check_label_judge(config)
+  if config.task == "judge":
+    check_judge(config)
   try:
     addresses(config.hosts)
   except HostsError as error:
@@ -99,17 +124,34 @@ def check_config(config: ConfigDict) -> None:
 def need(config: ConfigDict, ok: bool, field: str, fix: str) -> None:
   """Raises ConfigError with the field, its value and the fix unless `ok`."""
   if not ok:
-    raise ConfigError(f"config.{field} is {_get(config, field)!r}: {fix}")
+    value = _get(config, field)
+    shown = value.to_dict() if isinstance(value, ConfigDict) else value
+    raise ConfigError(f"config.{field} is {shown!r}: {fix}")
 
 
 def check_secrets(config: ConfigDict) -> None:
   """Raises ConfigError if a value looks like a token or a password."""
   for field in _fields(config):
     value = _get(config, field)
-    if isinstance(value, (str, tuple, list)) and redact(str(value)) != str(value):
+    text = isinstance(value, (str, tuple, list)) or is_dict(field)
+    if text and redact(str(value)) != str(value):
       raise ConfigError(
         f"config.{field} looks like it holds a token or a password, which would end in the run's "
         "files: give it in the environment instead, such as HF_TOKEN"
+      )
+
+
+def check_home(config: ConfigDict) -> None:
+  """A path that begins with ~ has a home folder to stand for."""
+  try:
+    Path.home()
+  except RuntimeError:
+    for field in _fields(config):
+      value = _get(config, field)
+      names = value.split(",") if isinstance(value, str) else ()
+      needs_home = any(name.strip().startswith("~") for name in names)
+      need(
+        config, not needs_home, field, "there is no home folder; give the whole path, or set HOME"
       )
 
 
@@ -184,7 +226,7 @@ def check_shapes(config: ConfigDict) -> None:
       config,
       -layers <= config.r2m.feedback_layer < layers,
       "r2m.feedback_layer",
-      f"the policy has {layers} layers; -1 is the last",
+      f"the policy has {layers} layers; give one from {-layers} to {layers - 1}, such as -1, the last",
     )
 
 
@@ -206,6 +248,31 @@ def check_lora(config: ConfigDict) -> None:
   )
 
 
+def check_revisions(config: ConfigDict) -> None:
+  """A revision has a hub name that it belongs to; a pull request has none."""
+  for section in ("policy", "reward"):
+    path = config[section].path
+    need(
+      config,
+      not config[section].revision or path != "" and not os.path.isdir(os.path.expanduser(path)),
+      f"{section}.revision",
+      f"it belongs to a hub name, and config.{section}.path is {path!r}: leave it out",
+    )
+  need(
+    config,
+    not (config.export.pull_request and config.export.revision),
+    "export.revision",
+    "a pull request is opened against the main branch: leave it out, or pull_request=False",
+  )
+
+
+def check_trackers(config: ConfigDict) -> None:
+  """The libraries of the trackers are installed; none is imported."""
+  for name in config.log.to:
+    if name != "tensorboard" and importlib.util.find_spec(name) is None:
+      need(config, False, "log.to", f"{name} is not installed: pip install {name}")
+
+
 def check_sizes(config: ConfigDict) -> None:
   """Batches are no larger than what they are taken from; shuffling needs two prompts."""
   for section, examples in (("sft", "examples"), ("reward", "pairs")):
@@ -219,7 +286,7 @@ def check_sizes(config: ConfigDict) -> None:
     config,
     config.variant != "shuffled" or config.rollout.prompts > 1,
     "rollout.prompts",
-    "variant shuffled needs two",
+    "variant shuffled needs two; give 2 or more, or choose another variant",
   )
 
 
@@ -232,6 +299,112 @@ def check_labels(config: ConfigDict) -> None:
     "r2m.labels",
     f"variant {config.variant!r} never updates the reward, so no label would be used; take 'self', "
     "or a variant such as 'r2m' or 'iterative_head'",
+  )
+
+
+def measures_gold(config: ConfigDict) -> bool:
+  """Whether evaluations of a run have a gold reward: a second reward model, or the toy task's own."""
+  return config.eval.every > 0 and bool(config.eval.gold.path or not config.policy.path)
+
+
+def best_metric(config: ConfigDict) -> str:
+  """The metric that `keep_best` and `stop.patience` compare."""
+  return config.checkpoint.best_metric or ("eval/gold" if measures_gold(config) else "reward/used")
+
+
+def check_evaluation(config: ConfigDict) -> None:
+  """Evaluations have what they measure, and what is chosen by them is measured."""
+  if config.task in ("lab", "lab_text"):
+    fix = "the laboratory compares runs of one length and measures gold at each step: give 0"
+    for field in ("eval.every", "stop.kl", "stop.patience"):
+      need(config, _get(config, field) == 0, field, fix)
+  gold, reward = config.eval.gold.path, config.reward.path
+  if gold:
+    same = bool(reward) and os.path.realpath(gold) == os.path.realpath(reward)
+    fix = "that is the reward model that the run optimises; give one of another family"
+    need(config, not same, "eval.gold.path", fix)
+    fix = "the gold-reward task has its own gold; a second reward model needs config.policy.path"
+    need(config, config.task != "r2m" or bool(config.policy.path), "eval.gold.path", fix)
+    no_run = config.task not in ("r2m", "scratch")
+    fix = "config.eval.gold.path is measured every so many steps, such as 10"
+    need(config, no_run or config.eval.every > 0, "eval.every", fix)
+  if config.stop.patience or (config.checkpoint.keep_best and config.task == "r2m"):
+    check_best_metric(config)
+
+
+def check_best_metric(config: ConfigDict) -> None:
+  """`checkpoint.best_metric` is measured if it is of evaluations, as `stop.patience` requires."""
+  stage, _, name = best_metric(config).partition("/")
+  field, names = "checkpoint.best_metric", [f"eval/{name}" for name in EVALUATED]
+  if stage != "eval":
+    fix = f"it counts evaluations: name one of {', '.join(names)} in config.{field}"
+    need(config, config.stop.patience == 0, "stop.patience", fix)
+    return
+  need(config, name in EVALUATED, field, f"choose one of {', '.join(names)}")
+  need(
+    config, config.eval.every > 0, field, "set config.eval.every above 0, so that it is measured"
+  )
+  fix = "gold is measured if config.eval.gold.path names a second reward model"
+  need(config, name != "gold" or measures_gold(config), field, fix)
+
+
+def check_judge(config: ConfigDict) -> None:
+  """One judge, with what it needs."""
+  judge = config.judge
+  given = [name for name in ("url", "reward", "judgments") if judge[name]]
+  need(
+    config,
+    len(given) == 1,
+    f"judge.{given[-1] if given else 'url'}",
+    "give one judge: an endpoint (judge.url, judge.model), a reward model (judge.reward) or a file "
+    "(judge.judgments)",
+  )
+  need(
+    config,
+    judge.model != "" or not judge.url,
+    "judge.model",
+    "name the model at config.judge.url",
+  )
+  answered = judge.candidate != "" or judge.judgments != ""
+  for field in () if answered else ("policy.path", "generate.input"):
+    need(
+      config,
+      _get(config, field) != "",
+      field,
+      "give the answers as config.judge.candidate, or config.policy.path and config.generate.input "
+      "to generate them first",
+    )
+  need(
+    config,
+    judge.max_cost == 0 or judge.prompt_price + judge.completion_price > 0,
+    "judge.max_cost",
+    "a cap needs prices: give config.judge.prompt_price and config.judge.completion_price",
+  )
+
+
+def check_label_judge(config: ConfigDict) -> None:
+  """A judge that labels has samples as text to label, and a name."""
+  labels = config.r2m
+  if not labels.judge_url:
+    return
+  need(
+    config,
+    bool(config.policy.path or config.reward.path),
+    "r2m.judge_url",
+    "give config.policy.path and config.reward.path: a judge reads text, which only runs from "
+    "Hugging Face folders have",
+  )
+  need(
+    config,
+    labels.labels == "preference",
+    "r2m.labels",
+    "use 'preference': only then a judge at r2m.judge_url orders the pairs",
+  )
+  need(
+    config,
+    labels.judge_model != "",
+    "r2m.judge_model",
+    "name the model at config.r2m.judge_url",
   )
 
 
@@ -324,7 +497,7 @@ def check_folder_run(config: ConfigDict) -> None:
     config,
     config.reward.ensemble == 1,
     "reward.ensemble",
-    "a folder's reward model has one score head; 1 is all it can give",
+    "a folder's reward model has one score head; give 1",
   )
   if config.task != "r2m":
     return
@@ -341,10 +514,10 @@ def check_folder_run(config: ConfigDict) -> None:
     needed = start == "head" or (config.r2m.labels == "preference" and VARIANTS[variant].trained)
     need(
       config,
-      not needed or config.r2m.judgments != "",
+      not needed or config.r2m.judgments != "" or (start != "head" and config.r2m.judge_url != ""),
       "r2m.judgments",
       f"variant {variant!r} with labels {config.r2m.labels!r} needs a file of JSON lines "
-      f"{{prompt, chosen, rejected}}",
+      f"{{prompt, chosen, rejected}}; give one",
     )
 
 
@@ -355,6 +528,11 @@ def check_fields(config: ConfigDict, fields: list[str]) -> None:
   known = _fields(config)
   for field in fields:
     if field not in known:
+      if is_dict(inside := field.rpartition(".")[0]):
+        raise ConfigError(
+          f"config.{field} does not exist; give the whole dict, such as "
+          f'--config.{inside}="{DICT_EXAMPLE}"'
+        )
       last = field.split(".")[-1]
       same = [
         name for name in known if name.split(".")[-1] == last
@@ -362,6 +540,11 @@ def check_fields(config: ConfigDict, fields: list[str]) -> None:
       near = difflib.get_close_matches(field, same or known, n=1, cutoff=0.0 if same else 0.5)
       hint = f"did you mean config.{near[0]}?" if near else f"choose from {', '.join(config)}"
       raise ConfigError(f"config.{field} does not exist; {hint}")
+
+
+def is_dict(field: str) -> bool:
+  """Whether the dotted name is a setting whose value is a dict, and not a section."""
+  return field in DICTS
 
 
 def check_batch(config: ConfigDict, mesh: tuple[int, int, int]) -> None:
@@ -438,9 +621,9 @@ def _fields(config: ConfigDict, prefix: str = "") -> list[str]:
   """Dotted names of all sections and settings."""
   names = []
   for key, value in config.items():
-    names += [prefix + key] + (
-      _fields(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else []
-    )
+    name = f"{prefix}{key}"
+    section = isinstance(value, ConfigDict) and not is_dict(name)
+    names += [name] + (_fields(value, f"{name}.") if section else [])
   return names
 
 

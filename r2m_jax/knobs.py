@@ -8,8 +8,10 @@ r2m_jax/config.py checks a config by it, and docs/config.md is printed from it:
 """
 
 import datetime
+import json
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -22,21 +24,23 @@ from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.models.attention import ATTENTION
 from r2m_jax.ops import AGGREGATIONS, COMBINE
 
-TASKS = (
-  "tokenizer",
-  "sft",
-  "reward",
-  "r2m",
-  "scratch",
-  "lab",
-  "lab_text",
-  "generate",
-  "score",
-  "export",
-  "replay",
-  "analyse",
-  "plan",
-)
+TASKS = {  # config.task -> what it does, as `r2m --help` shows it
+  "tokenizer": "train a tokenizer on rows of text",
+  "sft": "supervised fine-tuning of the policy",
+  "reward": "fit the reward model to preferences",
+  "r2m": "RL with the fused reward; fits the models first if the config names none",
+  "scratch": "everything on real text, from a tokenizer to evaluation",
+  "lab": "compare variants over seeds, with the gold reward",
+  "lab_text": "the same comparison on real text",
+  "generate": "sample from a policy: rows of prompts in, rows of responses out",
+  "score": "score rows of prompts and responses with a reward model",
+  "judge": "which of two sets of answers wins, by an endpoint, a reward model or a file",
+  "rewardbench": "how well a reward model orders preferences",
+  "export": "write a checkpoint as Hugging Face folders",
+  "replay": "compute one sample of a run again, with its log-probabilities and rewards",
+  "analyse": "the paper's figures and tables from the checkpoints of a run",
+  "plan": "memory and time of a run on a TPU slice, compiled without one",
+}
 # of task=analyse; docs/analyse.md defines them
 PIECES = (
   "similarity",
@@ -49,9 +53,13 @@ PIECES = (
   "ablations",
   "probes",
 )
+# of task=judge; r2m_jax/judge/templates.py has their texts
+PROTOCOLS = ("alpaca_eval", "mt_bench", "mt_bench_single", "arena_hard", "tldr")
+FORMATS = ("rows", "alpaca_eval", "mt_bench", "arena_hard")
 ALGORITHMS = tuple(advantages.ESTIMATORS)
 ESTIMATORS = ("auto", "k1", "k2", "k3", "exact")
 DTYPES = ("float32", "bfloat16", "float64")
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 GENERATIONS = ("v4", "v5e", "v5p", "v6e")
 
 
@@ -139,16 +147,44 @@ def unknown_pieces(text: str) -> str:
   return ", ".join(name for name in names_in(text) if name not in PIECES)
 
 
+def is_object(text: str) -> bool:
+  """Whether the text is "" or a JSON object."""
+  try:
+    return text == "" or isinstance(json.loads(text), dict)
+  except ValueError:
+    return False
+
+
+def is_address(text: str) -> bool:
+  """Whether the text is "" or an address of HTTP without a user in it."""
+  return text == "" or bool(re.fullmatch(r"https?://[^/\s@?#]+(/[^\s?#]*)?", text))
+
+
 def is_mesh(sizes) -> bool:
   """Whether the sizes are three positive integers, of which one may be -1."""
   positive = all(isinstance(size, int) and (size > 0 or size == -1) for size in sizes)
   return len(sizes) == 3 and positive and tuple(sizes).count(-1) <= 1
 
 
+def is_window(window) -> bool:
+  """Whether it is () or (first step >= 0, number of steps >= 1)."""
+  whole = all(type(number) is int for number in window)
+  return not window or whole and len(window) == 2 and window[0] >= 0 and window[1] >= 1
+
+
 def are_weights(weights) -> bool:
   """Whether they are numbers from 0 on, not all of them 0."""
   good = all(isinstance(weight, (int, float)) and weight >= 0 for weight in weights)
   return good and (not weights or sum(weights) > 0)
+
+
+def are_variables(values) -> bool:
+  """Whether a dict has identifiers as keys and holds what JSON can."""
+  try:
+    json.dumps(dict(values), allow_nan=False, default=dict)  # of a dict within, a ConfigDict
+  except (TypeError, ValueError):
+    return False
+  return all(isinstance(name, str) and name.isidentifier() for name in values)
 
 
 def are_positive(values) -> bool:
@@ -163,7 +199,7 @@ ARMS = (
     f"choose from {', '.join(VARIANTS)}",
     "variants",
   ),
-  Rule(lambda x: len(set(x)) == len(x), "each variant may appear once", "each once"),
+  Rule(lambda x: len(set(x)) == len(x), "name each variant once", "each once"),
 )
 SEED = Rule(
   lambda x: 0 <= x < 2**32,
@@ -178,9 +214,70 @@ MESH = Rule(
 DUAL_CLIP = Rule(
   lambda x: x == 0 or x > 1, "must be above 1, such as 3, or 0: off", "0, or above 1"
 )
+IS_FILE = Rule(
+  lambda x: not x or Path(x).expanduser().is_file(),
+  'there is no such file; give the path of a .jinja file, or "" for the model\'s own template',
+  'a file, or ""',
+)
+# what the renderer itself gives to a chat template or to transformers
+RENDERED = (
+  "messages",
+  "conversation",
+  "chat_template",
+  "add_generation_prompt",
+  "continue_final_message",
+  "tokenize",
+  "padding",
+  "truncation",
+  "max_length",
+  "return_tensors",
+  "return_dict",
+  "return_assistant_tokens_mask",
+  "tokenizer_kwargs",
+)
+TEMPLATE_ARGS = (
+  Rule(
+    are_variables,
+    "give names of the template's variables and values that JSON can hold, such as "
+    "{'enable_thinking': False}",
+    "names and JSON values",
+  ),
+  Rule(
+    lambda x: not set(x) & set(RENDERED),
+    lambda x: (
+      f"{', '.join(sorted(set(x) & set(RENDERED)))} is for the renderer to give; leave it out"
+    ),
+    "not what the renderer gives",
+  ),
+)
+PACKING = (
+  Rule(
+    lambda x: len(x) > 0 and x[-1] == 1 and all(0 < low < high for low, high in zip(x, x[1:])),
+    "give ascending shares above 0, the last one 1, such as (0.35, 0.5, 0.7, 1.0)",
+    "ascending, above 0, the last one 1",
+  ),
+)
 FINITE = Rule(lambda x: x < float("inf"), "must be a finite number, such as 1e-4", "finite")
 DATE = Rule(
   is_date, "give a day as YYYY-MM-DD, or '' for the day that the run begins", 'YYYY-MM-DD or ""'
+)
+OBJECT = Rule(
+  is_object, "give a JSON object, such as '{\"top_p\": 1}', or ''", 'a JSON object or ""'
+)
+ADDRESS = Rule(
+  is_address,
+  "give an address up to its version, such as http://localhost:8000/v1, without a key in it",
+  "http or https",
+)
+KNOWN_TRACKERS = Rule(
+  lambda x: set(x) <= set(TRACKERS) and len(set(x)) == len(x),
+  f"choose from {', '.join(TRACKERS)}, each once, or ()",
+  f"{', '.join(TRACKERS)}, each once",
+)
+WINDOW = Rule(
+  is_window,
+  "give the first step, from 0 on, and how many steps, from 1 on, such as (10, 3), or ()",
+  "two whole numbers, or ()",
 )
 WEIGHTS = Rule(are_weights, "give numbers from 0 on, not all of them 0", "at least 0, not all 0")
 BUCKETS = Rule(
@@ -204,7 +301,7 @@ SEEDS = (
     "give whole numbers from 0 on, such as (0, 1, 2)",
     "whole numbers, at least 0",
   ),
-  Rule(lambda x: len(set(x)) == len(x), "each seed may appear once", "each once"),
+  Rule(lambda x: len(set(x)) == len(x), "give each seed once", "each once"),
 )
 POSITIVE_FIX = "give numbers above 0, each once, such as (1.0,)"
 POSITIVE = Rule(are_positive, POSITIVE_FIX, "above 0, each once")
@@ -247,13 +344,29 @@ def optimizer(lr: float, schedule: str = "constant", warmup: int = 0) -> dict[st
   )
 
 
+def chat(reads: str) -> dict[str, Knob]:
+  """The knobs of data.text.Chat; `reads` names what is rendered."""
+  return dict(
+    chat_template=Knob(
+      "", f'Jinja file with the chat template for {reads}; "": the model\'s own', IS_FILE
+    ),
+    chat_template_args=Knob(
+      {},
+      "variables of the chat template, as a dict such as {'enable_thinking': False}",
+      *TEMPLATE_ARGS,
+    ),
+    system_prompt=Knob("", f"system message for {reads}, unless a row has its own"),
+  )
+
+
 RUN = dict(
   task=Knob(
     "r2m",
     '"sft", "reward" and "r2m" run the pipeline up to that stage; "scratch" trains all models on '
     'text, from the tokenizer on; "tokenizer" trains only that; "lab" and "lab_text" compare arms; '
-    '"generate" and "score" apply a model to JSON lines; "export" writes a checkpoint as Hugging '
-    'Face folders; "replay" reproduces one sample of a run; "analyse" draws its evidence; "plan" '
+    '"generate" and "score" apply a model to JSON lines; "judge" finds out which of two sets of '
+    'answers wins; "rewardbench" measures a reward model on preferences; "export" writes a '
+    'checkpoint as Hugging Face folders; "replay" reproduces one sample of a run; "analyse" draws its evidence; "plan" '
     "reports whether a run fits a machine",
     one_of(*TASKS),
     free=True,
@@ -306,12 +419,33 @@ RUN = dict(
     one_of(*ATTENTION),
     free=True,
   ),
+  packing=Knob(
+    (1.0,),
+    "shares of the padded places of a step for which learning is compiled; each step runs the "
+    "smallest that holds its tokens. A share of 1 computes padding too",
+    *PACKING,
+    free=True,
+  ),
   logits_chunk=Knob(
     2**21,
     "most logits (tokens x vocabulary) of one row held in memory at once; 0: no limit",
     at_least(0),
     unit="logits",
     free=True,
+  ),
+)
+
+TRUNCATION = dict(
+  top_k=Knob(0, "sample from the k most likely tokens; 0: from all", at_least(0), unit="tokens"),
+  top_p=Knob(
+    1.0,
+    "sample from the fewest most likely tokens whose probabilities reach this sum",
+    within("(0, 1]", "; 1 keeps every token"),
+  ),
+  min_p=Knob(
+    0.0,
+    "sample from tokens at least this fraction as likely as the most likely token",
+    within("[0, 1)", "; 0 keeps every token"),
   ),
 )
 
@@ -324,16 +458,13 @@ ROLLOUT = dict(
   temperature=Knob(
     1.0, "sampling temperature", above(0, "must be above 0: greedy samples have no log-probability")
   ),
-  top_k=Knob(0, "sample from the k most likely tokens; 0: from all", at_least(0), unit="tokens"),
-  top_p=Knob(
-    1.0,
-    "sample from the fewest most likely tokens whose probabilities reach this sum",
-    within("(0, 1]", "; 1 keeps every token"),
-  ),
-  min_p=Knob(
-    0.0,
-    "sample from tokens at least this fraction as likely as the most likely token",
-    within("[0, 1)", "; 0 keeps every token"),
+  **TRUNCATION,
+  halvings=Knob(
+    0,
+    "how often decoding goes on with half of the rows, once at most half are unfinished; each time "
+    "is compiled",
+    at_least(0),
+    free=True,
   ),
   waves=Knob(
     1,
@@ -370,6 +501,10 @@ POLICY = dict(
     'adapters of a PEFT folder: "merged" into the base, or "trained" on with the base as reference',
     one_of("merged", "trained"),
   ),
+  revision=Knob(
+    "", 'branch, tag or commit of a hub name; "": main. A run keeps the commit that it began with'
+  ),
+  **chat("prompts"),
   arch=Section(
     "Shape of a new model; the vocabulary comes from the task (`models.arch.ArchConfig`)", ARCH
   ),
@@ -503,6 +638,19 @@ R2M = dict(
   judgments=Knob(
     "", "JSON lines {prompt, chosen, rejected} with the labels of a run from Hugging Face folders"
   ),
+  judge_url=Knob(
+    "",
+    "OpenAI-compatible endpoint that labels pairs of samples in a run from Hugging Face folders, in "
+    "place of the file; key, waits and prices as in `judge`",
+    ADDRESS,
+    free=True,
+  ),
+  judge_model=Knob("", "name of the model at this endpoint"),
+  judge_template=Knob(
+    "alpaca_eval",
+    "protocol of its questions, see docs/judge.md",
+    one_of("alpaca_eval", "mt_bench", "arena_hard", "tldr"),
+  ),
   warm_epochs=Knob(4, 'passes over the preferences in variant "warm_start"', at_least(1)),
 )
 
@@ -527,6 +675,13 @@ REWARD = dict(
     "",
     "the label of a classifier with several that is the reward, by name or number, or a weighted "
     'sum such as "helpful:0.8,verbose:-0.2"; "": it has one',
+  ),
+  revision=Knob("", "as policy.revision"),
+  **chat("what the reward model reads"),
+  strip_thinking=Knob(
+    False,
+    "leave reasoning between <think> tags out of what the reward model reads; it still counts in the "
+    "length",
   ),
   max_length=Knob(
     0, "longest input; longer ones lose their beginning. 0: no limit", at_least(0), unit="tokens"
@@ -673,9 +828,23 @@ TOKENIZER = dict(
 GENERATE = dict(
   input=Knob("", "JSON lines with prompt, as text or messages"),
   output=Knob("", "file for the answers"),
+  rows=Knob(0, "answer only the first rows; 0: all", at_least(0), unit="rows"),
   max_new_tokens=Knob(128, "longest answer", at_least(1), unit="tokens"),
   temperature=Knob(1.0, "sampling temperature; 0: the most likely token", at_least(0)),
-  batch_size=Knob(16, "size of a batch", at_least(1), unit="rows"),
+  **TRUNCATION,
+  n=Knob(1, "answers for each prompt", at_least(1)),
+  seed=Knob(
+    -1,
+    "seed of the samples; -1: `seed`",
+    Rule(lambda x: -1 <= x < 2**32, "must be -1, or in [0, 2**32)", "-1, or in [0, 2**32)"),
+  ),
+  batch_size=Knob(16, "size of a batch", at_least(1), unit="answers"),
+  format=Knob(
+    "rows",
+    'form of the output: the input\'s "rows" with the answers, or what another evaluator reads',
+    one_of(*FORMATS),
+  ),
+  name=Knob("", 'name of the model in these files; "": its folder\'s'),
 )
 
 SCORE = dict(
@@ -684,14 +853,72 @@ SCORE = dict(
   batch_size=Knob(16, "size of a batch", at_least(1), unit="rows"),
 )
 
+JUDGE = dict(
+  candidate=Knob(
+    "",
+    "JSON lines with the prompts and the answers that are judged, as task=generate writes them; "
+    '"": config.policy.path answers config.generate.input first',
+  ),
+  candidate_field=Knob("text", "field of the candidate's answer"),
+  baseline=Knob(
+    "", 'JSON lines with the answers to compare with; "": the candidate\'s rows hold them'
+  ),
+  baseline_field=Knob(
+    "", "field of the baseline's answer; \"\": text of its own file, reference of the candidate's"
+  ),
+  url=Knob("", "judge: an OpenAI-compatible endpoint", ADDRESS),
+  model=Knob("", "name of the model at the endpoint"),
+  reward=Knob("", "judge: Hugging Face folder or hub name of a reward model"),
+  judgments=Knob("", "judge: JSON lines with id and winner, or preference"),
+  votes=Knob("", "JSON lines of the same form, with which the judge's agreement is measured"),
+  key_env=Knob("OPENAI_API_KEY", "environment variable with the endpoint's key"),
+  template=Knob("alpaca_eval", "protocol of the questions, see docs/judge.md", one_of(*PROTOCOLS)),
+  both_orders=Knob(True, "ask about each pair in both orders; False: in one, drawn by the seed"),
+  repeats=Knob(1, "times that each question is asked", at_least(1)),
+  answer_temperature=Knob(0.0, "sampling temperature of the judge", at_least(0)),
+  max_tokens=Knob(0, "longest answer; 0: the template's own", at_least(0), unit="tokens"),
+  logprobs=Knob(True, "ask for the label's log-probabilities if the answer is a label alone"),
+  body=Knob(
+    "", "JSON object of further fields of each request; null takes a field of ours out", OBJECT
+  ),
+  workers=Knob(8, "questions asked at a time", at_least(1)),
+  timeout=Knob(120.0, "time that one attempt may take", above(0), unit="seconds"),
+  retries=Knob(6, "further attempts after a failed one", at_least(0)),
+  backoff=Knob(
+    1.0,
+    "wait before the second attempt, doubled before each further one",
+    at_least(0),
+    unit="seconds",
+  ),
+  longest_wait=Knob(
+    600.0, "a server that asks for a longer wait stops the task", at_least(0), unit="seconds"
+  ),
+  prompt_price=Knob(0.0, "price of a million prompt tokens; 0: unknown", at_least(0), unit="$"),
+  completion_price=Knob(0.0, "price of a million tokens of answers", at_least(0), unit="$"),
+  max_cost=Knob(
+    0.0, "the task stops before its questions cost more than this; 0: no cap", at_least(0), unit="$"
+  ),
+)
+
+REWARDBENCH = dict(
+  data=Knob(
+    "",
+    "preferences, named as in data.name: RewardBench 2's columns or pairs in any form of data.md",
+  ),
+)
+
 EXPORT = dict(
   checkpoint=Knob(
     "", "workdir of a run, or WORKDIR/checkpoints/ARM[/STEP], or WORKDIR/stages/STAGE"
   ),
   out=Knob("", "folder in which policy and reward are written"),
   check=Knob(True, "compare with transformers if torch is installed; loads the model once more"),
-  push_to=Knob(
-    "", "hub name OWNER/MODEL; also uploads private OWNER/MODEL-policy and OWNER/MODEL-reward"
+  push_to=Knob("", "hub name OWNER/MODEL; also uploads OWNER/MODEL-policy and OWNER/MODEL-reward"),
+  private=Knob(True, "whether models that push_to makes are private"),
+  revision=Knob("", 'branch that push_to uploads to, made if it does not exist; "": main'),
+  pull_request=Knob(False, "push_to opens a pull request in models that exist"),
+  license=Knob(
+    "", 'license in the model card, such as "apache-2.0"; "": as in the card of the base'
   ),
 )
 
@@ -700,6 +927,65 @@ LOG = dict(
     40, "interval between checkpoints; the last step is always saved", at_least(1), unit="RL steps"
   ),
   samples=Knob(12, "rows of the sample table, before and after", at_least(1)),
+  to=Knob(
+    ("tensorboard",),
+    "where the scalars of metrics.jsonl go besides, see docs/trackers.md; (): nowhere",
+    KNOWN_TRACKERS,
+  ),
+  profile=Knob(
+    (),
+    "(first step, number of steps) of RL that are traced to WORKDIR/profile; (): none",
+    WINDOW,
+    unit="RL steps",
+  ),
+  peak_flops=Knob(
+    0.0,
+    "peak of one device, of which speed/mfu is a share; 0: the maker's figure for bfloat16, and no "
+    "speed/mfu if the device is not known",
+    at_least(0),
+    FINITE,
+    unit="FLOP/s",
+  ),
+)
+
+EVAL = dict(
+  every=Knob(
+    0,
+    "interval between evaluations on held-out prompts, also before the first step and after the "
+    "last; 0: none",
+    at_least(0),
+    unit="RL steps",
+  ),
+  prompts=Knob(64, "held-out prompts, one sample each", at_least(2)),
+  data=Knob(
+    "", 'held-out prompts, named as in data.name; "": set aside from those of the run, at random'
+  ),
+  batch_size=Knob(64, "prompts at a time", at_least(1), unit="sequences", free=True),
+  gold=Section(
+    "A second reward model, which only measures",
+    dict(
+      path=Knob(
+        "",
+        "Hugging Face folder or hub name of a sequence classifier of another family; any tokenizer",
+      )
+    ),
+  ),
+)
+
+STOP = dict(
+  kl=Knob(
+    0.0,
+    "the run ends after the first step whose `kl` in metrics.jsonl is at least this; 0: never",
+    at_least(0),
+    unit="nats per sequence",
+  ),
+  patience=Knob(
+    0,
+    "the run ends after this many evaluations in a row without a new best of "
+    "checkpoint.best_metric; 0: never",
+    at_least(0),
+    unit="evaluations",
+  ),
 )
 
 CHECKPOINT = dict(
@@ -710,7 +996,11 @@ CHECKPOINT = dict(
     0, "also keep the steps that are multiples of this; 0: none", at_least(0), unit="RL steps"
   ),
   keep_best=Knob(0, "also keep this many with the best value of best_metric", at_least(0)),
-  best_metric=Knob("reward/used", "name in metrics.jsonl, read at the checkpoint's step"),
+  best_metric=Knob(
+    "",
+    'name in metrics.jsonl, read at the checkpoint\'s step, or "eval/NAME" of an evaluation; "": '
+    '"eval/gold" if it is measured, else "reward/used"',
+  ),
   best_mode=Knob("max", "which value of best_metric is best", one_of("max", "min")),
   background=Knob(True, "write while the next steps run"),
   fork_from=Knob("", "workdir of a run with other settings to start from; that run is not changed"),
@@ -855,8 +1145,16 @@ KNOBS = Section(
     ),
     generate=Section('Batch generation (task "generate")', GENERATE, free=True),
     score=Section('Batch scoring (task "score")', SCORE, free=True),
+    judge=Section('Who wins (task "judge"); docs/judge.md', JUDGE, free=True),
+    rewardbench=Section(
+      'A reward model on preferences (task "rewardbench"); docs/judge.md',
+      REWARDBENCH,
+      free=True,
+    ),
     export=Section('A checkpoint as Hugging Face folders (task "export")', EXPORT, free=True),
     log=Section("Logging", LOG, free=True),
+    eval=Section("Held-out evaluation while a run goes; docs/evaluate.md", EVAL),
+    stop=Section("When a run ends before its last step; docs/evaluate.md", STOP, free=True),
     checkpoint=Section("Which checkpoints are kept, and where a run starts", CHECKPOINT, free=True),
     guard=Section("Updates that are not finite are skipped and counted", GUARD, free=True),
     replay=Section('One sample of the run in WORKDIR again (task "replay")', REPLAY, free=True),

@@ -1,5 +1,7 @@
-"""Entry point: python -m r2m_jax.main --config=configs/quickstart.py --workdir=runs/mine
+"""Entry point: python -m r2m_jax.main --config=quickstart --workdir=runs/mine
 [--config.FIELD=VALUE ...]
+
+`r2m` is the same command, and `r2m --help` lists configs and tasks.
 """
 
 import importlib
@@ -9,27 +11,26 @@ from pathlib import Path
 
 from absl import app
 
+from r2m_jax import tasks
 from r2m_jax.config import check_config
 from r2m_jax.parallel import hosts
 from r2m_jax.run import process
 from r2m_jax.run.command_line import CONFIG, WORKDIR, parse_flags
 
 
-def run_of(module: str, *, from_folders: str = "") -> Callable:
-  """`run(config, workdir)` of a module, which is imported when it is called.
+def run_of(module: str) -> Callable:
+  """(config) -> `run(config, workdir)` of a module, which is imported only if its task runs."""
+  return lambda config: importlib.import_module(f"r2m_jax.{module}").run
 
-  If the config names a Hugging Face folder, `run` is that of the module `from_folders`.
+
+def training_of(module: str) -> Callable:
+  """The same for a module of the gold-reward task, or of runs from folders if the config names
+  one.
   """
-
-  def run(config, workdir: Path):
-    named = from_folders and (config.policy.path or config.reward.path)
-    found = importlib.import_module(f"r2m_jax.{from_folders if named else module}")
-    return found.run(config, workdir)
-
-  return run
+  return lambda config: tasks.training(config, module).run
 
 
-TRAINING = run_of("tasks.gold", from_folders="tasks.folders")
+TRAINING = training_of("tasks.gold")
 SERVING = run_of("tasks.serve")
 TASKS = {
   "tokenizer": run_of("tasks.tokenizer"),
@@ -37,10 +38,12 @@ TASKS = {
   "reward": TRAINING,
   "r2m": TRAINING,
   "scratch": run_of("tasks.scratch"),
-  "lab": run_of("lab.grid", from_folders="tasks.folders"),
+  "lab": training_of("lab.grid"),
   "lab_text": run_of("lab.realtext"),
   "generate": SERVING,
   "score": SERVING,
+  "judge": run_of("tasks.judge"),
+  "rewardbench": run_of("tasks.rewardbench"),
   "export": run_of("tasks.export"),
   "replay": run_of("tasks.replay"),
   "analyse": run_of("analysis.analyse"),
@@ -55,7 +58,7 @@ def main(argv):
   with process.mistakes_end_it():
     check_config(config)  # first: a config that cannot run is refused before any device is touched
     if config.task == "plan":
-      sys.exit(0 if TASKS["plan"](config, workdir) else 1)
+      sys.exit(0 if TASKS["plan"](config)(config, workdir) else 1)
     process.set_up_jax(config)
     with hosts.together(config.hosts):
       process.require_platform()
@@ -65,8 +68,14 @@ def main(argv):
 def run(config, workdir: Path) -> None:
   """Does `config.task`, or ends the program with one line that says why not and what to do."""
   with process.trouble_ends_it(workdir):
-    TASKS[config.task](process.agreed(config, workdir), workdir)
+    config = process.agreed(config, workdir)
+    TASKS[config.task](config)(config, workdir)
+
+
+def start() -> None:
+  """The console script `r2m`."""
+  app.run(main, flags_parser=parse_flags)
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=parse_flags)
+  start()

@@ -10,6 +10,7 @@ Each part is a file of `algorithm/`. Estimators are rows of a table in `advantag
 in `variants`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from r2m_jax.algorithm.advantages import ESTIMATORS
 from r2m_jax.algorithm.annotate import Reward, make_annotate, make_reward
 from r2m_jax.algorithm.credit import make_credit
 from r2m_jax.algorithm.labels import Labeller, uses_labels
+from r2m_jax.algorithm.packed import make_needed, smallest
 from r2m_jax.algorithm.read import Defs, all_rows, make_read, measured_kl, sampling, split_rows
 from r2m_jax.algorithm.schedules import kl_weight, make_omega
 from r2m_jax.algorithm.update import (
@@ -45,10 +47,26 @@ class StepOutput:
   judged: Judged
 
 
-def make_learn(
-  defs: Defs, config, mesh: Mesh, reward: Reward | None = None
-) -> Callable[..., tuple[TrainState, StepOutput]]:
-  """Builds `learn(state, rollout, reward_rows=None, labels=None)`, not yet jitted.
+Learn = Callable[..., tuple[TrainState, "StepOutput"]]
+
+
+def make_learn(defs: Defs, config, mesh: Mesh, reward: Reward | None = None) -> Learn:
+  """Builds `learn(state, rollout, reward_rows=None, labels=None)`, not yet jitted: `make_learn_at`
+  of the smallest share of config.packing that the step's tokens fit.
+  """
+  learns = [make_learn_at(share, defs, config, reward) for share in config.packing]
+  needed = make_needed(defs, config)
+
+  def learn(state: TrainState, rollout: Rollout, reward_rows=None, labels: Pairs | None = None):
+    which = smallest(config.packing, needed(state, rollout, reward_rows))
+    return jax.lax.switch(which, learns, state, rollout, reward_rows, labels)
+
+  return on_mesh(mesh, learns[0] if len(learns) == 1 else learn)
+
+
+def make_learn_at(share: float, defs: Defs, config, reward: Reward | None = None) -> Learn:
+  """Builds `learn(state, rollout, reward_rows=None, labels=None)`, which computes a share of the
+  padded places; see `algorithm.packed`.
 
   Of the built function:
     reward_rows: a `Rollout` of `Rows`, the responses as the reward model reads them. None: it reads
@@ -57,8 +75,9 @@ def make_learn(
 
   `reward` None is the variant's own. A missing knob fails here and not in the middle of a run.
   """
+  defs = dataclasses.replace(defs, share=share)
   reward = reward or make_reward(defs, config)
-  read, omega_at = make_read(config), make_omega(config)
+  read, omega_at = make_read(config, share), make_omega(config)
   annotate, credit = make_annotate(defs, config, reward), make_credit(defs, config)
   update_policy = make_update_policy(defs, config)
   update_reward = make_update_reward(defs, config, reward)
@@ -94,10 +113,12 @@ def make_learn(
     # 6. Metrics, and the state that the next step starts from.
     average = averaged(state.reward_average, head.head, config.r2m.average)
     metrics = metrics_of(sequences, judged, old, ref, w, beta, updates, head.metrics)
+    if len(config.packing) > 1:
+      metrics["learn/computed"] = jnp.float32(share)
     state = next_state(state, trained, head, average, next_beta, omega_at(state.step + 1, kl))
     return state, StepOutput(metrics=metrics, sequences=sequences, judged=judged)
 
-  return on_mesh(mesh, learn)
+  return learn
 
 
 def averaged(old, head, average: float):
@@ -214,6 +235,7 @@ def make_rollout(defs: Defs, config, mesh: Mesh, eos_ids: tuple[int, ...], pad_i
     eos_ids=tuple(eos_ids),
     pad_id=pad_id,
     waves=config.rollout.waves,
+    halvings=config.rollout.halvings,
   )
 
   def rollout(state: TrainState, prompts: Prompts) -> Rollout:

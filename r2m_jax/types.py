@@ -23,9 +23,8 @@ class Prompts:
 
   tokens: jax.Array  # i32[P, Lp]   left-padded
   mask: jax.Array  # bool[P, Lp]  True on real tokens
-  example_id: (
-    jax.Array
-  )  # i32[P]       which prompt of the data set; part of every sample's random key
+  # i32[P]       which prompt of the data set; part of every sample's random key
+  example_id: jax.Array
 
 
 @struct.dataclass
@@ -33,9 +32,8 @@ class Sequences:
   """Prompts with their sampled responses."""
 
   tokens: jax.Array  # i32[B, L]
-  token_mask: (
-    jax.Array
-  )  # bool[B, L]   True on the prompt's real tokens and on the response up to and with its EOS
+  # bool[B, L]   True on the prompt's real tokens and on the response up to and with its EOS
+  token_mask: jax.Array
   response_mask: jax.Array  # bool[B, T]   the response part of token_mask
   has_eos: jax.Array  # bool[B]      False where the length limit cut the response off
 
@@ -61,12 +59,10 @@ class Feedback(struct.PyTreeNode):
 
   logprobs: jax.Array  # f32[B, T]    of the sampled tokens, at the rollout temperature
   entropy: jax.Array  # f32[B, T]    of the distribution each token was drawn from, nats
-  hidden: (
-    jax.Array
-  )  # [B, L, Dp]   policy feedback h: last layer after the final norm, or the configured layer
-  last_hidden: (
-    jax.Array
-  )  # [B, T, Dp]   what the language-model head read to predict each response token
+  # [B, L, Dp]   policy feedback h: last layer after the final norm, or the configured layer
+  hidden: jax.Array
+  # [B, T, Dp]   what the language-model head read to predict each response token
+  last_hidden: jax.Array
 
   def keep(self, hidden: bool, last_hidden: bool) -> "Feedback":
     """The same, with width 0 for the states that are not asked for."""
@@ -84,9 +80,8 @@ class Judged:
   """What the reward model says about `Sequences`."""
 
   rte: jax.Array  # f32[B, Dr]   reward token embedding, H_last
-  scores: (
-    jax.Array
-  )  # f32[B]       annotation scores: the reward the policy is trained on, before any shaping
+  # f32[B]       annotation scores: the reward the policy is trained on, before any shaping
+  scores: jax.Array
   scores_frozen: jax.Array  # f32[B]       the frozen reward model's own score of the same rows
 
 

@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import sys
+from importlib import metadata
 
 DEVICES = 8  # sharding tests make 4x2 and 8x1 meshes of them
 
@@ -26,9 +27,9 @@ if (
   "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]
 ):  # tests compile more than they compute
   # a third of the time, and half of that again without an MLIR pipeline for each fusion
-  os.environ["XLA_FLAGS"] += (
-    " --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-  )
+  os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+  if int(metadata.version("jaxlib").split(".")[1]) < 12:  # XLA ends at a flag that it does not know
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 if "xla_cpu_collective_timeout_seconds" not in os.environ["XLA_FLAGS"]:
   # eight devices meet on fewer cores: on a busy machine one of them may come late, and XLA would

@@ -43,6 +43,8 @@ REFUSALS = [  # field, value, the fix
   ("arms", ("vanilla", "r2n"), "choose from vanilla, r2m, "),
   ("arms", ("r2m", "r2m"), "once"),
   ("arms", (), "choose from"),
+  ("data.name", "x.jsonl", "give the models that train on it, config.policy.path"),
+  ("packing", (0.5,), "ascending shares above 0, the last one 1"),
   ("dtype", "float16", "'float32', 'bfloat16'"),
   ("remat", "some", "'none', 'full', 'dots'"),
   ("ppo.aggregation", "mean", "'sequence_sum', 'sequence_mean', 'token_mean', 'constant'"),
@@ -251,7 +253,7 @@ NO_PLATFORM = "no_such_platform"  # jax raises as soon as anything asks for a de
 MAIN = ["-m", "r2m_jax.main", "--config=configs/quickstart.py:test", "--workdir=unused"]
 CONTROL = """
 import jax
-from configs import quickstart
+from r2m_jax.configs import quickstart
 from r2m_jax.config import check_config
 check_config(quickstart.get_config())
 print("checked")
@@ -306,11 +308,11 @@ def test_a_mistake_on_the_command_line_is_one_line(answers, name):
 @pytest.mark.parametrize(
   "argv, error, answer",
   [
-    ([], ValueError(), "--config is missing; give one, such as --config=configs/quickstart.py"),
+    ([], ValueError(), "--config is missing; give one, such as --config=quickstart"),
     (
       ["--config.steps=3"],
       ValueError(),
-      "--config is missing; give one, such as --config=configs/quickstart.py",
+      "--config is missing; give one, such as --config=quickstart",
     ),
     (
       ["--config", "configs/quickstart.py"],
@@ -325,7 +327,8 @@ def test_a_mistake_on_the_command_line_is_one_line(answers, name):
     (
       ["--config=configs/quickstart.py", "--workdir=x", "--config.log=3"],
       flags.IllegalFlagValueError("flag --config.log=3: Failed to parse '3' as a ConfigDict"),
-      "config.log is a section: set one of config.log.checkpoint_every, config.log.samples",
+      "config.log is a section: set one of config.log.checkpoint_every, "
+      "config.log.peak_flops, config.log.profile, config.log.samples, config.log.to",
     ),
     (
       ["--config", "configs/quickstart.py", "--workdir", "x", "--noconfig.ppo.whiten"],

@@ -345,6 +345,27 @@ def test_lint_is_three_checks(bare):
   assert "--fix" not in commands[0] and "--check" in commands[1]
 
 
+def test_the_wheel_is_tried_outside_of_the_clone(bare, tmp_path):
+  commands = dry("wheel.sh", str(tmp_path), **bare | {"PATH": os.environ["PATH"]})
+  build = next(command for command in commands if "build" in command and "--outdir" in command)
+  assert build[-2:] == [f"{tmp_path}/dist", str(ROOT)]
+  assert commands[-3:] == [
+    ["cd", f"{tmp_path}/run"],
+    ["../env/bin/r2m", "--help"],
+    ["../env/bin/r2m", "--config=quickstart:test", "--workdir=quickstart"],
+  ]
+
+
+def test_the_lowest_versions_run_files_that_exist(bare, tmp_path):
+  settings = bare | {"PATH": os.environ["PATH"], "R2M_LOWEST": str(tmp_path)}
+  commands = dry("lowest.sh", **settings)
+  install = next(command for command in commands if "lowest-direct" in command)
+  assert install[0] == f"{tmp_path}/bin/python" and install[-1] == f"{ROOT}[test]"
+  files = [part for part in commands[-1] if part.startswith("tests/")]
+  assert len(files) == len(set(files)) > 10 and all((ROOT / name).is_file() for name in files)
+  assert dry("lowest.sh", "-k", "rloo", **settings)[-1][-2:] == ["-k", "rloo"]
+
+
 def test_the_page_names_every_script():
   page = (ROOT / "launch/README.md").read_text()
   for script in (

@@ -2,9 +2,12 @@
 without outputs.
 """
 
+import ast
 import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import nbclient
 import nbformat
@@ -12,6 +15,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 NOTEBOOK = ROOT / "colab/quickstart.ipynb"
+NOTEBOOKS = sorted(ROOT.glob("colab/*.ipynb"))
+INSTALL = next(
+  cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.get("id") == "install"
+)
 
 
 @pytest.fixture
@@ -23,17 +30,85 @@ def code_cells(notebook):
   return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
+def python_of(cell):
+  """The code of a cell without the magic that has the second kernel run it."""
+  return cell.source.removeprefix("%%r2m\n")
+
+
 def check_source(path):
-  """A notebook is valid, opens itself, holds no outputs, and its code is formatted like the
-  rest.
+  """A notebook is valid, has its own name, opens itself, holds no outputs, and its code is
+  formatted like the rest.
   """
   notebook = nbformat.read(path, as_version=4)
   nbformat.validate(notebook)
+  assert notebook.metadata.colab.name == path.name
   assert f"/blob/main/{path.relative_to(ROOT)})" in notebook.cells[0].source
   for cell in code_cells(notebook):
     assert not cell.outputs and cell.execution_count is None
     assert max(map(len, cell.source.splitlines())) <= 120, cell.id
-    compile(cell.source, cell.id, "exec")
+    compile(python_of(cell), cell.id, "exec")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_installs_in_an_environment_of_its_own(path):
+  """What takes the place of the runtime's packages is the notebook's own environment, and the
+  kernel imports nothing of the library.
+  """
+  check_source(path)
+  cells = {cell.id: cell for cell in code_cells(nbformat.read(path, as_version=4))}
+  assert cells["install"].source == INSTALL
+  here = [cell for cell in cells.values() if not cell.source.startswith("%%r2m")]
+  imported = {
+    name.split(".")[0]
+    for cell in here
+    for node in ast.walk(ast.parse(cell.source))
+    for name in names_imported(node)
+  }
+  assert not imported & {"r2m_jax", "configs", "jax", "flax"}, imported
+
+
+def names_imported(node) -> list[str]:
+  if isinstance(node, ast.Import):
+    return [alias.name for alias in node.names]
+  return [node.module] if isinstance(node, ast.ImportFrom) else []
+
+
+@pytest.mark.parametrize(
+  "devices, extras",
+  [
+    ((), "notebook"),
+    (("nvidia0",), "notebook,cuda12"),
+    (("accel0", "accel1"), "notebook,tpu"),
+    (("vfio/0", "vfio/vfio"), "notebook,tpu"),
+    (("vfio/vfio",), "notebook"),
+  ],
+)
+def test_the_install_cell_fits_the_runtime(tmp_path, devices, extras):
+  """In a Colab whose /dev holds `devices`, with stubs for git, pip and uv: which extras it
+  installs, and where.
+  """
+  for name in devices:
+    (tmp_path / "dev" / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "dev" / name).touch()
+  stub = """
+import os, subprocess, sys
+os.environ["COLAB_RELEASE_TAG"] = "a release"
+def run(command, **settings):
+  print(*command)
+  return subprocess.CompletedProcess(command, 0, stdout="GpuDevice")
+subprocess.run = run
+"""
+  source = INSTALL.replace('"/dev', f'"{tmp_path}/dev')
+  result = subprocess.run(
+    [sys.executable, "-c", stub + source], cwd=tmp_path, capture_output=True, text=True
+  )
+  assert result.returncode == 0, result.stderr
+  clone, pip, venv, install, check = result.stdout.splitlines()[:5]
+  repo = tmp_path / "r2m_jax"
+  assert clone == f"git clone -q --depth=1 https://github.com/r2m-jax/r2m_jax {repo}"
+  assert pip.endswith("-m pip install -q uv") and venv.endswith(f"{sys.executable} {repo}/.venv")
+  assert install.endswith(f"uv pip install -q --python {repo}/.venv/bin/python {repo}[{extras}]")
+  assert check.startswith(f"{repo}/.venv/bin/python -c import jax, r2m_jax")
 
 
 def test_is_valid_and_holds_no_outputs(notebook):
@@ -45,7 +120,7 @@ def test_code_is_formatted_like_the_rest(notebook):
   for cell in code_cells(notebook):
     lines = cell.source.splitlines()
     assert max(map(len, lines)) <= 120, cell.id
-    compile(cell.source, cell.id, "exec")
+    compile(python_of(cell), cell.id, "exec")
 
 
 def test_badge_opens_this_file(notebook):
@@ -61,7 +136,7 @@ def test_runs_at_the_smallest_size(notebook, smallest_run, tmp_path, monkeypatch
   reads.
   """
   workdir, _ = smallest_run
-  monkeypatch.setenv("R2M_NOTEBOOK_CONFIG", "configs/quickstart.py:test")
+  monkeypatch.setenv("R2M_NOTEBOOK_CONFIG", "quickstart:test")
   monkeypatch.setenv("R2M_NOTEBOOK_WORKDIR", str(workdir))
   monkeypatch.setenv(
     "PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -10,6 +10,12 @@ import tiny_text
 from test_notebook import ROOT, check_source, code_cells
 
 NOTEBOOK = ROOT / "colab/bring_your_own_model.ipynb"
+# all six prompts in each step: one padded length, one program
+SMALL = (
+  "--config.steps=2 --config.rollout.prompts=6 --config.rollout.group_size=2 "
+  "--config.lora.rank=2 "
+  "--config.rollout.max_new_tokens=4 --config.r2m.attention_dim=16 --config.remat=none"
+)
 
 
 def test_is_valid_and_formatted():
@@ -19,17 +25,11 @@ def test_is_valid_and_formatted():
 def test_runs_on_tiny_models(tmp_path, monkeypatch):
   tiny_text.model("qwen2", "chatml", tmp_path / "policy")
   tiny_text.model("llama3.1", "llama3", tmp_path / "reward", classifier=True)
-  # all six prompts in each step: one padded length, one program
-  small = (
-    "--config.steps=2 --config.rollout.prompts=6 --config.rollout.group_size=2 "
-    "--config.lora.rank=2 "
-    "--config.rollout.max_new_tokens=4 --config.r2m.attention_dim=16 --config.remat=none"
-  )
   settings = dict(
     POLICY=tmp_path / "policy",
     REWARD=tmp_path / "reward",
     WORKDIR=tmp_path / "work",
-    OVERRIDES=small,
+    OVERRIDES=SMALL,
   )
   for name, value in settings.items():
     monkeypatch.setenv(f"R2M_NOTEBOOK_{name}", str(value))

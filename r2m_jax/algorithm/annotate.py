@@ -70,9 +70,8 @@ def make_annotate(
     shared_of = functools.partial(shared_prompts, 1 if own_tokens else group, sequences)
 
     def states_of(tokens, mask):
-      return read_reward_states(
-        backbone, tokens, mask, variant.width == "reward", shared_of(tokens)
-      )
+      keep = variant.width == "reward"
+      return read_reward_states(backbone, tokens, mask, keep, shared_of(tokens), defs.share)
 
     rte, hidden = map_rows(states_of, parts, tokens, mask)
     own = States(hidden, mask)
@@ -83,6 +82,10 @@ def make_annotate(
       own,
       step_key(state, KEY_NOISE),
       others=other_rows(len(rte), len(rollout.samples.tokens)),
+    )
+    assert states.hidden.shape[-1] or not variant.feedback, (
+      f"FEEDBACK says that {variant.feedback!r} is made of the states of the {variant.reads}, and "
+      "only those are kept: `feed_back` made it of others"
     )
     head = state.reward_head if state.reward_average is None else state.reward_average
     scores = score(head, rte, states, w)

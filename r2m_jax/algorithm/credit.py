@@ -85,10 +85,12 @@ def make_token_kl(defs: Defs, config) -> Callable[..., jax.Array]:
     head = defs.open_policy(state.policy, state.ref).head
     ref_head = defs.open_ref(state.ref).head
 
-    def exact(h, ref_h, tokens):
-      return token_stats(head, h, tokens, ref=(ref_head, ref_h), **draw).kl
+    def exact(h, ref_h, tokens, mask):
+      ref = ref_head, ref_h
+      return token_stats(head, h, tokens, ref=ref, mask=mask, share=defs.share, **draw).kl
 
-    return map_rows(exact, parts, old.last_hidden, ref.last_hidden, sequences.tokens[:, -T:])
+    rows = old.last_hidden, ref.last_hidden, sequences.tokens[:, -T:], sequences.response_mask
+    return map_rows(exact, parts, *rows)
 
   return token_kl
 
@@ -98,4 +100,4 @@ def open_values(defs: Defs, critic, sequences: Sequences, shared: Shared) -> jax
   assert defs.critic_backbone is not None and defs.critic_head is not None
   backbone = nnx.merge(defs.critic_backbone, critic["backbone"])
   head = nnx.merge(defs.critic_head, critic["head"])
-  return read_values(backbone, head, sequences, shared)
+  return read_values(backbone, head, sequences, shared, defs.share)

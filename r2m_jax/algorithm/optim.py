@@ -113,9 +113,8 @@ def round_at_random(x: jax.Array, seed: jax.Array) -> jax.Array:
     stride = int(np.prod(x.shape[axis + 1 :])) % 2**32
     place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
   noise = _hash(place ^ _hash(seed)) >> 16
-  bits = (
-    jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
-  )  # carries into the upper half as often as the lower says
+  # carries into the upper half as often as the lower says
+  bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
   rounded = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
   return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 

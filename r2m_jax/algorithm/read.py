@@ -13,7 +13,7 @@ from flax import nnx
 
 from r2m_jax.algorithm import losses
 from r2m_jax.algorithm.objective import kl_estimator
-from r2m_jax.algorithm.variants import READS_POLICY, VARIANTS
+from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.models.attention import Shared
 from r2m_jax.models.logprobs import token_stats
 from r2m_jax.models.transformer import Transformer
@@ -41,6 +41,8 @@ class Defs:
   critic_backbone: nnx.GraphDef | None = None  # of PPO's critic
   critic_head: nnx.GraphDef | None = None
   critic_tx: optax.GradientTransformation | None = None
+  # of the padded places of a pass, how many are computed; see `Transformer.__call__`
+  share: float = 1.0
 
   def open_policy(self, policy, ref) -> Transformer:
     """The policy's module. With adapters `policy` holds these alone, and `ref` the weights below
@@ -104,12 +106,15 @@ def read_feedback(
   truncation: Truncation = Truncation(),
   support=None,
   shared: Shared | None = None,
+  share: float = 1.0,
 ) -> Feedback:
   """One forward pass: log-probabilities of the sampled tokens, and the hidden states that the
   reward model reads.
   """
   T = sequences.response_mask.shape[1]
-  out = model(sequences.tokens, sequences.token_mask, feedback_layer=layer, shared=shared)
+  out = model(
+    sequences.tokens, sequences.token_mask, feedback_layer=layer, shared=shared, share=share
+  )
   last_hidden = predicts_response(out.hidden, T)
   stats = token_stats(
     model.head,
@@ -119,27 +124,27 @@ def read_feedback(
     truncation=truncation,
     support=support,
     chunk=chunk,
+    mask=sequences.response_mask,
+    share=share,
   )
   return Feedback(
     logprobs=stats.logprobs, entropy=stats.entropy, hidden=out.feedback, last_hidden=last_hidden
   )
 
 
-def make_read(config) -> Callable[..., tuple[Feedback, Feedback]]:
+def make_read(config, share: float = 1.0) -> Callable[..., tuple[Feedback, Feedback]]:
   """Builds `read(policy, ref, sequences, group=1)`: `read_feedback` of both models with the
   config's settings.
 
   `group` neighbouring rows have one prompt, which is computed once for as many as go through a
   model together. Where sampling is truncated, the reference is normalised over the tokens that the
   policy may sample. States that the config's variant and KL do not read have width 0: nothing is as
-  large as they are.
+  large as they are. `share` is that of `Defs`.
   """
   settings = sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=config.logits_chunk)
-  needs_support, parts, kind = (
-    truncated(config),
-    parts_of(config),
-    VARIANTS[config.variant].feedback,
-  )
+  settings |= dict(share=share)
+  needs_support, parts = truncated(config), parts_of(config)
+  reads = VARIANTS[config.variant].reads
 
   def read_rows(policy, ref, shared_of, sequences: Sequences) -> tuple[Feedback, Feedback]:
     shared = shared_of(sequences.tokens)
@@ -147,7 +152,7 @@ def make_read(config) -> Callable[..., tuple[Feedback, Feedback]]:
     support = (policy.head, old.last_hidden) if needs_support else None
     reference = read_feedback(ref, sequences, **settings, support=support, shared=shared)
     exact = kl_estimator(config, policy.arch.vocab_size) == "exact"
-    return old.keep(kind in READS_POLICY, exact), reference.keep(kind == "reference", exact)
+    return old.keep(reads == "policy", exact), reference.keep(reads == "reference", exact)
 
   def read(
     policy: Transformer, ref: Transformer, sequences: Sequences, group=1

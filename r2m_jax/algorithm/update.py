@@ -28,7 +28,7 @@ from r2m_jax.algorithm.read import (
   shared_prompts,
   step_key,
 )
-from r2m_jax.algorithm.variants import READS_POLICY, VARIANTS, States, feed_back, other_rows
+from r2m_jax.algorithm.variants import VARIANTS, States, feed_back, other_rows
 from r2m_jax.models.attention import Shared
 from r2m_jax.models.logprobs import token_stats
 from r2m_jax.models.reward import read_reward_states
@@ -53,10 +53,22 @@ class TrainedReward(NamedTuple):
   metrics: dict[str, jax.Array]  # f32[] each
 
 
+def shared_group(config) -> int:
+  """How many neighbouring rows of a minibatch have one prompt."""
+  return dealt(config.rollout.group_size, config.ppo.minibatches)
+
+
 def shared_in(config, batch: Experience, whole: Experience) -> Shared:
   """What the rows of a micro-batch have in common; `whole` is its minibatch."""
-  group = dealt(config.rollout.group_size, config.ppo.minibatches)
-  return shared_prompts(group, whole.sequences, batch.advantages)
+  return shared_prompts(shared_group(config), whole.sequences, batch.advantages)
+
+
+def shuffles(config, state: TrainState, rows: int) -> jax.Array:
+  """Which rows each update of a step sees: i32[updates, rows / minibatches]; see `take_rows`."""
+  epochs, minibatches = config.ppo.epochs, config.ppo.minibatches
+  keys = jax.random.split(step_key(state, KEY_SHUFFLE), epochs)
+  orders = jax.vmap(lambda key: deal_orders(key, rows, minibatches))(keys)
+  return orders.reshape(epochs * minibatches, -1)
 
 
 def make_policy_loss(defs: Defs, config, objective: Callable) -> Callable:
@@ -68,16 +80,24 @@ def make_policy_loss(defs: Defs, config, objective: Callable) -> Callable:
   """
   draw, layer = sampling(config) | dict(chunk=config.logits_chunk), config.r2m.feedback_layer
   exact = kl_estimator(config, defs.vocab_size) == "exact"
-  reads_policy = VARIANTS[config.variant].feedback in READS_POLICY
+  reads_policy = VARIANTS[config.variant].reads == "policy"
 
   def policy_loss(policy_state, batch: Experience, ref_state, beta, whole: Experience):
     policy, sequences = defs.open_policy(policy_state, ref_state), batch.sequences
     T = sequences.response_mask.shape[1]
-    shared = shared_in(config, batch, whole)
-    out = policy(sequences.tokens, sequences.token_mask, feedback_layer=layer, shared=shared)
+    out = policy(
+      sequences.tokens,
+      sequences.token_mask,
+      feedback_layer=layer,
+      shared=shared_in(config, batch, whole),
+      share=defs.share,
+    )
     ref = (defs.open_ref(ref_state).head, batch.ref_hidden) if exact else None
     last_hidden, tokens = predicts_response(out.hidden, T), sequences.tokens[:, -T:]
-    stats = token_stats(policy.head, last_hidden, tokens, ref=ref, **draw)
+    mask = sequences.response_mask
+    stats = token_stats(
+      policy.head, last_hidden, tokens, ref=ref, mask=mask, share=defs.share, **draw
+    )
     h = out.feedback if reads_policy else out.feedback[..., :0]
     return objective(stats, batch, beta, whole)[0], (stats, h)
 
@@ -112,7 +132,7 @@ def make_update_policy(defs: Defs, config) -> Callable[..., tuple[Trained, dict[
   policy_loss = make_policy_loss(defs, config, objective)
   critic_loss, squared_error = make_critic_loss(defs, config)
   has_critic = ESTIMATORS[config.algorithm].baseline == "critic"
-  epochs, minibatches = config.ppo.epochs, config.ppo.minibatches
+  minibatches = config.ppo.minibatches
   descent = functools.partial(descend, parts=config.ppo.accumulation)
 
   def update_critic(critic, opt, batch: Experience):
@@ -121,8 +141,6 @@ def make_update_policy(defs: Defs, config) -> Callable[..., tuple[Trained, dict[
     return critic, opt, squared_error(values, batch)[1] | named("critic", done)
 
   def update_policy(state: TrainState, experience: Experience, hidden, beta):
-    rows = experience.advantages.shape[0]
-
     def update(carry: Trained, order):
       policy, opt, critic, critic_opt, hidden = carry
       batch = take_rows(experience, order, minibatches) if minibatches > 1 else experience
@@ -137,10 +155,9 @@ def make_update_policy(defs: Defs, config) -> Callable[..., tuple[Trained, dict[
         metrics |= found
       return Trained(policy, opt, critic, critic_opt, hidden), metrics
 
-    keys = jax.random.split(step_key(state, KEY_SHUFFLE), epochs)
-    orders = jax.vmap(lambda key: deal_orders(key, rows, minibatches))(keys)
+    orders = shuffles(config, state, len(experience.advantages))
     carry = Trained(state.policy, state.policy_opt, state.critic, state.critic_opt, hidden)
-    return jax.lax.scan(update, carry, orders.reshape(epochs * minibatches, -1))
+    return jax.lax.scan(update, carry, orders)
 
   return update_policy
 

@@ -12,14 +12,15 @@ import numpy as np
 
 from r2m_jax.ops import at_least_f32, masked_mean
 
-# Kinds of feedback, see `feed_back`: the model that is as wide as their states. "": none are read.
+# Kinds of feedback, see `feed_back`: whose states each is made of, "policy", "reference" or the
+# "reward" backbone. The states of the others are not kept. "": none are read.
 FEEDBACK = {
   "": "",
   "policy": "policy",
   "noise": "policy",
   "constant": "policy",
   "shuffled": "policy",
-  "reference": "policy",
+  "reference": "reference",
   "own_states": "reward",
 }
 
@@ -27,16 +28,14 @@ FEEDBACK = {
 class Variant(NamedTuple):
   """What a variant does with the reward."""
 
-  feedback: str = (
-    ""  # whose states are fused into the reward (eqs. 3 and 4): see `feed_back`; "": none are
-  )
+  # which states are fused into the reward (eqs. 3 and 4): see `feed_back`; "": none are
+  feedback: str = ""
   # multiply the frozen reward by omega instead: the control for the shrinking that eq. 4 brings
   scaled: bool = False
   # retrain the head after each policy update (eqs. 5 to 7); without feedback that is phi alone
   trained: bool = False
-  alpha: float | None = (
-    None  # weight of the group reward entropy in eq. 7, in place of the config's
-  )
+  # weight of the group reward entropy in eq. 7, in place of the config's
+  alpha: float | None = None
   # what is fitted before RL: "golden" the reward model on golden pairs, "head" the attention and
   # phi
   start: str = ""
@@ -46,6 +45,11 @@ class Variant(NamedTuple):
     """The model that is as wide, and whose rows are as long, as the states that are fused into the
     reward: "policy", "reward" (its backbone), or "" if there are none.
     """
+    return "policy" if self.reads == "reference" else self.reads
+
+  @property
+  def reads(self) -> str:
+    """Whose states the feedback is made of: see `FEEDBACK`."""
     return FEEDBACK[self.feedback]
 
 
@@ -102,10 +106,6 @@ class States(NamedTuple):
   mask: jax.Array  # bool[B, S], True on real tokens
 
 
-# kinds of feedback made of the policy's own states
-READS_POLICY = ("policy", "noise", "constant", "shuffled")
-
-
 def feed_back(
   kind: str, policy: States, ref: States, own: States, key: jax.Array, *, others
 ) -> States:
@@ -119,7 +119,8 @@ def feed_back(
     own_states  the reward backbone's, over its own tokens
     ""          no one reads them
 
-  What a kind does not name is not computed: a jitted caller drops it.
+  What a kind does not name is not computed: a jitted caller drops it. States that FEEDBACK does not
+  give to the kind have width 0.
   """
   if kind == "noise":
     h, mask = at_least_f32(policy.hidden), policy.mask[..., None]

@@ -44,8 +44,9 @@ from r2m_jax.report.figures import rendered
 from r2m_jax.run import checkpoint, loop
 from r2m_jax.run.files import read_json, write_atomic
 from r2m_jax.run.metrics import read_metrics
-from r2m_jax.run.workdir import with_variant
-from r2m_jax.tasks import replay, scratch, serve
+from r2m_jax.run.run import warmed
+from r2m_jax.run.workdir import saved, with_variant
+from r2m_jax.tasks import gold, scratch, serve, training
 from r2m_jax.tasks.export import run_config
 from r2m_jax.types import Rollout, Sequences
 
@@ -72,20 +73,26 @@ def run(config, workdir: Path) -> dict[str, Found]:
       have.
   """
   if not (workdir / "config.json").is_file():
-    raise ConfigError(f"--workdir={workdir} holds no run to analyse: there is no config.json")
-  wanted, saved = chosen_pieces(config), read_json(workdir / "config.json").get("task")
+    raise ConfigError(
+      f"--workdir={workdir} holds no run to analyse: there is no config.json; give the workdir of a run"
+    )
+  wanted, task = chosen_pieces(config), read_json(workdir / "config.json").get("task")
   config = run_config(config, workdir, mine=("mesh", "analyse"))
-  kind = saved if saved in ("lab", "scratch") else "folders" if config.policy.path else "gold"
+  kind = task if task in ("lab", "scratch") else training(config).__name__.rpartition(".")[2]
   curves = curves_of(workdir, kind, config)
   lacks = missing(config, workdir, kind, curves)
   if refused := [f"{name}: {lacks[name]}" for name in wanted if name in lacks]:
     raise ConfigError(
-      f"config.analyse.what asks {workdir} for what it does not have: " + "; ".join(refused)
+      f"config.analyse.what asks {workdir} for what it does not have: "
+      + "; ".join(refused)
+      + "; leave it out"
     )
   wanted = wanted or [name for name in PIECES if name not in lacks]
   if not wanted:
     reasons = "; ".join(dict.fromkeys(lacks.values()))
-    raise ConfigError(f"--workdir={workdir} has nothing to analyse: {reasons}")
+    raise ConfigError(
+      f"--workdir={workdir} has nothing to analyse: {reasons}; give the workdir of another run"
+    )
   for name in PIECES:
     if name not in wanted and name in lacks:
       print(f"analyse  without {name}: {lacks[name]}")
@@ -253,38 +260,38 @@ def read_gold(config, workdir: Path, wanted: list[str]) -> GoldReads:
   looks at all.
   """
   settings, K = config.analyse, config.analyse.samples
-  config = with_variant(config, "vanilla")
+  saved_at = saved_steps(config, workdir)
+  config = with_variant(config, "")
+  config.task, config.arms = "r2m", tuple(saved_at) or ("vanilla",)
   config.ppo.minibatches = config.ppo.accumulation = 1  # no update is made
   notes = goldtask.prompts(config.seed, STREAM_ANALYSE, 0, settings.prompts)
-  notes = notes.replace(
-    example_id=notes.example_id + STREAM_ANALYSE * 2**24
-  )  # streams do not share sample keys
+  # streams do not share sample keys
+  notes = notes.replace(example_id=notes.example_id + STREAM_ANALYSE * 2**24)
   prompt, looks, first_written = np.repeat(np.arange(settings.prompts), K), {}, None
   found = GoldReads([], {}, [])
-  for arm, steps in (saved_steps(config, workdir) or {"": []}).items():
-    mine = with_variant(config, arm or config.variant)
+  for each in gold.runs(config, workdir, mesh_of(config), stage=saved):
+    mine, arm = each.config, each.config.variant
     program, shared = program_of(mine), shared_arm(mine)
-    again = replay.gold_task(mine, workdir)
     if program.variant not in looks:
-      looks[program.variant] = make_look(program, again.built)
+      looks[program.variant] = make_look(program, each.built)
     look = looks[program.variant]
 
     def draw(policy):
-      return sample(mine, again.built, policy, notes, group_size=K, purpose=KEY_ANALYSE)  # noqa: B023
+      return sample(mine, each.built, policy, notes, group_size=K, purpose=KEY_ANALYSE)  # noqa: B023
 
-    first = replay.first_of(mine, again, workdir)
+    first = warmed(each, each.first())
     if first_written is None:
       first_written, first_gold = (written := draw(first.policy)), goldtask.gold(written).gold
       first_seen = look(first, written, shared)
       found.reads.append(read_of(START, written, first_seen, prompt))
-    if not arm:
+    if not saved_at:
       break
-    saved = checkpoint.open_checkpoints(workdir / "checkpoints" / arm)
+    kept, steps = checkpoint.open_checkpoints(workdir / "checkpoints" / arm), saved_at[arm]
     if not mine.checkpoint.fork_from:
-      checkpoint.require(saved, steps[-1], models=loop.models_of(again.first))
+      checkpoint.require(kept, steps[-1], models=loop.models_of(first))
     found.steps[arm] = {0: first_seen["states"]["final"]}
     for step in steps if "hacking" in wanted else steps[-1:]:
-      state = checkpoint.restore(saved, again.first, step)
+      state = checkpoint.restore(kept, first, step)
       of_first = look(state, first_written, shared)
       found.steps[arm][step] = of_first["states"]["final"]
     written = draw(state.policy)
@@ -293,11 +300,11 @@ def read_gold(config, workdir: Path, wanted: list[str]) -> GoldReads:
     if VARIANTS[arm].feedback or VARIANTS[arm].trained:
       floor = first.replace(omega=jnp.full_like(first.omega, mine.r2m.omega_min))
       before = [look(floor, rows, shared) for rows in (first_written, written)]
-      for whose, gold, old, new in (
+      for whose, true, old, new in (
         (START, first_gold, before[0], of_first),
         ("its own", goldtask.gold(written).gold, before[1], seen),
       ):
-        found.judged.append(Judged(arm, whose, gold, old["frozen"], old["used"], new["used"]))
+        found.judged.append(Judged(arm, whose, true, old["frozen"], old["used"], new["used"]))
     print(f"analyse  read {arm}, steps {', '.join(map(str, steps))}", flush=True)
   return found
 
@@ -355,7 +362,7 @@ def read_text(config, workdir: Path, wanted: list[str], *, kind: str) -> GoldRea
       "reward__path": str(workdir / "models" / "reward"),
     }
     settings = scratch.derived(config, "r2m", config.scratch.prompts, **models)
-  reward = load_reward(settings.reward.path, settings, mesh)
+  reward = load_reward(settings.reward.path, settings, mesh, workdir=workdir)
   rows = {
     json.dumps(row["prompt"]): row
     for pairs in scratch.sets_of(settings, reward, names)
@@ -368,13 +375,17 @@ def read_text(config, workdir: Path, wanted: list[str], *, kind: str) -> GoldRea
   rows = [rows[i] for i in np.sort(picked)]
   if len(rows) < 2:
     raise ConfigError(
-      f"config.analyse.pairs gives {len(rows)} prompts within the limits of config.data: 2 at least"
+      f"config.analyse.pairs gives {len(rows)} prompts within the limits of config.data: give 2 at least, "
+      "or raise config.data.max_prompt_length and max_response_length"
     )
   prompt, label = np.repeat(np.arange(len(rows)), 2), np.tile([1, 0], len(rows))
   frozen, reads = scratch.scores_of(settings, reward, None, rows, mesh).reshape(-1), []
   for name, out in {START: None, **exports_of(config, workdir, kind)}.items():
     policy = load_policy(
-      settings.policy.path if out is None else str(out / "policy"), settings, mesh
+      settings.policy.path if out is None else str(out / "policy"),
+      settings,
+      mesh,
+      workdir=workdir,
     )
     scores = {"frozen reward": frozen}
     if out is not None and VARIANTS[name].feedback == "policy":

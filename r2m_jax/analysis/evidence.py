@@ -317,9 +317,8 @@ class Judged(NamedTuple):
   responses: str  # whose they are
   gold: np.ndarray
   frozen: np.ndarray  # no feedback
-  before: (
-    np.ndarray
-  )  # with the head as it was before RL, reading the supervised policy, at omega's floor
+  # with the head as it was before RL, reading the supervised policy, at omega's floor
+  before: np.ndarray
   after: np.ndarray  # with the head and the policy as RL left them
 
 

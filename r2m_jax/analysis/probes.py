@@ -58,10 +58,8 @@ def similarities(states: np.ndarray, label: np.ndarray, prompt: np.ndarray) -> S
     prompt: i64[N].
   """
   member = label[:, None] == np.arange(2)  # [N, 2]
-  u, n = (
-    by_group(prompt, member[..., None] * unit(states)[:, None]),
-    by_group(prompt, member),
-  )  # [P, 2, D], [P, 2]
+  u = by_group(prompt, member[..., None] * unit(states)[:, None])  # [P, 2, D]
+  n = by_group(prompt, member)  # [P, 2]
   drawn = weights(len(n))
   total, count = np.tensordot(drawn, u, 1), drawn @ n
   sums = np.einsum("rad,rbd->rab", total, total) - np.tensordot(

@@ -83,10 +83,12 @@ class BadRows:
     """Raises DataError where more than `max_share` of the rows are bad, or none are good."""
     bad = self.counts.total()
     if bad > max_share * self.read:
-      fix = f"more than config.data.max_bad_share = {max_share:g}; mend the data, or allow more"
-      raise DataError(f"{self.summary()}: {fix}")
+      raise DataError(
+        f"{self.summary()}: more than config.data.max_bad_share = {max_share:g}; mend the data, or "
+        "allow more"
+      )
     if bad == self.read:
-      raise DataError(f"{self.name} holds no rows")
+      raise DataError(f"{self.name} holds no rows; name data that has some")
 
 
 # ---- the hub ----
@@ -116,13 +118,14 @@ def hub_files(name: str, split: str, *, field: str = "config.data.name") -> list
     raise DataError(
       f"{field} is hf:{name}, which cannot be fetched ({' '.join(str(error).split())[:160]}); "
       "without a network give "
-      "the folder of its parquet or JSON-lines files"
+      "the folder of its parquet or JSON-lines files, or correct the name"
     ) from None
   found = find_files(os.path.join(root, under))
   files = of_split(found, split, Path(root))
   if not files:
     raise DataError(
-      f"hf:{name} has no file of config.data.split = {split!r} among {[f.name for f in found][:8]}"
+      f"hf:{name} has no file of config.data.split = {split!r} among {[f.name for f in found][:8]}; "
+      "give another split"
     )
   return files
 
@@ -139,7 +142,10 @@ def keep(rows: list[dict], reasons: Sequence[str | None], what: str) -> list[int
   why = "".join(f"; {n} dropped: {reason}" for reason, n in dropped.most_common())
   print(f"data     {len(kept)} of {len(rows)} rows for {what}{why}")
   if not kept:
-    raise DataError(f"no row of config.data.name is left for {what}{why}")
+    raise DataError(
+      f"no row of config.data.name is left for {what}{why}; give other rows, or change what "
+      "config.data drops: its lengths and unique"
+    )
   return kept
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from r2m_jax.algorithm.labels import Labeller, pairs_at, pairs_per_step
 from r2m_jax.config import ConfigError
+from r2m_jax.data import thinking
 from r2m_jax.data.batches import group_by_length, pack, row_batches
 from r2m_jax.data.checked import fingerprint, keep, too_long
 from r2m_jax.data.jsonl import DataError
@@ -32,17 +33,20 @@ def select(
   chosen=None,
   *,
   long: bool = False,
+  empty: str = "",
 ) -> list[int]:
   """Which rows have a prompt and responses, given as token ids, that config.data allows; says why
   the others go.
 
   `chosen` holds the ids of the responses that the paper's filter looks at, row by row; `long` rows
-  stay.
+  stay. `empty` is the reason why rows with an empty response go; "": they stay.
   """
   seen, reasons = set(), []
   for i, (prompt, *responses) in enumerate(ids):
     lengths = len(prompt), [len(r) for r in responses], len(chosen[i]) if chosen else 0
     reason = None if long else too_long(config.data, *lengths)
+    if empty and not all(lengths[1]):
+      reason = empty
     if reason is None and config.data.unique:
       row = hash((tuple(prompt), *map(tuple, responses)))
       reason = "the same as an earlier row" if row in seen else None
@@ -119,6 +123,15 @@ def enough(rows: int, field: str, size: int, source: str = "data.name") -> None:
     )
 
 
+SHORTER_ROWS = "lower config.data.max_prompt_length or config.data.max_response_length"
+SHORTER_SAMPLES = "lower config.data.max_prompt_length or config.rollout.max_new_tokens"
+SHORTER_INPUTS = (
+  "set config.reward.max_length to that limit, which drops the beginning of longer rows"
+)
+# prompts that are rendered for the reward model before the run, to see how long they get
+LONGEST = 8
+
+
 # ---- sft ----
 
 
@@ -132,13 +145,15 @@ def sft_rows(config, tokenizer: Tokenizer, workdir: Path, name: str):
   print(tokenizer.describe(rows[0]["prompt"]))
   end = [] if tokenizer.end_id is None else [tokenizer.end_id]
   ids = each_row(
-    rows, lambda r: (tokenizer.render(r["prompt"]), tokenizer.encode(r["response"], special=False))
+    rows, lambda r: (tokenizer.render(r["prompt"]), tokenizer.answer(r["prompt"], r["response"]))
   )
-  kept = select(config, rows, ids, name)
+  print(seam(tokenizer, rows), end="")
+  kept = select(config, rows, ids, name, empty="no answer beside its reasoning")
   enough(len(kept), "sft.batch_size", config.sft.batch_size)
   rows, ids = [rows[i] for i in kept], [(ids[i][0], ids[i][1] + end) for i in kept]
   print(f"response {len(ids[0][1])} tokens: {tokenizer.hf.decode(ids[0][1])!r}")
   widest = bucket(max(len(response) for _, response in ids))
+  tokenizer.warn_beyond([len(p) + len(r) for p, r in ids], f"rows for {name}", SHORTER_ROWS)
   hold(workdir, name, rows, ids)
   dataset, lengths = row_stream(
     config, rows, config.sft.batch_size, lengths=[len(p) + len(r) for p, r in ids]
@@ -156,6 +171,21 @@ def sft_rows(config, tokenizer: Tokenizer, workdir: Path, name: str):
   return dataset, collate
 
 
+def seam(tokenizer: Tokenizer, rows: list[dict]) -> str:
+  """A line that says how many answers were changed where they meet the generation prompt, if any."""
+  changed = sum(
+    not isinstance(row["prompt"], str)
+    and thinking.continuation(tokenizer.opening, row["response"]) != row["response"]
+    for row in rows
+  )
+  if not changed:
+    return ""
+  ends = f"ends with {tokenizer.opening!r}" if tokenizer.opening else "opens no <think>"
+  return (
+    f"seam     {changed} of {len(rows)} answers are fitted to the generation prompt, which {ends}\n"
+  )
+
+
 def packed_lines(config, tokenizer: Tokenizer, workdir: Path, name: str):
   """As `sft_rows`, for dialogues and texts laid end to end in full lines; every token but a
   line's first counts.
@@ -166,8 +196,12 @@ def packed_lines(config, tokenizer: Tokenizer, workdir: Path, name: str):
   def whole(row):
     if "text" in row:
       return tokenizer.encode(row["text"]) + end
-    if tokenizer.has_template:
+    if tokenizer.has_template and not drops_reasoning(tokenizer, row):
       return tokenizer.dialogue(row["prompt"], row["response"], truncated=False)
+    if tokenizer.has_template:
+      prompt = row["prompt"]
+      turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+      return tokenizer.render(turns) + tokenizer.answer(turns, row["response"]) + end
     return tokenizer.join(row["prompt"], row["response"]) + end
 
   rows = load(data, "text")
@@ -183,6 +217,7 @@ def packed_lines(config, tokenizer: Tokenizer, workdir: Path, name: str):
     f"data     {len(texts)} of {len(rows)} dialogues for {name} make {len(lines)} lines of "
     f"{length} tokens"
   )
+  tokenizer.warn_beyond([length] * len(lines), f"packed lines for {name}", SHORTER_ROWS)
   enough(len(lines), "sft.batch_size", config.sft.batch_size)
   dataset, _ = row_stream(
     config, [{"part": 0}] * len(lines), config.sft.batch_size, lengths=[length] * len(lines)
@@ -193,6 +228,11 @@ def packed_lines(config, tokenizer: Tokenizer, workdir: Path, name: str):
     return {"tokens": lines[batch], "token_mask": full, "response_mask": full[:, 1:]}
 
   return dataset, collate
+
+
+def drops_reasoning(tokenizer: Tokenizer, row: dict) -> bool:
+  """Whether the answer of a row has reasoning that the chat template leaves out of a dialogue."""
+  return thinking.CLOSE in row["response"] and tokenizer.drops_reasoning
 
 
 # ---- reward ----
@@ -249,6 +289,8 @@ def pairs(config, renderer: Renderer, workdir: Path):
   print(renderer.describe(rows[0]["prompt"], rows[0]["chosen"]))
   rows, ids = pair_ids(config, renderer, rows, "reward")
   enough(len(rows), "reward.batch_size", config.reward.batch_size)
+  lengths_of_sides = [len(side) for pair in ids for side in pair]
+  renderer.tokenizer.warn_beyond(lengths_of_sides, "responses of pairs", SHORTER_INPUTS)
   hold(workdir, "reward", rows, ids)
   dataset, lengths = row_stream(
     config, rows, config.reward.batch_size, lengths=[max(map(len, pair)) for pair in ids]
@@ -270,29 +312,101 @@ def pairs(config, renderer: Renderer, workdir: Path):
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldOut:
+  """Prompts that are only evaluated."""
+
+  prompts: list  # text or messages
+  ids: list[list[int]]  # rendered for the policy
+
+  @property
+  def length(self) -> int:
+    """Of the padded prompts."""
+    return bucket(max(map(len, self.ids)))
+
+
+@dataclasses.dataclass(frozen=True)
 class PromptData:
   prompts: list  # text or messages
   ids: list[list[int]]  # rendered for the policy
   length: int  # of the padded prompts: one for the run, so that the rollout compiles once
   order: Any  # dataset of row numbers: entry t is the prompts of step t
+  held_out: HeldOut | None = None  # set aside from the rows; None if none are
+
+
+def prompt_rows(config, data, tokenizer: Tokenizer, what: str) -> tuple[list[dict], list]:
+  """The rows of `data`, as config.data, that the limits allow, and their prompts' ids."""
+  rows = load(data, "prompt")
+  print(tokenizer.describe(rows[0]["prompt"]))
+  ids = each_row(rows, lambda row: (tokenizer.render(row["prompt"]),))
+  chosen = [tokenizer.encode(row.get("chosen", ""), special=False) for row in rows]
+  kept = select(config, rows, ids, what, chosen)
+  return [rows[i] for i in kept], [ids[i][0] for i in kept]
 
 
 def prompt_data(config, tokenizer: Tokenizer, workdir: Path) -> PromptData:
-  rows = load(config.data, "prompt")
-  print(tokenizer.describe(rows[0]["prompt"]))
-  ids = each_row(rows, lambda row: (tokenizer.render(row["prompt"]),))
-  kept = select(
-    config,
-    rows,
-    ids,
-    "r2m",
-    [tokenizer.encode(row.get("chosen", ""), special=False) for row in rows],
-  )
-  enough(len(kept), "rollout.prompts", config.rollout.prompts)
-  rows, ids = [rows[i] for i in kept], [ids[i][0] for i in kept]
+  rows, ids = prompt_rows(config, config.data, tokenizer, "r2m")
+  held_out = None
+  if config.eval.every and not config.eval.data:
+    chosen, left = set_aside(config, ids)
+    held_out = HeldOut([rows[i]["prompt"] for i in chosen], [ids[i] for i in chosen])
+    print(
+      f"held out {len(chosen)} prompts for evaluation: {len(rows) - len(left)} of {len(rows)} rows"
+    )
+    rows, ids = [rows[i] for i in left], [ids[i] for i in left]
+  enough(len(ids), "rollout.prompts", config.rollout.prompts)
   hold(workdir, "r2m", rows, [(i,) for i in ids])
   order, _ = row_stream(config, rows, config.rollout.prompts)
-  return PromptData([row["prompt"] for row in rows], ids, bucket(max(map(len, ids))), order)
+  prompts = [row["prompt"] for row in rows]
+  return PromptData(prompts, ids, bucket(max(map(len, ids))), order, held_out)
+
+
+def set_aside(config, ids: list, source: str = "data.name") -> tuple[list[int], list[int]]:
+  """config.eval.prompts different prompts, chosen at random by the seed, and the others: numbers of
+  rows. Rows with the same prompt as a chosen one are in neither.
+  """
+  first = {tuple(ids[i]): i for i in reversed(range(len(ids)))}
+  numbers = sorted(first.values())
+  enough(len(numbers), "eval.prompts", config.eval.prompts, source)
+  order = np.random.default_rng([config.seed, 6]).permutation(len(numbers))
+  chosen = [numbers[i] for i in order[: config.eval.prompts]]
+  held = {tuple(ids[i]) for i in chosen}
+  return chosen, [i for i, prompt in enumerate(ids) if tuple(prompt) not in held]
+
+
+def evaluation_prompts(config, tokenizer: Tokenizer, workdir: Path, data: PromptData) -> HeldOut:
+  """The prompts of the run's evaluations: those set aside, or config.eval.prompts of
+  config.eval.data that the run does not train on.
+  """
+  if data.held_out is not None:
+    return data.held_out
+  source = config.data.copy_and_resolve_references()
+  source.name, source.weights = config.eval.data, ()
+  rows, ids = prompt_rows(config, source, tokenizer, "evaluation")
+  trained = set(map(tuple, data.ids))
+  new = [i for i, prompt in enumerate(ids) if tuple(prompt) not in trained]
+  if len(new) < len(ids):
+    print(f"held out {len(ids) - len(new)} rows of config.eval.data are trained on: left out")
+  rows, ids = [rows[i] for i in new], [ids[i] for i in new]
+  chosen, _ = set_aside(config, ids, "eval.data")
+  rows, ids = [rows[i] for i in chosen], [ids[i] for i in chosen]
+  hold(workdir, "eval", rows, [(prompt,) for prompt in ids], "eval.data")
+  return HeldOut([row["prompt"] for row in rows], ids)
+
+
+def warn_of_lengths(config, data: PromptData, tokenizer: Tokenizer, renderer: Renderer) -> None:
+  """Warns if samples may be longer than the policy or the reward model was trained for.
+
+  How long a response gets for the reward model is not known before it is sampled: it is taken to
+  have as many tokens as for the policy.
+  """
+  new = config.rollout.max_new_tokens
+  more = f"with config.rollout.max_new_tokens = {new}"
+  tokenizer.warn_beyond([len(ids) + new for ids in data.ids], f"prompts {more}", SHORTER_SAMPLES)
+  longest = sorted(range(len(data.ids)), key=lambda i: len(data.ids[i]))[-LONGEST:]
+  inputs = [len(renderer.ids(data.prompts[i], "", truncated=True)) + new for i in longest]
+  inputs = [min(n, renderer.max_length or n) for n in inputs]
+  what = f"longest prompts {more}, as input of the reward model,"
+  renderer.tokenizer.warn_beyond(inputs, what, f"{SHORTER_SAMPLES}, {SHORTER_INPUTS}")
 
 
 def batch_of(data: PromptData, index: np.ndarray, tokenizer: Tokenizer) -> Prompts:
@@ -320,7 +434,7 @@ def judged_pairs(
   def encode(row):
     prompt = tokenizer.render(row["prompt"])
     sides = row["chosen"], row["rejected"]
-    return [[*prompt, *tokenizer.encode(side, special=False), *end] for side in sides], [
+    return [[*prompt, *tokenizer.answer(row["prompt"], side), *end] for side in sides], [
       renderer.ids(row["prompt"], side) for side in sides
     ]
 
@@ -335,8 +449,10 @@ def judged_pairs(
   if not kept:
     raise DataError(
       f"no row of {config.r2m.judgments} is within config.data.max_prompt_length + "
-      "max_response_length"
+      f"max_response_length = {limit} tokens; raise them, or give shorter judgments"
     )
+  for which, of, fix in ((0, tokenizer, SHORTER_ROWS), (1, renderer.tokenizer, SHORTER_INPUTS)):
+    of.warn_beyond([len(side) for pair in kept for side in pair[which]], "judged responses", fix)
   arrays = {}
   for which, name, pad in ((0, "", tokenizer.pad_id), (1, "reward_", renderer.tokenizer.pad_id)):
     flat = [side for pair in kept for side in pair[which]]

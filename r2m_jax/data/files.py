@@ -87,7 +87,7 @@ def find_files(pattern: str, root: str = "", split: str = "") -> list[Path]:
   if not found:
     raise DataError(
       f"there is no file {str(path)!r} from {Path.cwd()}; config.data.name is a path, a folder or "
-      "a glob"
+      "a glob: give one that exists"
     )
   if odd := [file for file in found if not file.is_dir() and not _readable(file)]:
     raise DataError(f"{odd[0]} is not of a kind that is read ({', '.join(SUFFIXES)}); convert it")
@@ -150,7 +150,9 @@ def read_file(file: Path) -> Iterator[Record]:
   try:
     yield from _read_parquet(file) if file.suffix.lower() == ".parquet" else _read_lines(file)
   except OSError as error:
-    raise DataError(f"{file} cannot be read: {error}") from None
+    raise DataError(
+      f"{file} cannot be read: {error}; make it readable, or name another file"
+    ) from None
 
 
 # ---- JSON lines ----
@@ -215,7 +217,8 @@ def _read_parquet(file: Path) -> Iterator[Record]:
         yield Record(value, file, number)
   except (pyarrow.ArrowException, OSError) as error:
     raise DataError(
-      f"{file} is damaged or cut off, or not parquet: {' '.join(str(error).split())[:200]}"
+      f"{file} is damaged or cut off, or not parquet: {' '.join(str(error).split())[:200]}; "
+      "fetch or write it again"
     ) from None
 
 

@@ -15,7 +15,8 @@ def read_rows(path: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
   """All rows of a file that `files.read_file` reads, checked.
 
   `prompt` may be text or a list of messages, every other field in `fields` is text. `truncated` is
-  true or false if a row has it.
+  true or false if a row has it. A row may have `turns`, the user's messages of a conversation, in
+  place of `prompt`, which then is the first of them.
 
   Raises:
     DataError: there is no such file, or a row is broken, lacks a field or has one of another type.
@@ -33,12 +34,17 @@ def read_rows(path: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
         f"{record.where} cannot be read ({row.kind}): {row}; give JSON lines with {wanted}"
       )
     if not isinstance(row, dict):
-      raise DataError(f"{record.where} is a {type(row).__name__}, not an object with {wanted}")
+      raise DataError(
+        f"{record.where} is a {type(row).__name__}, not an object with {wanted}; give one object a "
+        "line"
+      )
+    if "prompt" in fields and "turns" in row and "prompt" not in row:
+      row = with_first_turn(row, record.where)
     for field in fields:
       if not isinstance(row.get(field), (str, list) if field == "prompt" else str):
         kind = "text or a list of messages" if field == "prompt" else "text"
         raise DataError(
-          f"{record.where} needs {field!r} as {kind}; it has {', '.join(row) or 'nothing'}"
+          f"{record.where} needs {field!r} as {kind}; it has {', '.join(row) or 'nothing'}; add it"
         )
     if not isinstance(row.get("truncated", False), bool):
       raise DataError(
@@ -48,6 +54,27 @@ def read_rows(path: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
   if not rows:
     raise DataError(f"{file} holds no rows; give JSON lines with {wanted}")
   return rows
+
+
+def with_first_turn(row: dict[str, Any], where: str) -> dict[str, Any]:
+  """A row of a conversation with its first turn as the prompt."""
+  turns = row["turns"]
+  good = isinstance(turns, list) and all(isinstance(turn, str) and turn.strip() for turn in turns)
+  if not good or not turns:
+    raise DataError(f"{where} has turns = {str(turns)[:80]}; give a list of texts, the user's")
+  return row | {"prompt": first_message(turns)}
+
+
+def first_message(turns: list[str]) -> list[dict[str, str]]:
+  return [{"role": "user", "content": turns[0]}]
+
+
+def turns_of(row: dict[str, Any]) -> list[str]:
+  """The user's messages if a row is a conversation, whose prompt is the first of them; else []."""
+  turns = row.get("turns")
+  if not isinstance(turns, list) or not turns or row["prompt"] != first_message(turns):
+    return []
+  return turns if all(isinstance(turn, str) for turn in turns) else []
 
 
 def check_output(path: str, field: str) -> None:

@@ -6,27 +6,33 @@ into reward-model tokens by `Renderer.ids`; its `contract` is stored with a rewa
 compared when one is loaded.
 """
 
+import contextlib
 import copy
 import dataclasses
 import datetime
+import functools
 import hashlib
 import json
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from r2m_jax.data import thinking
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.types import Prompts, Sequences
 
 JOINER = " "  # between prompt and response, for a reward model without a chat template
 SHORTEST = 16  # tokens; padded lengths are this, times a power of two or 1.5 times one
 CONTRACT_FORMAT = 1
+POLICY = "policy"  # of a saved contract: how the policy's prompts were rendered, if a head reads it
 # Put before a template, it hides the function by which some templates write today's date.
 NO_DATE = "{% macro strftime_now(format) %}a day{% endmacro %}"
 
+MARK = "answerhere"  # stands for a text, where a template's own is looked for
 DATE_FORMAT = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 Prompt = str | list[dict[str, str]]  # text, or messages [{"role": ..., "content": ...}]
@@ -34,6 +40,61 @@ Prompt = str | list[dict[str, str]]  # text, or messages [{"role": ..., "content
 
 class TextError(UserError, ValueError):
   """A text that cannot become tokens as it is; the message says which, and the fix."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+  """What a user changes about the chat template of a model.
+
+  Attributes:
+    args: variables of the template, such as enable_thinking=False; JSON types only.
+    system: a system message in front of messages that have none; "": none.
+    file: a file with the template to use in place of the folder's; "": the folder's own.
+    section: of the config that these come from, for messages.
+  """
+
+  args: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+  system: str = ""
+  file: str = ""
+  section: str = "policy"
+
+  def read_template(self) -> str:
+    """The text of `file`, "" if there is none. Raises TextError if it cannot be read."""
+    try:
+      return pathlib.Path(self.file).expanduser().read_text("utf-8") if self.file else ""
+    except (OSError, ValueError) as error:
+      raise TextError(
+        f"config.{self.section}.chat_template is {self.file!r}: {error}; give the path of a .jinja "
+        "file in UTF-8"
+      ) from None
+
+  @property
+  def contract(self) -> dict[str, Any]:
+    """What is set, as JSON can hold it. A template of the user's own lies in an export's folder."""
+    given = {"chat_template_args": dict(self.args), "system_prompt": self.system}
+    return {name: value for name, value in given.items() if value}
+
+  def check(self, template: str, source: str) -> None:
+    """Raises TextError if there is no template that these could change; warns of arguments whose
+    names the template does not hold, which it would ignore.
+    """
+    given = [
+      f"config.{self.section}.{name}"
+      for name, value in (("chat_template_args", self.args), ("system_prompt", self.system))
+      if value
+    ]
+    if given and not template:
+      raise TextError(
+        f"{' and '.join(given)} change a chat template, and the tokenizer of {source} has none; "
+        f"leave out what is set, or give config.{self.section}.chat_template"
+      )
+    unused = [name for name in self.args if not re.search(rf"\b{re.escape(name)}\b", template)]
+    if unused:
+      print(
+        f"warning: config.{self.section}.chat_template_args has {', '.join(unused)}, which the chat "
+        f"template of {self.file or source} never reads: it changes nothing. Check the spelling",
+        file=sys.stderr,
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +113,30 @@ class Tokenizer:
   suffix: tuple[
     int, ...
   ] = ()  # what the tokenizer adds behind every text by itself, such as an EOS
+  max_positions: int | None = None  # max_position_embeddings of the model beside it, in tokens
+  chat: Chat = Chat()  # its template file is that of `hf` already
 
   @property
   def has_template(self) -> bool:
     return bool(self.hf.chat_template)
+
+  @functools.cached_property
+  def opening(self) -> str:
+    """What the generation prompt ends with from its `<think>` on: "<think>\\n" if an answer starts
+    within its reasoning, a whole block if it has none, "" without the tag.
+    """
+    if not self.has_template:
+      return ""
+    ask = [{"role": "user", "content": MARK}]
+    after = self._text(self._chat(ask), add_generation_prompt=True).rpartition(MARK)[2]
+    return after[after.index(thinking.OPEN) :] if thinking.OPEN in after else ""
+
+  @functools.cached_property
+  def drops_reasoning(self) -> bool:
+    """Whether the chat template leaves the reasoning of the last answer out of a dialogue."""
+    answer = f"{thinking.OPEN}\n{MARK}\n{thinking.CLOSE}\n\nb"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
+    return self.has_template and MARK not in self._text(self._chat(turns))
 
   def encode(self, text: str, *, special: bool = True) -> list[int]:
     """Ids of a text; `special` adds what the tokenizer adds in front by itself, such as a BOS.
@@ -80,29 +161,59 @@ class Tokenizer:
     """Ids of a prompt: text as it is, messages by the model's own chat template up to where the
     assistant answers.
     """
-    if isinstance(prompt, str):
-      ids = self.encode(prompt)
+    if not isinstance(prompt, str):
+      ids = self._template(self._chat(prompt), add_generation_prompt=True)
+    elif self.chat.system:
+      raise TextError(
+        f"config.{self.chat.section}.system_prompt needs prompts of messages, and {prompt[:80]!r} is "
+        'text, which is taken as it is; give [{"role": "user", "content": ...}]'
+      )
     else:
-      ids = self._template(check_messages(prompt), add_generation_prompt=True)
+      ids = self.encode(prompt)
     return self._checked(ids, prompt)
+
+  def answer(self, prompt: Prompt, response: str) -> list[int]:
+    """Ids of a response from a row of data, as it follows `render(prompt)`; no end-of-turn.
+
+    After messages, each tag of its reasoning comes once; see `thinking.continuation`.
+    """
+    text = isinstance(prompt, str)
+    joined = response if text else thinking.continuation(self.opening, response)
+    return self.encode(joined, special=False)
+
+  def sampled(self, prompt: Prompt, response: str) -> list[int]:
+    """Ids of a text that a policy sampled after `render(prompt)`, as `whole` gives it."""
+    text = isinstance(prompt, str)
+    joined = response if text else thinking.after_opening(self.opening, response)
+    return self.encode(joined, special=False)
+
+  def whole(self, prompt: Prompt, text: str) -> str:
+    """A sampled text with the `<think>` that the generation prompt opened for it, if it did."""
+    opens = not isinstance(prompt, str) and thinking.is_open(self.opening)
+    return self.opening + text if opens else text
 
   def dialogue(self, prompt: Prompt, response: str, *, truncated: bool) -> list[int]:
     """Ids of prompt and response by the chat template; a truncated response has no end-of-turn
     after it.
     """
-    messages = (
-      [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_messages(prompt)
-    )
+    turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages = self._chat(turns)
     answered = [*messages, {"role": "assistant", "content": response}]
     if not truncated:
       return self._checked(self._template(answered, add_generation_prompt=False), messages)
-    try:
-      ids = self._template(answered, continue_final_message=True) if response.strip() else None
-    except ValueError:  # a template that drops a part of what was said, such as its reasoning
-      ids = None
-    return self._checked(
-      ids or self._template(messages, response, add_generation_prompt=True), messages
-    )
+    ids = None
+    if response.strip() and not thinking.is_unclosed(response):
+      with contextlib.suppress(ValueError):  # of a template that drops or moves reasoning
+        ids = self._template(answered, continue_final_message=True)
+    return self._checked(ids or self._unfinished(messages, response), messages)
+
+  def _unfinished(self, messages: list[dict], response: str) -> list[int]:
+    """Ids of a truncated response behind the generation prompt, as it was sampled."""
+    text = self._text(messages, add_generation_prompt=True)
+    # a response with reasoning has the tags that a generation prompt may end with
+    if thinking.OPEN in response or (response and thinking.is_open(self.opening)):
+      text = text.removesuffix(self.opening)
+    return self.encode(text + response, special=False)
 
   def join(self, prompt: Prompt, response: str) -> list[int]:
     """Ids of `prompt + " " + response`, for a tokenizer without a chat template."""
@@ -110,7 +221,17 @@ class Tokenizer:
       raise TextError(self._no_template(prompt))
     return self._checked(self.encode(prompt + JOINER + response), prompt)
 
-  def _template(self, messages: list[dict], then: str = "", **kwargs) -> list[int]:
+  def _chat(self, messages) -> list[dict]:
+    """The messages, checked, with the user's own system message if they have none."""
+    messages = check_messages(messages)
+    own = self.chat.system and messages[0]["role"] != "system"
+    return [{"role": "system", "content": self.chat.system}, *messages] if own else messages
+
+  def _template(self, messages: list[dict], **kwargs) -> list[int]:
+    return self.encode(self._text(messages, **kwargs), special=False)
+
+  def _text(self, messages: list[dict], **kwargs) -> str:
+    """The messages as the chat template renders them."""
     if not self.has_template:
       raise TextError(self._no_template(messages))
     from jinja2 import TemplateError
@@ -118,13 +239,12 @@ class Tokenizer:
     if self.date:
       kwargs["chat_template"] = dated(self.hf.get_chat_template(), self.date)
     try:
-      text = self.hf.apply_chat_template(messages, tokenize=False, **kwargs)
+      return self.hf.apply_chat_template(messages, tokenize=False, **self.chat.args, **kwargs)
     except TemplateError as error:  # such as a template that knows no system role
       shown = json.dumps(messages, ensure_ascii=False)[:120]
       raise TextError(
         f"the chat template of {self.source} refuses {shown}: {error}; change the messages"
       ) from None
-    return self.encode(text + then, special=False)
 
   def _no_template(self, messages) -> str:
     return (
@@ -146,7 +266,8 @@ class Tokenizer:
       raise TextError(
         f"{shown[:80]!r} holds the token {token!r} with id {max(ids)}; the model of {self.source} "
         "knows "
-        f"{self.vocab_size} ids: the tokenizer is not the model's"
+        f"{self.vocab_size} ids: the tokenizer is not the model's; copy the model's own files "
+        "again"
       )
     bos = self.hf.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
@@ -156,6 +277,25 @@ class Tokenizer:
         f"{self.source}); take one out of the prompt or of the chat template: {shown[:80]!r}"
       )
     return ids
+
+  def warn_beyond(self, lengths: Sequence[int], what: str, fix: str) -> None:
+    """Warns on stderr if rows of these lengths, in tokens, are longer than the model can be
+    expected to read.
+
+    Args:
+      what: what the rows are, with the fields that make them long.
+      fix: how to make them shorter.
+    """
+    limit = self.max_positions
+    if limit is None or not len(lengths) or max(lengths) <= limit:
+      return
+    print(
+      f"warning: {sum(n > limit for n in lengths)} of {len(lengths)} {what} are longer than "
+      f"max_position_embeddings = {limit} in the config.json of {self.source}, the longest "
+      f"{max(lengths)} tokens: the model was not trained on positions beyond it, so what it "
+      f"computes there may be worthless; {fix}, or use a model with more positions",
+      file=sys.stderr,
+    )
 
   def describe(self, prompt: Prompt) -> str:
     """What a user should look at once: one rendered prompt with its special tokens, and the ids
@@ -176,13 +316,17 @@ class Tokenizer:
 
 
 def load_tokenizer(
-  folder: str | pathlib.Path, vocab_size: int | None = None, date: str = ""
+  folder: str | pathlib.Path,
+  vocab_size: int | None = None,
+  date: str = "",
+  max_positions: int | None = None,
+  chat: Chat | None = None,
 ) -> Tokenizer:
   """The tokenizer in a model's folder, with the eos ids of the generation config, the tokenizer and
   the template.
 
-  `vocab_size` of the model: a text with an id beyond it is refused when it is rendered. `date` as
-  in Tokenizer.
+  `vocab_size` of the model: a text with an id beyond it is refused when it is rendered. `date`,
+  `max_positions` and `chat` as in Tokenizer.
   """
   import transformers
 
@@ -192,9 +336,14 @@ def load_tokenizer(
   except Exception as error:  # noqa: BLE001  its files are parsed by Rust and Python code that raises all kinds
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
     raise TextError(
-      f"{folder} holds no tokenizer that transformers reads (tokenizer.json): {reason}"
+      f"{folder} holds no tokenizer that transformers reads (tokenizer.json): {reason}; copy its "
+      "tokenizer files again, or write them by save_pretrained of its tokenizer"
     ) from None
-  end = _end_of_turn(hf)
+  chat = chat or Chat()
+  hf.chat_template = chat.read_template() or hf.chat_template
+  if chat.args or chat.system:
+    chat.check(hf.get_chat_template() if hf.chat_template else "", str(folder))
+  end = _end_of_turn(hf, chat)
   own = [] if hf.eos_token_id is None else [hf.eos_token_id]
   eos_ids = tuple(dict.fromkeys([*_model_eos_ids(folder), *own, *([] if end is None else [end])]))
   if beyond := [i for i in eos_ids if vocab_size is not None and i >= vocab_size]:
@@ -219,6 +368,8 @@ def load_tokenizer(
     vocab_size=vocab_size,
     date=date,
     suffix=_suffix(hf),
+    max_positions=max_positions,
+    chat=chat,
   )
 
 
@@ -267,7 +418,7 @@ def _model_eos_ids(folder: pathlib.Path) -> list[int]:
   return []
 
 
-def _end_of_turn(hf) -> int | None:
+def _end_of_turn(hf, chat: Chat) -> int | None:
   """The special token that the chat template puts after an assistant's answer; None where there
   is none.
   """
@@ -275,10 +426,10 @@ def _end_of_turn(hf) -> int | None:
     return None
   from jinja2 import TemplateError
 
-  messages, mark = [{"role": "user", "content": "a"}], "answerhere"
+  messages, mark = [{"role": "user", "content": "a"}], MARK
   try:
     text = hf.apply_chat_template(
-      [*messages, {"role": "assistant", "content": mark}], tokenize=False
+      [*messages, {"role": "assistant", "content": mark}], tokenize=False, **chat.args
     )
   except (
     TemplateError,
@@ -286,9 +437,10 @@ def _end_of_turn(hf) -> int | None:
     ValueError,
     AttributeError,
   ) as error:  # the last three of what is no template
-    source = hf.name_or_path
+    source = chat.file or hf.name_or_path
     raise TextError(
-      f"the chat template of {source} cannot render a question and its answer: {error}"
+      f"the chat template of {source} cannot render a question and its answer: {error}; "
+      "mend it in chat_template.jinja (or tokenizer_config.json), or take it out"
     ) from None
   after = (
     hf(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"]
@@ -329,7 +481,8 @@ def check_messages(messages) -> list[dict[str, str]]:
   ):
     shown = json.dumps(messages, ensure_ascii=False, default=str)[:120]
     raise TextError(
-      f"a prompt is text or a list of {{'role': ..., 'content': text}}; this one is {shown}"
+      f"a prompt is text or a list of {{'role': ..., 'content': text}}; this one is {shown}: "
+      "change it"
     )
   return messages
 
@@ -356,7 +509,7 @@ def pad_left(
   mask = np.zeros((len(rows), length), bool)
   for i, row in enumerate(rows):
     if len(row) > length:
-      raise TextError(f"row {i} has {len(row)} tokens and {length} fit")
+      raise TextError(f"row {i} has {len(row)} tokens and {length} fit; shorten it")
     if len(row):
       tokens[i, -len(row) :], mask[i, -len(row) :] = row, True
   return tokens, mask
@@ -388,16 +541,18 @@ class Renderer:
   With a chat template the dialogue is rendered by it, a text prompt as one user message. Without
   one the text is prompt + " " + response, and what the tokenizer adds behind a text by itself.
   Nothing is appended that was not sampled: a truncated response has no end-of-turn, and nothing
-  behind it.
+  behind it. Reasoning that begins without `<think>`, since the policy's prompt had it, gets the tag.
   """
 
   tokenizer: Tokenizer
   max_length: int = (
     0  # tokens; longer inputs lose their beginning, since the score is read at the end. 0: no limit
   )
+  strip_thinking: bool = False  # leave reasoning out of the response; see `thinking`
 
   def ids(self, prompt: Prompt, response: str, *, truncated: bool = False) -> list[int]:
     tokenizer = self.tokenizer
+    response = (thinking.without_reasoning if self.strip_thinking else thinking.opened)(response)
     if tokenizer.has_template:
       ids = tokenizer.dialogue(prompt, response, truncated=truncated)
     else:
@@ -410,6 +565,7 @@ class Renderer:
     tokenizer = self.tokenizer
     ids = self.ids(prompt, response, truncated=truncated)
     rule = "its chat template" if tokenizer.has_template else "prompt + ' ' + response"
+    rule += ", without reasoning" if self.strip_thinking else ""
     return (
       f"rewards  {tokenizer.source}: input by {rule}\n"
       f"sample   {len(ids)} tokens: {tokenizer.hf.decode(ids)!r}"
@@ -435,7 +591,9 @@ class Renderer:
       for truncated in (False, True)
     ]
     bos = tokenizer.hf.bos_token_id
-    return {
+    given = tokenizer.chat.contract
+    given |= {"strip_thinking": True} if self.strip_thinking else {}
+    return given | {
       "format": CONTRACT_FORMAT,
       "template_sha256": hashlib.sha256(template.encode()).hexdigest() if template else None,
       "joiner": None if template else JOINER,
@@ -454,14 +612,15 @@ class Renderer:
     now = self.contract
     changed = [
       f"{key}: {saved.get(key)!r} then, {now.get(key)!r} now"
-      for key in sorted({*saved, *now})
+      for key in sorted({*saved, *now} - {POLICY})
       if saved.get(key) != now.get(key)
     ]
     if changed:
       raise TextError(
         f"the reward model in {where} was made with another rendering of its input than this "
         "tokenizer and config "
-        "give; use its own tokenizer, chat template and config.reward.max_length, or train it "
+        "give; use its own tokenizer, chat template and config.reward.max_length (and "
+        "system_prompt, chat_template_args and strip_thinking, if named below), or train it "
         "again:\n  " + "\n  ".join(changed)
       )
 

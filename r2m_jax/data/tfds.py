@@ -167,7 +167,10 @@ def records(name: str, data) -> Iterator[Record]:
     raise
   except Exception as error:  # noqa: BLE001  TFDS raises many kinds: each is a mistake of the name, split or folder
     reason = " ".join(str(error).split())[:300]
-    raise DataError(f"tfds:{name}, split {split!r}, cannot be read: {reason}") from None
+    raise DataError(
+      f"tfds:{name}, split {split!r}, cannot be read: {reason}; correct the name or "
+      "config.data.split, or set config.data.tfds_dir to where it was prepared"
+    ) from None
   try:
     count = len(source)
   except Exception as error:  # noqa: BLE001  array_record opens its files here

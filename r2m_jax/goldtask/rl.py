@@ -50,8 +50,12 @@ def make_gold_step(config, built: Build, layout):
   if uses_labels(config):
     labelled = make_step(*fixed, gold_labeller(config))
     return lambda state, prompts, arm: labelled(state, own(prompts))
-  step = jit_step(make_arm_step(*fixed[:3]), layout, 2)
-  return lambda state, prompts, arm: step(state, own(prompts), arm)
+  program = jit_step(make_arm_step(*fixed[:3]), layout, 2)
+
+  def step(state, prompts, arm):
+    return program(state, own(prompts), arm)
+
+  return step
 
 
 def make_arm_step(defs: Defs, config, mesh):
@@ -106,9 +110,8 @@ def against_gold(gold: np.ndarray, used: np.ndarray, group_size: int) -> dict[st
   """
   gold, used = (np.asarray(x, float).reshape(-1, group_size) for x in (gold, used))
   rows = np.arange(len(gold))
-  gap = (
-    gold[rows, used.argmax(-1)] - gold[rows, used.argmin(-1)]
-  )  # of the pair that the reward update would label
+  # of the pair that the reward update would label
+  gap = gold[rows, used.argmax(-1)] - gold[rows, used.argmin(-1)]
   centred_gold, centred_used = (x - x.mean(-1, keepdims=True) for x in (gold, used))
   norm = np.sqrt((centred_gold**2).sum() * (centred_used**2).sum())
   return {

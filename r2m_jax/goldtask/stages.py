@@ -24,7 +24,7 @@ from r2m_jax.types import Prompts, Sequences
 
 # of prompts; stream 0 is the demonstrations', 5 that of labels.STREAM_LABELS
 STREAM_PAIRS, STREAM_HELDOUT, STREAM_RL, STREAM_TABLE = range(1, 5)
-STREAM_PROBE, STREAM_BEST, STREAM_ANALYSE = 6, 7, 8
+STREAM_PROBE, STREAM_BEST, STREAM_ANALYSE, STREAM_EVALUATION = range(6, 10)
 CHUNK = 64  # prompts sampled at a time
 
 
@@ -97,9 +97,8 @@ def sft_job(config, built: Build) -> Job:
 
   policy = init_policy(config, built, jax.random.fold_in(jax.random.key(config.seed), KEY_INIT))
   loss = sft_loss(built.defs.policy, chunk=config.logits_chunk)
-  return Job(
-    "sft", loss, policy, make_optimizer(settings, settings.steps), batches(), settings.steps
-  )
+  tx = make_optimizer(settings, settings.steps)
+  return Job("sft", loss, policy, tx, batches(), settings.steps, settings=settings)
 
 
 def fit_sft(config, built: Build, workdir: Path):
@@ -196,7 +195,8 @@ def pairs_job(stage: str, config, built: Build, start, train: dict[str, np.ndarr
       yield ordered(train, rows) | ({"weight": weight[rows]} if settings.ensemble > 1 else {})
 
   loss = reward_loss(built.defs.reward_backbone, built.defs.phi, sum_to_zero=settings.sum_to_zero)
-  return Job(stage, loss, start, make_optimizer(settings, steps), batches(), steps)
+  tx = make_optimizer(settings, steps)
+  return Job(stage, loss, start, tx, batches(), steps, settings=settings)
 
 
 def standardise(config, built: Build, policy, model) -> tuple[dict, dict[str, float]]:

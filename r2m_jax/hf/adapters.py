@@ -64,6 +64,7 @@ class Adapter:
 
   folder: pathlib.Path
   base: str  # folder or hub name of the model below
+  revision: str  # branch, tag or commit of a hub name; "": main
   low: Mapping[str, LowRank]  # name of a weight of the base -> its adapter
   whole: Mapping[str, np.ndarray]  # name of a weight -> what replaces it (modules_to_save)
 
@@ -102,6 +103,12 @@ def is_adapter(folder: pathlib.Path) -> bool:
   return (folder / CONFIG).exists() and not (folder / "config.json").exists()
 
 
+def base_of(folder: pathlib.Path) -> tuple[str, str]:
+  """The model below a PEFT folder: its folder or hub name, and its branch, tag or commit ("": main)."""
+  config = _config(folder)
+  return config["base_model_name_or_path"], config.get("revision") or ""
+
+
 def read_adapter(folder: pathlib.Path) -> Adapter:
   """The adapters in a PEFT folder. Raises ValueError for what is none, or of another kind."""
   config = _config(folder)
@@ -136,7 +143,7 @@ def read_adapter(folder: pathlib.Path) -> Adapter:
     low[name] = LowRank(
       found["down"], found["up"], scale(name.removesuffix(".weight"), rank), found.get("magnitude")
     )
-  return Adapter(folder, config["base_model_name_or_path"], low, whole)
+  return Adapter(folder, *base_of(folder), low, whole)
 
 
 def _config(folder: pathlib.Path) -> dict[str, Any]:

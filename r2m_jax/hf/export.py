@@ -14,6 +14,8 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from r2m_jax.algorithm.variants import VARIANTS
+from r2m_jax.config import redact
+from r2m_jax.data.text import POLICY, Tokenizer
 from r2m_jax.hf import parity
 from r2m_jax.hf.card import write_card
 from r2m_jax.hf.folders import (
@@ -28,12 +30,20 @@ from r2m_jax.hf.folders import (
   score_of,
 )
 from r2m_jax.hf.peft import save_peft
-from r2m_jax.hf.weights import TOKENIZER_FILES, save_pretrained
+from r2m_jax.hf.weights import TOKENIZER_FILES, commit_of, save_pretrained
 from r2m_jax.models.lora import merged
 from r2m_jax.parallel import hosts
+from r2m_jax.parallel.errors import UserError
 from r2m_jax.run.build import lora_of
+from r2m_jax.run.progress import doing
 
 HEAD_MODULE = Path(__file__).with_name("r2m_head.py")  # PyTorch; copied, never imported here
+
+
+class PushError(UserError, RuntimeError):
+  """The hub did not take a model."""
+
+  status = 1
 
 
 @contextlib.contextmanager
@@ -61,6 +71,12 @@ def replace(out: Path, part: Path, old: Path) -> None:
   shutil.rmtree(old, ignore_errors=True)
 
 
+def write_template(folder: Path, tokenizer: Tokenizer) -> None:
+  """The user's own chat template, where transformers looks for it first."""
+  if tokenizer.chat.file:
+    (folder / "chat_template.jinja").write_text(tokenizer.hf.chat_template, encoding="utf-8")
+
+
 def write_policy(
   out: Path, config, policy: Policy, state: nnx.State, workdir: Path, *, base=None
 ) -> None:
@@ -74,7 +90,8 @@ def write_policy(
   with new_folder(out) as folder:
     if peft:
       below = policy.adapter.base if policy.adapter else config.policy.path
-      save_peft(folder, policy.arch, state, lora, below)
+      commit = policy.adapter.revision if policy.adapter else commit_of(policy.folder)
+      save_peft(folder, policy.arch, state, lora, below, commit)
       for file in (file for pattern in TOKENIZER_FILES for file in policy.folder.glob(pattern)):
         if hosts.first():
           shutil.copyfile(file, folder / file.name)
@@ -90,12 +107,23 @@ def write_policy(
           json.dumps(ends, indent=2) + "\n", encoding="utf-8"
         )
     if hosts.first():
-      write_card(folder, config, workdir, kind="adapters" if peft else "policy", bases=bases)
+      write_template(folder, policy.tokenizer)
+      kind = "adapters" if peft else "policy"
+      write_card(folder, config, workdir, kind=kind, bases=bases, base_folder=policy.folder)
   finish(config, out, "policy", None if peft else lambda: parity.policy_gap(out))
 
 
 def write_reward(
-  out: Path, config, reward: RewardModel, backbone, phi, workdir: Path, *, head=None, policy=None
+  out: Path,
+  config,
+  reward: RewardModel,
+  backbone,
+  phi,
+  workdir: Path,
+  *,
+  head=None,
+  policy=None,
+  chat=None,
 ):
   """The reward model: a sequence classifier, its contract and, for R2M, the head with its PyTorch
   module.
@@ -105,6 +133,7 @@ def write_reward(
       has its own.
     head: (HeadConfig, state) of an R2M reward model.
     policy: folder of the policy whose hidden states the head reads.
+    chat: `Chat.contract` of that policy.
   """
   bases = [
     base
@@ -120,6 +149,8 @@ def write_reward(
     tensors = None if head is None else head_tensors(head[1])
     if hosts.first():
       if contract:
+        write_template(folder, reward.renderer.tokenizer)
+        contract |= {POLICY: chat} if head and chat else {}
         (folder / RENDERER).write_text(json.dumps(contract, indent=2) + "\n", encoding="utf-8")
       if head is not None:
         (folder / HEAD_CONFIG).write_text(
@@ -133,7 +164,8 @@ def write_reward(
         else "the text prompt + ' ' + response"
       )
       kind = "reward" if head is None else "r2m_reward"
-      write_card(folder, config, workdir, kind=kind, bases=bases or [reward.arch.family], rule=rule)
+      named = dict(bases=bases or [reward.arch.family], base_folder=reward.folder)
+      write_card(folder, config, workdir, kind=kind, rule=rule, **named)
   finish(
     config, out, "reward", None if head and not policy else lambda: parity.reward_gap(out, policy)
   )
@@ -169,6 +201,7 @@ def write_run(out: Path, config, policy: Policy, reward: RewardModel, state, wor
     lora_of(config) is not None and config.lora.export == "peft"
   )  # which our loader does not read
   args = dict(head=head, policy=None if adapters_alone else out / "policy")
+  args["chat"] = policy.tokenizer.chat.contract
   write_reward(out / "reward", config, reward, state.reward_backbone, phi, workdir, **args)
 
 
@@ -182,26 +215,42 @@ def finish(config, out: Path, what: str, gap) -> None:
       "parity   not measured: the policy is a PEFT folder; config.lora.export=merged is measured"
     )
   elif config.export.check:
-    if (value := gap()) is None:
-      print("parity   not measured: torch is not installed")
-    else:
-      name, within = (
-        ("logit", "score")[what == "reward"],
-        "within" if value <= parity.BOUND else "ABOVE",
-      )
-      print(
-        f"parity   max |{name} - that of transformers| {value:.1e}, {within} {parity.BOUND:.0e} "
-        "(float32, 4 rows)"
-      )
+    with doing("comparing with transformers"):
+      found = gap()
+    name = "score" if what == "reward" else "logit"
+    reason = "not measured: torch is not installed"
+    print(f"parity   {reason if found is None else found.describe(name)}")
   if config.export.push_to:
-    push(out, f"{config.export.push_to}-{what}")
+    push(out, f"{config.export.push_to}-{what}", config.export)
 
 
-def push(folder: Path, name: str) -> None:
-  """Uploads a folder to the Hugging Face hub as a private model; the hub's own login is used."""
+def push(folder: Path, name: str, settings) -> None:
+  """Uploads a folder to the Hugging Face hub; the hub's own login is used.
+
+  Args:
+    settings: config.export: `private`, `revision` and `pull_request`. The latter changes a model
+      that exists, perhaps of somebody else, and makes none.
+
+  Raises:
+    PushError: the hub refused it or cannot be reached. The folder stays as it is.
+  """
   import huggingface_hub
 
-  api = huggingface_hub.HfApi()
-  api.create_repo(name, private=True, exist_ok=True)
-  api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Export from r2m_jax")
-  print(f"hub      {folder} is now {name}")
+  api, branch = huggingface_hub.HfApi(), settings.revision
+  where = {"revision": branch} if branch else {}
+  if settings.pull_request:
+    where["create_pr"] = True
+  try:
+    if not settings.pull_request:
+      api.create_repo(name, private=settings.private, exist_ok=True)
+      if branch:
+        api.create_branch(name, branch=branch, exist_ok=True)
+    message = "Export from r2m_jax"
+    done = api.upload_folder(repo_id=name, folder_path=str(folder), commit_message=message, **where)
+  except Exception as error:  # noqa: BLE001  its versions raise errors of three HTTP libraries
+    reason = redact(" ".join(str(error).split()))
+    raise PushError(
+      f"config.export.push_to: {name} was not uploaded: {reason}. {folder} is complete; repair that "
+      "and export it again with --config.task=export, or run: hf upload"
+    ) from None
+  print(f"hub      {folder} is now {getattr(done, 'pr_url', None) or name}")

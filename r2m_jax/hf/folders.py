@@ -9,6 +9,7 @@ A reward model is a sequence classifier. Beside it may lie
 """
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
@@ -21,15 +22,26 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from r2m_jax.config import ConfigError
-from r2m_jax.data.text import Renderer, TextError, Tokenizer, load_tokenizer
+from r2m_jax.data.text import POLICY, Chat, Renderer, TextError, Tokenizer, load_tokenizer
 from r2m_jax.hf.adapters import Adapter, is_adapter, read_adapter
 from r2m_jax.hf.peft import check_trainable
-from r2m_jax.hf.weights import Pretrained, PretrainedError, Score, fetch, load_pretrained, read_json
+from r2m_jax.hf.weights import (
+  HUB,
+  Pretrained,
+  PretrainedError,
+  Score,
+  commit_of,
+  fetch,
+  load_pretrained,
+  model_folder,
+  read_json,
+)
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.reward import RewardHead
 from r2m_jax.parallel import hosts, sharding
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.run.build import lora_of, model_kwargs
+from r2m_jax.run.files import write_atomic
 
 RENDERER, HEAD_CONFIG, HEAD_WEIGHTS = "r2m_renderer.json", "r2m_head.json", "r2m_head.safetensors"
 HEAD_FORMAT = 1
@@ -78,6 +90,7 @@ class RewardModel:
   has_bias: bool  # whether the folder's score head had one
   renderer: Renderer
   head: tuple[HeadConfig, nnx.State] | None
+  policy_chat: dict[str, Any]  # `Chat.contract` of the policy that the head reads; {}: no changes
 
 
 def mesh_of(config) -> Mesh:
@@ -88,14 +101,22 @@ def mesh_of(config) -> Mesh:
     raise ConfigError(error) from None
 
 
-def load_policy(source: str, config, mesh: Mesh | None = None, *, training: bool = False) -> Policy:
+def load_policy(
+  source: str,
+  config,
+  mesh: Mesh | None = None,
+  *,
+  workdir: pathlib.Path | None = None,
+  training: bool = False,
+) -> Policy:
   """The language model and tokenizer of a folder or hub name, in the config's dtypes.
 
   Args:
+    workdir: of a run, which keeps the commit of a hub name that it began with; see `pinned`.
     training: apply config.policy.adapters; else the adapters of a PEFT folder are merged.
   """
-  adapter = adapter_of(source, config) if training else None
-  folder, model = _load(source, "policy.path", config, mesh, merge=adapter is None)
+  adapter = adapter_of(source, config, workdir) if training else None
+  folder, model = _load(source, "policy.path", config, mesh, workdir, merge=adapter is None)
   if model.score is not None:
     raise FolderError(
       f"config.policy.path is {source}: a sequence classifier, which cannot generate; give a "
@@ -106,14 +127,14 @@ def load_policy(source: str, config, mesh: Mesh | None = None, *, training: bool
       check_trainable(adapter, model.arch, lora_of(config))
     except ValueError as error:
       raise FolderError(f"config.policy.path is {source}: {error}") from None
-  tokenizer = load_tokenizer(folder, model.arch.vocab_size, config.data.date)
+  tokenizer = _tokenizer(folder, model.arch, config, chat_of(config, "policy"))
   return Policy(folder, model.arch, model.graphdef, model.state, tokenizer, adapter)
 
 
-def adapter_of(source: str, config) -> Adapter | None:
+def adapter_of(source: str, config, workdir: pathlib.Path | None) -> Adapter | None:
   """The adapters that training starts from; None if there are none, or they are to be merged."""
   try:
-    folder = fetch(source)
+    folder = pinned(source, "policy.path", config, workdir)
     adapter = read_adapter(folder) if source and is_adapter(folder) else None
   except (ValueError, OSError):
     return None  # `_load` says what is wrong
@@ -136,40 +157,128 @@ def adapter_of(source: str, config) -> Adapter | None:
 
 
 def load_reward(
-  source: str, config, mesh: Mesh | None = None, *, from_policy: bool = False
+  source: str,
+  config,
+  mesh: Mesh | None = None,
+  *,
+  from_policy: bool = False,
+  workdir: pathlib.Path | None = None,
+  field: str = "reward.path",
 ) -> RewardModel:
   """The reward model of a folder or hub name; refused where its contract is not this tokenizer's
   and config's.
 
   Args:
     from_policy: accept a language model without a score head, as the start of a reward model.
+    workdir: as for `load_policy`.
+    field: of the config, which gives the source.
   """
-  folder, model = _load(source, "reward.path", config, mesh, lm_head=False)
+  folder, model = _load(source, field, config, mesh, workdir, lm_head=False)
   if model.score is None and not from_policy:
     raise FolderError(
-      f"config.reward.path is {source}: it holds no score head, so it cannot score; give a "
+      f"config.{field} is {source}: it holds no score head, so it cannot score; give a "
       "sequence classifier, or "
       "train one from it with config.task=reward"
     )
   if model.score is not None:
-    labels = label_names(folder, model.score.kernel.shape[1])
-    model = model._replace(score=one_label(model.score, labels, config.reward.label, source))
-  tokenizer = load_tokenizer(folder, model.arch.vocab_size, config.data.date)
-  renderer = Renderer(tokenizer, config.reward.max_length)
-  if (folder / RENDERER).exists():
-    renderer.require(read_object(folder / RENDERER), folder)
+    wanted = label_of(source, field, config)
+    model = model._replace(score=one_label(model.score, folder, wanted, source, field))
+  saved = read_object(folder / RENDERER) if (folder / RENDERER).exists() else {}
+  renderer = _renderer(folder, model.arch, config, saved, own=field == "reward.path")
+  if saved:
+    renderer.require(saved, folder)
   phi = None if model.score is None else phi_state(model.score)
   has_bias = model.score is not None and model.score.bias is not None
   return RewardModel(
-    folder, model.arch, model.graphdef, model.state, phi, has_bias, renderer, load_head(folder)
+    folder,
+    model.arch,
+    model.graphdef,
+    model.state,
+    phi,
+    has_bias,
+    renderer,
+    load_head(folder),
+    saved.get(POLICY) or {},
   )
 
 
-def _load(source: str, field: str, config, mesh, **kwargs) -> tuple[pathlib.Path, Pretrained]:
+def _renderer(
+  folder: pathlib.Path, arch: ArchConfig, config, saved: dict[str, Any], *, own: bool
+) -> Renderer:
+  """How a reward model reads: as config.reward and its contract, `saved`, say. One that is not the
+  run's `own`, a gold reward model, reads by its contract alone.
+  """
+  given = config.reward
+  if own:
+    chat, length = chat_of(config, "reward", saved), given.max_length
+    strip = given.strip_thinking or saved.get("strip_thinking") is True
+  else:
+    args = saved.get("chat_template_args")
+    system = str(saved.get("system_prompt") or "")
+    chat = Chat(args=args if isinstance(args, dict) else {}, system=system, section="eval.gold")
+    length = saved["max_length"] if isinstance(saved.get("max_length"), int) else 0
+    strip = saved.get("strip_thinking") is True if saved else given.strip_thinking
+  return Renderer(_tokenizer(folder, arch, config, chat), length, strip)
+
+
+def chat_of(config, section: str, saved: dict[str, Any] | None = None) -> Chat:
+  """What config.policy or config.reward, the `section`, changes about a chat template.
+
+  Args:
+    saved: the contract of a reward model, whose system prompt and arguments are used if the config
+      gives none; the renderer refuses others.
+  """
+  given, saved = config[section], saved or {}
+  args = given.chat_template_args.to_dict() or saved.get("chat_template_args") or {}
+  return Chat(
+    args=args if isinstance(args, dict) else {},
+    system=given.system_prompt or str(saved.get("system_prompt") or ""),
+    file=given.chat_template,
+    section=section,
+  )
+
+
+def revision_of(source: str, field: str, config) -> str:
+  """The revision that the config asks for of a model that is loaded as `field`; "" if it is none
+  of the config's. A reward model may start from the policy's folder.
+  """
+  for section in (field.split(".")[0], "policy"):
+    if config[section].get("path") == source:
+      return config[section].revision
+  return ""
+
+
+def pinned(source: str, field: str, config, workdir: pathlib.Path | None) -> pathlib.Path:
+  """The local folder of a model. A hub name is the commit that the run in `workdir` began with.
+
+  The commit lies in WORKDIR/hub.json, so that a branch that moves changes no run. It holds for one
+  name and revision; another revision in the config is looked up again.
+  """
+  revision = revision_of(source, field, config)
+  if workdir is None or pathlib.Path(source).expanduser().is_dir():
+    return fetch(source, revision)
+  path = workdir / HUB
+  saved = read_json(path) if path.exists() else {}
+  asked = {"name": source, "revision": revision}
+  entry = saved.get(field, {})
+  if asked.items() <= entry.items():
+    return fetch(source, entry["commit"])
+  folder = fetch(source, revision)
+  commit = hosts.from_first(commit_of(folder))
+  if not commit:
+    return folder
+  print(f"hub      {source} is commit {commit}")
+  write_atomic(path, json.dumps(saved | {field: asked | {"commit": commit}}, indent=2))
+  return folder if commit_of(folder) == commit else fetch(source, commit)
+
+
+def _load(
+  source: str, field: str, config, mesh, workdir, **kwargs
+) -> tuple[pathlib.Path, Pretrained]:
   if not source:
     raise FolderError(f"config.{field} is empty; give a Hugging Face folder or a hub name")
   try:
-    folder = fetch(source)
+    folder = pinned(source, field, config, workdir)
     if not (folder / "config.json").exists() and not is_adapter(folder):
       raise FolderError(f"{folder} holds no config.json; give the folder of a Hugging Face model")
     mesh = mesh or mesh_of(config)
@@ -181,23 +290,40 @@ def _load(source: str, field: str, config, mesh, **kwargs) -> tuple[pathlib.Path
     raise FolderError(f"config.{field} is {source}: {error}") from error
 
 
+def label_of(source: str, field: str, config) -> str | None:
+  """config.reward.label of the run's own reward model, None of any other."""
+  own = field == "reward.path" and source == (config.reward.path or config.policy.path)
+  return config.reward.label if own else None
+
+
 def label_names(folder: pathlib.Path, count: int) -> list[str]:
   """What config.json calls a classifier's outputs; their numbers if it does not."""
-  file = folder / "config.json"
-  names = (read_object(file) if file.exists() else {}).get("id2label")
+  names = read_object(model_folder(folder) / "config.json").get("id2label")
   names = names if isinstance(names, dict) else {}
   return [str(names.get(str(i), i)) for i in range(count)]
 
 
-def one_label(score: Score, labels: list[str], wanted: str, source: str) -> Score:
-  """The score head of config.reward.label: one label, or a weighted sum of several."""
+def one_label(
+  score: Score, folder: pathlib.Path, wanted: str | None, source: str, field: str
+) -> Score:
+  """The score head of the label `wanted`, or of a weighted sum of several; "" or None: of the only
+  one.
+
+  Args:
+    wanted: config.reward.label; None if it does not apply to this model.
+    source: of the config's `field`, which gave the folder.
+  """
+  count = score.kernel.shape[1]
+  if not wanted and count == 1:
+    return score
+  labels = label_names(folder, count)
   if not wanted:
-    if len(labels) == 1:
-      return score
+    several = f"config.{field} is {source}: it gives {count} labels; a reward is one number: "
+    if wanted is None:
+      raise FolderError(several + "give a reward model with one label")
     raise FolderError(
-      f"config.reward.path is {source}: it gives {len(labels)} labels; a reward is one number: set "
-      f"config.reward.label to one of {', '.join(labels)}, or to a weighted sum such as "
-      f"{labels[0]}:0.5,{labels[1]}:0.5"
+      several + f"set config.reward.label to one of {', '.join(labels)}, or to a weighted sum such "
+      f"as {labels[0]}:0.5,{labels[1]}:0.5"
     )
   numbers = {str(i): i for i in range(len(labels))} | {name: i for i, name in enumerate(labels)}
   weights = np.zeros(len(labels))
@@ -222,9 +348,11 @@ def one_label(score: Score, labels: list[str], wanted: str, source: str) -> Scor
 
 def with_tokenizer(folder: pathlib.Path) -> pathlib.Path:
   """The folder, or the base below a PEFT folder that has no tokenizer of its own."""
-  if is_adapter(folder) and not list(folder.glob("tokenizer*")):
-    return fetch(read_adapter(folder).base)
-  return folder
+  return folder if list(folder.glob("tokenizer*")) else model_folder(folder)
+
+
+def _tokenizer(folder: pathlib.Path, arch: ArchConfig, config, chat: Chat) -> Tokenizer:
+  return load_tokenizer(folder, arch.vocab_size, config.data.date, arch.max_positions, chat)
 
 
 def reward_start(reward: RewardModel, mesh):
@@ -330,7 +458,8 @@ def load_head(folder: pathlib.Path) -> tuple[HeadConfig, nnx.State] | None:
     if x is None or x.shape != like.shape:
       found = None if x is None else x.shape
       raise FolderError(
-        f"{folder / HEAD_WEIGHTS}: {name} (transposed) must be {like.shape}; it is {found}"
+        f"{folder / HEAD_WEIGHTS}: {name} (transposed) must be {like.shape}; it is {found}: copy "
+        "both files again"
       )
     return jnp.asarray(x, like.dtype)
 

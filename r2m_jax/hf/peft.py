@@ -18,7 +18,12 @@ from r2m_jax.parallel import hosts, sharding
 
 
 def save_peft(
-  folder: pathlib.Path, arch: ArchConfig, adapters: nnx.State, lora: LoraConfig, base: str
+  folder: pathlib.Path,
+  arch: ArchConfig,
+  adapters: nnx.State,
+  lora: LoraConfig,
+  base: str,
+  revision: str = "",
 ) -> None:
   """Writes the adapters of a causal language model. With several processes all must call; the first
   one writes.
@@ -28,6 +33,7 @@ def save_peft(
 
   Args:
     base: folder or hub name of the model they sit on.
+    revision: commit of a hub name.
   """
   found = {
     sharding.path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(adapters)[0]
@@ -57,25 +63,33 @@ def save_peft(
       )
   short = {template: template.split("{}.", 1)[1] for template in groups}
   other = {short[t]: rank for t, rank in ranks.items() if rank != lora.rank}
-  config = {
+  config = adapter_config(lora, base, revision, sorted(short.values()), other)
+  if jax.process_index() != 0:
+    return
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+  save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def adapter_config(
+  lora: LoraConfig, base: str, revision: str, targets: list[str], ranks: dict[str, int]
+) -> dict:
+  """adapter_config.json of PEFT. `ranks`: of the linears whose adapters have another one."""
+  return {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
     "base_model_name_or_path": base,
+    "revision": revision or None,
     "inference_mode": True,
     "r": lora.rank,
     "lora_alpha": lora.alpha,
     "lora_dropout": 0.0,
     "bias": "none",
     "fan_in_fan_out": False,
-    "target_modules": sorted(short.values()),
-    "rank_pattern": other,
-    "alpha_pattern": {name: rank * lora.scale for name, rank in other.items()},
+    "target_modules": targets,
+    "rank_pattern": ranks,
+    "alpha_pattern": {name: rank * lora.scale for name, rank in ranks.items()},
   }
-  if jax.process_index() != 0:
-    return
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-  save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def load_peft(adapter: Adapter, arch: ArchConfig, lora: LoraConfig, fresh: nnx.State) -> nnx.State:

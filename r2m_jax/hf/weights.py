@@ -13,7 +13,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,14 +26,19 @@ from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from r2m_jax.hf import adapters
 from r2m_jax.hf.adapters import Adapter, LowRank, is_adapter, read_adapter
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import TOWERS, ArchConfig, family_of
 from r2m_jax.parallel import sharding
 from r2m_jax.parallel.errors import UserError
+from r2m_jax.run.progress import doing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")  # of tensors on disk, as safetensors names them
+HUB = "hub.json"  # of a workdir: field -> the hub name, the revision asked for, and its commit
+CARD = "README.md"  # the model card
+ADAPTER_FILES = (adapters.CONFIG, adapters.WEIGHTS)
 SCORE = "score"  # the score head of a sequence classifier
 TOKENIZER_FILES = (
   "tokenizer*",
@@ -212,7 +217,7 @@ def load_pretrained(
       from a policy).
     merge: False leaves the adapters of a PEFT folder out, and reads its base.
   """
-  arch, files = open_folder(source, merge)
+  arch, files = open_folder(fetch(source), merge)
   score_name = f"{SCORE}.weight"
   arch = arch.replace(lm_head=score_name not in files.shapes if lm_head is None else lm_head)
   files.check_tied(arch)
@@ -225,37 +230,57 @@ def load_pretrained(
   ]
   files.check({path: shape for path, shape in flat}, arch)
 
-  def place(path, x):
-    name = sharding.path_name(path)
-    layout = (
-      default_sharding()
-      if mesh is None
-      else NamedSharding(mesh, sharding.spec_for(name, x.shape, mesh))
-    )
-    read = Memo(lambda index: files.read(arch, name, x.shape, index, x.dtype))
-    return jax.make_array_from_callback(x.shape, layout, read)
+  total = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+  # of several processes each reads its shards alone
+  with doing(f"loading weights of {files.folder.name}", total // jax.process_count()) as bar:
 
-  state = jax.tree_util.tree_map_with_path(place, shapes)
-  score = read_score(files, mesh, param_dtype) if score_name in files.shapes else None
+    def place(path, x):
+      name = sharding.path_name(path)
+      layout = (
+        default_sharding()
+        if mesh is None
+        else NamedSharding(mesh, sharding.spec_for(name, x.shape, mesh))
+      )
+      read = Memo(lambda index: files.read(arch, name, x.shape, index, x.dtype, bar.add))
+      return jax.make_array_from_callback(x.shape, layout, read)
+
+    state = jax.tree_util.tree_map_with_path(place, shapes)
+  score = None
+  if score_name in files.shapes:
+    files.check_score(arch, read_json(files.folder / "config.json"))
+    score = _read_score(files, mesh, param_dtype)
   return Pretrained(arch, graphdef, state, score)
 
 
-def open_folder(source: str | pathlib.Path, merge: bool) -> tuple[ArchConfig, "Files"]:
+def open_folder(folder: pathlib.Path, merge: bool) -> tuple[ArchConfig, "Files"]:
   """The architecture in a folder and its files; of a PEFT folder those of its base, with the
   adapters if `merge`.
   """
-  folder = fetch(source)
-  adapter = None
-  if is_adapter(folder):
-    adapter = read_adapter(folder)
-    folder = fetch(adapter.base)
-  config = folder / "config.json"
-  tower = read_json(config).get("model_type") in TOWERS
-  return read_arch(config), Files(folder, tower=tower, adapter=adapter if merge else None)
+  base = model_folder(folder)
+  arch = read_arch(base / "config.json")
+  tower = read_json(base / "config.json").get("model_type") in TOWERS
+  files = Files(base, tower=tower)
+  files.add_prefix(arch)
+  if merge and is_adapter(folder):
+    files.adapt(read_adapter(folder), tower=tower)
+  return arch, files
 
 
-def read_score(files: "Files", mesh: Mesh | None, param_dtype) -> Score:
-  """The score head of a sequence classifier, whole on every device."""
+def model_folder(folder: pathlib.Path) -> pathlib.Path:
+  """The folder with a model's config.json: itself, or the base below a PEFT folder."""
+  if not is_adapter(folder):
+    return folder
+  try:
+    base = fetch(*adapters.base_of(folder))
+  except OSError as error:
+    adapters.refuse(folder, f"whose base cannot be read: {error}")
+  if not (base / "config.json").exists():
+    adapters.refuse(folder, f"whose base {base} holds no config.json")
+  return base
+
+
+def _read_score(files: "Files", mesh: Mesh | None, param_dtype) -> Score:
+  """The score head of a classifier, whole on every device."""
   layout = default_sharding() if mesh is None else NamedSharding(mesh, P())
 
   def put(x):
@@ -268,9 +293,12 @@ def read_score(files: "Files", mesh: Mesh | None, param_dtype) -> Score:
   )
 
 
-def fetch(source: str | pathlib.Path) -> pathlib.Path:
+def fetch(source: str | pathlib.Path, revision: str = "") -> pathlib.Path:
   """The local folder of a model; a hub name is downloaded first, and nothing but safetensors,
-  JSON and tokenizer.
+  JSON, tokenizer and model card.
+
+  Args:
+    revision: branch, tag or commit of a hub name; "": its main branch.
   """
   folder = pathlib.Path(source).expanduser()
   if folder.is_dir():
@@ -281,15 +309,22 @@ def fetch(source: str | pathlib.Path) -> pathlib.Path:
     )
   import huggingface_hub
 
-  wanted = ["config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES, "adapter_config.json"]
-  wanted += ["adapter_model.safetensors"]
+  wanted = ["config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES, CARD, *ADAPTER_FILES]
+  pin = {"revision": revision} if revision else {}
   try:
-    return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=wanted))
+    found = huggingface_hub.snapshot_download(str(source), allow_patterns=wanted, **pin)
   except (OSError, ValueError) as error:
     reason = " ".join(str(error).split())
+    at = f" at revision {revision}" if revision else ""
     raise FileNotFoundError(
-      f"{source} is neither a folder nor a model that the hub gives: {reason}"
+      f"{source}{at} is neither a folder nor a model that the hub gives: {reason}"
     ) from error
+  return pathlib.Path(found)
+
+
+def commit_of(folder: pathlib.Path) -> str:
+  """The commit of a folder that `fetch` downloaded; "" of any other folder."""
+  return folder.name if folder.parent.name == "snapshots" else ""
 
 
 def read_json(file: pathlib.Path) -> dict[str, Any]:
@@ -369,10 +404,9 @@ class Files:
   model a second time.
   """
 
-  def __init__(self, folder: pathlib.Path, tower: bool = False, adapter: Adapter | None = None):
+  def __init__(self, folder: pathlib.Path, *, tower: bool = False):
     """
     tower: read the language model's tensors alone, by the names of its own folder.
-    adapter: merged into what is read.
     """
     if (folder / WEIGHTS).exists():  # transformers prefers it to an index too
       self.where = dict.fromkeys(header(folder / WEIGHTS), WEIGHTS)
@@ -392,36 +426,72 @@ class Files:
         "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
       )
     else:
-      raise PretrainedError(f"{folder} holds neither {WEIGHTS} nor {INDEX}")
+      raise PretrainedError(
+        f"{folder} holds neither {WEIGHTS} nor {INDEX}; copy one there, or write the model by "
+        "save_pretrained"
+      )
     self.folder = folder
     if outside := sorted(
       {file for file in self.where.values() if pathlib.PurePath(file).name != file}
     ):
       raise PretrainedError(
-        f"{folder / INDEX} names {outside}: weights lie in the folder itself, nothing else is read"
+        f"{folder / INDEX} names {outside}: nothing outside of the folder is read; put the files "
+        "into it and name them without a folder"
       )
     if absent := sorted({file for file in self.where.values() if not (folder / file).exists()}):
       raise PretrainedError(
         f"{folder / INDEX} names {absent}, which are not in the folder; copy it again"
       )
     shapes = {name: header(folder / name) for name in sorted(set(self.where.values()))}
+    self._require_once(shapes)
     for name, file in self.where.items():
       if name not in shapes[file]:
         raise PretrainedError(
-          f"{folder / INDEX} says {name} lies in {file}, which does not hold it"
+          f"{folder / INDEX} says {name} lies in {file}, which does not hold it; copy both again"
         )
     stored = {own_name(name) if tower else name: name for name in self.where}
     self.stored = {name: theirs for name, theirs in stored.items() if name}  # name -> on disk
     self.where = {name: self.where[theirs] for name, theirs in self.stored.items()}
     self.shapes = {name: shapes[self.where[name]][at] for name, at in self.stored.items()}
-    self.whole: Mapping[str, np.ndarray] = {}
+    self.whole: Mapping[str, np.ndarray] = {}  # of an adapter, as `low`; see `adapt`
     self.low: Mapping[str, LowRank] = {}
-    if adapter is not None:
-      adapter = adapter.renamed(own_name) if tower else adapter
-      adapter.check(self.shapes)
-      self.whole, self.low = adapter.whole, adapter.low
-      self.shapes |= {name: x.shape for name, x in self.whole.items()}
-      self.where |= dict.fromkeys(self.whole, str(adapter.folder))
+
+  def _require_once(self, shapes: dict[str, dict]) -> None:
+    """Raises if two files hold the same tensor: transformers then takes the last file's, the index
+    may name the first.
+    """
+    seen: dict[str, str] = {}
+    for file, held in shapes.items():
+      for name in held:
+        if name in seen:
+          raise PretrainedError(
+            f"{self.folder}: {name} lies in {seen[name]} and in {file}; take it out of one of them, "
+            "or copy the folder again"
+          )
+        seen[name] = file
+
+  def add_prefix(self, arch: ArchConfig) -> None:
+    """Names the tensors of a bare decoder as those of the whole model.
+
+    AutoModel saves them without "model.", and transformers adds it when a model with a head is
+    loaded.
+    """
+    embed, head = (name_of(arch, path)[0] for path in ("embed/embedding", "lm_head/kernel"))
+    prefix = embed.split(".")[0] + "."
+    if embed in self.shapes or embed.removeprefix(prefix) not in self.shapes:
+      return
+    heads = (f"{SCORE}.", head)
+    self.stored = {name if name.startswith(heads) else prefix + name: name for name in self.stored}
+    self.where = {name: self.where[stored] for name, stored in self.stored.items()}
+    self.shapes = {name: self.shapes[stored] for name, stored in self.stored.items()}
+
+  def adapt(self, adapter: Adapter, *, tower: bool) -> None:
+    """Merges an adapter into what is read. Raises ValueError if it is none of this model."""
+    adapter = adapter.renamed(own_name) if tower else adapter
+    adapter.check(self.shapes)
+    self.whole, self.low = adapter.whole, adapter.low
+    self.shapes |= {name: x.shape for name, x in self.whole.items()}
+    self.where |= dict.fromkeys(self.whole, str(adapter.folder))
 
   def tensor(self, name: str, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
     """A part of a tensor, read from disk; with an adapter, of the whole that it makes."""
@@ -452,13 +522,14 @@ class Files:
       raise PretrainedError(
         f"{self.folder} lacks {len(missing)} tensors, the first {missing[0]} of shape "
         f"{expected[missing[0]]}; it holds "
-        f"{len(self.shapes)} of model_type {arch.family!r}, such as {min(self.shapes)}"
+        f"{len(self.shapes)} of model_type {arch.family!r}, such as {min(self.shapes)}; copy "
+        "the weights again, or correct config.json"
       )
     for name, shape in expected.items():
       if self.shapes[name] != shape:
         raise PretrainedError(
           f"{name} has shape {self.shapes[name]} in {self.folder / self.where[name]}; config.json "
-          f"asks for {shape}"
+          f"asks for {shape}: correct it, or copy the weights again"
         )
     allowed = {f"{SCORE}.weight", f"{SCORE}.bias", f"{name_of(arch, 'lm_head/kernel')[0]}"}
     extra = sorted(
@@ -473,7 +544,34 @@ class Files:
       raise PretrainedError(
         f"{self.folder / self.where[extra[0]]} holds {len(extra)} tensors that config.json gives "
         "no place, the first "
-        f"{extra[0]} of shape {self.shapes[extra[0]]}"
+        f"{extra[0]} of shape {self.shapes[extra[0]]}; correct config.json, or take them out"
+      )
+
+  def check_score(self, arch: ArchConfig, config: dict[str, Any]) -> None:
+    """Raises if the score head has another width than the model, or other rows than `config`, of
+    config.json, has labels.
+
+    As in transformers, `num_labels` goes before `id2label`. Its default of two labels if both are
+    absent is not taken over: then the head says how many there are. So does the head of a PEFT
+    folder, whose config.json is that of its base.
+    """
+    name = f"{SCORE}.weight"
+    shape = self.shapes[name]
+    rows = shape[0] if shape else 0
+    bias = self.shapes.get(f"{SCORE}.bias", (rows,))
+    if shape != (rows, arch.hidden_size) or bias != (rows,):
+      raise PretrainedError(
+        f"{name} has shape {shape} and its bias {bias} in {self.folder / self.where[name]}; a head "
+        f"is (labels, {arch.hidden_size}) and (labels,): correct it, or copy the weights again"
+      )
+    names = config.get("id2label")
+    named = len(names) if isinstance(names, dict) else names
+    field = "id2label" if config.get("num_labels") is None else "num_labels"
+    labels = named if field == "id2label" else config["num_labels"]
+    if labels is not None and labels != rows and name not in self.whole:
+      raise PretrainedError(
+        f"{self.folder / 'config.json'} has {labels} labels in {field}, and {name} beside it has "
+        f"{rows} rows, which disagree; correct the one that is wrong"
       )
 
   def check_tied(self, arch: ArchConfig) -> None:
@@ -492,20 +590,28 @@ class Files:
       )
 
   def read(
-    self, arch: ArchConfig, path: str, shape: tuple[int, ...], index: tuple[slice, ...], dtype
+    self,
+    arch: ArchConfig,
+    path: str,
+    shape: tuple[int, ...],
+    index: tuple[slice, ...],
+    dtype,
+    done: Callable[[int], None] = lambda size: None,
   ) -> np.ndarray:
     """The part `index` of the parameter at `path`, of full `shape`, as `dtype`: from disk, one
-    layer at a time.
+    layer at a time, after which `done` is told its bytes.
     """
     template, fused = name_of(arch, path)
     rows = None if fused is None else rows_of(arch, fused)
     result = aligned([len(range(*i.indices(n))) for i, n in zip(index, shape)], dtype)
     if not path.startswith("layers/"):
       result[...] = self._read(template, rows, index, path)
+      done(result.nbytes)
       return result
     layers = range(*index[0].indices(shape[0]))
     for row, layer in enumerate(layers):
       result[row] = self._read(template.format(layer), rows, index[1:], path)
+      done(result[row].nbytes)
     return result
 
   def _read(self, name, rows, index, path) -> np.ndarray:
@@ -584,8 +690,10 @@ def save_pretrained(
     for _ in tensors:  # takes part in gathering
       pass
     return
+  total = sum(x.size for x in params.values()) * jnp.dtype(name).itemsize
   with _replacing(folder) as new:
-    _write_shards(new, tensors, max_shard_bytes)
+    with doing(f"writing weights to {folder}", total) as bar:
+      _write_shards(new, tensors, max_shard_bytes, bar.add)
     for pattern in TOKENIZER_FILES if tokenizer_folder else ():
       for file in pathlib.Path(tokenizer_folder).glob(pattern):
         shutil.copyfile(file, new / file.name)
@@ -673,10 +781,13 @@ def gather(x: jax.Array, dtype) -> np.ndarray:
 
 
 def _write_shards(
-  folder: pathlib.Path, tensors: Iterator[tuple[str, np.ndarray]], max_bytes: int
+  folder: pathlib.Path,
+  tensors: Iterator[tuple[str, np.ndarray]],
+  max_bytes: int,
+  done: Callable[[int], None],
 ) -> None:
   """Fills files up to `max_bytes`, then names them: one file, or model-0000i-of-0000n with an
-  index.
+  index. `done` is told the bytes of each file.
   """
   shards: list[list[str]] = []
   pending: dict[str, np.ndarray] = {}
@@ -685,6 +796,7 @@ def _write_shards(
   def flush():
     save_file(pending, folder / f"shard-{len(shards)}", metadata={"format": "pt"})
     shards.append(list(pending))
+    done(sum(x.nbytes for x in pending.values()))
     pending.clear()
 
   for name, array in tensors:

@@ -10,9 +10,9 @@ import contextlib
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import shutil
-import sys
 import time
 from pathlib import Path
 
@@ -44,8 +44,9 @@ from r2m_jax.lab import report, results, stats, table
 from r2m_jax.lab.together import fit_together, pick, seeds_mesh, spread, stack, together
 from r2m_jax.models.generate import generate
 from r2m_jax.ops import combine
+from r2m_jax.parallel.hosts import ALONE
 from r2m_jax.parallel.sharding import make_mesh
-from r2m_jax.run import checkpoint, loop
+from r2m_jax.run import checkpoint
 from r2m_jax.run.build import (
   Build,
   abstract,
@@ -54,9 +55,11 @@ from r2m_jax.run.build import (
   init_reward_model,
   make_first_state,
 )
+from r2m_jax.run.files import write_atomic
 from r2m_jax.run.fit import PARTIAL
 from r2m_jax.run.identities import check_step_zero, sample_rounding
-from r2m_jax.run.progress import progress
+from r2m_jax.run.metrics import read_metrics
+from r2m_jax.run.run import Run, Steps, train
 from r2m_jax.run.workdir import claim, shapes_of, warm
 from r2m_jax.step import make_learn, make_rollout
 from r2m_jax.types import Rollout
@@ -72,7 +75,8 @@ def run(config, workdir: Path) -> None:
   arms = arms_of(config)
   if jax.process_count() > 1:
     raise ConfigError(
-      "config.task is 'lab': for one process, over whose devices its seeds are shared out"
+      "config.task is 'lab': for one process, over whose devices its seeds are shared out; start one, "
+      f"with --config.hosts.coordinator={ALONE}"
     )
   claim(config, workdir, shared=True)
   wanted = [(seed, factor) for factor in config.lab.betas for seed in config.lab.seeds]
@@ -511,45 +515,49 @@ def check_first_step(config, built: Build, states, out, rows: list[dict]) -> Non
 
 def run_arm(name: str, config, replicas: list[tuple[int, float]], workdir: Path) -> dict:
   """All replicas of an arm, from where they were left; returns their rows as columns."""
-  seeds = tuple(dict.fromkeys(seed for seed, _ in replicas))
-  built, policies, rewards, heads = starts_of(config, seeds, workdir)
-  mesh, configs = seeds_mesh(len(replicas)), [with_seed(config, seed) for seed, _ in replicas]
-  states = first_states(config, built, mesh, replicas, policies, rewards, heads)
-  step = make_together_step(config, built, mesh, configs)
-  drift = make_drift(config, built, mesh, states, configs)
-
   folder = partial_of(workdir, name, config, replicas)
-  checkpoints = checkpoint.open_checkpoints(folder, config.checkpoint)
-  start, names, log = checkpoint.newest(checkpoints) or 0, None, None
-  if start:
-    names = checkpoint.facts_of(checkpoints, start)["names"]
-    log = np.zeros((config.steps, len(replicas), len(names)), np.float32)
-    saved = checkpoint.restore(checkpoints, {"states": states, "log": log}, start)
-    states, log = saved["states"], np.array(saved["log"])
-    print(f"{name}: goes on from step {start} of {config.steps}", flush=True)
+  write_atomic(folder / "config.json", config.to_json())
+  train(run_of(name, config, replicas, workdir), folder)
+  rows = read_metrics(folder)
+  names = [key.removeprefix("0/") for key in rows[0] if key.startswith("0/")]
+  log = [
+    [[row.get(f"{i}/{key}", np.nan) for key in names] for i in range(len(replicas))] for row in rows
+  ]
+  betas = [(*replica, config.kl.beta * replica[1]) for replica in replicas]
+  return table.arm_columns(name, betas, names, np.array(log, np.float32))
 
-  with loop.at_hand() as asked, checkpoint.finished(checkpoints):
-    with progress(config.steps, name, initial=start, enabled=sys.stderr.isatty()) as bar:
-      for t in range(start, config.steps):
-        states, out = step(states, stack([rl_prompts(one, t) for one in configs]), t)
-        moved = drift(states, t, out.sequences)
-        out = jax.device_get(out)
-        rows = rows_of(config, out, moved, len(replicas))
-        if t == 0:
-          check_first_step(config, built, states, out, rows)
-          names = list(rows[0])
-          log = np.full((config.steps, len(replicas), len(names)), np.nan, np.float32)
-        for i, row in enumerate(rows):
-          log[t, i] = [np.nan if row.get(key) is None else row[key] for key in names]
-        bar.update(gold=np.mean([row["reward/gold"] for row in rows]))
-        last, stop = t + 1 == config.steps, asked()
-        if stop or (not last and (t + 1) % config.log.checkpoint_every == 0):
-          checkpoint.save(
-            checkpoints, t + 1, {"states": states, "log": log}, facts={"names": names}
-          )
-        if stop:
-          break
-  betas = [config.kl.beta * factor for _, factor in replicas]
-  return table.arm_columns(
-    name, [(*replica, beta) for replica, beta in zip(replicas, betas)], names, log
+
+def run_of(name: str, config, replicas: list[tuple[int, float]], workdir: Path) -> Run:
+  """The Run of all replicas of an arm at once: its state is theirs, stacked. Replica i logs each of
+  its metrics as "i/METRIC".
+  """
+  config, seeds = with_seed(config, config.seed), [seed for seed, _ in replicas]
+  config.checkpoint.keep_best = 0  # no step is the best of all replicas
+  built, policies, rewards, heads = starts_of(config, tuple(dict.fromkeys(seeds)), workdir)
+  mesh, configs = seeds_mesh(len(replicas)), [with_seed(config, seed) for seed in seeds]
+  begun = first_states(config, built, mesh, replicas, policies, rewards, heads)
+  drift = make_drift(config, built, mesh, begun, configs)
+
+  def steps(states):
+    start = int(states.step[0])
+    batches = ((stack([rl_prompts(one, t) for one in configs]), t) for t in itertools.count(start))
+    return Steps(batches, make_together_step(config, built, mesh, configs), measure)
+
+  def measure(t: int, states, out, batch):
+    rows = rows_of(config, out, drift(states, t, out.sequences), len(replicas))
+    if t == 0:
+      check_first_step(config, built, states, out, rows)
+    # in float32, which metrics.jsonl gives back exactly
+    logged = {
+      f"{i}/{key}": np.float32(np.nan if value is None else value)
+      for i, row in enumerate(rows)
+      for key, value in row.items()
+    }
+    return logged, dict(gold=np.mean([row["reward/gold"] for row in rows]))
+
+  def ready(states=begun):
+    return states  # `first_states` has put the fitted heads in
+
+  return Run(
+    config, built, first=ready, warm=ready, steps=steps, name=name, shown=False, costed=False
   )

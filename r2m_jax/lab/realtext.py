@@ -27,7 +27,7 @@ from r2m_jax.hf import export
 from r2m_jax.hf.folders import Policy, RewardModel, load_policy, load_reward, mesh_of
 from r2m_jax.lab import report, results, table
 from r2m_jax.lab.grid import alone
-from r2m_jax.parallel import sharding
+from r2m_jax.parallel import hosts, sharding
 from r2m_jax.run.files import read_json, write_atomic
 from r2m_jax.run.metrics import ROW_KEYS, read_metrics
 from r2m_jax.run.workdir import claim
@@ -40,7 +40,10 @@ SAMPLES, PROXIES = "sft_samples.jsonl", "reward_models.json"  # of a workdir
 def run(config, workdir: Path) -> None:
   """Runs what is not there yet; ends with WORKDIR/table, summary.csv and report.html."""
   if jax.process_count() > 1:
-    raise ConfigError("config.task is 'lab_text': for one process")
+    raise ConfigError(
+      "config.task is 'lab_text': for one process; start one, with "
+      f"--config.hosts.coordinator={hosts.ALONE}"
+    )
   workdir, mesh, arms = workdir.absolute(), mesh_of(config), arms_of(config)
   check_batch(config, tuple(mesh.shape.values()))
   scratch.require_data(config)

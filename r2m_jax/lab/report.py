@@ -227,10 +227,8 @@ def turnover_table(found: Results) -> dict:
     ]
     for key, fit in found.fits.items()
   ]
-  squared, logarithm = (
-    ["d(a - b d): a", "b", "turns at d"],
-    ["d(a - b log d): a", "b", "turns at d"],
-  )
+  squared = ["d(a - b d): a", "b", "turns at d"]
+  logarithm = ["d(a - b log d): a", "b", "turns at d"]
   return _table(
     "Turn-over",
     ["arm", *squared, *logarithm, "R²", "R², log"],

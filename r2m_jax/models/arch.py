@@ -75,7 +75,7 @@ class ArchConfig:
   # Gemma 3, OLMo 3: sliding layers' own theta, without rope_scaling
   rope_local_theta: float | None = None
   unrotated_layers: tuple[int, ...] = ()  # 0-based; their queries and keys have no positions
-  max_positions: int = 2048  # what the model was trained for, tokens; only written to disk
+  max_positions: int = 2048  # what the model was trained for, tokens; longer rows get a warning
 
   def __post_init__(self):
     if whole(self.num_layers) > MOST_LAYERS:
@@ -220,7 +220,8 @@ class ArchConfig:
       )
     if config.get("use_bidirectional_attention"):
       raise ValueError(
-        "use_bidirectional_attention=true in config.json is not supported: decoders here are causal"
+        "use_bidirectional_attention=true in config.json is not supported: decoders here are causal; "
+        "give another model"
       )
     whole = config["hidden_size"] // max(config["num_attention_heads"], 1)
     if "head_dim" not in family.fields.values() and config.get("head_dim") not in (None, whole):
@@ -231,7 +232,8 @@ class ArchConfig:
     activation = config[family.activation]
     if activation not in ACTIVATIONS:
       raise ValueError(
-        f"{family.activation}={activation!r} in config.json is not one of {sorted(ACTIVATIONS)}"
+        f"{family.activation}={activation!r} in config.json is not one of {sorted(ACTIVATIONS)}; "
+        "give a model that has one of these"
       )
     return cls(
       family=config["model_type"],
@@ -343,7 +345,7 @@ def family_of(model_type: str | None) -> Family:
   if model_type not in FAMILIES:
     raise ValueError(
       f"model_type {model_type!r} in config.json is not supported; supported are "
-      f"{sorted({*FAMILIES, *TOWERS})}"
+      f"{sorted({*FAMILIES, *TOWERS})}: give a model of one of these"
     )
   return FAMILIES[model_type]
 
@@ -651,8 +653,7 @@ def _read_sliding(config: dict, family: Family) -> dict[str, Any]:
   else:
     raise ValueError(
       "layer_types in config.json must list 'sliding_attention' or 'full_attention' for each of "
-      f"{len(layers)} layers;"
-      f" it is {kinds}"
+      f"{len(layers)} layers; it is {kinds}: correct it"
     )
   return {
     "sliding_window": config["sliding_window"],

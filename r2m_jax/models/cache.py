@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from r2m_jax.parallel.rows import take_shares
 from r2m_jax.parallel.sharding import ROWS, lay, lay_rows
 
 
@@ -36,6 +37,11 @@ class Cache(struct.PyTreeNode):
     """`repeat(x, axis)` of everything, along the rows."""
     k, v = lay_cache(repeat(self.k, 1)), lay_cache(repeat(self.v, 1))
     return self.replace(k=k, v=v, mask=lay_rows(repeat(self.mask, 0)))
+
+  def taken(self, order: jax.Array) -> "Cache":
+    """Some of the rows; see `parallel.rows.take_shares`."""
+    k, v = (lay_cache(take_shares(x, order, 1)) for x in (self.k, self.v))
+    return self.replace(k=k, v=v, mask=lay_rows(take_shares(self.mask, order)))
 
 
 def lay_cache(x: jax.Array) -> jax.Array:

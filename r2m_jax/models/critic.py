@@ -12,9 +12,16 @@ from r2m_jax.types import Sequences
 
 
 def read_values(
-  backbone: Transformer, head: nnx.Linear, sequences: Sequences, shared: Shared | None = None
+  backbone: Transformer,
+  head: nnx.Linear,
+  sequences: Sequences,
+  shared: Shared | None = None,
+  share: float = 1.0,
 ) -> jax.Array:
-  """V(s_t) before each response token, from the state that predicts it: at least f32[B, T]."""
-  hidden = backbone(sequences.tokens, sequences.token_mask, shared=shared).hidden
+  """V(s_t) before each response token, from the state that predicts it: at least f32[B, T].
+
+  shared, share: as of `Transformer.__call__`.
+  """
+  hidden = backbone(sequences.tokens, sequences.token_mask, shared=shared, share=share).hidden
   hidden = at_least_f32(predicts_response(hidden, sequences.response_mask.shape[1]))
   return head(hidden)[..., 0]

@@ -22,6 +22,7 @@ from r2m_jax.models.transformer import (
   MLP,
   Attention,
   Block,
+  Table,
   Transformer,
   Visible,
   as_rows,
@@ -29,6 +30,7 @@ from r2m_jax.models.transformer import (
   check_length,
   lay_states,
 )
+from r2m_jax.parallel.rows import take_shares
 from r2m_jax.parallel.sharding import lay_rows, mesh_around, path_name
 
 
@@ -70,6 +72,21 @@ class LayerCache(struct.PyTreeNode):
     k = tuple(lay_cache(repeat(x, 0)) for x in self.k)
     v = tuple(lay_cache(repeat(x, 0)) for x in self.v)
     return self.replace(k=k, v=v, mask=lay_rows(repeat(self.mask, 0)))
+
+  def taken(self, order: jax.Array) -> "LayerCache":
+    """Some of the rows, each with all of its slots; see `parallel.rows.take_shares`."""
+
+    def rows(own, prompt, axis):
+      own = take_shares(own, order)
+      if prompt is not None:
+        copies = len(self.mask) // len(prompt)
+        own = jnp.concatenate([take_shares(prompt, order // copies), own], axis)
+      return lay_cache(own)
+
+    keys, values = self.prompt or ((None,) * len(self.k),) * 2
+    k = tuple(rows(own, prompt, self.key_slots) for own, prompt in zip(self.k, keys))
+    v = tuple(rows(own, prompt, -2) for own, prompt in zip(self.v, values))
+    return self.replace(k=k, v=v, mask=lay_rows(take_shares(self.mask, order)), prompt=())
 
   def grown(self, slots: int) -> "LayerCache":
     """With empty slots behind its own, `slots` in all."""
@@ -259,8 +276,9 @@ class Decoder:
       rotation = self._rotation(kind, visible.here[:, None])
       mask = visible.mask(self.model.arch.sliding_window if kind.slides else None)
       if self.in_slots:
-        return *rotation, Slots(mask[:, 0].argmax(-1).astype(jnp.int32), jnp.int32(slot))
-      return *rotation, mask[:, None]
+        slots = Slots(mask[:, 0].argmax(-1).astype(jnp.int32), jnp.int32(slot))
+        return Table(*rotation, slots)
+      return Table(*rotation, mask[:, None])
 
     return by_kind(self.model.arch, table)
 

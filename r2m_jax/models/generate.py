@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from r2m_jax.models.decode import Decoder, ScannedDecoder, decoder_of
 from r2m_jax.models.transformer import Transformer, lay_states
 from r2m_jax.ops import Truncation, at_least_f32, kept
-from r2m_jax.parallel.rows import map_rows
+from r2m_jax.parallel.rows import map_rows, shards_of, take_shares
 from r2m_jax.parallel.sharding import ROWS, lay, lay_rows, row_shards
 from r2m_jax.types import Prompts, Sequences
 
@@ -109,6 +110,7 @@ def generate(
   repetition_stop: int = 0,
   greedy_rows: bool = False,
   waves: int = 1,
+  halvings: int = 0,
 ) -> Sequences:
   """Samples `group_size` responses for each prompt.
 
@@ -128,6 +130,8 @@ def generate(
     greedy_rows: P more rows follow, the most likely token at each step for each prompt.
     waves: sample the prompts in that many equal groups one after another, so that the cache of one
       group exists at a time. The tokens are the same.
+    halvings: how often decoding goes on with half of the rows, once at most half are unfinished. The
+      tokens are the same.
   """
   how = Sampler(
     key=key,
@@ -140,6 +144,7 @@ def generate(
     truncation=truncation,
     repetition_stop=repetition_stop,
     greedy_rows=greedy_rows,
+    halvings=halvings,
   )
   if waves == 1:
     return sample(model, prompts, how)
@@ -184,6 +189,7 @@ class Sampler:
   truncation: Truncation
   repetition_stop: int
   greedy_rows: bool
+  halvings: int
 
   def repeat(self, x: jax.Array, axis: int = 0) -> jax.Array:
     """The rows to decode of the prompts' rows along `axis`: K of each, then the greedy rows."""
@@ -194,6 +200,17 @@ class Sampler:
     """How many rows each prompt has if they are neighbours on one device, else None."""
     in_runs = not self.greedy_rows and prompts % row_shards() == 0
     return self.group_size if in_runs else None
+
+  def sizes(self, rows: int) -> list[int]:
+    """How many rows are decoded together, first all of them, then half as many each time; each
+    device has its share. Greedy rows stay with the others, since they have no keys.
+    """
+    sizes = [rows]
+    while (
+      len(sizes) <= self.halvings and not self.greedy_rows and sizes[-1] % (2 * row_shards()) == 0
+    ):
+      sizes.append(sizes[-1] // 2)
+    return sizes
 
   def draw(self, model: Transformer, keys: jax.Array, t, hidden, stopped):
     """Token t of each row from what the head reads, hidden [B, D]: (token i32[B], `pad_id` in
@@ -217,16 +234,37 @@ class Sampler:
     return 0 < 2 * self.repetition_stop <= self.max_new_tokens
 
 
+RESULTS = ("tokens", "stopped", "has_eos", "lengths")
+
+
 class Decoding(NamedTuple):
   """The rows while they are decoded."""
 
-  i: jax.Array  # i32[]; tokens decoded in this stage
+  t: jax.Array  # i32[]; the next token to decode
   tokens: jax.Array  # i32[B, T]
   last: jax.Array  # i32[B], the newest token
   cache: Any
   stopped: jax.Array  # bool[B]
   has_eos: jax.Array  # bool[B]
   lengths: jax.Array  # i32[B]
+
+  def taken(self, order: jax.Array) -> "Decoding":
+    """The rows of `unfinished_first`, as rows of their own."""
+    mine = {name: take_shares(getattr(self, name), order) for name in (*RESULTS, "last")}
+    return self._replace(cache=self.cache.taken(order), **mine)
+
+  def with_results(self, order: jax.Array, part: "Decoding") -> "Decoding":
+    """With what became of the rows of `taken`; the cache stays as it is."""
+
+    def put(x, new):
+      shards = x.reshape(len(order), -1, *x.shape[1:])
+      new = new.reshape(len(order), -1, *x.shape[1:])
+      both = jax.vmap(lambda x, i, new: x.at[i].set(new, unique_indices=True))(shards, order, new)
+      return lay_rows(both.reshape(x.shape))
+
+    return self._replace(
+      **{name: put(getattr(self, name), getattr(part, name)) for name in RESULTS}
+    )
 
 
 def sample(model: Transformer, prompts: Prompts, how: Sampler) -> Sequences:
@@ -239,9 +277,9 @@ def sample(model: Transformer, prompts: Prompts, how: Sampler) -> Sequences:
   decoder = decoder_of(model, prompt_length + how.max_new_tokens)
   cache = decoder.cache(out.cache, how.repeat, how.copies(count))
   hidden = lay_states(how.repeat(out.hidden[:, -1:]))[:, 0]
-  draw = functools.partial(how.draw, model, keys)
-  rows = first_tokens(hidden, cache, how, draw)
-  rows = decode(decoder, rows, prompt_length, how, draw)
+  draw = functools.partial(how.draw, model)
+  rows = first_tokens(hidden, cache, how, functools.partial(draw, keys))
+  rows = decode(decoder, rows, prompt_length, how, draw, keys)
   response_mask = jnp.arange(how.max_new_tokens) < rows.lengths[:, None]
   return Sequences(
     tokens=lay_rows(jnp.concatenate([how.repeat(prompts.tokens), rows.tokens], 1)),
@@ -257,7 +295,7 @@ def first_tokens(hidden: jax.Array, cache: Any, how: Sampler, draw: Callable) ->
   token, has_eos = draw(0, hidden, jnp.zeros(count, bool))
   tokens = jnp.full((count, how.max_new_tokens), how.pad_id, jnp.int32).at[:, 0].set(token)
   lengths = jnp.ones(count, jnp.int32)
-  return Decoding(jnp.int32(0), tokens, token, cache, has_eos, has_eos, lengths)
+  return Decoding(jnp.int32(1), tokens, token, cache, has_eos, has_eos, lengths)
 
 
 def decode(
@@ -266,28 +304,83 @@ def decode(
   prompt_length: int,
   how: Sampler,
   draw: Callable,
+  keys: jax.Array,
 ) -> Decoding:
-  """The rows with tokens 1 .. T - 1, until all have stopped; draw(t, hidden, stopped) -> (token,
-  whether it ends its row).
+  """The rows with tokens 1 .. T - 1, until all have stopped; draw(keys, t, hidden, stopped) ->
+  (token, whether it ends its row).
+
+  Once at most half of the rows are unfinished, these go on without the others, see `Sampler.sizes`.
   """
 
-  def one_token(start, rows: Decoding) -> Decoding:
-    t = start + rows.i
+  def one_token(keys, rows: Decoding) -> Decoding:
+    t = rows.t
     last, live = rows.last[:, None], ~rows.stopped[:, None]
     hidden, cache = decoder(last, live, rows.cache, prompt_length + t - 1)
-    token, ends = draw(t, hidden, rows.stopped)
+    token, ends = draw(keys, t, hidden, rows.stopped)
     tokens = rows.tokens.at[:, t].set(token)
     lengths = rows.lengths + ~rows.stopped
     stopped = rows.stopped | ends
     if how.stops_loops:
       stopped |= loops(tokens, t, how.repetition_stop)
-    return Decoding(rows.i + 1, tokens, token, cache, stopped, rows.has_eos | ends, lengths)
+    return Decoding(t + 1, tokens, token, cache, stopped, rows.has_eos | ends, lengths)
 
-  for start, end in stages(how.max_new_tokens, decoder.grows):
-    rows = rows._replace(i=jnp.int32(0), cache=rows.cache.grown(prompt_length + end))
+  def until(end: int, enough: int, keys, rows: Decoding) -> Decoding:
+    """Tokens before `end`, while more than `enough` rows of some device are unfinished."""
 
-    def unfinished(rows: Decoding, count=end - start):
-      return (rows.i < count) & ~rows.stopped.all()
+    def goes_on(rows: Decoding):
+      return (rows.t < end) & (unfinished(rows.stopped) > enough)
 
-    rows = jax.lax.while_loop(unfinished, functools.partial(one_token, start), rows)
-  return rows
+    return jax.lax.while_loop(goes_on, functools.partial(one_token, keys), rows)
+
+  def finish(keys, rows: Decoding, sizes: list[int]) -> Decoding:
+    """The rest of the tokens, by ever fewer rows: sizes[0] of them now."""
+    rows = until(how.max_new_tokens, enough_of(sizes), keys, rows)
+    return go_on_with_half(keys, rows, sizes[1:])
+
+  def go_on_with_half(keys, rows: Decoding, sizes: list[int]) -> Decoding:
+    if not sizes:
+      return rows
+    order = unfinished_first(rows.stopped, sizes[0])
+    return rows.with_results(order, finish(take_shares(keys, order), rows.taken(order), sizes))
+
+  sizes = how.sizes(len(keys))
+  for _, end in stages(how.max_new_tokens, decoder.grows):
+    rows = rows._replace(cache=rows.cache.grown(prompt_length + end))
+    rows = until(end, enough_of(sizes), keys, rows)
+  return go_on_with_half(keys, rows, sizes[1:])
+
+
+def decoded_places(lengths: np.ndarray, limit: int, halvings: int) -> int:
+  """How many tokens `generate` computes for rows of these lengths i32[B] on one device, the first
+  ones included: of every row that is still decoded, finished or not.
+  """
+  size, places = len(lengths), len(lengths)
+  for t in range(1, limit):
+    left = int((lengths > t).sum())
+    while halvings and size % 2 == 0 and left <= size // 2:
+      size, halvings = size // 2, halvings - 1
+    if not left:
+      break
+    places += size
+  return places
+
+
+def enough_of(sizes: list[int]) -> int:
+  """Of sizes[0] rows, how many unfinished ones a device may have left for the next of the `sizes`;
+  0 if there is none.
+  """
+  return sizes[1] // row_shards() if len(sizes) > 1 else 0
+
+
+def unfinished(stopped: jax.Array) -> jax.Array:
+  """bool[B] -> i32[], the most rows of a device that have not stopped."""
+  return (~stopped).reshape(shards_of(len(stopped)), -1).sum(1).max()
+
+
+def unfinished_first(stopped: jax.Array, size: int) -> jax.Array:
+  """The rows that go on, `size` in all: of each device the unfinished ones and then others, in
+  their order.   bool[B] -> i32[S, size / S], counted on the device.
+  """
+  shards = row_shards()
+  order = jnp.argsort(stopped.reshape(shards, -1), 1, stable=True)
+  return order[:, : size // shards].astype(jnp.int32)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from r2m_jax.models.packing import Packing
 from r2m_jax.ops import Truncation, at_least_f32, check, kept
 from r2m_jax.parallel.sharding import ROWS, lay, mesh_around
 
@@ -98,6 +99,8 @@ def token_stats(
   ref: tuple[LogitsOf, jax.Array] | None = None,
   support: tuple[LogitsOf, jax.Array] | None = None,
   chunk: int = 0,
+  mask: jax.Array | None = None,
+  share: float = 1.0,
 ) -> TokenStats:
   """Log-probability and entropy of each token, and the exact KL to a reference where one is given.
 
@@ -120,7 +123,13 @@ def token_stats(
       T * V of them. A `Head` is taken in parts of chunk / T vocabulary entries. Where sampling is
       truncated, which entries are kept depends on all of them, and a function cannot be split:
       chunk / V tokens of each row, at least one, then go at a time, over the whole vocabulary.
+    mask: bool[B, T], True on the tokens that are asked for; read if `share` is below 1.
+    share: at most that share of the mask is True, and no more tokens are computed; the others get
+      zeros.
   """
+  if share < 1:
+    whole = functools.partial(token_stats, head, temperature=temperature, chunk=chunk)
+    return packed_stats(whole, mask, share, hidden, tokens, ref, support, truncation)
   check(hidden, "B T D")
   check(tokens, "B T", jnp.integer)
   other = ref or support  # the reference is never read together with another model's support
@@ -140,6 +149,22 @@ def token_stats(
   if not 0 < chunk < length:
     return slice_stats(hidden, tokens, other_hidden)
   return in_slices(slice_stats, chunk, hidden, tokens, other_hidden)
+
+
+def packed_stats(
+  stats: Callable, mask, share, hidden, tokens, ref, support, truncation
+) -> TokenStats:
+  """`stats`, which is `token_stats`, of the packed tokens, put back in their rows."""
+  assert mask is not None, "a share of the tokens is asked for: `mask` says which"
+  packing = Packing.of(mask, share)
+  found = stats(
+    packing.pack(hidden),
+    packing.pack(tokens),
+    truncation=truncation,
+    ref=ref and (ref[0], packing.pack(ref[1])),
+    support=support and (support[0], packing.pack(support[1])),
+  )
+  return jax.tree.map(packing.unpack, found)
 
 
 def whole_stats(

@@ -60,7 +60,7 @@ def adapt(
   def apply(block, rngs):
     x = jnp.zeros((1, 1, arch.hidden_size), dtype)
     angle = jnp.zeros((1, 1, 1, arch.rotary_dim // 2))
-    table = (angle, angle, jnp.ones((1, 1, 1, 1), bool))
+    table = transformer.Table(angle, angle, jnp.ones((1, 1, 1, 1), bool))
     return qwix.apply_lora_to_model(
       block, provider, x, table, lambda k, v: (k, v, (), None), rngs=rngs
     )

@@ -27,6 +27,7 @@ def read_reward_states(
   mask: jax.Array,
   keep: bool = True,
   shared: Shared | None = None,
+  share: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
   """The backbone's one pass: (reward token embedding H_last, last-layer states over all tokens).
 
@@ -37,11 +38,12 @@ def read_reward_states(
     mask: bool[B, L], True on real tokens.
     keep: False leaves the states over all tokens out: they are as large as all the policy feedback.
     shared: which rows begin alike, if any.
+    share: as of `Transformer.__call__`.
 
   Returns:
     At least float32 [B, Dr], and [B, L, Dr], or [B, L, 0] where they are not kept.
   """
-  hidden = backbone(tokens, mask, shared=shared).hidden
+  hidden = backbone(tokens, mask, shared=shared, share=share).hidden
   return at_least_f32(last_token(hidden, mask)), hidden if keep else hidden[..., :0]
 
 

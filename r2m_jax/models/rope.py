@@ -214,7 +214,8 @@ def read(
     own = new["sliding_attention"]
     if _kind(own) != "default":
       raise ValueError(
-        f"config.json gives sliding layers the rope type {_kind(own)!r}: only 'default' is supported"
+        f"config.json gives sliding layers the rope type {_kind(own)!r}: only 'default' is supported; "
+        "give a model that has it"
       )
     local = own["rope_theta"]
     new = new["full_attention"]
@@ -244,7 +245,7 @@ def _scaling_of(rope: dict, config: dict) -> RopeScaling | None:
   if kind not in KINDS:
     raise ValueError(
       f"rope type {kind!r} in config.json is not supported; 'default', "
-      f"{', '.join(map(repr, KINDS))} are"
+      f"{', '.join(map(repr, KINDS))} are: give a model that has one of these"
     )
   names = NAMES[kind]
   found = {ours: rope[name] for ours, name in names.items() if rope.get(name) is not None}
@@ -258,7 +259,9 @@ def _scaling_of(rope: dict, config: dict) -> RopeScaling | None:
   needed = [field.name for field in dataclasses.fields(RopeScaling)][1:4]
   needed += ["short_factors", "long_factors"]
   if missing := [names[n] for n in needed if n in names and n not in found]:
-    raise ValueError(f"config.json has rope type {kind!r} without {', '.join(missing)}")
+    raise ValueError(
+      f"config.json has rope type {kind!r} without {', '.join(missing)}: add them, or copy it again"
+    )
   return RopeScaling(kind, **found)
 
 

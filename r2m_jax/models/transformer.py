@@ -35,6 +35,7 @@ from r2m_jax.models.cache import Cache, lay_cache, write
 from r2m_jax.models.kernels.slots import Slots, attend_slots, slots_fit
 from r2m_jax.models.kernels.splash import BLOCK, Seen, splash_attend
 from r2m_jax.models.logprobs import Head, tempered
+from r2m_jax.models.packing import Packing
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.parallel.sharding import ROWS, lay, lay_rows, row_shards
 
@@ -108,6 +109,15 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   return turned if rest.shape[-1] == 0 else jnp.concatenate([turned, rest], -1)
 
 
+class Table(NamedTuple):
+  """What attention reads besides the tokens."""
+
+  cos: jax.Array  # [B, 1, L, R]
+  sin: jax.Array
+  seen: Any  # mask bool[B, 1, L, S], or what stands for it: SharedMask, Seen, Slots
+  packing: Packing | None = None  # of the tokens that come in; attention itself reads padded rows
+
+
 class Attention(nnx.Module):
   """Grouped-query attention with rotary positions."""
 
@@ -125,18 +135,21 @@ class Attention(nnx.Module):
       self.k_norm = Norm(own[1], arch, param_dtype=param_dtype, kind="rms")
 
   def __call__(self, x, table, store):
-    """x [B, L, D]; table (cos, sin, seen) of this layer; store(k, v) -> (keys and values to attend
-    over, those of the prompt before them or (), cache)."""
+    """x [B, L, D]; the `Table` of this layer; store(k, v) -> (keys and values to attend over, those
+    of the prompt before them or (), cache)."""
     rows = as_rows(x)
     return self.attend((self.q(rows), self.k(rows), self.v(rows)), x.shape, table, store)
 
   def attend(self, projected, shape, table, store):
     """`__call__` from queries, keys and values [B * L, heads * Dh] of an x of `shape` [B, L, D]."""
     arch = self.arch
-    cos, sin, seen = table
+    cos, sin, seen, packing = table
+    padded = shape[:2] if packing is None else packing.shape
 
     def heads(y):
-      return lay(y.reshape(*shape[:2], -1, arch.head_dim).swapaxes(1, 2), ROWS, "tensor")
+      if packing is not None:
+        y = packing.unpack(y.reshape(*shape[:2], -1))
+      return lay(y.reshape(*padded, -1, arch.head_dim).swapaxes(1, 2), ROWS, "tensor")
 
     q, k, v = projected
     if arch.qk_norm_joint:
@@ -155,7 +168,9 @@ class Attention(nnx.Module):
       y = attend_shared(self.mix, q, k, v, seen)
     else:
       y = self.mix(q, k, v, seen, prompt)
-    rows = y.swapaxes(1, 2).reshape(shape[0] * shape[1], -1)
+    rows = y.swapaxes(1, 2).reshape(padded[0] * padded[1], -1)
+    if packing is not None:
+      rows = as_rows(packing.pack(rows.reshape(*padded, -1)))
     return self.o(rows).reshape(shape), cache
 
   def mix(self, q, k, v, seen, prompt=()):
@@ -353,6 +368,7 @@ class Transformer(nnx.Module):
     cache_index: int | jax.Array | None = None,
     feedback_layer: int = -1,
     shared: Shared | None = None,
+    share: float = 1.0,
   ) -> Output:
     """tokens i32[B, L], mask bool[B, L] -> Output.
 
@@ -362,6 +378,9 @@ class Transformer(nnx.Module):
     `feedback_layer` -1 taps `hidden`; i >= 0, or negative from the end, taps the residual stream
     after layer i. `shared` says which rows begin alike: what they share is computed once, where
     there is no cache, the kernel takes masks and the runs split over the mesh. Same results.
+    `share` below 1: at most that share of the places (of `lines_of`) holds a real token, and no more
+    than that are computed. Same results at real tokens, zeros at padding; NaN if the real tokens
+    are more.
     """
     arch, length = self.arch, tokens.shape[1]
     if not -arch.num_layers <= feedback_layer < arch.num_layers:
@@ -378,28 +397,41 @@ class Transformer(nnx.Module):
     if cache is not None:
       cache = cache.written(mask, slot)
     keys = mask if fresh or cache is None else cache.mask  # bool[B, S]
-    in_blocks = self.attention in ("splash", "interpreted") and fresh and length >= BLOCK
-    if cache is not None or in_blocks or not splits_in_runs(shared, len(tokens)):
-      shared = None
+    in_blocks = self._in_blocks(length) and fresh
+    shared = None if cache is not None else self.lines_of(shared, len(tokens), length)
     tables, kinds = self._tables(keys, slot, length, in_blocks, shared)
-    x = self.embedded(tokens if shared is None else shared.pack(tokens))
+    lines = tokens if shared is None else shared.pack(tokens)
+    packing = None
+    if share < 1 and cache is None:
+      packing = Packing.of(mask if shared is None else shared.pack(mask), share)
+      lines = packing.pack(lines)
+    x = self.embedded(lines)
     kv = None if cache is None else (cache.k, cache.v)
-    x, kv, tapped = self._scan(x, kv, tables, kinds, slot, fresh, tap)
+    x, kv, tapped = self._scan(x, kv, tables, kinds, slot, fresh, tap, packing)
     hidden = self.final_norm(x)
     if cache is not None:
       cache = cache.replace(k=kv[0], v=kv[1])
 
     def rows(x):
+      x = x if packing is None else packing.unpack(x)
       return x if shared is None else lay_states(shared.unpack(x))
 
     hidden = rows(hidden)
     return Output(hidden=hidden, feedback=hidden if tap is None else rows(tapped), cache=cache)
 
-  def _scan(self, x, kv, tables, kinds, slot, fresh, tap):
+  def _in_blocks(self, length: int) -> bool:
+    return self.attention in ("splash", "interpreted") and length >= BLOCK
+
+  def lines_of(self, shared: Shared | None, rows: int, length: int) -> Shared | None:
+    """`shared` if a pass over so many whole rows of this length computes what they share once."""
+    apart = self._in_blocks(length) or not splits_in_runs(shared, rows)
+    return None if apart else shared
+
+  def _scan(self, x, kv, tables, kinds, slot, fresh, tap, packing):
     """All layers, one after another: (x, kv, x after layer `tap` or None).
 
     x [B, L, D]; kv (keys, values) of a cache or None; tables and kinds of `_tables`; slot i32[];
-    `fresh`: attend over the tokens of this call instead of the cache.
+    `fresh`: attend over the tokens of this call instead of the cache; packing: of x, or None.
     """
     blocks, stacked = nnx.split(self.layers)
 
@@ -407,6 +439,7 @@ class Transformer(nnx.Module):
       x, kv, tapped = carry
       state, layer, kind = xs
       table = tables if kind is None else jax.tree.map(lambda t: t[kind], tables)
+      table = table._replace(packing=packing)
 
       def store(k, v):
         if kv is None:
@@ -435,9 +468,8 @@ class Transformer(nnx.Module):
   def _tables(self, keys, slot, length, in_blocks, shared):
     """What layers read besides x, for each kind of layer the model has; see `by_kind`.
 
-    keys bool[B, S] -> (cos [B, 1, L, R], sin, mask bool[B, 1, L, S]), and kinds. With `in_blocks` a
-    `Seen` takes the mask's place, with `shared` a `SharedMask` (and rotations of the packed
-    positions).
+    keys bool[B, S] -> (`Table`, kinds). With `in_blocks` a `Seen` takes the mask's place, with
+    `shared` a `SharedMask` (and rotations of the lines' positions).
     """
     check_length(self.arch, keys.shape[1])
     visible = Visible.of(keys, slot, length)
@@ -446,9 +478,9 @@ class Transformer(nnx.Module):
       here = visible.here if shared is None else shared.pack(visible.here)
       rotation = self.rotation(kind, here[:, None])
       if in_blocks:
-        return *rotation, Seen(keys, kind.slides)
+        return Table(*rotation, Seen(keys, kind.slides))
       mask = visible.mask(self.arch.sliding_window if kind.slides else None)[:, None]
-      return *rotation, mask if shared is None else shared.masks(mask)
+      return Table(*rotation, mask if shared is None else shared.masks(mask))
 
     return by_kind(self.arch, table)
 

@@ -103,7 +103,7 @@ def addresses(settings, environ=os.environ) -> tuple[str, int, int] | None:
     raise HostsError(
       f"{given['process'][1]} is {process}: each of the {processes} processes has its own number "
       "from 0 to "
-      f"{processes - 1}"
+      f"{processes - 1}; give each its own"
     )
   return address, processes, process
 
@@ -190,7 +190,9 @@ def _join(settings) -> bool:
   except ValueError as error:
     if given is None and "coordinator_address" in str(error):
       return False  # no cluster
-    raise HostsError(f"config.hosts: {error}") from None
+    raise HostsError(
+      f"config.hosts: {error}; correct its fields, or give coordinator={ALONE} for one process alone"
+    ) from None
   except (RuntimeError, OSError, LookupError, ImportError) as error:
     raise HostsError(f"{_missing(settings)} ({' '.join(str(error).split())[:300]})") from error
   return jax.process_count() > 1
@@ -278,6 +280,13 @@ def largest(number: int) -> int:
   if jax.process_count() == 1:
     return number
   return int(multihost_utils.process_allgather(np.int32(number)).max())
+
+
+def total(number: int) -> int:
+  """The sum of every process's `number`. All must ask."""
+  if jax.process_count() == 1:
+    return number
+  return int(multihost_utils.process_allgather(np.int32(number)).sum())
 
 
 def from_first(value: Any) -> Any:

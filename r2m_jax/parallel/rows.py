@@ -34,6 +34,23 @@ def neighbours(group: int, rows: int) -> int:
   return math.gcd(group, rows // shards if rows % shards == 0 else rows)
 
 
+def shards_of(rows: int) -> int:
+  """Over how many devices so many rows are split: one if they do not split evenly."""
+  return row_shards() if rows % row_shards() == 0 else 1
+
+
+def blocks_of(rows: int, parts: int) -> tuple[int, int]:
+  """(devices, rows of each in a part): how `scan_rows` splits so many rows."""
+  shards = row_shards() if rows % (row_shards() * parts) == 0 else 1
+  return shards, rows // (shards * parts)
+
+
+def parts_of_rows(rows: int, parts: int) -> int:
+  """The number of parts, at least `parts`, into which `map_rows` splits so many rows."""
+  whole = rows // shards_of(rows)
+  return next(n for n in range(min(parts, whole), whole + 1) if whole % n == 0)
+
+
 def scan_rows(f: Callable, carry, parts: int, *trees):
   """`jax.lax.scan` of f(carry, *part) -> (carry, out) over `parts` parts of the rows of `trees`.
 
@@ -41,9 +58,8 @@ def scan_rows(f: Callable, carry, parts: int, *trees):
   ones of each device. Returns (carry, outs of all rows, in their order), written into place one
   part after another.
   """
-  rows, shards = len(jax.tree.leaves(trees)[0]), row_shards()
-  shards = shards if rows % (shards * parts) == 0 else 1
-  each = rows // (shards * parts)
+  rows = len(jax.tree.leaves(trees)[0])
+  shards, each = blocks_of(rows, parts)
   blocks = jax.tree.map(lambda x: lay_rows(x.reshape(shards, parts, each, *x.shape[1:])), trees)
 
   def flat(x):
@@ -78,9 +94,7 @@ def map_rows(f: Callable, parts: int, *trees):
   Every leaf of the arguments and of the result has the rows as its leading axis. Where the rows do
   not split into `parts` equal ones over the mesh, it is the next larger number into which they do.
   """
-  rows, shards = len(jax.tree.leaves(trees)[0]), row_shards()
-  whole = rows // shards if rows % shards == 0 else rows
-  parts = next(n for n in range(min(parts, whole), whole + 1) if whole % n == 0)
+  parts = parts_of_rows(len(jax.tree.leaves(trees)[0]), parts)
   if parts == 1:
     return f(*trees)
   return scan_rows(lambda _, *part: (None, f(*part)), None, parts, *trees)[1]
@@ -104,6 +118,17 @@ def take_rows(tree, order: jax.Array, minibatches: int):
   """
   take = jax.vmap(lambda run, i: run[i])
   return jax.tree.map(lambda x: lay_rows(take(runs_of(x, minibatches), order)), tree)
+
+
+def take_shares(x: jax.Array, order: jax.Array, axis: int = 0) -> jax.Array:
+  """Some rows of each device, rows being an axis of x.   [..., B, ...] -> [..., S * n, ...].
+
+  order: i32[S, n], which rows, counted on each of S devices.
+  """
+  shards, count = order.shape
+  x = jnp.moveaxis(x, axis, 0)
+  taken = jax.vmap(lambda x, i: x[i])(x.reshape(shards, -1, *x.shape[1:]), order)
+  return jnp.moveaxis(taken.reshape(shards * count, *x.shape[1:]), 0, axis)
 
 
 def put_rows(x: jax.Array, order: jax.Array, minibatches: int, new: jax.Array) -> jax.Array:

@@ -157,6 +157,15 @@ def lay_rows(x: jax.Array) -> jax.Array:
   return lay(x, ROWS)
 
 
+def lay_leading(x: jax.Array) -> jax.Array:
+  """As `lay_rows`, with the other axes as they come."""
+  mesh = mesh_around()
+  if mesh is None:
+    return x
+  rows = fitted(x.shape[:1], (ROWS,), mesh)
+  return jax.lax.with_sharding_constraint(x, P(*rows, *[P.UNCONSTRAINED] * (x.ndim - 1)))
+
+
 def lay_parameters(tree):
   """A tree of parameters, or of their gradients or moments, as the table above says."""
   mesh = mesh_around()

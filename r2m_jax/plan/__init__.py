@@ -1,6 +1,5 @@
 """Whether a run fits a machine and how long its step takes, without the machine: task = plan.
 
-chips.py     what a chip can do, and which slices there are
 sizes.py     the run in numbers: rows, lengths, architectures
 work.py      FLOPs and bytes moved, phase by phase
 memory.py    bytes per chip, by kind, before anything is compiled

@@ -148,14 +148,11 @@ def trip_count(computations, loop: str) -> int:
 def counter_step(computations, loop: str, counter: str) -> int:
   """What a loop adds to its counter, which the condition reads as `counter`: 1 unless the body
   plainly says more, as that of an unrolled loop does."""
-  index, body = (
-    re.search(r"get-tuple-element\(.*index=(\d+)", counter),
-    re.search(r"body=%?([\w.\-]+)", loop),
-  )
+  index = re.search(r"get-tuple-element\(.*index=(\d+)", counter)
+  body = re.search(r"body=%?([\w.\-]+)", loop)
   lines = computations.get(body[1], []) if body else []
-  results = (
-    re.search(r"\btuple\((.*)\)", lines[-1][1]) if lines else None
-  )  # the last line is the root
+  # the last line is the root
+  results = re.search(r"\btuple\((.*)\)", lines[-1][1]) if lines else None
   if not (index and results):
     return 1
   lines = dict(lines)

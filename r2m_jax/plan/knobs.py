@@ -2,8 +2,8 @@
 (`memory.estimate`).
 """
 
+from r2m_jax.parallel.chips import GIB
 from r2m_jax.plan import memory
-from r2m_jax.plan.chips import GIB
 from r2m_jax.plan.report import total
 from r2m_jax.plan.sizes import Sizes
 from r2m_jax.plan.work import Layout

@@ -94,9 +94,8 @@ def kept_bytes(config, arch, length: int, fused: bool, platform: str) -> float:
     platform == "gpu" and config.remat == "none"
   ):  # each norm's input and result in float32, five steps of the MLP
     return width * (8 * hidden + 5 * wide + squares) + 4 * 4 * hidden
-  products = (
-    4 * hidden + (1 + arch.gated_mlp) * wide
-  )  # the residual stream, then those that a gradient needs
+  # the residual stream, then those that a gradient needs
+  products = 4 * hidden + (1 + arch.gated_mlp) * wide
   kept = {"none": 10 * hidden + 4 * wide + squares, "full": hidden, "dots": products}[config.remat]
   # elsewhere twice: what the forward loop writes is laid out anew for the backward loop
   return (1 if platform == "gpu" else 2) * width * kept
@@ -106,17 +105,14 @@ def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool, platfor
   """Beside feedback: the gradient with the policy's backward pass, or a reward pass, or the
   head's update.
   """
-  arch, width, stored = (
-    sizes.arch,
-    jnp.dtype(config.dtype).itemsize,
-    jnp.dtype(config.param_dtype).itemsize,
-  )
+  arch = sizes.arch
+  width = jnp.dtype(config.dtype).itemsize
+  stored = jnp.dtype(config.param_dtype).itemsize
   tensor, parts = layout.tensor, config.ppo.minibatches * config.ppo.accumulation
   own_rows = sizes.rows / layout.shards
   rows = max(1.0, own_rows / parts)
-  held = (
-    4 + stored if config.ppo.accumulation > 1 else stored
-  )  # bytes: the sum in float32 and one micro-batch's own
+  # bytes: the sum in float32 and one micro-batch's own
+  held = 4 + stored if config.ppo.accumulation > 1 else stored
   gradient = trained_numbers(config, arch) / (layout.fsdp * tensor) * held
 
   def layer(arch, length, backward):
@@ -131,9 +127,8 @@ def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool, platfor
   logits = (
     4 * rows * (min(config.logits_chunk, every) if config.logits_chunk else every) * 4 / tensor
   )
-  table = (
-    vocabulary(arch) * (width + 4) / (tensor * layout.fsdp)
-  )  # laid out by parts, and its gradient
+  # laid out by parts, and its gradient
+  table = vocabulary(arch) * (width + 4) / (tensor * layout.fsdp)
   backward = kept + table + max(layer(arch, sizes.length, True), logits)
   reward = layer(sizes.reward_arch, sizes.reward_length, False)
   head = 4 * own_rows * sizes.length * arch.hidden_size * reads_feedback(config)  # h in float32

@@ -9,8 +9,8 @@ import signal
 
 from r2m_jax.config import ConfigError
 from r2m_jax.parallel import sharding
+from r2m_jax.parallel.chips import GIB, TPUS, Topology, parse_topology, slices_of
 from r2m_jax.plan import knobs, memory, programs, report
-from r2m_jax.plan.chips import GIB, TPUS, Topology, parse_topology, slices_of
 from r2m_jax.plan.sizes import Sizes, sizes_of
 from r2m_jax.plan.work import ROLLOUT, Layout, phases_of
 from r2m_jax.run.files import write_atomic

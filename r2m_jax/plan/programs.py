@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 import threading
 import time
 from importlib import metadata
@@ -28,12 +29,12 @@ from r2m_jax.algorithm.labels import pairs_per_step, uses_labels
 from r2m_jax.config import ConfigError
 from r2m_jax.models import transformer
 from r2m_jax.parallel import sharding
+from r2m_jax.parallel.chips import Topology
 from r2m_jax.plan import hlo
-from r2m_jax.plan.chips import Topology
 from r2m_jax.plan.sizes import Sizes
 from r2m_jax.run import build
 from r2m_jax.run.files import write_atomic
-from r2m_jax.step import make_learn, make_rollout
+from r2m_jax.step import make_learn_at, make_rollout
 from r2m_jax.types import Pairs, Prompts, Rollout, Rows, Sequences
 
 # of the cache's files; another number where what is read from a compiled program changes
@@ -75,7 +76,9 @@ def devices_of(topology: Topology) -> list:
     found = jax.devices("cpu")
     if len(found) < topology.count:
       raise ConfigError(
-        f"config.plan.topology is {topology.name!r}: this process has {len(found)} CPU devices"
+        f"config.plan.topology is {topology.name!r}: this process has {len(found)} CPU devices; "
+        f"choose cpu:{len(found)} at most, or take xla_force_host_platform_device_count out of "
+        "XLA_FLAGS"
       )
     return found[: topology.count]
   if importlib.util.find_spec("libtpu") is None:
@@ -95,7 +98,8 @@ def devices_of(topology: Topology) -> list:
       )
   except Exception as error:  # of several kinds, by the compiler's own library
     raise ConfigError(
-      f"config.plan.topology is {topology.name!r}: {str(error).splitlines()[0][:200]}"
+      f"config.plan.topology is {topology.name!r}: {str(error).splitlines()[0][:200]}; choose "
+      "another slice"
     ) from None
 
 
@@ -217,13 +221,22 @@ def compile_program(
   with progress(f"{which} for {topology.name}"):
     found = told_by_compiler(lowered, resident)
   found |= {"arguments": resident, "seconds": time.perf_counter() - began}
-  path.parent.mkdir(parents=True, exist_ok=True)
-  write_atomic(path, json.dumps(found))
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(found))
+  except OSError as error:
+    print(
+      f"warning: {path} cannot be written ({error}): the next plan compiles again; set "
+      "XDG_CACHE_HOME to a folder that can be written",
+      file=sys.stderr,
+    )
   return found
 
 
 def program_of(which: str, config, sizes: Sizes, mesh: Mesh) -> tuple[Any, tuple]:
-  """(jitted function, abstract arguments) of "rollout" or "learn" on a mesh."""
+  """(jitted function, abstract arguments) of "rollout" or "learn" on a mesh; learning computes all
+  places, as it does if every response is as long as may be.
+  """
   built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
   state = abstract_state(config, built)
   prompts, judged = arguments(config, sizes, built)
@@ -233,7 +246,7 @@ def program_of(which: str, config, sizes: Sizes, mesh: Mesh) -> tuple[Any, tuple
     return jax.jit(rollout, out_shardings=built.rows), (state, prompts)
   layout = sharding.shardings(state, mesh)
   jitted = jax.jit(
-    make_learn(built.defs, config, mesh),
+    sharding.on_mesh(mesh, make_learn_at(1.0, built.defs, config)),
     donate_argnums=0,
     in_shardings=(layout,) + (None,) * len(judged),
     out_shardings=(layout, None),
@@ -280,7 +293,10 @@ def kept_at(program: str, topology: Topology) -> pathlib.Path:
   key = hashlib.sha256(
     "\n".join([program, topology.name, KEPT_FORMAT, *versions]).encode()
   ).hexdigest()[:32]
-  folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+  try:
+    folder = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+  except RuntimeError:  # there is no home folder
+    folder = pathlib.Path(tempfile.gettempdir())
   return folder / "r2m_jax" / "plans" / f"{key}.json"
 
 

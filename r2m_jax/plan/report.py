@@ -1,6 +1,6 @@
 """A plan as text."""
 
-from r2m_jax.plan.chips import GIB, Topology
+from r2m_jax.parallel.chips import GIB, Topology
 from r2m_jax.plan.work import ROLLOUT, Phase
 
 KINDS = (

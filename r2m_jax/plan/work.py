@@ -151,10 +151,8 @@ class _Count:
       arch: choose(config.attention, platform, arch, config.dtype)
       for arch in (sizes.arch, sizes.reward_arch)
     }
-    self.in_slots, self.slots = (
-      in_slots(config, sizes.arch, platform),
-      cache_slots(config, sizes, platform),
-    )
+    self.in_slots = in_slots(config, sizes.arch, platform)
+    self.slots = cache_slots(config, sizes, platform)
     self.width = jnp.dtype(config.dtype).itemsize  # bytes of a number in the computation
     self.stored = jnp.dtype(config.param_dtype).itemsize  # bytes of a parameter
     self.again = int(
@@ -284,10 +282,8 @@ class _Count:
     unread = s.response_length / 2 if self.in_slots else 0
     cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * self.width / self.layout.chips
     cache *= self.slots - s.rows * unread
-    layers, logits = (
-      self.pass_bytes(arch, [(s.rows, 1, s.length)], waves),
-      self.logit_bytes(arch, 3 * s.rows, waves),
-    )
+    layers = self.pass_bytes(arch, [(s.rows, 1, s.length)], waves)
+    logits = self.logit_bytes(arch, 3 * s.rows, waves)
     one = layers / self.layout.fsdp + logits + cache
     return Phase(
       "decode",
@@ -349,9 +345,8 @@ class _Count:
       * arch.hidden_size
       * (arch.intermediate_size + arch.parallel_residual * arch.num_heads * arch.head_dim)
     )
-    backward = (
-      1 if config.lora.rank else 2
-    )  # frozen weights have no gradient; products of the adapters are left out
+    # frozen weights have no gradient; products of the adapters are left out
+    backward = 1 if config.lora.rank else 2
     spans = self.spans(arch, rows, s.length, self.trained_group)
     layers = self.blocks(arch, rows, s.length, self.trained_group) * (1 + backward + self.again)
     layers -= self.again * sum(rows * length for rows, length, _ in spans) * arch.num_layers * last
@@ -409,11 +404,9 @@ class _Count:
     """
     config, s = self.config, self.sizes
     passes = 1 + (3 if VARIANTS[config.variant].trained else 0)
-    tokens, width, fed = (
-      s.rows * s.length / self.layout.shards,
-      config.r2m.attention_dim,
-      reads_feedback(config),
-    )
+    tokens = s.rows * s.length / self.layout.shards
+    width = config.r2m.attention_dim
+    fed = reads_feedback(config)
     # h is read for the logits and again for the sum, and once more each in the backward pass
     moved = (
       (2 + 2 * VARIANTS[config.variant].trained) * tokens * s.arch.hidden_size * self.width * fed

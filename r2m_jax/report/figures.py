@@ -39,6 +39,21 @@ FIGURES = (
     ),
   ),
   (
+    "7_evaluations",
+    "Held-out evaluations",
+    STEP,
+    "Means over the same prompts at each evaluation, sampled with the same random numbers; bands are 95% "
+    "intervals over prompts. Neither gold nor anything else here is trained on.",
+    (
+      ("eval/gold", "Gold reward", "gold", None),
+      ("eval/frozen", "Frozen proxy", "proxy", None),
+      ("eval/kl", "Exact KL from the reference", "nats a response", None),
+      ("eval/length", "Response length", "tokens", None),
+      ("eval/truncated", "Cut at the length limit", "share", None),
+      ("eval/repetition", "Repeated 4-grams", "share", None),
+    ),
+  ),
+  (
     "2_frontier",
     "Reward against distance from the reference",
     ROOT_KL,
@@ -243,6 +258,7 @@ def _draw_panel(axes, rows, arms, x, panel, styles, matched_kl):
     colour, dashes = styles.get(arm, (COLOURS[0], "-"))
     mine = [row for row in rows if row["arm"] == arm]
     if x == STEP:
+      draw_band(axes, mine, metric, colour)
       steps, values = series(mine, metric)
       axes.plot(steps, values, color=colour, lw=0.7, alpha=0.3)
       at, means = window_means(steps), window_means(values)
@@ -267,6 +283,13 @@ def _draw_panel(axes, rows, arms, x, panel, styles, matched_kl):
   if x != STEP and matched_kl is not None:
     axes.axvline(math.sqrt(max(matched_kl, 0)), color="#777", lw=1, ls=":")
   dress(axes, title, x, label)
+
+
+def draw_band(axes, rows, metric, colour):
+  """The interval of a metric that is logged with its ends."""
+  steps, low, high = series(rows, f"{metric}_low", f"{metric}_high")
+  if len(steps):
+    axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
 
 
 def dress(axes, title, x, label):

@@ -2,7 +2,7 @@
 report.html, which template.html makes of sections.
 
 A section is a dict whose `kind` is a macro of the template: "lead", "points", "table", "figure",
-"samples" or "settings". All text in it is plain: the template escapes it.
+"samples", "slider" or "settings". All text in it is plain: the template escapes it.
 """
 
 import base64
@@ -15,12 +15,17 @@ import jinja2
 
 from r2m_jax.report.figures import COLOURS, FIGURES, arms_with, draw_figure, style_of
 from r2m_jax.report.summary import (
+  alarm_line,
+  arms_of,
   cautions,
   control_case,
+  evaluations,
   findings,
+  first_alarm,
   format_summary,
   number,
   summary_table,
+  with_interval,
 )
 from r2m_jax.run.files import read_json, read_jsonl, write_atomic
 from r2m_jax.run.metrics import ROW_KEYS, read_metrics
@@ -45,7 +50,9 @@ def write_report(workdir, *, title, notes=(), tables=(), config=None):
   styles = style_of(
     list(dict.fromkeys([row["arm"] for row in rows] + [row["arm"] for row in samples]))
   )
-  sections = [_headline(table, notes)]
+  sections = [_headline(table, notes, alarms(rows))]
+  if measured := evaluation_table(rows, styles):
+    sections.append(table_section(measured))
   if table:
     sections.append(_summary(table, styles))
   sections += [table_section(one) for one in tables]
@@ -56,6 +63,8 @@ def write_report(workdir, *, title, notes=(), tables=(), config=None):
       write_atomic(workdir / "figures" / f"{name}.png", drawn[0])
       keys = [_key(arm, styles) for arm in arms_with(named, panels)]
       sections.append(figure_section(heading, caption, drawn[1], keys))
+  if evaluated := read_jsonl(workdir / "eval_samples.jsonl"):
+    sections.append(_slider(evaluated, styles))
   if samples:
     sections.append(_samples(samples, styles))
   if config is not None:
@@ -157,9 +166,9 @@ def _key(arm, styles):
   return {"name": arm or "run", "line": line, "colour": colour}
 
 
-def _headline(table, notes):
+def _headline(table, notes, alarms):
   cases = [sentence for _, sentence in control_case(table)]
-  points = findings(table) + cases + list(notes)
+  points = [f"ALARM: {line}." for line in alarms] + findings(table) + cases + list(notes)
   points = points or [
     "No RL steps were logged, so there is nothing to conclude about over-optimisation."
   ]
@@ -206,6 +215,71 @@ def _summary(table, styles):
     else ""
   )
   return table_section({"title": "", "head": head, "rows": rows, "note": note})
+
+
+def alarms(rows):
+  """The line of each arm whose evaluations raised the alarm."""
+  found = [(arm, first_alarm(evaluations(rows, arm))) for arm in arms_of(rows)]
+  return [
+    alarm_line(arm, since, step) for arm, raised in found if raised for step, since in [raised]
+  ]
+
+
+def evaluation_table(rows, styles):
+  """The first, the best and the last evaluation of each arm, as a table; None without evaluations."""
+  lines, gold = [], any("gold" in row for row in rows if row["stage"] == "eval")
+  by = "gold" if gold else "frozen"
+  for arm in arms_of(rows):
+    mine = evaluations(rows, arm)
+    if mine:
+      best = max(mine, key=lambda row: row[by] if math.isfinite(row[by]) else -math.inf)
+      for which, row in (("first", mine[0]), ("best", best), ("last", mine[-1])):
+        lines.append([_key(arm, styles), *_evaluation(which, row, gold)])
+  if not lines:
+    return None
+  head = ["Arm", "Evaluation (step)"] + ["Gold"] * gold
+  head += ["Frozen proxy", "KL, nats", "Length", "Cut off", "Repetition"]
+  note = f"Means over held-out prompts with 95% intervals over them. Best is by {by}."
+  return {"title": "Held-out evaluation", "head": head, "rows": lines, "note": note}
+
+
+def _evaluation(which, row, gold):
+  """A line of `evaluation_table`, after the arm."""
+  names = ["gold"] * gold + ["frozen", "kl"]
+  cells = [with_interval(row, name) for name in names] + [with_interval(row, "length", digits=1)]
+  cells += [f"{row['truncated']:.0%}", f"{row['repetition']:.0%}"]
+  return [f"{which} ({row['step']})", *cells]
+
+
+def _slider(samples, styles):
+  """Each held-out prompt with its response at the first evaluation beside those at another step,
+  which a slider chooses.
+  """
+  steps = sorted({row["step"] for row in samples})
+  arms = list(dict.fromkeys(row["arm"] for row in samples))
+  asked = list(dict.fromkeys(row["prompt"] for row in samples))
+  by_place = {(row["prompt"], row["arm"], row["step"]): row for row in samples}
+  first = {row["prompt"]: row for row in reversed(samples) if row["step"] == steps[0]}
+  blocks = []
+  for prompt in asked[:MAX_PROMPTS]:
+    columns = []
+    for arm in arms:
+      found = [by_place.get((prompt, arm, step)) for step in steps]
+      columns.append({"arm": _key(arm, styles), "cells": [_response(row) for row in found]})
+    start = _response(first.get(prompt))
+    blocks.append({"text": _cut(prompt), "first": start, "columns": columns})
+  return {"kind": "slider", "steps": steps, "prompts": blocks, "of": len(asked)}
+
+
+def _response(row):
+  """A response of an evaluation, and a line of what was measured of it."""
+  if row is None:
+    return {"text": "(not evaluated at this step)", "facts": ""}
+  facts = [
+    f"{name} {number(_float(row[name]))}" for name in ("gold", "frozen", "kl") if name in row
+  ]
+  facts.append(f"{row['length']} tokens{' (cut)' if row['truncated'] else ''}")
+  return {"text": _cut(row["response"]), "facts": ", ".join(facts)}
 
 
 def _samples(samples, styles):

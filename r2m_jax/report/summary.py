@@ -67,12 +67,18 @@ def summary_table(rows):
   (the window's middle); gain = peak - start; loss = peak - last; lost_share = loss / gain, None
   where the gain is within 4 se of zero.
   rows: how many had gold, or how many there are where none had.
+  evaluated: whether gold and the frozen proxy are those of held-out evaluations. So it is if the
+  steps themselves have no gold and the evaluations do.
   X_start, X_last, X_se for X in frozen, kl, length, truncated: the first and last window means and
   their error.
   gold_at_kl: gold where the arm first reaches matched_kl, the largest KL that every arm reaches.
   """
   table = [
-    _summarise(arm, [r for r in rows if r["stage"] == "rl" and r["arm"] == arm])
+    _summarise(
+      arm,
+      [r for r in rows if r["stage"] == "rl" and r["arm"] == arm],
+      evaluations(rows, arm),
+    )
     for arm in arms_of(rows)
   ]
   reached = [
@@ -88,10 +94,14 @@ def summary_table(rows):
   return table
 
 
-def _summarise(arm, rows):
+def _summarise(arm, rows, evaluated):
   gold, frozen = series(rows, "reward/gold"), series(rows, "reward/frozen")
+  by_evaluations = not len(gold[0]) and len(series(evaluated, "gold")[0]) > 0
+  if by_evaluations:
+    gold, frozen = series(evaluated, "gold"), series(evaluated, "frozen")
   entry = {
     "arm": arm,
+    "evaluated": by_evaluations,
     "rows": len(gold[0]) or len(rows),
     "last_step": max(row["step"] for row in rows),
     "seconds": max(row["seconds"] for row in rows),
@@ -174,6 +184,61 @@ def over_optimised(entry):
   return entry["frozen_last"] - entry["frozen_peak"] > SURE * entry["frozen_se"]
 
 
+# ---- evaluations ----
+
+
+def evaluations(rows, arm):
+  """The rows of an arm's evaluations, in order of their steps; a repeated step counts last."""
+  mine = {row["step"]: row for row in rows if row["stage"] == "eval" and row["arm"] == arm}
+  return [mine[step] for step in sorted(mine)]
+
+
+def alarm(rows):
+  """Step since which gold has fallen and the frozen proxy has risen, by `over_optimised`; None if
+  that is not so, or if fewer than `MIN_ROWS` evaluations have gold.
+
+  Args:
+    rows: of the evaluations of one arm.
+  """
+  gold, frozen = series(rows, "gold"), series(rows, "frozen")
+  if len(gold[0]) < MIN_ROWS:
+    return None
+  entry = rise_and_fall(gold, frozen)
+  return round(entry["peak_step"]) if over_optimised(entry) else None
+
+
+def first_alarm(rows):
+  """(step at which the alarm was first raised, step since which it says that gold has fallen); None
+  if it never was.
+  """
+  for count in range(MIN_ROWS, len(rows) + 1):
+    since = alarm(rows[:count])
+    if since is not None:
+      return rows[count - 1]["step"], since
+  return None
+
+
+def alarm_line(arm, since, step):
+  """The alarm in one line, for the terminal and the report."""
+  name = f"{arm}: " if arm else ""
+  return f"{name}proxy up, gold down since step {since} (raised at step {step})"
+
+
+def with_interval(row, name, scale=1.0, digits=2):
+  """The value of an evaluation with its interval, as text."""
+  value, low, high = (row[name + end] for end in ("", "_low", "_high"))
+  value, low, high = (number(scale * x, digits) for x in (value, low, high))
+  return f"{value} [{low}, {high}]"
+
+
+def evaluation_line(arm, step, row):
+  """What an evaluation found, in a line for the terminal."""
+  parts = [f"{name} {with_interval(row, name)}" for name in ("gold", "frozen", "kl") if name in row]
+  parts += [f"length {number(row['length'], 1)}", f"cut {row['truncated']:.0%}"]
+  parts += [f"repetition {row['repetition']:.0%}"]
+  return f"eval     {arm + ' ' if arm else ''}step {step}: {', '.join(parts)}"
+
+
 def _value_at_kl(rows, name, target):
   """Linear interpolation of the window means of `name` where those of the KL first reach the
   target; None if never.
@@ -230,7 +295,8 @@ def finding(entry):
   arm, n, found = entry["arm"] or "the run", number, verdict(entry)
   proxy = f"the frozen proxy went from {n(entry['frozen_start'])} to {n(entry['frozen_last'])}"
   if found == TOO_FEW:
-    return f"{arm}: {entry['rows']} logged steps are too few for a verdict."
+    what = "evaluations" if entry["evaluated"] else "logged steps"
+    return f"{arm}: {entry['rows']} {what} are too few for a verdict."
   if found == NO_GOLD:
     return (
       f"In {arm} {proxy}, at a KL of {n(entry['kl_last'], 1)} in the end. No gold reward was "

@@ -50,10 +50,8 @@ class Checkpoints(ocp.CheckpointManager):
     background: bool = True,
   ):
     self.folder, self.background = Path(folder).absolute(), background
-    self.facts, self.sound = (
-      {},
-      set(),
-    )  # of the save in progress; steps whose files are those of their manifest
+    self.facts = {}  # of the save in progress
+    self.sound = set()  # steps whose files are those of their manifest
     rules = [keep.LatestN(last)]
     if every:
       rules.append(keep.EveryNSteps(every))

@@ -77,6 +77,5 @@ def plain(value):
   value = value.item() if hasattr(value, "item") else value
   if isinstance(value, float) and not math.isfinite(value):
     return str(value)  # "nan", "inf" or "-inf"
-  return (
-    float(f"{value:.9g}") if isinstance(value, float) else value
-  )  # 9 digits give every float32 back exactly
+  # 9 digits give every float32 back exactly
+  return float(f"{value:.9g}") if isinstance(value, float) else value

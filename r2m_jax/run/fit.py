@@ -22,10 +22,10 @@ from r2m_jax.models.reward import member_scores, read_rte
 from r2m_jax.ops import combine, masked_mean, predicts_response
 from r2m_jax.parallel import hosts
 from r2m_jax.parallel.sharding import jit_on, on_mesh, shardings
-from r2m_jax.run import checkpoint, loop
+from r2m_jax.run import checkpoint, loop, speed
 from r2m_jax.run.build import Build
 from r2m_jax.run.metrics import Metrics
-from r2m_jax.run.progress import progress
+from r2m_jax.run.progress import doing, progress
 
 LOG_EVERY = 10  # updates; a fetch waits for the device
 # times its budget at which a stage is cut short: the machine is slower than when it was measured
@@ -123,6 +123,7 @@ def fit(
   batch_sharding,
   frozen=None,
   budget: float = 0.0,
+  settings=None,
 ):
   """Minimises loss_fn over `total` batches as stage `stage`; returns the state, which is donated.
 
@@ -132,6 +133,7 @@ def fit(
   Args:
     frozen: a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
     budget: seconds from the first update on, 0 for none. The fit ends after `LATE` times that.
+    settings: the section of the config that `tx` is made of; its learning rate is logged.
   """
   extra, mesh = () if frozen is None else (frozen,), jax.tree.leaves(state_shardings)[0].mesh
   opt_shardings = shardings(jax.eval_shape(tx.init, state), mesh)
@@ -139,27 +141,24 @@ def fit(
   opt, saved = jax.jit(tx.init, out_shardings=opt_shardings)(state), time.monotonic()
   partial = checkpoint.open_checkpoints(workdir / PARTIAL / stage, last=1)
   facts = {} if frozen is None else {"models": checkpoint.fingerprint(frozen)}
-  start = checkpoint.newest(partial) or 0
-  if start:
-    checkpoint.require(partial, start, **facts)
-    state, opt = checkpoint.restore(partial, (state, opt), start)
-    print(f"{stage}: goes on from update {start} of {total}")
+  start, state, opt = resumed(partial, f"{stage}: goes on from update", total, facts, state, opt)
   batches = Timed(itertools.islice(batches, start, total))
   with (
     loop.at_hand() as asked,
     checkpoint.finished(partial),
     Metrics(workdir, stage, from_step=start) as log,
-    progress(total, stage, initial=start) as bar,
+    progress(total, stage, initial=start, unit="update") as bar,
   ):
-    rows = Rows(stage, log, batches, budget)
+    rows = Rows(stage, log, batches, budget, speed.FitCost(settings, total))
     for i, batch in enumerate(batches, start):
       state, opt, metrics = update(state, opt, hosts.place(batch, batch_sharding), *extra)
-      rows.count(metrics)
+      bar.dispatched(metrics)
+      rows.count(metrics, batch)
       # the processes agree only at updates whose device is waited for
       turn = jax.process_count() == 1 or i % LOG_EVERY == 0
       late = turn and hosts.any_of(rows.late())
-      logged = i % LOG_EVERY == 0 or i == total - 1 or late
-      bar.update(**(rows.write(i, metrics) if logged else {}))
+      if i % LOG_EVERY == 0 or i == total - 1 or late:
+        bar.settle(**rows.write(i, metrics, opt))
       stop = turn and asked()
       if stop or turn and hosts.any_of(time.monotonic() - saved > SAVE_SECONDS):
         checkpoint.save(partial, i + 1, (state, opt), facts=facts)
@@ -167,9 +166,22 @@ def fit(
       if late:
         print(cut_short(stage, i + 1, total, budget))
       if late or stop:
+        log.close("stopped" if stop else "finished")
         break
   rows.require_learned()
   return state
+
+
+def resumed(partial: checkpoint.Checkpoints, words: str, total: int, facts: dict, state, opt):
+  """(updates done, state, optimizer's state) of an unfinished fit, printed after `words`; or what
+  was given, and 0 updates.
+  """
+  start = checkpoint.newest(partial) or 0
+  if start:
+    checkpoint.require(partial, start, **facts)
+    state, opt = checkpoint.restore(partial, (state, opt), start)
+    print(f"{words} {start} of {total}")
+  return start, state, opt
 
 
 def make_update(
@@ -203,8 +215,11 @@ class Rows:
   `data/wait` is the share of the time since the row before that was spent waiting for batches.
   """
 
-  def __init__(self, stage: str, log: Metrics, batches: "Timed", budget: float):
+  def __init__(
+    self, stage: str, log: Metrics, batches: "Timed", budget: float, cost: speed.FitCost
+  ):
     self.stage, self.log, self.batches, self.budget = stage, log, batches, budget
+    self.cost = cost
     self.began = 0.0  # when the first update was done; 0 before
     self.bad = 0  # rows in a row with every update skipped
     self.skipped = 0.0  # updates since the last row; on the device until the next one
@@ -212,8 +227,9 @@ class Rows:
     self.done = 0  # updates in all
     self.void = 0.0  # of these, skipped
 
-  def count(self, metrics: dict) -> None:
+  def count(self, metrics: dict, batch: dict) -> None:
     """Counts an update, without waiting for the device."""
+    self.cost.count(batch)
     self.skipped += metrics["skipped"]
     self.since += 1
 
@@ -222,14 +238,15 @@ class Rows:
     elapsed = time.perf_counter() - self.began
     return bool(self.budget and self.began and elapsed > LATE * self.budget)
 
-  def write(self, i: int, metrics: dict) -> dict[str, float]:
-    """Waits for update i and logs it; returns what the bar shows.
+  def write(self, i: int, metrics: dict, opt) -> dict[str, float]:
+    """Waits for update i and logs it; returns what the bar shows. `opt`: the optimizer's state.
 
     Raises:
       Diverged: every update since `BAD_ROWS` rows was skipped.
     """
     metrics = {k: float(v) for k, v in metrics.items()} | {"skipped": float(self.skipped)}
-    self.log.log(i, metrics | {"data/wait": self.batches.waiting_share()})
+    wait = {"data/wait": self.batches.waiting_share()}
+    self.log.log(i, metrics | wait | self.cost.take(opt))
     # the first update compiles, and fetching its loss waited for it
     self.began = self.began or time.perf_counter()
     self.bad = self.bad + 1 if metrics["skipped"] == self.since else 0
@@ -293,12 +310,13 @@ def steps_within(
     count[shape] = count.get(shape, 0) + 1
     batch_of.setdefault(shape, batch)
   total = 0.0
-  for shape, batch in batch_of.items():
-    batch = hosts.place(batch, batch_sharding)
-    jax.block_until_ready(grads(state, batch, *extra))
-    start = time.perf_counter()
-    jax.block_until_ready([grads(state, batch, *extra) for _ in range(2)])
-    total += (time.perf_counter() - start) / 2 * count[shape]
+  with doing("rate     compiling, and measuring updates"):
+    for shape, batch in batch_of.items():
+      batch = hosts.place(batch, batch_sharding)
+      jax.block_until_ready(grads(state, batch, *extra))
+      start = time.perf_counter()
+      jax.block_until_ready([grads(state, batch, *extra) for _ in range(2)])
+      total += (time.perf_counter() - start) / 2 * count[shape]
   each, spent = total / sum(count.values()), time.perf_counter() - began
   steps = max(1, int(seconds / each))
   print(
@@ -318,6 +336,7 @@ class Job(NamedTuple):
   batches: Iterable[dict]
   total: int  # updates
   frozen: Any = None
+  settings: Any = None  # the section of the config that tx is made of
 
 
 def do(job: Job, built: Build, workdir: Path):
@@ -331,6 +350,7 @@ def do(job: Job, built: Build, workdir: Path):
     stage=job.stage,
     workdir=workdir,
     frozen=job.frozen,
+    settings=job.settings,
     state_shardings=shardings(job.start, built.mesh),
     batch_sharding=built.rows,
   )
@@ -349,7 +369,8 @@ def warm_job(
     omega=config.r2m.omega_min,
   )
   frozen = {"policy": policy, "backbone": backbone}
-  return Job("warm_start", loss, head, make_optimizer(config.r2m, steps), batches, steps, frozen)
+  tx = make_optimizer(config.r2m, steps)
+  return Job("warm_start", loss, head, tx, batches, steps, frozen, config.r2m)
 
 
 def epochs_of_rows(seed: int, count: int, batch_size: int, steps: int):

@@ -11,19 +11,20 @@ import hashlib
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from r2m_jax.config import ConfigError, identity
+from r2m_jax.config import ConfigError, best_metric, identity
 from r2m_jax.parallel import hosts
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.run import checkpoint
 from r2m_jax.run.checkpoint import CheckpointError, Checkpoints
 from r2m_jax.run.files import plain, read_jsonl, write_atomic
-from r2m_jax.run.metrics import Metrics
-from r2m_jax.run.progress import progress
+from r2m_jax.run.metrics import EVAL, Metrics
 
 RESUME = 75  # exit status of a run that was asked to stop and has saved everything
 SAMPLES_KEPT = "skipped.jsonl"
@@ -98,80 +99,76 @@ def at_hand() -> Iterator[Callable[[], bool]]:
     )
 
 
-# ---- the loop ----
+# ---- what is saved, and where a run goes on ----
 
 
-def run_steps(
-  config,
-  workdir: Path,
-  checkpoints: Checkpoints,
-  state,
-  advance: Callable,
-  *,
-  data: str = "",
-  models: str = "",
-):
-  """Advances `state` to config.steps and returns it: logs every step, saves as config.log and
-  config.checkpoint say.
+class Seen(NamedTuple):
+  """What a watch has seen of a state."""
 
-  Args:
-    state: a TrainState of any step; it is donated.
-    advance: (state, step number) -> (state, StepOutput on the host, example ids i32[P], metrics,
-      values for the bar).
-    data: fingerprint of the rows behind the prompts; it lies in every manifest.
-    models: fingerprint of the frozen models: the reference (with adapters, their base) and the
-      reward model.
+  values: dict[str, float] = {}  # of an evaluation, by their names in its row; {} if there was none
+  stop: str = ""  # why the run ends here; "" if it does not
 
-  Raises:
-    Interrupted: a signal came; the step is finished and saved.
-    Diverged: config.guard.max_skipped steps in a row had a skipped update, or more than half of
-      all.
-    CheckpointError: a save failed, now or in the background.
+
+# (state, its step, metrics of the step that led to it, or None for the state that a start begins
+# with) -> what is seen. It may read the state and must not change it.
+Watch = Callable[..., Seen]
+
+
+def watch_nothing(state, step: int, metrics: dict | None) -> Seen:
+  """The `Watch` of a run that is not evaluated and does not end early."""
+  del state, step, metrics
+  return Seen()
+
+
+def log_seen(log: Metrics, step: int, seen: Seen) -> None:
+  """Logs the row of an evaluation, if there was one."""
+  if seen.values:
+    log.log(step, seen.values, stage=EVAL)
+
+
+def is_due(config, step: int, seen: Seen) -> bool:
+  """Whether the state of this step is saved: at an interval, and if it may be among the best."""
+  evaluated = bool(config.checkpoint.keep_best and seen.values)
+  return evaluated or step % config.log.checkpoint_every == 0
+
+
+def value_of(metric: str, metrics: dict, seen: Seen):
+  """The value of `best_metric` at a step, None if it has none."""
+  stage, _, name = metric.partition("/")
+  return seen.values.get(name) if stage == EVAL else metrics.get(metric)
+
+
+def save(config, workdir: Path, checkpoints, step: int, state, metrics, seen: Seen, facts) -> None:
+  """Starts the save of a step's state, which may be donated at once.
+
+  facts: data= and models=, fingerprints; see `resume`.
   """
-  start, in_a_row, skipped = int(state.step), [], 0
-  facts = {"config": identity(config), "data": data, "models": models}
-  best = config.checkpoint.best_metric
-  with at_hand() as asked, checkpoint.finished(checkpoints):
-    with Metrics(workdir, "rl", config.variant, from_step=start) as log:
-      with progress(config.steps, config.variant, initial=start) as bar:
-        for t in range(start, config.steps):
-          state, out, example_id, metrics, shown = advance(state, t)
-          require_best(config, metrics)
-          log.log(t, metrics)
-          bar.update(**shown)
-          stop, last = asked(), t + 1 == config.steps
-          in_a_row = [*in_a_row, t] if metrics["skipped"] else []
-          skipped += bool(metrics["skipped"])
-          if in_a_row:
-            keep_rows(workdir, config.variant, t, out, example_id)
-          if len(in_a_row) >= config.guard.max_skipped:
-            raise Diverged(report(workdir, checkpoints, in_a_row, metrics))
-          if last or stop or (t + 1) % config.log.checkpoint_every == 0:
-            require_workdir(workdir)
-            checkpoint.save(checkpoints, t + 1, state, value=metrics.get(best), facts=facts)
-          if stop:
-            break
-  require_learned(config, skipped, config.steps - start, workdir)
-  return state
+  require_workdir(workdir)
+  value = value_of(best_metric(config), metrics, seen)
+  facts = {"config": identity(config), **facts}
+  checkpoint.save(checkpoints, step, state, value=value, facts=facts)
+
+
+def warn_of_best(config) -> None:
+  """Warns if the best checkpoints are chosen by a reward that the run optimises."""
+  best = best_metric(config)
+  if config.checkpoint.keep_best and best in ("reward/used", "reward/frozen", "eval/frozen"):
+    print(
+      f"warning: config.checkpoint.keep_best goes by {best}, the reward that this run optimises, so "
+      "it keeps what games that reward most. Name eval/gold in config.checkpoint.best_metric: "
+      "config.eval.every and, from folders, config.eval.gold.path measure it",
+      file=sys.stderr,
+    )
 
 
 def require_best(config, metrics: dict) -> None:
   """Raises ConfigError if the best checkpoints are kept by a metric that there is not."""
-  best = config.checkpoint.best_metric
+  best = best_metric(config)
+  if best.startswith(f"{EVAL}/"):  # `check_evaluation` knows whether it is measured
+    return
   if config.checkpoint.keep_best and best not in metrics:
     names = ", ".join(sorted(metrics))
     raise ConfigError(f"config.checkpoint.best_metric is {best!r}: choose one of {names}")
-
-
-def require_learned(config, skipped: int, steps: int, workdir: Path) -> None:
-  """Raises Diverged if more than half of the steps had a skipped update."""
-  if skipped > steps / 2:
-    raise Diverged(
-      f"{config.variant}: {skipped} of {steps} steps had an update skipped because a loss, gradient "
-      "or reward was not finite, so nothing is exported. Their rows are in "
-      f"{workdir / SAMPLES_KEPT}; look at one with --config.task=replay, lower the learning rates, "
-      "or look for NaN in the models' weights"
-    )
 
 
 def require_workdir(workdir: Path) -> None:
@@ -182,21 +179,28 @@ def require_workdir(workdir: Path) -> None:
     )
 
 
-def resume(config, checkpoints: Checkpoints, state, *, data: str = "", models: str = ""):
-  """The state of the newest sound checkpoint, or `state` where there is none, and whether it is the
-  latter.
+def resume(
+  config, checkpoints: Checkpoints, state, *, data: str = "", models: str = "", name: str = ""
+):
+  """The state of the newest sound checkpoint and its step; `state` and 0 if there is none.
+
+  Args:
+    data: fingerprint of the rows behind the prompts.
+    models: fingerprint of the frozen models: the reference (with adapters, their base) and the
+      reward model.
+    name: of the run, for what is printed; "" is config.variant.
 
   Raises:
     CheckpointError: the checkpoint is of another config, of other rows or of other frozen models.
   """
   step = checkpoint.newest(checkpoints)
   if step is None:
-    return state, True
+    return state, 0
   if not config.checkpoint.fork_from:
     checkpoint.require(checkpoints, step, config=identity(config), data=data, models=models)
   state = checkpoint.restore(checkpoints, state, step)
-  print(f"{config.variant}: goes on from step {int(state.step)} of {config.steps}")
-  return state, False
+  print(f"{name or config.variant}: goes on from step {step} of {config.steps}", flush=True)
+  return state, step
 
 
 def models_of(state) -> str:
@@ -212,6 +216,45 @@ def fingerprint(rows) -> str:
 
 
 # ---- numbers that are not finite ----
+
+
+class Guard:
+  """Counts the steps with a skipped update, keeps their rows, and stops a run that learns nothing.
+
+  Metrics without "skipped" are of several seeds, of which none stops the others.
+  """
+
+  def __init__(self, config, workdir: Path, checkpoints: Checkpoints):
+    self.config, self.workdir, self.checkpoints = config, workdir, checkpoints
+    self.in_a_row: list[int] = []
+    self.seen = self.skipped = 0  # steps
+
+  def see(self, t: int, metrics: dict, out, example_id) -> None:
+    """Raises Diverged after step t if too many in a row had a skipped update.
+
+    Args:
+      out: StepOutput of the step, on the host.
+      example_id: of its prompts, i32[P].
+    """
+    self.seen += 1
+    if not metrics.get("skipped"):
+      self.in_a_row = []
+      return
+    self.in_a_row.append(t)
+    self.skipped += 1
+    keep_rows(self.workdir, self.config.variant, t, out, example_id)
+    if len(self.in_a_row) >= self.config.guard.max_skipped:
+      raise Diverged(report(self.workdir, self.checkpoints, self.in_a_row, metrics))
+
+  def require_learned(self) -> None:
+    """Raises Diverged if more than half of the steps had a skipped update."""
+    if self.skipped > self.seen / 2:
+      raise Diverged(
+        f"{self.config.variant}: {self.skipped} of {self.seen} steps had an update skipped because a "
+        "loss, gradient or reward was not finite, so nothing is exported. Their rows are in "
+        f"{self.workdir / SAMPLES_KEPT}; look at one with --config.task=replay, lower the learning "
+        "rates, or look for NaN in the models' weights"
+      )
 
 
 def keep_rows(workdir: Path, arm: str, step: int, out, example_id) -> None:

@@ -1,4 +1,4 @@
-"""What a run leaves on disk while it trains: metrics.jsonl, samples.jsonl and TensorBoard events.
+"""What a run leaves behind while it trains: metrics.jsonl, samples.jsonl, and scalars in trackers.
 
 A row of metrics.jsonl is {"stage", "arm", "step", "seconds", **scalars}, one JSON object a line.
 This file knows no model and no config. Of the processes of a run the first alone writes: here, not
@@ -11,15 +11,27 @@ import time
 import warnings
 from pathlib import Path
 
+from r2m_jax.config import redact
 from r2m_jax.parallel import hosts
 from r2m_jax.run.files import DamagedFile, plain, read_jsonl, write_atomic
+from r2m_jax.run.trackers import TRACKERS, Tracked, wanted
 
 ROW_KEYS = ("stage", "arm", "step", "seconds")
+# What depends on the clock or the machine: the same run again has other values. A name that ends
+# with a slash stands for all that begin with it.
+CLOCKED = ("seconds", "data/wait", "seconds/", "speed/", "memory/")
+EVAL = "eval"  # stage of the rows that evaluations of an RL run make
 _NONFINITE = {
   "nan": math.nan,
   "inf": math.inf,
   "-inf": -math.inf,
 }  # JSON has no such numbers: kept as strings
+
+
+def without_clock(row: dict) -> dict:
+  """A row without what `CLOCKED` lists: the same for each run of one config."""
+  ends = tuple(name for name in CLOCKED if name.endswith("/"))
+  return {k: v for k, v in row.items() if k not in CLOCKED and not k.startswith(ends)}
 
 
 # ---- files ----
@@ -91,87 +103,76 @@ def append_samples(workdir, rows):
 
 
 class Metrics:
-  """The log of one stage of one arm: metrics.jsonl, and the same scalars under tensorboard/.
+  """The log of one stage of one arm: metrics.jsonl, and the same scalars in the trackers that the
+  workdir's config names in `log.to`.
 
   from_step is 0 for a fresh start, or the step a resumed run does next: older rows at or past it
-  are dropped, so every step appears once.
+  are dropped, so every step appears once. `also` names a second stage whose rows are logged here.
   """
 
-  def __init__(self, workdir, stage, arm="", *, from_step):
+  def __init__(self, workdir, stage, arm="", *, from_step, also=""):
     self.stage, self.arm, self.enabled = stage, arm, hosts.first()
-    self._file = self._events = None
+    self._file, self._trackers = None, {}
     if not self.enabled:
       return
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    if also:
+      truncate(workdir, also, arm, from_step)
     self._start = time.monotonic() - truncate(workdir, stage, arm, from_step)
     self._file = open(workdir / "metrics.jsonl", "a", encoding="utf-8")
-    self._guarded(
-      self._open_events, workdir / "tensorboard" / (f"{stage}-{arm}" if arm else stage), from_step
-    )
+    config, names = wanted(workdir)
+    run = Tracked(f"{stage}-{arm}" if arm else stage, workdir, config, from_step)
+    self._trackers = {name: TRACKERS[name][1]() for name in names}
+    self._tell("start", run)
 
-  def log(self, step, scalars):
-    """Writes one row. scalars: name -> number or 0-d array; a None is left out."""
+  def log(self, step, scalars, stage=""):
+    """Writes one row. scalars: name -> number or 0-d array; a None is left out.
+
+    stage: of the row if it is not the log's own. In TensorBoard its scalars are named STAGE/NAME.
+    """
     if not self.enabled:
       return
     if taken := set(scalars) & set(ROW_KEYS):
       raise ValueError(f"{sorted(taken)} name the row itself; rename the scalars")
     values = {name: float(value) for name, value in scalars.items() if value is not None}
     row = {
-      "stage": self.stage,
+      "stage": stage or self.stage,
       "arm": self.arm,
       "step": int(step),
       "seconds": round(time.monotonic() - self._start, 3),
     }
     self._file.write(_dump(row | {name: plain(value) for name, value in values.items()}))
     self._file.flush()
-    if self._events:
-      self._guarded(self._write_events, int(step), values)
+    prefix = f"{stage}/" if stage else ""
+    self._tell("log", int(step), {prefix + name: value for name, value in values.items()})
 
-  def close(self):
+  def close(self, status="finished"):
+    """Ends the log. status: of `trackers.Tracker.finish`."""
     if self._file:
       self._file.close()
-    if self._events:
-      self._guarded(self._events.close)
-    self._file = self._events = None
+    self._tell("finish", status)
+    self._file, self._trackers = None, {}
     self.enabled = False
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *_):
-    self.close()
+  def __exit__(self, kind, *_):
+    failed = kind is not None and issubclass(kind, Exception)
+    self.close("failed" if failed else "finished" if kind is None else "stopped")
 
-  def _open_events(self, folder, from_step):
-    # The synchronous writer: SummaryWriter's thread dies on a full disk, and its full queue then
-    # blocks the caller.
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event, SessionLog
-
-    folder.mkdir(parents=True, exist_ok=True)
-    self._events = EventsWriter(str(folder / "events"), filename_suffix=f".{from_step}")
-    # A session's start makes TensorBoard forget what earlier files hold at or past this step.
-    start = SessionLog(status=SessionLog.START)
-    self._events.write_event(Event(step=from_step, wall_time=time.time(), session_log=start))
-    self._events.flush()
-
-  def _write_events(self, step, values):
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.proto.summary_pb2 import Summary
-
-    summary = Summary(
-      value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-    )
-    self._events.write_event(Event(step=step, wall_time=time.time(), summary=summary))
-    self._events.flush()
-
-  def _guarded(self, call, *args):
-    """TensorBoard is a convenience: its first failure warns and ends it, and training goes on."""
-    try:
-      call(*args)
-    except Exception as error:  # noqa: BLE001  whatever it is, training must not stop for it
-      self._events = None
-      warnings.warn(
-        f"TensorBoard is off for {self.stage} {self.arm}: {error!r}; metrics.jsonl goes on",
-        stacklevel=3,
-      )
+  def _tell(self, what, *args):
+    """Calls start, log or finish of every tracker. Trackers are a convenience: the first failure
+    of one warns and ends it, and training goes on.
+    """
+    for name, tracker in list(self._trackers.items()):
+      try:
+        getattr(tracker, what)(*args)
+      except Exception as error:  # noqa: BLE001  whatever it is, training must not stop for it
+        del self._trackers[name]
+        warnings.warn(
+          f"{TRACKERS[name][0]} is off for {self.stage} {self.arm}: {redact(repr(error))}; "
+          "metrics.jsonl goes on",
+          stacklevel=3,
+        )

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import sys
+import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -54,12 +55,35 @@ def set_up_jax(config) -> None:
   leave_absent_tpu_alone()
   if config.dtype == "float64":
     jax.config.update("jax_enable_x64", True)
-  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "r2m_jax" / "jax"
-  jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_compilation_cache_dir", compilation_cache())
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   if config.task == "lab" and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     # seeds side by side, a core each
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+
+
+def compilation_cache() -> str | None:
+  """The folder of JAX's compiled programs, created here: under the home folder if
+  JAX_COMPILATION_CACHE_DIR names no other.
+
+  None, with a warning, if it cannot be written or there is no home folder. JAX then compiles again
+  at each start.
+  """
+  named = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+  if named and "://" in named:  # a bucket
+    return named
+  try:
+    folder = Path(named) if named else Path.home() / ".cache" / "r2m_jax" / "jax"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+      return str(folder)
+  except (OSError, RuntimeError) as error:  # the latter: there is no home folder
+    print(
+      f"warning: compiled programs cannot be kept ({error}), so each start compiles again; set "
+      "JAX_COMPILATION_CACHE_DIR to a folder that can be written",
+      file=sys.stderr,
+    )
+    return None
 
 
 def leave_absent_tpu_alone() -> None:
@@ -95,7 +119,7 @@ def require_platform() -> None:
     given = f" with JAX_PLATFORMS={wanted}" if wanted else ""
     raise ConfigError(
       f"JAX finds no device{given}{f': {reason}' if reason else ''}. Set JAX_PLATFORMS=cpu, or "
-      "install jax for the device: pip install -e .[cuda] or .[tpu]"
+      "install jax for the device: pip install 'r2m_jax[cuda12]', [cuda13] or [tpu]"
     ) from None
 
 
@@ -114,9 +138,11 @@ def agreed(config, workdir: Path):
   hosts.require_same(
     [given, str(workdir)], "what they were given; start the same command on every host"
   )
-  if config.task in ("replay", "analyse") and jax.process_count() > 1:
-    alone = f"for one process; add --config.hosts.coordinator={hosts.ALONE}"
-    raise ConfigError(f"config.task is {config.task!r}: {alone}")
+  if config.task in ("replay", "analyse", "judge", "rewardbench") and jax.process_count() > 1:
+    raise ConfigError(
+      f"config.task is {config.task!r}: for one process; add "
+      f"--config.hosts.coordinator={hosts.ALONE}"
+    )
   return with_date(config, workdir)
 
 

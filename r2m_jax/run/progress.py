@@ -1,68 +1,109 @@
-"""How far a job is: a bar on a terminal, plain lines anywhere else."""
+"""How far a job is: a live line on a terminal, plain lines now and then anywhere else.
+
+Only what is finished counts. JAX hands work to a device and returns at once, so `Progress.dispatched`
+waits for the step before the one just handed over: the device always has a next step, and the
+count is true. Until two steps are finished there is no rate. The line then says what is going on and
+for how long, also while XLA compiles, which a small thread sees to.
+"""
 
 import contextlib
 import sys
+import threading
 import time
+from collections.abc import Iterator
 
+import jax
 from tqdm import tqdm
 
 from r2m_jax.parallel import hosts
 
+TICK = 1.0  # seconds between two looks at the clock
+# seconds of waiting at which a line is printed without a terminal, then every PATIENCE
+WAITS = (10, 30, 60, 120, 300)
+PATIENCE = 300
+LAYOUT = "{desc} {percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt}{postfix}"
 
-class Progress:
-  """A bar on a terminal, or a plain line about every tenth of the way (and every five minutes)
-  anywhere else.
+
+class Live:
+  """Something that takes a while. A subclass says what there is to see of it.
+
+  Args:
+    label: what it is.
+    enabled: whether to show anything; only the first process does.
+    out: a stream; None: stderr.
+    clock: gives seconds. With one given, no thread runs and `tick` is called by hand.
   """
 
-  def __init__(self, total, label, initial=0, *, enabled=True, out=None):
-    self.total, self.label, self.n = total, label, initial
+  def __init__(self, label: str, *, enabled: bool = True, out=None, clock=None):
+    self.label = label
     self._out = out or sys.stderr
-    self._bar = None
+    self._clock = clock or time.monotonic
+    self.began = self._clock()
     enabled = enabled and hosts.first()
     self._lines = enabled and not self._out.isatty()
+    self._bar = None
     if enabled and not self._lines:
       with contextlib.suppress(OSError, ValueError):
-        self._bar = tqdm(
-          total=total, desc=label, unit="step", initial=initial, file=self._out, dynamic_ncols=True
-        )
-    self._first = None  # (n, time) after the first update: the speed leaves out compilation
-    self._printed = (initial, time.monotonic())
+        self._bar = self.make_bar()
+    self._printed = self.began
+    self._waits = 0  # lines printed while waiting
+    self._lock = threading.RLock()
+    self._stop = threading.Event()
+    self._thread = None
+    if clock is None and (self._bar is not None or self._lines):
+      self._thread = threading.Thread(target=self._run, daemon=True)
+      self._thread.start()
 
-  def update(self, n=1, **live):
-    """n more units are done; live values are shown beside the speed."""
-    self.n += n
-    try:
+  def make_bar(self):
+    """The bar of a terminal."""
+    raise NotImplementedError
+
+  def draw(self) -> None:
+    """Shows the state of things on the bar."""
+    raise NotImplementedError
+
+  def line(self) -> str:
+    """The state of things as a line."""
+    raise NotImplementedError
+
+  def seconds(self) -> float:
+    """Since it began."""
+    return self._clock() - self.began
+
+  def tick(self) -> None:
+    """Shows the state of things if it is time to."""
+    with self._lock, self._alive():
       if self._bar is not None:
-        self._bar.set_postfix({name: _short(value) for name, value in live.items()}, refresh=False)
-        self._bar.update(n)
-      elif self._lines:
-        self._line(live)
-    except (
-      OSError,
-      ValueError,
-    ):  # the terminal is gone, the pipe closed: a run does not stop for that
+        self.draw()
+      elif self._lines and self._clock() - self._printed >= self._patience():
+        self._waits += 1
+        self._print()
+
+  def _patience(self) -> float:
+    """Seconds from the last line to the next if nothing happens."""
+    waits = (0, *WAITS)
+    return waits[self._waits + 1] - waits[self._waits] if self._waits < len(WAITS) else PATIENCE
+
+  def _print(self) -> None:
+    self._printed = self._clock()
+    print(self.line(), file=self._out, flush=True)
+
+  @contextlib.contextmanager
+  def _alive(self) -> Iterator[None]:
+    """In here the terminal or the pipe may turn out to be gone: a run does not stop for that."""
+    try:
+      yield
+    except (OSError, ValueError):
       self._bar, self._lines = None, False
 
-  def _line(self, live):
-    now = time.monotonic()
-    self._first = self._first or (self.n, now)
-    last_n, last_time = self._printed
-    tenth = self.n * 10 // max(self.total, 1) > last_n * 10 // max(self.total, 1)
-    if not tenth and now - last_time < 300:
-      return
-    self._printed = (self.n, now)
-    done, seconds = self.n - self._first[0], now - self._first[1]
-    pace = ""
-    if done and seconds:
-      left = tqdm.format_interval((self.total - self.n) * seconds / done)
-      fast = done >= seconds
-      pace = f"{done / seconds:.3g} step/s" if fast else f"{seconds / done:.3g} s/step"
-      pace = f"  {pace}, {left} left"
-    values = "".join(f"  {name} {_short(value)}" for name, value in live.items())
-    width = len(str(self.total))
-    print(f"{self.label}  {self.n:{width}d}/{self.total}{pace}{values}", file=self._out, flush=True)
+  def _run(self) -> None:
+    while not self._stop.wait(TICK):
+      self.tick()
 
-  def close(self):
+  def close(self) -> None:
+    self._stop.set()
+    if self._thread is not None:
+      self._thread.join()
     if self._bar is not None:
       with contextlib.suppress(OSError, ValueError):
         self._bar.close()
@@ -74,9 +115,144 @@ class Progress:
     self.close()
 
 
-def progress(total, label, initial=0, *, enabled=True):
+class Progress(Live):
+  """Steps of a job.
+
+  Args:
+    total: steps in all.
+    initial: of these, done before.
+    unit: the name of a step.
+    doing: what is going on before the first step is dispatched.
+  """
+
+  def __init__(self, total, label, initial=0, *, unit="step", doing="compiling", **kwargs):
+    self.total, self.n, self.unit, self.doing = total, initial, unit, doing
+    self._initial = initial
+    self._first = None  # (n, seconds) when the first step was finished: it compiled
+    self._last = None  # the same of the last one
+    self._waiting = None  # what a dispatched step gives
+    self._values = {}
+    self._paced = False  # whether a line with a rate was printed
+    super().__init__(label, **kwargs)
+    self._tenths = self._tenth()
+
+  def dispatched(self, result=None) -> None:
+    """A step is compiled and on its way. Waits for the one before it, which then counts.
+
+    Args:
+      result: arrays that the step gives, and does not donate; None: it will be counted by `update`.
+    """
+    self.doing = f"first {self.unit}"
+    before, self._waiting = self._waiting, result
+    if before is not None:
+      jax.block_until_ready(before)
+      self.update()
+
+  def settle(self, **live) -> None:
+    """Waits for the step that was dispatched last, which then counts."""
+    before, self._waiting = self._waiting, None
+    if before is not None:
+      jax.block_until_ready(before)
+      self.update(**live)
+
+  def update(self, n=1, **live) -> None:
+    """n more steps are finished; live values are shown beside the speed."""
+    with self._lock, self._alive():
+      self.n += n
+      self._last = (self.n, self.seconds())
+      self._first = self._first or self._last
+      self._values = live or self._values
+      if self._bar is not None:
+        self._bar.n = self.n
+        self._bar.set_postfix_str(self.state(), refresh=False)
+        self._bar.update(0) if self.n < self.total else self._bar.refresh()
+        return
+      tenth = self._tenth()
+      awaited = self._waits and self.pace() and not self._paced  # the first rate of a slow job
+      if self._lines and (tenth > self._tenths or awaited or self._overdue()):
+        self._tenths, self._paced = tenth, bool(self.pace())
+        self._print()
+
+  def pace(self) -> str:
+    """Speed and time left, from finished steps after the first; "" before there are two."""
+    if not self._first or self._last[0] == self._first[0]:
+      return ""
+    done, seconds = self._last[0] - self._first[0], max(self._last[1] - self._first[1], 1e-9)
+    left = tqdm.format_interval((self.total - self.n) * seconds / done)
+    fast = done >= seconds
+    rate = f"{done / seconds:.3g} {self.unit}/s" if fast else f"{seconds / done:.3g} s/{self.unit}"
+    return f"{rate}, {left} left"
+
+  def state(self) -> str:
+    """The speed, or what is going on until there is one, and the live values."""
+    going = self.doing if self._first is None else f"second {self.unit}"
+    if self.n >= self.total:
+      going = "done"
+    pace = self.pace() or f"{going}, {tqdm.format_interval(self.seconds())} so far"
+    return "  ".join([pace, *(f"{name} {_short(value)}" for name, value in self._values.items())])
+
+  def make_bar(self):
+    return tqdm(
+      total=self.total,
+      desc=self.label,
+      initial=self.n,
+      file=self._out,
+      dynamic_ncols=True,
+      bar_format=LAYOUT,
+      postfix=self.state(),
+    )
+
+  def draw(self) -> None:
+    self._bar.set_postfix_str(self.state())
+
+  def line(self) -> str:
+    width = len(str(self.total))
+    return f"{self.label}  {self.n:{width}d}/{self.total}  {self.state()}"
+
+  def _patience(self) -> float:
+    return PATIENCE if self.pace() else super()._patience()
+
+  def _tenth(self) -> int:
+    return self.n * 10 // max(self.total, 1)
+
+  def _overdue(self) -> bool:
+    return self._clock() - self._printed >= PATIENCE
+
+
+class Doing(Live):
+  """One thing that takes a while, such as loading weights; nothing stays of it on a terminal.
+
+  Args:
+    total: bytes that there are to do; 0: it has no size.
+  """
+
+  def __init__(self, label: str, total: int = 0, **kwargs):
+    self.total, self.n = total, 0
+    super().__init__(label, **kwargs)
+
+  def add(self, done: int) -> None:
+    """So many bytes more are done."""
+    self.n += done
+
+  def line(self) -> str:
+    size = f"  {self.n / 1e9:.2f}/{self.total / 1e9:.2f} GB" if self.total else ""
+    return f"{self.label}{size}  {tqdm.format_interval(self.seconds())} so far"
+
+  def make_bar(self):
+    return tqdm(file=self._out, bar_format="{desc}", leave=False, desc=self.line())
+
+  def draw(self) -> None:
+    self._bar.set_description_str(self.line())
+
+
+def progress(total, label, initial=0, *, enabled=True, unit="step", doing="compiling"):
   """`with progress(120, "vanilla") as bar: bar.update(gold=1.1, kl=2.0)` after every step."""
-  return Progress(total, label, initial, enabled=enabled)
+  return Progress(total, label, initial, enabled=enabled, unit=unit, doing=doing)
+
+
+def doing(label: str, total: int = 0) -> Doing:
+  """`with doing("loading weights", total_bytes) as bar: bar.add(read_bytes)`."""
+  return Doing(label, total)
 
 
 def _short(value):

@@ -33,19 +33,37 @@ LAYOUT = (
   Entry("log.txt", "what the first process printed, over all starts", "every run"),
   Entry("metrics.jsonl", "scalars: a row for each step of a stage and arm", "every run", True),
   Entry("samples.jsonl", "sampled responses before and after RL", "RL", True),
+  Entry("eval_samples.jsonl", "responses to held-out prompts at each evaluation", "RL", True),
   Entry("skipped.jsonl", "rows behind skipped updates", "RL", True),
   Entry("tensorboard/", "the scalars of metrics.jsonl as events", "every run"),
+  Entry("trackers.json", "the run's name or id in each tracker, by stage", "every run"),
+  Entry("wandb/", "files of wandb, if log.to names it", "every run"),
+  Entry("mlflow.db", "runs of MLflow, if log.to names it", "every run"),
+  Entry("profile/", "an xprof trace of the steps in log.profile", "RL"),
   Entry("stages/", "a folder for each finished stage: its result", "every run", True),
   Entry("checkpoints/", "a folder for each arm: its TrainState, by step", "RL", True),
   Entry("partial/", "the state of an unfinished fit or arm", "fits, task=lab"),
   Entry("data_<stage>.json", "rows and SHA-256 of each data file of a stage", "runs on text"),
   Entry("r2m_renderer.json", "how the reward model's text is rendered", "runs from folders", True),
+  Entry("hub.json", "the commit of each model from the hub", "runs from folders", True),
   Entry("budgets.json", "steps that each time budget gave", "runs from folders", True),
   Entry("export/", "Hugging Face folders: policy and reward", "runs from folders"),
   Entry("report.html", "the report", "every run"),
   Entry("figures/", "its figures", "every run"),
   Entry("replay/", "samples made again", "task=replay"),
   Entry("analysis/", "tables and figures of the analysis", "task=analyse"),
+  Entry("label_answers.jsonl", "answers of the judge at r2m.judge_url", "runs from folders"),
+  Entry("judge.json", "who wins, with judge, date and template", "task=judge"),
+  Entry("judge.html", "the same as a page", "task=judge"),
+  Entry("judgments.jsonl", "every verdict", "task=judge"),
+  Entry(
+    "answers.jsonl", "every answer of the judge; what is in it is not asked again", "task=judge"
+  ),
+  Entry("candidate.jsonl", "answers that were generated first", "task=judge"),
+  Entry("candidate.json", "how they were generated", "task=judge"),
+  Entry("rewardbench.json", "accuracy and calibration of a reward model", "task=rewardbench"),
+  Entry("rewardbench.html", "the same as a page", "task=rewardbench"),
+  Entry("scores.jsonl", "the scores of every completion", "task=rewardbench"),
   Entry("plan.json", "the plan", "task=plan"),
   Entry("plan.txt", "the plan as printed", "task=plan"),
   Entry("models/", "models that later stages start from", "task=scratch, lab_text"),
@@ -178,10 +196,10 @@ def require_new(old: Path, workdir: Path) -> None:
   if not (old / "config.json").is_file():
     raise ConfigError(
       f"config.checkpoint.fork_from is {str(old)!r}: there is no config.json, so no run to start "
-      "from"
+      "from; give the workdir of a run"
     )
   if workdir.exists() and any(path.name != lock.LOCK for path in workdir.iterdir()):
-    raise ConfigError(f"--workdir={workdir} is not empty: a fork needs a new one")
+    raise ConfigError(f"--workdir={workdir} is not empty: a fork needs a new one; name another")
   if workdir.resolve().is_relative_to(old.resolve()):
     raise ConfigError(
       f"--workdir={workdir} lies in {old}, which the fork only reads: give one elsewhere"
@@ -235,3 +253,15 @@ def stage(workdir: Path, name: str, like, make, *, frozen=None):
   if hosts.first():
     shutil.rmtree(workdir / PARTIAL / name, ignore_errors=True)
   return result
+
+
+def saved(workdir: Path, name: str, like, make=None, *, frozen=None):
+  """The result of a stage that was done, of a run that is only read: nothing is made or set aside.
+
+  The arguments are those of `stage`.
+
+  Raises:
+    CheckpointError: its files are damaged.
+  """
+  del make, frozen
+  return checkpoint.restore(checkpoint.open_checkpoints(workdir / "stages" / name), like, 0)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 
+from r2m_jax.config import DICTS
 from r2m_jax.hf.export import write_policy, write_reward, write_run
 from r2m_jax.hf.folders import (
   RENDERER,
@@ -30,8 +31,10 @@ from r2m_jax.run.files import read_json
 BUDGETS = "budgets.json"  # of a workdir: the steps that each budget of seconds gave
 
 
-def run(config) -> None:
-  """Exports `config.export.checkpoint` into `config.export.out`."""
+def run(config, workdir: Path | None = None) -> None:
+  """Exports `config.export.checkpoint` into `config.export.out`. The command's own workdir is not
+  used.
+  """
   workdir, stage, step = find_checkpoint(Path(config.export.checkpoint).expanduser().absolute())
   lora_export, config = config.lora.export, run_config(config, workdir, mine=("export", "mesh"))
   config.lora.export = lora_export
@@ -41,12 +44,13 @@ def run(config) -> None:
     raise FolderError(
       f"{workdir} is a run of the gold-reward task, whose words have no tokenizer: only runs that "
       "started from "
-      "config.policy.path or config.reward.path are exported"
+      "config.policy.path or config.reward.path are exported; name one of these"
     )
   manager = checkpoint.open_checkpoints(workdir.joinpath(*stage))
   if checkpoint.newest(manager) is None or step not in (None, *manager.all_steps()):
     raise FolderError(
-      f"{workdir.joinpath(*stage)} holds checkpoints of steps {manager.all_steps()}, not of {step}"
+      f"{workdir.joinpath(*stage)} holds checkpoints of steps {manager.all_steps()}, not of {step}; "
+      "choose one of these"
     )
 
   at = checkpoint.newest(manager) if step is None else step
@@ -54,16 +58,15 @@ def run(config) -> None:
     export_policy(config, workdir, out, mesh, manager, at)
     return
   config.task = stage[1] if stage[0] == "stages" else "r2m"
-  reward = load_reward(
-    config.reward.path or config.policy.path, config, mesh, from_policy=config.task == "reward"
-  )
+  source, from_policy = config.reward.path or config.policy.path, config.task == "reward"
+  reward = load_reward(source, config, mesh, from_policy=from_policy, workdir=workdir)
   if (workdir / RENDERER).exists():
     reward.renderer.require(read_json(workdir / RENDERER), workdir)
   if config.task == "reward":
     export_reward(config, workdir, out, mesh, manager, at, reward)
     return
   config.variant = stage[1]
-  policy = load_policy(config.policy.path, config, mesh, training=True)
+  policy = load_policy(config.policy.path, config, mesh, workdir=workdir, training=True)
   built = build(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   starts = policy.state, reward.state, reward.phi
   if not config.checkpoint.fork_from:
@@ -74,7 +77,7 @@ def run(config) -> None:
 
 def export_policy(config, workdir: Path, out: Path, mesh, manager, at: int) -> None:
   """The policy of a checkpoint of supervised training, at step `at`."""
-  policy = load_policy(config.policy.path, config, mesh, training=True)
+  policy = load_policy(config.policy.path, config, mesh, workdir=workdir, training=True)
   config.task = "sft"
   built, like = build(config, mesh, arch=policy.arch), policy.state
   if built.lora:
@@ -121,7 +124,7 @@ def find_checkpoint(path: Path) -> tuple[Path, tuple[str, str], int | None]:
   else:
     raise FolderError(
       f"config.export.checkpoint is {path}: neither it nor a folder above it is the workdir of a "
-      "run"
+      "run; give one, or a checkpoint in it"
     )
   parts = path.relative_to(workdir).parts
   found = sorted(
@@ -137,7 +140,10 @@ def find_checkpoint(path: Path) -> tuple[Path, tuple[str, str], int | None]:
     raise FolderError(f"config.export.checkpoint is {path}: point at one of {names}")
   step = parts[2] if len(parts) > 2 else None
   if step is not None and not step.isdecimal():
-    raise FolderError(f"config.export.checkpoint is {path}: {step!r} is not the number of a step")
+    raise FolderError(
+      f"config.export.checkpoint is {path}: {step!r} is not the number of a step; give the folder "
+      "of a step"
+    )
   return workdir, stages[0], None if step is None else int(step)
 
 
@@ -148,10 +154,13 @@ def run_config(config, workdir: Path, *, mine: tuple[str, ...]):
   saved = read_json(workdir / "config.json")
   result = config.copy_and_resolve_references()
   try:
+    for section, name in (field.split(".") for field in DICTS):
+      result[section][name] = saved[section].get(name, {})  # whole: `update` adds no name
     result.update({key: value for key, value in saved.items() if key not in mine})
   except (KeyError, TypeError, AttributeError) as error:
     raise FolderError(
-      f"{workdir / 'config.json'} is not a config of this version: {error}"
+      f"{workdir / 'config.json'} is not a config of this version: {error}; use the version "
+      "of r2m_jax that made the run"
     ) from None
   if (workdir / BUDGETS).exists():
     result.steps = read_json(workdir / BUDGETS).get("rl", result.steps)

@@ -8,7 +8,7 @@ the code of the fused step.
 import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,15 @@ from flax import nnx
 from r2m_jax.algorithm.advantages import ESTIMATORS
 from r2m_jax.algorithm.labels import Labeller, uses_labels
 from r2m_jax.algorithm.optim import make_optimizer
+from r2m_jax.algorithm.packed import make_needed, smallest
 from r2m_jax.algorithm.variants import VARIANTS
-from r2m_jax.config import ConfigError, check_batch
+from r2m_jax.config import ConfigError, check_evaluation
 from r2m_jax.data.batches import Stream
 from r2m_jax.data.datasets import (
   PromptData,
   batch_of,
   enough,
+  evaluation_prompts,
   judged_pairs,
   judgments_labeller,
   packed_lines,
@@ -33,6 +35,7 @@ from r2m_jax.data.datasets import (
   prompt_data,
   sft_rows,
   take_pairs,
+  warn_of_lengths,
 )
 from r2m_jax.data.text import Renderer, bucket, pad_left, responses_of
 from r2m_jax.hf import export
@@ -43,12 +46,12 @@ from r2m_jax.hf.folders import (
   RewardModel,
   load_policy,
   load_reward,
-  mesh_of,
   reward_start,
 )
 from r2m_jax.hf.peft import load_peft
 from r2m_jax.models import lora
 from r2m_jax.parallel import hosts, sharding
+from r2m_jax.parallel.sharding import on_mesh
 from r2m_jax.run.build import Build, build, init_adapters, initial_state
 from r2m_jax.run.files import read_json, write_atomic
 from r2m_jax.run.fit import (
@@ -64,11 +67,16 @@ from r2m_jax.run.fit import (
 from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
 from r2m_jax.run.loop import fingerprint
 from r2m_jax.run.metrics import append_samples
-from r2m_jax.run.run import Run, train
-from r2m_jax.run.workdir import claim, shapes_of, stage, warm, with_variant
-from r2m_jax.step import StepOutput, make_learn, make_rollout
+from r2m_jax.run.progress import doing, progress
+from r2m_jax.run.run import Run, Steps, Texts, train
+from r2m_jax.run.speed import phase
+from r2m_jax.run.workdir import shapes_of, stage, warm, with_variant
+from r2m_jax.step import StepOutput, jit_step, make_learn_at, make_rollout
 from r2m_jax.tasks import export as export_task
-from r2m_jax.tasks.gold import conclude
+from r2m_jax.tasks.evaluation import load_gold, make_evaluate
+from r2m_jax.tasks.follow import Watch as Follow
+from r2m_jax.tasks.gold import begin, conclude
+from r2m_jax.tasks.labels import judge_labeller
 from r2m_jax.types import Rollout, Rows
 
 Watch = Callable[[StepOutput, list[tuple[Any, str, bool]]], dict[str, float | None]]
@@ -78,17 +86,18 @@ def run(config, workdir: Path) -> None:
   """`config.task` from the folders config.policy.path and config.reward.path; ends in
   WORKDIR/export.
   """
-  tasks = {"sft": run_sft, "reward": run_reward, "r2m": run_r2m}
-  if config.task not in tasks:
+  if config.task not in ("sft", "reward", "r2m"):
     raise ConfigError(
-      f"config.task is {config.task!r}: from a folder it is one of {', '.join(tasks)}"
+      f"config.task is {config.task!r}: from a folder it is one of sft, reward, r2m; choose one"
     )
-  mesh = mesh_of(config)
-  check_batch(config, tuple(mesh.shape.values()))
-  claim(config, workdir)
-  devices = f"{mesh.size} {jax.devices()[0].platform} device(s) as {dict(mesh.shape)}"
-  print(f"r2m_jax  {devices}, {config.dtype}; writes {workdir}")
-  tasks[config.task](config, workdir, mesh)
+  mesh = begin(config, workdir)
+  if config.task == "sft":
+    run_sft(config, workdir, mesh)
+  if config.task == "reward":
+    run_reward(config, workdir, mesh)
+  if config.task == "r2m":
+    for each in runs(config, workdir, mesh):
+      train(each, workdir)
   title = f"R2M: {config.task} from {config.policy.path or config.reward.path}"
   hosts.on_first(lambda: conclude(workdir, title, f"models   {workdir / 'export'}"))
 
@@ -148,6 +157,7 @@ def fit_stage(
       batch_sharding=built.rows,
       frozen=frozen,
       budget=settings.budget,
+      settings=settings,
     )
 
   return stage(workdir, name, shapes_of(start), make, frozen=frozen)
@@ -181,7 +191,7 @@ def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None 
     out: WORKDIR/export/policy where not given.
   """
   settings = config.sft
-  policy = load_policy(config.policy.path, config, mesh, training=True)
+  policy = load_policy(config.policy.path, config, mesh, workdir=workdir, training=True)
   dataset, collate = (packed_lines if config.data.pack else sft_rows)(
     config, policy.tokenizer, workdir, name
   )
@@ -208,10 +218,12 @@ def run_reward(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
   it in `out`.
   """
   settings = config.reward
-  reward = load_reward(config.reward.path or config.policy.path, config, mesh, from_policy=True)
+  source = config.reward.path or config.policy.path
+  reward = load_reward(source, config, mesh, from_policy=True, workdir=workdir)
   if reward.head is not None:
     raise FolderError(
-      f"{reward.folder} is an R2M reward model; task=reward trains one that reads no policy"
+      f"{reward.folder} is an R2M reward model; task=reward trains one that reads no policy; "
+      "give a reward model without a head, or a policy"
     )
   hold_contract(workdir, reward.renderer)
   dataset, collate, count = pairs(config, reward.renderer, workdir)
@@ -253,44 +265,43 @@ def hold_contract(workdir: Path, renderer: Renderer) -> None:
 def run_r2m(
   config, workdir: Path, mesh, *, out: Path | None = None, watch: Watch | None = None
 ) -> None:
-  """RL on prompts, for config.variant (ends in `out`, or WORKDIR/export) or each of config.arms (in
-  a folder of it).
+  """Trains all of `runs`."""
+  for each in runs(config, workdir, mesh, out=out, watch=watch):
+    train(each, workdir)
+
+
+def runs(
+  config,
+  workdir: Path,
+  mesh,
+  stage: Callable = stage,
+  *,
+  out: Path | None = None,
+  watch: Watch | None = None,
+) -> Iterator[Run]:
+  """RL on prompts: a Run of config.variant (ends in `out`, or WORKDIR/export) or of each of
+  config.arms (in a folder of it).
 
   Args:
+    stage: gives the result of a stage: `workdir.stage`, which makes what is missing, or
+      `workdir.saved`, which only reads.
     watch: (a step's output on the host, its samples as (prompt, response, truncated)) -> more
       metrics for its row. Nothing it gives reaches training.
   """
-  if not (config.policy.path and config.reward.path):
-    missing = "reward.path" if config.policy.path else "policy.path"
-    raise FolderError(
-      f"config.{missing} is empty: task=r2m from folders needs a policy and a reward model"
-    )
-  policy = load_policy(config.policy.path, config, mesh, training=True)
-  reward = load_reward(config.reward.path, config, mesh)
-  hold_contract(workdir, reward.renderer)
-  same_tokens = policy.tokenizer.hf.get_vocab() == reward.renderer.tokenizer.hf.get_vocab()
-  has_critic = ESTIMATORS[config.algorithm].baseline == "critic"
-  if has_critic and config.critic.init == "reward" and not same_tokens:
-    raise ConfigError(
-      "config.critic.init is 'reward': the critic reads the policy's tokens, and this reward model "
-      "has a tokenizer of "
-      "its own; use 'policy'"
-    )
-  layers = policy.arch.num_layers
-  if not -layers <= config.r2m.feedback_layer < layers:
-    raise ConfigError(
-      f"config.r2m.feedback_layer is {config.r2m.feedback_layer}: the policy has {layers} layers"
-    )
+  policy, reward = load_models(config, workdir, mesh)
   built = build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   data = prompt_data(config, policy.tokenizer, workdir)
+  warn_of_lengths(config, data, policy.tokenizer, reward.renderer)
+  follow = follow_of(config, policy, reward, data, mesh, workdir)
   if not (workdir / "checkpoints").exists():
-    check_model(
-      built.defs.base or built.defs.policy,
-      policy.state,
-      vocab_size=policy.arch.vocab_size,
-      dtype=config.dtype,
-      temperature=config.rollout.temperature,
-    )
+    with doing("checking the policy against its KV cache"):
+      check_model(
+        built.defs.base or built.defs.policy,
+        policy.state,
+        vocab_size=policy.arch.vocab_size,
+        dtype=config.dtype,
+        temperature=config.rollout.temperature,
+      )
   arms = (config.variant,) if config.variant else tuple(config.arms)
   if config.budget:
     probed = with_variant(config, arms[-1])
@@ -305,7 +316,55 @@ def run_r2m(
     folder = (out or workdir / "export") / ("" if config.variant else variant)
     last, arm = i == len(arms) - 1, with_variant(config, variant)
     built = build_lora(arm, mesh, arch=policy.arch, reward_arch=reward.arch)
-    run_arm(arm, built, workdir, policy, reward, data, folder, donate=last, watch=watch)
+    watches = dict(watch=watch, follow=follow(arm, built))
+    yield run_of(arm, built, workdir, policy, reward, data, folder, stage, donate=last, **watches)
+
+
+def load_models(config, workdir: Path, mesh) -> tuple[Policy, RewardModel]:
+  """Policy and reward model of RL; refused if the config asks for what they do not have."""
+  if not (config.policy.path and config.reward.path):
+    missing = "reward.path" if config.policy.path else "policy.path"
+    raise FolderError(
+      f"config.{missing} is empty: task=r2m from folders needs a policy and a reward model; "
+      "give both"
+    )
+  policy = load_policy(config.policy.path, config, mesh, workdir=workdir, training=True)
+  reward = load_reward(config.reward.path, config, mesh, workdir=workdir)
+  hold_contract(workdir, reward.renderer)
+  same_tokens = policy.tokenizer.hf.get_vocab() == reward.renderer.tokenizer.hf.get_vocab()
+  has_critic = ESTIMATORS[config.algorithm].baseline == "critic"
+  if has_critic and config.critic.init == "reward" and not same_tokens:
+    raise ConfigError(
+      "config.critic.init is 'reward': the critic reads the policy's tokens, and this reward model "
+      "has a tokenizer of "
+      "its own; use 'policy'"
+    )
+  layers = policy.arch.num_layers
+  if not -layers <= config.r2m.feedback_layer < layers:
+    raise ConfigError(
+      f"config.r2m.feedback_layer is {config.r2m.feedback_layer}: the policy has {layers} layers; "
+      f"give a number from {-layers} to {layers - 1}"
+    )
+  return policy, reward
+
+
+def follow_of(
+  config, policy: Policy, reward: RewardModel, data: PromptData, mesh, workdir: Path
+) -> Callable[..., Follow]:
+  """Builds `follow(arm's config, its Build)`: what evaluates an arm and may end it early."""
+  check_evaluation(config)
+  if not config.eval.every:
+    return lambda arm, built: Follow(arm, workdir)
+  held_out = evaluation_prompts(config, policy.tokenizer, workdir, data)
+  gold = load_gold(config, mesh)
+  if gold is not None:
+    print(gold.renderer.describe(held_out.prompts[0], "yes"))
+
+  def follow(arm, built: Build) -> Follow:
+    evaluate = make_evaluate(arm, built, policy, reward.renderer, held_out, gold, prompt_text)
+    return Follow(arm, workdir, evaluate)
+
+  return follow
 
 
 def rl_steps_within(
@@ -315,17 +374,19 @@ def rl_steps_within(
   the rate.
   """
   state, times = start_state(config, built, policy, reward, donate=False), []
-  labeller = labeller_of(config, policy, reward, workdir)
+  labeller = labeller_of(config, policy, reward, data, workdir)
   step = make_two_part_step(
     config, built, policy, reward, sharding.shardings(state, built.mesh), labeller
   )
-  for t in range(3):
-    began, index = time.perf_counter(), data.order[t]
-    state, output, _ = step(
-      state, batch_of(data, index, policy.tokenizer), [data.prompts[i] for i in index]
-    )
-    jax.block_until_ready((state, output))
-    times.append(time.perf_counter() - began)
+  with progress(3, "rate", doing="compiling, then the first step") as bar:
+    for t in range(3):
+      began, index = time.perf_counter(), data.order[t]
+      state, output, _ = step(
+        state, batch_of(data, index, policy.tokenizer), [data.prompts[i] for i in index]
+      )
+      jax.block_until_ready((state, output))
+      times.append(time.perf_counter() - began)
+      bar.update()
   each = sum(times[1:]) / 2
   steps = max(1, int(seconds / each))
   print(
@@ -335,14 +396,22 @@ def rl_steps_within(
   return steps
 
 
-def labeller_of(config, policy: Policy, reward: RewardModel, workdir: Path) -> Labeller | None:
-  """What orders the pairs of the reward update from the file of judgments, where the run asks
-  for real labels.
+def labeller_of(
+  config, policy: Policy, reward: RewardModel, data: PromptData, workdir: Path
+) -> Labeller | None:
+  """What orders the pairs of the reward update if the run asks for real labels: a judge, or the
+  file of judgments.
   """
-  return (
-    judgments_labeller(config, judged_pairs(config, policy.tokenizer, reward.renderer, workdir))
-    if uses_labels(config)
-    else None
+  if not uses_labels(config):
+    return None
+  if config.r2m.judge_url:
+
+    def prompts_at(step):
+      return [data.prompts[i] for i in data.order[step]]
+
+    return judge_labeller(config, policy.tokenizer, reward.renderer, prompts_at, workdir)
+  return judgments_labeller(
+    config, judged_pairs(config, policy.tokenizer, reward.renderer, workdir)
   )
 
 
@@ -360,39 +429,50 @@ def make_two_part_step(
     out_shardings=built.rows,
   )
   labelled = uses_labels(config)
-  learn = jax.jit(
-    make_learn(built.defs, config, built.mesh),
-    donate_argnums=0,
-    in_shardings=(layout,) + (None,) * (3 if labelled else 2),
-    out_shardings=(layout, None),
-  )
+  learns = [
+    jit_step(on_mesh(built.mesh, make_learn_at(share, built.defs, config)), layout, 2 + labelled)
+    for share in config.packing
+  ]
+  needed = jax.jit(on_mesh(built.mesh, make_needed(built.defs, config)))
+
+  def learn_of(state, drawn, read):
+    """The program that computes the fewest places."""
+    if len(learns) == 1:
+      return learns[0]
+    return learns[smallest(config.packing, float(needed(state, drawn, read)))]
 
   def answered(sequences, texts):
     """(prompt, answer, whether it was cut off) of this process's rows; `texts` has every row's."""
     mine = hosts.rows_of(built.rows, len(sequences.tokens)).tolist()
     answers = responses_of(hosts.local(sequences), tokenizer)
-    return [(texts[i], text, cut) for i, (text, cut) in zip(mine, answers)]
+    return [
+      (texts[i], tokenizer.whole(texts[i], text), cut) for i, (text, cut) in zip(mine, answers)
+    ]
 
   def step(state, prompts, texts):
-    drawn = rollout(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
-    samples = answered(drawn.samples, [text for text in texts for _ in range(K)])
-    greedy = [] if drawn.greedy is None else answered(drawn.greedy, texts)
+    with phase("rollout"):
+      drawn = rollout(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
+      samples = answered(drawn.samples, [text for text in texts for _ in range(K)])
+      greedy = [] if drawn.greedy is None else answered(drawn.greedy, texts)
     rows = samples + greedy
-    ids = [renderer.ids(prompt, text, truncated=truncated) for prompt, text, truncated in rows]
-    tokens, mask = pad_left(
-      ids, renderer.tokenizer.pad_id, hosts.largest(bucket(max(map(len, ids))))
-    )
+    with phase("render"):
+      ids = [renderer.ids(prompt, text, truncated=truncated) for prompt, text, truncated in rows]
+      tokens, mask = pad_left(
+        ids, renderer.tokenizer.pad_id, hosts.largest(bucket(max(map(len, ids))))
+      )
     read = Rollout(Rows(tokens[: len(samples)], mask[: len(samples)]))
     if greedy:
       read = read.replace(greedy=Rows(tokens[len(samples) :], mask[len(samples) :]))
     pairs = (labeller(hosts.fetch(drawn.samples), int(state.step)),) if labelled else ()
-    state, out = learn(state, drawn, hosts.place(read, built.rows), *pairs)
+    read = hosts.place(read, built.rows)
+    with phase("learn"):
+      state, out = learn_of(state, drawn, read)(state, drawn, read, *pairs)
     return state, out, samples
 
   return step
 
 
-def run_arm(
+def run_of(
   config,
   built: Build,
   workdir: Path,
@@ -400,56 +480,74 @@ def run_arm(
   reward: RewardModel,
   data: PromptData,
   out: Path,
+  stage: Callable,
   *,
   donate: bool,
+  follow: Follow,
   watch: Watch | None = None,
-) -> None:
-  """RL for one variant, from the folders' models or from the arm's newest checkpoint; exports
-  both models.
-  """
+) -> Run:
+  """The Run of config.variant, from the folders' models; ends with the export of both models."""
 
   def first():
     return start_state(config, built, policy, reward, donate=donate)
 
   def warm_up(state):
-    return warm_start(
-      config,
-      built,
-      workdir,
-      state,
-      judged_pairs(config, policy.tokenizer, reward.renderer, workdir),
-    )
+    pairs = judged_pairs(config, policy.tokenizer, reward.renderer, workdir)
+    return warm_start(config, built, workdir, state, pairs, stage)
+
+  def batch(index):
+    return batch_of(data, index, policy.tokenizer), [data.prompts[i] for i in index]
 
   def steps(state):
-    labeller = labeller_of(config, policy, reward, workdir)
+    labeller = labeller_of(config, policy, reward, data, workdir)
     layout = sharding.shardings(state, built.mesh)
     step = make_two_part_step(config, built, policy, reward, layout, labeller)
     # a step takes one batch: the saved step is where the data goes on
     order = Timed(Stream(data.order, start=int(state.step)))
-    return functools.partial(advance, step, order)
+    return Steps(map(batch, order), step, functools.partial(measure, order))
 
-  def advance(step, order, state, t: int):
-    index = next(order)
-    prompts, texts = batch_of(data, index, policy.tokenizer), [data.prompts[i] for i in index]
-    state, output, rows = step(state, prompts, texts)
-    output = hosts.fetch(output)
+  def measure(order, t: int, state, output, batch, rows):
     if t == 0:
       rounding = sample_rounding(built.defs, config, state.ref, output.sequences)
       check_step_zero(output.metrics, rounding, config, continued=policy.adapter is not None)
       print(reward.renderer.describe(*rows[0]))
-    if t in (0, config.steps - 1):
+    ends = t == config.steps - 1 or bool(follow.kl_reached(output.metrics["kl"], t + 1))
+    if t == 0 or ends:
       when = "before" if t == 0 else "after"
-      append_samples(workdir, samples(config, output, texts, policy, when))
+      append_samples(workdir, samples(config, output, batch[1], policy, when))
     metrics = output.metrics | {"data/wait": order.waiting_share()}
     metrics |= watch(output, rows) if watch else {}
-    shown = dict(reward=metrics["reward/used"], kl=metrics["kl"])
-    return state, output, prompts.example_id, metrics, shown
+    return metrics, dict(reward=metrics["reward/used"], kl=metrics["kl"])
 
-  state = train(Run(first, warm_up, steps, data=fingerprint(data.ids)), config, workdir)
-  export.write_run(out, config, policy, reward, state, workdir)
+  def end(state):
+    export.write_run(out, config, policy, reward, state, workdir)
+
+  texts, ids = texts_of(policy, reward), fingerprint(data.ids)
+  return Run(config, built, first, warm_up, steps, texts=texts, end=end, watch=follow, data=ids)
 
 
-def warm_start(config, built: Build, workdir: Path, state, arrays: dict[str, np.ndarray]):
+def texts_of(policy: Policy, reward: RewardModel) -> Texts:
+  """How a person reads a step of a run from folders."""
+
+  def read(out, rows):
+    return reward.renderer.batch(rows)
+
+  def tell(out, row: int, rows) -> dict:
+    prompt, answer, cut = rows[row]
+    ids = reward.renderer.ids(prompt, answer, truncated=cut)
+    return {
+      "prompt_text": prompt_text(prompt),
+      "response_text": answer,
+      "truncated": cut,
+      "reward_reads": reward.renderer.tokenizer.hf.decode(ids),
+    }
+
+  return Texts(read, tell, lambda i: policy.tokenizer.hf.decode([i]))
+
+
+def warm_start(
+  config, built: Build, workdir: Path, state, arrays: dict[str, np.ndarray], stage: Callable
+):
   """The state with a head that was first fitted to the judgments; see `fit.head_loss`."""
   count, size = len(arrays["tokens"]), config.reward.batch_size
   enough(count, "reward.batch_size", size, "r2m.judgments")
@@ -515,7 +613,7 @@ def samples(config, output, prompts: list, policy: Policy, when: str) -> list[di
       "arm": config.variant,
       "when": when,
       "prompt": prompt_text(prompt),
-      "response": text,
+      "response": policy.tokenizer.whole(prompt, text),
       "reward": reward,
       "frozen": frozen,
       "length": int(mask.sum()),

@@ -3,17 +3,19 @@ where done before.
 """
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from r2m_jax.algorithm.annotate import make_annotate
 from r2m_jax.algorithm.read import make_read, measured_kl, sampling
 from r2m_jax.algorithm.schedules import make_omega
 from r2m_jax.algorithm.variants import VARIANTS, measured
-from r2m_jax.config import ConfigError, check_batch
+from r2m_jax.config import check_batch
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.rl import (
   gold_metrics,
@@ -23,7 +25,15 @@ from r2m_jax.goldtask.rl import (
   rl_prompts,
   shared_arm,
 )
-from r2m_jax.goldtask.stages import STREAM_TABLE, fit_golden, fit_reward, fit_sft, head_job
+from r2m_jax.goldtask.stages import (
+  STREAM_EVALUATION,
+  STREAM_TABLE,
+  fit_golden,
+  fit_reward,
+  fit_sft,
+  head_job,
+)
+from r2m_jax.hf.folders import mesh_of
 from r2m_jax.models.generate import generate
 from r2m_jax.parallel import hosts, sharding
 from r2m_jax.report.page import format_summary, summary_table, write_report
@@ -40,59 +50,40 @@ from r2m_jax.run.build import (
 from r2m_jax.run.fit import do
 from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
 from r2m_jax.run.metrics import read_metrics
-from r2m_jax.run.run import Run, train
+from r2m_jax.run.run import Run, Steps, Texts, train
 from r2m_jax.run.workdir import claim, shapes_of, stage, warm, with_variant
-from r2m_jax.types import Rollout
+from r2m_jax.tasks.evaluation import (
+  Evaluate,
+  Evaluation,
+  columns_of,
+  evaluation,
+  make_draw,
+  make_frozen,
+)
+from r2m_jax.tasks.follow import Watch
+from r2m_jax.types import Rollout, TrainState
 
 
 def run(config, workdir: Path) -> None:
   """Runs the pipeline up to `config.task` and writes the report."""
-  try:
-    mesh = sharding.make_mesh(tuple(config.mesh))
-  except ValueError as error:
-    raise ConfigError(error) from None
+  mesh = begin(config, workdir)
+  if config.task == "r2m":
+    for each in runs(config, workdir, mesh):
+      train(each, workdir)
+  else:
+    fitted(config, workdir, mesh, stage)
+  title = f"R2M: {config.task}, {config.algorithm}, seed {config.seed}"
+  hosts.on_first(lambda: conclude(workdir, title, f"figures  {workdir / 'figures'}"))
+
+
+def begin(config, workdir: Path) -> Mesh:
+  """Claims the workdir and prints on what the run goes; returns the config's mesh."""
+  mesh = mesh_of(config)
   check_batch(config, tuple(mesh.shape.values()))
   claim(config, workdir)
   devices = f"{mesh.size} {jax.devices()[0].platform} device(s) as {dict(mesh.shape)}"
   print(f"r2m_jax  {devices}, {config.dtype}; writes {workdir}")
-  built = build(config, mesh, vocab_size=goldtask.VOCAB_SIZE)
-
-  key = jax.random.key(config.seed)
-  policy_like = abstract(functools.partial(init_policy, config, built), mesh, key)
-  policy = stage(workdir, "sft", policy_like, lambda: fit_sft(config, built, workdir))
-  if config.task != "sft":
-    reward_like = abstract(
-      functools.partial(init_reward_model, config, built), mesh, policy_like, key
-    )
-    reward = stage(
-      workdir, "reward", reward_like, lambda: fit_reward(config, built, workdir, policy)
-    )
-  if config.task == "r2m":
-    if not (workdir / "checkpoints").exists():
-      check_model(
-        built.defs.policy,
-        policy,
-        vocab_size=built.arch.vocab_size,
-        dtype=config.dtype,
-        temperature=config.rollout.temperature,
-      )
-    programs = {}
-    for variant in (config.variant,) if config.variant else config.arms:
-      arm = with_variant(config, variant)
-      program = program_of(arm)
-      if program.variant not in programs:
-        programs[program.variant] = make_programs(program, mesh, policy, reward)
-      built, start = programs[program.variant].built, reward
-      if VARIANTS[variant].start == "golden":
-        start = stage(
-          workdir,
-          "reward_golden",
-          reward_like,
-          lambda: fit_golden(arm, built, workdir, policy, reward),
-        )
-      run_arm(arm, programs[program.variant], workdir, policy, start)
-  title = f"R2M: {config.task}, {config.algorithm}, seed {config.seed}"
-  hosts.on_first(lambda: conclude(workdir, title, f"figures  {workdir / 'figures'}"))
+  return mesh
 
 
 def conclude(workdir: Path, title: str, *lines: str) -> None:
@@ -102,6 +93,43 @@ def conclude(workdir: Path, title: str, *lines: str) -> None:
   print("\n".join([f"report   {report}", *lines, f"metrics  {workdir / 'metrics.jsonl'}"]))
 
 
+def fitted(config, workdir: Path, mesh: Mesh, stage: Callable):
+  """(build, policy, reward model) that RL starts from; for task=sft the reward model is None."""
+  built, key = build(config, mesh, vocab_size=goldtask.VOCAB_SIZE), jax.random.key(config.seed)
+  like = abstract(functools.partial(init_policy, config, built), mesh, key)
+  policy = stage(workdir, "sft", like, lambda: fit_sft(config, built, workdir))
+  if config.task == "sft":
+    return built, policy, None
+  like = abstract(functools.partial(init_reward_model, config, built), mesh, like, key)
+  reward = stage(workdir, "reward", like, lambda: fit_reward(config, built, workdir, policy))
+  return built, policy, reward
+
+
+def runs(config, workdir: Path, mesh: Mesh, stage: Callable = stage) -> Iterator[Run]:
+  """A Run of config.variant, or of each of config.arms if there is none.
+
+  Args:
+    stage: gives the result of a stage: `workdir.stage`, which makes what is missing, or
+      `workdir.saved`, which only reads.
+  """
+  built, policy, reward = fitted(config, workdir, mesh, stage)
+  if not (workdir / "checkpoints").exists():
+    check_model(
+      built.defs.policy,
+      policy,
+      vocab_size=built.arch.vocab_size,
+      dtype=config.dtype,
+      temperature=config.rollout.temperature,
+    )
+  made: dict[str, Programs] = {}
+  for variant in (config.variant,) if config.variant else config.arms:
+    arm = with_variant(config, variant)
+    program = program_of(arm)
+    if program.variant not in made:
+      made[program.variant] = make_programs(program, mesh, policy, reward)
+    yield run_of(arm, made[program.variant], workdir, policy, reward, stage)
+
+
 class Programs(NamedTuple):
   """What is compiled once for all arms that share it."""
 
@@ -109,9 +137,10 @@ class Programs(NamedTuple):
   first: Callable  # of build.make_first_state
   step: Callable  # of make_gold_step
   sample: Callable  # of make_sampler
+  evaluate: Evaluate | None  # None if config.eval.every is 0
 
 
-def make_programs(config, mesh, policy, reward) -> Programs:
+def make_programs(config, mesh: Mesh, policy, reward) -> Programs:
   """Nothing is compiled before it is called. policy and reward say of what shape the arms start."""
   built = build(config, mesh, vocab_size=goldtask.VOCAB_SIZE)
   first = make_first_state(config, built)
@@ -119,19 +148,22 @@ def make_programs(config, mesh, policy, reward) -> Programs:
     first, jax.random.key(config.seed), policy, reward["backbone"], reward["phi"]
   )
   step = make_gold_step(config, built, sharding.shardings(state, mesh))
-  return Programs(built, first, step, make_sampler(config, built))
+  evaluate = make_evaluate(config, built) if config.eval.every else None
+  return Programs(built, first, step, make_sampler(config, built), evaluate)
 
 
-def run_arm(config, programs: Programs, workdir: Path, policy, reward) -> None:
-  """RL for one variant, from the shared starting policy and reward model or from the arm's
-  newest checkpoint.
-  """
+def run_of(config, programs: Programs, workdir: Path, policy, reward, stage: Callable) -> Run:
+  """The Run of config.variant, from the shared starting policy and reward model."""
   arm, built, shared = config.variant, programs.built, shared_arm(config)
+  if VARIANTS[arm].start == "golden":
+    proxy, like = reward, shapes_of(reward)
+    reward = stage(
+      workdir, "reward_golden", like, lambda: fit_golden(config, built, workdir, policy, proxy)
+    )
 
   def first():
-    return initial_state(
-      config, built, policy, reward["backbone"], reward["phi"], make=programs.first
-    )
+    start = policy, reward["backbone"], reward["phi"]
+    return initial_state(config, built, *start, make=programs.first)
 
   def warm_start(state):
     def make():
@@ -139,25 +171,64 @@ def run_arm(config, programs: Programs, workdir: Path, policy, reward) -> None:
 
     return warm(state, stage(workdir, "warm_start", shapes_of(state.reward_head), make))
 
-  def advance(state, t: int):
-    prompts = rl_prompts(config, t)
-    state, out = programs.step(state, prompts, shared)
-    out = hosts.fetch(out)
-    out = out.replace(
-      metrics={name: value for name, value in out.metrics.items() if measured(name, arm)}
-    )
-    metrics = out.metrics | gold_metrics(out, config.rollout.group_size)
+  def steps(state):
+    batches = ((rl_prompts(config, t), shared) for t in itertools.count(int(state.step)))
+    return Steps(batches, programs.step, measure)
+
+  def measure(t: int, state, out, batch):
+    metrics = {name: value for name, value in out.metrics.items() if measured(name, arm)}
+    metrics |= gold_metrics(out, config.rollout.group_size)
     if t == 0:
-      check_step_zero(
-        metrics, sample_rounding(built.defs, config, state.ref, out.sequences), config
-      )
+      rounding = sample_rounding(built.defs, config, state.ref, out.sequences)
+      check_step_zero(metrics, rounding, config)
     shown = dict(gold=metrics["reward/gold"], frozen=metrics["reward/frozen"], kl=metrics["kl"])
-    return state, out, prompts.example_id, metrics, shown
+    return metrics, shown
 
   def samples(state, when: str):
     return table_rows(arm, when, *hosts.fetch(programs.sample(state, shared)))
 
-  train(Run(first, warm_start, lambda state: advance, samples), config, workdir)
+  texts = Texts(read_tokens, tell, goldtask.WORDS.__getitem__)
+  watch = Watch(config, workdir, programs.evaluate)
+  return Run(config, built, first, warm_start, steps, samples, texts, watch=watch)
+
+
+def read_tokens(out):
+  """The reward model reads the policy's own tokens."""
+  return out.sequences.tokens, out.sequences.token_mask
+
+
+def tell(out, row: int) -> dict:
+  """The texts of a row, and the parts of its gold."""
+  sequences, width = out.sequences, out.sequences.response_mask.shape[1]
+  tokens, mask = sequences.tokens[row], sequences.token_mask[row]
+  return {
+    "prompt_text": goldtask.render(tokens[:-width], mask[:-width]),
+    "response_text": goldtask.render(tokens[-width:], sequences.response_mask[row]),
+    "gold": jax.tree.map(lambda x: float(x[row]), goldtask.gold(sequences))._asdict(),
+  }
+
+
+def make_evaluate(config, built: Build) -> Evaluate:
+  """Builds the evaluation of a run on prompts of their own; gold is the task's."""
+  prompts = goldtask.prompts(config.seed, STREAM_EVALUATION, 0, config.eval.prompts)
+  draw = make_draw(config, built, (goldtask.EOS,), goldtask.PAD)
+  frozen = make_frozen(config, built)
+  asked = [goldtask.render(*row) for row in zip(prompts.tokens, prompts.mask)]
+
+  def evaluate(state: TrainState) -> Evaluation:
+    sequences, kl = draw(state, prompts)
+    scores = {
+      "gold": goldtask.gold(sequences).gold,
+      "frozen": frozen(state, sequences.tokens, sequences.token_mask),
+    }
+    width = sequences.response_mask.shape[1]
+    texts = [
+      goldtask.render(tokens[-width:], used)
+      for tokens, used in zip(sequences.tokens, sequences.response_mask)
+    ]
+    return evaluation(config, columns_of(sequences, kl, scores), asked, texts)
+
+  return evaluate
 
 
 def make_sampler(config, built: Build):

@@ -252,7 +252,7 @@ def perplexity_table(config, policies: dict[str, Policy], mesh) -> dict:
   for name, policy in policies.items():
     tokenizer = policy.tokenizer
     ids = [
-      (tokenizer.render(r["prompt"]), tokenizer.encode(r["response"], special=False)) for r in rows
+      (tokenizer.render(r["prompt"]), tokenizer.answer(r["prompt"], r["response"])) for r in rows
     ]
     kept = datasets.select(settings, rows, ids, "perplexity")
     ids = [(ids[i][0], [*ids[i][1], tokenizer.end_id]) for i in kept]

@@ -16,7 +16,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from r2m_jax.algorithm.read import read_feedback
-from r2m_jax.data.jsonl import check_output, read_rows, write_rows
+from r2m_jax.data.datasets import SHORTER_INPUTS
+from r2m_jax.data.jsonl import check_output, read_rows, turns_of, write_rows
 from r2m_jax.data.text import Tokenizer, as_prompts, each_row, pad_left, responses_of
 from r2m_jax.hf.folders import (
   FolderError,
@@ -28,8 +29,10 @@ from r2m_jax.hf.folders import (
   mesh_of,
   phi_score,
 )
+from r2m_jax.judge.formats import check_form, write_answers
 from r2m_jax.models.generate import generate
 from r2m_jax.models.reward import read_rte
+from r2m_jax.ops import Truncation
 from r2m_jax.parallel import hosts, sharding
 from r2m_jax.run.progress import progress
 
@@ -39,9 +42,13 @@ def run(config, workdir: Path | None = None) -> None:
   named in the config.
   """
   del workdir
-  # float32 means float32: accelerators would otherwise multiply matrices in fewer bits
-  with jax.default_matmul_precision("highest" if config.dtype == "float32" else "default"):
+  with matmul_precision(config):
     {"generate": run_generate, "score": run_score}[config.task](config)
+
+
+def matmul_precision(config):
+  """In here float32 means float32: accelerators would otherwise multiply matrices in fewer bits."""
+  return jax.default_matmul_precision("highest" if config.dtype == "float32" else "default")
 
 
 def require_finite(config, finite: np.ndarray, what: str, model: str) -> None:
@@ -65,10 +72,12 @@ def batches(lengths: list[int], size: int) -> Iterator[np.ndarray]:
     yield np.resize(order[i : i + size], size)
 
 
-def batch_size(config, section, rows: int, mesh) -> int:
-  """The section's batch size, no larger than the rows need, as a multiple of the batch's shards."""
+def batch_size(config, section, rows: int, mesh, *, each: int = 1) -> int:
+  """The section's batch size in rows of `each` answers, no larger than the rows need, as a multiple
+  of the batch's shards.
+  """
   shards = mesh.shape["data"] * mesh.shape["fsdp"]
-  return -(-min(section.batch_size, rows) // shards) * shards
+  return -(-min(max(1, section.batch_size // each), rows) // shards) * shards
 
 
 def spread(batch, mesh):
@@ -81,20 +90,24 @@ def spread(batch, mesh):
 
 
 def run_generate(config) -> None:
-  """Reads rows with `prompt`; writes them with prompt_tokens, tokens, logprobs, text and
-  truncated, in their order.
+  """Reads rows with `prompt`; writes them with prompt_tokens, tokens, logprobs, text and truncated,
+  in their order. With config.generate.n above 1, each comes n times, with the index `sample`. In a
+  conversation, a row with `turns`, these are of the last turn, and `answers` holds the texts of all.
   """
   settings, mesh = config.generate, mesh_of(config)
   check_output(settings.output, "config.generate.output")
-  rows = read_rows(settings.input, ("prompt",))
+  rows = read_rows(settings.input, ("prompt",))[: settings.rows or None]
+  check_form(rows, settings.format, settings.n)
   policy = load_policy(config.policy.path, config, mesh)
   print(policy.tokenizer.describe(rows[0]["prompt"]))
-  prompts = each_row(rows, lambda row: policy.tokenizer.render(row["prompt"]), settings.input)
-  results = sample(config, policy, prompts, mesh)
+  results = converse(config, policy, rows, mesh)
+  rows = [row for row in rows for _ in range(settings.n)]
   finite = np.array([np.isfinite(result["logprobs"]).all() for result in results])
   require_finite(config, finite, "log-probabilities", f"config.policy.path = {config.policy.path}")
+  answered = [row | more for row, more in zip(rows, results)]
+  name = settings.name or policy.folder.name
   file = hosts.on_first(
-    lambda: str(write_rows(settings.output, [row | more for row, more in zip(rows, results)]))
+    lambda: str(write_answers(settings.output, answered, settings.format, name))
   )
   print(
     f"wrote    {len(rows)} rows to {file}; {sum(r['truncated'] for r in results)} cut off at the "
@@ -102,10 +115,92 @@ def run_generate(config) -> None:
   )
 
 
-def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]:
-  """One response for each rendered prompt, as the fields of a row."""
-  settings, size = config.generate, batch_size(config, config.generate, len(prompts), mesh)
+def converse(config, policy: Policy, rows: list[dict], mesh) -> list[dict]:
+  """config.generate.n responses to each row's prompt, and one to each further message of its
+  `turns`, in n conversations.
+  """
+  n = config.generate.n
+  results = answers_to(config, policy, rows, mesh)
+  rows = [row for row in rows for _ in range(n)]
+  turns, prompts = [turns_of(row) for row in rows], [row["prompt"] for row in rows]
+  answers = [[result["text"]] for result in results]
+  once = config.copy_and_resolve_references()
+  with once.unlocked():
+    once.generate.n = 1
+  for turn in range(1, max(map(len, turns))):
+    asked = [i for i, mine in enumerate(turns) if turn < len(mine)]
+    for i in asked:
+      said = {"role": "assistant", "content": answers[i][-1]}
+      prompts[i] = [*prompts[i], said, {"role": "user", "content": turns[i][turn]}]
+    where = [f"{config.generate.input}, row {i // n + 1}" for i in asked]
+    later = [{"where": at, "prompt": prompts[i]} for at, i in zip(where, asked)]
+    for i, result in zip(asked, answers_to(once, policy, later, mesh, turn)):
+      answers[i].append(result["text"])
+      results[i] |= result
+  return [
+    result | ({"answers": said} if mine else {})
+    for result, said, mine in zip(results, answers, turns)
+  ]
+
+
+def answers_to(config, policy: Policy, rows: list[dict], mesh, turn: int = 0) -> list[dict]:
+  """config.generate.n responses to the prompt of each row, as the fields of a row."""
+  settings, tokenizer = config.generate, policy.tokenizer
+  file = "" if turn else settings.input  # later turns are named by the rows themselves
+  prompts = each_row(rows, lambda row: tokenizer.render(row["prompt"]), file)
+  lengths = [len(prompt) + settings.max_new_tokens for prompt in prompts]
+  what = f"prompts with config.generate.max_new_tokens = {settings.max_new_tokens}"
+  fix = "lower config.generate.max_new_tokens or give shorter prompts"
+  tokenizer.warn_beyond(lengths, what, fix)
+  results = sample(config, policy, prompts, mesh, turn)
+  for number, result in enumerate(results):
+    result["text"] = tokenizer.whole(rows[number // settings.n]["prompt"], result["text"])
+  return results
+
+
+def sample(config, policy: Policy, prompts: list[list[int]], mesh, turn: int = 0) -> list[dict]:
+  """config.generate.n responses for each rendered prompt, next to each other, as the fields of a
+  row. They depend on the seed, the turn, the place of the prompt and the index of the sample alone.
+  """
+  settings, n = config.generate, config.generate.n
+  size = batch_size(config, settings, len(prompts), mesh, each=n)
   T, tokenizer = settings.max_new_tokens, policy.tokenizer
+  draw = make_draw(config, policy, mesh, turn)
+  results: list[dict] = [{}] * (len(prompts) * n)
+  with progress(-(-len(prompts) // size), "generate", unit="batch") as bar:
+    for index in batches([len(p) for p in prompts], size):
+      batch = as_prompts([prompts[i] for i in index], tokenizer.pad_id).replace(
+        example_id=index.astype(np.int32)
+      )
+      drawn = draw(policy.state, spread(batch, mesh))
+      bar.dispatched()
+      sequences, logprobs = hosts.fetch(drawn)
+      texts, lengths = responses_of(sequences, tokenizer), sequences.response_mask.sum(1)
+      for row, (text, truncated) in enumerate(texts):
+        i, which = int(index[row // n]), row % n
+        results[i * n + which] = {
+          **({"sample": which} if n > 1 else {}),
+          "prompt_tokens": list(prompts[i]),
+          "tokens": sequences.tokens[row, -T:][: lengths[row]].tolist(),
+          "logprobs": logprobs[row, : lengths[row]].astype(float).tolist(),
+          "text": text,
+          "truncated": truncated,
+        }
+      bar.update()
+  return results
+
+
+def make_draw(config, policy: Policy, mesh, turn: int) -> Callable:
+  """Builds `draw(state, prompts) -> (Sequences, log-probabilities f32[P * n, T])` by the settings of
+  config.generate; the log-probabilities are those of the distribution that was sampled from.
+  """
+  settings, tokenizer = config.generate, policy.tokenizer
+  truncation = Truncation(settings.top_k, settings.top_p, settings.min_p)
+  seed = config.seed if settings.seed == -1 else settings.seed
+  if (
+    not settings.temperature
+  ):  # the most likely token is never cut away; all log-probabilities stay
+    truncation = Truncation()
 
   @sharding.jit_on(mesh)
   def draw(state, prompts):
@@ -113,36 +208,27 @@ def sample(config, policy: Policy, prompts: list[list[int]], mesh) -> list[dict]
     sequences = generate(
       model,
       prompts,
-      jax.random.key(config.seed),
-      0,
-      group_size=1,
-      max_new_tokens=T,
+      jax.random.key(seed),
+      turn,
+      group_size=settings.n,
+      max_new_tokens=settings.max_new_tokens,
       eos_ids=tokenizer.eos_ids,
       temperature=settings.temperature,
       pad_id=tokenizer.pad_id,
+      truncation=truncation,
     )
     # at temperature 0 the log-probabilities are those of the unscaled logits
-    reading = dict(temperature=settings.temperature or 1.0, layer=-1, chunk=config.logits_chunk)
-    return sequences, read_feedback(model, sequences, **reading).logprobs
+    logprobs = read_feedback(
+      model,
+      sequences,
+      temperature=settings.temperature or 1.0,
+      layer=-1,
+      chunk=config.logits_chunk,
+      truncation=truncation,
+    ).logprobs
+    return sequences, logprobs
 
-  results: list[dict] = [{}] * len(prompts)
-  with progress(-(-len(prompts) // size), "generate") as bar:
-    for index in batches([len(p) for p in prompts], size):
-      batch = as_prompts([prompts[i] for i in index], tokenizer.pad_id).replace(
-        example_id=index.astype(np.int32)
-      )
-      sequences, logprobs = hosts.fetch(draw(policy.state, spread(batch, mesh)))
-      texts, lengths = responses_of(sequences, tokenizer), sequences.response_mask.sum(1)
-      for row, i in enumerate(index):
-        results[i] = {
-          "prompt_tokens": list(prompts[i]),
-          "tokens": sequences.tokens[row, -T:][: lengths[row]].tolist(),
-          "logprobs": logprobs[row, : lengths[row]].astype(float).tolist(),
-          "text": texts[row][0],
-          "truncated": texts[row][1],
-        }
-      bar.update()
-  return results
+  return draw
 
 
 # ---- score ----
@@ -156,15 +242,7 @@ def run_score(config) -> None:
   check_output(settings.output, "config.score.output")
   rows = read_rows(settings.input, ("prompt", "response"))
   reward = load_reward(config.reward.path, config, mesh)
-  policy = None
-  if reward.head is not None:
-    if not config.policy.path:
-      raise FolderError(
-        f"config.reward.path is {config.reward.path}: an R2M reward model, which reads the "
-        "policy's hidden states; "
-        "give the policy as config.policy.path"
-      )
-    policy = load_policy(config.policy.path, config, mesh)
+  policy = policy_read_by(config, reward, mesh, f"config.reward.path is {config.reward.path}")
   print(
     reward.renderer.describe(
       rows[0]["prompt"], rows[0]["response"], rows[0].get("truncated", False)
@@ -187,9 +265,23 @@ def run_score(config) -> None:
   )
 
 
+def policy_read_by(config, reward: RewardModel, mesh, given: str) -> Policy | None:
+  """The policy whose hidden states a reward model reads; None if it reads none. `given` names the
+  model in an error.
+  """
+  if reward.head is None:
+    return None
+  if not config.policy.path:
+    raise FolderError(
+      f"{given}: an R2M reward model, which reads the policy's hidden states; "
+      "give the policy as config.policy.path"
+    )
+  return load_policy(config.policy.path, config, mesh)
+
+
 def policy_ids(tokenizer: Tokenizer, row: dict) -> list[int]:
   """Prompt and response as the policy would have sampled them."""
-  ids = tokenizer.render(row["prompt"]) + tokenizer.encode(row["response"], special=False)
+  ids = tokenizer.render(row["prompt"]) + tokenizer.sampled(row["prompt"], row["response"])
   return (
     ids if row.get("truncated", False) or tokenizer.end_id is None else [*ids, tokenizer.end_id]
   )
@@ -202,22 +294,44 @@ def score(config, reward: RewardModel, policy: Policy | None, rows: list[dict], 
   return make_scorer(config, reward, policy, mesh)(rows)
 
 
+def warn_of_lengths(
+  reward: RewardModel, policy: Policy | None, lengths: list[int], read: list[int]
+) -> None:
+  """Warns if rows, of these lengths for the reward model and for the policy, are too long."""
+  reward.renderer.tokenizer.warn_beyond(lengths, "rows for the reward model", SHORTER_INPUTS)
+  if policy is not None:
+    policy.tokenizer.warn_beyond(read, "rows for the policy", "shorten prompts or responses")
+
+
+def require_policy(config, reward: RewardModel, policy: Policy) -> None:
+  """Raises FolderError unless an R2M reward model can read the policy as it read its own."""
+  size = reward.head[0].policy_hidden_size
+  if size != policy.arch.hidden_size:
+    raise FolderError(
+      f"{reward.folder} reads hidden states of {size} numbers; those of "
+      "config.policy.path = "
+      f"{config.policy.path} have {policy.arch.hidden_size}: give the policy it was trained with"
+    )
+  if policy.tokenizer.chat.contract != reward.policy_chat:
+    raise FolderError(
+      f"{reward.folder} reads the states of a policy whose prompts were rendered with "
+      f"{reward.policy_chat or 'no changes to its chat template'}; config.policy gives "
+      f"{policy.tokenizer.chat.contract or 'none'}: set config.policy.system_prompt and "
+      "chat_template_args as they were in training"
+    )
+
+
 def make_scorer(
   config, reward: RewardModel, policy: Policy | None, mesh, *, shown: bool = True
 ) -> Callable[[list[dict]], np.ndarray]:
   """Builds the function behind `score`, rows -> f32[N], for many calls: a program is made once.
 
   Args:
-    shown: print a line of progress.
+    shown: print a line of progress, and warn of rows that are too long for a model.
   """
   head_config, head_state = reward.head or (None, None)
-  if head_config is not None and head_config.policy_hidden_size != policy.arch.hidden_size:
-    raise FolderError(
-      f"{reward.folder} reads hidden states of {head_config.policy_hidden_size} numbers; those of "
-      "config.policy.path = "
-      f"{config.policy.path} have {policy.arch.hidden_size}: give the policy it was trained with"
-    )
-
+  if head_config is not None:
+    require_policy(config, reward, policy)
   head_def = None if head_config is None else nnx.graphdef(abstract_head(head_config))
 
   @sharding.jit_on(mesh)
@@ -240,13 +354,14 @@ def make_scorer(
       config.score.input,
     )
     lengths = [len(row) for row in ids]
+    read = []
     if head_config is not None:
       read = each_row(rows, lambda r: policy_ids(policy.tokenizer, r), config.score.input)
-    scores, size = (
-      np.zeros(len(rows), np.float32),
-      batch_size(config, config.score, len(rows), mesh),
-    )
-    with progress(-(-len(rows) // size), "score", enabled=shown) as bar:
+    if shown:
+      warn_of_lengths(reward, policy, lengths, [len(row) for row in read])
+    scores = np.zeros(len(rows), np.float32)
+    size = batch_size(config, config.score, len(rows), mesh)
+    with progress(-(-len(rows) // size), "score", enabled=shown, unit="batch") as bar:
       for index in batches(lengths, size):
         tokens, mask = spread(
           pad_left([ids[i] for i in index], reward.renderer.tokenizer.pad_id), mesh
@@ -256,6 +371,7 @@ def make_scorer(
         else:
           fed = spread(pad_left([read[i] for i in index], policy.tokenizer.pad_id), mesh)
           result = fused(reward.state, head_state, policy.state, tokens, mask, *fed)
+        bar.dispatched()
         scores[index] = hosts.fetch(result)
         bar.update()
     return scores

@@ -15,7 +15,15 @@ from r2m_jax.algorithm import losses, schedules
 from r2m_jax.algorithm.labels import pairs_at, pairs_per_step
 from r2m_jax.algorithm.objective import shape_scores
 from r2m_jax.algorithm.read import make_read
-from r2m_jax.algorithm.variants import VARIANTS, States, arm_of, feed_back, measured, other_rows
+from r2m_jax.algorithm.variants import (
+  FEEDBACK,
+  VARIANTS,
+  States,
+  arm_of,
+  feed_back,
+  measured,
+  other_rows,
+)
 from r2m_jax.goldtask import rl
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.labels import gold_labeller
@@ -461,3 +469,12 @@ def test_states_that_nothing_reads_are_not_kept(variant, policy, reference):
     T,
     width,
   )
+
+
+def test_a_kind_of_feedback_made_of_other_states_than_it_says_is_refused(monkeypatch):
+  """Those that it says are the only ones kept. Refused as the step is traced, by name."""
+  monkeypatch.setitem(FEEDBACK, "noise", "reference")
+  cfg = small.config(variant="noise")
+  built, state = small.start(cfg)
+  with pytest.raises(AssertionError, match="'noise' is made of the states of the reference"):
+    jax.eval_shape(small.step_of(cfg, built, state), state, small.prompts(cfg, 0))

@@ -103,7 +103,7 @@ def test_a_stream_goes_on_from_its_state(start):
   assert stream.waited > 0 or start == 0
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_killed_at_random_batches_it_gives_what_an_unbroken_run_gives(processes):
   command = [sys.executable, str(ROOT / "tests/support/kill_stream.py"), str(processes)]
   env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -141,7 +141,7 @@ def test_no_tensorflow(tmp_path):
   lines(tmp_path / "a.jsonl", [{"prompt": LONG, "chosen": "a", "rejected": "b"}])
   code = f"""
 import sys
-from configs import default
+from r2m_jax.configs import default
 from r2m_jax.data.rows import load
 section = default.get_config().data
 section.name, section.root, section.tfds_dir = "tfds:hh_rlhf", {str(tmp_path / "a.jsonl")!r}, {str(tmp_path)!r}

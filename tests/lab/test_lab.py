@@ -202,7 +202,7 @@ def test_arms_that_cannot_run_are_refused(arms, message):
   [
     ("lab.seeds", (), r"such as \(0, 1, 2\)"),
     ("lab.seeds", ("x",), r"such as \(0, 1, 2\)"),
-    ("lab.seeds", (1, 1), "each seed may appear once"),
+    ("lab.seeds", (1, 1), "give each seed once"),
     ("lab.betas", (), "above 0"),
     ("lab.kls", (0.0,), "above 0"),
     ("lab.kls", (), "above 0"),

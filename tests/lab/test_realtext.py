@@ -20,12 +20,12 @@ from test_scratch import make_data
 from configs import real_gold
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.data.jsonl import DataError
-from r2m_jax.hf.folders import load_policy, load_reward
+from r2m_jax.hf.folders import load_policy, load_reward, mesh_of
 from r2m_jax.lab import realtext
 from r2m_jax.lab.table import read_table
 from r2m_jax.run.files import read_jsonl
-from r2m_jax.run.metrics import read_metrics
-from r2m_jax.tasks import folders, scratch, serve
+from r2m_jax.run.metrics import read_metrics, without_clock
+from r2m_jax.tasks import scratch, serve
 
 
 def settings(root, **overrides):
@@ -79,7 +79,7 @@ def policy_bytes(workdir, arm, seed):
 
 def timeless(workdir, arm, seed):
   rows = read_metrics(realtext.run_of(workdir, arm, seed))
-  return [{k: v for k, v in row.items() if k not in ("seconds", "data/wait")} for row in rows]
+  return list(map(without_clock, rows))
 
 
 # ---- gold stays outside ----
@@ -165,7 +165,7 @@ def test_a_grown_policy_says_the_same(ended, tmp_path, factor):
 
 def test_reward_models_are_trained_and_at_scale(ended):
   root, workdir, _ = ended
-  cfg, mesh = settings(root), folders.mesh_of(settings(root))
+  cfg, mesh = settings(root), mesh_of(settings(root))
   drawn = read_jsonl(workdir / "sft_samples.jsonl")
   grown = transformers.AutoModelForCausalLM.from_pretrained(
     workdir / "models/grown"

@@ -14,9 +14,17 @@ from scipy.stats import chi2
 
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
-from r2m_jax.models.generate import GROUPED, generate, sample_keys, sample_token, stages
+from r2m_jax.models.generate import (
+  GROUPED,
+  decoded_places,
+  generate,
+  sample_keys,
+  sample_token,
+  stages,
+)
 from r2m_jax.models.logprobs import token_stats
 from r2m_jax.ops import Truncation, kept, predicts_response
+from r2m_jax.parallel import sharding
 from r2m_jax.parallel.sharding import path_name
 from r2m_jax.types import Prompts
 
@@ -30,6 +38,7 @@ OPTIONS = (
   "repetition_stop",
   "greedy_rows",
   "waves",
+  "halvings",
 )
 ARCH = ArchConfig(
   vocab_size=VOCAB, hidden_size=16, num_layers=2, num_heads=2, num_kv_heads=1, intermediate_size=32
@@ -147,6 +156,49 @@ def test_a_row_can_be_drawn_again_alone(model):
   np.testing.assert_array_equal(
     turned.tokens.reshape(3, 4, -1)[::-1].reshape(12, -1), everything.tokens
   )
+
+
+HALVED = dict(group_size=8, T=64, eos_ids=(3,))  # lengths from 2 to 49 tokens
+
+
+@pytest.mark.parametrize("kind", ["slices of arrays", "arrays a layer"])
+def test_the_unfinished_half_draws_the_same_tokens(model, kind):
+  graphdef, state = model
+  if kind == "slices of arrays":
+    net = nnx.merge(*model)
+    net.decodes_apart = False  # as on a TPU
+    graphdef, state = nnx.split(net)
+  whole = draw(graphdef, state, notes(), **HALVED)
+  halved = draw(graphdef, state, notes(), halvings=3, **HALVED)
+  lengths = np.sort(whole.response_mask.sum(1))
+  assert lengths[12] < lengths[18] < lengths[21] < lengths[23]  # all three come to pass
+  jax.tree.map(np.testing.assert_array_equal, halved, whole)
+
+
+def test_the_unfinished_half_of_each_device_draws_the_same_tokens(model):
+  prompts = jax.tree.map(lambda x: np.repeat(x, 2, 0)[:4], notes())
+  prompts = prompts.replace(example_id=np.arange(4, dtype=np.int32))
+  whole = draw(*model, prompts, **HALVED)
+  mesh = sharding.make_mesh((2, 2, 2))
+  graphdef, state = model
+  state = jax.device_put(state, sharding.shardings(state, mesh))
+
+  def sample(state, prompts):
+    settings = dict(group_size=8, max_new_tokens=64, temperature=TAU, eos_ids=(3,), pad_id=0)
+    net = nnx.merge(graphdef, state)
+    return generate(net, prompts, jax.random.key(5), 0, halvings=2, **settings)
+
+  halved = jax.jit(sharding.on_mesh(mesh, sample))(state, prompts)
+  jax.tree.map(np.testing.assert_array_equal, halved, whole)
+
+
+def test_decoded_places_are_those_of_a_count():
+  """Eight rows: all for 3 tokens, then four of them up to the seventh, then two, then one."""
+  lengths = np.array([1, 2, 3, 3, 5, 7, 9, 10])
+  assert decoded_places(lengths, 10, 0) == 8 * 10
+  assert decoded_places(lengths, 10, 1) == 8 * 3 + 4 * 7
+  assert decoded_places(lengths, 10, 9) == 8 * 3 + 4 * 4 + 2 * 2 + 1
+  assert decoded_places(lengths, 20, 0) == 8 * 10
 
 
 @pytest.mark.parametrize("greedy_rows", [False, True])

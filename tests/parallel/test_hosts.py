@@ -24,7 +24,7 @@ from configs import default
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.parallel import hosts
 from r2m_jax.run import checkpoint
-from r2m_jax.run.metrics import read_metrics
+from r2m_jax.run.metrics import read_metrics, without_clock
 
 ROOT = pathlib.Path(__file__).parents[2]
 HEARTBEAT = 8  # seconds
@@ -125,7 +125,7 @@ def same_run(one: pathlib.Path, other: pathlib.Path, steps, *, logged=1e-8, arra
   ]
   for t in steps:
     assert rows[0][t].keys() == rows[1][t].keys()
-    for name in rows[0][t].keys() - {"stage", "arm", "step", "seconds", "data/wait"}:
+    for name in without_clock(rows[0][t]).keys() - {"stage", "arm", "step"}:
       close = dict(rtol=logged, atol=logged, err_msg=f"{name} of step {t}")
       np.testing.assert_allclose(rows[0][t][name], rows[1][t][name], **close)
   a, b = (np.load(folder / "record" / "end.npz") for folder in (one, other))
@@ -204,7 +204,7 @@ def test_a_whole_run_of_two_processes_equals_one_of_one_and_goes_either_way(
     for folder in (two, one)
   ]
   for a, b in zip(*fits, strict=True):
-    for name in a.keys() - {"stage", "arm", "seconds", "data/wait"}:
+    for name in without_clock(a).keys() - {"stage", "arm"}:
       np.testing.assert_allclose(a[name], b[name], rtol=1e-8, atol=1e-8, err_msg=name)
   for name, mesh in (("same", "(8, 1, 1)"), ("other", "(1, 4, 2)"), ("across", "(1, 1, 8)")):
     again = tmp_path / name
@@ -315,9 +315,11 @@ def same_folders(one: pathlib.Path, other: pathlib.Path, names):
 
 @pytest.mark.long
 def test_a_run_from_folders_by_two_processes_equals_one(models, tmp_path):
+  """With evaluations on five prompts, which do not split over eight shards."""
+  arguments = folder_arguments(models, **{"eval.every": 1, "eval.prompts": 5})
   for name, kind in (("one", ONE), ("two", TWO)):
     folder = tmp_path / name
-    run("main", *folder_arguments(models), f"--workdir={folder}", record=folder / "record", **kind)
+    run("main", *arguments, f"--workdir={folder}", record=folder / "record", **kind)
   same_run(tmp_path / "one", tmp_path / "two", (0, 1), **FLOAT32)
   same_folders(tmp_path / "one", tmp_path / "two", ("policy", "reward"))
   lines = [
@@ -329,6 +331,15 @@ def test_a_run_from_folders_by_two_processes_equals_one(models, tmp_path):
   )  # seven prompts, those of the second process among them
   for a, b in zip(*lines):
     assert (a["when"], a["prompt"], a["response"]) == (b["when"], b["prompt"], b["response"])
+  evaluated = [
+    [json.loads(line) for line in (tmp_path / name / "eval_samples.jsonl").read_text().splitlines()]
+    for name in ("one", "two")
+  ]
+  assert len(evaluated[0]) == len(evaluated[1]) == 15  # at steps 0, 1 and 2
+  for a, b in zip(*evaluated):
+    assert (a["step"], a["prompt"], a["response"]) == (b["step"], b["prompt"], b["response"])
+    assert a["frozen"] == pytest.approx(b["frozen"], abs=1e-3)
+    assert a["kl"] == pytest.approx(b["kl"], abs=1e-3)
 
 
 @pytest.mark.long
@@ -589,7 +600,7 @@ print(sum("XLAEigen" in name for name in names))
 def test_one_process_starts_nothing():
   """Without a cluster around it a run has no service and no thread more."""
   code = (
-    "import threading, jax; from configs import default; from r2m_jax.parallel import hosts\n"
+    "import threading, jax; from r2m_jax.configs import default; from r2m_jax.parallel import hosts\n"
     "before = threading.active_count()\n"
     "with hosts.together(default.get_config().hosts):\n"
     "  assert not jax.distributed.is_initialized() and threading.active_count() == before\n"

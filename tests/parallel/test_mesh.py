@@ -164,7 +164,10 @@ def test_what_is_compared_moves():
 
 
 @needs_eight
-@pytest.mark.parametrize("mesh, accumulation, minibatches", COVER)
+@pytest.mark.parametrize(
+  "mesh, accumulation, minibatches",
+  [*COVER[:7], *(pytest.param(*x, marks=pytest.mark.long) for x in COVER[7:])],
+)
 def test_eight_devices_equal_one(mesh, accumulation, minibatches):
   np.testing.assert_array_equal(sampled(mesh).tokens, sampled((1, 1, 1)).tokens)
   small.equal_in_float64(

@@ -22,9 +22,9 @@ from benchmarks import workload
 from configs import tldr_pythia_2_8b, ultrafeedback_llama3_8b, ultrafeedback_qwen2_5_3b
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.parallel import sharding
+from r2m_jax.parallel.chips import GIB, GPUS, TPUS, parse_topology, slices_of
 from r2m_jax.plan import hlo, memory, programs, report
 from r2m_jax.plan import plan as planning
-from r2m_jax.plan.chips import GIB, GPUS, TPUS, parse_topology, slices_of
 from r2m_jax.plan.sizes import ARCHS, sizes_of
 from r2m_jax.plan.work import ROLLOUT, Layout, phases_of
 from r2m_jax.run import build
@@ -571,7 +571,7 @@ needs_tpu_compiler = pytest.mark.skipif(
 MESHES = """
 from r2m_jax.parallel import sharding
 from r2m_jax.plan import programs
-from r2m_jax.plan.chips import parse_topology
+from r2m_jax.parallel.chips import parse_topology
 for name, shape in (("v6e:4x4", (1, 8, 2)), ("v5p:2x2x4", (2, 4, 2)), ("v5e:4x8", (1, 8, 4))):
   mesh = sharding.make_mesh(shape, programs.devices_of(parse_topology(name)))
   assert mesh.devices.shape == shape and mesh.axis_names == sharding.AXES
@@ -590,7 +590,7 @@ def test_a_mesh_may_take_a_part_of_an_axis_of_the_torus():
 
 
 @needs_tpu_compiler
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize("topology", ["v5e:2x2", pytest.param("v5p:2x2x1", marks=pytest.mark.long)])
 def test_tpu_plan_of_full_widths(tmp_path, topology):
   """Two layers of the 3B policy and of the 8B reward model, by the real compiler."""
   done, plans = plan(

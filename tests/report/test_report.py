@@ -137,7 +137,7 @@ def test_a_failing_tensorboard_warns_once_and_training_goes_on(tmp_path, monkeyp
     def full(_):
       raise OSError("no space left on device")
 
-    monkeypatch.setattr(log._events, "write_event", full)
+    monkeypatch.setattr(log._trackers["tensorboard"].events, "write_event", full)
     with pytest.warns(UserWarning, match="no space left"):
       log.log(0, {"kl": 1})
     with warnings.catch_warnings():
@@ -358,3 +358,64 @@ def test_report_of_twelve_short_arms(tmp_path):
   assert "Too few steps in 12 of 12 arms" in page
   styles = report_page.style_of(["vanilla", "scaled", "r2m"] + [f"arm{i}" for i in range(9)])
   assert len(set(styles.values())) == 12
+
+
+# ---- evaluations ----
+
+
+def evaluation_rows(golds, proxies):
+  names = ("kl", "length", "truncated", "repetition")
+  rows = []
+  for i, (gold, proxy) in enumerate(zip(golds, proxies)):
+    means = {"gold": gold, "frozen": proxy} | dict.fromkeys(names, 0.5)
+    ends = {name + end: value for name, value in means.items() for end in ("_low", "_high")}
+    rows.append(
+      {"stage": "eval", "arm": "a", "step": 10 * i, "seconds": 1.0, "gold_low": -9.0} | means | ends
+    )
+  return rows
+
+
+def test_the_alarm_against_the_rule_at_every_evaluation():
+  """Raised at the first evaluation at which the rule of all reports holds for those before it."""
+  rng = np.random.default_rng(3)
+  for fall in (0.0, 1.0):
+    golds = [1 - fall * abs(i - 8) / 4 + rng.normal() / 50 for i in range(20)]
+    proxies = [i / 5 + rng.normal() / 50 for i in range(20)]
+    rows = evaluation_rows(golds, proxies)
+    at = np.arange(20) * 10.0
+    holds = [
+      summary.over_optimised(
+        summary.rise_and_fall((at[:n], np.array(golds[:n])), (at[:n], np.array(proxies[:n])))
+      )
+      for n in range(21)[10:]
+    ]
+    raised = summary.first_alarm(rows)
+    if fall:
+      assert raised[0] == 10 * (holds.index(True) + 9) and abs(raised[1] - 80) <= 10
+    else:
+      assert not any(holds) and raised is None
+
+
+def test_the_report_shows_evaluations_with_a_slider(tmp_path):
+  rows = evaluation_rows([1 - abs(i - 8) / 4 for i in range(20)], [i / 5 for i in range(20)])
+  steps = [
+    {"stage": "rl", "arm": "a", "step": t, "seconds": 1.0, "reward/frozen": t, "kl": t / 9}
+    for t in range(190)
+  ]
+  (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps + rows))
+  answers = [
+    {"arm": "a", "step": 10 * i, "prompt": p, "response": f"<i>{p} {i}</i>", "frozen": "nan"}
+    | {"gold": 0.25, "kl": 1.5, "length": 7, "truncated": i == 1}
+    for i in range(3)
+    for p in ("p", "q")
+  ]
+  lines = [json.dumps(row) + "\n" for row in answers]
+  (tmp_path / "eval_samples.jsonl").write_text("".join(lines))
+  text = report_page.write_report(tmp_path, title="t").read_text()
+  assert "ALARM: a: proxy up, gold down since step 80" in text and "over-optimisation" in text
+  cells = re.findall(r'<div data-at="(\d)"( hidden)?>', text)
+  assert cells == [("0", " hidden"), ("1", " hidden"), ("2", "")] * 2  # without a script: the last
+  assert '<input id="at" type="range" min="0" max="2"' in text and 'data-steps="0 10 20"' in text
+  assert text.count("&lt;i&gt;q 2&lt;/i&gt;") == 1 and "<i>q" not in text
+  assert "gold 0.25, frozen –, kl 1.50, 7 tokens (cut)" in text
+  assert (tmp_path / "figures/7_evaluations.png").exists()

@@ -1,9 +1,12 @@
 """The entry point's table of tasks, and the errors that end the program with one line."""
 
 import importlib
+import inspect
+import pathlib
 
 import pytest
 
+from configs import quickstart
 from r2m_jax import knobs, main
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.run import process
@@ -11,6 +14,12 @@ from r2m_jax.run import process
 
 def test_every_task_of_the_config_has_a_function():
   assert set(main.TASKS) == set(knobs.TASKS)
+
+
+def test_every_task_takes_the_config_and_the_workdir():
+  config = quickstart.get_config()
+  for find in main.TASKS.values():
+    inspect.signature(find(config)).bind(config, pathlib.Path("runs"))  # as main calls it
 
 
 @pytest.mark.parametrize(

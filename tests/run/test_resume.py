@@ -3,6 +3,7 @@ forks, replay.
 """
 
 import hashlib
+import itertools
 import os
 import pathlib
 import random
@@ -29,9 +30,10 @@ from r2m_jax.parallel import sharding
 from r2m_jax.run import checkpoint, fit, loop, metrics
 from r2m_jax.run import files as run_files
 from r2m_jax.run import workdir as workdirs
+from r2m_jax.run.run import Run, Steps, train
 from r2m_jax.step import StepOutput
 from r2m_jax.tasks import gold, replay
-from r2m_jax.types import Judged, Sequences
+from r2m_jax.types import Judged, Prompts, Sequences
 
 
 def settings(**changes):
@@ -209,15 +211,19 @@ def test_the_whole_state_moves_to_another_mesh_bit_for_bit(tmp_path):
 class Count:
   step: jax.Array
   total: jax.Array
+  # frozen models: none
+  ref: None = None
+  reward_backbone: None = None
+  reward_frozen: None = None
 
 
 def counting(then=lambda t: None, wrong=()):
-  """advance(state, t) that adds t + 1; `then` runs inside the step, `wrong` steps have a NaN
+  """The Steps of a step that adds t + 1; `then` runs inside the step, `wrong` steps have a NaN
   score in row 1.
   """
 
-  def advance(state, t):
-    then(t)
+  def step(state, prompts):
+    then(t := int(state.step))
     scores = np.arange(4.0, dtype=np.float32)
     if t in wrong:
       scores[1] = np.nan
@@ -231,19 +237,25 @@ def counting(then=lambda t: None, wrong=()):
     out = StepOutput(
       metrics=values, sequences=rows, judged=Judged(rte=scores, scores=scores, scores_frozen=scores)
     )
-    state = state.replace(step=state.step + 1, total=state.total + t + 1)
-    return state, out, np.asarray([8, 9]), values, {"reward": 0.0}
+    return state.replace(step=state.step + 1, total=state.total + t + 1), out
 
-  return advance
+  def measure(t, state, out, batch):
+    return out.metrics, {"reward": 0.0}
+
+  prompts = Prompts(tokens=None, mask=None, example_id=np.asarray([8, 9]))
+  return Steps(itertools.repeat((prompts,)), step, measure)
 
 
-def run_loop(workdir, config, advance):
-  """What run_arm does: goes on from what is there, to the end."""
+def run_loop(workdir, config, steps, watch=loop.watch_nothing):
+  """What a task does: goes on from what is there, to the end."""
   workdir.mkdir(exist_ok=True)
   workdirs.claim(config, workdir)
-  made = checkpoint.open_checkpoints(workdir / "checkpoints" / "r2m", config.checkpoint)
-  state, _ = loop.resume(config, made, Count(jnp.int32(0), jnp.int32(0)))
-  return loop.run_steps(config, workdir, made, state, advance)
+
+  def first():
+    return Count(jnp.int32(0), jnp.int32(0))
+
+  run = Run(config, None, first, warm=None, steps=lambda state: steps, watch=watch, costed=False)
+  return train(run, workdir)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -309,6 +321,38 @@ def test_skipped_rows_are_kept_and_too_many_in_a_row_stop_the_run(tmp_path):
   )
 
 
+def test_the_best_checkpoints_are_those_of_evaluated_steps(tmp_path):
+  """Steps 3 and 6 are saved as well, and step 3 has no value to compete with."""
+  golds = {0: 3.0, 2: 9.0, 4: 1.0}
+  kept = dict(checkpoint__keep_best=1, checkpoint__keep_last=1, log__checkpoint_every=3)
+  config = settings(**kept, checkpoint__best_metric="eval/gold", eval__every=2)
+
+  def watch(state, step, metrics):
+    assert int(state.step) == step and (metrics is None) == (step == 0)
+    return loop.Seen({"gold": golds[step]} if step in golds else {})
+
+  run_loop(tmp_path, config, counting(), watch=watch)
+  saved = checkpoint.open_checkpoints(tmp_path / "checkpoints" / "r2m", config.checkpoint)
+  assert saved.all_steps() == [2, 6]
+  rows = metrics.read_metrics(tmp_path)
+  assert [(row["step"], row["gold"]) for row in rows if row["stage"] == "eval"] == [*golds.items()]
+
+
+def test_a_watch_ends_a_run_for_good(tmp_path):
+  config, done = settings(log__checkpoint_every=100), []
+
+  def watch(state, step, metrics):
+    return loop.Seen({}, "enough" if step >= 4 else "")
+
+  for _ in range(2):  # the same command again trains nothing
+    state = run_loop(tmp_path, config, counting(done.append), watch=watch)
+    assert int(state.step) == 4 and done == [0, 1, 2, 3]
+  assert (
+    int(run_loop(tmp_path, config, counting(done.append)).step) == 6
+  )  # without it the run goes on
+  assert done == [0, 1, 2, 3, 4, 5]
+
+
 def test_a_workdir_that_vanishes_stops_the_run(tmp_path):
   gone = tmp_path / "run"
   with pytest.raises(checkpoint.CheckpointError, match="has vanished: bring it back"):
@@ -328,12 +372,13 @@ def test_checkpoints_of_another_config_or_of_other_rows_are_refused(tmp_path):
   free = settings(
     log__samples=9, checkpoint__keep_last=5, mesh=(8, 1, 1)
   )  # say where and how often, not what
-  assert int(loop.resume(free, made, start)[0].total) == 21
+  models = loop.models_of(start)
+  assert int(loop.resume(free, made, start, models=models)[0].total) == 21
   for other, data in ((settings(seed=5), ""), (config, "other")):
     with pytest.raises(
       checkpoint.CheckpointError, match="is of other (config|data) than this run's.*fork_from=OLD"
     ):
-      loop.resume(other, made, start, data=data)
+      loop.resume(other, made, start, data=data, models=models)
 
 
 def test_a_fork_starts_from_the_other_run_and_does_not_change_it(tmp_path, capsys):
@@ -397,7 +442,7 @@ def test_a_fit_goes_on_where_a_signal_stopped_it(tmp_path):
   np.testing.assert_array_equal(fitted(tmp_path / "cut")["w"], fitted(tmp_path / "whole")["w"])
 
   def rows(name):
-    return [{**row, "seconds": 0, "data/wait": 0} for row in metrics.read_metrics(tmp_path / name)]
+    return list(map(metrics.without_clock, metrics.read_metrics(tmp_path / name)))
 
   assert rows("cut") == rows("whole")
 

@@ -183,9 +183,11 @@ def test_a_fork_takes_over_what_the_table_says():
   assert set(workdir.TAKEN_OVER) == {
     "metrics.jsonl",
     "samples.jsonl",
+    "eval_samples.jsonl",
     "skipped.jsonl",
     "r2m_renderer.json",
     "budgets.json",
+    "hub.json",
     "stages/",
     "checkpoints/",
   }

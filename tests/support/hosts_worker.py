@@ -5,6 +5,7 @@ R2M_TEST_RECORD names a folder: the samples of every step and the digests of the
 left there.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -33,40 +34,46 @@ def record(folder):
   """Leaves what the loop sees: tokens of each step, and the state that a checkpoint gave."""
   from r2m_jax.parallel import hosts
   from r2m_jax.run import loop
+  from r2m_jax.tasks import folders, gold
 
-  run_steps, resume = loop.run_steps, loop.resume
+  train, resume = gold.train, loop.resume
 
-  def recording(config, workdir, checkpoints, state, advance, **kwargs):
-    def call(state, t):
-      state, out, *rest = advance(state, t)
-      if hosts.first():
-        np.savez(
-          folder / f"step{t}.npz",
-          tokens=out.sequences.tokens,
-          mask=out.sequences.token_mask,
-          scores=out.judged.scores,
-        )
-      return state, out, *rest
+  def recording(run, workdir):
+    def steps(state):
+      made = run.steps(state)
 
-    state = run_steps(config, workdir, checkpoints, state, call, **kwargs)
+      def measure(t, state, out, *seen):
+        if hosts.first():
+          np.savez(
+            folder / f"step{t}.npz",
+            tokens=out.sequences.tokens,
+            mask=out.sequences.token_mask,
+            scores=out.judged.scores,
+          )
+        return made.measure(t, state, out, *seen)
+
+      return made._replace(measure=measure)
+
+    state = train(dataclasses.replace(run, steps=steps), workdir)
     whole = hosts.fetch(jax.tree.leaves(state.policy) + jax.tree.leaves(state.reward_head))
     if hosts.first():
       np.savez(folder / "end.npz", *whole)
     return state
 
   def resuming(config, checkpoints, state, **kwargs):
-    state, fresh = resume(config, checkpoints, state, **kwargs)
+    state, start = resume(config, checkpoints, state, **kwargs)
     found = digests(state)
-    if hosts.first() and not fresh:
-      (folder / f"restored{int(state.step)}.json").write_text(json.dumps(found))
-    return state, fresh
+    if hosts.first() and start:
+      (folder / f"restored{start}.json").write_text(json.dumps(found))
+    return state, start
 
-  loop.run_steps, loop.resume = recording, resuming
+  gold.train = folders.train = recording
+  loop.resume = resuming
 
 
 def units(folder):
   """What `hosts` promises, checked inside of two processes with four devices each."""
-  from configs import default
+  from r2m_jax.configs import default
   from r2m_jax.parallel import hosts, sharding
 
   mine = jax.process_index

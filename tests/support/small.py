@@ -4,6 +4,7 @@ prompts.
 
 import functools
 import json
+import pathlib
 import re
 
 import jax
@@ -94,6 +95,17 @@ def rounded(tree):
     return jax.device_put(np.asarray(x) * (1 + rng.choice([-1, 1], x.shape) * 2.0**-24), x.sharding)
 
   return jax.tree.map(move, tree)
+
+
+def documented_metrics() -> dict[str, bool]:
+  """The keys in the tables of docs/metrics.md -> whether they are marked as of the clock."""
+  page = pathlib.Path(__file__).parents[2] / "docs/metrics.md"
+  found = {}
+  for line in page.read_text(encoding="utf-8").splitlines():
+    if line.startswith("| `"):
+      first = line.split(" | ")[0]
+      found |= {name: first.endswith("*") for name in re.findall(r"`([^`]+)`", first)}
+  return found
 
 
 def step_of(cfg, built, state, labeller=None):

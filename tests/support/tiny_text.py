@@ -80,3 +80,41 @@ def model(case: str, kind: str, folder, **kwargs):
   hf = tokenizer(kind, folder)
   ids = dict(vocab_size=KINDS[kind][-1], bos_token_id=hf.bos_token_id, eos_token_id=hf.eos_token_id)
   return hf_models.make(case, folder, **(ids | kwargs)), hf
+
+
+# as Qwen3: the last answer has a block of reasoning, an empty one if it has none; earlier ones lose
+# theirs; enable_thinking=False ends the generation prompt with an empty block
+QWEN3 = (
+  "{% for m in messages %}{% set c = m['content'] %}"
+  "{% if m['role'] == 'assistant' %}{% set r = '' %}"
+  "{% if '</think>' in c %}"
+  "{% set r = c.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+  "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+  "{% if loop.last %}"
+  "{% set c = '<think>\n' + r.strip('\n') + '\n</think>\n\n' + c.lstrip('\n') %}{% endif %}"
+  "{{ '<|im_start|>assistant\n' + c + '<|im_end|>\n' }}"
+  "{% else %}{{ '<|im_start|>' + m['role'] + '\n' + c + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+  "{% if enable_thinking is defined and enable_thinking is false %}"
+  "{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
+# as DeepSeek-R1: the generation prompt opens the reasoning, and every answer loses its own
+R1 = (
+  "{% for m in messages %}{% set c = m['content'] %}"
+  "{% if m['role'] == 'assistant' %}"
+  "{{ '<|im_start|>' + (c.split('</think>')[-1] if '</think>' in c else c) + '<|im_end|>' }}"
+  "{% else %}{{ m['role'] + ': ' + c }}{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '<|im_start|><think>\n' }}{% endif %}"
+)
+
+
+def thinking_tokenizer(template: str, folder=None):
+  """The tokenizer of kind "chatml" with ordinary tokens <think> and </think>, as Qwen3 has them, and
+  a template; 303 entries.
+  """
+  hf = tokenizer("chatml")
+  hf.add_tokens(["<think>", "</think>"])
+  hf.chat_template = template
+  if folder is not None:
+    hf.save_pretrained(folder)
+  return hf

@@ -10,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+import small as small_run
 import tiny_text
 import torch
 import transformers
+from frames import frames_to_the_step
 from test_serve import ASK, config, read, their_scores, write
 
 from r2m_jax import main
@@ -30,6 +32,7 @@ from r2m_jax.hf.folders import (
   load_reward,
 )
 from r2m_jax.run.files import plain
+from r2m_jax.run.metrics import ROW_KEYS, read_metrics
 from r2m_jax.tasks import export as export_task
 from r2m_jax.tasks import folders as folders_task
 from r2m_jax.tasks import replay, serve
@@ -111,6 +114,14 @@ def r2m_run(folders, tmp_path_factory):
     patch.setattr(folders_task, "make_two_part_step", recording)
     folders_task.run(cfg, tmp_path / "run")
   return cfg, tmp_path / "run", seen
+
+
+def test_five_frames_lead_to_the_compiled_step(folders, tmp_path, monkeypatch):
+  """As many as on the gold-reward task: main.main calls main.run; then as counted here."""
+  data = write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS])
+  cfg = small(folders, tmp_path, data__name=data, task="r2m")
+  found = frames_to_the_step(monkeypatch, folders_task, lambda: main.run(cfg, tmp_path / "run"))
+  assert found == ["run", "run", "train", "step"]
 
 
 def test_r2m_across_families_and_tokenizers(r2m_run, folders):
@@ -336,6 +347,25 @@ def test_model_card(r2m_run):
     and "r2m_head.R2MHead.from_folder" in card
     and str(workdir.parent) not in card
   )
+
+
+def test_a_run_from_folders_logs_what_is_documented_and_phases_that_add_up(r2m_run):
+  rows = read_metrics(r2m_run[1])
+  phases = [f"seconds/{name}" for name in ("data", "rollout", "render", "learn")]
+  for row in rows:
+    assert row.keys() - set(ROW_KEYS) <= small_run.documented_metrics().keys()
+    parts = sum(row[name] for name in phases)
+    assert min(row[name] for name in phases) > 0 and parts <= row["seconds/step"] + 1e-6
+    assert 0 < row["speed/generated_tokens"] < row["speed/tokens"]
+  (out, _), row = r2m_run[2][0], rows[0]
+  mask, T = out.sequences.token_mask, out.sequences.response_mask.shape[1]
+  K = len(mask) // len(set(map(bytes, out.sequences.tokens[:, :-T])))
+  once = mask.copy()
+  once[np.arange(len(mask)) % K > 0, :-T] = False  # a prompt is computed once
+  places = mask.size - (len(mask) - len(mask) // K) * (mask.shape[1] - T)
+  computed = row.get("learn/computed", 1.0) * places
+  assert row["real/learn"] == pytest.approx(once.sum() / computed, rel=1e-6)
+  assert row["lr/policy"] == pytest.approx(1e-3) and row["lr/reward"] == pytest.approx(1e-2)
 
 
 def test_only_hub_names_are_base_models(tmp_path, monkeypatch):

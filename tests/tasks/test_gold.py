@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -11,17 +12,20 @@ import numpy as np
 import optax
 import pytest
 import small
+from frames import frames_to_the_step
 from jax.sharding import NamedSharding
 
 from configs import quickstart
+from r2m_jax import main as program
 from r2m_jax.config import ConfigError
+from r2m_jax.goldtask import rl
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.parallel import sharding
 from r2m_jax.run import build, checkpoint
 from r2m_jax.run import workdir as workdirs
 from r2m_jax.run.files import read_jsonl
 from r2m_jax.run.fit import fit
-from r2m_jax.run.metrics import read_metrics
+from r2m_jax.run.metrics import read_metrics, without_clock
 from r2m_jax.tasks import gold
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -117,14 +121,19 @@ def test_interrupted_run_goes_on_and_ends_where_the_unbroken_one_does(
   gold.run(cfg, tmp_path)
 
   def pick(rows):
-    return [
-      {k: v for k, v in row.items() if k != "seconds"}
-      for row in rows
-      if row["stage"] == "rl" and row["arm"] == "r2m"
-    ]
+    return [without_clock(row) for row in rows if row["stage"] == "rl" and row["arm"] == "r2m"]
 
   resumed, unbroken = pick(read_metrics(tmp_path)), pick(read_metrics(smallest_run[0]))
   assert resumed == unbroken
+
+
+def test_five_frames_lead_to_the_compiled_step(smallest_run, tmp_path, monkeypatch):
+  """main.main calls main.run; then as counted here."""
+  shutil.copytree(smallest_run[0] / "stages", tmp_path / "stages")
+  cfg = quickstart.get_config("test")
+  cfg.variant = "vanilla"
+  found = frames_to_the_step(monkeypatch, rl, lambda: program.run(cfg, tmp_path))
+  assert found == ["run", "run", "train", "step"]
 
 
 def test_claim_shows_what_differs(tmp_path):
@@ -136,7 +145,7 @@ def test_claim_shows_what_differs(tmp_path):
     workdirs.claim(cfg, tmp_path)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("mesh", [pytest.param((1, 1, 1), marks=pytest.mark.long), (2, 2, 2)])
 def test_what_is_fitted_before_rl(tmp_path, mesh):
   """Golden pairs, a warm start and gold labels, on one device and on eight."""
   cfg = quickstart.get_config("test")

@@ -25,10 +25,10 @@ from r2m_jax.analysis import analyse
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.data import datasets
 from r2m_jax.data.jsonl import DataError
-from r2m_jax.hf.folders import load_policy, load_reward
+from r2m_jax.hf.folders import load_policy, load_reward, mesh_of
 from r2m_jax.run import fit
 from r2m_jax.run.files import read_jsonl
-from r2m_jax.run.metrics import read_metrics
+from r2m_jax.run.metrics import read_metrics, without_clock
 from r2m_jax.tasks import evals, folders, replay, scratch, tokenizer
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -264,7 +264,7 @@ def test_rl_goes_on_from_its_checkpoint(finished, tmp_path):
     variant="r2m",
   )
   cfg = scratch.derived(cfg, "r2m", cfg.scratch.prompts, **models)
-  folders.run_r2m(cfg, again, folders.mesh_of(cfg))
+  folders.run_r2m(cfg, again, mesh_of(cfg))
   files = ("policy/model.safetensors", "reward/model.safetensors", "reward/r2m_head.safetensors")
 
   def bytes_of(run):
@@ -272,11 +272,9 @@ def test_rl_goes_on_from_its_checkpoint(finished, tmp_path):
 
   assert bytes_of(again) == bytes_of(workdir)
 
-  def timeless(row):
-    return {name: x for name, x in row.items() if name not in ("seconds", "data/wait")}
-
   rows, want = (
-    [timeless(row) for row in read_metrics(run) if row["arm"] == "r2m"] for run in (again, workdir)
+    [without_clock(row) for row in read_metrics(run) if row["arm"] == "r2m"]
+    for run in (again, workdir)
   )
   assert rows == want and len(rows) == 2
 
@@ -404,7 +402,7 @@ def test_a_budget_is_turned_into_steps_once(finished, tmp_path, capsys):
   )
   cfg.sft.budget = 4.0
   began = time.perf_counter()
-  folders.run_sft(cfg, tmp_path / "run", folders.mesh_of(cfg))
+  folders.run_sft(cfg, tmp_path / "run", mesh_of(cfg))
   took, shown = time.perf_counter() - began, capsys.readouterr().out
   steps = json.loads((tmp_path / "run/budgets.json").read_text())["sft"]
   assert f"{steps} updates in a budget of 4 s" in shown and shown.index("rate ") < shown.index(
@@ -479,7 +477,7 @@ def test_feedback_before_rl_is_the_arms_own_start(finished):
     policy__path=str(workdir / "models/sft"),
     reward__path=str(workdir / "models/reward"),
   )
-  mesh = folders.mesh_of(cfg)
+  mesh = mesh_of(cfg)
   reward, sft = load_reward(cfg.reward.path, cfg, mesh), load_policy(cfg.policy.path, cfg, mesh)
   rows = [{"sides": [{"prompt": "the cat", "response": text} for text in ("the sea", "a dog")]}]
   head = scratch.untrained(cfg, "r2m", reward, sft, mesh)

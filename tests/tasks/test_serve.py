@@ -143,6 +143,45 @@ def test_sampling_does_not_depend_on_the_batch(policy, tmp_path):
   assert [row["tokens"] for row in results[0]] == [row["tokens"] for row in results[1]]
 
 
+def test_a_conversation_of_two_turns_is_two_generations(policy, tmp_path):
+  """Oracle: a second `generate` whose prompts hold the first answers, greedy."""
+  folder, _, _ = policy
+
+  def generate(name, rows, **changes):
+    cfg = config(
+      task="generate",
+      policy__path=str(folder),
+      generate__input=write(tmp_path / "in.jsonl", rows),
+      generate__output=str(tmp_path / name),
+      generate__max_new_tokens=5,
+      generate__temperature=0.0,
+      **changes,
+    )
+    serve.run(cfg)
+    return pathlib.Path(cfg.generate.output).read_text()
+
+  questions = [
+    {"turns": ["rain", "and the sea?"], "question_id": 81},
+    {"turns": ["The cat"], "question_id": 82},
+    {"prompt": "a", "turns": 3},  # a column of another meaning
+  ]
+  rows = [json.loads(line) for line in generate("out", questions).splitlines()]
+  ask = [[{"role": "user", "content": text}] for text in ("rain", "The cat")]
+  first = [json.loads(line) for line in generate("1", [{"prompt": p} for p in ask]).splitlines()]
+  said = {"role": "assistant", "content": first[0]["text"]}
+  again = [{"prompt": [*ask[0], said, {"role": "user", "content": "and the sea?"}]}]
+  second = json.loads(generate("2", again))
+  assert rows[0]["answers"] == [first[0]["text"], second["text"]]
+  assert (
+    rows[0]["tokens"] == second["tokens"] and rows[0]["prompt_tokens"] == second["prompt_tokens"]
+  )
+  assert rows[1]["answers"] == [first[1]["text"]] and "answers" not in rows[2]
+  made = generate("bench", questions[:2], generate__format="mt_bench", generate__name="mine")
+  assert json.loads(made.splitlines()[0])["choices"][0]["turns"] == rows[0]["answers"]
+  with pytest.raises(DataError, match="in.jsonl:1 has turns = ..; give a list of texts"):
+    generate("bad", [{"turns": []}])
+
+
 SCORED = [
   {"prompt": "The cat", "response": "sat on the mat."},
   {"prompt": "What is the capital of France?", "response": "Paris"},

@@ -60,6 +60,17 @@ class Topology:
     return self.platform != "gpu"
 
 
+def peak_flops(device_kind: str) -> float:
+  """bfloat16 FLOP/s of a device by the name that JAX gives its kind; 0.0 if it is not in the table.
+
+  A JAX device is a whole chip of every TPU here: v4 and v5p run their two cores as one.
+  """
+  names = {"v5litepod": "v5e", "v5lite": "v5e", "v5": "v5p", "v6lite": "v6e"}
+  kind = device_kind.lower().replace(" ", "").removeprefix("tpu").removeprefix("nvidia")
+  kind = names.get(kind, kind)
+  return next((chip.flops for chip in (*TPUS, *GPUS) if kind.startswith(chip.name)), 0.0)
+
+
 def parse_topology(name: str) -> Topology:
   """`v5p:2x2x4`, `gpu:h100x8` or `cpu:8`. Raises ValueError that lists what there is."""
   for chip in TPUS:

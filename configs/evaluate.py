@@ -1,0 +1,49 @@
+"""The paper's evaluations (arXiv 2601.22664) of a finished run, one command each.
+
+  run="python -m r2m_jax.main --config.policy.path=runs/qwen/export/policy"
+  judge="--config.judge.url=http://localhost:8000/v1 --config.judge.model=NAME"
+  $run --config=configs/evaluate.py:alpaca_eval --workdir=runs/qwen_alpaca $judge \\
+    --config.generate.input=alpaca_eval.jsonl
+  $run --config=configs/evaluate.py:mt_bench --workdir=runs/qwen_mt $judge \\
+    --config.generate.input=question.jsonl
+  $run --config=configs/evaluate.py:tldr --workdir=runs/tldr_wins $judge \\
+    --config.generate.input=tldr_test.parquet
+
+docs/reproduce.md says where the files come from, what it costs and what the paper got.
+"""
+
+from r2m_jax.configs import default
+
+# The paper gives no sampling settings of its evaluations. Lengths are those of the benchmarks' own
+# tools; temperatures are ours.
+EVALUATIONS = {
+  "alpaca_eval": {
+    "judge.template": "alpaca_eval",
+    "judge.baseline_field": "reference",
+    "generate.max_new_tokens": 2048,
+    "generate.temperature": 0.7,
+  },
+  "mt_bench": {
+    "judge.template": "mt_bench_single",
+    "generate.max_new_tokens": 1024,
+    "generate.temperature": 0.7,
+  },
+  "tldr": {
+    "judge.template": "tldr",
+    "judge.baseline_field": "completion",
+    "generate.max_new_tokens": 50,
+    "generate.temperature": 0.0,
+    "generate.rows": 1000,
+  },
+}
+
+
+def get_config(name: str = "alpaca_eval"):
+  """`task=judge` as the evaluation of that name."""
+  if name not in EVALUATIONS:
+    raise ValueError(f"{name!r} is unknown; use one of {', '.join(EVALUATIONS)}")
+  config = default.get_config()
+  config.task, config.dtype, config.param_dtype = "judge", "bfloat16", "bfloat16"
+  config.mesh = (1, -1, 1)
+  config.update_from_flattened_dict(EVALUATIONS[name])
+  return config

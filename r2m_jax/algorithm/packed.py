@@ -1,0 +1,82 @@
+"""How much of a step's padded places hold a token, and the program that computes no more than that.
+
+Shapes are static, so `learn` is compiled for a few shares (config.packing) and a step runs the one
+with the smallest that its tokens fit. `needed` looks at every pass that `learn` makes: which rows
+go through a model together, and so are packed together, depends on minibatches and micro-batches.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from r2m_jax.algorithm.read import Defs, all_rows, parts_of, shared_prompts
+from r2m_jax.algorithm.update import shared_group, shuffles
+from r2m_jax.models.transformer import Transformer
+from r2m_jax.parallel.rows import blocks_of, parts_of_rows, shards_of, take_rows
+from r2m_jax.types import Rollout, Sequences, TrainState
+
+
+def smallest(shares: Sequence[float], need):
+  """Index of the first of the ascending `shares` that is at least `need`, f32[] or a float."""
+  return (np.asarray(shares, np.float32)[:-1] < need).sum()
+
+
+def make_needed(defs: Defs, config) -> Callable[..., jax.Array]:
+  """Builds `needed(state, rollout, reward_rows=None) -> f32[]`: the smallest share of its places
+  that holds the tokens of every pass of `learn`. Arguments as of `learn`.
+  """
+  K, parts = config.rollout.group_size, parts_of(config)
+  minibatches, accumulation = config.ppo.minibatches, config.ppo.accumulation
+
+  def needed(state: TrainState, rollout: Rollout, reward_rows: Rollout | None = None):
+    policy, samples = defs.open_policy(state.policy, state.ref), rollout.samples
+    rows, group = all_rows(rollout), K if rollout.greedy is None else 1
+    found = [
+      share_of(policy, rows, parts_of_rows(len(rows.tokens), parts), group),
+      share_of(policy, samples, parts_of_rows(len(samples.tokens), parts), K),
+    ]
+    if reward_rows is not None:
+      mask = all_rows(reward_rows).mask
+      found.append(share_of_blocks(mask.sum(-1), mask.shape[1], parts_of_rows(len(mask), parts)))
+
+    def of_minibatch(order):
+      batch = take_rows(samples, order, minibatches) if minibatches > 1 else samples
+      return share_of(policy, batch, accumulation, shared_group(config))
+
+    orders = shuffles(config, state, len(samples.tokens))
+    return jnp.stack([*found, jax.lax.map(of_minibatch, orders).max()]).max()
+
+  return needed
+
+
+def share_of(model: Transformer, rows: Sequences, parts: int, group: int) -> jax.Array:
+  """The share that a pass of `rows` through `model` in `parts` needs, f32[]: of all tokens, and of
+  the responses' alone, which are packed for the vocabulary head.
+  """
+  count, length = rows.tokens.shape
+  width = rows.response_mask.shape[1]
+  answers = rows.response_mask.sum(-1)
+  tokens = rows.token_mask.sum(-1)
+  in_part = count // parts
+  shared = shared_prompts(group, rows, rows.tokens[:in_part])
+  lines = model.lines_of(shared, in_part, length)
+  needed = share_of_blocks(answers, width, parts)
+  if lines is None:
+    return jnp.maximum(needed, share_of_blocks(tokens, length, parts))
+  prompts = (tokens - answers)[:: lines.copies]
+  of_line = prompts + answers.reshape(-1, lines.copies).sum(-1)
+  places = lines.length + lines.copies * width
+  return jnp.maximum(needed, share_of_blocks(of_line, places, parts))
+
+
+def share_of_blocks(tokens: jax.Array, width: int, parts: int) -> jax.Array:
+  """The largest share of real tokens in what is packed together, f32[]. tokens i32[R]: the real
+  ones of each row or line of `width` places, which are computed in `parts`.
+  """
+  shards, each = blocks_of(len(tokens), parts)
+  in_part = tokens.reshape(shards, parts, each).swapaxes(0, 1).reshape(parts, -1)
+  packed = shards_of(shards * each)
+  together = in_part.reshape(parts, packed, -1).sum(-1)
+  return together.max() / jnp.float32(in_part.shape[1] // packed * width)

@@ -1,0 +1,431 @@
+"""Questions to an OpenAI-compatible endpoint: asked once, kept at once, and bounded in time and cost.
+
+Plain HTTP of the standard library. The key comes from the environment and reaches no file, log or
+error: every text that leaves this module has passed `Endpoint.hide`.
+"""
+
+import contextlib
+import email.utils
+import hashlib
+import http.client
+import json
+import math
+import os
+import queue
+import random
+import threading
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from r2m_jax.config import HIDDEN, ConfigError, redact
+from r2m_jax.parallel.errors import UserError
+from r2m_jax.run.files import DamagedFile, read_jsonl
+
+LARGEST = 2**24  # bytes of an answer that are read
+SLOWEST = 60.0  # seconds; no wait between two attempts grows beyond it
+IN_A_ROW = 5  # questions without an answer, after which an endpoint counts as down
+GRACE = 10.0  # seconds in which answers under way may still arrive after a signal
+CHARACTERS = 3  # of a token, for an estimate that is rather too high
+TOKENS_KEPT = 3  # of an answer, whose most likely alternatives are kept
+
+
+class JudgeError(UserError, RuntimeError):
+  """A judge that cannot go on. What it has answered is kept, and the same command asks the rest."""
+
+  status = 1
+
+
+class NoAnswer(Exception):
+  """One question that stays without an answer, and why."""
+
+
+class _Again(Exception):
+  """An attempt that may succeed later; `after` is what the server asked for, in seconds."""
+
+  def __init__(self, reason: str, after: float | None = None):
+    super().__init__(reason)
+    self.after = after
+
+
+class Stopped(Exception):
+  """The questions are no longer wanted."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+  """A redirect would carry the key to another address, so it is an error."""
+
+  def redirect_request(self, *args, **kwargs):
+    return None
+
+
+def key_from(name: str) -> str:
+  """The key in the environment variable `name`, "" if there is none.
+
+  Raises:
+    ConfigError: the variable holds what cannot be a key. The message does not show it.
+  """
+  key = os.environ.get(name, "").strip() if name else ""
+  if not key.isascii() or any(c.isspace() or not c.isprintable() for c in key):
+    raise ConfigError(
+      f"config.judge.key_env is {name!r}: that variable holds spaces or characters that no key "
+      "has; set it again"
+    )
+  return key
+
+
+class Endpoint:
+  """An OpenAI-compatible chat endpoint; its methods may be called from several threads.
+
+  Args:
+    url: up to the version, such as http://localhost:8000/v1, or with /chat/completions.
+    key: sent as a bearer token; "" for none.
+    timeout: seconds in which one attempt must bring its whole answer.
+    retries: further attempts after the first.
+    backoff: seconds before the second attempt; doubled before each further one.
+    longest: seconds; a server that wants more patience stops the questions.
+  """
+
+  def __init__(
+    self,
+    url: str,
+    key: str,
+    *,
+    timeout: float,
+    retries: int,
+    backoff: float,
+    longest: float,
+  ):
+    base = url.rstrip("/")
+    self.url = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
+    self.stop = threading.Event()
+    self._key = key
+    self._timeout = timeout
+    self._retries = retries
+    self._backoff = backoff
+    self._longest = longest
+    self._opener = urllib.request.build_opener(_NoRedirect)
+    self._lock = threading.Lock()
+    self._resume = 0.0  # monotonic time before which no question is asked
+
+  def hide(self, text: str) -> str:
+    """The text without the key and without what looks like one."""
+    return redact(text.replace(self._key, HIDDEN) if self._key else text)
+
+  def ask(self, body: dict[str, Any]) -> dict[str, Any]:
+    """The answer to one request, after as many attempts as it takes.
+
+    Returns:
+      text, first (`top_tokens`), finish, model, prompt_tokens and completion_tokens (`counted`).
+
+    Raises:
+      NoAnswer: the request was refused, or all attempts failed.
+      JudgeError: no request can succeed.
+      Stopped: `stop` was set.
+    """
+    reason = ""
+    for attempt in range(self._retries + 1):
+      self._pause(attempt)
+      try:
+        answer = self._attempt(body)
+      except _Again as error:
+        reason = str(error)
+        self._hold_back(error.after)
+        continue
+      last = attempt == self._retries or answer["finish"] == "length"
+      if answer["text"].strip() or last:
+        return counted(answer, body)
+    raise NoAnswer(f"{self._retries + 1} attempts failed, the last with: {reason}")
+
+  def _pause(self, attempt: int) -> None:
+    """Waits for the backoff of this attempt, and for as long as the server asked of anyone."""
+    wait = 0.0
+    if attempt:
+      longest = min(self._backoff * 2 ** (attempt - 1), SLOWEST)
+      wait = longest * random.uniform(0.5, 1.0)  # so that threads do not come back together
+    with self._lock:
+      wait = max(wait, self._resume - time.monotonic())
+    if self.stop.wait(max(wait, 0.0)):
+      raise Stopped
+
+  def _hold_back(self, seconds: float | None) -> None:
+    """Lets no thread ask before the time that a server named."""
+    if seconds is None:
+      return
+    if seconds > self._longest:
+      raise JudgeError(
+        f"the judge at {self.url} asks to wait {seconds:.0f} s, longer than "
+        f"config.judge.longest_wait = {self._longest:g}; give the same command later, which goes "
+        "on from what is answered, or raise that"
+      )
+    with self._lock:
+      self._resume = max(self._resume, time.monotonic() + seconds)
+
+  def _attempt(self, body: dict[str, Any]) -> dict[str, Any]:
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    if self._key:
+      headers["Authorization"] = f"Bearer {self._key}"
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(self.url, data, headers, method="POST")
+    try:
+      with self._opener.open(request, timeout=self._timeout) as response:
+        content = _read(response, self._timeout)
+    except urllib.error.HTTPError as error:
+      raise self._refusal(error) from None
+    except (OSError, http.client.HTTPException) as error:
+      raise _Again(self.hide(f"{type(error).__name__}: {error}")) from None
+    try:
+      return _answer(json.loads(content), self.hide)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+      shown = content[:200].decode("utf-8", "replace")
+      raise _Again(self.hide(f"no chat completion: {shown!r}")) from None
+
+  def _refusal(self, error: urllib.error.HTTPError) -> Exception:
+    """What a status other than 200 means: another attempt, no answer, or the end."""
+    with contextlib.suppress(OSError, http.client.HTTPException):
+      text = " ".join(self.hide(error.read(2000).decode("utf-8", "replace")).split())[:300]
+      reason = f"HTTP {error.code}: {text}" if text else f"HTTP {error.code}"
+      if error.code in (401, 403) or "insufficient_quota" in text:
+        return JudgeError(
+          f"the judge at {self.url} refuses the key in config.judge.key_env ({reason}); set that "
+          "environment variable, then give the same command"
+        )
+      if error.code in (404, 405) or 300 <= error.code < 400:
+        return JudgeError(
+          f"config.judge.url leads to {self.url}, which is no chat endpoint or does not know "
+          f"config.judge.model ({reason}); correct the two"
+        )
+      if error.code in (408, 409, 425, 429) or error.code >= 500:
+        return _Again(reason, seconds_of(error.headers.get("Retry-After")))
+      return NoAnswer(
+        f"the judge refuses the request ({reason}); config.judge.logprobs and config.judge.body "
+        "change what is sent"
+      )
+    return _Again(f"HTTP {error.code}, cut off", seconds_of(error.headers.get("Retry-After")))
+
+
+def seconds_of(header: str | None) -> float | None:
+  """Seconds from now that a Retry-After header names, as a number or a date; None without one."""
+  if not header:
+    return None
+  try:
+    seconds = float(header)
+  except ValueError:
+    try:
+      seconds = email.utils.parsedate_to_datetime(header).timestamp() - time.time()
+    except ValueError:
+      return None
+  return max(seconds, 0.0) if math.isfinite(seconds) else None
+
+
+def _read(response, timeout: float) -> bytes:
+  """The whole body, within `timeout` seconds even if it comes drop by drop."""
+  end, parts, size = time.monotonic() + timeout, [], 0
+  while part := response.read1(2**16):
+    parts.append(part)
+    size += len(part)
+    if size > LARGEST:
+      raise _Again(f"an answer of more than {LARGEST} bytes")
+    if time.monotonic() > end:
+      raise _Again(f"the answer took longer than {timeout:g} s")
+  return b"".join(parts)
+
+
+def _answer(reply: dict, hide: Callable[[str], str]) -> dict[str, Any]:
+  """The parts of a chat completion that are kept. Raises ValueError and its like for another form."""
+  choice = min(reply["choices"], key=lambda c: c.get("index", 0))
+  content = choice["message"]["content"]
+  usage = reply.get("usage") or {}
+
+  def count(name):
+    value = usage.get(name)
+    return value if isinstance(value, int) and value >= 0 else None
+
+  if not isinstance(content, str | None):
+    raise ValueError("the content is no text")
+  return {
+    "text": hide(content or ""),
+    "first": top_tokens(choice.get("logprobs")),
+    "finish": str(choice.get("finish_reason") or ""),
+    "model": hide(str(reply.get("model") or "")),
+    "prompt_tokens": count("prompt_tokens"),
+    "completion_tokens": count("completion_tokens"),
+  }
+
+
+def top_tokens(logprobs: Any) -> list[dict[str, float]] | None:
+  """Of each of the first tokens of an answer, the log-probabilities of the most likely tokens."""
+  content = logprobs.get("content") if isinstance(logprobs, dict) else None
+  if not isinstance(content, list):
+    return None
+  tokens = []
+  for place in content[:TOKENS_KEPT]:
+    found = {}
+    for entry in [place, *(place.get("top_logprobs") or [])]:
+      if isinstance(entry.get("logprob"), (int, float)) and math.isfinite(entry["logprob"]):
+        found[str(entry.get("token"))] = float(entry["logprob"])
+    tokens.append(found)
+  return tokens
+
+
+# ---- questions and their cache ----
+
+
+class Question(NamedTuple):
+  """A request and its name in the cache, which is all that the answer depends on."""
+
+  key: str
+  body: dict[str, Any]
+
+
+def question(body: dict[str, Any], url: str, repeat: int) -> Question:
+  """Repeats of one request are questions of their own."""
+  named = json.dumps([url, body, repeat], sort_keys=True)
+  return Question(hashlib.sha256(named.encode()).hexdigest(), body)
+
+
+class Cache:
+  """Answers by question, as JSON lines: every answer is on the disk before it counts."""
+
+  def __init__(self, path: Path):
+    self.path = path
+    self.answers: dict[str, dict] = {}
+    for number, row in enumerate(read_jsonl(path), 1):
+      if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+        raise DamagedFile(
+          f"{path}:{number} is no answer of a judge; bring the file back from a copy"
+        )
+      self.answers[row["key"]] = row
+    self._lock = threading.Lock()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    self._file = open(path, "ab+")  # noqa: SIM115  open until the task ends
+    self._cut_tail()
+
+  def _cut_tail(self) -> None:
+    """Drops a last line that a crash cut, which the next one would otherwise join."""
+    self._file.seek(0)
+    content = self._file.read()
+    self._file.truncate(content.rfind(b"\n") + 1)
+
+  def keep(self, key: str, answer: dict) -> None:
+    row = {"key": key} | answer
+    line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+    with self._lock:
+      self._file.write(line)
+      self._file.flush()
+      os.fsync(self._file.fileno())
+      self.answers[key] = row
+
+  def close(self) -> None:
+    with self._lock:
+      self._file.close()
+
+
+def ask_all(
+  endpoint: Endpoint,
+  questions: Iterable[Question],
+  cache: Cache,
+  *,
+  workers: int,
+  seen: Callable[[str, dict], None] = lambda key, answer: None,
+) -> dict[str, str]:
+  """Asks what the cache does not hold, each question once, by a pool of threads.
+
+  Args:
+    seen: called in this thread with the key of every new answer and the answer, once it is in the
+      cache. What it raises ends the questions.
+
+  Returns:
+    Why, by key, for the questions that stay without an answer. They are asked again next time.
+
+  Raises:
+    JudgeError: the endpoint refuses all, or `IN_A_ROW` questions in a row had no answer.
+  """
+  endpoint.stop.clear()
+  missing = {one.key: one for one in questions if one.key not in cache.answers}
+  waiting: queue.SimpleQueue = queue.SimpleQueue()
+  results: queue.SimpleQueue = queue.SimpleQueue()
+  for one in missing.values():
+    waiting.put(one)
+
+  def work():
+    with contextlib.suppress(queue.Empty, Stopped):
+      while not endpoint.stop.is_set():
+        one = waiting.get_nowait()
+        try:
+          answer = endpoint.ask(one.body)
+          cache.keep(one.key, answer)
+          results.put((one.key, answer))
+        except Stopped:
+          raise
+        except Exception as error:  # noqa: BLE001  told to the thread that waits
+          results.put((one.key, error))
+
+  threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(missing)))]
+  for thread in threads:
+    thread.start()
+  try:
+    return _collect(endpoint, results, len(missing), seen)
+  finally:
+    endpoint.stop.set()
+    end = time.monotonic() + GRACE
+    for thread in threads:
+      thread.join(max(end - time.monotonic(), 0.0))
+
+
+def _collect(endpoint: Endpoint, results, count: int, seen) -> dict[str, str]:
+  failed: dict[str, str] = {}
+  in_a_row = 0
+  for _ in range(count):
+    key, found = results.get()
+    if isinstance(found, NoAnswer):
+      failed[key] = str(found)
+      in_a_row += 1
+      if in_a_row == IN_A_ROW:
+        raise JudgeError(
+          f"{IN_A_ROW} questions in a row had no answer from {endpoint.url}: {found}. What was "
+          "answered is kept; give the same command once it answers"
+        )
+    elif isinstance(found, Exception):
+      raise found
+    else:
+      in_a_row = 0
+      seen(key, found)
+  return failed
+
+
+# ---- cost ----
+
+
+class Prices(NamedTuple):
+  """Dollars for a million tokens; 0 and 0 if they are unknown."""
+
+  prompt: float
+  completion: float
+
+  def cost(self, prompt_tokens: float, completion_tokens: float) -> float:
+    return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
+
+  def spent(self, answers: Iterable[dict[str, Any]]) -> float:
+    """What answers have cost, each with its `counted` tokens."""
+    return sum(self.cost(a["prompt_tokens"], a["completion_tokens"]) for a in answers)
+
+
+def tokens_of(body: dict[str, Any]) -> tuple[int, int]:
+  """(prompt tokens, completion tokens) that a request may cost: an estimate from above."""
+  text = sum(len(message["content"]) for message in body["messages"])
+  most = body.get("max_completion_tokens") or body.get("max_tokens") or 0
+  return math.ceil(text / CHARACTERS) + 8 * len(body["messages"]), int(most)
+
+
+def counted(answer: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
+  """The answer with its tokens: as the endpoint counts them, else estimated."""
+  estimate = {
+    "prompt_tokens": tokens_of(body)[0],
+    "completion_tokens": math.ceil(len(answer["text"]) / CHARACTERS),
+  }
+  return answer | {name: value for name, value in estimate.items() if answer[name] is None}

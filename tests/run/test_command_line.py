@@ -1,0 +1,89 @@
+"""Configs by name, files by path as before, and the help that lists configs and tasks."""
+
+import ast
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from r2m_jax import knobs
+from r2m_jax.run import command_line
+
+ROOT = pathlib.Path(__file__).parents[2]
+INSIDE = str(ROOT / "r2m_jax/configs/quickstart.py")
+
+
+@pytest.mark.parametrize(
+  "argv, want",
+  [
+    (["--config=quickstart"], [f"--config={INSIDE}"]),
+    (["-config=quickstart:test"], [f"-config={INSIDE}:test"]),
+    (["--config", "quickstart:test", "--workdir", "quickstart"], None),
+    (["--config=configs/quickstart.py:test"], ["--config=configs/quickstart.py:test"]),
+    (["--config=mine"], ["--config=mine"]),
+    (["--config=paper"], ["--config=paper"]),  # shared by configs, and none itself
+    (["--config.task=lab", "--workdir=lab"], ["--config.task=lab", "--workdir=lab"]),
+  ],
+)
+def test_a_name_becomes_a_path_and_a_path_stays(argv, want, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  want = want or ["--config", f"{INSIDE}:test", "--workdir", "quickstart"]
+  assert command_line.with_config_paths(["r2m", *argv]) == ["r2m", *want]
+
+
+def test_a_file_of_that_name_is_preferred(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "quickstart").write_text("")
+  assert command_line.config_path("quickstart:test") == "quickstart:test"
+
+
+@pytest.mark.parametrize(
+  "value, end",
+  [
+    ("quikstart:test", "did you mean quickstart?"),
+    ("gpt", "choose one of default, evaluate, from_hf, lab, quickstart, "),
+    ("configs/quickstart.py", "; --config=quickstart needs no file"),
+    ("configs/none.py", "there is no such file from {cwd}"),
+  ],
+)
+def test_what_is_neither_is_refused_with_what_there_is(value, end, monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  argv = ["r2m", f"--config={value}", "--workdir=x"]
+  refused = command_line.command_line_mistake(argv, ValueError())
+  assert refused.startswith(f"--config is {value}: there is no such ")
+  assert end.format(cwd=tmp_path) in refused and str(tmp_path) in refused
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' way to read a file
+def test_a_file_without_get_config_is_refused(tmp_path, monkeypatch):
+  # every config is loaded under one name, and would be taken for one that was loaded before
+  monkeypatch.delitem(sys.modules, "config_config", raising=False)
+  (tmp_path / "mine.py").write_text("x = 1\n")
+  argv = ["r2m", f"--config={tmp_path}/mine.py", "--workdir=x"]
+  refused = command_line.command_line_mistake(argv, AttributeError())
+  assert refused == f"--config is {tmp_path}/mine.py: the file has no function get_config"
+
+
+def test_help_has_a_line_for_every_config_and_task(tmp_path):
+  env = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "no_such_platform"}
+  shown = subprocess.run(
+    [sys.executable, "-m", "r2m_jax.main", "--help"],
+    cwd=tmp_path,
+    env=env,
+    capture_output=True,
+    text=True,
+  )
+  assert shown.returncode == 0 and not shown.stderr
+  lines = shown.stdout.splitlines()
+  assert max(map(len, lines)) <= 100
+  entries = dict(re.findall(r"^  (\w+)  +(\S.*)$", shown.stdout, re.M))
+  runs = [
+    path.stem
+    for path in ROOT.glob("configs/*.py")
+    if "get_config" in [getattr(node, "name", "") for node in ast.parse(path.read_text()).body]
+  ]
+  assert len(runs) >= 9 and entries.keys() == {*runs, *knobs.TASKS}
+  assert all(len(about) > 10 for about in entries.values())
