@@ -318,11 +318,11 @@ def one_label(
     return score
   labels = label_names(folder, count)
   if not wanted:
-    several = f"config.{field} is {source}: it gives {count} labels; a reward is one number: "
+    several = f"config.{field} is {source}: it gives {count} labels; a reward is one number"
     if wanted is None:
-      raise FolderError(several + "give a reward model with one label")
+      raise FolderError(f"{several}; give a reward model with one label")
     raise FolderError(
-      several + f"set config.reward.label to one of {', '.join(labels)}, or to a weighted sum such "
+      f"{several}: set config.reward.label to one of {', '.join(labels)}, or to a weighted sum such "
       f"as {labels[0]}:0.5,{labels[1]}:0.5"
     )
   numbers = {str(i): i for i in range(len(labels))} | {name: i for i, name in enumerate(labels)}
@@ -333,7 +333,7 @@ def one_label(
       weights[numbers[name.strip()]] += float(weight)
     except (ValueError, KeyError):
       raise FolderError(
-        f"config.reward.label is {wanted!r}: {part!r} is none of the labels of {source}, "
+        f"config.reward.label is {wanted!r}: {part!r} is none of the labels of {source}; give some of "
         f"{', '.join(labels)}, with or without a weight such as {labels[0]}:0.5"
       ) from None
   if not np.isfinite(weights).all() or not weights.any():

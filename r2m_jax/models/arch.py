@@ -390,7 +390,7 @@ def _granite_hybrid(config: dict) -> dict:
     raise ValueError(
       f"config.json has num_local_experts = {config['num_local_experts']} and layers of kind "
       f"{sorted(set(kinds))}: of model_type 'granitemoehybrid' only dense models are supported, "
-      "with 0 experts and attention in all layers"
+      "with 0 experts and attention in all layers; give one of these"
     )
   rotated = config["position_embedding_type"] == "rope"
   return {"unrotated_layers": [] if rotated else range(config["num_hidden_layers"])}

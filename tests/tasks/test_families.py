@@ -77,8 +77,8 @@ def test_a_family_through_sft_reward_and_r2m(case, tmp_path):
   assert np.isfinite(values).all()
   assert metrics[-1]["kl"] != 0
   out = tmp_path / "r2m/export"
-  assert parity.policy_gap(out / "policy") <= parity.BOUND
-  assert parity.reward_gap(out / "reward", out / "policy") <= parity.BOUND
+  assert parity.policy_gap(out / "policy").value <= parity.BOUND
+  assert parity.reward_gap(out / "reward", out / "policy").value <= parity.BOUND
 
 
 def test_published_reward_models_score_as_their_cards_say(tmp_path):
@@ -119,7 +119,7 @@ def test_one_label_of_several_is_the_reward(tmp_path):
   theirs = model.score.weight.detach().numpy().T
 
   def kernel(label):
-    settings = config(reward__label=label)
+    settings = config(reward__path=str(folder), reward__label=label)
     reward = load_reward(str(folder), settings, mesh_of(settings))
     assert reward.phi["kernel"][...].shape == (32, 1)
     return np.asarray(reward.phi["kernel"][...])[:, 0]
@@ -131,7 +131,7 @@ def test_one_label_of_several_is_the_reward(tmp_path):
   np.testing.assert_allclose(kernel("helpful:0.75, verbose:-0.5,1:1:1.0"), want, atol=1e-6)
   for label, message in {
     "": "gives 3 labels; a reward is one number: set config.reward.label to one of helpful, verbose",
-    "3": "config.reward.label is '3': '3' is none of the labels of .* helpful, verbose, 1:1",
+    "3": "config.reward.label is '3': '3' is none of the labels of .*; give some of helpful, verbose, 1:1",
     "helpful:many": "'helpful:many' is none of the labels",
     "harmless:1": "'harmless:1' is none of the labels",
     "helpful:0": "give finite weights, not all of them 0",
@@ -139,6 +139,17 @@ def test_one_label_of_several_is_the_reward(tmp_path):
   }.items():
     with pytest.raises(FolderError, match=message):
       kernel(label)
+
+
+def test_the_label_is_that_of_the_runs_own_reward_model(tmp_path):
+  tiny_text.model("olmo2", "plain", tmp_path / "one", classifier=True)
+  tiny_text.model("olmo2", "plain", tmp_path / "three", classifier=True, labels=3)
+  settings = config(reward__path=str(tmp_path / "three"), reward__label="2")
+  mesh, field = mesh_of(settings), dict(field="eval.gold.path")
+  load_reward(settings.reward.path, settings, mesh)
+  load_reward(str(tmp_path / "one"), settings, mesh, **field)
+  with pytest.raises(FolderError, match="eval.gold.path is .*; give a reward model with one label"):
+    load_reward(str(tmp_path / "three"), settings, mesh, **field)
 
 
 def test_all_new_cases_have_a_run():
