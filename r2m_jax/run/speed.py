@@ -145,7 +145,7 @@ class Cost:
     found |= {"speed/generated_tokens": sampled / took, "speed/tokens": tokens / took}
     if self.peak:
       found["speed/mfu"] = self.flops(tokens, sampled) / took / self.peak
-    return {**found, "seconds/save": 0.0, **seconds, **peak_memory()}
+    return {**found, "seconds/save": 0.0, "seconds/eval": 0.0, **seconds, **peak_memory()}
 
   def flops(self, tokens: int, sampled: int) -> float:
     """Model FLOPs of a step: products with weights on real tokens, nothing of them made twice.

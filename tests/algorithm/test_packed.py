@@ -52,7 +52,9 @@ def numbers(cfg, packing, built, state, rollout):
   moved = {"policy": state.policy, "reward_head": state.reward_head, "critic": state.critic}
   leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(moved))
   found = {sharding.path_name(path): np.asarray(x) for path, x in leaves}
-  return found | small.metrics_of([jax.device_get(out)])
+  found |= small.metrics_of([jax.device_get(out)])
+  assert found.pop("metric learn/computed", 1) == min(packing)
+  return found
 
 
 @pytest.mark.numerics

@@ -23,7 +23,7 @@ from r2m_jax.goldtask import task as goldtask
 from r2m_jax.hf.folders import FolderError
 from r2m_jax.run import checkpoint, loop
 from r2m_jax.run.files import read_jsonl
-from r2m_jax.run.metrics import read_metrics
+from r2m_jax.run.metrics import read_metrics, without_clock
 from r2m_jax.tasks import evaluation, folders, follow, gold
 from r2m_jax.types import Sequences
 
@@ -71,10 +71,7 @@ def settings(models, **changes):
 
 def rows_of(workdir):
   """metrics.jsonl without times, evaluations last."""
-  rows = [
-    {name: value for name, value in row.items() if name not in ("seconds", "data/wait")}
-    for row in read_metrics(workdir)
-  ]
+  rows = map(without_clock, read_metrics(workdir))
   return sorted(rows, key=lambda row: (row["stage"], row["step"]))
 
 
