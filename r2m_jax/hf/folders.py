@@ -352,7 +352,8 @@ def with_tokenizer(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _tokenizer(folder: pathlib.Path, arch: ArchConfig, config, chat: Chat) -> Tokenizer:
-  return load_tokenizer(folder, arch.vocab_size, config.data.date, arch.max_positions, chat)
+  base = model_folder(folder)
+  return load_tokenizer(folder, arch.vocab_size, config.data.date, arch.max_positions, chat, base)
 
 
 def reward_start(reward: RewardModel, mesh):

@@ -1,6 +1,7 @@
 """A PEFT folder as a model. Oracle: the library `peft`, which merges the same adapters."""
 
 import json
+import shutil
 
 import hf_models
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 import peft
 import pytest
 import safetensors.numpy
+import tiny_text
 import torch
 import transformers
 
@@ -85,6 +87,19 @@ def test_a_reward_model_of_adapters_has_its_own_score(bases, tmp_path):
   assert not ours.arch.lm_head
   np.testing.assert_array_equal(ours.score.kernel, merged.score.kernel)
   assert_same(ours.state, merged.state)
+
+
+def test_a_folder_with_its_own_tokenizer_ends_as_its_base_does(tmp_path):
+  tiny_text.model("llama3.1", "llama3", tmp_path / "base")
+  out = adapters(tmp_path / "base", tmp_path / "adapters", ["q_proj"])
+  (tmp_path / "base/generation_config.json").write_text('{"eos_token_id": [7, 2]}')
+  assert load_policy(str(out), default.get_config()).folder == tmp_path / "base"
+  for file in [*(tmp_path / "base").glob("tokenizer*"), tmp_path / "base/chat_template.jinja"]:
+    shutil.copy(file, out)
+  config = default.get_config()
+  own, base = load_policy(str(out), config), load_policy(str(tmp_path / "base"), config)
+  assert own.folder == out and own.tokenizer.eos_ids == base.tokenizer.eos_ids
+  assert {7, 2} <= {*own.tokenizer.eos_ids}
 
 
 def change(folder, **fields):

@@ -179,7 +179,8 @@ def test_peft_folder_agrees_with_peft(case, targets, folders, tmp_path):
   assert np.abs(want - before).max() > 0.05
 
 
-@pytest.mark.parametrize("case", ["qwen2", pytest.param("phi4_mini", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("case", ["qwen2", "phi4_mini"])
 def test_adapters_of_a_folder_are_trained_on(case, folders, tmp_path):
   """R2M starts from the folder's adapters, with the base as reference; so small a step leaves them
   as they are, and peft loads them on the same base.
