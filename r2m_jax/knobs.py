@@ -496,6 +496,11 @@ ARCH = dict(
 POLICY = dict(
   **optimizer(lr=3e-4),
   path=Knob("", 'Hugging Face folder or hub name; "": a new model for the gold-reward task'),
+  adapters=Knob(
+    "merged",
+    'adapters of a PEFT folder: "merged" into the base, or "trained" on with the base as reference',
+    one_of("merged", "trained"),
+  ),
   revision=Knob(
     "", 'branch, tag or commit of a hub name; "": main. A run keeps the commit that it began with'
   ),
@@ -666,6 +671,11 @@ SFT = dict(
 REWARD = dict(
   **optimizer(lr=1e-3, schedule="cosine"),
   path=Knob("", 'Hugging Face folder or hub name of a sequence classifier; "": it is fitted'),
+  label=Knob(
+    "",
+    "the label of a classifier with several that is the reward, by name or number, or a weighted "
+    'sum such as "helpful:0.8,verbose:-0.2"; "": it has one',
+  ),
   revision=Knob("", "as policy.revision"),
   **chat("what the reward model reads"),
   strip_thinking=Knob(

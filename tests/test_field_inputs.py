@@ -171,7 +171,16 @@ def test_float8_tensors_are_refused_by_name(llama):
 
 def test_an_adapter_folder_as_policy_is_called_one(tmp_path):
   (tmp_path / "adapter_config.json").write_text("{}")
-  with pytest.raises(FolderError, match="adapter folder .*merge_and_unload"):
+  with pytest.raises(
+    FolderError, match="adapter folder .*base_model_name_or_path.*merge_and_unload"
+  ):
+    load_policy(str(tmp_path), default.get_config())
+  base = json.dumps({"base_model_name_or_path": str(tmp_path / "absent")})
+  (tmp_path / "adapter_config.json").write_text(base)
+  with pytest.raises(FolderError, match="base cannot be read: .*absent.*merge_and_unload"):
+    load_policy(str(tmp_path), default.get_config())
+  (tmp_path / "absent").mkdir()
+  with pytest.raises(FolderError, match="base .*absent holds no config.json; .*merge_and_unload"):
     load_policy(str(tmp_path), default.get_config())
 
 

@@ -25,7 +25,14 @@ FIX = re.compile(r"(?:^|[;:,.(]\s+|\b(?:or|and|then)\s+)(?:" + "|".join(VERBS) +
 MUST = re.compile(r"\bmust (be|lie|divide|exceed|cover|not exceed)\b")
 
 # Modules whose ValueError and OSError reach a user inside of a FolderError or ConfigError.
-ALSO_PLAIN = ("hf/weights.py", "models/arch.py", "parallel/sharding.py", "plan/chips.py")
+ALSO_PLAIN = (
+  "hf/adapters.py",
+  "hf/weights.py",
+  "models/arch.py",
+  "models/rope.py",
+  "parallel/sharding.py",
+  "plan/chips.py",
+)
 PLAIN = {"ValueError", "FileNotFoundError", "FileExistsError"}
 # Messages that only say where another one of ours belongs to; that one is tested where it is written.
 PASSED_ON = {
@@ -36,6 +43,7 @@ PASSED_ON = {
   "config.lab.arms: {}: {}",
   "config.plan.topology is {}: {}",
   "config.policy.arch: {}",
+  "config.policy.path is {}: {}",
   "config.{} is {}: {}",
   "config.{}.path is {}: {}",
   "{}, row {} {}: {}",

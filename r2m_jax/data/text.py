@@ -321,12 +321,14 @@ def load_tokenizer(
   date: str = "",
   max_positions: int | None = None,
   chat: Chat | None = None,
+  base: str | pathlib.Path | None = None,
 ) -> Tokenizer:
   """The tokenizer in a model's folder, with the eos ids of the generation config, the tokenizer and
   the template.
 
   `vocab_size` of the model: a text with an id beyond it is refused when it is rendered. `date`,
-  `max_positions` and `chat` as in Tokenizer.
+  `max_positions` and `chat` as in Tokenizer. `base`: the folder of the model, if `folder` holds only
+  adapters of it.
   """
   import transformers
 
@@ -345,7 +347,8 @@ def load_tokenizer(
     chat.check(hf.get_chat_template() if hf.chat_template else "", str(folder))
   end = _end_of_turn(hf, chat)
   own = [] if hf.eos_token_id is None else [hf.eos_token_id]
-  eos_ids = tuple(dict.fromkeys([*_model_eos_ids(folder), *own, *([] if end is None else [end])]))
+  model = _model_eos_ids(folder) or _model_eos_ids(pathlib.Path(base or folder))
+  eos_ids = tuple(dict.fromkeys([*model, *own, *([] if end is None else [end])]))
   if beyond := [i for i in eos_ids if vocab_size is not None and i >= vocab_size]:
     raise TextError(
       f"{folder}: end-of-sequence ids {beyond} lie beyond the model's {vocab_size} ids, so they "

@@ -85,12 +85,13 @@ def write_policy(
   Args:
     state: its weights, or the adapters of config.lora on top of `base`: merged, or a PEFT folder.
   """
-  lora, bases = lora_of(config), [config.policy.path]
+  lora, below, commit = lora_of(config), config.policy.path, commit_of(policy.folder)
   peft = lora is not None and config.lora.export == "peft"
   with new_folder(out) as folder:
     if peft:
-      commit = commit_of(policy.folder)
-      save_peft(folder, policy.arch, state, lora, config.policy.path, commit)
+      if policy.adapter is not None:
+        below, commit = policy.adapter.base, policy.adapter.revision
+      save_peft(folder, policy.arch, state, lora, below, commit)
       for file in (file for pattern in TOKENIZER_FILES for file in policy.folder.glob(pattern)):
         if hosts.first():
           shutil.copyfile(file, folder / file.name)
@@ -108,7 +109,7 @@ def write_policy(
     if hosts.first():
       write_template(folder, policy.tokenizer)
       kind = "adapters" if peft else "policy"
-      write_card(folder, config, workdir, kind=kind, bases=bases, base_folder=policy.folder)
+      write_card(folder, config, workdir, kind=kind, bases=[below], base_folder=policy.folder)
   finish(config, out, "policy", None if peft else lambda: parity.policy_gap(out))
 
 

@@ -23,6 +23,8 @@ from safetensors.numpy import load_file
 
 from r2m_jax.config import ConfigError
 from r2m_jax.data.text import POLICY, Chat, Renderer, TextError, Tokenizer, load_tokenizer
+from r2m_jax.hf.adapters import Adapter, is_adapter, read_adapter
+from r2m_jax.hf.peft import check_trainable
 from r2m_jax.hf.weights import (
   HUB,
   Pretrained,
@@ -31,13 +33,14 @@ from r2m_jax.hf.weights import (
   commit_of,
   fetch,
   load_pretrained,
+  model_folder,
   read_json,
 )
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.reward import RewardHead
 from r2m_jax.parallel import hosts, sharding
 from r2m_jax.parallel.errors import UserError
-from r2m_jax.run.build import model_kwargs
+from r2m_jax.run.build import lora_of, model_kwargs
 from r2m_jax.run.files import write_atomic
 
 RENDERER, HEAD_CONFIG, HEAD_WEIGHTS = "r2m_renderer.json", "r2m_head.json", "r2m_head.safetensors"
@@ -70,6 +73,7 @@ class Policy:
   graphdef: Any
   state: nnx.State
   tokenizer: Tokenizer
+  adapter: Adapter | None = None  # that training starts from, on top of `state`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,21 +102,58 @@ def mesh_of(config) -> Mesh:
 
 
 def load_policy(
-  source: str, config, mesh: Mesh | None = None, *, workdir: pathlib.Path | None = None
+  source: str,
+  config,
+  mesh: Mesh | None = None,
+  *,
+  workdir: pathlib.Path | None = None,
+  training: bool = False,
 ) -> Policy:
   """The language model and tokenizer of a folder or hub name, in the config's dtypes.
 
   Args:
     workdir: of a run, which keeps the commit of a hub name that it began with; see `pinned`.
+    training: apply config.policy.adapters; else the adapters of a PEFT folder are merged.
   """
-  folder, model = _load(source, "policy.path", config, mesh, workdir)
+  adapter = adapter_of(source, config, workdir) if training else None
+  folder, model = _load(source, "policy.path", config, mesh, workdir, merge=adapter is None)
   if model.score is not None:
     raise FolderError(
       f"config.policy.path is {source}: a sequence classifier, which cannot generate; give a "
       "causal language model"
     )
+  if adapter is not None:
+    try:
+      check_trainable(adapter, model.arch, lora_of(config))
+    except ValueError as error:
+      raise FolderError(f"config.policy.path is {source}: {error}") from None
   tokenizer = _tokenizer(folder, model.arch, config, chat_of(config, "policy"))
-  return Policy(folder, model.arch, model.graphdef, model.state, tokenizer)
+  return Policy(folder, model.arch, model.graphdef, model.state, tokenizer, adapter)
+
+
+def adapter_of(source: str, config, workdir: pathlib.Path | None) -> Adapter | None:
+  """The adapters that training starts from; None if there are none, or they are to be merged."""
+  try:
+    folder = pinned(source, "policy.path", config, workdir)
+    adapter = read_adapter(folder) if source and is_adapter(folder) else None
+  except (ValueError, OSError):
+    return None  # `_load` says what is wrong
+  if adapter is None:
+    return None
+  if config.policy.adapters == "trained":
+    if not config.lora.rank:
+      raise FolderError(
+        "config.policy.adapters is 'trained' and config.lora.rank is 0: set config.lora.rank, "
+        f"alpha and targets to those of {source}"
+      )
+    return adapter
+  if config.lora.rank and config.lora.export == "peft":
+    raise FolderError(
+      f"config.policy.path is {source}, an adapter folder (PEFT), and config.lora.export is 'peft': "
+      "adapters on top of merged adapters have no base that peft could load; set it to 'merged', or "
+      "config.policy.adapters to 'trained'"
+    )
+  return None
 
 
 def load_reward(
@@ -139,12 +180,9 @@ def load_reward(
       "sequence classifier, or "
       "train one from it with config.task=reward"
     )
-  if model.score is not None and model.score.kernel.shape[1] != 1:
-    labels = model.score.kernel.shape[1]
-    raise FolderError(
-      f"config.{field} is {source}: it gives {labels} labels; a reward is one number: "
-      "give a reward model with one label"
-    )
+  if model.score is not None:
+    wanted = label_of(source, field, config)
+    model = model._replace(score=one_label(model.score, folder, wanted, source, field))
   saved = read_object(folder / RENDERER) if (folder / RENDERER).exists() else {}
   renderer = _renderer(folder, model.arch, config, saved, own=field == "reward.path")
   if saved:
@@ -241,24 +279,81 @@ def _load(
     raise FolderError(f"config.{field} is empty; give a Hugging Face folder or a hub name")
   try:
     folder = pinned(source, field, config, workdir)
-    if not (folder / "config.json").exists():
-      if (folder / "adapter_config.json").exists():
-        raise FolderError(
-          f"config.{field} is {source}: an adapter folder (PEFT), which holds no model of its own; "
-          "merge it into its "
-          "base (peft: merge_and_unload, then save_pretrained) and give that folder"
-        )
+    if not (folder / "config.json").exists() and not is_adapter(folder):
       raise FolderError(f"{folder} holds no config.json; give the folder of a Hugging Face model")
     mesh = mesh or mesh_of(config)
-    return folder, load_pretrained(folder, mesh=mesh, **model_kwargs(config, mesh), **kwargs)
+    model = load_pretrained(folder, mesh=mesh, **model_kwargs(config, mesh), **kwargs)
+    return with_tokenizer(folder), model
   except TextError:
     raise
   except (ValueError, OSError, SafetensorError) as error:
     raise FolderError(f"config.{field} is {source}: {error}") from error
 
 
+def label_of(source: str, field: str, config) -> str | None:
+  """config.reward.label of the run's own reward model, None of any other."""
+  own = field == "reward.path" and source == (config.reward.path or config.policy.path)
+  return config.reward.label if own else None
+
+
+def label_names(folder: pathlib.Path, count: int) -> list[str]:
+  """What config.json calls a classifier's outputs; their numbers if it does not."""
+  names = read_object(model_folder(folder) / "config.json").get("id2label")
+  names = names if isinstance(names, dict) else {}
+  return [str(names.get(str(i), i)) for i in range(count)]
+
+
+def one_label(
+  score: Score, folder: pathlib.Path, wanted: str | None, source: str, field: str
+) -> Score:
+  """The score head of the label `wanted`, or of a weighted sum of several; "" or None: of the only
+  one.
+
+  Args:
+    wanted: config.reward.label; None if it does not apply to this model.
+    source: of the config's `field`, which gave the folder.
+  """
+  count = score.kernel.shape[1]
+  if not wanted and count == 1:
+    return score
+  labels = label_names(folder, count)
+  if not wanted:
+    several = f"config.{field} is {source}: it gives {count} labels; a reward is one number"
+    if wanted is None:
+      raise FolderError(f"{several}; give a reward model with one label")
+    raise FolderError(
+      f"{several}: set config.reward.label to one of {', '.join(labels)}, or to a weighted sum such "
+      f"as {labels[0]}:0.5,{labels[1]}:0.5"
+    )
+  numbers = {str(i): i for i in range(len(labels))} | {name: i for i, name in enumerate(labels)}
+  weights = np.zeros(len(labels))
+  for part in map(str.strip, wanted.split(",")):
+    name, _, weight = (part, "", "1") if part in numbers else part.rpartition(":")
+    try:
+      weights[numbers[name.strip()]] += float(weight)
+    except (ValueError, KeyError):
+      raise FolderError(
+        f"config.reward.label is {wanted!r}: {part!r} is none of the labels of {source}; give some of "
+        f"{', '.join(labels)}, with or without a weight such as {labels[0]}:0.5"
+      ) from None
+  if not np.isfinite(weights).all() or not weights.any():
+    raise FolderError(f"config.reward.label is {wanted!r}: give finite weights, not all of them 0")
+  wide = jnp.promote_types(score.kernel.dtype, jnp.float32)
+
+  def summed(x):
+    return (x.astype(wide) * jnp.asarray(weights, wide)).sum(-1, keepdims=True)
+
+  return Score(summed(score.kernel), None if score.bias is None else summed(score.bias))
+
+
+def with_tokenizer(folder: pathlib.Path) -> pathlib.Path:
+  """The folder, or the base below a PEFT folder that has no tokenizer of its own."""
+  return folder if list(folder.glob("tokenizer*")) else model_folder(folder)
+
+
 def _tokenizer(folder: pathlib.Path, arch: ArchConfig, config, chat: Chat) -> Tokenizer:
-  return load_tokenizer(folder, arch.vocab_size, config.data.date, arch.max_positions, chat)
+  base = model_folder(folder)
+  return load_tokenizer(folder, arch.vocab_size, config.data.date, arch.max_positions, chat, base)
 
 
 def reward_start(reward: RewardModel, mesh):

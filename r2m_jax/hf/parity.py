@@ -123,6 +123,18 @@ def policy_gap(folder: pathlib.Path) -> Gap | None:
   return gap_of(got, want, logits, ours.state, tokens, mask)
 
 
+def classifier(folder: pathlib.Path, **like):
+  """AutoModelForSequenceClassification of a folder, or only the backbone of a family for which
+  transformers has no such class (Granite).
+  """
+  import transformers
+
+  try:
+    return transformers.AutoModelForSequenceClassification.from_pretrained(folder, **like)
+  except ValueError:
+    return transformers.AutoModel.from_pretrained(folder, **like)
+
+
 def reward_gap(folder: pathlib.Path, policy_folder: pathlib.Path | None = None) -> Gap | None:
   """The gap to the scores of AutoModelForSequenceClassification over four random rows, both in
   float32.
@@ -133,10 +145,9 @@ def reward_gap(folder: pathlib.Path, policy_folder: pathlib.Path | None = None) 
   if not available():
     return None
   import torch
-  import transformers
 
   like = dict(dtype=torch.float32, trust_remote_code=False)
-  theirs = transformers.AutoModelForSequenceClassification.from_pretrained(folder, **like).eval()
+  theirs = classifier(folder, **like).eval()
   theirs.config.pad_token_id = None  # with a pad id it would look for the last token that is not it
   ours, head = load_pretrained(folder), load_head(folder)
   rows = random_rows(ours.arch.vocab_size)
@@ -153,8 +164,14 @@ def reward_gap(folder: pathlib.Path, policy_folder: pathlib.Path | None = None) 
   tokens, mask = padded(rows)
   with jax.default_matmul_precision("highest"):
     got = np.asarray(scores(weights, tokens, mask))
+  kernel = torch.tensor(np.asarray(ours.score.kernel, np.float32))
+
+  def scored(row):
+    out = theirs(torch.tensor(row)[None])
+    return (out.logits[0] if "logits" in out else out.last_hidden_state[0, -1] @ kernel).numpy()
+
   with torch.no_grad():
-    want = [theirs(torch.tensor(row)[None]).logits[0].numpy() for row in rows]
+    want = list(map(scored, rows))
   return gap_of(got, want, scores, weights, tokens, mask)
 
 

@@ -1,5 +1,5 @@
-"""Adapters as a PEFT folder: adapter_config.json and adapter_model.safetensors, as the library
-`peft` loads them.
+"""Adapters that are trained, out to a PEFT folder as the library `peft` loads it, and back in.
+`hf.adapters` reads such folders to merge them.
 """
 
 import json
@@ -10,10 +10,11 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from r2m_jax.hf.weights import gather, name_of
+from r2m_jax.hf.adapters import Adapter
+from r2m_jax.hf.weights import Fused, fused_rows, gather, name_of, rows_of
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.lora import LoraConfig
-from r2m_jax.parallel import sharding
+from r2m_jax.parallel import hosts, sharding
 
 
 def save_peft(
@@ -27,8 +28,8 @@ def save_peft(
   """Writes the adapters of a causal language model. With several processes all must call; the first
   one writes.
 
-  A linear that is fused on disk (GPT-NeoX's query_key_value) gets one adapter of the ranks of its
-  parts together: their A stacked, their B in the rows that belong to each part.
+  A linear that is fused on disk (such as Phi's qkv_proj) gets one adapter of the ranks of its parts
+  together: their A stacked, their B in the rows that belong to each part.
 
   Args:
     base: folder or hub name of the model they sit on.
@@ -37,26 +38,26 @@ def save_peft(
   found = {
     sharding.path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(adapters)[0]
   }
-  groups: dict[str, list[tuple[int | None, str]]] = {}  # name on disk -> its parts, in order
+  groups: dict[str, list[tuple[int, str, Fused | None]]] = {}  # name on disk -> its parts, in order
   for linear in sorted(name.removesuffix("_lora_a") for name in found if name.endswith("_lora_a")):
-    template, part = name_of(arch, linear)
-    groups.setdefault(template.removesuffix(".weight"), []).append((part, linear))
+    template, fused = name_of(arch, linear)
+    part = (0 if fused is None else fused.part, linear, fused)
+    groups.setdefault(template.removesuffix(".weight"), []).append(part)
   tensors, ranks = {}, {}
   for template, parts in groups.items():
-    a = [gather(found[f"{linear}_lora_a"], None) for _, linear in sorted(parts)]  # [N, in, r]
-    b = [gather(found[f"{linear}_lora_b"], None) for _, linear in sorted(parts)]  # [N, r, out]
+    parts.sort(key=lambda part: part[0])
+    a = [gather(found[f"{linear}_lora_a"], None) for _, linear, _ in parts]  # [N, in, r]
+    b = [gather(found[f"{linear}_lora_b"], None) for _, linear, _ in parts]  # [N, r, out]
     ranks[template] = lora.rank * len(parts)
     for layer in range(arch.num_layers):
       name = f"base_model.model.{template.format(layer)}"
       down = np.concatenate([x[layer].T for x in a])  # [r, in]
-      if parts[0][0] is None:
-        up = b[0][layer].T  # [out, r]
-      else:
-        up = np.zeros((arch.num_heads, 3, arch.head_dim, ranks[template]), b[0].dtype)
-        for i, ((part, _), x) in enumerate(zip(sorted(parts), b)):
-          columns = slice(i * lora.rank, (i + 1) * lora.rank)
-          up[:, part, :, columns] = x[layer].T.reshape(arch.num_heads, arch.head_dim, lora.rank)
-        up = up.reshape(-1, ranks[template])
+      up = b[0][layer].T  # [out, r]
+      for i, ((_, _, fused), x) in enumerate(zip(parts, b)):
+        if fused is not None:
+          if i == 0:
+            up = np.zeros((fused_rows(arch, fused), ranks[template]), x.dtype)
+          up[rows_of(arch, fused), i * lora.rank : (i + 1) * lora.rank] = x[layer].T
       tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = map(
         np.ascontiguousarray, (down, up)
       )
@@ -89,3 +90,39 @@ def adapter_config(
     "rank_pattern": ranks,
     "alpha_pattern": {name: rank * lora.scale for name, rank in ranks.items()},
   }
+
+
+def load_peft(adapter: Adapter, arch: ArchConfig, lora: LoraConfig, fresh: nnx.State) -> nnx.State:
+  """The adapters of a PEFT folder as those of a model, to train on.
+
+  Args:
+    adapter: that `check_trainable` has passed.
+    fresh: new adapters of `lora`, which stay where the folder has none: they change nothing.
+  """
+
+  def put(path, x):
+    linear, half = sharding.path_name(path).rsplit("_lora_", 1)
+    template, fused = name_of(arch, linear)
+    rows = slice(None) if fused is None else rows_of(arch, fused)
+    value = np.array(gather(x, None))  # [N, in, r] or [N, r, out]
+    for layer in range(arch.num_layers):
+      if (low := adapter.low.get(template.format(layer))) is not None:
+        value[layer] = low.down.T if half == "a" else low.scale / lora.scale * low.up[rows].T
+    return hosts.put(value.astype(x.dtype), x.sharding)
+
+  return jax.tree_util.tree_map_with_path(put, fresh)
+
+
+def check_trainable(adapter: Adapter, arch: ArchConfig, lora: LoraConfig | None) -> None:
+  """Raises ValueError unless adapters of `lora` can start from those of a PEFT folder."""
+  assert lora is not None  # config.lora.rank is above 0
+  linears = [name_of(arch, f"layers/{linear}/kernel")[0] for linear in lora.linears(arch)]
+  places = {name.format(layer) for name in linears for layer in range(arch.num_layers)}
+  if other := sorted({*adapter.low, *adapter.whole} - places):
+    adapter.refuse(f"that trains {other[0]}, which config.lora.targets = {lora.targets!r} does not")
+  for name, low in adapter.low.items():
+    rank = low.down.shape[0]
+    if low.magnitude is not None:
+      adapter.refuse("with DoRA, which is not trained here")
+    if rank != lora.rank:
+      adapter.refuse(f"with {name} of rank {rank}: set config.lora.rank to it, not to {lora.rank}")

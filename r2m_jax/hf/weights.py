@@ -13,7 +13,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -26,8 +26,10 @@ from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from r2m_jax.hf import adapters
+from r2m_jax.hf.adapters import Adapter, LowRank, is_adapter, read_adapter
 from r2m_jax.models import transformer
-from r2m_jax.models.arch import ArchConfig
+from r2m_jax.models.arch import TOWERS, ArchConfig, family_of
 from r2m_jax.parallel import sharding
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.run.progress import doing
@@ -36,6 +38,7 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")  # of tensors on disk, as safetensors names them
 HUB = "hub.json"  # of a workdir: field -> the hub name, the revision asked for, and its commit
 CARD = "README.md"  # the model card
+ADAPTER_FILES = (adapters.CONFIG, adapters.WEIGHTS)
 SCORE = "score"  # the score head of a sequence classifier
 TOKENIZER_FILES = (
   "tokenizer*",
@@ -51,10 +54,12 @@ IGNORED = re.compile(r"rotary_emb\.inv_freq$|attention\.(bias|masked_bias)$")
 
 
 class Fused(NamedTuple):
-  """One of query, key, value in a linear whose output is [heads, 3, head_dim] (GPT-NeoX)."""
+  """One of several linears of one input whose outputs lie in one tensor."""
 
   name: str
-  part: int  # 0 query, 1 key, 2 value
+  parts: tuple[str, ...]  # the linears in it, of `widths`
+  part: int
+  by_head: bool = False  # [heads, parts, head_dim] (GPT-NeoX); else one part after another
 
 
 # Our module -> theirs, {} standing for the layer. Kernels, embeddings and scales are `weight`
@@ -80,12 +85,30 @@ GEMMA_NAMES = LLAMA_NAMES | {
   "layers/mlp_norm": "model.layers.{}.pre_feedforward_layernorm",
   "layers/mlp_post_norm": "model.layers.{}.post_feedforward_layernorm",
 }
+OLMO_NAMES = {
+  name: module
+  for name, module in GEMMA_NAMES.items()
+  if name not in ("layers/attn_norm", "layers/mlp_norm")
+}
+QKV, GATE_UP = ("q", "k", "v"), ("gate", "up")
+PHI_NAMES = LLAMA_NAMES | {
+  "layers/attn/q": Fused("model.layers.{}.self_attn.qkv_proj", QKV, 0),
+  "layers/attn/k": Fused("model.layers.{}.self_attn.qkv_proj", QKV, 1),
+  "layers/attn/v": Fused("model.layers.{}.self_attn.qkv_proj", QKV, 2),
+  "layers/mlp/gate": Fused("model.layers.{}.mlp.gate_up_proj", GATE_UP, 0),
+  "layers/mlp/up": Fused("model.layers.{}.mlp.gate_up_proj", GATE_UP, 1),
+}
+GRANITE_HYBRID_NAMES = LLAMA_NAMES | {
+  "layers/mlp/gate": Fused("model.layers.{}.shared_mlp.input_linear", GATE_UP, 0),
+  "layers/mlp/up": Fused("model.layers.{}.shared_mlp.input_linear", GATE_UP, 1),
+  "layers/mlp/down": "model.layers.{}.shared_mlp.output_linear",
+}
 NEOX_NAMES = {
   "embed": "gpt_neox.embed_in",
   "layers/attn_norm": "gpt_neox.layers.{}.input_layernorm",
-  "layers/attn/q": Fused("gpt_neox.layers.{}.attention.query_key_value", 0),
-  "layers/attn/k": Fused("gpt_neox.layers.{}.attention.query_key_value", 1),
-  "layers/attn/v": Fused("gpt_neox.layers.{}.attention.query_key_value", 2),
+  "layers/attn/q": Fused("gpt_neox.layers.{}.attention.query_key_value", QKV, 0, by_head=True),
+  "layers/attn/k": Fused("gpt_neox.layers.{}.attention.query_key_value", QKV, 1, by_head=True),
+  "layers/attn/v": Fused("gpt_neox.layers.{}.attention.query_key_value", QKV, 2, by_head=True),
   "layers/attn/o": "gpt_neox.layers.{}.attention.dense",
   "layers/mlp_norm": "gpt_neox.layers.{}.post_attention_layernorm",
   "layers/mlp/up": "gpt_neox.layers.{}.mlp.dense_h_to_4h",
@@ -97,7 +120,22 @@ NAMES = {
   "gemma2": GEMMA_NAMES,
   "gemma3_text": GEMMA_NAMES,
   "gpt_neox": NEOX_NAMES,
+  "granitemoehybrid": GRANITE_HYBRID_NAMES,
+  "olmo2": OLMO_NAMES,
+  "olmo3": OLMO_NAMES,
+  "phi3": PHI_NAMES,
 }  # the others: LLAMA_NAMES
+
+
+# How a folder with more than a language model (arch.TOWERS) begins the language model's tensors,
+# and how a language model's own folder does. Its other tensors are not read.
+TOWER_PREFIXES = {
+  "language_model.model.": "model.",
+  "model.language_model.": "model.",
+  "language_model.lm_head.": "lm_head.",
+  "lm_head.": "lm_head.",
+  "score.": "score.",
+}
 
 
 class Score(NamedTuple):
@@ -122,14 +160,35 @@ class PretrainedError(UserError, ValueError):
   """
 
 
-def name_of(arch: ArchConfig, path: str) -> tuple[str, int | None]:
-  """layers/attn/q/kernel -> (model.layers.{}.self_attn.q_proj.weight, part of a fused linear or
-  None).
+def name_of(arch: ArchConfig, path: str) -> tuple[str, Fused | None]:
+  """layers/attn/q/kernel -> (model.layers.{}.self_attn.q_proj.weight, its place in a fused linear
+  or None).
   """
   module, leaf = path.rsplit("/", 1)
   entry = NAMES.get(arch.family, LLAMA_NAMES)[module]
-  name, part = entry if isinstance(entry, Fused) else (entry, None)
-  return f"{name}.{'bias' if leaf == 'bias' else 'weight'}", part
+  fused = entry if isinstance(entry, Fused) else None
+  return f"{fused.name if fused else entry}.{'bias' if leaf == 'bias' else 'weight'}", fused
+
+
+def widths(arch: ArchConfig) -> dict[str, int]:
+  """The outputs of the linears that a `Fused` may hold."""
+  query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+  wide = arch.intermediate_size
+  return {"q": query, "k": key, "v": key, "gate": wide, "up": wide}
+
+
+def rows_of(arch: ArchConfig, fused: Fused) -> np.ndarray:
+  """i64[n]: the rows of the fused tensor that are this linear's, in its own order."""
+  sizes = [widths(arch)[part] for part in fused.parts]
+  rows = np.arange(sum(sizes))
+  if fused.by_head:
+    return rows.reshape(-1, len(sizes), arch.head_dim)[:, fused.part].reshape(-1)
+  return np.split(rows, np.cumsum(sizes)[:-1])[fused.part]
+
+
+def fused_rows(arch: ArchConfig, fused: Fused) -> int:
+  """How many rows the fused tensor has."""
+  return sum(widths(arch)[part] for part in fused.parts)
 
 
 # ---- in ----
@@ -144,21 +203,21 @@ def load_pretrained(
   remat: str = "none",
   attention: tuple[str, str] = ("auto", "cpu"),
   lm_head: bool | None = None,
+  merge: bool = True,
 ) -> Pretrained:
   """Reads a causal language model or a sequence classifier.
 
   Args:
-    source: a folder, or a name on the Hugging Face hub.
+    source: a folder, or a name on the Hugging Face hub. Of a PEFT folder it is the base that the
+      folder names, with the adapters merged into it.
     mesh: lays each parameter out by `sharding.RULES`; each shard is read from disk alone. None: the
       default device.
     dtype, param_dtype, remat, attention: as for `Transformer`.
     lm_head: None keeps what the folder has; False leaves the vocabulary head out (a reward model
       from a policy).
+    merge: False leaves the adapters of a PEFT folder out, and reads its base.
   """
-  folder = fetch(source)
-  arch = read_arch(folder / "config.json")
-  files = Files(folder)
-  files.add_prefix(arch)
+  arch, files = open_folder(fetch(source), merge)
   score_name = f"{SCORE}.weight"
   arch = arch.replace(lm_head=score_name not in files.shapes if lm_head is None else lm_head)
   files.check_tied(arch)
@@ -173,7 +232,7 @@ def load_pretrained(
 
   total = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
   # of several processes each reads its shards alone
-  with doing(f"loading weights of {folder.name}", total // jax.process_count()) as bar:
+  with doing(f"loading weights of {files.folder.name}", total // jax.process_count()) as bar:
 
     def place(path, x):
       name = sharding.path_name(path)
@@ -188,9 +247,36 @@ def load_pretrained(
     state = jax.tree_util.tree_map_with_path(place, shapes)
   score = None
   if score_name in files.shapes:
-    files.check_score(arch, read_json(folder / "config.json"))
+    files.check_score(arch, read_json(files.folder / "config.json"))
     score = _read_score(files, mesh, param_dtype)
   return Pretrained(arch, graphdef, state, score)
+
+
+def open_folder(folder: pathlib.Path, merge: bool) -> tuple[ArchConfig, "Files"]:
+  """The architecture in a folder and its files; of a PEFT folder those of its base, with the
+  adapters if `merge`.
+  """
+  base = model_folder(folder)
+  arch = read_arch(base / "config.json")
+  tower = read_json(base / "config.json").get("model_type") in TOWERS
+  files = Files(base, tower=tower)
+  files.add_prefix(arch)
+  if merge and is_adapter(folder):
+    files.adapt(read_adapter(folder), tower=tower)
+  return arch, files
+
+
+def model_folder(folder: pathlib.Path) -> pathlib.Path:
+  """The folder with a model's config.json: itself, or the base below a PEFT folder."""
+  if not is_adapter(folder):
+    return folder
+  try:
+    base = fetch(*adapters.base_of(folder))
+  except OSError as error:
+    adapters.refuse(folder, f"whose base cannot be read: {error}")
+  if not (base / "config.json").exists():
+    adapters.refuse(folder, f"whose base {base} holds no config.json")
+  return base
 
 
 def _read_score(files: "Files", mesh: Mesh | None, param_dtype) -> Score:
@@ -223,7 +309,7 @@ def fetch(source: str | pathlib.Path, revision: str = "") -> pathlib.Path:
     )
   import huggingface_hub
 
-  wanted = ["config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES, CARD]
+  wanted = ["config.json", "model*.safetensors", INDEX, *TOKENIZER_FILES, CARD, *ADAPTER_FILES]
   pin = {"revision": revision} if revision else {}
   try:
     found = huggingface_hub.snapshot_download(str(source), allow_patterns=wanted, **pin)
@@ -318,7 +404,10 @@ class Files:
   model a second time.
   """
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, *, tower: bool = False):
+    """
+    tower: read the language model's tensors alone, by the names of its own folder.
+    """
     if (folder / WEIGHTS).exists():  # transformers prefers it to an index too
       self.where = dict.fromkeys(header(folder / WEIGHTS), WEIGHTS)
     elif (folder / INDEX).exists():
@@ -360,8 +449,12 @@ class Files:
         raise PretrainedError(
           f"{folder / INDEX} says {name} lies in {file}, which does not hold it; copy both again"
         )
-    self.shapes = {name: shapes[file][name] for name, file in self.where.items()}
-    self.stored = {name: name for name in self.where}  # as the files spell it
+    stored = {own_name(name) if tower else name: name for name in self.where}
+    self.stored = {name: theirs for name, theirs in stored.items() if name}  # name -> on disk
+    self.where = {name: self.where[theirs] for name, theirs in self.stored.items()}
+    self.shapes = {name: shapes[self.where[name]][at] for name, at in self.stored.items()}
+    self.whole: Mapping[str, np.ndarray] = {}  # of an adapter, as `low`; see `adapt`
+    self.low: Mapping[str, LowRank] = {}
 
   def _require_once(self, shapes: dict[str, dict]) -> None:
     """Raises if two files hold the same tensor: transformers then takes the last file's, the index
@@ -392,8 +485,23 @@ class Files:
     self.where = {name: self.where[stored] for name, stored in self.stored.items()}
     self.shapes = {name: self.shapes[stored] for name, stored in self.stored.items()}
 
+  def adapt(self, adapter: Adapter, *, tower: bool) -> None:
+    """Merges an adapter into what is read. Raises ValueError if it is none of this model."""
+    adapter = adapter.renamed(own_name) if tower else adapter
+    adapter.check(self.shapes)
+    self.whole, self.low = adapter.whole, adapter.low
+    self.shapes |= {name: x.shape for name, x in self.whole.items()}
+    self.where |= dict.fromkeys(self.whole, str(adapter.folder))
+
   def tensor(self, name: str, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
-    """A part of a tensor, read from disk."""
+    """A part of a tensor, read from disk; with an adapter, of the whole that it makes."""
+    if name in self.whole:
+      return self.whole[name][index]
+    if name in self.low:
+      return self.low[name].merged(self._stored(name, (slice(None),)))[index]
+    return self._stored(name, index)
+
+  def _stored(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
     with safe_open(self.folder / self.where[name], "np") as file:
       return file.get_slice(self.stored[name])[index]
 
@@ -401,13 +509,13 @@ class Files:
     """Raises unless the files hold exactly the parameters of `arch`, in their shapes."""
     expected = {}
     for path, shape in shapes.items():
-      template, part = name_of(arch, path)
+      template, fused = name_of(arch, path)
       stacked = path.startswith("layers/")
       shape = shape[1:] if stacked else shape
       if path.endswith("/kernel"):
         shape = shape[::-1]
-      if part is not None:
-        shape = (3 * shape[0], *shape[1:])
+      if fused is not None:
+        shape = (fused_rows(arch, fused), *shape[1:])
       for layer in range(arch.num_layers if stacked else 1):
         expected[template.format(layer)] = shape
     if missing := sorted(expected.keys() - self.shapes.keys()):
@@ -427,6 +535,11 @@ class Files:
     extra = sorted(
       n for n in self.shapes.keys() - expected.keys() - allowed if not IGNORED.search(n)
     )
+    if layers := [name for name in extra if name.startswith(f"{SCORE}.")]:
+      raise PretrainedError(
+        f"{self.folder} holds a score head of several layers, such as {layers[0]}: only linear ones "
+        "are supported; take its tensors out and fit a linear one with config.task=reward"
+      )
     if extra:
       raise PretrainedError(
         f"{self.folder / self.where[extra[0]]} holds {len(extra)} tensors that config.json gives "
@@ -439,7 +552,8 @@ class Files:
     config.json, has labels.
 
     As in transformers, `num_labels` goes before `id2label`. Its default of two labels if both are
-    absent is not taken over: then the head says how many there are.
+    absent is not taken over: then the head says how many there are. So does the head of a PEFT
+    folder, whose config.json is that of its base.
     """
     name = f"{SCORE}.weight"
     shape = self.shapes[name]
@@ -454,7 +568,7 @@ class Files:
     named = len(names) if isinstance(names, dict) else names
     field = "id2label" if config.get("num_labels") is None else "num_labels"
     labels = named if field == "id2label" else config["num_labels"]
-    if labels is not None and labels != rows:
+    if labels is not None and labels != rows and name not in self.whole:
       raise PretrainedError(
         f"{self.folder / 'config.json'} has {labels} labels in {field}, and {name} beside it has "
         f"{rows} rows, which disagree; correct the one that is wrong"
@@ -487,29 +601,42 @@ class Files:
     """The part `index` of the parameter at `path`, of full `shape`, as `dtype`: from disk, one
     layer at a time, after which `done` is told its bytes.
     """
-    template, part = name_of(arch, path)
+    template, fused = name_of(arch, path)
+    rows = None if fused is None else rows_of(arch, fused)
     result = aligned([len(range(*i.indices(n))) for i, n in zip(index, shape)], dtype)
     if not path.startswith("layers/"):
-      result[...] = self._read(template, part, index, arch, path)
+      result[...] = self._read(template, rows, index, path)
       done(result.nbytes)
       return result
     layers = range(*index[0].indices(shape[0]))
     for row, layer in enumerate(layers):
-      result[row] = self._read(template.format(layer), part, index[1:], arch, path)
+      result[row] = self._read(template.format(layer), rows, index[1:], path)
       done(result[row].nbytes)
     return result
 
-  def _read(self, name, part, index, arch, path) -> np.ndarray:
-    """One tensor's part in our layout: `index` counts [in, out] for kernels."""
+  def _read(self, name, rows, index, path) -> np.ndarray:
+    """One tensor's part in our layout: `index` counts [in, out] for kernels, and outputs among
+    `rows` of the tensor if it is fused.
+    """
     kernel = path.endswith("/kernel")
     index = index[::-1] if kernel else index
-    if part is None:
+    if rows is None:
       x = self.tensor(name, index)
-    else:  # whole outputs, then the wanted third, then the wanted rows of it
-      x = self.tensor(name, (slice(None), *index[1:]))
-      x = x.reshape(arch.num_heads, 3, arch.head_dim, *x.shape[1:])[:, part]
-      x = x.reshape(-1, *x.shape[2:])[index[0]]
+    else:
+      rows = rows[index[0]]
+      first = int(rows.min())
+      x = self.tensor(name, (slice(first, int(rows.max()) + 1), *index[1:]))[rows - first]
     return np.ascontiguousarray(x.T) if kernel else x
+
+
+def own_name(name: str) -> str | None:
+  """A tensor of a folder with more than a language model -> its name in the language model's own
+  folder, None if it is another part's.
+  """
+  for theirs, own in TOWER_PREFIXES.items():
+    if name.startswith(theirs):
+      return own + name.removeprefix(theirs)
+  return None
 
 
 # ---- out ----
@@ -555,6 +682,8 @@ def save_pretrained(
   name = str(jnp.dtype(dtype or params["embed/embedding"].dtype))
   config = _token_ids(tokenizer_folder) | arch.to_hf() | {"dtype": name, "torch_dtype": name}
   config |= _labels(score) | (extra or {})
+  if family_of(arch.family).defaults.get("pad_token_id", 0) >= arch.vocab_size:
+    config.setdefault("pad_token_id", None)  # else transformers takes the family's
 
   tensors = _tensors(arch, params, score, dtype)
   if jax.process_index() != 0:
@@ -620,8 +749,8 @@ def _tensors(arch, params, score, dtype) -> Iterator[tuple[str, np.ndarray]]:
   """(name on disk, array), with at most one stacked parameter (three where fused) on the host at
   a time.
   """
-  groups: dict[str, list[str]] = {}  # template -> our paths, in the order of the parts
-  for path in sorted(params, key=lambda path: name_of(arch, path)[1] or 0):
+  groups: dict[str, list[str]] = {}  # template -> our paths
+  for path in params:
     if path != "lm_head/kernel" or arch.untied_head:
       groups.setdefault(name_of(arch, path)[0], []).append(path)
   for template, paths in sorted(groups.items()):
@@ -630,9 +759,11 @@ def _tensors(arch, params, score, dtype) -> Iterator[tuple[str, np.ndarray]]:
     for layer in range(arch.num_layers if stacked else 1):
       rows = [part[layer] if stacked else part for part in parts]
       rows = [row.T if path.endswith("/kernel") else row for path, row in zip(paths, rows)]
-      if len(rows) > 1:  # [heads, 3, head_dim, ...]
-        rows = [np.stack([r.reshape(arch.num_heads, arch.head_dim, *r.shape[1:]) for r in rows], 1)]
-        rows = [rows[0].reshape(-1, *rows[0].shape[3:])]
+      if len(rows) > 1:
+        whole = np.empty((sum(map(len, rows)), *rows[0].shape[1:]), rows[0].dtype)
+        for path, row in zip(paths, rows):
+          whole[rows_of(arch, name_of(arch, path)[1])] = row
+        rows = [whole]
       # safetensors writes the buffer of a transposed view as it lies, not as it reads
       yield template.format(layer), np.ascontiguousarray(rows[0])
   if score is not None:

@@ -148,10 +148,12 @@ def grow(policy: Policy, factor: int) -> Policy:
   the residual stream: block expansion, Wu et al., LLaMA Pro (arXiv 2401.02415), section 3.2. Its
   graphdef stays that of the policy.
   """
-  sliding = policy.arch.sliding_layers
-  if sliding is not None:
-    sliding = tuple(factor * layer + copy for layer in sliding for copy in range(factor))
-  arch = policy.arch.replace(num_layers=factor * policy.arch.num_layers, sliding_layers=sliding)
+  layers = {
+    field: tuple(factor * layer + copy for layer in own for copy in range(factor))
+    for field in ("sliding_layers", "unrotated_layers")
+    for own in [getattr(policy.arch, field)]
+  }
+  arch = policy.arch.replace(num_layers=factor * policy.arch.num_layers, **layers)
 
   def expand(path, x):
     name = sharding.path_name(path)

@@ -4,7 +4,10 @@ config.json spells it.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+from r2m_jax.models import rope
+from r2m_jax.models.rope import RopeScaling
 
 MOST_LAYERS = 10_000  # a number far beyond any model is a damaged file
 
@@ -14,31 +17,11 @@ def whole(value) -> int:
   return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """How rotary frequencies are stretched beyond the pretraining length."""
+class LayerKind(NamedTuple):
+  """What a layer reads besides its input."""
 
-  # "linear": every frequency / factor; "llama3": long wavelengths / factor, short ones kept, smooth
-  # between
-  kind: str
-  factor: float
-  low_freq_factor: float = 1.0  # llama3 only
-  high_freq_factor: float = 4.0  # llama3 only
-  original_length: int = 8192  # llama3 only: the pretraining length in tokens
-
-  def __post_init__(self):
-    if self.kind not in ("linear", "llama3"):
-      raise ValueError(f"RopeScaling.kind={self.kind!r} is not supported; use 'linear' or 'llama3'")
-    if self.factor <= 0:
-      raise ValueError(
-        f"RopeScaling.factor={self.factor} must be positive; 1.0 leaves the frequencies alone"
-      )
-    if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-      raise ValueError(
-        f"RopeScaling.high_freq_factor={self.high_freq_factor} must exceed "
-        f"low_freq_factor={self.low_freq_factor};"
-        " Llama 3.1 uses 4.0 and 1.0"
-      )
+  slides: bool  # whether it has the sliding window
+  unrotated: bool  # whether it has no positions (NoPE)
 
 
 FOLLOWS_OTHERS: Any = None  # given for a field, `FOLLOWS` has its value
@@ -61,7 +44,9 @@ class ArchConfig:
   norm_eps: float = 1e-6
   norm_offset: float = 0.0  # Gemma stores w and multiplies by 1 + w
   qk_norm: bool = False  # norm each head's query and key before the rotation (Qwen3, Gemma 3)
-  # norm again after attention and MLP, before the residual sum (Gemma 2, 3)
+  qk_norm_joint: bool = False  # qk_norm over all heads together (OLMo 2, 3)
+  pre_norms: bool = True  # norm what attention and MLP read; not in OLMo 2 and 3
+  # norm again after attention and MLP, before the residual sum (Gemma 2, 3, OLMo 2, 3)
   post_norms: bool = False
   # MLP and linears
   activation: str = "silu"  # "silu" | "gelu" (erf) | "gelu_tanh"
@@ -70,10 +55,12 @@ class ArchConfig:
   out_bias: bool = False
   mlp_bias: bool = False
   parallel_residual: bool = False  # x + attn(norm(x)) + mlp(norm'(x)) (GPT-NeoX)
+  residual_scale: float = 1.0  # what attention and MLP add is multiplied by it (Granite)
   # embeddings and head
   tie_embeddings: bool = False
   lm_head: bool = True  # False: a reward model's backbone, no vocabulary head
   embed_scale: float = 1.0  # Gemma: sqrt(hidden_size)
+  logit_divisor: float = 1.0  # Granite: logits are divided by it
   final_softcap: float | None = None  # c * tanh(logits / c)
   # attention
   query_scale: float = FOLLOWS_OTHERS  # None: head_dim ** -0.5
@@ -85,7 +72,9 @@ class ArchConfig:
   rotary_fraction: float = 1.0  # leading part of head_dim that is rotated (GPT-NeoX: 0.25)
   rope_theta: float = 10000.0
   rope_scaling: RopeScaling | None = None
-  rope_local_theta: float | None = None  # Gemma 3: sliding layers' own theta, without rope_scaling
+  # Gemma 3, OLMo 3: sliding layers' own theta, without rope_scaling
+  rope_local_theta: float | None = None
+  unrotated_layers: tuple[int, ...] = ()  # 0-based; their queries and keys have no positions
   max_positions: int = 2048  # what the model was trained for, tokens; longer rows get a warning
 
   def __post_init__(self):
@@ -94,16 +83,18 @@ class ArchConfig:
     for field, follow in FOLLOWS.items():
       if getattr(self, field) is None:
         object.__setattr__(self, field, follow(self))
-    object.__setattr__(self, "sliding_layers", tuple(self.sliding_layers))
+    for field in ("sliding_layers", "unrotated_layers"):
+      object.__setattr__(self, field, tuple(getattr(self, field)))
     self._validate()
     if not self.sliding_layers:
       object.__setattr__(self, "sliding_window", None)
 
-  def _validate(self):
-    def need(ok, field, fix):
-      if not ok:
-        raise ValueError(f"ArchConfig.{field}={getattr(self, field)!r}: {fix}")
+  def _need(self, ok, field, fix):
+    if not ok:
+      raise ValueError(f"ArchConfig.{field}={getattr(self, field)!r}: {fix}")
 
+  def _validate(self):
+    need = self._need
     for field in (
       "vocab_size",
       "hidden_size",
@@ -132,12 +123,24 @@ class ArchConfig:
       "post_norms",
       "set False, or parallel_residual=False",
     )
+    need(
+      not self.parallel_residual or (self.pre_norms and self.residual_scale == 1.0),
+      "parallel_residual",
+      "set False, or pre_norms=True and residual_scale=1.0",
+    )
+    need(self.qk_norm or not self.qk_norm_joint, "qk_norm_joint", "also set qk_norm=True")
+    for field in ("logit_divisor", "residual_scale", "embed_scale"):
+      need(getattr(self, field) > 0, field, "must be positive; 1.0 changes nothing")
     for field in ("final_softcap", "attn_softcap", "sliding_window", "rope_local_theta"):
       need(
         getattr(self, field) is None or getattr(self, field) > 0,
         field,
         "give a positive number, or None for off",
       )
+    self._validate_positions()
+
+  def _validate_positions(self):
+    need = self._need
     need(self.rope_theta > 0, "rope_theta", "must be positive, for example 10000.0")
     need(0 < self.rotary_fraction <= 1, "rotary_fraction", "give a fraction of head_dim in (0, 1]")
     need(
@@ -146,10 +149,17 @@ class ArchConfig:
       f"rotates int(head_dim * rotary_fraction) = {self.rotary_dim} numbers, which must be even "
       "and positive",
     )
+    for field in ("sliding_layers", "unrotated_layers"):
+      need(
+        all(0 <= i < self.num_layers for i in getattr(self, field)),
+        field,
+        f"list 0-based layers below num_layers={self.num_layers}",
+      )
+    factors = len(self.rope_scaling.short_factors) if self.rope_scaling else 0
     need(
-      all(0 <= i < self.num_layers for i in self.sliding_layers),
-      "sliding_layers",
-      f"list 0-based layers below num_layers={self.num_layers}",
+      factors in (0, self.rotary_dim // 2),
+      "rope_scaling",
+      f"give {self.rotary_dim // 2} short factors, one for each rotated pair",
     )
     need(
       not self.sliding_layers or self.sliding_window is not None,
@@ -161,6 +171,17 @@ class ArchConfig:
   def rotary_dim(self) -> int:
     """How many leading numbers of each head are rotated."""
     return int(self.head_dim * self.rotary_fraction)
+
+  @property
+  def kind_of_layers(self) -> tuple[LayerKind, ...]:
+    """The kind of each layer."""
+    sliding, unrotated = set(self.sliding_layers), set(self.unrotated_layers)
+    return tuple(LayerKind(i in sliding, i in unrotated) for i in range(self.num_layers))
+
+  @property
+  def kinds(self) -> list[LayerKind]:
+    """The kinds of layer that occur, sorted."""
+    return sorted(set(self.kind_of_layers))
 
   @property
   def untied_head(self) -> bool:
@@ -180,12 +201,15 @@ class ArchConfig:
   def from_hf(cls, config: Mapping[str, Any]) -> "ArchConfig":
     """The architecture that a config.json describes, in the spelling of transformers 4 or 5.
 
+    Of a folder with more than a language model, such as `gemma3`, it is the language model's.
     `lm_head` is False where `architectures` names a sequence classifier. Raises ValueError for a
     model_type, a field or a rope type that is not supported.
     """
+    config = text_config(config)
     family = family_of(config.get("model_type"))
     given, config = config, {**family.defaults, **config}
-    if missing := [key for key in FIELDS.values() if key not in config]:
+    fields = {**FIELDS, **family.fields}
+    if missing := [fields[field] for field in FIELDS if fields[field] not in config]:
       raise ValueError(
         f"config.json of model_type {config['model_type']!r} lacks {missing}; add what the model "
         "has"
@@ -217,10 +241,10 @@ class ArchConfig:
       lm_head=not any(
         name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()
       ),
-      **{field: config[key] for field, key in {**FIELDS, **family.fields}.items()},
+      **{field: config[key] for field, key in fields.items()},
       **family.fixed,
+      **rope.read(config, given, family.defaults, family.nested_rope),
       **family.derived(config),
-      **_read_rope(config, given, family),
       **_read_sliding(config, family),
     )
 
@@ -234,11 +258,10 @@ class ArchConfig:
       "architectures": [family.causal if self.lm_head else family.classifier],
       family.activation: {ours: theirs for theirs, ours in ACTIVATIONS.items()}[self.activation],
       **{key: getattr(self, field) for field, key in {**FIELDS, **family.fields}.items()},
-      **_write_rope(self, family),
+      **rope.write(self, family.defaults, family.nested_rope),
       **_write_sliding(self, family),
+      **family.restored(self),
     }
-    if "query_pre_attn_scalar" in family.defaults:
-      config["query_pre_attn_scalar"] = round(self.query_scale**-2)
     back = dataclasses.asdict(ArchConfig.from_hf(config))
     if lost := [
       f"{k}={v!r} (reads {back[k]!r})" for k, v in dataclasses.asdict(self).items() if back[k] != v
@@ -299,18 +322,30 @@ class Family:
     default_factory=dict
   )  # ArchConfig fields, the same in every member
   derived: Callable[[dict], dict] = lambda config: {}  # config.json -> further ArchConfig fields
+  # ArchConfig -> further fields of config.json: the inverse of `derived`
+  restored: Callable[[ArchConfig], dict] = lambda arch: {}
   slides: Callable[[dict, int], bool] | None = (
     None  # whether a layer slides, where layer_types does not say
   )
   activation: str = "hidden_act"
+  nested_rope: bool = False  # whether sliding layers have a rotation of their own
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+  """config.json, or of a folder with more than a language model the language model's part."""
+  if config.get("model_type") not in TOWERS:
+    return config
+  outer = ("architectures", "quantization_config", "tie_word_embeddings")
+  own = {key: config[key] for key in outer if key in config}
+  return {**TOWERS[config["model_type"]], **(config.get("text_config") or {}), **own}
 
 
 def family_of(model_type: str | None) -> Family:
   """The table entry, or a ValueError that lists them."""
   if model_type not in FAMILIES:
     raise ValueError(
-      f"model_type {model_type!r} in config.json is not supported; supported are {sorted(FAMILIES)}: "
-      "give a model of one of these"
+      f"model_type {model_type!r} in config.json is not supported; supported are "
+      f"{sorted({*FAMILIES, *TOWERS})}: give a model of one of these"
     )
   return FAMILIES[model_type]
 
@@ -322,6 +357,56 @@ def _gemma(config: dict) -> dict:
   }
 
 
+def _gemma_restored(arch: ArchConfig) -> dict:
+  return {"query_pre_attn_scalar": round(arch.query_scale**-2)}
+
+
+def _smollm3(config: dict) -> dict:
+  layers = range(config["num_hidden_layers"])
+  return {"unrotated_layers": [i for i in layers if not _smollm3_rotates(config, i)]}
+
+
+def _smollm3_rotates(config: dict, layer: int) -> bool:
+  if config["no_rope_layers"] is not None:
+    return bool(config["no_rope_layers"][layer])
+  return (layer + 1) % config["no_rope_layer_interval"] != 0
+
+
+def _smollm3_restored(arch: ArchConfig) -> dict:
+  return {"no_rope_layers": [int(not kind.unrotated) for kind in arch.kind_of_layers]}
+
+
+def _ministral3(config: dict) -> dict:
+  if not config.get("rope_parameters") and not config["rope_scaling"]:
+    raise ValueError(
+      "config.json of model_type 'ministral3' lacks rope_parameters; add what the model has"
+    )
+  return {}
+
+
+def _granite_hybrid(config: dict) -> dict:
+  kinds = config["layer_types"] or ["mamba"]
+  if config["num_local_experts"] or not {*kinds} <= {"attention", "full_attention"}:
+    raise ValueError(
+      f"config.json has num_local_experts = {config['num_local_experts']} and layers of kind "
+      f"{sorted(set(kinds))}: of model_type 'granitemoehybrid' only dense models are supported, "
+      "with 0 experts and attention in all layers; give one of these"
+    )
+  rotated = config["position_embedding_type"] == "rope"
+  return {"unrotated_layers": [] if rotated else range(config["num_hidden_layers"])}
+
+
+def _granite_hybrid_restored(arch: ArchConfig) -> dict:
+  return {
+    "layer_types": ["attention"] * arch.num_layers,
+    "intermediate_size": arch.intermediate_size,  # of experts, of which there are none
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "position_embedding_type": None if arch.unrotated_layers else "rope",
+    "mamba_n_heads": 1,  # of no layer; transformers checks that it divides the width
+  }
+
+
 _ROPE = {"rope_theta": 10000.0, "rope_scaling": None}
 _LLAMA = _ROPE | {
   "num_key_value_heads": None,
@@ -330,6 +415,11 @@ _LLAMA = _ROPE | {
   "tie_word_embeddings": False,
   "max_position_embeddings": 2048,
   "hidden_act": "silu",
+}
+_MISTRAL = _LLAMA | {
+  "num_key_value_heads": 8,
+  "sliding_window": 4096,
+  "max_position_embeddings": 131072,
 }
 _QWEN = _LLAMA | {
   "num_key_value_heads": 32,
@@ -350,6 +440,22 @@ _GEMMA = _LLAMA | {
   "query_pre_attn_scalar": 256,
   "layer_types": None,
 }
+_OLMO = _LLAMA | {"rms_norm_eps": 1e-5, "attention_bias": False}
+_OLMO_FIXED = {"pre_norms": False, "post_norms": True, "qk_norm": True, "qk_norm_joint": True}
+_GRANITE = _LLAMA | {
+  "attention_bias": False,
+  "mlp_bias": False,
+  "embedding_multiplier": 1.0,
+  "residual_multiplier": 1.0,
+  "attention_multiplier": 1.0,
+  "logits_scaling": 1.0,
+}
+_MULTIPLIERS = {
+  "embed_scale": "embedding_multiplier",
+  "residual_scale": "residual_multiplier",
+  "query_scale": "attention_multiplier",
+  "logit_divisor": "logits_scaling",
+}
 _GEMMA_FIXED = {"norm_offset": 1.0, "post_norms": True}
 
 FAMILIES = {
@@ -363,8 +469,7 @@ FAMILIES = {
     "MistralForCausalLM",
     "MistralForSequenceClassification",
     fields=GROUPED,
-    defaults=_LLAMA
-    | {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+    defaults=_MISTRAL,
     slides=lambda config, layer: True,
   ),
   "qwen2": Family(
@@ -390,6 +495,7 @@ FAMILIES = {
     defaults=_GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0},
     fixed=_GEMMA_FIXED,
     derived=_gemma,
+    restored=_gemma_restored,
     slides=lambda config, layer: layer % 2 == 0,
     activation="hidden_activation",
   ),
@@ -406,8 +512,94 @@ FAMILIES = {
     | {"rope_theta": 1e6, "rope_local_base_freq": 10000.0, "sliding_window_pattern": 6},
     fixed=_GEMMA_FIXED | {"qk_norm": True},
     derived=_gemma,
+    restored=_gemma_restored,
     slides=lambda config, layer: (layer + 1) % config["sliding_window_pattern"] != 0,
     activation="hidden_activation",
+    nested_rope=True,
+  ),
+  "ministral": Family(
+    "MinistralForCausalLM",
+    "MinistralForSequenceClassification",
+    fields=GROUPED,
+    defaults=_MISTRAL | {"layer_types": None},
+    slides=lambda config, layer: True,
+  ),
+  "ministral3": Family(
+    "Ministral3ForCausalLM",
+    "Ministral3ForSequenceClassification",
+    fields=GROUPED,
+    defaults=_MISTRAL | {"rms_norm_eps": 1e-5, "head_dim": 128, "sliding_window": None},
+    derived=_ministral3,
+    slides=lambda config, layer: True,
+  ),
+  "olmo2": Family(
+    "Olmo2ForCausalLM",
+    "Olmo2ForSequenceClassification",
+    fields=GROUPED | BIASES,
+    defaults=_OLMO,
+    fixed=_OLMO_FIXED,
+  ),
+  "olmo3": Family(
+    "Olmo3ForCausalLM",
+    "Olmo3ForSequenceClassification",
+    fields=GROUPED | BIASES,
+    defaults=_OLMO | {"rope_theta": 5e5, "sliding_window": 4096, "layer_types": None},
+    fixed=_OLMO_FIXED,
+    slides=lambda config, layer: (layer + 1) % 4 != 0,
+    nested_rope=True,
+  ),
+  "smollm3": Family(
+    "SmolLM3ForCausalLM",
+    "SmolLM3ForSequenceClassification",
+    fields=GROUPED | BIASES | {"mlp_bias": "mlp_bias"},
+    defaults=_LLAMA
+    | {
+      "num_key_value_heads": 4,
+      "rope_theta": 2e6,
+      "max_position_embeddings": 32768,
+      "tie_word_embeddings": True,
+      "attention_bias": False,
+      "mlp_bias": False,
+      "no_rope_layers": None,
+      "no_rope_layer_interval": 4,
+      "use_sliding_window": False,
+      "sliding_window": None,
+      "layer_types": None,
+      "pad_token_id": 128004,
+    },
+    derived=_smollm3,
+    restored=_smollm3_restored,
+    slides=lambda config, layer: not _smollm3_rotates(config, layer),
+  ),
+  "phi3": Family(
+    "Phi3ForCausalLM",
+    "Phi3ForSequenceClassification",
+    fields={"num_kv_heads": "num_key_value_heads", "norm_eps": "rms_norm_eps"},
+    defaults=_LLAMA
+    | {
+      "rms_norm_eps": 1e-5,
+      "max_position_embeddings": 4096,
+      "original_max_position_embeddings": 4096,
+      "partial_rotary_factor": 1.0,
+      "sliding_window": None,
+      "pad_token_id": 32000,
+    },
+    slides=lambda config, layer: True,
+  ),
+  "granite": Family(
+    "GraniteForCausalLM",
+    "GraniteForSequenceClassification",
+    fields=GROUPED | BIASES | _MULTIPLIERS | {"mlp_bias": "mlp_bias"},
+    defaults=_GRANITE,
+  ),
+  "granitemoehybrid": Family(
+    "GraniteMoeHybridForCausalLM",
+    "GraniteMoeHybridForSequenceClassification",
+    fields=GROUPED | BIASES | _MULTIPLIERS | {"intermediate_size": "shared_intermediate_size"},
+    defaults=_GRANITE
+    | {"num_local_experts": 8, "layer_types": None, "position_embedding_type": None},
+    derived=_granite_hybrid,
+    restored=_granite_hybrid_restored,
   ),
   "gpt_neox": Family(
     "GPTNeoXForCausalLM",
@@ -429,119 +621,18 @@ FAMILIES = {
 }
 
 
-def _agree(given: Mapping[str, Any], new: dict, *, partial: bool) -> None:
-  """Raises ValueError if rope_parameters and the older spelling beside it say different things.
-
-  Args:
-    given: config.json as it is, without defaults.
-    partial: whether the family's rotation may cover a part of a head.
-  """
-  old = given.get("rope_scaling") or {}
-
-  def kind(rope):
-    return rope.get("rope_type", rope.get("type", "default"))
-
-  both = (
-    {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-    & old.keys()
-    & new.keys()
-  )
-  if old and new and (kind(old) != kind(new) or any(old[name] != new[name] for name in both)):
-    raise ValueError(
-      f"config.json has rope_parameters {new} and rope_scaling {old}, which disagree; keep one of "
-      "them"
-    )
-  pairs = {
-    "rope_theta": "rope_theta",
-    "rotary_emb_base": "rope_theta",
-    "rotary_pct": "partial_rotary_factor",
-  }
-  for name, other in pairs.items():
-    if given.get(name) is not None and other in new and given[name] != new[other]:
-      raise ValueError(
-        f"config.json has {name} = {given[name]} and rope_parameters with {other} = {new[other]}, "
-        "which disagree; keep "
-        "one of them"
-      )
-  own = given.get("partial_rotary_factor")
-  if not partial and {"partial_rotary_factor": own, **old, **new}["partial_rotary_factor"] not in (
-    None,
-    1.0,
-  ):
-    raise ValueError(
-      "config.json has a partial_rotary_factor, which transformers ignores for this model_type; "
-      "take it out, or name "
-      "the model_type that it belongs to"
-    )
-
-
-def _read_rope(config: dict, given: Mapping[str, Any], family: Family) -> dict[str, Any]:
-  """The four rotary fields of ArchConfig from rope_parameters (transformers 5), else from the
-  older spelling.
-  """
-  partial = "rotary_pct" in family.defaults
-  rope = {
-    "rope_theta": config["rotary_emb_base"] if partial else config.get("rope_theta"),
-    "partial_rotary_factor": config["rotary_pct"] if partial else 1.0,
-    **(config["rope_scaling"] or {}),
-  }
-  new, local = config.get("rope_parameters") or {}, config.get("rope_local_base_freq")
-  if "full_attention" in new:
-    local = new["sliding_attention"]["rope_theta"]
-    new = new["full_attention"]
-  _agree(given, new, partial=partial)
-  rope |= new
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  if kind == "default":
-    scaling = None
-  elif kind == "linear":
-    scaling = RopeScaling("linear", rope["factor"])
-  elif kind == "llama3":
-    length = rope.get("original_max_position_embeddings", config["max_position_embeddings"])
-    scaling = RopeScaling(
-      "llama3", rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], length
-    )
-  else:
-    raise ValueError(
-      f"rope type {kind!r} in config.json is not supported; 'default', 'linear' and 'llama3' "
-      "are: give a model that has one of these"
-    )
-  return {
-    "rope_theta": rope["rope_theta"],
-    "rotary_fraction": rope["partial_rotary_factor"],
-    "rope_scaling": scaling,
-    "rope_local_theta": local,
-  }
-
-
-def _write_rope(arch: ArchConfig, family: Family) -> dict[str, Any]:
-  """Both spellings of the rotary fields."""
-  scaling = arch.rope_scaling
-  kind: dict[str, Any] = {"rope_type": "default"}
-  if scaling is not None:
-    kind = {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
-      kind |= {
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_length,
-      }
-  old: dict[str, Any] = {"rope_scaling": scaling and kind}
-  new: dict[str, Any] = {**kind, "rope_theta": arch.rope_theta}
-  if "rotary_pct" in family.defaults:
-    new["partial_rotary_factor"] = arch.rotary_fraction
-    return old | {
-      "rotary_pct": arch.rotary_fraction,
-      "rotary_emb_base": arch.rope_theta,
-      "rope_parameters": new,
-    }
-  if "rope_local_base_freq" in family.defaults:
-    old["rope_local_base_freq"] = local = arch.rope_local_theta or arch.rope_theta
-    new = {
-      "full_attention": new,
-      "sliding_attention": {"rope_type": "default", "rope_theta": local},
-    }
-  return old | {"rope_theta": arch.rope_theta, "rope_parameters": new}
+# model_type of a folder that holds more than a language model -> what its text_config may leave out
+TOWERS: dict[str, dict[str, Any]] = {
+  "gemma3": {
+    "model_type": "gemma3_text",
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+  },
+  "mistral3": {"model_type": "mistral"},
+}
 
 
 def _read_sliding(config: dict, family: Family) -> dict[str, Any]:
@@ -577,6 +668,7 @@ def _write_sliding(arch: ArchConfig, family: Family) -> dict[str, Any]:
   config: dict[str, Any] = {"sliding_window": arch.sliding_window}
   if "use_sliding_window" in family.defaults:
     config["use_sliding_window"] = arch.sliding_window is not None
+  if "max_window_layers" in family.defaults:
     config["max_window_layers"] = min(arch.sliding_layers, default=arch.num_layers)
   if "layer_types" in family.defaults:
     slides = [i in arch.sliding_layers for i in range(arch.num_layers)]

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, struct
 
+from r2m_jax.models.arch import LayerKind
 from r2m_jax.models.cache import Cache, lay_cache, padded, padded_mask, write
 from r2m_jax.models.kernels.slots import Slots
 from r2m_jax.models.transformer import (
@@ -26,6 +27,7 @@ from r2m_jax.models.transformer import (
   Visible,
   as_rows,
   by_kind,
+  check_length,
   lay_states,
 )
 from r2m_jax.parallel.rows import take_shares
@@ -218,16 +220,17 @@ class Decoder:
 
   def __init__(self, model: Transformer, slots: int):
     """slots: the most that its cache will have."""
+    check_length(model.arch, slots)
     self.model = model
     self.in_slots = model.decodes_in_slots
     self.grows = not self.in_slots  # whether its cache should grow in stages
     stacked, blocks = layers_of(model)
     # cos and sin of all positions are made once: XLA on CPU would make those of a token again in
     # each head of each layer
-    self.rotations: dict[bool, tuple[jax.Array, jax.Array]] = {}
+    self.rotations: dict[LayerKind, tuple[jax.Array, jax.Array]] = {}
     if not self.in_slots:
-      for slides in (False, True):
-        self.rotations[slides] = model.rotation(slides, jnp.arange(slots))
+      for kind in model.arch.kinds:
+        self.rotations[kind] = model.rotation(kind, jnp.arange(slots))
     self.layers: list[Callable] = list(blocks)
     if mesh_around() is None and not has_adapters(stacked):
       self.layers = [joined(block, model.decodes_in_columns) for block in blocks]
@@ -254,7 +257,8 @@ class Decoder:
     for layer, block in enumerate(self.layers):
       table = tables
       if kinds is not None:
-        kind = int(layer in self.model.arch.sliding_layers)
+        arch = self.model.arch
+        kind = arch.kinds.index(arch.kind_of_layers[layer])
         table = jax.tree.map(lambda t, kind=kind: t[kind], tables)
       x, own = block(x, table, functools.partial(cache.store, layer, slot))
       x = lay_states(x)
@@ -268,9 +272,9 @@ class Decoder:
     """
     visible = Visible.of(cache.mask, slot, 1)
 
-    def table(slides):
-      rotation = self._rotation(slides, visible.here[:, None])
-      mask = visible.mask(self.model.arch.sliding_window if slides else None)
+    def table(kind):
+      rotation = self._rotation(kind, visible.here[:, None])
+      mask = visible.mask(self.model.arch.sliding_window if kind.slides else None)
       if self.in_slots:
         slots = Slots(mask[:, 0].argmax(-1).astype(jnp.int32), jnp.int32(slot))
         return Table(*rotation, slots)
@@ -278,10 +282,10 @@ class Decoder:
 
     return by_kind(self.model.arch, table)
 
-  def _rotation(self, slides: bool, positions: jax.Array) -> tuple[jax.Array, ...]:
+  def _rotation(self, kind: LayerKind, positions: jax.Array) -> tuple[jax.Array, ...]:
     if not self.rotations:
-      return self.model.rotation(slides, positions)
-    return tuple(jnp.take(x, positions, 0, mode="clip") for x in self.rotations[slides])
+      return self.model.rotation(kind, positions)
+    return tuple(jnp.take(x, positions, 0, mode="clip") for x in self.rotations[kind])
 
 
 def layers_of(model: Transformer) -> tuple[nnx.State, list[Block]]:

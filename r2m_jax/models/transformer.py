@@ -9,21 +9,20 @@ needs. Parameters:
   layers/mlp/{gate,up,down}/kernel [N, in, out]
 
 and, where the family has them, `bias` beside any kernel or layer-norm scale,
-layers/attn/{q_norm,k_norm}/scale and layers/{attn_post_norm,mlp_post_norm}/scale. N layers, S key
-slots, H query heads, KV key heads, Dh numbers a head.
+layers/attn/{q_norm,k_norm}/scale and layers/{attn_post_norm,mlp_post_norm}/scale. OLMo has no
+layers/{attn_norm,mlp_norm}. N layers, S key slots, H query heads, KV key heads, Dh numbers a head.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx, struct
 
-from r2m_jax.models.arch import ArchConfig, RopeScaling
+from r2m_jax.models import rope
+from r2m_jax.models.arch import ArchConfig, LayerKind
 from r2m_jax.models.attention import (
   Shared,
   SharedMask,
@@ -37,6 +36,7 @@ from r2m_jax.models.kernels.slots import Slots, attend_slots, slots_fit
 from r2m_jax.models.kernels.splash import BLOCK, Seen, splash_attend
 from r2m_jax.models.logprobs import Head, tempered
 from r2m_jax.models.packing import Packing
+from r2m_jax.parallel.errors import UserError
 from r2m_jax.parallel.sharding import ROWS, lay, lay_rows, row_shards
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -99,21 +99,6 @@ class Norm(nnx.Module):
     return y.astype(x.dtype)
 
 
-def rotary_frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-  """Radians a token for each rotated pair: theta^(-2i/dim), stretched as `scaling` says.
-  float64[dim / 2].
-  """
-  freq = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-  if scaling is None:
-    return freq
-  if scaling.kind == "linear":
-    return freq / scaling.factor
-  low, high = scaling.low_freq_factor, scaling.high_freq_factor
-  turns = scaling.original_length * freq / (2 * math.pi)  # over the pretraining length
-  keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-  return keep * freq + (1 - keep) * freq / scaling.factor
-
-
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   """Rotates the leading 2R numbers of each head. x [B, heads, L, Dh], cos and sin [B, 1, L, R],
   at least float32.
@@ -145,8 +130,9 @@ class Attention(nnx.Module):
     self.v = linear(d, kv, use_bias=arch.qkv_bias)
     self.o = linear(q, d, use_bias=arch.out_bias, kernel_init=residual_init(arch))
     if arch.qk_norm:
-      self.q_norm = Norm(arch.head_dim, arch, param_dtype=param_dtype, kind="rms")
-      self.k_norm = Norm(arch.head_dim, arch, param_dtype=param_dtype, kind="rms")
+      own = (q, kv) if arch.qk_norm_joint else (arch.head_dim, arch.head_dim)
+      self.q_norm = Norm(own[0], arch, param_dtype=param_dtype, kind="rms")
+      self.k_norm = Norm(own[1], arch, param_dtype=param_dtype, kind="rms")
 
   def __call__(self, x, table, store):
     """x [B, L, D]; the `Table` of this layer; store(k, v) -> (keys and values to attend over, those
@@ -165,8 +151,11 @@ class Attention(nnx.Module):
         y = packing.unpack(y.reshape(*shape[:2], -1))
       return lay(y.reshape(*padded, -1, arch.head_dim).swapaxes(1, 2), ROWS, "tensor")
 
-    q, k, v = (heads(y) for y in projected)
-    if arch.qk_norm:
+    q, k, v = projected
+    if arch.qk_norm_joint:
+      q, k = self.q_norm(q), self.k_norm(k)
+    q, k, v = heads(q), heads(k), heads(v)
+    if arch.qk_norm and not arch.qk_norm_joint:
       q, k = self.q_norm(q), self.k_norm(k)
     k, v, prompt, cache = store(rotate(k, cos, sin), v)
     q = rotate(q, cos, sin)
@@ -229,14 +218,16 @@ class Block(nnx.Module):
 
   def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype, param_dtype, attention="xla"):
     self.arch = arch
-    norm = functools.partial(Norm, arch.hidden_size, arch, param_dtype=param_dtype)
-    self.attn_norm, self.mlp_norm = norm(), norm()
+
+    def norm(there: bool) -> Callable[[jax.Array], jax.Array]:
+      return Norm(arch.hidden_size, arch, param_dtype=param_dtype) if there else same
+
+    self.attn_norm, self.mlp_norm = norm(arch.pre_norms), norm(arch.pre_norms)
     self.attn = Attention(
       arch, rngs=rngs, dtype=dtype, param_dtype=param_dtype, attention=attention
     )
     self.mlp = MLP(arch, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-    if arch.post_norms:
-      self.attn_post_norm, self.mlp_post_norm = norm(), norm()
+    self.attn_post_norm, self.mlp_post_norm = norm(arch.post_norms), norm(arch.post_norms)
 
   def __call__(self, x, table, store):
     """x [B, L, D] -> (x [B, L, D], cache)."""
@@ -247,9 +238,19 @@ class Block(nnx.Module):
     y, cache = attn(self.attn_norm(x), table, store)
     if self.arch.parallel_residual:
       return x + y + mlp(self.mlp_norm(x)), cache
-    x = x + (self.attn_post_norm(y) if self.arch.post_norms else y)
-    y = mlp(self.mlp_norm(x))
-    return x + (self.mlp_post_norm(y) if self.arch.post_norms else y), cache
+    x = x + scaled(self.attn_post_norm(y), self.arch.residual_scale)
+    y = self.mlp_post_norm(mlp(self.mlp_norm(x)))
+    return x + scaled(y, self.arch.residual_scale), cache
+
+
+def same(x: jax.Array) -> jax.Array:
+  """The norm of a family that has none at this place."""
+  return x
+
+
+def scaled(x: jax.Array, scale: float) -> jax.Array:
+  """x * scale in the dtype of x."""
+  return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
 
 
 def as_rows(x: jax.Array) -> jax.Array:
@@ -289,17 +290,17 @@ class Visible(NamedTuple):
     return self.seen & (self.here[:, :, None] - self.there[:, None, :] < window)
 
 
-def by_kind(arch: ArchConfig, table: Callable[[bool], tuple]) -> tuple[Any, jax.Array | None]:
-  """What `table(slides)` gives for the kinds of layer that the model has.
+def by_kind(arch: ArchConfig, table: Callable[[LayerKind], tuple]) -> tuple[Any, jax.Array | None]:
+  """What `table(kind)` gives for the kinds of layer that the model has.
 
-  If all layers are of one kind: (its table, None). Else (both tables stacked, full before sliding;
-  i32[N], the kind of each layer).
+  If all layers are of one kind: (its table, None). Else (the tables stacked, in the order of
+  `arch.kinds`; i32[N], the kind of each layer).
   """
-  slides = [i in arch.sliding_layers for i in range(arch.num_layers)]
-  if all(slides) or not any(slides):
-    return table(slides[0]), None
-  both = jax.tree.map(lambda *kinds: jnp.stack(kinds), table(False), table(True))
-  return both, jnp.asarray(slides, jnp.int32)
+  tables = [table(kind) for kind in arch.kinds]
+  if len(tables) == 1:
+    return tables[0], None
+  stacked = jax.tree.map(lambda *kinds: jnp.stack(kinds), *tables)
+  return stacked, jnp.asarray([arch.kinds.index(kind) for kind in arch.kind_of_layers], jnp.int32)
 
 
 def residual_init(arch: ArchConfig):
@@ -462,37 +463,39 @@ class Transformer(nnx.Module):
     look up their own and exchange rows for them: the embedding itself does not move."""
     x = jnp.take(self.embed.embedding[...], lay(tokens, "data"), axis=0).astype(self.compute_dtype)
     x = lay_states(lay(x, "data", None, "fsdp"))
-    scale = self.arch.embed_scale
-    return x if scale == 1.0 else x * jnp.asarray(scale, x.dtype)
+    return scaled(x, self.arch.embed_scale)
 
   def _tables(self, keys, slot, length, in_blocks, shared):
-    """What layers read besides x, for each kind of layer (full, sliding) the model has; see
-    `by_kind`.
+    """What layers read besides x, for each kind of layer the model has; see `by_kind`.
 
     keys bool[B, S] -> (`Table`, kinds). With `in_blocks` a `Seen` takes the mask's place, with
     `shared` a `SharedMask` (and rotations of the lines' positions).
     """
+    check_length(self.arch, keys.shape[1])
     visible = Visible.of(keys, slot, length)
 
-    def table(slides):
+    def table(kind):
       here = visible.here if shared is None else shared.pack(visible.here)
-      rotation = self.rotation(slides, here[:, None])
+      rotation = self.rotation(kind, here[:, None])
       if in_blocks:
-        return Table(*rotation, Seen(keys, slides))
-      mask = visible.mask(self.arch.sliding_window if slides else None)[:, None]
+        return Table(*rotation, Seen(keys, kind.slides))
+      mask = visible.mask(self.arch.sliding_window if kind.slides else None)[:, None]
       return Table(*rotation, mask if shared is None else shared.masks(mask))
 
     return by_kind(self.arch, table)
 
-  def rotation(self, slides: bool, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [..., R] of the angles at positions i32[...], for layers that slide or do not."""
+  def rotation(self, kind: LayerKind, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """cos and sin [..., R] of the angles at positions i32[...], for layers of this kind."""
     arch = self.arch
     theta, scaling = arch.rope_theta, arch.rope_scaling
-    if slides and arch.rope_local_theta is not None:
+    if kind.slides and arch.rope_local_theta is not None:
       theta, scaling = arch.rope_local_theta, None
-    frequencies = rotary_frequencies(arch.rotary_dim, theta, scaling)
+    frequencies = rope.frequencies(arch.rotary_dim, theta, scaling)
+    magnitude = 1.0 if scaling is None else scaling.magnitude
+    if kind.unrotated:
+      frequencies, magnitude = 0 * frequencies, 1.0
     angle = positions[..., None] * frequencies.astype(at_least_float32(self.compute_dtype))
-    return jnp.cos(angle), jnp.sin(angle)
+    return scaled(jnp.cos(angle), magnitude), scaled(jnp.sin(angle), magnitude)
 
   def init_cache(self, batch: int, length: int) -> Cache:
     """An empty cache of `length` slots for `batch` rows, in the compute dtype."""
@@ -505,8 +508,8 @@ class Transformer(nnx.Module):
     return Cache(k=empty(), v=empty(), mask=lay_rows(jnp.zeros((batch, length), bool)))
 
   def unembedding(self) -> jax.Array:
-    """The vocabulary head as one array [D, V], in the compute dtype; `final_softcap` is not in
-    it.
+    """The vocabulary head as one array [D, V], in the compute dtype. `logit_divisor` is in it,
+    `final_softcap` is not.
     """
     if not self.arch.lm_head:
       raise ValueError(
@@ -514,7 +517,7 @@ class Transformer(nnx.Module):
         "backbone"
       )
     kernel = self.lm_head.kernel[...] if self.arch.untied_head else self.embed.embedding[...].T
-    return kernel.astype(self.compute_dtype)
+    return scaled(kernel, 1 / self.arch.logit_divisor).astype(self.compute_dtype)
 
   @property
   def head(self) -> Head:
@@ -524,6 +527,22 @@ class Transformer(nnx.Module):
   def logits(self, hidden: jax.Array, temperature: float = 1.0) -> jax.Array:
     """hidden [..., D] -> logits / temperature [..., V], at least float32."""
     return tempered(self.head, hidden, temperature)
+
+
+def check_length(arch: ArchConfig, length: int) -> None:
+  """Raises TooLong if the model's rotation is not defined here for so many tokens."""
+  scaling = arch.rope_scaling
+  if scaling is None or scaling.longest is None or length <= scaling.longest:
+    return
+  raise TooLong(
+    f"{length} tokens are more than the {scaling.longest} for which a model of model_type "
+    f"{arch.family!r} with rope type {scaling.kind!r} is supported; shorten "
+    "config.data.max_prompt_length, config.rollout.max_new_tokens or config.reward.max_length"
+  )
+
+
+class TooLong(UserError, ValueError):
+  """More tokens than a model's rotation is defined for."""
 
 
 def init(arch: ArchConfig, key: jax.Array, **kwargs) -> tuple[Any, nnx.State]:

@@ -11,70 +11,93 @@ from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.config import ConfigError
 from r2m_jax.data.text import bucket
 from r2m_jax.goldtask import task as goldtask
-from r2m_jax.models.arch import ArchConfig, RopeScaling
+from r2m_jax.models.arch import ArchConfig
+
+
+def shape(
+  model_type: str, vocab: int, hidden: int, layers: int, heads: int, wide: int, **more
+) -> ArchConfig:
+  """The architecture of a config.json with these sizes and fields; the others are the family's."""
+  return ArchConfig.from_hf(
+    dict(
+      model_type=model_type,
+      vocab_size=vocab,
+      hidden_size=hidden,
+      num_hidden_layers=layers,
+      num_attention_heads=heads,
+      intermediate_size=wide,
+      **more,
+    )
+  )
+
+
+def qwen(version: str, hidden: int, layers: int, heads: int, wide: int, **more) -> ArchConfig:
+  kv = 8 if version == "qwen3" else 2
+  length = 40960 if version == "qwen3" else 32768
+  fields = dict(num_key_value_heads=kv, rope_theta=1e6, max_position_embeddings=length)
+  return shape(version, 151936, hidden, layers, heads, wide, **fields, **more)
+
+
+def llama(hidden: int, layers: int, heads: int, wide: int, factor: float = 0, **more) -> ArchConfig:
+  """Llama 3 or, with a factor, 3.1 and 3.2."""
+  fields = dict(num_key_value_heads=8, rms_norm_eps=1e-5, rope_theta=5e5)
+  fields |= dict(max_position_embeddings=131072 if factor else 8192)
+  stretched = dict(rope_type="llama3", factor=factor, low_freq_factor=1.0, high_freq_factor=4.0)
+  stretched |= dict(original_max_position_embeddings=8192)
+  scaling = stretched if factor else None
+  return shape("llama", 128256, hidden, layers, heads, wide, rope_scaling=scaling, **fields, **more)
+
+
+def gemma3(hidden: int, layers: int, heads: int, wide: int, **more) -> ArchConfig:
+  """The language model of a folder with a vision tower."""
+  scaling = dict(rope_type="linear", factor=8.0)
+  fields = dict(sliding_window=1024, rope_scaling=scaling, **more)
+  return shape("gemma3_text", 262208, hidden, layers, heads, wide, **fields)
+
+
+TIED = dict(tie_word_embeddings=True)
+OLMO = dict(rope_theta=5e5, rms_norm_eps=1e-6)
+YARN = dict(rope_type="yarn", factor=8.0, original_max_position_embeddings=8192)
 
 # Shapes by name, so that a plan needs no download: the config.json of each model on the hub.
-LLAMA_8B = ArchConfig(
-  family="llama",
-  vocab_size=128256,
-  hidden_size=4096,
-  num_layers=32,
-  num_heads=32,
-  num_kv_heads=8,
-  intermediate_size=14336,
-  norm_eps=1e-5,
-  rope_theta=5e5,
-  max_positions=8192,
-)
 ARCHS = {
-  "qwen2.5-0.5b": ArchConfig(
-    family="qwen2",
-    vocab_size=151936,
-    hidden_size=896,
-    num_layers=24,
-    num_heads=14,
-    num_kv_heads=2,
-    intermediate_size=4864,
-    qkv_bias=True,
-    tie_embeddings=True,
-    rope_theta=1e6,
-    max_positions=32768,
+  "qwen2.5-0.5b": qwen("qwen2", 896, 24, 14, 4864, **TIED),
+  "qwen2.5-3b": qwen("qwen2", 2048, 36, 16, 11008, **TIED),
+  "qwen3-0.6b": qwen("qwen3", 1024, 28, 16, 3072, **TIED),
+  "qwen3-1.7b": qwen("qwen3", 2048, 28, 16, 6144, **TIED),
+  "qwen3-4b": qwen("qwen3", 2560, 36, 32, 9728, **TIED),
+  "qwen3-8b": qwen("qwen3", 4096, 36, 32, 12288),
+  "llama3-8b": llama(4096, 32, 32, 14336),
+  "llama3.1-8b": llama(4096, 32, 32, 14336, factor=8.0),
+  "llama3.2-1b": llama(2048, 16, 32, 8192, factor=32.0, **TIED),
+  "llama3.2-3b": llama(3072, 28, 24, 8192, factor=32.0, **TIED),
+  "gemma2-2b": shape("gemma2", 256000, 2304, 26, 8, 9216),
+  "gemma2-9b": shape("gemma2", 256000, 3584, 42, 16, 14336, num_key_value_heads=8),
+  "gemma3-1b": shape(
+    "gemma3_text", 262144, 1152, 26, 4, 6912, num_key_value_heads=1, sliding_window=512
   ),
-  "qwen2.5-3b": ArchConfig(
-    family="qwen2",
-    vocab_size=151936,
-    hidden_size=2048,
-    num_layers=36,
-    num_heads=16,
-    num_kv_heads=2,
-    intermediate_size=11008,
-    qkv_bias=True,
-    tie_embeddings=True,
-    rope_theta=1e6,
-    max_positions=32768,
+  "gemma3-4b": gemma3(2560, 34, 8, 10240),
+  "gemma3-12b": gemma3(3840, 48, 16, 15360, num_key_value_heads=8),
+  "olmo2-7b": shape("olmo2", 100352, 4096, 32, 32, 11008, max_position_embeddings=4096, **OLMO),
+  "olmo3-7b": shape(
+    "olmo3", 100278, 4096, 32, 32, 11008, max_position_embeddings=65536, rope_scaling=YARN, **OLMO
   ),
-  "llama3-8b": LLAMA_8B,
-  "llama3.1-8b": LLAMA_8B.replace(
-    rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192), max_positions=131072
+  "smollm3-3b": shape(
+    "smollm3", 128256, 2048, 36, 16, 11008, rope_theta=5e6, max_position_embeddings=65536
   ),
-  "pythia-2.8b": ArchConfig(
-    family="gpt_neox",
-    vocab_size=50304,
-    hidden_size=2560,
-    num_layers=32,
-    num_heads=32,
-    intermediate_size=10240,
-    norm="layer",
-    norm_eps=1e-5,
-    activation="gelu",
-    gated_mlp=False,
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
-    parallel_residual=True,
-    rotary_fraction=0.25,
-    max_positions=2048,
+  # without the factors of its longrope, which cost nothing
+  "phi4-mini": shape(
+    "phi3", 200064, 3072, 32, 24, 8192, num_key_value_heads=8, partial_rotary_factor=0.75, **TIED
   ),
+  "pythia-2.8b": shape("gpt_neox", 50304, 2560, 32, 32, 10240),
+}
+# Skywork-Reward-V2 are classifiers of the shapes of their bases.
+ARCHS |= {
+  f"skywork-v2-{base}": ARCHS[base]
+  for base in (
+    *("qwen3-0.6b", "qwen3-1.7b", "qwen3-4b", "qwen3-8b"),
+    *("llama3.2-1b", "llama3.2-3b", "llama3.1-8b"),
+  )
 }
 
 
@@ -109,7 +132,12 @@ def sizes_of(config) -> Sizes:
   if config.plan.layers:
 
     def cut(arch):
-      return arch.replace(num_layers=min(arch.num_layers, config.plan.layers))
+      count = min(arch.num_layers, config.plan.layers)
+      kept = {
+        field: tuple(i for i in getattr(arch, field) if i < count)
+        for field in ("sliding_layers", "unrotated_layers")
+      }
+      return arch.replace(num_layers=count, **kept)
 
     arch, reward_arch = cut(arch), cut(reward_arch)
   from_text = bool(config.policy.path or config.plan.policy)

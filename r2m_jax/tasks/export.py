@@ -66,7 +66,7 @@ def run(config, workdir: Path | None = None) -> None:
     export_reward(config, workdir, out, mesh, manager, at, reward)
     return
   config.variant = stage[1]
-  policy = load_policy(config.policy.path, config, mesh, workdir=workdir)
+  policy = load_policy(config.policy.path, config, mesh, workdir=workdir, training=True)
   built = build(config, mesh, arch=policy.arch, reward_arch=reward.arch)
   starts = policy.state, reward.state, reward.phi
   if not config.checkpoint.fork_from:
@@ -77,7 +77,7 @@ def run(config, workdir: Path | None = None) -> None:
 
 def export_policy(config, workdir: Path, out: Path, mesh, manager, at: int) -> None:
   """The policy of a checkpoint of supervised training, at step `at`."""
-  policy = load_policy(config.policy.path, config, mesh, workdir=workdir)
+  policy = load_policy(config.policy.path, config, mesh, workdir=workdir, training=True)
   config.task = "sft"
   built, like = build(config, mesh, arch=policy.arch), policy.state
   if built.lora:

@@ -48,6 +48,7 @@ from r2m_jax.hf.folders import (
   load_reward,
   reward_start,
 )
+from r2m_jax.hf.peft import load_peft
 from r2m_jax.models import lora
 from r2m_jax.parallel import hosts, sharding
 from r2m_jax.parallel.sharding import on_mesh
@@ -170,6 +171,14 @@ def build_lora(config, mesh, **archs) -> Build:
     raise ConfigError(error) from None
 
 
+def start_adapters(built: Build, policy: Policy, fresh):
+  """The adapters that training starts from: fresh ones, or a PEFT folder's."""
+  if policy.adapter is None:
+    return fresh
+  assert built.lora is not None  # load_policy requires it
+  return load_peft(policy.adapter, built.arch, built.lora, fresh)
+
+
 # ---- sft ----
 
 
@@ -182,7 +191,7 @@ def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None 
     out: WORKDIR/export/policy where not given.
   """
   settings = config.sft
-  policy = load_policy(config.policy.path, config, mesh, workdir=workdir)
+  policy = load_policy(config.policy.path, config, mesh, workdir=workdir, training=True)
   dataset, collate = (packed_lines if config.data.pack else sft_rows)(
     config, policy.tokenizer, workdir, name
   )
@@ -190,7 +199,7 @@ def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None 
   start, frozen = policy.state, None
   loss = loss_fn = sft_loss(built.defs.policy, chunk=config.logits_chunk)
   if built.lora:
-    start, frozen = init_adapters(config, built, mesh), policy.state
+    start, frozen = start_adapters(built, policy, init_adapters(config, built, mesh)), policy.state
 
     def loss_fn(state, batch, base):
       return loss(nnx.merge_state(state, base), batch)
@@ -319,7 +328,7 @@ def load_models(config, workdir: Path, mesh) -> tuple[Policy, RewardModel]:
       f"config.{missing} is empty: task=r2m from folders needs a policy and a reward model; "
       "give both"
     )
-  policy = load_policy(config.policy.path, config, mesh, workdir=workdir)
+  policy = load_policy(config.policy.path, config, mesh, workdir=workdir, training=True)
   reward = load_reward(config.reward.path, config, mesh, workdir=workdir)
   hold_contract(workdir, reward.renderer)
   same_tokens = policy.tokenizer.hf.get_vocab() == reward.renderer.tokenizer.hf.get_vocab()
@@ -500,7 +509,7 @@ def run_of(
   def measure(order, t: int, state, output, batch, rows):
     if t == 0:
       rounding = sample_rounding(built.defs, config, state.ref, output.sequences)
-      check_step_zero(output.metrics, rounding, config)
+      check_step_zero(output.metrics, rounding, config, continued=policy.adapter is not None)
       print(reward.renderer.describe(*rows[0]))
     ends = t == config.steps - 1 or bool(follow.kl_reached(output.metrics["kl"], t + 1))
     if t == 0 or ends:
@@ -557,6 +566,8 @@ def start_state(config, built: Build, policy: Policy, reward: RewardModel, *, do
   weights up.
   """
   state = initial_state(config, built, policy.state, reward.state, reward.phi, donate=donate)
+  if built.lora:
+    state = state.replace(policy=start_adapters(built, policy, state.policy))
   if reward.head is None or not VARIANTS[config.variant].feedback:
     return state
   saved, head = reward.head

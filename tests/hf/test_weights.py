@@ -19,7 +19,7 @@ from flax import nnx
 from r2m_jax.hf import weights
 from r2m_jax.hf.weights import PretrainedError, load_pretrained, save_pretrained
 from r2m_jax.models import transformer
-from r2m_jax.models.arch import ArchConfig, RopeScaling
+from r2m_jax.models.arch import TOWERS, ArchConfig, RopeScaling
 from r2m_jax.models.generate import generate
 from r2m_jax.parallel import sharding
 from r2m_jax.types import Prompts
@@ -72,6 +72,15 @@ def files_of(folder):
   return {name: x for shard in shards for name, x in shard.items()}
 
 
+def language_model_of(folder):
+  """Every tensor of a folder's language model, by its name in a folder of its own."""
+  tensors = files_of(folder)
+  if json.loads((folder / "config.json").read_text())["model_type"] in TOWERS:
+    tensors = {weights.own_name(name): x for name, x in tensors.items()}
+    del tensors[None]  # those of other parts
+  return tensors
+
+
 def rewrite(folder, target, change):
   """A copy of `folder` in `target` whose tensors went through `change(dict)`."""
   target.mkdir(exist_ok=True)
@@ -86,7 +95,7 @@ def assert_close(ours, reference):
   np.testing.assert_allclose(ours, reference, rtol=0, atol=TOLERANCE * np.abs(reference).max())
 
 
-@pytest.mark.parametrize("case", hf_models.CASES)
+@pytest.mark.parametrize("case", hf_models.cases())
 def test_policy_equals_transformers(case, saved):
   """Logits over left-padded prompts and what follows them, at once and with a cache; the greedy
   continuation.
@@ -147,7 +156,46 @@ def test_policy_equals_transformers(case, saved):
   assert_close(cached[real], logits[real])
 
 
-@pytest.mark.parametrize("case", hf_models.CASES)
+def test_a_gemma3_folder_by_the_names_of_the_hub_and_of_transformers(saved, tmp_path):
+  folder, _ = saved("gemma3_folder")
+  pairs = {"language_model.model.": "model.language_model.", "language_model.lm_head.": "lm_head."}
+
+  def renamed(tensors, pairs):
+    for name in list(tensors):
+      for old, new in pairs.items():
+        if name.startswith(old):
+          tensors[new + name.removeprefix(old)] = tensors.pop(name)
+
+  hub = {new: old for old, new in pairs.items()}
+  states = [
+    load_pretrained(rewrite(folder, tmp_path / f"{i}", lambda t, p=p: renamed(t, p))).state
+    for i, p in enumerate((pairs, hub))
+  ]
+  assert jax.tree.all(jax.tree.map(np.array_equal, *states))
+
+
+def test_the_language_model_of_a_mistral3_folder(tmp_path):
+  text = hf_models.SMALL | hf_models.CASES["ministral3"][1] | {"model_type": "ministral3"}
+  vision = dict(model_type="pixtral", hidden_size=8, intermediate_size=8, num_hidden_layers=1)
+  vision |= dict(num_attention_heads=1, image_size=8, patch_size=4, head_dim=8)
+  config = transformers.Mistral3Config(
+    text_config=text, vision_config=vision, image_token_index=60, tie_word_embeddings=False
+  )
+  model = transformers.Mistral3ForConditionalGeneration._from_config(config).float().eval()
+  model.save_pretrained(tmp_path)
+  ours = load_pretrained(tmp_path)
+  tokens = np.arange(3, 13, dtype=np.int32)[None]
+
+  @jax.jit
+  def logits(state):
+    m = nnx.merge(ours.graphdef, state)
+    return m.logits(m(tokens, tokens > 0).hidden)
+
+  assert ours.arch.family == "ministral3"
+  assert np.abs(logits(ours.state) - theirs(model, tokens, tokens > 0)).max() <= BOUND
+
+
+@pytest.mark.parametrize("case", hf_models.cases())
 def test_classifier_equals_transformers(case, saved):
   folder, model = saved(case, True)
   tokens, mask = batch()
@@ -170,32 +218,28 @@ def test_classifier_equals_transformers(case, saved):
 
 
 @pytest.mark.parametrize("classifier", [False, True], ids=["policy", "classifier"])
-@pytest.mark.parametrize("case", hf_models.CASES)
+@pytest.mark.parametrize("case", hf_models.cases())
 def test_round_trip_is_bitwise(case, classifier, saved, tmp_path):
   folder, model = saved(case, classifier)
   ours = load_pretrained(folder)
   save_pretrained(tmp_path / "out", ours.arch, ours.state, score=ours.score)
-  before, after = files_of(folder), files_of(tmp_path / "out")
+  before, after = language_model_of(folder), files_of(tmp_path / "out")
   assert before.keys() == after.keys()
   assert all(
     before[name].dtype == x.dtype and np.array_equal(before[name], x) for name, x in after.items()
   )
-  auto = (
-    transformers.AutoModelForSequenceClassification
-    if classifier
-    else transformers.AutoModelForCausalLM
-  )
+  auto = hf_models.opener_of(ours.arch.family, classifier)
   again, info = auto.from_pretrained(
     tmp_path / "out", output_loading_info=True, attn_implementation="eager"
   )
   assert not any(info.values()), info
-  assert type(again) is type(model)
+  assert type(again) is hf_models.class_of(ours.arch.family, classifier)
   again.config.pad_token_id = None
   row = [x[PADDING.index(0) :] for x in batch()]
   assert_close(theirs(again, *row), theirs(model, *row))
 
 
-@pytest.mark.parametrize("case", ["qwen2", "gemma3", "pythia"])
+@pytest.mark.parametrize("case", ["qwen2", "gemma3", "pythia", "phi4_mini", "granite4", "olmo3"])
 def test_shards_are_read_and_written_on_a_mesh(case, saved, tmp_path):
   folder, _ = saved(case)
   whole = load_pretrained(folder)
@@ -206,11 +250,10 @@ def test_shards_are_read_and_written_on_a_mesh(case, saved, tmp_path):
   assert jax.tree.all(jax.tree.map(np.array_equal, whole.state, parts.state))
   layouts = sharding.shardings(parts.state, mesh)
   assert jax.tree.all(jax.tree.map(lambda x, layout: x.sharding == layout, parts.state, layouts))
-  assert parts.state["layers"]["attn"]["q"]["kernel"][...].sharding.shard_shape((3, 32, 48)) == (
-    3,
-    8,
-    24,
-  )
+  query = parts.state["layers"]["attn"]["q"]["kernel"][...]
+  width = whole.arch.num_heads * whole.arch.head_dim
+  assert query.shape == (3, 32, width)
+  assert query.sharding.shard_shape(query.shape) == (3, 8, width // 2)
   save_pretrained(tmp_path / "again", parts.arch, parts.state)
   before, after = files_of(folder), files_of(tmp_path / "again")
   assert before.keys() == after.keys() and all(
@@ -220,6 +263,31 @@ def test_shards_are_read_and_written_on_a_mesh(case, saved, tmp_path):
     tmp_path / "sharded", output_loading_info=True
   )
   assert not any(info.values()), info
+
+
+@pytest.mark.parametrize(
+  "case",
+  [
+    "olmo3",
+    *(pytest.param(c, marks=pytest.mark.long) for c in ("smollm3", "phi4_mini", "granite")),
+  ],
+)
+def test_a_mesh_gives_the_same_logits(case, saved):
+  """Norms over all heads, layers without positions, fused tensors and one key head, split."""
+  folder, _ = saved(case)
+  tokens, mask = batch()
+
+  def logits(mesh):
+    ours = load_pretrained(folder, mesh=mesh)
+
+    @sharding.jit_on(mesh)
+    def run(state):
+      m = nnx.merge(ours.graphdef, state)
+      return m.logits(m(tokens, mask).hidden)
+
+    return np.asarray(run(ours.state))[mask]
+
+  assert_close(logits(sharding.make_mesh((1, 4, 2))), logits(sharding.make_mesh((1, 1, 1))))
 
 
 def test_each_shard_reads_only_its_part(saved, monkeypatch):
@@ -252,6 +320,32 @@ def test_bfloat16_on_disk(saved, tmp_path):
     np.testing.assert_array_equal(np.asarray(x).astype(jnp.bfloat16), h)
     np.testing.assert_array_equal(np.asarray(h).astype(np.float32), w)
   assert all(x.dtype == ml_dtypes.bfloat16 for x in files_of(tmp_path / "half").values())
+
+
+@pytest.mark.parametrize("case", hf_models.cases(hf_models.LONG | hf_models.USUAL))
+def test_bfloat16_checkpoint_equals_transformers(case, saved, tmp_path):
+  """Logits and scores in float32 of weights that lie on disk in bfloat16."""
+  tokens, mask = batch()
+  for classifier in (False, True):
+    folder, model = saved(case, classifier)
+    half = tmp_path / f"half-{classifier}"
+    ours = load_pretrained(folder)
+    save_pretrained(half, ours.arch, ours.state, score=ours.score, dtype=jnp.bfloat16)
+    ours = load_pretrained(half)
+    auto = hf_models.class_of(ours.arch.family, classifier)
+    model = auto.from_pretrained(half, dtype=torch.float32, attn_implementation="eager").eval()
+    model.config.pad_token_id = None
+
+    @jax.jit
+    def read(state, score):
+      m = nnx.merge(ours.graphdef, state)
+      hidden = m(tokens, mask).hidden
+      return m.logits(hidden) if score is None else hidden[:, -1] @ score.kernel
+
+    got = np.asarray(read(ours.state, ours.score))
+    for i, pad in enumerate(PADDING):
+      want = theirs(model, tokens[i : i + 1, pad:], mask[i : i + 1, pad:])[0]
+      assert np.abs((got[i] if classifier else got[i, pad:]) - want).max() <= BOUND
 
 
 def test_score_head_with_bias_and_several_labels(saved, tmp_path):
@@ -440,7 +534,7 @@ def test_hub_names_fetch_safetensors_and_json_only(saved, monkeypatch):
   )
 
 
-@pytest.mark.parametrize("case", hf_models.CASES)
+@pytest.mark.parametrize("case", hf_models.cases())
 def test_config_reads_both_spellings(case, saved):
   folder, model = saved(case)
   config = json.loads((folder / "config.json").read_text())
@@ -448,7 +542,8 @@ def test_config_reads_both_spellings(case, saved):
   both = arch.to_hf()
   assert ArchConfig.from_hf(both) == arch
   assert ArchConfig.from_hf({k: v for k, v in both.items() if k != "rope_parameters"}) == arch
-  written = type(model.config).from_dict(both).to_dict()
+  theirs = model.config.get_text_config()
+  written = type(theirs).from_dict(both).to_dict()
   ignored = {
     "architectures",
     "_name_or_path",
@@ -458,9 +553,8 @@ def test_config_reads_both_spellings(case, saved):
     "eos_token_id",
   }
   ignored |= {"pad_token_id", "max_window_layers", "transformers_version"}
-  different = {
-    k: (v, written.get(k)) for k, v in model.config.to_dict().items() if written.get(k) != v
-  }
+  ignored |= {"no_rope_layer_interval"}  # `no_rope_layers` says it for each layer
+  different = {k: (v, written.get(k)) for k, v in theirs.to_dict().items() if written.get(k) != v}
   assert different.keys() <= ignored, different
 
 
@@ -564,7 +658,7 @@ def test_config_of_hub_files():
   [
     (dict(model_type="gpt2"), "'gpt2' in config.json is not supported"),
     (dict(hidden_act="relu"), "hidden_act='relu'"),
-    (dict(rope_scaling=dict(type="yarn", factor=4.0)), "rope type 'yarn'"),
+    (dict(rope_scaling=dict(type="dynamic", factor=4.0)), "rope type 'dynamic'"),
     (dict(use_bidirectional_attention=True), "causal"),
     (dict(quantization_config=dict(quant_method="fp8")), "quantised weights are not supported"),
   ],
@@ -572,6 +666,26 @@ def test_config_of_hub_files():
 def test_unsupported_configs_are_refused(change, message):
   config = ArchConfig().to_hf()
   del config["rope_parameters"]
+  with pytest.raises(ValueError, match=message):
+    ArchConfig.from_hf(config | change)
+
+
+@pytest.mark.parametrize(
+  "case, change, message",
+  [
+    ("granite4", dict(num_local_experts=4), "num_local_experts = 4.*only dense models"),
+    ("granite4", dict(layer_types=["mamba"] * 3), r"layers of kind \['mamba'\]"),
+    ("ministral3", dict(rope_parameters=None), "'ministral3' lacks rope_parameters"),
+    ("phi3", dict(head_dim=6), "has no head size of its own"),
+    ("olmo3", dict(sliding="yarn"), "sliding layers the rope type 'yarn'"),
+  ],
+)
+def test_members_of_a_family_that_are_not_supported(case, change, message):
+  model_type, fields = hf_models.CASES[case]
+  config = hf_models.SMALL | dict(model_type=model_type) | fields
+  if "sliding" in change:
+    rope = config["rope_parameters"]
+    change = dict(rope_parameters=rope | {"sliding_attention": rope["full_attention"]})
   with pytest.raises(ValueError, match=message):
     ArchConfig.from_hf(config | change)
 

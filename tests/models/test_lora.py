@@ -13,6 +13,7 @@ from test_serve import config, read, write
 
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.hf import export
+from r2m_jax.hf.folders import FolderError
 from r2m_jax.models import lora, transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.lora import LoraConfig
@@ -176,6 +177,68 @@ def test_peft_folder_agrees_with_peft(case, targets, folders, tmp_path):
   want = their_logits(adapted, ids)
   np.testing.assert_allclose(their_logits(merged, ids), want, atol=1e-4)
   assert np.abs(want - before).max() > 0.05
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", ["qwen2", "phi4_mini"])
+def test_adapters_of_a_folder_are_trained_on(case, folders, tmp_path):
+  """R2M starts from the folder's adapters, with the base as reference; so small a step leaves them
+  as they are, and peft loads them on the same base.
+  """
+  import peft
+
+  if not (folders / case).exists():
+    tiny_text.model(case, "chatml", folders / case)
+  base = transformers.AutoModelForCausalLM.from_pretrained(folders / case)
+  fused = case == "phi4_mini"
+  settings = peft.LoraConfig(
+    task_type="CAUSAL_LM",
+    r=2,
+    lora_alpha=3,
+    use_rslora=True,
+    target_modules=["qkv_proj"] if fused else ["q_proj", "v_proj"],
+  )
+  model = peft.get_peft_model(base, settings).eval()
+  torch.manual_seed(0)
+  with torch.no_grad():
+    for name, x in model.named_parameters():
+      if "lora_" in name:
+        x.copy_(0.3 * torch.randn_like(x))
+  model.save_pretrained(tmp_path / "adapters")
+  ids = [5, 9, 20, 33, 7]
+  want = their_logits(model, ids)
+  targets = "attn/(q|k|v)" if fused else "attn/(q|v)"
+  cfg = small(
+    folders,
+    tmp_path,
+    policy__path=str(tmp_path / "adapters"),
+    policy__adapters="trained",
+    policy__lr=1e-9,
+    lora__rank=2,
+    lora__alpha=5.0,
+    lora__targets=targets,
+    lora__export="peft",
+    steps=1,
+    data__name=write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS[:2]]),
+    export__check=False,
+  )
+  folders_task.run(cfg, tmp_path / "run")
+  (row,) = read(tmp_path / "run/metrics.jsonl")
+  assert row["policy/old_ref_deviation"] > 1e-2
+  out = tmp_path / "run/export/policy"
+  again = transformers.AutoModelForCausalLM.from_pretrained(folders / case)
+  again = peft.PeftModel.from_pretrained(again, out).eval()
+  assert again.peft_config["default"].base_model_name_or_path == str(folders / case)
+  np.testing.assert_allclose(their_logits(again, ids), want, atol=1e-4)
+  for change, message in {
+    (("rank", 3),): "of rank 2: set config.lora.rank to it, not to 3",
+    (("targets", "mlp/down"),): "which config.lora.targets = 'mlp/down' does not",
+    (("rank", 0),): "config.policy.adapters is 'trained' and config.lora.rank is 0",
+  }.items():
+    wrong = cfg.copy_and_resolve_references()
+    wrong.lora.update(dict(change))
+    with pytest.raises(FolderError, match=message):
+      folders_task.run(wrong, tmp_path / f"wrong-{change[0][1]}".replace("/", "-"))
 
 
 def test_r2m_with_adapters_keeps_one_base(folders, tmp_path, capsys):

@@ -60,16 +60,24 @@ def test_a_token_without_a_place_is_nan():
   assert 18 < MASK.sum() and np.isnan(found).any(-1).sum() == MASK.sum() - 18
 
 
+# Norms over all heads together, and layers of three kinds, one of them without positions.
+JOINT = ARCHS["rich"].replace(
+  qk_norm_joint=True, pre_norms=False, unrotated_layers=(1,), sliding_layers=(2,)
+)
+
+
 @pytest.mark.parametrize("lines", ["rows", "prompts once"])
-@pytest.mark.parametrize("name", ["plain", "rich"])
-def test_states_and_gradients_are_those_of_padded_rows(name, lines):
+@pytest.mark.parametrize(
+  "arch", [ARCHS["plain"], ARCHS["rich"], JOINT], ids=["plain", "rich", "joint"]
+)
+def test_states_and_gradients_are_those_of_padded_rows(arch, lines):
   shared = Shared(PROMPT, COPIES) if lines == "prompts once" else None
   with jax.enable_x64(True):
     kinds = dict(dtype=jnp.float64, param_dtype=jnp.float64)
-    graphdef, state = transformer.init(ARCHS[name], jax.random.key(0), **kinds)
+    graphdef, state = transformer.init(arch, jax.random.key(0), **kinds)
     state = jax.tree.map(lambda x: x + 0.1 * RNG.standard_normal(x.shape), state)
     tokens, mask = rows()
-    weights = RNG.standard_normal((*tokens.shape, ARCHS[name].hidden_size)) * mask[..., None]
+    weights = RNG.standard_normal((*tokens.shape, arch.hidden_size)) * mask[..., None]
 
     @functools.partial(jax.jit, static_argnums=1)
     def run(state, share):

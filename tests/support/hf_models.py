@@ -2,14 +2,20 @@
 
 import json
 
+import pytest
 import torch
 import transformers
+from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.models.granite.modeling_granite import GranitePreTrainedModel
+from transformers.models.granitemoehybrid.modeling_granitemoehybrid import (
+  GraniteMoeHybridPreTrainedModel,
+)
 
-from r2m_jax.models.arch import FAMILIES
+from r2m_jax.models.arch import FAMILIES, TOWERS
 
 torch.set_num_threads(1)
 
-_SMALL = dict(
+SMALL = dict(
   vocab_size=61,
   hidden_size=32,
   num_hidden_layers=3,
@@ -31,6 +37,24 @@ _LLAMA3 = {
   "original_max_position_embeddings": 32,
   "rope_theta": 100.0,
 }
+
+_YARN = {
+  "rope_type": "yarn",
+  "factor": 4.0,
+  "attention_factor": 1.1386,
+  "beta_fast": 4.0,
+  "beta_slow": 0.5,
+  "original_max_position_embeddings": 48,
+  "rope_theta": 100.0,
+}
+_ONE_KEY = dict(num_key_value_heads=1, head_dim=6)
+_TWO_ROPES = {
+  "full_attention": _LINEAR,
+  "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+}
+_MULTIPLIERS = dict(
+  embedding_multiplier=3.0, logits_scaling=1.7, residual_multiplier=0.7, attention_multiplier=0.4
+)
 
 # case -> (model_type, config). Windows are shorter than the sequences of the tests; both kinds of
 # layer occur.
@@ -62,9 +86,181 @@ CASES = {
       },
     ),
   ),
+  "gemma3_folder": (
+    "gemma3",
+    dict(
+      text_config=SMALL
+      | _ONE_KEY
+      | dict(vocab_size=71, sliding_window=4, query_pre_attn_scalar=20, rope_parameters=_TWO_ROPES),
+      vision_config=dict(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
+      )
+      | dict(image_size=8, patch_size=4),
+      mm_tokens_per_image=1,
+    ),
+  ),
+  "mistral_yarn": ("mistral", _GROUPED | dict(sliding_window=None, rope_parameters=_YARN)),
+  "ministral": (
+    "ministral",
+    _ONE_KEY
+    | dict(
+      vocab_size=73,
+      sliding_window=5,
+      layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    ),
+  ),
+  "ministral3": (
+    "ministral3",
+    _GROUPED
+    | dict(
+      rope_parameters=_YARN | {"llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 256}
+    ),
+  ),
+  "qwen3_yarn": ("qwen3", _ONE_KEY | dict(rope_parameters=_YARN, attention_bias=True)),
+  "llama3.2": (
+    "llama",
+    _GROUPED | dict(tie_word_embeddings=True, rope_parameters=_LLAMA3 | {"factor": 32.0}),
+  ),
+  "olmo2": ("olmo2", dict(vocab_size=67, num_key_value_heads=1, attention_bias=True)),
+  "olmo3": (
+    "olmo3",
+    dict(
+      vocab_size=67,
+      num_key_value_heads=2,
+      sliding_window=4,
+      layer_types=["sliding_attention", "sliding_attention", "full_attention"],
+      rope_parameters={
+        "full_attention": _YARN,
+        "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+      },
+    ),
+  ),
+  "smollm3": (
+    "smollm3",
+    dict(num_key_value_heads=2, no_rope_layers=[1, 0, 1], attention_bias=True, mlp_bias=True),
+  ),
+  "smollm3_windows": (
+    "smollm3",
+    dict(
+      num_key_value_heads=1, no_rope_layer_interval=2, use_sliding_window=True, sliding_window=4
+    ),
+  ),
+  "phi3": ("phi3", dict(num_key_value_heads=4, sliding_window=5)),
+  "phi4_mini": (
+    "phi3",
+    dict(
+      num_key_value_heads=2,
+      tie_word_embeddings=True,
+      original_max_position_embeddings=256,
+      rope_parameters={
+        "rope_type": "longrope",
+        "rope_theta": 100.0,
+        "partial_rotary_factor": 0.75,
+        "factor": 2.0,
+        "attention_factor": 1.0857,
+        "short_factor": [1.0, 1.2, 1.5],
+        "long_factor": [1.0, 3.0, 9.0],
+        "original_max_position_embeddings": 256,
+      },
+    ),
+  ),
+  "granite": (
+    "granite",
+    dict(num_key_value_heads=1, attention_bias=True, mlp_bias=True, **_MULTIPLIERS),
+  ),
+  "granite4": (
+    "granitemoehybrid",
+    dict(
+      num_key_value_heads=2,
+      tie_word_embeddings=True,
+      intermediate_size=40,
+      shared_intermediate_size=40,
+      num_local_experts=0,
+      num_experts_per_tok=0,
+      layer_types=["full_attention"] * 3,
+      position_embedding_type="rope",
+      mamba_n_heads=1,
+      **_MULTIPLIERS,
+    ),
+  ),
+  "granite4_unrotated": (
+    "granitemoehybrid",
+    dict(
+      num_key_value_heads=1,
+      shared_intermediate_size=48,
+      num_local_experts=0,
+      num_experts_per_tok=0,
+      layer_types=["full_attention"] * 3,
+      mamba_n_heads=1,
+      **_MULTIPLIERS,
+    ),
+  ),
   "pythia": ("gpt_neox", {}),
   "neox_sequential": ("gpt_neox", dict(use_parallel_residual=False, attention_bias=False)),
 }
+
+
+# Cases whose features other cases have too, for tests that are marked `long`.
+LONG = {
+  "mistral_yarn",
+  "ministral",
+  "ministral3",
+  "qwen3_yarn",
+  "llama3.2",
+  "olmo2",
+  "smollm3_windows",
+  "phi3",
+  "granite",
+  "granite4_unrotated",
+}
+# Cases that other tests of bfloat16 cover.
+USUAL = set(CASES) - LONG - {"phi4_mini"}
+
+
+def cases(long=frozenset(LONG)) -> list:
+  """All cases as parameters of a test, those of `long` marked so."""
+  return [pytest.param(case, marks=pytest.mark.long) if case in long else case for case in CASES]
+
+
+class GraniteForSequenceClassification(GenericForSequenceClassification, GranitePreTrainedModel):
+  """What transformers has for other families."""
+
+
+class GraniteMoeHybridForSequenceClassification(
+  GenericForSequenceClassification, GraniteMoeHybridPreTrainedModel
+):
+  """What transformers has for other families."""
+
+
+OURS = {
+  own.__name__: own
+  for own in (GraniteForSequenceClassification, GraniteMoeHybridForSequenceClassification)
+}
+
+
+def class_of(model_type: str, classifier: bool):
+  """The class of transformers for a folder of this model_type."""
+  if model_type in TOWERS:
+    return (
+      transformers.Gemma3ForSequenceClassification
+      if classifier
+      else transformers.Gemma3ForConditionalGeneration
+    )
+  family = FAMILIES[model_type]
+  name = family.classifier if classifier else family.causal
+  return OURS.get(name) or getattr(transformers, name)
+
+
+def opener_of(model_type: str, classifier: bool):
+  """What opens a folder of this model_type: the Auto class, or ours if it does not know one."""
+  own = class_of(model_type, classifier)
+  if own in OURS.values():
+    return own
+  return (
+    transformers.AutoModelForSequenceClassification
+    if classifier
+    else transformers.AutoModelForCausalLM
+  )
 
 
 def make(
@@ -84,9 +280,12 @@ def make(
   """
   model_type, fields = CASES[case]
   config_class = transformers.AutoConfig.for_model(model_type).__class__
-  fields = _SMALL | fields | (dict(num_labels=labels) if classifier else {}) | changes
-  family = FAMILIES[model_type]
-  model_class = getattr(transformers, family.classifier if classifier else family.causal)
+  if model_type in TOWERS:
+    fields = fields | {"text_config": fields["text_config"] | changes}
+  else:
+    fields = SMALL | fields | changes
+  fields = fields | (dict(num_labels=labels) if classifier else {})
+  model_class = class_of(model_type, classifier)
   torch.manual_seed(seed)
   model = model_class._from_config(
     config_class(**json.loads(json.dumps(fields))), attn_implementation="eager"
