@@ -95,7 +95,7 @@ def test_pairs_of_samples_are_ordered_by_the_judge(tmp_path):
   "changes, message",
   [
     (dict(r2m__judge_model=""), "config.r2m.judge_model is '': name the model"),
-    (dict(r2m__labels="self"), "config.r2m.labels is 'self': a judge"),
+    (dict(r2m__labels="self"), "config.r2m.labels is 'self': use 'preference'"),
     (dict(policy__path="", reward__path=""), "config.r2m.judge_url is .*a judge reads text"),
     (dict(variant="warm_start"), "config.r2m.judgments is ''"),
   ],
