@@ -309,4 +309,6 @@ def told(
     yield
   except Exception as error:  # noqa: BLE001  a full disk comes as an OSError, ValueError, RuntimeError, ...
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if isinstance(error, KeyError):  # its text is the key alone
+      reason = f"KeyError: {reason}"
     raise CheckpointError(f"{what}: {reason[:400]}; {fix}") from error

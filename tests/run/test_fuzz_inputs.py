@@ -374,8 +374,9 @@ def test_checkpoints(saved, tmp_path_factory, draw):
     str(path.relative_to(saved)) for path in (saved / "2").rglob("*") if path.is_file()
   )
   damaged(draw, saved, folder, [*names, *["2/manifest.json"] * len(names)])
-  made = checkpoint.open_checkpoints(folder)
+  made = None
   try:
+    made = checkpoint.open_checkpoints(folder)
     step = checkpoint.newest(made)
     got = checkpoint.restore(made, tree(0))
     checkpoint.facts_of(made, step)
@@ -383,6 +384,7 @@ def test_checkpoints(saved, tmp_path_factory, draw):
     assert str(error).strip() and "Traceback" not in str(error)
     return
   finally:
-    made.close()
+    if made is not None:
+      made.close()
   assert step in (1, 2)
   jax.tree.map(np.testing.assert_array_equal, got, tree(step))
