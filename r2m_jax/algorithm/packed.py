@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from r2m_jax.algorithm.read import Defs, all_rows, parts_of, shared_prompts
 from r2m_jax.algorithm.update import shared_group, shuffles
@@ -32,18 +33,27 @@ def make_needed(defs: Defs, config) -> Callable[..., jax.Array]:
 
   def needed(state: TrainState, rollout: Rollout, reward_rows: Rollout | None = None):
     policy, samples = defs.open_policy(state.policy, state.ref), rollout.samples
+    reward, critic = nnx.merge(defs.reward_backbone, state.reward_backbone), policy
+    if defs.critic_backbone is not None:
+      critic = nnx.merge(defs.critic_backbone, state.critic["backbone"])
     rows, group = all_rows(rollout), K if rollout.greedy is None else 1
+    in_all = parts_of_rows(len(rows.tokens), parts)
+    in_samples = parts_of_rows(len(samples.tokens), parts)
     found = [
-      share_of(policy, rows, parts_of_rows(len(rows.tokens), parts), group),
-      share_of(policy, samples, parts_of_rows(len(samples.tokens), parts), K),
+      share_of(policy, rows, in_all, group),
+      share_of(policy, samples, in_samples, K),
+      share_of(critic, samples, in_samples, K),
     ]
-    if reward_rows is not None:
+    if reward_rows is None:
+      found.append(share_of(reward, rows, in_all, group))
+    else:
       mask = all_rows(reward_rows).mask
       found.append(share_of_blocks(mask.sum(-1), mask.shape[1], parts_of_rows(len(mask), parts)))
 
     def of_minibatch(order):
       batch = take_rows(samples, order, minibatches) if minibatches > 1 else samples
-      return share_of(policy, batch, accumulation, shared_group(config))
+      of = [share_of(one, batch, accumulation, shared_group(config)) for one in (policy, critic)]
+      return jnp.maximum(*of)
 
     orders = shuffles(config, state, len(samples.tokens))
     return jnp.stack([*found, jax.lax.map(of_minibatch, orders).max()]).max()
