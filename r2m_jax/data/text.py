@@ -172,6 +172,23 @@ class Tokenizer:
       ids = self.encode(prompt)
     return self._checked(ids, prompt)
 
+  def written(self, prompt: Prompt) -> list[bool]:
+    """Of each token of `render(prompt)`, whether it holds text of the prompt: False on special
+    tokens and on what the chat template adds, such as roles and a system prompt of its own.
+    """
+    ids, special = self.render(prompt), set(self.hf.all_special_ids)
+    if isinstance(prompt, str) or not self.hf.is_fast:  # only fast tokenizers know the places
+      return [i not in special for i in ids]
+    messages = self._chat(prompt)
+    text, at, spans = self._text(messages, add_generation_prompt=True), 0, []
+    for content in (message["content"].strip() for message in messages):
+      start = text.find(content, at)
+      if start >= 0:
+        at = start + len(content)
+        spans.append((start, at))
+    places = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [any(a < end and b > start for start, end in spans) for a, b in places]
+
   def answer(self, prompt: Prompt, response: str) -> list[int]:
     """Ids of a response from a row of data, as it follows `render(prompt)`; no end-of-turn.
 
