@@ -136,7 +136,13 @@ def gaps(name: str, pooled: np.ndarray, keep: np.ndarray) -> list[Row]:
         found = probes.similarities(of(states[mine].astype(float)), label, prompt)
         labels = (name, "fig. 1", f"{reading}, {pool}", str(layer))
         rows.append(Row(labels, "gap", found.gap))
-        rows.append(Row(labels, "same", Interval((found.first.value + found.second.value) / 2, np.nan, np.nan, count)))
+        rows.append(
+          Row(
+            labels,
+            "same",
+            Interval((found.first.value + found.second.value) / 2, np.nan, np.nan, count),
+          )
+        )
   return rows
 
 
@@ -157,7 +163,9 @@ def over_pairs(x: np.ndarray, y: np.ndarray, prompt: np.ndarray) -> Interval:
     return (w * dx * dy).sum() / np.sqrt((w * dx * dx).sum() * (w * dy * dy).sum())
 
   drawn = [pearson(weight) for weight in resampled(count, draws=RESAMPLES)]
-  return Interval(float(pearson(np.ones(count))), *map(float, np.quantile(drawn, (0.025, 0.975))), count)
+  return Interval(
+    float(pearson(np.ones(count))), *map(float, np.quantile(drawn, (0.025, 0.975))), count
+  )
 
 
 def differences(name: str, final: np.ndarray, score: np.ndarray, margin: np.ndarray) -> list[Row]:
@@ -177,7 +185,9 @@ def differences(name: str, final: np.ndarray, score: np.ndarray, margin: np.ndar
   for what, gap in (("linear reward", np.abs(score[::2] - score[1::2])), ("margin", margin)):
     if np.isfinite(gap).all():
       found = probes.correlation(within, gap, each)
-      rows.append(Row((name, "fig. 2", f"replies to one prompt, {what}", "last"), "correlation", found))
+      rows.append(
+        Row((name, "fig. 2", f"replies to one prompt, {what}", "last"), "correlation", found)
+      )
   return rows
 
 
@@ -278,7 +288,10 @@ def effects(name: str, what: str, used: list[np.ndarray], own: np.ndarray, promp
     *(part for pair in parts for part in pair),
   )
   labels = (name, "attention", what, "")
-  return [Row(labels, "right minus no attention, points", found), Row(labels, "share of the variance", share)]
+  return [
+    Row(labels, "right minus no attention, points", found),
+    Row(labels, "share of the variance", share),
+  ]
 
 
 def template_of(data, width: int) -> np.ndarray:
@@ -299,16 +312,22 @@ def shown(row: Row) -> str:
   value, low, high, _ = row.found
   digits = 4 if abs(value) < 0.1 else 2
   interval = "" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]"
-  return f"{' | '.join(filter(None, row.labels)):58s} {row.measure:44s} {value:.{digits}f}{interval}"
+  return (
+    f"{' | '.join(filter(None, row.labels)):58s} {row.measure:44s} {value:.{digits}f}{interval}"
+  )
 
 
 def write(path: Path, rows: list[Row]) -> None:
   """One line for each number, five digits."""
   with open(path, "w", newline="", encoding="utf-8") as file:
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["data", "check", "reading", "layer", "measure", "value", "low", "high", "count"])
+    writer.writerow(
+      ["data", "check", "reading", "layer", "measure", "value", "low", "high", "count"]
+    )
     for row in rows:
-      writer.writerow([*row.labels, row.measure, *(f"{x:.5g}" for x in row.found[:3]), row.found.count])
+      writer.writerow(
+        [*row.labels, row.measure, *(f"{x:.5g}" for x in row.found[:3]), row.found.count]
+      )
 
 
 def analyse(name: str, path: Path) -> list[Row]:

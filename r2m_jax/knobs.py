@@ -50,6 +50,7 @@ PIECES = (
   "cost",
   "hacking",
   "accuracy",
+  "checks",
   "ablations",
   "probes",
 )

@@ -11,13 +11,22 @@ from typing import NamedTuple
 import numpy as np
 
 from r2m_jax.analysis.evidence import Row
-from r2m_jax.analysis.probes import correlation
+from r2m_jax.analysis.probes import correlation, pairs_of_prompts
 from r2m_jax.report.intervals import Interval, by_group, estimate, group_mean
 
 # a run tests the premise of the paper if one of its two properties reaches this
-LEAST_CORRELATION = 0.3  # |correlation| of similarity and difference of reward (fig. 2; paper: 0.68)
+LEAST_CORRELATION = (
+  0.3  # |correlation| of similarity and difference of reward (fig. 2; paper: 0.68)
+)
 LEAST_GAP = 0.1  # similarity among hacking and sound responses minus across (table 5; paper: 0.26)
 INERT = 0.01  # share of the reward's variance below which the attention does nothing
+LOGGED = (  # (metric, what it is) of a step, which every run of the gold-reward task logs
+  ("reward/growth", "deviation, used / frozen"),
+  ("reward/frozen_corr", "correlation of used and frozen"),
+  ("r2m/pair_disagreement", "self-labels against gold"),
+  ("r2m/frozen_disagreement", "the same pairs by the frozen reward"),
+)
+SHARE = "attention's share of the variance"
 ONE_TOKEN = 0.5  # mean weight on one state above which the attention reads little else
 
 
@@ -36,6 +45,27 @@ class Scored(NamedTuple):
   used: np.ndarray
   own: np.ndarray  # the part without attention: omega * (the score at omega = 1)
   frozen: np.ndarray
+
+
+class Seen(NamedTuple):
+  """What one reward model makes of responses; row p * K + k is response k to prompt p."""
+
+  scored: Scored
+  gold: np.ndarray  # f64[N], or 1 for the better reply of a pair and 0 for the worse
+  attended: Attended | None  # None: it reads no states of the policy
+
+
+class Checked(NamedTuple):
+  """One arm before RL, reading the policy of the start, and as it ended."""
+
+  arm: str
+  prompt: np.ndarray  # i64[N] from 0, of both
+  before: Seen
+  after: Seen
+  # of attention and phi by name, before and after
+  weights: tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
+  # step -> `self_labels` of the samples of that step's policy; {}: there are none
+  labels: dict[int, tuple[Interval, ...]] = {}
 
 
 def products(x: np.ndarray, y: np.ndarray, prompt: np.ndarray) -> np.ndarray:
@@ -126,6 +156,42 @@ def scale_rows(name: str, scored: Scored, prompt: np.ndarray) -> list[Row]:
   ]
 
 
+def accuracy_gap(seen: Seen, prompt: np.ndarray) -> Interval:
+  """Points that the used reward has over the frozen one in ordering the responses to a prompt."""
+  pairs = pairs_of_prompts(np.ones((len(prompt), 1)), prompt)
+  gap = seen.gold[pairs.i] - seen.gold[pairs.j]
+  used, frozen = (orders(x, pairs.i, pairs.j, gap) for x in (seen.scored.used, seen.scored.frozen))
+  return percent(group_mean(used - frozen, pairs.prompt, gap != 0))
+
+
+def label_rows(name: str, labels: dict[int, tuple[Interval, ...]]) -> list[Row]:
+  """`self_labels` by step, in percent."""
+  measures = "self-labels right", "frozen reward right on them", "the difference"
+  return [
+    Row((f"{measure}, step {step}, %",), name, found)
+    for step, each in labels.items()
+    for measure, found in zip(measures, each)
+  ]
+
+
+def rows_of(checked: list[Checked]) -> list[Row]:
+  """Every number: labels are (check,), the measure is the arm before or after RL."""
+  rows = []
+  for one in checked:
+    for when, seen in (("before", one.before), ("after", one.after)):
+      name = f"{one.arm}, {when}"
+      if seen.attended is not None:
+        share = attention_share(seen.scored, one.prompt)
+        rows.append(Row((SHARE,), name, share))
+      rows.append(Row(("accuracy minus frozen, points",), name, accuracy_gap(seen, one.prompt)))
+      rows += scale_rows(name, seen.scored, one.prompt)
+      if seen.attended is not None:
+        rows += attention_rows(name, seen.attended, one.prompt)
+    rows += dose_rows(f"{one.arm}, after", *one.weights)
+    rows += label_rows(f"{one.arm}, after", one.labels)
+  return rows
+
+
 # ---- in words ----
 
 
@@ -163,7 +229,7 @@ def words(rows: list[Row]) -> list[str]:
         f"{name}: one state has {largest:.0%} of the attention (the first token {first:.0%}, the "
         f"template {template:.0%}). The reward reads it and little else; try r2m.normalise."
       )
-    share = by.get(("attention's share of the variance", name), np.nan)
+    share = by.get((SHARE, name), np.nan)
     if abs(share) < INERT:
       found.append(
         f"{name}: the attention gives {share:.1%} of the reward's variance within a prompt. It "

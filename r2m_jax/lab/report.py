@@ -89,6 +89,7 @@ def tables(config, found: Results, facts: dict[int, dict]) -> list[dict]:
   sections = gold_tables(config, found)
   sections += same_weight_table(config, found)
   sections += [behaviour_table(found)]
+  sections += checks_table(found)
   sections += drift_table(found)
   sections += [turnover_table(found)]
   sections += choice_table(config, found)
@@ -194,6 +195,29 @@ def behaviour_table(found: Results) -> dict:
     "that the reward labels against gold; 0.5 is chance): means of the second half of the "
     "steps. A high gold with a length near 1 is collapse, not alignment.",
   )
+
+
+def checks_table(found: Results) -> list[dict]:
+  """Manipulation checks that need no checkpoint; [] for tables of runs that did not log them."""
+  show = ("growth", "frozen_corr", "pair_disagreement", "frozen_disagreement")
+  rows = [
+    [_label(key), *(span(find(found, key[0], name, key[1]), 3) for name in show)]
+    for key, values in found.values.items()
+    if "growth" in values
+  ]
+  if not rows:
+    return []
+  head = ["arm", "deviation, used / frozen", "correlation of used and frozen"]
+  return [
+    _table(
+      "Manipulation checks",
+      [*head, "self-labels against gold", "the same pairs by the frozen reward"],
+      rows,
+      "Within prompts, means of the second half of the steps. An arm tests its own reward only as "
+      "far as this has left the frozen one. `task=analyse` of a run of one seed measures attention, "
+      "dose and states.",
+    )
+  ]
 
 
 def drift_table(found: Results) -> list[dict]:
