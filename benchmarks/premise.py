@@ -133,17 +133,19 @@ def gaps(name: str, pooled: np.ndarray, keep: np.ndarray) -> list[Row]:
   for layer in range(len(pooled)):
     for pool, states in zip(POOLS, pooled[layer]):
       for reading, of in readings().items():
-        found = probes.similarities(of(states[mine].astype(float)), label, prompt)
-        labels = (name, "fig. 1", f"{reading}, {pool}", str(layer))
-        rows.append(Row(labels, "gap", found.gap))
-        rows.append(
-          Row(
-            labels,
-            "same",
-            Interval((found.first.value + found.second.value) / 2, np.nan, np.nan, count),
-          )
-        )
+        plain = reading == "raw" and pool == "mean"
+        if plain or layer in shown(len(pooled)):
+          found = probes.similarities(of(states[mine].astype(float)), label, prompt)
+          same = (found.first.value + found.second.value) / 2
+          labels = (name, "fig. 1", f"{reading}, {pool}", str(layer))
+          rows.append(Row(labels, "gap", found.gap))
+          rows.append(Row(labels, "same label", Interval(same, np.nan, np.nan, count)))
   return rows
+
+
+def shown(layers: int) -> list[int]:
+  """Those of `SHOWN` that a model of so many states has, and its last."""
+  return sorted({min(layer, layers - 1) for layer in SHOWN})
 
 
 # ---- figure 2 ----
@@ -205,10 +207,13 @@ def probing(name: str, pooled: np.ndarray) -> list[Row]:
   count = pooled.shape[2] // 2
   label, prompt = np.tile([1.0, -1.0], count), np.repeat(np.arange(count), 2)
   rows = []
-  for layer in sorted({min(layer, len(pooled) - 1) for layer in SHOWN}):
+  for layer in shown(len(pooled)):
     for pool, states in zip(POOLS[:2], pooled[layer]):
       predicted = probes.probe(states.astype(float), label, prompt)
       rows.append(Row((name, "probe", pool, str(layer)), "right, %", right(predicted)))
+      sides = probes.similarities(probes.centred(predicted)[:, None], np.maximum(label, 0), prompt)
+      labels = (name, "fig. 1", f"the probe's direction, {pool}", str(layer))
+      rows.append(Row(labels, "gap", sides.gap))
   return rows
 
 
@@ -308,7 +313,7 @@ def template_of(data, width: int) -> np.ndarray:
 # ---- output ----
 
 
-def shown(row: Row) -> str:
+def line(row: Row) -> str:
   value, low, high, _ = row.found
   digits = 4 if abs(value) < 0.1 else 2
   interval = "" if np.isnan(low) else f" [{low:.{digits}f}, {high:.{digits}f}]"
@@ -359,8 +364,9 @@ def main() -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     read(args, path)
   rows = analyse(name, path)
-  layers = {str(layer) for layer in SHOWN} | {"", "last"}
-  print("\n".join(shown(row) for row in rows if row.labels[3] in layers))
+  print(
+    "\n".join(line(row) for row in rows if row.labels[2] != "raw, mean" or row.measure == "gap")
+  )
   if args.out:
     write(Path(args.out), rows)
   return 0

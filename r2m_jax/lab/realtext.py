@@ -304,6 +304,7 @@ def collect(config, arms, workdir: Path) -> results.Results:
     config, arms, workdir, dict.fromkeys(config.lab.seeds, 0.0)
   )  # gold is 0 there by scale
   results.write_summary(workdir / "summary.csv", found)
+  results.write_seeds(workdir / "seeds.parquet", found)
   return found
 
 

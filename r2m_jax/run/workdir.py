@@ -71,6 +71,7 @@ LAYOUT = (
   Entry("tables.json", "what was measured", "task=scratch"),
   Entry("table/", "a parquet file for each arm: every step of every run", "task=lab, lab_text"),
   Entry("summary.csv", "statistics of the arms", "task=lab, lab_text"),
+  Entry("seeds.parquet", "every statistic of every seed", "task=lab, lab_text"),
   Entry("best_of_n.parquet", "best-of-n sampling", "task=lab"),
   Entry("seeds.txt", "the statistics as printed", "task=lab, lab_text"),
   Entry("locks/", "which process works on what", "task=lab, lab_text"),
