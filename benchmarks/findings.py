@@ -3,7 +3,7 @@
   python -m benchmarks.findings      # exit status 1 if there is one
 
 A number is right if it is the rounded value of a row. docs/findings_rows.csv connects the numbers
-of the text with rows of docs/lab.csv or docs/lab_text.csv; the cells of the tables named in
+of the text with rows of docs/lab.csv, docs/lab_text.csv or docs/checks.csv; the cells of the tables named in
 `TABLES` are connected by row and column. A number that comes from elsewhere, such as the paper,
 has a line with its source instead of a row. A number without either is a difference too.
 """
@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ("findings", "findings_text")
-FILES = ("lab", "lab_text")
+FILES = ("lab", "lab_text", "checks")
 NUMBER = re.compile(r"-?\d+\.?\d*")
 FEWEST = 8  # seeds below which a cell has no value, since only those that went far reach it
 
-Key = tuple[str, str, str, str]  # arm, KL weight, measure, what it is compared with
+KEYS = ("arm", "beta", "measure", "against")
+Key = tuple[str, str, str, str]  # of `KEYS`; of checks.csv: data, layer, measure, reading
 
 
 class Table(NamedTuple):
@@ -198,8 +199,10 @@ def differences() -> tuple[int, int, list[str]]:
   that is wrong."""
   table: dict[tuple[str, Key], dict[str, str]] = {}
   for file in FILES:
+    names = ("data", "layer", "measure", "reading") if file == "checks" else KEYS
     for row in rows_of(DOCS / f"{file}.csv"):
-      table[file, (row["arm"], row["beta"], row["measure"], row["against"])] = row
+      first, second, third, last = (row[name] for name in names)
+      table[file, (first, second, third, last)] = row
   texts = {page: " ".join(read(page).split()) for page in PAGES}
   held = claims()
   found = [wrong_with(c, table.get((c.file, c.key)), texts[c.page]) for c in held]

@@ -1,10 +1,11 @@
 """Does a pretrained model have the properties of hidden states that R2M starts from? No RL is run.
 
-  python -m benchmarks.premise --policy=FOLDER --pairs=FILE --states=DIR [--out=FILE.csv]
+  python -m benchmarks.premise --policy=FOLDER --pairs FILE... --states=DIR [--out=FILE.csv]
 
-Reads pairs in any form that docs/data.md knows and the policy in FOLDER, with transformers (it
-gives all layers in one pass; torch comes with the extra "test"). The first call keeps pooled states
-in DIR, which later calls only analyse. Prints, with 95% intervals over prompts:
+Reads files of pairs in any form that docs/data.md knows and the policy in FOLDER, with transformers
+(it gives all layers in one pass; torch comes with the extra "test"). The first call keeps states in
+DIR, which later calls only analyse. `--run=RUN` adds the numbers of a run's task=analyse to the
+CSV. Prints, with 95% intervals over prompts:
 
   figure 1      similarity of states, same label minus across, by layer and by reading
   figure 2      correlation of similarity with the difference of reward
@@ -36,7 +37,7 @@ RESAMPLES = 400  # of statistics over all pairs of rows
 # ---- the forward pass ----
 
 
-def rows_of(args) -> tuple[list[dict], list[list[int]], list[int], list[list[bool]]]:
+def rows_of(args, file: str) -> tuple[list[dict], list[list[int]], list[int], list[list[bool]]]:
   """(rows, ids of chosen and rejected in turn, length of each response, which tokens of each
   prompt are its own text): the first `args.count` prompts that fit."""
   from r2m_jax.configs import default
@@ -44,7 +45,7 @@ def rows_of(args) -> tuple[list[dict], list[list[int]], list[int], list[list[boo
   from r2m_jax.data.text import load_tokenizer
 
   config = default.get_config()
-  config.data.name = args.pairs
+  config.data.name = file
   tokenizer = load_tokenizer(Path(args.policy), None)
   rows, ids, sizes, written, seen = [], [], [], [], set()
   for row in load(config.data, "pair"):
@@ -63,12 +64,12 @@ def rows_of(args) -> tuple[list[dict], list[list[int]], list[int], list[list[boo
   return rows, ids, sizes, written
 
 
-def read(args, path: Path) -> None:
+def read(args, file: str, path: Path) -> None:
   """Writes pooled states f32[layers, pools, N, D] and the last layer's states of every token."""
   import torch
   from transformers import AutoModelForCausalLM
 
-  rows, ids, sizes, written = rows_of(args)
+  rows, ids, sizes, written = rows_of(args, file)
   model = AutoModelForCausalLM.from_pretrained(args.policy, dtype=torch.float32).eval()
   torch.set_num_threads(args.threads)
   pooled, states = [], []
@@ -79,7 +80,7 @@ def read(args, path: Path) -> None:
     pooled.append(torch.stack(parts, 1).numpy())
     states.append(hidden[-1].numpy().astype(np.float16))
     print(f"\r{i + 1} of {len(ids)}", end="", file=sys.stderr)
-  margins = [row.get("margin") for row in load_margins(args.pairs, rows)]
+  margins = [row.get("margin") for row in load_margins(file, rows)]
   own = [flag for flags in written for flag in flags]
   np.savez(
     path,
@@ -348,25 +349,44 @@ def analyse(name: str, path: Path) -> list[Row]:
   return rows + random_attention(name, data, pooled)
 
 
-def main() -> int:
+def of_run(run: Path) -> list[Row]:
+  """What task=analyse wrote of a run, in the same form."""
+  rows = []
+  for piece in ("similarity", "differences", "hacking", "accuracy", "checks"):
+    file = run / "analysis" / f"{piece}.csv"
+    for row in csv.DictReader(file.open(encoding="utf-8")) if file.exists() else ():
+      numbers = [float(row.pop(name)) for name in ("value", "low", "high")]
+      count, measure, layer = int(row.pop("count")), row.pop("measure"), row.pop("layer", "")
+      labels = (run.name, piece, ", ".join(row.values()), layer)
+      rows.append(Row(labels, measure, Interval(*numbers, count)))
+  return rows
+
+
+def parsed() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument("--policy", required=True, help="folder of the model")
-  parser.add_argument("--pairs", required=True, help="file of preference pairs")
-  parser.add_argument("--states", required=True, help="folder for pooled states")
+  parser.add_argument("--policy", default="", help="folder of the model")
+  parser.add_argument("--pairs", default=[], nargs="*", help="files of preference pairs")
+  parser.add_argument("--states", default="states", help="folder for pooled states")
+  parser.add_argument("--run", help="a run with an analysis, whose numbers are added")
   parser.add_argument("--out", help="CSV of all numbers")
-  parser.add_argument("--count", type=int, default=208, help="prompts")
+  parser.add_argument("--count", type=int, default=208, help="prompts of a file")
   parser.add_argument("--longest", type=int, default=320, help="most tokens of prompt and reply")
   parser.add_argument("--threads", type=int, default=2)
-  args = parser.parse_args()
-  name = Path(args.pairs).name.split(".")[0]
-  path = Path(args.states) / f"{name}.npz"
-  if not path.exists():
-    path.parent.mkdir(parents=True, exist_ok=True)
-    read(args, path)
-  rows = analyse(name, path)
-  print(
-    "\n".join(line(row) for row in rows if row.labels[2] != "raw, mean" or row.measure == "gap")
-  )
+  return parser.parse_args()
+
+
+def main() -> int:
+  args, rows = parsed(), []
+  for file in args.pairs:
+    name = Path(file).name.split(".")[0]
+    path = Path(args.states) / f"{name}.npz"
+    if not path.exists():
+      path.parent.mkdir(parents=True, exist_ok=True)
+      read(args, file, path)
+    rows += analyse(name, path)
+  print("\n".join(map(line, rows)))
+  if args.run:
+    rows += of_run(Path(args.run))
   if args.out:
     write(Path(args.out), rows)
   return 0
