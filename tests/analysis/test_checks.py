@@ -151,7 +151,7 @@ def test_attention_over_text_equals_torch(tmp_path):
   """Weights by a NumPy softmax over transformers' states, scores by the exported torch head."""
   policy_folder, reward_folder = tmp_path / "policy", tmp_path / "reward"
   hf_policy, _ = tiny_text.model("llama3.1", "chatml", policy_folder)
-  hf_reward, _ = tiny_text.model("qwen2.5", "llama3", reward_folder, classifier=True)
+  hf_reward, _ = tiny_text.model("qwen2", "llama3", reward_folder, classifier=True)
   config = default.get_config()
   config.policy.path, config.reward.path = str(policy_folder), str(reward_folder)
   config.score.batch_size, config.r2m.attention_dim, config.r2m.num_heads = 4, 16, 2
