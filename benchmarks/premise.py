@@ -31,6 +31,7 @@ SHOWN = (0, 6, 12, 18, 24, 30)  # layers of the tables, as far as the model has 
 DRAWS = 8  # random attentions
 OMEGA = 0.6
 WIDTH = 2048  # of the attention, the paper's
+PART = 16  # rows that are read before they are kept
 RESAMPLES = 400  # of statistics over all pairs of rows
 
 
@@ -65,30 +66,40 @@ def rows_of(args, file: str) -> tuple[list[dict], list[list[int]], list[int], li
 
 
 def read(args, file: str, path: Path) -> None:
-  """Writes pooled states f32[layers, pools, N, D] and the last layer's states of every token."""
+  """Writes pooled states f32[layers, pools, N, D] and the last layer's states of every token. A
+  pass that was stopped goes on where it was."""
   import torch
   from transformers import AutoModelForCausalLM
 
   rows, ids, sizes, written = rows_of(args, file)
   model = AutoModelForCausalLM.from_pretrained(args.policy, dtype=torch.float32).eval()
   torch.set_num_threads(args.threads)
-  pooled, states = [], []
-  for i, (row, size) in enumerate(zip(ids, sizes)):
-    with torch.no_grad():
-      hidden = torch.stack(model.model(torch.tensor([row]), output_hidden_states=True)[1])[:, 0]
-    parts = hidden[:, -size:].mean(1), hidden[:, -1], hidden.mean(1)
-    pooled.append(torch.stack(parts, 1).numpy())
-    states.append(hidden[-1].numpy().astype(np.float16))
-    print(f"\r{i + 1} of {len(ids)}", end="", file=sys.stderr)
+  parts = path.with_suffix(".parts")
+  parts.mkdir(exist_ok=True)
+  for first in range(0, len(ids), PART):
+    part = parts / f"{first}.npz"
+    if part.exists():
+      continue
+    pooled, states = [], []
+    for row, size in zip(ids[first : first + PART], sizes[first:]):
+      with torch.no_grad():
+        out = model.model(torch.tensor([row]), output_hidden_states=True, use_cache=False)
+      hidden = torch.stack(out.hidden_states)[:, 0]
+      means = hidden[:, -size:].mean(1), hidden[:, -1], hidden.mean(1)
+      pooled.append(torch.stack(means, 1).numpy())
+      states.append(hidden[-1].numpy().astype(np.float16))
+    np.savez(parts / "new.npz", pooled=np.stack(pooled, 2), states=np.concatenate(states))
+    (parts / "new.npz").rename(part)
+    print(f"\r{first + len(pooled)} of {len(ids)}", end="", file=sys.stderr)
+  loaded = [np.load(parts / f"{first}.npz") for first in range(0, len(ids), PART)]
   margins = [row.get("margin") for row in load_margins(file, rows)]
-  own = [flag for flags in written for flag in flags]
   np.savez(
     path,
-    pooled=np.stack(pooled, 2),
-    states=np.concatenate(states),
+    pooled=np.concatenate([part["pooled"] for part in loaded], 2),
+    states=np.concatenate([part["states"] for part in loaded]),
     lengths=[len(row) for row in ids],
     sizes=sizes,
-    written=own,
+    written=[flag for flags in written for flag in flags],
     margin=np.array([np.nan if m is None else m for m in margins], float),
   )
 
@@ -234,16 +245,30 @@ def linear_reward(rte: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return score, heads
 
 
-def normalisations() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-  """name -> what is done with states f64[T, D] before W_q and W_k."""
-
-  def rms(x):
-    return x / np.sqrt((x * x).mean(-1, keepdims=True))
-
-  return {"none": lambda x: x, "rms": rms}
+def rms(x: np.ndarray) -> np.ndarray:
+  """Each state at a root mean square of 1.   f64[..., D] -> f64[..., D]."""
+  return x / np.sqrt((x * x).mean(-1, keepdims=True))
 
 
-def attended(data, rte: np.ndarray, draw: int, normalise: Callable):
+def normalisations(states: np.ndarray) -> dict[str, tuple[Callable, Callable]]:
+  """name -> (what is done with states before W_k, with the embedding before W_q). f64[T, D]."""
+  mean, deviation = states.mean(0, dtype=float), states.std(0, dtype=float)
+
+  def standardised(x):
+    return (x - mean) / deviation
+
+  def same(x):
+    return x
+
+  return {
+    "none": (same, same),
+    "rms of the states": (rms, same),
+    "rms of both": (rms, rms),
+    "features standardised": (standardised, same),
+  }
+
+
+def attended(data, rte: np.ndarray, draw: int, before: tuple[Callable, Callable]):
   """(weights f64[N, S], H_hat f64[N, D]) of a random attention, made as the project makes it."""
   rng = np.random.default_rng(draw)
   D, N, S = rte.shape[1], len(rte), int(data["lengths"].max())
@@ -253,7 +278,7 @@ def attended(data, rte: np.ndarray, draw: int, normalise: Callable):
   ends = np.cumsum(data["lengths"])
   for i, (end, length) in enumerate(zip(ends, data["lengths"])):
     h = data["states"][end - length : end].astype(float)
-    logits = normalise(h) @ (wk @ (normalise(rte[i]) @ wq)) * WIDTH**-0.5
+    logits = before[0](h) @ (wk @ (before[1](rte[i]) @ wq)) * WIDTH**-0.5
     w = np.exp(logits - logits.max())
     weights[i, :length] = w / w.sum()
     read[i] = weights[i, :length] @ h
@@ -269,11 +294,9 @@ def random_attention(name: str, data, pooled: np.ndarray) -> list[Row]:
   rows = [Row((name, "attention", "no attention", ""), "right, %", frozen)]
   mask = np.arange(int(data["lengths"].max())) < data["lengths"][:, None]
   template = template_of(data, mask.shape[1])
-  for what, normalise in normalisations().items():
-    drawn = [attended(data, rte, draw, normalise) for draw in range(DRAWS)]
-    found = checks.Attended(np.mean([w for w, _ in drawn], 0), mask, template)
+  for what, before in normalisations(data["states"]).items():
+    drawn = [attended(data, rte, draw, before) for draw in range(DRAWS)]
     each = [checks.attention_rows("", checks.Attended(w, mask, template), prompt) for w, _ in drawn]
-    del found
     for same in zip(*each):
       mean = Interval(*np.mean([row.found[:3] for row in same], 0), same[0].found.count)
       rows.append(Row((name, "attention", what, ""), same[0].labels[0], mean))
@@ -370,7 +393,7 @@ def parsed() -> argparse.Namespace:
   parser.add_argument("--run", help="a run with an analysis, whose numbers are added")
   parser.add_argument("--out", help="CSV of all numbers")
   parser.add_argument("--count", type=int, default=208, help="prompts of a file")
-  parser.add_argument("--longest", type=int, default=320, help="most tokens of prompt and reply")
+  parser.add_argument("--longest", type=int, default=256, help="most tokens of prompt and reply")
   parser.add_argument("--threads", type=int, default=2)
   return parser.parse_args()
 
