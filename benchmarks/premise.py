@@ -14,6 +14,7 @@ CSV. Prints, with 95% intervals over prompts:
 """
 
 import argparse
+import copy
 import csv
 import sys
 from collections.abc import Callable
@@ -81,13 +82,11 @@ def read(args, file: str, path: Path) -> None:
     if part.exists():
       continue
     pooled, states = [], []
-    for row, size in zip(ids[first : first + PART], sizes[first:]):
-      with torch.no_grad():
-        out = model.model(torch.tensor([row]), output_hidden_states=True, use_cache=False)
-      hidden = torch.stack(out.hidden_states)[:, 0]
-      means = hidden[:, -size:].mean(1), hidden[:, -1], hidden.mean(1)
-      pooled.append(torch.stack(means, 1).numpy())
-      states.append(hidden[-1].numpy().astype(np.float16))
+    for i in range(first, min(first + PART, len(ids)), 2):
+      for hidden, size in zip(both(model.model, ids[i : i + 2], sizes[i : i + 2]), sizes[i:]):
+        means = hidden[:, -size:].mean(1), hidden[:, -1], hidden.mean(1)
+        pooled.append(torch.stack(means, 1).numpy())
+        states.append(hidden[-1].numpy().astype(np.float16))
     np.savez(parts / "new.npz", pooled=np.stack(pooled, 2), states=np.concatenate(states))
     (parts / "new.npz").rename(part)
     print(f"\r{first + len(pooled)} of {len(ids)}", end="", file=sys.stderr)
@@ -102,6 +101,24 @@ def read(args, file: str, path: Path) -> None:
     written=[flag for flags in written for flag in flags],
     margin=np.array([np.nan if m is None else m for m in margins], float),
   )
+
+
+def both(model, ids: list[list[int]], sizes: list[int]) -> list:
+  """Hidden states f32[layers, length, D] of two rows that begin with one prompt, read once."""
+  import torch
+
+  def read(tokens, cache):
+    with torch.no_grad():
+      out = model(
+        torch.tensor([tokens]), past_key_values=cache, use_cache=True, output_hidden_states=True
+      )
+    return torch.stack(out.hidden_states)[:, 0], out.past_key_values
+
+  prompt, cache = read(ids[0][: -sizes[0]], None)
+  replies = [
+    read(row[-size:], copy.deepcopy(cache))[0] for row, size in zip(ids, sizes, strict=True)
+  ]
+  return [torch.cat([prompt, reply], 1) for reply in replies]
 
 
 def load_margins(file: str, rows: list[dict]) -> list[dict]:
