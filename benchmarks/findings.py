@@ -164,7 +164,7 @@ def plain(page: str) -> str:
 
 def whole(text: str) -> re.Pattern:
   """Finds `text` where it is no part of a longer number."""
-  return re.compile(rf"(?<![\d.]){re.escape(text)}(?![\d%]|\.\d)")
+  return re.compile(rf"(?<![\d.-]){re.escape(text)}(?![\d%]|\.\d)")
 
 
 def without_source(page: str, held: list[Claim]) -> list[str]:
