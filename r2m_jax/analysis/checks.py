@@ -227,7 +227,7 @@ def words(rows: list[Row]) -> list[str]:
       template = by["weight of the template's tokens", name]
       found.append(
         f"{name}: one state has {largest:.0%} of the attention (the first token {first:.0%}, the "
-        f"template {template:.0%}). The reward reads it and little else; try r2m.normalise."
+        f"template {template:.0%}). The reward reads it and little else."
       )
     share = by.get((SHARE, name), np.nan)
     if abs(share) < INERT:
