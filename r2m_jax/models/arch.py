@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from r2m_jax.models import rope
 from r2m_jax.models.rope import RopeScaling
 
+SCORE_ACTIVATIONS = ("relu", "silu", "gelu", "tanh")  # between two layers of a score head
 MOST_LAYERS = 10_000  # a number far beyond any model is a damaged file
 
 
@@ -59,6 +60,9 @@ class ArchConfig:
   # embeddings and head
   tie_embeddings: bool = False
   lm_head: bool = True  # False: a reward model's backbone, no vocabulary head
+  # a reward model's score head of two layers: the width between them; 0: the head has one layer
+  score_width: int = 0
+  score_activation: str = "relu"  # between the two: one of SCORE_ACTIVATIONS
   embed_scale: float = 1.0  # Gemma: sqrt(hidden_size)
   logit_divisor: float = 1.0  # Granite: logits are divided by it
   final_softcap: float | None = None  # c * tanh(logits / c)
@@ -128,6 +132,12 @@ class ArchConfig:
       "parallel_residual",
       "set False, or pre_norms=True and residual_scale=1.0",
     )
+    need(self.score_width >= 0, "score_width", "give a positive width, or 0 for one layer")
+    need(
+      self.score_activation in SCORE_ACTIVATIONS,
+      "score_activation",
+      f"use one of {', '.join(SCORE_ACTIVATIONS)}",
+    )
     need(self.qk_norm or not self.qk_norm_joint, "qk_norm_joint", "also set qk_norm=True")
     for field in ("logit_divisor", "residual_scale", "embed_scale"):
       need(getattr(self, field) > 0, field, "must be positive; 1.0 changes nothing")
@@ -182,6 +192,11 @@ class ArchConfig:
   def kinds(self) -> list[LayerKind]:
     """The kinds of layer that occur, sorted."""
     return sorted(set(self.kind_of_layers))
+
+  @property
+  def embedding_size(self) -> int:
+    """Dr, the width of what the last layer of a score head reads."""
+    return self.score_width or self.hidden_size
 
   @property
   def untied_head(self) -> bool:
