@@ -717,7 +717,7 @@ def save_pretrained(
   _check_state(arch, params)
   name = str(jnp.dtype(dtype or params["embed/embedding"].dtype))
   config = _token_ids(tokenizer_folder) | arch.to_hf() | {"dtype": name, "torch_dtype": name}
-  config |= _score_fields(arch, score) | (extra or {})
+  config |= _labels(score) | (extra or {})
   if family_of(arch.family).defaults.get("pad_token_id", 0) >= arch.vocab_size:
     config.setdefault("pad_token_id", None)  # else transformers takes the family's
 
@@ -736,17 +736,12 @@ def save_pretrained(
     (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _score_fields(arch: ArchConfig, score: Score | None) -> dict[str, Any]:
-  """The fields of config.json that describe a classifier's score head; {} for a language model."""
+def _labels(score: Score | None) -> dict[str, Any]:
+  """The fields of config.json that name a classifier's outputs; {} for a language model."""
   if score is None:
     return {}
   labels = {str(i): f"LABEL_{i}" for i in range(score.kernel.shape[1])}
-  fields = {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}
-  if not arch.score_width:
-    return fields
-  # no class of transformers has two layers: its sequence classifiers would make up one
-  made = f"{family_of(arch.family).causal.split('For')[0]}ForRewardModel"
-  return fields | {"architectures": [made], SCORE_ACTIVATION: arch.score_activation}
+  return {"id2label": labels, "label2id": {label: int(i) for i, label in labels.items()}}
 
 
 @contextlib.contextmanager

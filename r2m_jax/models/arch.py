@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from r2m_jax.models import rope
 from r2m_jax.models.rope import RopeScaling
 
+SCORE_FIELDS = ("score_width", "score_activation")  # of a score head of two layers, ours alone
+CLASSIFIERS = ("ForSequenceClassification", "ForRewardModel")  # how classes with a score head end
 SCORE_ACTIVATIONS = ("relu", "silu", "gelu", "tanh")  # between two layers of a score head
 MOST_LAYERS = 10_000  # a number far beyond any model is a damaged file
 
@@ -132,7 +134,10 @@ class ArchConfig:
       "parallel_residual",
       "set False, or pre_norms=True and residual_scale=1.0",
     )
-    need(self.score_width >= 0, "score_width", "give a positive width, or 0 for one layer")
+    width = self.score_width
+    need(
+      whole(width) >= 0 and whole(width) == width, "score_width", "give a width; 0 for one layer"
+    )
     need(
       self.score_activation in SCORE_ACTIVATIONS,
       "score_activation",
@@ -253,14 +258,23 @@ class ArchConfig:
     return cls(
       family=config["model_type"],
       activation=ACTIVATIONS[activation],
-      lm_head=not any(
-        name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()
-      ),
+      lm_head=not any(name.endswith(CLASSIFIERS) for name in config.get("architectures") or ()),
+      **{field: config[field] for field in SCORE_FIELDS if {field, "score_width"} <= config.keys()},
       **{field: config[key] for field, key in fields.items()},
       **family.fixed,
       **rope.read(config, given, family.defaults, family.nested_rope),
       **family.derived(config),
       **_read_sliding(config, family),
+    )
+
+  def _class_of(self, family: "Family") -> str:
+    """The class in config.json. None of transformers has a score head of two layers: its sequence
+    classifiers would make up one layer.
+    """
+    if self.lm_head:
+      return family.causal
+    return (
+      f"{family.causal.split('For')[0]}ForRewardModel" if self.score_width else family.classifier
     )
 
   def to_hf(self) -> dict[str, Any]:
@@ -270,12 +284,13 @@ class ArchConfig:
     family = family_of(self.family)
     config = {
       "model_type": self.family,
-      "architectures": [family.causal if self.lm_head else family.classifier],
+      "architectures": [self._class_of(family)],
       family.activation: {ours: theirs for theirs, ours in ACTIVATIONS.items()}[self.activation],
       **{key: getattr(self, field) for field, key in {**FIELDS, **family.fields}.items()},
       **rope.write(self, family.defaults, family.nested_rope),
       **_write_sliding(self, family),
       **family.restored(self),
+      **{field: getattr(self, field) for field in SCORE_FIELDS if self.score_width},
     }
     back = dataclasses.asdict(ArchConfig.from_hf(config))
     if lost := [
