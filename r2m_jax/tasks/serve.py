@@ -133,7 +133,7 @@ def converse(config, policy: Policy, rows: list[dict], mesh) -> list[dict]:
       said = {"role": "assistant", "content": answers[i][-1]}
       prompts[i] = [*prompts[i], said, {"role": "user", "content": turns[i][turn]}]
     where = [f"{config.generate.input}, row {i // n + 1}" for i in asked]
-    later = [{"where": at, "prompt": prompts[i]} for at, i in zip(where, asked)]
+    later = [rows[i] | {"where": at, "prompt": prompts[i]} for at, i in zip(where, asked)]
     for i, result in zip(asked, answers_to(once, policy, later, mesh, turn)):
       answers[i].append(result["text"])
       results[i] |= result
@@ -162,7 +162,7 @@ def temperatures_of(config, rows: list[dict]) -> list[float]:
   """The sampling temperature of each row, by its category."""
   settings = config.generate
   by = settings.temperature_by.to_dict()
-  return [by.get(str(row.get("category", "")), settings.temperature) for row in rows]
+  return [by.get(str(row.get("category") or ""), settings.temperature) for row in rows]
 
 
 def sample(
