@@ -188,6 +188,11 @@ def are_variables(values) -> bool:
   return all(isinstance(name, str) and name.isidentifier() for name in values)
 
 
+def are_temperatures(values) -> bool:
+  """Whether all values of a dict are finite numbers from 0 on."""
+  return all(isinstance(x, (int, float)) and 0 <= x < float("inf") for x in dict(values).values())
+
+
 def are_positive(values) -> bool:
   """Whether they are numbers above 0 without a repetition."""
   good = all(isinstance(value, (int, float)) and value > 0 for value in values)
@@ -291,6 +296,9 @@ BUCKETS = Rule(
   "give lengths in tokens from 2 on, such as (128, 256, 512), or ()",
   "each at least 2",
 )
+TEMPERATURES = Rule(
+  are_temperatures, "give numbers from 0 on, such as {'math': 0.0}", "numbers, at least 0"
+)
 KNOWN_PIECES = Rule(
   lambda x: not unknown_pieces(x),
   lambda x: f"{unknown_pieces(x)}: choose from {', '.join(PIECES)}, with commas",
@@ -362,6 +370,32 @@ def chat(reads: str) -> dict[str, Knob]:
       *TEMPLATE_ARGS,
     ),
     system_prompt=Knob("", f"system message for {reads}, unless a row has its own"),
+  )
+
+
+def served(what: str) -> dict:
+  """Settings of a server of scores; `what` says what it scores."""
+  return dict(
+    url=Knob(
+      "",
+      f"address of a server {what}, see docs/models.md; waits, prices and workers as in `judge`",
+      ADDRESS,
+      free=True,
+    ),
+    judge_model=Knob(
+      "",
+      "the server is an OpenAI-compatible endpoint, and this model rates each response from 1 to "
+      '10; "": it takes prompts and responses and gives scores',
+    ),
+    key_env=Knob(
+      "",
+      'environment variable with the server\'s key; "": that of `judge` for a judge, none for a '
+      "server of scores",
+      free=True,
+    ),
+    request_rows=Knob(
+      32, "most rows in a request to a server of scores", at_least(1), unit="rows", free=True
+    ),
   )
 
 
@@ -677,6 +711,7 @@ SFT = dict(
 REWARD = dict(
   **optimizer(lr=1e-3, schedule="cosine"),
   path=Knob("", 'Hugging Face folder or hub name of a sequence classifier; "": it is fitted'),
+  **served("that scores the samples of a run from Hugging Face folders, in place of `path`"),
   label=Knob(
     "",
     "the label of a classifier with several that is the reward, by name or number, or a weighted "
@@ -837,6 +872,11 @@ GENERATE = dict(
   rows=Knob(0, "answer only the first rows; 0: all", at_least(0), unit="rows"),
   max_new_tokens=Knob(128, "longest answer", at_least(1), unit="tokens"),
   temperature=Knob(1.0, "sampling temperature; 0: the most likely token", at_least(0)),
+  temperature_by=Knob(
+    {},
+    "temperatures in place of it by the category of a row, as a dict such as {'math': 0.0}",
+    TEMPERATURES,
+  ),
   **TRUNCATION,
   n=Knob(1, "answers for each prompt", at_least(1)),
   seed=Knob(
@@ -974,7 +1014,8 @@ EVAL = dict(
       path=Knob(
         "",
         "Hugging Face folder or hub name of a sequence classifier of another family; any tokenizer",
-      )
+      ),
+      **served("that scores the held-out samples, in place of `path`"),
     ),
   ),
 )

@@ -69,8 +69,8 @@ def make_learn_at(share: float, defs: Defs, config, reward: Reward | None = None
   padded places; see `algorithm.packed`.
 
   Of the built function:
-    reward_rows: a `Rollout` of `Rows`, the responses as the reward model reads them. None: it reads
-      the very tokens of the policy.
+    reward_rows: a `Rollout` of `Rows`, the responses as the reward model reads them, or of `Given`,
+      their scores. None: it reads the very tokens of the policy.
     labels: the step's `Pairs` if config.r2m.labels is "preference".
 
   `reward` None is the variant's own. A missing knob fails here and not in the middle of a run.

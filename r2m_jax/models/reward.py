@@ -31,7 +31,8 @@ def read_reward_states(
 ) -> tuple[jax.Array, jax.Array]:
   """The backbone's one pass: (reward token embedding H_last, last-layer states over all tokens).
 
-  H_last is the last-layer state at the last real token.
+  H_last is the last-layer state at the last real token or, if the score head has two layers, what
+  its first layer makes of it.
 
   Args:
     tokens: i32[B, L] in the reward model's own vocabulary.
@@ -44,7 +45,8 @@ def read_reward_states(
     At least float32 [B, Dr], and [B, L, Dr], or [B, L, 0] where they are not kept.
   """
   hidden = backbone(tokens, mask, shared=shared, share=share).hidden
-  return at_least_f32(last_token(hidden, mask)), hidden if keep else hidden[..., :0]
+  rte = backbone.embedding(last_token(hidden, mask))
+  return rte, hidden if keep else hidden[..., :0]
 
 
 def read_rte(backbone: Transformer, tokens: jax.Array, mask: jax.Array) -> jax.Array:
