@@ -2,8 +2,9 @@
 report, lines for the terminal.
 
 A seed's value is its mean gold over the last config.lab.tail steps, each of which has fresh
-prompts, less the slope of gold on what is left of KL - target. An arm is accepted if its mean KL
-over these steps is within `ACCEPTED` of its target. docs/lab.md registers the rules.
+prompts, minus the slope of gold on what is left of KL - target. All contrasts are read on the seeds
+that all of their arms have. An arm is accepted if its mean KL over these steps is within `ACCEPTED`
+of its target. docs/lab.md registers the rules.
 """
 
 from typing import NamedTuple
@@ -65,10 +66,25 @@ def held_arms(config, curves: dict[str, dict[float, Curves]]) -> dict[str, HeldA
   return found
 
 
+def with_common_seeds(pairs, arms: dict[str, HeldArm]) -> dict[str, HeldArm]:
+  """The arms of the contrasts that have rows, each with the seeds that all of them have."""
+  names = [name for name in dict.fromkeys(name for pair in pairs for name in pair) if name in arms]
+  if not names:
+    return {}
+  seeds = sorted(set.intersection(*(set(arms[name].seeds) for name in names)))
+  found = {}
+  for name in names:
+    arm = arms[name]
+    place = [arm.seeds.index(seed) for seed in seeds]
+    found[name] = HeldArm(arm.target, seeds, arm.gold[place], arm.kl[place], arm.start[place])
+  return found
+
+
 def contrasts(config, arms: dict[str, HeldArm]) -> list[Row]:
   """Every contrast of the config, in its order; one without two held arms has NaN and n = 0."""
   pairs = [tuple(text.split(" - ")) for text in config.lab.contrasts]
-  slopes = slopes_of(pairs, arms)
+  arms = with_common_seeds(pairs, arms)
+  slopes = slopes_of(arms)
   found = [difference(*pair, arms, slopes, config.lab.margin) for pair in pairs]
   adjusted = inference.holm([one.p_difference for one, _ in found])
   rows = []
@@ -80,35 +96,26 @@ def contrasts(config, arms: dict[str, HeldArm]) -> list[Row]:
   return rows
 
 
-def slopes_of(pairs, arms: dict[str, HeldArm]) -> dict[float, float]:
-  """{target: gold per nat}, each over the arms of the contrasts at that target and the seeds that
-  all of them have.
-  """
-  names = list(dict.fromkeys(name for pair in pairs for name in pair if name in arms))
+def slopes_of(arms: dict[str, HeldArm]) -> dict[float, float]:
+  """{target: gold per nat}, each over the arms at that target, which have the same seeds."""
   slopes = {}
-  for target in dict.fromkeys(arms[name].target for name in names):
-    mine = [arms[name] for name in names if arms[name].target == target]
-    seeds = sorted(set.intersection(*(set(arm.seeds) for arm in mine)))
-    places = [[arm.seeds.index(seed) for seed in seeds] for arm in mine]
-    gold, kl = (
-      np.stack([getattr(arm, part)[place] for arm, place in zip(mine, places)])
-      for part in ("gold", "kl")
-    )
+  for target in dict.fromkeys(arm.target for arm in arms.values()):
+    mine = [arm for arm in arms.values() if arm.target == target]
+    gold, kl = np.stack([arm.gold for arm in mine]), np.stack([arm.kl for arm in mine])
     slopes[target] = inference.residual_slope(gold, kl - target)
   return slopes
 
 
 def difference(left: str, right: str, arms, slopes, margin: float) -> tuple[Contrast, float]:
-  """(tests of the adjusted difference, the raw mean difference) over the seeds that both have."""
+  """(tests of the adjusted difference, the mean difference that is not adjusted) of two arms with
+  the same seeds.
+  """
   if left not in arms or right not in arms:
     return inference.contrast([], margin), np.nan
-  seeds = sorted(set(arms[left].seeds) & set(arms[right].seeds))
-  raw, adjusted = [], []
-  for arm in (arms[left], arms[right]):
-    place = [arm.seeds.index(seed) for seed in seeds]
-    raw.append(arm.gold[place])
-    adjusted.append(arm.gold[place] - slopes[arm.target] * (arm.kl[place] - arm.target))
-  return inference.contrast(adjusted[0] - adjusted[1], margin), float((raw[0] - raw[1]).mean())
+  a, b = arms[left], arms[right]
+  raw = a.gold - b.gold
+  moved = slopes[a.target] * (a.kl - a.target) - slopes[b.target] * (b.kl - b.target)
+  return inference.contrast(raw - moved, margin), float(raw.mean()) if len(raw) else np.nan
 
 
 # ---- how they are shown ----

@@ -141,6 +141,25 @@ def test_contrasts_of_curves():
   assert arms[names[0]].collapsed == 0 and "0%" in shown
 
 
+def test_contrasts_are_read_on_the_seeds_that_all_arms_have():
+  config = fair.get_config("test")
+  config.lab.tail = 20
+  whole, fewer = made_up(config), {}
+  for i, (name, by_factor) in enumerate(whole.items()):
+    one, keep = by_factor[1.0], slice(i, 12 - (i == 3))  # 3 to 10 in all of them
+    metrics = {key: value[keep] for key, value in one.metrics.items()}
+    fewer[name] = {1.0: Curves(one.beta, one.seeds[keep], metrics)}
+  for by_factor in whole.values():
+    one = by_factor[1.0]
+    for key in one.metrics:
+      one.metrics[key] = one.metrics[key][3:11]
+    one.seeds[:] = one.seeds[3:11]
+  rows, wanted = (
+    contrasts.contrasts(config, contrasts.held_arms(config, curves)) for curves in (fewer, whole)
+  )
+  assert rows == wanted and {row.found.count for row in rows} == {8}
+
+
 def test_a_kl_that_is_not_held_decides_nothing():
   config = fair.get_config("test")
   config.lab.tail, names = 20, list(arms_of(config))
