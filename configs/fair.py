@@ -107,7 +107,9 @@ def get_config(size: str = ""):
   config.r2m.lr, config.r2m.attention_scale = DOSE, ATTENTION_SCALE
   config.lab.arms = tuple(SIZES.get(size, primary)())
   config.lab.seeds, config.lab.together = SEEDS, 6
-  config.lab.best_prompts, config.lab.best_samples = 1, 2  # no part of this test
+  # best of n and drifting states are no part of this test
+  config.lab.best_prompts, config.lab.best_samples = 1, 2
+  config.lab.probe_every = config.steps
   config.lab.contrasts = () if size in SIZES else contrasts()
   config.log.checkpoint_every = 20
   if size == "test":
