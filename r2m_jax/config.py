@@ -303,6 +303,13 @@ def check_labels(config: ConfigDict) -> None:
     f"variant {config.variant!r} never updates the reward, so no label would be used; take 'self', "
     "or a variant such as 'r2m' or 'iterative_head'",
   )
+  need(
+    config,
+    config.r2m.labels == "self" or config.r2m.label_confidence == 0,
+    "r2m.label_confidence",
+    "give 0: only pairs that the reward labels itself are filtered, and config.r2m.labels is "
+    "'preference'",
+  )
 
 
 def measures_gold(config: ConfigDict) -> bool:

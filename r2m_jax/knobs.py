@@ -199,6 +199,15 @@ def are_positive(values) -> bool:
   return good and len(set(values)) == len(values)
 
 
+def are_contrasts(texts) -> bool:
+  """Whether each is "ARM - ARM" with the names of two arms."""
+  pairs = [text.split(" - ") if isinstance(text, str) else [] for text in texts]
+  return all(
+    len(pair) == 2 and pair[0] != pair[1] and all(re.fullmatch(r"[\w.-]+", name) for name in pair)
+    for pair in pairs
+  )
+
+
 ARMS = (
   Rule(
     lambda x: len(x) > 0 and set(x) <= set(VARIANTS),
@@ -316,6 +325,9 @@ SEEDS = (
     "whole numbers, at least 0",
   ),
   Rule(lambda x: len(set(x)) == len(x), "give each seed once", "each once"),
+)
+CONTRASTS = Rule(
+  are_contrasts, "give pairs of arms, such as ('r2m.kl2 - scaled.kl2',)", '"ARM - ARM" each'
 )
 POSITIVE_FIX = "give numbers above 0, each once, such as (1.0,)"
 POSITIVE = Rule(are_positive, POSITIVE_FIX, "above 0, each once")
@@ -620,6 +632,12 @@ KL = dict(
     unit="nats per sequence",
   ),
   horizon=Knob(100, 'time scale of "adaptive"', at_least(1), unit="RL steps"),
+  damping=Knob(
+    0.0,
+    'of "held": the weight also grows by exp(damping x relative error of the KL) in the same step, '
+    "so that the KL does not swing around `target`; 0: not",
+    at_least(0),
+  ),
 )
 
 SHAPING = dict(
@@ -657,6 +675,12 @@ R2M = dict(
   gre_eps=Knob(1e-4, "added to the variance by which eq. 6 divides", above(0)),
   attention_dim=Knob(64, "width of the cross-attention, d in eq. 3", at_least(1)),
   num_heads=Knob(1, "heads of the cross-attention; a divisor of attention_dim", at_least(1)),
+  attention_scale=Knob(
+    1.0,
+    "multiplies the first values of the cross-attention's output weights, W_o: how much a head that "
+    "is not trained yet adds to the reward",
+    above(0),
+  ),
   feedback_layer=Knob(
     -1, "policy layer whose hidden states are fed back; -1: the last, after the final norm"
   ),
@@ -669,6 +693,18 @@ R2M = dict(
     "self",
     'what orders the pairs of eq. 5: scores of the reward model ("self") or "preference" labels',
     one_of("self", "preference"),
+  ),
+  label_confidence=Knob(
+    0.0,
+    "a pair that the reward labels itself trains the head only if sigmoid(gap / label_temperature) "
+    "is above this and the frozen reward agrees; 0: every pair does",
+    within("[0, 1)", "; 0 trains on every pair"),
+  ),
+  label_temperature=Knob(
+    1.0,
+    "gap between the two rewards of a pair that label_confidence divides by",
+    above(0),
+    unit="reward",
   ),
   label_budget=Knob(
     0.02,
@@ -1157,6 +1193,17 @@ LAB = dict(
     "vanilla", "arm that each arm is paired with, or BASELINE.NAME if there is such an arm"
   ),
   control=Knob("scaled", 'the same for a second comparison; "": none'),
+  contrasts=Knob(
+    (),
+    'registered contrasts of arms whose KL is held, each as "ARM - ARM"; (): none',
+    CONTRASTS,
+  ),
+  margin=Knob(
+    0.05, "difference of two arms below which they are equivalent", above(0), unit="gold"
+  ),
+  tail=Knob(
+    30, "last steps whose mean gold is a seed's value in a contrast", at_least(1), unit="RL steps"
+  ),
   probe_every=Knob(
     10,
     "interval at which fixed responses are scored with the current feedback",

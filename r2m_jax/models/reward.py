@@ -81,11 +81,12 @@ class RewardHead(nnx.Module):
     num_heads: int = 1,
     *,
     ensemble: int = 1,
+    attention_scale: float = 1.0,
     rngs: nnx.Rngs,
     param_dtype=jnp.float32,
   ):
-    def linear(fan_in, fan_out, use_bias=False):
-      init = nnx.initializers.normal(fan_in**-0.5)  # variance 1 / fan_in
+    def linear(fan_in, fan_out, use_bias=False, scale=1.0):
+      init = nnx.initializers.normal(scale * fan_in**-0.5)  # variance 1 / fan_in
       # the dtype follows the input, promoted: scores never run below float32
       return nnx.Linear(
         fan_in, fan_out, use_bias=use_bias, kernel_init=init, param_dtype=param_dtype, rngs=rngs
@@ -95,7 +96,7 @@ class RewardHead(nnx.Module):
     self.wq = linear(reward_dim, attention_dim)
     self.wk = linear(policy_dim, attention_dim)
     self.wv = linear(policy_dim, attention_dim)
-    self.wo = linear(attention_dim, reward_dim)
+    self.wo = linear(attention_dim, reward_dim, scale=attention_scale)
     self.phi = linear(reward_dim, ensemble, use_bias=True)
 
   def attention_weights(self, rte: jax.Array, h: jax.Array, mask: jax.Array) -> jax.Array:

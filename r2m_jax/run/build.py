@@ -96,6 +96,7 @@ def make_head(config, arch: ArchConfig, reward_arch: ArchConfig, key: jax.Array)
     config.r2m.attention_dim,
     config.r2m.num_heads,
     ensemble=config.reward.ensemble,
+    attention_scale=config.r2m.attention_scale,
     rngs=nnx.Rngs(key),
     param_dtype=jnp.promote_types(config.param_dtype, jnp.float32),
   )
