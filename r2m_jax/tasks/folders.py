@@ -79,7 +79,7 @@ from r2m_jax.tasks.gold import begin, conclude
 from r2m_jax.tasks.labels import judge_labeller
 from r2m_jax.types import Rollout, Rows
 
-Watch = Callable[[StepOutput, list[tuple[Any, str, bool]]], dict[str, float | None]]
+Watch = Callable[[int, StepOutput, list[tuple[Any, str, bool]]], dict[str, float | None]]
 
 
 def run(config, workdir: Path) -> None:
@@ -285,8 +285,8 @@ def runs(
   Args:
     stage: gives the result of a stage: `workdir.stage`, which makes what is missing, or
       `workdir.saved`, which only reads.
-    watch: (a step's output on the host, its samples as (prompt, response, truncated)) -> more
-      metrics for its row. Nothing it gives reaches training.
+    watch: (step number, the step's output on the host, its samples as (prompt, response,
+      truncated)) -> more metrics for its row. Nothing it gives reaches training.
   """
   policy, reward = load_models(config, workdir, mesh)
   built = build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
@@ -516,7 +516,7 @@ def run_of(
       when = "before" if t == 0 else "after"
       append_samples(workdir, samples(config, output, batch[1], policy, when))
     metrics = output.metrics | {"data/wait": order.waiting_share()}
-    metrics |= watch(output, rows) if watch else {}
+    metrics |= watch(t, output, rows) if watch else {}
     return metrics, dict(reward=metrics["reward/used"], kl=metrics["kl"])
 
   def end(state):
