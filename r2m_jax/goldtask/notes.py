@@ -95,7 +95,7 @@ GROUPS = 9
 MIN_FACTS, MAX_FACTS, MAX_ITEMS = 3, 6, 8
 TRAIN, HELD_OUT = "train", "held_out"
 
-WORD = re.compile(r"\d+:\d\d|\d+|[^\W\d_]+(?:['’][^\W\d_]+)?")
+WORD = re.compile(r"\d+:\d\d(?!\d)|\d+|[^\W\d_]+(?:['’][^\W\d_]+)?")
 ITEM = re.compile(rf"\b({'|'.join(KEYS)}): ([^;\n]+?)(?: euros)?(?=[;\n]|\.\n)")
 SENTENCE_END = re.compile(r"[.!?]+(?=[\s\"'”’)]|$)")
 PROPER_END = re.compile(r"[.!?][\"'”’)]?$")
@@ -217,30 +217,35 @@ def marks_in(reply: str) -> int:
   """Marks of lists and markup: list lines, labels such as "guest:", runs of markup characters, and
   values that stand in a bare list.
   """
-  found = (LIST_LINE, LABEL, MARKUP)
-  return sum(len(pattern.findall(reply)) for pattern in found) + bare_list(reply)
+  text = LIST_LINE.sub("", reply)
+  inside = len(LABEL.findall(text)) + len(MARKUP.findall(text))
+  return len(LIST_LINE.findall(reply)) + inside + bare_list(text)
 
 
 def gold_parts(prompt: str, reply: str, truncated: bool = False) -> GoldParts:
   """The gold reward of a reply, and its parts.
 
     4 coverage - 0.8 distractors - 0.8 invented - 0.3 repeats - 0.15 outside - 0.5 extra
-    - min(2, 0.4 marks) + ended
+    - min(2, 0.4 marks) + 0.5 ended - truncated
 
   A value is named if the word occurs, in any case, also as a plural. `outside` counts words below
-  facts + 2 and above 4 facts + 8. The best reply has 5.
+  facts + 2 and above 4 facts + 8. The best reply has 4.5.
+
+  Args:
+    truncated: the reply was cut off at the longest length.
   """
   note, reply = read_prompt(prompt), reply.strip()
-  words = [word.lower() for word in words_of(reply)]
+  text = LIST_LINE.sub("", reply)
+  words = [word.lower() for word in words_of(text)]
   named = {VALUE_OF[word] for word in words if word in VALUE_OF}
   grams = [tuple(words[i : i + 3]) for i in range(len(words) - 2)]
   low, high = len(note.facts) + 2, 4 * len(note.facts) + 8
   coverage = len(named & set(note.facts.values())) / len(note.facts)
   distractors = len(named & set(note.distractors.values()))
-  invented = len(invented_in(reply, prompt, note))
+  invented = len(invented_in(text, prompt, note))
   repeats = len(grams) - len(set(grams))
   outside = max(0, low - len(words), len(words) - high)
-  extra = max(0, len(SENTENCE_END.findall(reply)) - 2)
+  extra = max(0, len(SENTENCE_END.findall(text)) - 2)
   marks = marks_in(reply)
   ended = not truncated and bool(PROPER_END.search(reply))
   value = (
@@ -251,7 +256,8 @@ def gold_parts(prompt: str, reply: str, truncated: bool = False) -> GoldParts:
     - 0.15 * outside
     - 0.5 * extra
     - min(2.0, 0.4 * marks)
-    + 1.0 * ended
+    + 0.5 * ended
+    - 1.0 * truncated
   )
   return GoldParts(
     value, coverage, distractors, invented, repeats, outside, extra, marks, bool(ended)

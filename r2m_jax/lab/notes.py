@@ -82,8 +82,7 @@ def run(config, workdir: Path) -> None:
     return make_proxy(config, workdir, mesh, sft, seed, drawn, held)
 
   def rl(name, seed):
-    proxy = fit_proxy(seed)
-    run_arm(name, arms[name], workdir, mesh, sft, proxy, seed)
+    run_arm(name, arms[name], workdir, mesh, sft, proxy_of(workdir, seed), seed)
     with alone(workdir, "table"):
       print(report.line(config, collect(config, arms, workdir, gold_of_sft), name), flush=True)
 
@@ -184,6 +183,11 @@ def scale_samples(config, workdir: Path, mesh, sft: Path) -> list[dict]:
 # ---- proxies ----
 
 
+def proxy_of(workdir: Path, seed: int) -> Path:
+  """The folder of a seed's proxy at scale."""
+  return workdir / "models" / f"proxy_{seed}"
+
+
 def pair_rows(config, mesh, sft: Path, asked: list[str], seed: int) -> list[dict]:
   """Two samples for each prompt, with their gold; prompts with two equal samples are left out."""
   drawn = answers(config, mesh, sft, asked, seed, 2)
@@ -242,11 +246,11 @@ def make_proxy(
   """The folder of a seed's proxy: the policy's backbone with a score head, fitted to the seed's
   noisy pairs, at scale.
   """
-  folder, out = workdir / f"proxy_{seed}", workdir / "models" / f"proxy_{seed}"
+  folder, out = workdir / f"proxy_{seed}", proxy_of(workdir, seed)
   pairs, raw = folder / "pairs.jsonl", folder / "raw"
+  settings = scratch.derived(config, "reward", str(pairs), policy__path=str(sft), seed=seed)
 
   def fit(out):
-    settings = scratch.derived(config, "reward", str(pairs), policy__path=str(sft), seed=seed)
     claim(settings, folder, shared=True)
     if not pairs.exists():
       asked = notes.prompts(seed, STREAM_PAIRS, config.reward.pairs)
@@ -257,7 +261,7 @@ def make_proxy(
     folders.run_reward(settings, folder, mesh, out=out)
 
   def scale(out):
-    realtext.standardise(config, raw, workdir, mesh, drawn, out)
+    realtext.standardise(settings, raw, workdir, mesh, drawn, out)
 
   scratch.once(workdir, f"proxy of seed {seed}", raw, fit)
   scratch.once(workdir, f"proxy of seed {seed} at scale", out, scale)
