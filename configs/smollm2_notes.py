@@ -28,31 +28,32 @@ def get_config(size: str = ""):
   config.task, config.variant = "lab_notes", ""
   config.policy.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
   config.policy.system_prompt = config.reward.system_prompt = "Be brief."
-  config.notes.demonstrations, config.notes.epochs = 256, 1
+  config.notes.demonstrations, config.notes.epochs = 192, 1
   config.sft.lr, config.sft.batch_size, config.sft.warmup_steps = 2e-5, 8, 4
   config.data.max_prompt_length, config.data.max_response_length = 128, 64
   config.data.max_chosen_length = 0
+  config.data.buckets = (104,)
 
-  config.reward.pairs, config.reward.heldout_pairs = 384, 96
+  config.reward.pairs, config.reward.heldout_pairs = 256, 64
   config.reward.epochs, config.reward.batch_size = 1, 8
   config.reward.lr, config.reward.warmup_steps = 2e-5, 4
   config.reward.choice_temperature, config.reward.label_flip = 0.5, 0.1
 
-  config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 6, 4, 48
-  # of every pair, what a policy that writes 48 tokens would have got to
+  config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 4, 4, 40
+  # of every pair, what a policy that writes 40 tokens would have got to
   config.reward.max_reply_length = config.rollout.max_new_tokens - 1
-  config.reward.max_length = 192  # no prompt with its response is longer
-  config.steps = 40
+  config.reward.max_length = 160  # no prompt with its response is longer
+  config.steps = 30
   config.ppo.epochs = 1
-  config.policy.lr = 2e-5
+  config.policy.lr = 3e-5
   config.kl.beta, config.kl.estimator = 0.02, "exact"
   # the paper's 1e-6 at the width of 4,096, for the same change of the head at 576
   config.r2m.lr, config.r2m.attention_dim = 7e-6, 288
-  config.packing = (0.55, 0.65, 0.8, 1.0)
+  config.packing = (0.68, 0.76, 1.0)
   config.lab.arms, config.lab.seeds = ARMS, (0, 1, 2)
   config.lab.kls, config.lab.stops = (1.0, 2.0), ()
   config.log.checkpoint_every, config.checkpoint.keep_last = 10, 1
-  config.scratch.samples = 96
+  config.scratch.samples = 64
   config.generate.batch_size, config.score.batch_size = 48, 24
   if size == "test":
     smallest(config)
@@ -67,7 +68,7 @@ def smallest(config) -> None:
   arch.hidden_size, arch.num_layers, arch.num_heads, arch.num_kv_heads = 24, 2, 3, 1
   arch.intermediate_size, arch.tie_embeddings = 64, True
   config.notes.demonstrations, config.sft.batch_size = 16, 4
-  config.data.max_prompt_length = 256
+  config.data.max_prompt_length, config.data.buckets = 256, ()
   config.reward.pairs, config.reward.heldout_pairs, config.reward.batch_size = 12, 6, 4
   config.reward.max_length, config.reward.max_reply_length = 320, 11
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 2, 2, 12

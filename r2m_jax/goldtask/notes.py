@@ -92,7 +92,7 @@ INSTRUCTIONS = (
 # The values of a lexicon are dealt into GROUPS. All values of a training note are of one group, and
 # all values of a held-out note are of different groups: no two of them are in one training note.
 GROUPS = 9
-MIN_FACTS, MAX_FACTS, MAX_ITEMS = 3, 6, 8
+MIN_FACTS, MAX_FACTS, MAX_ITEMS = 3, 6, 7
 TRAIN, HELD_OUT = "train", "held_out"
 
 WORD = re.compile(r"\d+:\d\d(?!\d)|\d+|[^\W\d_]+(?:['’][^\W\d_]+)?")
@@ -276,7 +276,7 @@ def gold(rows: Iterable[dict]) -> np.ndarray:
 def draw_note(rng: np.random.Generator, split: str) -> Note:
   """One note; see GROUPS."""
   num_facts = int(rng.integers(MIN_FACTS, MAX_FACTS + 1))
-  num_items = num_facts + int(rng.integers(2, min(4, MAX_ITEMS - num_facts + 1)))
+  num_items = num_facts + int(rng.integers(1, min(3, MAX_ITEMS - num_facts) + 1))
   keys = [KEYS[i] for i in rng.permutation(len(KEYS))[:num_items]]
   groups = rng.permutation(GROUPS)[:num_items]
   if split == TRAIN:

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from small import documented_metrics
 
 from benchmarks import notes as shown_notes
 from configs import smollm2_notes
@@ -17,7 +18,7 @@ from r2m_jax.goldtask import notes
 from r2m_jax.lab import notes as lab_notes
 from r2m_jax.lab.realtext import run_of
 from r2m_jax.run.files import read_jsonl
-from r2m_jax.run.metrics import read_metrics, without_clock
+from r2m_jax.run.metrics import ROW_KEYS, read_metrics, without_clock
 
 RUNS = [(arm, seed) for arm in ("vanilla", "r2m") for seed in (0, 1)]
 
@@ -262,3 +263,8 @@ def test_settings_that_cannot_work_are_refused(field, value, message):
 def test_sizes_are_named():
   with pytest.raises(ValueError, match="size 'large' is unknown"):
     smollm2_notes.get_config("large")
+
+
+def test_every_logged_key_is_documented(ended):
+  logged = {key for row in read_metrics(run_of(ended, "r2m", 0)) for key in row}
+  assert logged - set(ROW_KEYS) <= documented_metrics().keys()
