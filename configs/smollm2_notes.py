@@ -7,6 +7,7 @@ score head, fitted to noisy preferences.
   python -m r2m_jax.main --config=configs/smollm2_notes.py --workdir=runs/notes
   python -m r2m_jax.main --config=configs/smollm2_notes.py --workdir=runs/notes \\
     --config.policy.path=FOLDER                              # without a connection to the hub
+  python -m r2m_jax.main --config=configs/smollm2_notes.py:tune --workdir=runs/notes_tune  # the learning rate, first
   python -m r2m_jax.main --config=configs/smollm2_notes.py:test --workdir=/tmp/notes   # in seconds
 
 Protocol: docs/lab.md, "The third task". The same command resumes where it stopped, and processes
@@ -17,12 +18,14 @@ family, whose tokenizer is trained on the demonstrations.
 from r2m_jax.configs import default
 
 ARMS = ("vanilla", "r2m", "scaled", "shuffled")
+RATES = (3e-5, 1e-5, 1e-4)  # candidates of policy.lr
 
 
 def get_config(size: str = ""):
-  if size not in ("", "test"):
+  if size not in ("", "tune", "test"):
     raise ValueError(
-      f"size {size!r} is unknown; use configs/smollm2_notes.py or configs/smollm2_notes.py:test"
+      f"size {size!r} is unknown; use configs/smollm2_notes.py, configs/smollm2_notes.py:tune or "
+      "configs/smollm2_notes.py:test"
     )
   config = default.get_config()
   config.task, config.variant = "lab_notes", ""
@@ -55,6 +58,9 @@ def get_config(size: str = ""):
   config.log.checkpoint_every, config.checkpoint.keep_last = 10, 1
   config.scratch.samples = 64
   config.generate.batch_size, config.score.batch_size = 48, 24
+  if size == "tune":
+    config.lab.arms = tuple(f"vanilla.lr_{lr:g} policy.lr={lr:g}" for lr in RATES)
+    config.lab.seeds, config.steps = (100,), 10
   if size == "test":
     smallest(config)
   return config
@@ -68,7 +74,8 @@ def smallest(config) -> None:
   arch.hidden_size, arch.num_layers, arch.num_heads, arch.num_kv_heads = 24, 2, 3, 1
   arch.intermediate_size, arch.tie_embeddings = 64, True
   config.notes.demonstrations, config.sft.batch_size = 16, 4
-  config.data.max_prompt_length, config.data.buckets = 256, ()
+  config.data.max_prompt_length = config.data.max_response_length = 256
+  config.data.buckets = ()
   config.reward.pairs, config.reward.heldout_pairs, config.reward.batch_size = 12, 6, 4
   config.reward.max_length, config.reward.max_reply_length = 320, 11
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 2, 2, 12
