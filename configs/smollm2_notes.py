@@ -7,7 +7,6 @@ score head, fitted to noisy preferences.
   python -m r2m_jax.main --config=configs/smollm2_notes.py --workdir=runs/notes
   python -m r2m_jax.main --config=configs/smollm2_notes.py --workdir=runs/notes \\
     --config.policy.path=FOLDER                              # without a connection to the hub
-  python -m r2m_jax.main --config=configs/smollm2_notes.py:tune --workdir=runs/notes_tune  # the learning rate, first
   python -m r2m_jax.main --config=configs/smollm2_notes.py:test --workdir=/tmp/notes   # in seconds
 
 Protocol: docs/lab.md, "The third task". The same command resumes where it stopped, and processes
@@ -18,28 +17,26 @@ family, whose tokenizer is trained on the demonstrations.
 from r2m_jax.configs import default
 
 ARMS = ("vanilla", "r2m", "scaled", "shuffled")
-RATES = (3e-5, 1e-5, 1e-4)  # candidates of policy.lr
 
 
 def get_config(size: str = ""):
-  if size not in ("", "tune", "test"):
+  if size not in ("", "test"):
     raise ValueError(
-      f"size {size!r} is unknown; use configs/smollm2_notes.py, configs/smollm2_notes.py:tune or "
-      "configs/smollm2_notes.py:test"
+      f"size {size!r} is unknown; use configs/smollm2_notes.py or configs/smollm2_notes.py:test"
     )
   config = default.get_config()
   config.task, config.variant = "lab_notes", ""
   config.policy.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
   config.policy.system_prompt = config.reward.system_prompt = "Be brief."
-  config.notes.demonstrations, config.notes.epochs = 192, 1
-  config.sft.lr, config.sft.batch_size, config.sft.warmup_steps = 2e-5, 8, 4
+  config.notes.demonstrations, config.notes.epochs = 128, 1
+  config.sft.lr, config.sft.batch_size, config.sft.warmup_steps = 5e-5, 8, 2
   config.data.max_prompt_length, config.data.max_response_length = 128, 64
   config.data.max_chosen_length = 0
   config.data.buckets = (104,)
 
-  config.reward.pairs, config.reward.heldout_pairs = 256, 64
+  config.reward.pairs, config.reward.heldout_pairs = 192, 48
   config.reward.epochs, config.reward.batch_size = 1, 8
-  config.reward.lr, config.reward.warmup_steps = 2e-5, 4
+  config.reward.lr, config.reward.warmup_steps = 3e-5, 2
   config.reward.choice_temperature, config.reward.label_flip = 0.5, 0.1
 
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 4, 4, 40
@@ -56,11 +53,8 @@ def get_config(size: str = ""):
   config.lab.arms, config.lab.seeds = ARMS, (0, 1, 2)
   config.lab.kls, config.lab.stops = (1.0, 2.0), ()
   config.log.checkpoint_every, config.checkpoint.keep_last = 10, 1
-  config.scratch.samples = 64
+  config.scratch.samples = 48
   config.generate.batch_size, config.score.batch_size = 48, 24
-  if size == "tune":
-    config.lab.arms = tuple(f"vanilla.lr_{lr:g} policy.lr={lr:g}" for lr in RATES)
-    config.lab.seeds, config.steps = (100,), 10
   if size == "test":
     smallest(config)
   return config
