@@ -2,7 +2,7 @@
 
 A prompt is a short note; the reply has to pass on some of its facts in one or two sentences. Gold
 is a formula on the text (r2m_jax/goldtask/notes.py). The proxy is SmolLM2's own backbone with a
-score head, fitted to noisy preferences.
+linear score head, fitted to noisy preferences.
 
   python -m r2m_jax.main --config=configs/smollm2_notes.py --workdir=runs/notes
   python -m r2m_jax.main --config=configs/smollm2_notes.py --workdir=runs/notes \\
@@ -34,7 +34,7 @@ def get_config(size: str = ""):
   config.data.max_chosen_length = 0
   config.data.buckets = (104,)
 
-  config.reward.pairs, config.reward.heldout_pairs = 192, 48
+  config.reward.pairs, config.reward.heldout_pairs = 256, 48
   config.reward.epochs, config.reward.batch_size = 1, 8
   config.reward.lr, config.reward.warmup_steps = 3e-5, 2
   config.reward.choice_temperature, config.reward.label_flip = 0.5, 0.1
@@ -43,7 +43,7 @@ def get_config(size: str = ""):
   # of every pair, what a policy that writes 40 tokens would have got to
   config.reward.max_reply_length = config.rollout.max_new_tokens - 1
   config.reward.max_length = 160  # no prompt with its response is longer
-  config.steps = 30
+  config.steps = 20
   config.ppo.epochs = 1
   config.policy.lr = 3e-5
   config.kl.beta, config.kl.estimator = 0.02, "exact"

@@ -825,6 +825,12 @@ NOTES = dict(
     256, "demonstrations of SFT; 0: RL starts from `policy.path` itself", at_least(0)
   ),
   epochs=Knob(1, "passes over the demonstrations", at_least(1)),
+  proxy=Knob(
+    "head",
+    'what is fitted to the preferences: a linear score "head" on the policy\'s backbone, or the "whole" '
+    "model, as task=reward does",
+    one_of("head", "whole"),
+  ),
 )
 
 TOKENIZER = dict(

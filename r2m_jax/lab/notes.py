@@ -23,7 +23,7 @@ from r2m_jax.goldtask import notes
 from r2m_jax.goldtask.rl import against_gold
 from r2m_jax.goldtask.task import noisy_choice
 from r2m_jax.hf.folders import load_policy, load_reward, mesh_of
-from r2m_jax.lab import realtext, report
+from r2m_jax.lab import heads, realtext, report
 from r2m_jax.lab.grid import alone
 from r2m_jax.lab.realtext import correlation, run_of
 from r2m_jax.parallel import hosts
@@ -244,7 +244,7 @@ def make_proxy(
   config, workdir: Path, mesh, sft: Path, seed: int, drawn: list[dict], held: list[dict]
 ) -> Path:
   """The folder of a seed's proxy: the policy's backbone with a score head, fitted to the seed's
-  noisy pairs, at scale.
+  noisy pairs as config.notes.proxy says, at scale.
   """
   folder, out = workdir / f"proxy_{seed}", proxy_of(workdir, seed)
   pairs, raw = folder / "pairs.jsonl", folder / "raw"
@@ -258,7 +258,10 @@ def make_proxy(
       write_rows(str(pairs), rows)
       against = wins([row["gold_rejected"] for row in rows], [row["gold_chosen"] for row in rows])
       print(f"pairs    {len(rows)}; {against.mean():.1%} of the labels are against gold")
-    folders.run_reward(settings, folder, mesh, out=out)
+    if config.notes.proxy == "whole":
+      folders.run_reward(settings, folder, mesh, out=out)
+    else:
+      heads.fit(settings, read_jsonl(pairs), folder, mesh, out)
 
   def scale(out):
     realtext.standardise(settings, raw, workdir, mesh, drawn, out)
