@@ -29,17 +29,18 @@ def get_config(size: str = ""):
   config.policy.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
   config.policy.system_prompt = config.reward.system_prompt = "Be brief."
   config.notes.demonstrations, config.notes.epochs = 128, 1
-  config.sft.lr, config.sft.batch_size, config.sft.warmup_steps = 5e-5, 8, 2
+  config.sft.lr, config.sft.batch_size, config.sft.warmup_steps = 2e-4, 4, 4
   config.data.max_prompt_length, config.data.max_response_length = 128, 64
   config.data.max_chosen_length = 0
   config.data.buckets = (104,)
 
-  config.reward.pairs, config.reward.heldout_pairs = 256, 48
+  config.reward.pairs, config.reward.heldout_pairs = 192, 48
   config.reward.epochs, config.reward.batch_size = 1, 8
   config.reward.lr, config.reward.warmup_steps = 3e-5, 2
   config.reward.choice_temperature, config.reward.label_flip = 0.5, 0.1
 
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 4, 4, 40
+  config.rollout.temperature = 0.7
   # of every pair, what a policy that writes 40 tokens would have got to
   config.reward.max_reply_length = config.rollout.max_new_tokens - 1
   config.reward.max_length = 160  # no prompt with its response is longer
