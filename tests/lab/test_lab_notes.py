@@ -125,7 +125,7 @@ def test_no_prompt_is_used_twice(ended):
 # ---- the proxy ----
 
 
-@pytest.mark.parametrize("temperature, flip, share", [(1e-3, 0.0, 0.0), (1e-3, 1.0, 1.0)])
+@pytest.mark.parametrize("temperature, flip, share", [(0.01, 0.0, 0.0), (0.01, 1.0, 1.0)])
 def test_labels_without_noise_follow_gold_or_its_opposite(temperature, flip, share):
   config = settings(reward__choice_temperature=temperature, reward__label_flip=flip)
   rows = [{"prompt": "p", "responses": ["a", "b"], "gold": [float(i % 3), 1.5]} for i in range(30)]
