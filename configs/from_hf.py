@@ -16,6 +16,7 @@ from r2m_jax.configs import default
 
 def get_config():
   config = default.get_config()
+  config.data.name = "prompts.jsonl"  # without models a run is refused: they are what trains on it
   config.steps = 100
   config.remat = "full"
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 16, 8, 256
