@@ -18,6 +18,7 @@ def test_is_valid_and_formatted():
 def test_runs_at_the_smallest_size(tmp_path, monkeypatch):
   monkeypatch.setenv("R2M_NOTEBOOK_CONFIG", "smollm2_notes:test")
   monkeypatch.setenv("R2M_NOTEBOOK_WORKDIR", str(tmp_path / "work"))
+  monkeypatch.setenv("R2M_NOTEBOOK_OVERRIDES", "--config.lab.arms=('vanilla','r2m')")
   monkeypatch.setenv(
     "PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
   )
@@ -35,6 +36,6 @@ def test_runs_at_the_smallest_size(tmp_path, monkeypatch):
     for cell in code_cells(notebook)
   }
   figures = next(cell for cell in code_cells(notebook) if cell.id == "figures")
-  assert shown["curves"].count("scaled") == 2 and "nan" not in shown["curves"]
-  assert shown["samples"].count("frozen ") == 2 * 3 * 4
+  assert shown["curves"].count("vanilla") == 2 and "nan" not in shown["curves"]
+  assert shown["samples"].count("frozen ") == 2 * 2 * 4
   assert sum("image/png" in output.get("data", {}) for output in figures.outputs) == 3
