@@ -9,6 +9,12 @@ linear score head, fitted to noisy preferences.
     --config.policy.path=FOLDER                              # without a connection to the hub
   python -m r2m_jax.main --config=configs/smollm2_notes.py:test --workdir=/tmp/notes   # in seconds
 
+The sizes are those of two CPU cores. On one large GPU, with no figure of ours yet:
+
+  python -m r2m_jax.main --config=configs/smollm2_notes.py --workdir=runs/notes_gpu \\
+    --config.notes.demonstrations=512 --config.reward.pairs=2000 --config.notes.proxy=whole \\
+    --config.rollout.prompts=16 --config.rollout.group_size=8 --config.steps=100
+
 Protocol: docs/lab.md, "The third task". The same command resumes where it stopped, and processes
 with the same command share the work. `:test` is the same job with a tiny random model of the same
 family, whose tokenizer is trained on the demonstrations.
