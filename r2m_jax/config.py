@@ -94,7 +94,7 @@ def check_config(config: ConfigDict) -> None:
   check_reward_lengths(config)
   check_weights(config)
   check_shapes(config)
-  if config.task in ("lab", "lab_text"):
+  if config.task in ("lab", "lab_text", "lab_notes"):
     check_lab(config)
   check_files(config)
   check_lora(config)
@@ -325,7 +325,7 @@ def best_metric(config: ConfigDict) -> str:
 
 def check_evaluation(config: ConfigDict) -> None:
   """Evaluations have what they measure, and what is chosen by them is measured."""
-  if config.task in ("lab", "lab_text"):
+  if config.task in ("lab", "lab_text", "lab_notes"):
     fix = "the laboratory compares runs of one length and measures gold at each step: give 0"
     for field in ("eval.every", "stop.kl", "stop.patience"):
       need(config, _get(config, field) == 0, field, fix)
@@ -437,7 +437,7 @@ def chosen_pieces(config: ConfigDict) -> list[str]:
 
 def check_lab(config: ConfigDict) -> None:
   """Every arm and what they are compared by."""
-  text = config.task == "lab_text"
+  text = config.task in ("lab_text", "lab_notes")
   fix = "the laboratory splits seeds over the devices, not one seed: (1, 1, 1)"
   need(config, text or tuple(config.mesh) == (1, 1, 1), "mesh", fix)
   need(

@@ -32,6 +32,7 @@ TASKS = {  # config.task -> what it does, as `r2m --help` shows it
   "scratch": "everything on real text, from a tokenizer to evaluation",
   "lab": "compare variants over seeds, with the gold reward",
   "lab_text": "the same comparison on real text",
+  "lab_notes": "the same comparison on a pretrained model, with a gold reward for English",
   "generate": "sample from a policy: rows of prompts in, rows of responses out",
   "score": "score rows of prompts and responses with a reward model",
   "judge": "which of two sets of answers wins, by an endpoint, a reward model or a file",
@@ -415,7 +416,8 @@ RUN = dict(
   task=Knob(
     "r2m",
     '"sft", "reward" and "r2m" run the pipeline up to that stage; "scratch" trains all models on '
-    'text, from the tokenizer on; "tokenizer" trains only that; "lab" and "lab_text" compare arms; '
+    'text, from the tokenizer on; "tokenizer" trains only that; "lab", "lab_text" and "lab_notes" compare '
+    "arms; "
     '"generate" and "score" apply a model to JSON lines; "judge" finds out which of two sets of '
     'answers wins; "rewardbench" measures a reward model on preferences; "export" writes a '
     'checkpoint as Hugging Face folders; "replay" reproduces one sample of a run; "analyse" draws its evidence; "plan" '
@@ -895,6 +897,19 @@ SCRATCH = dict(
   lm=Section("Language modelling; otherwise as `sft`", LM),
 )
 
+NOTES = dict(
+  demonstrations=Knob(
+    256, "demonstrations of SFT; 0: RL starts from `policy.path` itself", at_least(0)
+  ),
+  epochs=Knob(1, "passes over the demonstrations", at_least(1)),
+  proxy=Knob(
+    "head",
+    'what is fitted to the preferences: a linear score "head" on the policy\'s backbone, or the "whole" '
+    "model, as task=reward does",
+    one_of("head", "whole"),
+  ),
+)
+
 TOKENIZER = dict(
   vocab_size=Knob(
     4096, "entries, including the 256 bytes and the special tokens", at_least(300), unit="tokens"
@@ -1241,6 +1256,11 @@ KNOBS = Section(
     scratch=Section(
       'Training from scratch on text (task "scratch"); data sets are named as in data.name', SCRATCH
     ),
+    notes=Section(
+      'The notes task on a pretrained model (task "lab_notes"); docs/lab.md',
+      NOTES,
+      tasks=("lab_notes",),
+    ),
     tokenizer=Section(
       'A tokenizer, and a model of policy.arch with random weights (task "tokenizer")', TOKENIZER
     ),
@@ -1276,11 +1296,11 @@ KNOBS = Section(
       free=True,
     ),
     lab=Section(
-      'Arms x seeds x KL weights on the gold-reward task (task "lab") or on text ("lab_text"); '
-      "docs/lab.md",
+      'Arms x seeds x KL weights on the gold-reward task (task "lab") or on text ("lab_text", '
+      '"lab_notes"); docs/lab.md',
       LAB,
       free=True,
-      tasks=("lab", "lab_text"),
+      tasks=("lab", "lab_text", "lab_notes"),
     ),
   ),
 )

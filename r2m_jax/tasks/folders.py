@@ -82,7 +82,7 @@ from r2m_jax.tasks.rewards import Function, OutsideReward, by_function, by_serve
 from r2m_jax.types import Given, Rows
 
 Reward = RewardModel | OutsideReward
-Watch = Callable[[StepOutput, list[tuple[Any, str, bool]]], dict[str, float | None]]
+Watch = Callable[[int, StepOutput, list[tuple[Any, str, bool]]], dict[str, float | None]]
 
 
 def run(config, workdir: Path, rewards: Function | None = None) -> None:
@@ -292,8 +292,8 @@ def runs(
   Args:
     stage: gives the result of a stage: `workdir.stage`, which makes what is missing, or
       `workdir.saved`, which only reads.
-    watch: (a step's output on the host, its samples as (prompt, response, truncated)) -> more
-      metrics for its row. Nothing it gives reaches training.
+    watch: (step number, the step's output on the host, its samples as (prompt, response,
+      truncated)) -> more metrics for its row. Nothing it gives reaches training.
     rewards: (prompts, responses) -> a finite score for each, in place of a reward model. It is not
       part of the config: a run that resumes must be given the same one.
   """
@@ -573,7 +573,7 @@ def run_of(
       when = "before" if t == 0 else "after"
       append_samples(workdir, samples(config, output, batch[1], policy, when))
     metrics = output.metrics | {"data/wait": order.waiting_share()}
-    metrics |= watch(output, rows) if watch else {}
+    metrics |= watch(t, output, rows) if watch else {}
     return metrics, dict(reward=metrics["reward/used"], kl=metrics["kl"])
 
   in_folder = reward if isinstance(reward, RewardModel) else None
