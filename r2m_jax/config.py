@@ -77,6 +77,7 @@ FILES = {
   "score": ("reward.path", "score.input", "score.output"),
   "rewardbench": ("rewardbench.data", "reward.path"),
   "export": ("export.checkpoint", "export.out"),
+  "compare": ("compare.runs",),
   "plan": ("plan.topology",),
 }
 
@@ -237,7 +238,7 @@ def check_files(config: ConfigDict) -> None:
   """The task's files are named."""
   for field in FILES.get(config.task, ()):
     fix = f"task={config.task} needs it; pass --config.{field}=..."
-    need(config, _get(config, field) != "", field, fix)
+    need(config, _get(config, field) not in ("", ()), field, fix)
 
 
 def check_lora(config: ConfigDict) -> None:

@@ -40,6 +40,7 @@ TASKS = {  # config.task -> what it does, as `r2m --help` shows it
   "export": "write a checkpoint as Hugging Face folders",
   "replay": "compute one sample of a run again, with its log-probabilities and rewards",
   "analyse": "the paper's figures and tables from the checkpoints of a run",
+  "compare": "several runs on one page: curves, final numbers, settings, the same prompts",
   "plan": "memory and time of a run on a TPU slice, compiled without one",
 }
 # of task=analyse; docs/analyse.md defines them
@@ -335,6 +336,11 @@ POSITIVE = Rule(are_positive, POSITIVE_FIX, "above 0, each once")
 SOME_POSITIVE = Rule(
   lambda x: len(x) > 0 and are_positive(x), POSITIVE_FIX, "at least one, above 0, each once"
 )
+RUNS = Rule(
+  lambda x: len(x) != 1 and all(isinstance(name, str) and name for name in x),
+  "give the workdirs of two runs or more, such as ('runs/a', 'runs/b')",
+  "() or two or more",
+)
 
 
 # ---- the knobs ----
@@ -420,8 +426,8 @@ RUN = dict(
     "arms; "
     '"generate" and "score" apply a model to JSON lines; "judge" finds out which of two sets of '
     'answers wins; "rewardbench" measures a reward model on preferences; "export" writes a '
-    'checkpoint as Hugging Face folders; "replay" reproduces one sample of a run; "analyse" draws its evidence; "plan" '
-    "reports whether a run fits a machine",
+    'checkpoint as Hugging Face folders; "replay" reproduces one sample of a run; "analyse" draws its evidence; '
+    '"compare" puts several runs on one page; "plan" reports whether a run fits a machine',
     one_of(*TASKS),
     free=True,
   ),
@@ -1126,6 +1132,10 @@ REPLAY = dict(
   sample=Knob(0, "index among the prompt's K responses", at_least(0)),
 )
 
+COMPARE = dict(
+  runs=Knob((), "workdirs of the runs; those that differ only in `seed` are one curve", RUNS),
+)
+
 ANALYSE = dict(
   what=Knob(
     "",
@@ -1279,6 +1289,7 @@ KNOBS = Section(
     checkpoint=Section("Which checkpoints are kept, and where a run starts", CHECKPOINT, free=True),
     guard=Section("Updates that are not finite are skipped and counted", GUARD, free=True),
     replay=Section('One sample of the run in WORKDIR again (task "replay")', REPLAY, free=True),
+    compare=Section('Several runs on one page (task "compare")', COMPARE, free=True),
     analyse=Section(
       'The paper\'s evidence from the run in WORKDIR (task "analyse"); docs/analyse.md',
       ANALYSE,

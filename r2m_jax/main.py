@@ -48,6 +48,7 @@ TASKS = {
   "export": run_of("tasks.export"),
   "replay": run_of("tasks.replay"),
   "analyse": run_of("analysis.analyse"),
+  "compare": run_of("tasks.compare"),
   "plan": run_of("plan.plan"),
 }
 

@@ -52,6 +52,7 @@ LAYOUT = (
   Entry("figures/", "its figures", "every run"),
   Entry("replay/", "samples made again", "task=replay"),
   Entry("analysis/", "tables and figures of the analysis", "task=analyse"),
+  Entry("compare.html", "several runs on one page", "task=compare"),
   Entry("label_answers.jsonl", "answers of the judge at r2m.judge_url", "runs from folders"),
   Entry("judge.json", "who wins, with judge, date and template", "task=judge"),
   Entry("judge.html", "the same as a page", "task=judge"),
