@@ -75,7 +75,7 @@ setuptools.setup(
   # r2m_jax/configs is a link to configs/: a wheel holds the configs inside the package
   packages=setuptools.find_packages(include=["r2m_jax", "r2m_jax.*"]),
   entry_points={"console_scripts": ["r2m = r2m_jax.main:start"]},
-  package_data={"r2m_jax.report": ["template.html"]},
+  package_data={"r2m_jax.report": ["template.html", "page.css", "page.js"]},
   install_requires=RUN,
   extras_require=EXTRAS,
 )

@@ -40,6 +40,7 @@ TASKS = {
   "scratch": run_of("tasks.scratch"),
   "lab": training_of("lab.grid"),
   "lab_text": run_of("lab.realtext"),
+  "lab_notes": run_of("lab.notes"),
   "generate": SERVING,
   "score": SERVING,
   "judge": run_of("tasks.judge"),
@@ -47,6 +48,7 @@ TASKS = {
   "export": run_of("tasks.export"),
   "replay": run_of("tasks.replay"),
   "analyse": run_of("analysis.analyse"),
+  "compare": run_of("tasks.compare"),
   "plan": run_of("plan.plan"),
 }
 

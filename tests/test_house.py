@@ -34,7 +34,7 @@ MAY_IMPORT = {
   "data": "types parallel algorithm config run",
   "hf": "parallel models algorithm config run data",
   "goldtask": "types ops parallel models algorithm step run",
-  "report": "run",
+  "report": "knobs config run",
   "judge": "parallel config run data report",
   "tasks": "types ops parallel models algorithm config step run data hf goldtask report judge",
   "plan": "types parallel models algorithm config step run data goldtask",

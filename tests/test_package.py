@@ -43,7 +43,8 @@ def test_one_package_lands_in_site_packages(site):
   assert packed == {path.name for path in ROOT.glob("configs/*.py")}
   sources = {path.relative_to(ROOT) for path in (ROOT / "r2m_jax").rglob("*.py")}
   assert all((site / name).is_file() for name in sources)
-  assert (site / "r2m_jax/report/template.html").is_file()
+  for name in ("template.html", "page.css", "page.js"):
+    assert (site / "r2m_jax/report" / name).is_file()
 
 
 def test_the_installed_command_finds_its_configs(site, tmp_path):

@@ -405,7 +405,7 @@ def read_of(name: str, written: Sequences, seen: dict, prompt: np.ndarray) -> Re
 
 
 def exports_of(config, workdir: Path, kind: str) -> dict[str, Path]:
-  """arm -> folder with policy and reward of every arm that has ended."""
+  """arm -> folder with policy and reward model of every arm that has ended with both."""
   if kind == "scratch":
     arms = {
       arm: workdir / "export" / ("" if arm == config.scratch.arms[-1] else arm)
@@ -416,7 +416,8 @@ def exports_of(config, workdir: Path, kind: str) -> dict[str, Path]:
       arm: workdir / "export" / ("" if config.variant else arm) for arm in [config.variant] if arm
     }
     arms = arms or {arm: workdir / "export" / arm for arm in config.arms}
-  return {arm: out for arm, out in arms.items() if (out / "policy" / "config.json").is_file()}
+  files = ("policy/config.json", "reward/config.json")
+  return {arm: out for arm, out in arms.items() if all((out / f).is_file() for f in files)}
 
 
 def read_text(config, workdir: Path, wanted: list[str], *, kind: str) -> GoldReads:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from r2m_jax.lab import figures, results, stats
+from r2m_jax.lab import contrasts, figures, results, stats
 from r2m_jax.lab.results import Results, at_kl, at_weight, find, gold_measures, rival, stop_name
 from r2m_jax.report import intervals, page
 from r2m_jax.report.figures import rendered
@@ -86,7 +86,8 @@ def tables(config, found: Results, facts: dict[int, dict]) -> list[dict]:
   """Sections of numbers, as page.table_section takes them; no seed in `facts`: none about the
   reward models.
   """
-  sections = gold_tables(config, found)
+  sections = contrasts.tables(config, found.curves)
+  sections += gold_tables(config, found)
   sections += same_weight_table(config, found)
   sections += [behaviour_table(found)]
   sections += checks_table(found)
@@ -359,13 +360,14 @@ def write(
     about=f"{len(found.curves)} arms; gold never trains, selects or stops anything.",
     sections=sections,
   )
-  text = seeds_text(found)
-  write_atomic(workdir / "seeds.txt", text + "\n")
+  text, registered = seeds_text(found), contrasts.text(config, found.curves)
+  write_atomic(workdir / "seeds.txt", "\n\n".join(filter(None, [text, registered])) + "\n")
   lines = text.splitlines()
   shown = lines if len(lines) <= 24 else [line for line in lines if ": over-optimised on " in line]
   shown += [f"{arm}: takes {name}" for arm, name in results.choose(config, found).items()]
   return "\n".join(
     [
+      *(["", registered] if registered else []),
       "",
       "Gold reward, means over a tenth of the steps",
       *shown,

@@ -204,6 +204,29 @@ def style_of(arms):
   }
 
 
+def key_of(arm, styles):
+  """What shows which line of a figure is an arm's: its name, line and colour."""
+  colour, dashes = styles.get(arm, (COLOURS[0], "-"))
+  line = {"-": "solid", "--": "dashed", ":": "dotted"}[dashes]
+  return {"name": arm or "run", "line": line, "colour": colour}
+
+
+def described(rows, x, panels):
+  """A sentence for each panel that `draw_figure` draws, for readers who do not see it."""
+  sentences = []
+  for metric, title, label, _ in panels:
+    if not len(series(rows, metric)[0]):
+      continue
+    parts = []
+    for arm in arms_with(rows, [(metric,)]):
+      means = window_means(series([row for row in rows if row["arm"] == arm], metric)[1])
+      if len(means):
+        parts.append(f"{arm or 'run'} from {means[0]:.3g} to {means[-1]:.3g}")
+    axis = "step" if x == STEP else "distance from the reference"
+    sentences.append(f"{title} ({label}) against {axis}: {'; '.join(parts)}.")
+  return sentences
+
+
 def draw_figure(rows, x, panels, styles, matched_kl=None):
   """Returns (png of the figure, [png of each panel]); panels that no row has are left out, none
   left gives None.
@@ -289,7 +312,8 @@ def draw_band(axes, rows, metric, colour):
   """The interval of a metric that is logged with its ends."""
   steps, low, high = series(rows, f"{metric}_low", f"{metric}_high")
   if len(steps):
-    axes.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+    smooth = map(window_means, (steps, low, high))  # as the line in it
+    axes.fill_between(*smooth, color=colour, alpha=0.15, lw=0)
 
 
 def dress(axes, title, x, label):

@@ -2,7 +2,8 @@
 report.html, which template.html makes of sections.
 
 A section is a dict whose `kind` is a macro of the template: "lead", "points", "table", "figure",
-"samples", "slider" or "settings". All text in it is plain: the template escapes it.
+"samples", "slider", "strip" or "settings". Its `tab` is the part of the page that it stands in. All text in
+it is plain: the template escapes it.
 """
 
 import base64
@@ -13,15 +14,28 @@ from pathlib import Path
 
 import jinja2
 
-from r2m_jax.report.figures import COLOURS, FIGURES, arms_with, draw_figure, style_of
+from r2m_jax.report.cost import alarms, stage_table, time_table, troubles
+from r2m_jax.report.figures import (
+  FIGURES,
+  arms_with,
+  described,
+  draw_figure,
+  key_of,
+  style_of,
+)
+from r2m_jax.report.samples import (
+  attention_section,
+  disagreements_section,
+  evaluation_slider,
+  samples_section,
+)
+from r2m_jax.report.settings import changed
 from r2m_jax.report.summary import (
-  alarm_line,
   arms_of,
   cautions,
   control_case,
   evaluations,
   findings,
-  first_alarm,
   format_summary,
   number,
   summary_table,
@@ -32,7 +46,8 @@ from r2m_jax.run.metrics import ROW_KEYS, read_metrics
 
 __all__ = ["format_summary", "summary_table", "write_report"]
 
-MAX_PROMPTS, MAX_CHARS = 40, 4000  # what the sample table shows
+REPLAYED = 4  # samples of task=replay that a report shows
+FIRST_TAB = "Findings"  # of sections that name none
 
 
 def write_report(workdir, *, title, notes=(), tables=(), config=None):
@@ -44,34 +59,83 @@ def write_report(workdir, *, title, notes=(), tables=(), config=None):
   """
   workdir = Path(workdir)
   rows, samples = read_metrics(workdir), read_jsonl(workdir / "samples.jsonl")
+  evaluated = read_jsonl(workdir / "eval_samples.jsonl")
   if config is None and (workdir / "config.json").exists():
     config = read_json(workdir / "config.json")
   table = summary_table(rows)
   styles = style_of(
     list(dict.fromkeys([row["arm"] for row in rows] + [row["arm"] for row in samples]))
   )
-  sections = [_headline(table, notes, alarms(rows))]
-  if measured := evaluation_table(rows, styles):
-    sections.append(table_section(measured))
-  if table:
-    sections.append(_summary(table, styles))
-  sections += [table_section(one) for one in tables]
-  named = [row if row["stage"] == "rl" else _with_stage(row) for row in rows]
-  for name, heading, x, caption, panels in FIGURES:
-    drawn = draw_figure(named, x, panels, styles, table[0]["matched_kl"] if table else None)
-    if drawn:
-      write_atomic(workdir / "figures" / f"{name}.png", drawn[0])
-      keys = [_key(arm, styles) for arm in arms_with(named, panels)]
-      sections.append(figure_section(heading, caption, drawn[1], keys))
-  if evaluated := read_jsonl(workdir / "eval_samples.jsonl"):
-    sections.append(_slider(evaluated, styles))
-  if samples:
-    sections.append(_samples(samples, styles))
+  sections = _findings(rows, table, styles, notes) + [table_section(one) for one in tables]
+  if config is not None:
+    sections.append(_what_was_run(config))
+  sections += _curves(workdir, rows, table, styles)
+  sections += text_sections(samples, evaluated, styles)
+  sections += replayed_sections(workdir)
+  sections += [
+    table_section(one, tab="Cost") for one in (time_table(rows), stage_table(rows)) if one
+  ]
   if config is not None:
     sections.append(settings_section(config))
   return write_page(
     workdir / "report.html", title=title, heading=title, about=describe(rows), sections=sections
   )
+
+
+def _findings(rows, table, styles, notes):
+  """What the run shows, its alarms and its numbers."""
+  sections = [_headline(table, notes, alarms(rows))]
+  if found := troubles(rows):
+    sections.append(points_section("Alarms", found, alarm=True))
+  if measured := evaluation_table(rows, styles):
+    sections.append(table_section(measured))
+  if table:
+    sections.append(_summary(table, styles))
+  return sections
+
+
+def _what_was_run(config):
+  """The settings that are not at their defaults."""
+  head = ["Setting", "This run", "Default"]
+  note = "Every other setting is at its default; docs/config.md says what each does."
+  title = "Settings that differ from the default"
+  return table_section(
+    {"title": title, "head": head, "rows": changed(config), "note": note, "words": True},
+    tab="What was run",
+  )
+
+
+def _curves(workdir, rows, table, styles):
+  """A section for each figure that the rows have data for; also writes it to WORKDIR/figures."""
+  named = [row if row["stage"] == "rl" else with_stage(row) for row in rows]
+  matched = table[0]["matched_kl"] if table else None
+  sections = []
+  for name, heading, x, caption, panels in FIGURES:
+    drawn = draw_figure(named, x, panels, styles, matched)
+    if drawn:
+      write_atomic(workdir / "figures" / f"{name}.png", drawn[0])
+      keys = [key_of(arm, styles) for arm in arms_with(named, panels)]
+      alts = described(named, x, panels)
+      sections.append(figure_section(heading, caption, drawn[1], keys, alts=alts, tab="Curves"))
+  return sections
+
+
+def replayed_sections(workdir):
+  """What the reward read of each sample that task=replay made again, REPLAYED at most."""
+  files = sorted((workdir / "replay").glob("*.json"))[:REPLAYED]
+  return [section for file in files if (section := attention_section(read_json(file)))]
+
+
+def text_sections(samples, evaluated, styles):
+  """Text of the run: each evaluation, samples, and where reward and gold disagree most."""
+  sections = []
+  if evaluated:
+    sections.append(evaluation_slider(evaluated, styles))
+  if samples:
+    sections.append(samples_section(samples, styles))
+  if worst := disagreements_section(samples, evaluated, styles):
+    sections.append(worst)
+  return sections
 
 
 @functools.cache
@@ -87,8 +151,16 @@ def _template():
 
 
 def write_page(path, *, title, heading, about, sections):
-  """Writes a self-contained page of sections under a heading and a line about it; returns its path."""
-  page = _template().render(title=title, heading=heading, about=about, sections=sections)
+  """Writes a self-contained page of sections under a heading and a line about it; returns its path.
+
+  Sections that name a `tab` are shown under it, the others under the first one.
+  """
+  names = dict.fromkeys(section.get("tab") or FIRST_TAB for section in sections)
+  tabs = [
+    (name, [section for section in sections if (section.get("tab") or FIRST_TAB) == name])
+    for name in names
+  ]
+  page = _template().render(title=title, heading=heading, about=about, tabs=tabs)
   write_atomic(path, page.strip() + "\n")
   return path
 
@@ -96,18 +168,27 @@ def write_page(path, *, title, heading, about, sections):
 # ---- sections ----
 
 
-def table_section(table):
-  """A table from a dict of title, head, rows and note; a cell is text or a key to an arm."""
-  return {"kind": "table", **table}
+def table_section(table, *, tab=""):
+  """A table from a dict of title, head, rows and note.
+
+  A cell is text, a key to an arm, {"text", "share"} with a bar, or {"words"}, which may be long.
+  With `words` in the table, all of its columns are text.
+  """
+  return {"kind": "table", "tab": tab, **table}
 
 
-def figure_section(title, caption, images, keys=(), *, whole=False):
-  """PNG images, with `keys` to the arms if there are several; `whole`: at full width."""
+def figure_section(title, caption, images, keys=(), *, whole=False, alts=(), tab=""):
+  """PNG images, with `keys` to the arms if there are several.
+
+  whole: at full width. alts: a sentence for each image, for readers who do not see it.
+  """
   return {
     "kind": "figure",
+    "tab": tab,
     "title": title,
     "caption": caption,
     "images": [base64.b64encode(image).decode() for image in images],
+    "alts": alts,
     "arms": keys if len(keys) > 1 else (),
     "whole": whole,
   }
@@ -118,18 +199,20 @@ def lead_section(title, points, care=()):
   return {"kind": "lead", "title": title, "points": points, "care": care}
 
 
-def points_section(title, points):
-  """A list of sentences."""
-  return {"kind": "points", "title": title, "points": points}
+def points_section(title, points, *, alarm=False, tab=""):
+  """A list of sentences; `alarm`: marked as something to look at."""
+  return {"kind": "points", "tab": tab, "title": title, "points": points, "alarm": alarm}
 
 
 def settings_section(config):
   """The configuration as JSON, folded away."""
   shown = config.to_dict() if hasattr(config, "to_dict") else config
-  return {"kind": "settings", "text": json.dumps(shown, indent=2, default=str)}
+  text = json.dumps(shown, indent=2, default=str)
+  return {"kind": "settings", "tab": "What was run", "text": text}
 
 
-def _with_stage(row):
+def with_stage(row):
+  """A row of a stage before RL, or of an evaluation, with the stage in the names of its metrics."""
   return {key if key in ROW_KEYS else f"{row['stage']}/{key}": value for key, value in row.items()}
 
 
@@ -159,13 +242,6 @@ def describe(rows):
   return "Logged: " + "; ".join(texts) + "."
 
 
-def _key(arm, styles):
-  """What shows which line of a figure is an arm's."""
-  colour, dashes = styles.get(arm, (COLOURS[0], "-"))
-  line = {"-": "solid", "--": "dashed", ":": "dotted"}[dashes]
-  return {"name": arm or "run", "line": line, "colour": colour}
-
-
 def _headline(table, notes, alarms):
   cases = [sentence for _, sentence in control_case(table)]
   points = [f"ALARM: {line}." for line in alarms] + findings(table) + cases + list(notes)
@@ -190,7 +266,7 @@ def _summary(table, styles):
   head += [f"Gold at KL {number(matched, 1)}"] if matched is not None else []
   rows = []
   for e in table:
-    cells = [_key(e["arm"], styles)]
+    cells = [key_of(e["arm"], styles)]
     if gold:
       step = "" if e["peak_step"] is None else f" ({e['peak_step']:.0f})"
       lost = "–" if e["lost_share"] is None else f"{e['lost_share']:.0%}"
@@ -206,8 +282,8 @@ def _summary(table, styles):
   note = (
     (
       f"Each number is a mean over {' or '.join(map(str, windows))} logged steps. Gain is peak "
-      "less start, and its "
-      "lost share is (peak - end) / gain, given where the gain exceeds four standard errors of "
+      "minus start, and its "
+      "lost share is (peak - end) / gain, given if the gain exceeds four standard errors of "
       "step noise. The "
       "peak is the largest of many means, so noise alone puts it a little high."
     )
@@ -215,14 +291,6 @@ def _summary(table, styles):
     else ""
   )
   return table_section({"title": "", "head": head, "rows": rows, "note": note})
-
-
-def alarms(rows):
-  """The line of each arm whose evaluations raised the alarm."""
-  found = [(arm, first_alarm(evaluations(rows, arm))) for arm in arms_of(rows)]
-  return [
-    alarm_line(arm, since, step) for arm, raised in found if raised for step, since in [raised]
-  ]
 
 
 def evaluation_table(rows, styles):
@@ -234,7 +302,7 @@ def evaluation_table(rows, styles):
     if mine:
       best = max(mine, key=lambda row: row[by] if math.isfinite(row[by]) else -math.inf)
       for which, row in (("first", mine[0]), ("best", best), ("last", mine[-1])):
-        lines.append([_key(arm, styles), *_evaluation(which, row, gold)])
+        lines.append([key_of(arm, styles), *_evaluation(which, row, gold)])
   if not lines:
     return None
   head = ["Arm", "Evaluation (step)"] + ["Gold"] * gold
@@ -249,87 +317,3 @@ def _evaluation(which, row, gold):
   cells = [with_interval(row, name) for name in names] + [with_interval(row, "length", digits=1)]
   cells += [f"{row['truncated']:.0%}", f"{row['repetition']:.0%}"]
   return [f"{which} ({row['step']})", *cells]
-
-
-def _slider(samples, styles):
-  """Each held-out prompt with its response at the first evaluation beside those at another step,
-  which a slider chooses.
-  """
-  steps = sorted({row["step"] for row in samples})
-  arms = list(dict.fromkeys(row["arm"] for row in samples))
-  asked = list(dict.fromkeys(row["prompt"] for row in samples))
-  by_place = {(row["prompt"], row["arm"], row["step"]): row for row in samples}
-  first = {row["prompt"]: row for row in reversed(samples) if row["step"] == steps[0]}
-  blocks = []
-  for prompt in asked[:MAX_PROMPTS]:
-    columns = []
-    for arm in arms:
-      found = [by_place.get((prompt, arm, step)) for step in steps]
-      columns.append({"arm": _key(arm, styles), "cells": [_response(row) for row in found]})
-    start = _response(first.get(prompt))
-    blocks.append({"text": _cut(prompt), "first": start, "columns": columns})
-  return {"kind": "slider", "steps": steps, "prompts": blocks, "of": len(asked)}
-
-
-def _response(row):
-  """A response of an evaluation, and a line of what was measured of it."""
-  if row is None:
-    return {"text": "(not evaluated at this step)", "facts": ""}
-  facts = [
-    f"{name} {number(_float(row[name]))}" for name in ("gold", "frozen", "kl") if name in row
-  ]
-  facts.append(f"{row['length']} tokens{' (cut)' if row['truncated'] else ''}")
-  return {"text": _cut(row["response"]), "facts": ", ".join(facts)}
-
-
-def _samples(samples, styles):
-  """Every prompt with its responses: before, at steps in between, after; one row a response."""
-  prompts = list(dict.fromkeys(row["prompt"] for row in samples))
-  scores = {
-    name: key
-    for key, name in (("gold", "gold"), ("reward", "used"), ("frozen", "frozen"))
-    if any(row.get(key) is not None for row in samples)
-  }
-  order = {"before": -1, "after": math.inf}
-  blocks = []
-  for prompt in prompts[:MAX_PROMPTS]:
-    mine = _merge_before([row for row in samples if row["prompt"] == prompt])
-    mine.sort(key=lambda row: order.get(row["when"], row["when"]))
-    rows = [_sample(row, scores, styles) for row in mine]
-    blocks.append({"text": _cut(prompt), "rows": rows})
-  return {
-    "kind": "samples",
-    "prompts": blocks,
-    "of": len(prompts),
-    "scores": list(scores),
-    "arms": list(dict.fromkeys(row["arm"] for row in samples if row["arm"])),
-  }
-
-
-def _sample(row, scores, styles):
-  """A response as the template shows it. `scores`: name in the page -> name in the row."""
-  when, length = row["when"], row.get("length")
-  cut = " (cut)" if row.get("truncated") else ""
-  return {
-    "arm": _key(row["arm"], styles) if row["arm"] else None,
-    "when": when if when in ("before", "after") else f"step {when}",
-    "response": _cut(row["response"]),
-    "scores": {name: number(_float(row.get(key))) for name, key in scores.items()},
-    "tokens": "–" if length is None else f"{length:.0f}{cut}",
-  }
-
-
-def _merge_before(rows):
-  """Arms start from one policy: where all have the same sample before, it is one row, of no arm."""
-  before = [row | {"arm": ""} for row in rows if row["when"] == "before"]
-  same = len(before) > 1 and all(row == before[0] for row in before)
-  return before[:1] + [row for row in rows if row["when"] != "before"] if same else rows
-
-
-def _cut(text):
-  more = f" … ({len(text) - MAX_CHARS} more characters)" if len(text) > MAX_CHARS else ""
-  return text[:MAX_CHARS] + more
-
-
-def _float(value):
-  return float(value) if value is not None else None  # a non-finite score is a string here

@@ -28,6 +28,8 @@ from r2m_jax.config import ConfigError
 from r2m_jax.hf.folders import mesh_of
 from r2m_jax.models.reward import member_scores
 from r2m_jax.parallel import sharding
+from r2m_jax.report.page import points_section, write_page
+from r2m_jax.report.samples import attention_section
 from r2m_jax.run import checkpoint, loop
 from r2m_jax.run.build import Build
 from r2m_jax.run.files import plain, write_atomic
@@ -47,6 +49,11 @@ def run(config, workdir: Path) -> dict:
   wanted = config.replay
   config = config_of(config, workdir)
   require_in_run(config, wanted)
+  if config.policy.path and not config.reward.path:
+    raise ConfigError(
+      f"--workdir={workdir} is a run whose rewards came from outside, which no replay can take "
+      "apart; choose a run with a reward model"
+    )
   t = wanted.step
   again = next(training(config).runs(config, workdir, mesh_of(config), stage=saved))
   state, start = state_before(again, workdir, t)
@@ -71,10 +78,22 @@ def run(config, workdir: Path) -> dict:
   }
   path = workdir / "replay" / f"{config.variant}-{t}-{place}-{wanted.sample}.json"
   write_atomic(path, json.dumps(found, indent=1, allow_nan=False))
+  write_strip(found, path.with_suffix(".html"))
   show(found, out, row)
   compare(workdir, config.variant, t, out.metrics)
   print(f"all of it in {path}")
   return found
+
+
+def write_strip(found: dict, path: Path) -> None:
+  """The sample as a page, with what the attention read as a strip of words; an arm without
+  attention has none.
+  """
+  if section := attention_section(found, tab=""):
+    texts = [f"Prompt: {found['prompt_text']}", f"Response: {found['response_text']}"]
+    sections = [points_section("The sample", texts), section]
+    write_page(path, title=path.stem, heading="One sample again", about="", sections=sections)
+    print(f"page     {path}")
 
 
 def require_in_run(config, wanted) -> None:

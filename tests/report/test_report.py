@@ -329,9 +329,7 @@ def test_report_without_gold(tmp_path):
   )
   page = report_page.write_report(tmp_path, title="real").read_text(encoding="utf-8")
   assert (
-    "No gold reward was measured" in page
-    and "Gold start" not in page
-    and "<th>gold</th>" not in page
+    "No gold reward was measured" in page and "Gold start" not in page and ">gold</th>" not in page
   )
 
 

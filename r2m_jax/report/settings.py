@@ -1,0 +1,60 @@
+"""What was run: the settings that differ from their defaults, or between runs."""
+
+import json
+
+from r2m_jax.config import is_dict
+from r2m_jax.knobs import KNOBS, Knob, walk
+
+ABSENT = "–"  # of a setting that one of the configs does not have
+
+
+def as_dict(config) -> dict:
+  """A ConfigDict, or a dict, as config.json holds it."""
+  nested = config.to_dict() if hasattr(config, "to_dict") else config
+  return json.loads(json.dumps(nested, default=str))
+
+
+def flat(settings: dict, prefix: str = "") -> dict:
+  """A config as nested dicts -> {"section.field": value}."""
+  found = {}
+  for name, value in settings.items():
+    if isinstance(value, dict) and not is_dict(prefix + name):
+      found |= flat(value, f"{prefix}{name}.")
+    else:
+      found[prefix + name] = value
+  return found
+
+
+def defaults() -> dict:
+  """{"section.field": default} of every knob."""
+  return as_dict({name: part.default for name, part in walk(KNOBS) if isinstance(part, Knob)})
+
+
+def changed(config) -> list[list[str]]:
+  """[field, value, default] of each setting of a config that is not at its default."""
+  default = defaults()
+  return [
+    [field, shown(value), shown(default[field]) if field in default else ABSENT]
+    for field, value in flat(as_dict(config)).items()
+    if field not in default or default[field] != value
+  ]
+
+
+def differing(configs: list) -> list[list[str]]:
+  """[field, value in each config] of each setting that is not the same in all."""
+  several = [flat(as_dict(config)) for config in configs]
+  fields = dict.fromkeys(field for one in several for field in one)
+  rows = []
+  for field in fields:
+    values = [shown(one[field]) if field in one else ABSENT for one in several]
+    if len(set(values)) > 1:
+      rows.append([field, *values])
+  return rows
+
+
+def shown(value) -> str:
+  """A value of config.json as one gives it on the command line."""
+  if isinstance(value, list):
+    inner = ", ".join(map(repr, value))
+    return f"({inner},)" if len(value) == 1 else f"({inner})"
+  return value if isinstance(value, str) and value else repr(value)

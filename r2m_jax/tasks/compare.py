@@ -1,0 +1,52 @@
+"""Several runs on one page: their curves, final numbers, settings that differ, and texts.
+
+  r2m --config=default --workdir=runs/compared --config.task=compare \\
+      --config.compare.runs="('runs/a', 'runs/b')"
+
+Writes WORKDIR/compare.html. The runs are only read, and may still be training.
+"""
+
+import os
+from pathlib import Path
+
+from r2m_jax.config import ConfigError
+from r2m_jax.parallel import hosts
+from r2m_jax.report import compare
+from r2m_jax.run.workdir import claim
+
+
+def run(config, workdir: Path) -> None:
+  """Writes the page and prints where it is.
+
+  Raises:
+    ConfigError: a folder of config.compare.runs is no run, or is named twice.
+  """
+  workdirs = runs_of(config)
+  claim(config, workdir)
+
+  def write() -> None:
+    path = compare.write(workdirs, workdir / "compare.html")
+    print(f"compared {', '.join(map(str, workdirs))}\nreport   {path}")
+
+  hosts.on_first(write)
+
+
+def runs_of(config) -> list[Path]:
+  """The folders of config.compare.runs."""
+  folders = [Path(os.path.expanduser(name)) for name in config.compare.runs]
+  for folder in folders:
+    if not (folder / "config.json").is_file():
+      raise ConfigError(
+        f"config.compare.runs names {str(folder)!r}: there is no config.json, so no run; give the "
+        "workdir of a run"
+      )
+    if not (folder / "metrics.jsonl").is_file():
+      raise ConfigError(
+        f"config.compare.runs names {str(folder)!r}: there is no metrics.jsonl, so nothing was "
+        "logged yet; wait for the run's first row, or leave it out"
+      )
+  if len({folder.resolve() for folder in folders}) < len(folders):
+    raise ConfigError(
+      f"config.compare.runs is {tuple(config.compare.runs)!r}: it names a folder twice; leave one out"
+    )
+  return folders
