@@ -893,7 +893,8 @@ GENERATE = dict(
 )
 
 SCORE = dict(
-  input=Knob("", "JSON lines with prompt and response"),
+  input=Knob("", "JSON lines with prompt and `field`"),
+  field=Knob("response", 'field of the reply; "text" in files that task=generate writes'),
   output=Knob("", "file for the scores"),
   batch_size=Knob(16, "size of a batch", at_least(1), unit="rows"),
 )
