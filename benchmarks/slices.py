@@ -1,11 +1,12 @@
 """The table of README: the smallest slice of each generation of TPU on which each of the paper's
 runs fits.
 
-  python -m benchmarks.slices [--generations=v5e,v5p,v6e] [--nocompile]
+  python -m benchmarks.slices [--generations=v5e,v5p,v6e] [--nocompile] [--policies=qwen3-4b,olmo3-7b]
 
-Each is task=plan with plan.topology=auto, at full size: about ten compilations of a few minutes
-each, kept as they come, so that an interrupted table goes on; with --nocompile they are counted, in
-seconds. Prints Markdown; what the plans print goes to standard error.
+With --policies it is the table of docs/plan.md: the first of the runs with other policies. Each is
+task=plan with plan.topology=auto, at full size: about ten compilations of a few minutes each, kept
+as they come, so that an interrupted table goes on; with --nocompile they are counted, in seconds.
+Prints Markdown; what the plans print goes to standard error.
 """
 
 from absl import app, flags
@@ -16,6 +17,9 @@ from r2m_jax.parallel.chips import GIB, parse_topology
 CONFIGS = ("ultrafeedback_qwen2_5_3b", "ultrafeedback_llama3_8b", "tldr_pythia_2_8b")
 COMPILE = flags.DEFINE_bool("compile", True, "Ask the compiler; else the count alone")
 GENERATIONS = flags.DEFINE_list("generations", ["v4", "v5e", "v5p", "v6e"], "Which TPUs")
+POLICIES = flags.DEFINE_list(
+  "policies", [], "Shapes of plan/sizes.py in place of the first config's policy; none: the configs"
+)
 
 
 def cell(found: list[dict]) -> str:
@@ -33,13 +37,17 @@ def cell(found: list[dict]) -> str:
 def main(argv):
   del argv
   print(f"| config | {' | '.join(GENERATIONS.value)} |\n|---|{'---|' * len(GENERATIONS.value)}")
-  for config in CONFIGS:
-    file, settings = f"configs/{config}.py", ("plan.topology=auto", f"plan.compile={COMPILE.value}")
+  runs = [(config, config, ()) for config in CONFIGS]
+  if POLICIES.value:
+    runs = [(name, CONFIGS[0], (f"plan.policy={name}",)) for name in POLICIES.value]
+  for title, config, changes in runs:
+    file = f"configs/{config}.py"
+    settings = ("plan.topology=auto", f"plan.compile={COMPILE.value}", *changes)
     cells = [
       cell(machine.plans(file, *settings, f"plan.generations=('{name}',)"))
       for name in GENERATIONS.value
     ]
-    print(f"| `{config}` | {' | '.join(cells)} |", flush=True)
+    print(f"| `{title}` | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

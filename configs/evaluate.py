@@ -15,7 +15,17 @@ docs/reproduce.md says where the files come from, what it costs and what the pap
 from r2m_jax.configs import default
 
 # The paper gives no sampling settings of its evaluations. Lengths are those of the benchmarks' own
-# tools; temperatures are ours.
+# tools, and so are MT-bench's temperatures by category; other temperatures are ours.
+MT_BENCH_TEMPERATURES = {
+  "writing": 0.7,
+  "roleplay": 0.7,
+  "extraction": 0.0,
+  "math": 0.0,
+  "coding": 0.0,
+  "reasoning": 0.0,
+  "stem": 0.1,
+  "humanities": 0.1,
+}
 EVALUATIONS = {
   "alpaca_eval": {
     "judge.template": "alpaca_eval",
@@ -46,4 +56,6 @@ def get_config(name: str = "alpaca_eval"):
   config.task, config.dtype, config.param_dtype = "judge", "bfloat16", "bfloat16"
   config.mesh = (1, -1, 1)
   config.update_from_flattened_dict(EVALUATIONS[name])
+  if name == "mt_bench":
+    config.generate.temperature_by = MT_BENCH_TEMPERATURES
   return config

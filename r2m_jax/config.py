@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from r2m_jax.algorithm.advantages import ESTIMATORS as ESTIMATOR_ROWS
 from r2m_jax.algorithm.objective import kl_estimator
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.knobs import ALGORITHMS, ESTIMATORS, FREE, KNOBS, PIECES, Knob, Section, names_in, walk
@@ -58,6 +59,7 @@ DICTS = tuple(name for name, part in walk(KNOBS) if isinstance(part, Knob) and p
 DICT_EXAMPLE = "{'enable_thinking': False}"
 # what an evaluation measures; "gold" only if there is a gold reward
 EVALUATED = ("gold", "frozen", "kl", "length", "truncated", "repetition")
+TRAIN_A_REWARD = ("reward", "scratch", "lab", "lab_text")  # tasks
 LAB_VOCAB = 64  # entries of the gold-reward task's vocabulary
 TEXT_VOCAB = 4096  # a vocabulary for which kl.estimator "auto" is not "exact"
 # what a task reads or writes, which no default can name
@@ -93,13 +95,14 @@ def check_config(config: ConfigDict) -> None:
   check_reward_lengths(config)
   check_weights(config)
   check_shapes(config)
-  if config.task in ("lab", "lab_text"):
+  if config.task in ("lab", "lab_text", "lab_notes"):
     check_lab(config)
   check_files(config)
   check_lora(config)
   check_sizes(config)
   check_trackers(config)
   check_revisions(config)
+  check_served(config)
   if config.policy.path or config.reward.path:
     check_folder_run(config)
   elif config.task in ("sft", "reward", "r2m"):
@@ -301,11 +304,19 @@ def check_labels(config: ConfigDict) -> None:
     f"variant {config.variant!r} never updates the reward, so no label would be used; take 'self', "
     "or a variant such as 'r2m' or 'iterative_head'",
   )
+  need(
+    config,
+    config.r2m.labels == "self" or config.r2m.label_confidence == 0,
+    "r2m.label_confidence",
+    "give 0: only pairs that the reward labels itself are filtered, and config.r2m.labels is "
+    "'preference'",
+  )
 
 
 def measures_gold(config: ConfigDict) -> bool:
-  """Whether evaluations of a run have a gold reward: a second reward model, or the toy task's own."""
-  return config.eval.every > 0 and bool(config.eval.gold.path or not config.policy.path)
+  """Whether evaluations of a run have a gold reward: a second one, or the toy task's own."""
+  gold = config.eval.gold
+  return config.eval.every > 0 and bool(gold.path or gold.url or not config.policy.path)
 
 
 def best_metric(config: ConfigDict) -> str:
@@ -315,19 +326,26 @@ def best_metric(config: ConfigDict) -> str:
 
 def check_evaluation(config: ConfigDict) -> None:
   """Evaluations have what they measure, and what is chosen by them is measured."""
-  if config.task in ("lab", "lab_text"):
+  if config.task in ("lab", "lab_text", "lab_notes"):
     fix = "the laboratory compares runs of one length and measures gold at each step: give 0"
     for field in ("eval.every", "stop.kl", "stop.patience"):
       need(config, _get(config, field) == 0, field, fix)
-  gold, reward = config.eval.gold.path, config.reward.path
-  if gold:
-    same = bool(reward) and os.path.realpath(gold) == os.path.realpath(reward)
+  gold, reward = config.eval.gold, config.reward
+  fix = "config.eval.gold.path is given too, and there is one gold reward; leave one of the two out"
+  need(config, not (gold.path and gold.url), "eval.gold.url", fix)
+  fix = "give the judge's address as config.eval.gold.url, or leave it out"
+  need(config, bool(gold.url) or not gold.judge_model, "eval.gold.judge_model", fix)
+  if gold.path or gold.url:
+    field = "eval.gold.path" if gold.path else "eval.gold.url"
+    same = bool(gold.path and reward.path)
+    same = same and os.path.realpath(gold.path) == os.path.realpath(reward.path)
+    same |= gold.url != "" and (gold.url, gold.judge_model) == (reward.url, reward.judge_model)
     fix = "that is the reward model that the run optimises; give one of another family"
-    need(config, not same, "eval.gold.path", fix)
+    need(config, not same, field, fix)
     fix = "the gold-reward task has its own gold; a second reward model needs config.policy.path"
-    need(config, config.task != "r2m" or bool(config.policy.path), "eval.gold.path", fix)
+    need(config, config.task != "r2m" or bool(config.policy.path), field, fix)
     no_run = config.task not in ("r2m", "scratch")
-    fix = "config.eval.gold.path is measured every so many steps, such as 10"
+    fix = f"config.{field} is measured every so many steps, such as 10"
     need(config, no_run or config.eval.every > 0, "eval.every", fix)
   if config.stop.patience or (config.checkpoint.keep_best and config.task == "r2m"):
     check_best_metric(config)
@@ -345,7 +363,9 @@ def check_best_metric(config: ConfigDict) -> None:
   need(
     config, config.eval.every > 0, field, "set config.eval.every above 0, so that it is measured"
   )
-  fix = "gold is measured if config.eval.gold.path names a second reward model"
+  fix = (
+    "gold is measured if config.eval.gold.path names a second reward model, or gold.url a server"
+  )
   need(config, name != "gold" or measures_gold(config), field, fix)
 
 
@@ -418,7 +438,7 @@ def chosen_pieces(config: ConfigDict) -> list[str]:
 
 def check_lab(config: ConfigDict) -> None:
   """Every arm and what they are compared by."""
-  text = config.task == "lab_text"
+  text = config.task in ("lab_text", "lab_notes")
   fix = "the laboratory splits seeds over the devices, not one seed: (1, 1, 1)"
   need(config, text or tuple(config.mesh) == (1, 1, 1), "mesh", fix)
   need(
@@ -520,6 +540,53 @@ def check_folder_run(config: ConfigDict) -> None:
       f"variant {variant!r} with labels {config.r2m.labels!r} needs a file of JSON lines "
       f"{{prompt, chosen, rejected}}; give one",
     )
+
+
+def check_served(config: ConfigDict) -> None:
+  """A server of rewards stands in place of a reward model, in RL from a policy's folder."""
+  reward = config.reward
+  if not reward.url:
+    fix = "give the server's address as config.reward.url, or leave it out"
+    need(config, not reward.judge_model, "reward.judge_model", fix)
+    return
+  fix = "only task=r2m asks a server for rewards; leave it out"
+  need(config, config.task not in (*TRAIN_A_REWARD, "sft", "plan"), "reward.url", fix)
+  fix = "config.reward.path is given too, and a run has one reward; leave one of the two out"
+  need(config, not reward.path, "reward.url", fix)
+  if config.task == "r2m":
+    fix = "a served reward reads text, which the gold-reward task does not have; give a folder"
+    need(config, config.policy.path != "", "policy.path", fix)
+    check_scores_alone(config)
+
+
+def check_function(config: ConfigDict) -> None:
+  """A run that is given a function as its reward has no other one."""
+  for field in ("reward.path", "reward.url"):
+    fix = "the run is given a function as its reward; leave one of the two out"
+    need(config, _get(config, field) == "", field, fix)
+  need(config, config.policy.path != "", "policy.path", "a function scores text; give a folder")
+  check_scores_alone(config)
+
+
+def check_scores_alone(config: ConfigDict) -> None:
+  """Nothing of the run reads a reward model: the rewards come from outside, as numbers."""
+  for name in (config.variant,) if config.variant else config.arms:
+    variant = VARIANTS[name]
+    need(
+      config,
+      not (variant.feedback or variant.trained or variant.start),
+      "variant" if config.variant else "arms",
+      f"{name!r} reads the reward model's embedding or trains its head, and a reward from outside "
+      "is a number alone; use variant 'vanilla' or 'scaled', or give the reward model as "
+      "config.reward.path",
+    )
+  critic = ESTIMATOR_ROWS[config.algorithm].baseline == "critic"
+  need(
+    config,
+    not critic or config.critic.init != "reward",
+    "critic.init",
+    "a reward from outside has no weights for the critic to start from; use 'policy'",
+  )
 
 
 def check_fields(config: ConfigDict, fields: list[str]) -> None:

@@ -32,6 +32,7 @@ TASKS = {  # config.task -> what it does, as `r2m --help` shows it
   "scratch": "everything on real text, from a tokenizer to evaluation",
   "lab": "compare variants over seeds, with the gold reward",
   "lab_text": "the same comparison on real text",
+  "lab_notes": "the same comparison on a pretrained model, with a gold reward for English",
   "generate": "sample from a policy: rows of prompts in, rows of responses out",
   "score": "score rows of prompts and responses with a reward model",
   "judge": "which of two sets of answers wins, by an endpoint, a reward model or a file",
@@ -51,6 +52,7 @@ PIECES = (
   "cost",
   "hacking",
   "accuracy",
+  "checks",
   "ablations",
   "probes",
 )
@@ -188,10 +190,24 @@ def are_variables(values) -> bool:
   return all(isinstance(name, str) and name.isidentifier() for name in values)
 
 
+def are_temperatures(values) -> bool:
+  """Whether all values of a dict are finite numbers from 0 on."""
+  return all(isinstance(x, (int, float)) and 0 <= x < float("inf") for x in dict(values).values())
+
+
 def are_positive(values) -> bool:
   """Whether they are numbers above 0 without a repetition."""
   good = all(isinstance(value, (int, float)) and value > 0 for value in values)
   return good and len(set(values)) == len(values)
+
+
+def are_contrasts(texts) -> bool:
+  """Whether each is "ARM - ARM" with the names of two arms."""
+  pairs = [text.split(" - ") if isinstance(text, str) else [] for text in texts]
+  return all(
+    len(pair) == 2 and pair[0] != pair[1] and all(re.fullmatch(r"[\w.-]+", name) for name in pair)
+    for pair in pairs
+  )
 
 
 ARMS = (
@@ -291,6 +307,9 @@ BUCKETS = Rule(
   "give lengths in tokens from 2 on, such as (128, 256, 512), or ()",
   "each at least 2",
 )
+TEMPERATURES = Rule(
+  are_temperatures, "give numbers from 0 on, such as {'math': 0.0}", "numbers, at least 0"
+)
 KNOWN_PIECES = Rule(
   lambda x: not unknown_pieces(x),
   lambda x: f"{unknown_pieces(x)}: choose from {', '.join(PIECES)}, with commas",
@@ -308,6 +327,9 @@ SEEDS = (
     "whole numbers, at least 0",
   ),
   Rule(lambda x: len(set(x)) == len(x), "give each seed once", "each once"),
+)
+CONTRASTS = Rule(
+  are_contrasts, "give pairs of arms, such as ('r2m.kl2 - scaled.kl2',)", '"ARM - ARM" each'
 )
 POSITIVE_FIX = "give numbers above 0, each once, such as (1.0,)"
 POSITIVE = Rule(are_positive, POSITIVE_FIX, "above 0, each once")
@@ -370,11 +392,38 @@ def chat(reads: str) -> dict[str, Knob]:
   )
 
 
+def served(what: str) -> dict:
+  """Settings of a server of scores; `what` says what it scores."""
+  return dict(
+    url=Knob(
+      "",
+      f"address of a server {what}, see docs/models.md; waits, prices and workers as in `judge`",
+      ADDRESS,
+      free=True,
+    ),
+    judge_model=Knob(
+      "",
+      "the server is an OpenAI-compatible endpoint, and this model rates each response from 1 to "
+      '10; "": it takes prompts and responses and gives scores',
+    ),
+    key_env=Knob(
+      "",
+      'environment variable with the server\'s key; "": that of `judge` for a judge, none for a '
+      "server of scores",
+      free=True,
+    ),
+    request_rows=Knob(
+      32, "most rows in a request to a server of scores", at_least(1), unit="rows", free=True
+    ),
+  )
+
+
 RUN = dict(
   task=Knob(
     "r2m",
     '"sft", "reward" and "r2m" run the pipeline up to that stage; "scratch" trains all models on '
-    'text, from the tokenizer on; "tokenizer" trains only that; "lab" and "lab_text" compare arms; '
+    'text, from the tokenizer on; "tokenizer" trains only that; "lab", "lab_text" and "lab_notes" compare '
+    "arms; "
     '"generate" and "score" apply a model to JSON lines; "judge" finds out which of two sets of '
     'answers wins; "rewardbench" measures a reward model on preferences; "export" writes a '
     'checkpoint as Hugging Face folders; "replay" reproduces one sample of a run; "analyse" draws its evidence; '
@@ -591,6 +640,12 @@ KL = dict(
     unit="nats per sequence",
   ),
   horizon=Knob(100, 'time scale of "adaptive"', at_least(1), unit="RL steps"),
+  damping=Knob(
+    0.0,
+    'of "held": the weight also grows by exp(damping x relative error of the KL) in the same step, '
+    "so that the KL does not swing around `target`; 0: not",
+    at_least(0),
+  ),
 )
 
 SHAPING = dict(
@@ -628,6 +683,12 @@ R2M = dict(
   gre_eps=Knob(1e-4, "added to the variance by which eq. 6 divides", above(0)),
   attention_dim=Knob(64, "width of the cross-attention, d in eq. 3", at_least(1)),
   num_heads=Knob(1, "heads of the cross-attention; a divisor of attention_dim", at_least(1)),
+  attention_scale=Knob(
+    1.0,
+    "multiplies the first values of the cross-attention's output weights, W_o: how much a head that "
+    "is not trained yet adds to the reward",
+    above(0),
+  ),
   feedback_layer=Knob(
     -1, "policy layer whose hidden states are fed back; -1: the last, after the final norm"
   ),
@@ -640,6 +701,18 @@ R2M = dict(
     "self",
     'what orders the pairs of eq. 5: scores of the reward model ("self") or "preference" labels',
     one_of("self", "preference"),
+  ),
+  label_confidence=Knob(
+    0.0,
+    "a pair that the reward labels itself trains the head only if sigmoid(gap / label_temperature) "
+    "is above this and the frozen reward agrees; 0: every pair does",
+    within("[0, 1)", "; 0 trains on every pair"),
+  ),
+  label_temperature=Knob(
+    1.0,
+    "gap between the two rewards of a pair that label_confidence divides by",
+    above(0),
+    unit="reward",
   ),
   label_budget=Knob(
     0.02,
@@ -682,6 +755,7 @@ SFT = dict(
 REWARD = dict(
   **optimizer(lr=1e-3, schedule="cosine"),
   path=Knob("", 'Hugging Face folder or hub name of a sequence classifier; "": it is fitted'),
+  **served("that scores the samples of a run from Hugging Face folders, in place of `path`"),
   label=Knob(
     "",
     "the label of a classifier with several that is the reward, by name or number, or a weighted "
@@ -829,6 +903,19 @@ SCRATCH = dict(
   lm=Section("Language modelling; otherwise as `sft`", LM),
 )
 
+NOTES = dict(
+  demonstrations=Knob(
+    256, "demonstrations of SFT; 0: RL starts from `policy.path` itself", at_least(0)
+  ),
+  epochs=Knob(1, "passes over the demonstrations", at_least(1)),
+  proxy=Knob(
+    "head",
+    'what is fitted to the preferences: a linear score "head" on the policy\'s backbone, or the "whole" '
+    "model, as task=reward does",
+    one_of("head", "whole"),
+  ),
+)
+
 TOKENIZER = dict(
   vocab_size=Knob(
     4096, "entries, including the 256 bytes and the special tokens", at_least(300), unit="tokens"
@@ -842,6 +929,11 @@ GENERATE = dict(
   rows=Knob(0, "answer only the first rows; 0: all", at_least(0), unit="rows"),
   max_new_tokens=Knob(128, "longest answer", at_least(1), unit="tokens"),
   temperature=Knob(1.0, "sampling temperature; 0: the most likely token", at_least(0)),
+  temperature_by=Knob(
+    {},
+    "temperatures in place of it by the category of a row, as a dict such as {'math': 0.0}",
+    TEMPERATURES,
+  ),
   **TRUNCATION,
   n=Knob(1, "answers for each prompt", at_least(1)),
   seed=Knob(
@@ -979,7 +1071,8 @@ EVAL = dict(
       path=Knob(
         "",
         "Hugging Face folder or hub name of a sequence classifier of another family; any tokenizer",
-      )
+      ),
+      **served("that scores the held-out samples, in place of `path`"),
     ),
   ),
 )
@@ -1125,6 +1218,17 @@ LAB = dict(
     "vanilla", "arm that each arm is paired with, or BASELINE.NAME if there is such an arm"
   ),
   control=Knob("scaled", 'the same for a second comparison; "": none'),
+  contrasts=Knob(
+    (),
+    'registered contrasts of arms whose KL is held, each as "ARM - ARM"; (): none',
+    CONTRASTS,
+  ),
+  margin=Knob(
+    0.05, "difference of two arms below which they are equivalent", above(0), unit="gold"
+  ),
+  tail=Knob(
+    30, "last steps whose mean gold is a seed's value in a contrast", at_least(1), unit="RL steps"
+  ),
   probe_every=Knob(
     10,
     "interval at which fixed responses are scored with the current feedback",
@@ -1162,6 +1266,11 @@ KNOBS = Section(
     scratch=Section(
       'Training from scratch on text (task "scratch"); data sets are named as in data.name', SCRATCH
     ),
+    notes=Section(
+      'The notes task on a pretrained model (task "lab_notes"); docs/lab.md',
+      NOTES,
+      tasks=("lab_notes",),
+    ),
     tokenizer=Section(
       'A tokenizer, and a model of policy.arch with random weights (task "tokenizer")', TOKENIZER
     ),
@@ -1198,11 +1307,11 @@ KNOBS = Section(
       free=True,
     ),
     lab=Section(
-      'Arms x seeds x KL weights on the gold-reward task (task "lab") or on text ("lab_text"); '
-      "docs/lab.md",
+      'Arms x seeds x KL weights on the gold-reward task (task "lab") or on text ("lab_text", '
+      '"lab_notes"); docs/lab.md',
       LAB,
       free=True,
-      tasks=("lab", "lab_text"),
+      tasks=("lab", "lab_text", "lab_notes"),
     ),
   ),
 )

@@ -40,6 +40,7 @@ TASKS = {
   "scratch": run_of("tasks.scratch"),
   "lab": training_of("lab.grid"),
   "lab_text": run_of("lab.realtext"),
+  "lab_notes": run_of("lab.notes"),
   "generate": SERVING,
   "score": SERVING,
   "judge": run_of("tasks.judge"),

@@ -32,7 +32,7 @@ from r2m_jax.algorithm.update import (
   make_update_policy,
   make_update_reward,
 )
-from r2m_jax.algorithm.variants import VARIANTS
+from r2m_jax.algorithm.variants import VARIANTS, rescaled
 from r2m_jax.models.generate import generate
 from r2m_jax.ops import masked_mean
 from r2m_jax.parallel import hosts
@@ -69,8 +69,8 @@ def make_learn_at(share: float, defs: Defs, config, reward: Reward | None = None
   padded places; see `algorithm.packed`.
 
   Of the built function:
-    reward_rows: a `Rollout` of `Rows`, the responses as the reward model reads them. None: it reads
-      the very tokens of the policy.
+    reward_rows: a `Rollout` of `Rows`, the responses as the reward model reads them, or of `Given`,
+      their scores. None: it reads the very tokens of the policy.
     labels: the step's `Pairs` if config.r2m.labels is "preference".
 
   `reward` None is the variant's own. A missing knob fails here and not in the middle of a run.
@@ -82,12 +82,13 @@ def make_learn_at(share: float, defs: Defs, config, reward: Reward | None = None
   update_policy = make_update_policy(defs, config)
   update_reward = make_update_reward(defs, config, reward)
   metrics_of, controller = make_step_metrics(config), config.kl.controller
-  toward = dict(target=config.kl.target, horizon=config.kl.horizon)
+  direction, K = VARIANTS[config.variant].direction, config.rollout.group_size
+  toward = {name: config.kl[name] for name in ("target", "horizon", "damping")}
 
   def learn(state: TrainState, rollout: Rollout, reward_rows=None, labels: Pairs | None = None):
     sequences, B = rollout.samples, len(rollout.samples.tokens)
     # greedy rows do not lie beside the samples of their prompt
-    group = config.rollout.group_size if rollout.greedy is None else 1
+    group = K if rollout.greedy is None else 1
 
     # 1. Read: old log-probabilities and policy feedback h, by the policy and by the reference.
     policy, reference = defs.open_policy(state.policy, state.ref), defs.open_ref(state.ref)
@@ -100,9 +101,10 @@ def make_learn_at(share: float, defs: Defs, config, reward: Reward | None = None
     # 2. Annotate: one pass of the frozen backbone, fused with h (eqs. 3 and 4).
     annotated = annotate(state, w, rollout, *feedback, reward_rows, group=group)
     judged, own = split_rows(annotated, B).samples
+    used = rescaled(direction, annotated[0].scores, annotated[0].scores_frozen, B, K)
 
     # 3. Credit: scores to advantages (eq. 1, or the estimator's own).
-    experience = credit(state, rollout, annotated[0].scores, old, ref, beta)
+    experience = credit(state, rollout, used, old, ref, beta)
 
     # 4. Update the policy (eq. 2). The refreshed h' falls out of the last epoch.
     trained, updates = update_policy(state, experience, old.hidden, beta)
@@ -111,6 +113,7 @@ def make_learn_at(share: float, defs: Defs, config, reward: Reward | None = None
     head = update_reward(state, sequences, judged, own, ref, trained, w, labels)
 
     # 6. Metrics, and the state that the next step starts from.
+    judged = judged.replace(scores=used[:B])
     average = averaged(state.reward_average, head.head, config.r2m.average)
     metrics = metrics_of(sequences, judged, old, ref, w, beta, updates, head.metrics)
     if len(config.packing) > 1:

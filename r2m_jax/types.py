@@ -47,6 +47,13 @@ class Rows:
 
 
 @struct.dataclass
+class Given:
+  """Responses with scores that were made outside of the step."""
+
+  scores: jax.Array  # f32[B]
+
+
+@struct.dataclass
 class Rollout:
   """What is drawn for one step's prompts, or one array or tree of arrays for each of its rows."""
 
@@ -120,7 +127,8 @@ class TrainState(struct.PyTreeNode):
   policy_opt: Any
   beta: jax.Array  # f32[]; weight of the KL, which a controller may move
   ref: Any  # the policy at the start, frozen
-  reward_backbone: Any  # frozen; nnx.State of a Transformer
+  # frozen; nnx.State of a Transformer. None, as all of the reward, if scores come from outside
+  reward_backbone: Any
   reward_frozen: Any  # frozen; nnx.State of the score head phi as it was before RL
   reward_head: Any  # trained; nnx.State of models.reward.RewardHead: cross-attention and phi
   reward_opt: Any

@@ -166,3 +166,10 @@ def test_bring_your_own_model(runtime, tmp_path):
   check_install(runtime, outputs)
   assert "policy/model.safetensors" in text(outputs["export"])
   assert "'I do not know.'" in text(outputs["score"])
+
+
+def test_smollm2(runtime, tmp_path):
+  settings = dict(CONFIG="smollm2_notes:test", WORKDIR=tmp_path / "run")
+  outputs = in_colab(runtime, tmp_path, "smollm2", **settings)
+  check_install(runtime, outputs)
+  assert figures(outputs["figures"]) and "frozen" in text(outputs["samples"])

@@ -60,6 +60,10 @@ REFUSALS = [  # field, value, the fix
   ("r2m.omega_min", float("nan"), r"in \[0, 1\]"),
   ("r2m.alpha", 1.01, r"in \[0, 1\]"),
   ("r2m.gre_eps", 0.0, "above 0"),
+  ("r2m.attention_scale", 0.0, "above 0"),
+  ("r2m.label_confidence", 1.0, r"in \[0, 1\)"),
+  ("r2m.label_temperature", 0.0, "above 0"),
+  ("kl.damping", -1.0, "at least 0"),
   ("r2m.num_heads", 3, r"divide r2m.attention_dim = 64"),
   ("r2m.feedback_layer", 2, "2 layers"),
   ("r2m.feedback_layer", -3, "2 layers"),
@@ -125,6 +129,10 @@ def test_refusals_name_field_value_and_fix(field, value, fix):
     (
       dict(ppo__accumulation=16, mesh=(16, 1, 1)),
       r"config.ppo.accumulation is 16: the 128 .* over 16 .* divisor of 8",
+    ),
+    (
+      dict(r2m__labels="preference", r2m__label_confidence=0.8),
+      r"config.r2m.label_confidence is 0.8: give 0: .* labels itself are filtered",
     ),
     (dict(rollout__waves=3), r"config.rollout.waves is 3: 16 prompts .* use a divisor of 16"),
     (

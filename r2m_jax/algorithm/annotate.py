@@ -11,11 +11,11 @@ import jax
 from flax import nnx
 
 from r2m_jax.algorithm.read import KEY_NOISE, Defs, all_rows, parts_of, shared_prompts, step_key
-from r2m_jax.algorithm.variants import VARIANTS, States, feed_back, other_rows
+from r2m_jax.algorithm.variants import VARIANTS, States, Variant, feed_back, other_rows
 from r2m_jax.models.reward import member_scores, read_reward_states
 from r2m_jax.ops import combine
 from r2m_jax.parallel.rows import map_rows
-from r2m_jax.types import Judged, Rollout, TrainState
+from r2m_jax.types import Given, Judged, Rollout, TrainState
 
 
 class Reward(NamedTuple):
@@ -49,8 +49,8 @@ def make_annotate(
   Of the built function:
     w: f32[], omega (eq. 4).
     old, ref: `Feedback` of policy and reference, of `all_rows` of the rollout.
-    reward_rows: a `Rollout` of `Rows`, the same responses as the reward model reads them. None: it
-      reads the very tokens of the policy.
+    reward_rows: a `Rollout` of `Rows`, the same responses as the reward model reads them, or of
+      `Given`, their scores. None: it reads the very tokens of the policy.
     group: as in `make_read`; it counts only without reward_rows.
   Returns (Judged, the backbone's own states), both of `all_rows` of the rollout.
 
@@ -62,6 +62,8 @@ def make_annotate(
   together = dict(how=config.reward.combine, variance_weight=config.reward.variance_weight)
 
   def annotate(state: TrainState, w, rollout: Rollout, old, ref, reward_rows=None, *, group=1):
+    if is_given(reward_rows):
+      return given(variant, all_rows(reward_rows).scores, w)
     backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
     sequences, own_tokens = all_rows(rollout), reward_rows is not None
     tokens, mask = sequences.tokens, sequences.token_mask
@@ -96,3 +98,16 @@ def make_annotate(
     return judged, own
 
   return annotate
+
+
+def is_given(reward_rows: Rollout | None) -> bool:
+  """Whether a step is given scores in place of rows for a reward model."""
+  return reward_rows is not None and isinstance(reward_rows.samples, Given)
+
+
+def given(variant: Variant, scores: jax.Array, w) -> tuple[Judged, States]:
+  """What `annotate` returns for scores f32[B] from outside: no embedding, and no states."""
+  assert not variant.feedback and not variant.trained, "the config's checks refuse such a variant"
+  none = scores[:, None][:, :0]
+  used = scores * w if variant.scaled else scores
+  return Judged(rte=none, scores=used, scores_frozen=scores), States(none[..., None], none > 0)

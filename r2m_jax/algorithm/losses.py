@@ -158,6 +158,32 @@ def group_reward_entropy(rewards: jax.Array, *, eps: float) -> jax.Array:
   return -(jnp.exp(logp) * logp).sum(-1).mean()
 
 
+def trusted_pairs(
+  annotations: jax.Array, frozen: jax.Array, *, confidence: float, temperature: float
+) -> jax.Array:
+  """Which groups' own pairs are labels to learn from: f32[P], 1 or 0.
+
+  The winner and the loser of a group are its highest and lowest annotation. Their order is trusted
+  if sigmoid(gap / temperature) > confidence, with `gap` the difference of their annotations, and if
+  the frozen reward has them in the same order.
+
+  Args:
+    annotations, frozen: f32[P, K], scores by the reward in use and by the frozen reward model.
+    confidence: in [0, 1).
+    temperature: of the gap, such that the sigmoid is the probability of a right label.
+  """
+  check(annotations, "P K")
+  check(frozen, "P K")
+
+  def gap(scores):
+    ends = (annotations.argmax(-1), annotations.argmin(-1))
+    high, low = (jnp.take_along_axis(scores, i[:, None], -1)[:, 0] for i in ends)
+    return high - low
+
+  sure = jax.nn.sigmoid(gap(annotations) / temperature) > confidence
+  return (sure & (gap(frozen) > 0)).astype(annotations.dtype)
+
+
 def grebt(
   rewards: jax.Array,
   annotations: jax.Array,
@@ -165,6 +191,7 @@ def grebt(
   alpha: float,
   eps: float,
   pairs: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+  trusted: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """(1 - alpha) * L_BT + alpha * L_GRE (eq. 7).
 
@@ -179,13 +206,14 @@ def grebt(
     eps: see `group_reward_entropy`.
     pairs: rewards of labelled winners and losers and their weight, f32[m] each, in place of the
       groups' own pairs.
+    trusted: f32[P], the weight of each group's own pair; see `trusted_pairs`. None: all are 1.
   """
   check(rewards, "P K")
   check(annotations, "P K")
   if pairs is None:
     winner, loser = annotations.argmax(-1), annotations.argmin(-1)
     r_w, r_l = (jnp.take_along_axis(rewards, i[:, None], -1)[:, 0] for i in (winner, loser))
-    bt = bradley_terry(r_w, r_l)
+    bt = bradley_terry(r_w, r_l, trusted)
     accuracy = jnp.where(winner == loser, 0.5, (r_w > r_l).astype(rewards.dtype)).mean()
   else:
     r_w, r_l, weight = pairs
@@ -193,4 +221,5 @@ def grebt(
     accuracy = (weight * right).sum() / jnp.maximum(weight.sum(), 1)
   gre = group_reward_entropy(rewards, eps=eps)
   loss = (1 - alpha) * bt + alpha * gre
-  return loss, {"r2m/loss": loss, "r2m/bt": bt, "r2m/gre": gre, "r2m/pair_accuracy": accuracy}
+  metrics = {"r2m/loss": loss, "r2m/bt": bt, "r2m/gre": gre, "r2m/pair_accuracy": accuracy}
+  return loss, metrics if trusted is None else metrics | {"r2m/trusted": trusted.mean()}

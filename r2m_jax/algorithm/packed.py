@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from r2m_jax.algorithm.annotate import is_given
 from r2m_jax.algorithm.read import Defs, all_rows, parts_of, shared_prompts
 from r2m_jax.algorithm.update import shared_group, shuffles
 from r2m_jax.models.transformer import Transformer
@@ -33,7 +34,7 @@ def make_needed(defs: Defs, config) -> Callable[..., jax.Array]:
 
   def needed(state: TrainState, rollout: Rollout, reward_rows: Rollout | None = None):
     policy, samples = defs.open_policy(state.policy, state.ref), rollout.samples
-    reward, critic = nnx.merge(defs.reward_backbone, state.reward_backbone), policy
+    critic = policy
     if defs.critic_backbone is not None:
       critic = nnx.merge(defs.critic_backbone, state.critic["backbone"])
     rows, group = all_rows(rollout), K if rollout.greedy is None else 1
@@ -45,8 +46,9 @@ def make_needed(defs: Defs, config) -> Callable[..., jax.Array]:
       share_of(critic, samples, in_samples, K),
     ]
     if reward_rows is None:
+      reward = nnx.merge(defs.reward_backbone, state.reward_backbone)
       found.append(share_of(reward, rows, in_all, group))
-    else:
+    elif not is_given(reward_rows):
       mask = all_rows(reward_rows).mask
       found.append(share_of_blocks(mask.sum(-1), mask.shape[1], parts_of_rows(len(mask), parts)))
 

@@ -45,7 +45,13 @@ HELD_BETA = (1e-3, 3.0)  # beta stays between these
 
 
 def kl_weight(
-  kind: str, beta: jax.Array, kl: jax.Array, *, target: float, horizon: int
+  kind: str,
+  beta: jax.Array,
+  kl: jax.Array,
+  *,
+  target: float,
+  horizon: int,
+  damping: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
   """The weight of the KL in this step, and the beta that the next step starts from. All f32[].
 
@@ -53,13 +59,17 @@ def kl_weight(
     adaptive   beta, then beta * (1 + clip(KL / target - 1, -0.2, 0.2) / horizon): drifts until KL is at the target
                (arXiv 1909.08593)
     hold       beta * max(1, KL / target)^2, from the same beta each step: a wall that gives way again
-    held       beta, then beta * exp(0.1 clip(KL / target - 1, -1, 1)) within [1e-3, 3]: dual ascent
-               on log beta until the KL stays at the target, from above and from below
+    held       beta * exp(damping * e), then beta * exp(0.1 e) within [1e-3, 3], with
+               e = clip(KL / target - 1, -1, 1): dual ascent on log beta until the KL stays at the
+               target, from above and from below. The KL follows the weight some steps late, and
+               dual ascent alone swings around the target; a part that is proportional to the error
+               damps that (arXiv 2007.03964)
 
   Args:
     kl: measured KL(policy || reference) of the step's samples, nats a sequence.
     target: nats a sequence.
     horizon: steps.
+    damping: of "held".
   """
   if kind == "adaptive":
     return beta, beta * (1 + jnp.clip(kl / target - 1, -0.2, 0.2) / horizon)
@@ -67,7 +77,7 @@ def kl_weight(
     return beta * jnp.maximum(1.0, kl / target) ** 2, beta
   if kind == "held":
     error = jnp.clip(kl / target - 1, -1.0, 1.0)
-    return beta, jnp.clip(beta * jnp.exp(HELD_RATE * error), *HELD_BETA)
+    return beta * jnp.exp(damping * error), jnp.clip(beta * jnp.exp(HELD_RATE * error), *HELD_BETA)
   return beta, beta
 
 

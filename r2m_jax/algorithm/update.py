@@ -218,10 +218,13 @@ def make_reward_loss(config, reward: Reward) -> Callable[..., Callable]:
   variant, K, score = VARIANTS[config.variant], config.rollout.group_size, reward.score
   alpha = config.r2m.alpha if variant.alpha is None else variant.alpha
   grebt = functools.partial(losses.grebt, alpha=alpha, eps=config.r2m.gre_eps)
+  sure = dict(confidence=config.r2m.label_confidence, temperature=config.r2m.label_temperature)
 
   def loss_of(judged: Judged, states: States, w, labelled):
     rte, states, labelled = jax.lax.stop_gradient((judged.rte, states, labelled))
-    annotations = judged.scores.reshape(-1, K)
+    annotations, trusted = judged.scores.reshape(-1, K), None
+    if sure["confidence"]:
+      trusted = losses.trusted_pairs(annotations, judged.scores_frozen.reshape(-1, K), **sure)
 
     def loss(head_state):
       rewards = score(head_state, rte, states, w)  # [B, M]
@@ -232,7 +235,7 @@ def make_reward_loss(config, reward: Reward) -> Callable[..., Callable]:
 
       def member(rewards, pairs):
         known = None if pairs is None else (*pairs, labelled[2])
-        return grebt(rewards.reshape(-1, K), annotations, pairs=known)
+        return grebt(rewards.reshape(-1, K), annotations, pairs=known, trusted=trusted)
 
       value, metrics = jax.vmap(member)(rewards.T, pairs)
       return value.mean(), {name: value.mean() for name, value in metrics.items()}

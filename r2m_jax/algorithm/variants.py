@@ -39,6 +39,8 @@ class Variant(NamedTuple):
   # what is fitted before RL: "golden" the reward model on golden pairs, "head" the attention and
   # phi
   start: str = ""
+  # whose direction the reward that trains the policy has, if its scale is another's: see `rescaled`
+  direction: str = ""
 
   @property
   def width(self) -> str:
@@ -70,6 +72,9 @@ VARIANTS = {
   "reference": Variant(feedback="reference", trained=True),
   "own_states": Variant(feedback="own_states", trained=True),
   "warm_start": Variant(feedback="policy", trained=True, start="head"),
+  # scale without direction, and direction without scale
+  "matched_scale": Variant(feedback="policy", trained=True, direction="frozen"),
+  "renormed": Variant(feedback="policy", trained=True, direction="head"),
 }
 
 
@@ -86,7 +91,7 @@ class Arm(NamedTuple):
 def arm_of(name: str) -> Arm | None:
   """A variant as an `Arm`; None where "r2m" computes nothing of the kind."""
   variant = VARIANTS[name]
-  if variant.feedback not in ("", "policy") or variant.alpha is not None:
+  if variant.feedback not in ("", "policy") or variant.alpha is not None or variant.direction:
     return None
   return Arm(*map(np.bool_, (variant.feedback, variant.scaled, variant.trained)))
 
@@ -97,6 +102,36 @@ def measured(metric: str, name: str) -> bool:
   if metric == "r2m/omega":
     return bool(variant.feedback or variant.scaled)
   return variant.trained or not metric.startswith("r2m/")
+
+
+def rescaled(
+  direction: str, head: jax.Array, frozen: jax.Array, sampled: int, group_size: int
+) -> jax.Array:
+  """The reward that the policy is trained on, f32[B], by its direction and its scale.
+
+    ""      head
+    frozen  frozen * s: the frozen reward at the scale of the head's
+    head    head / s: the head's reward at the scale of the frozen one
+
+  s is the mean standard deviation of `head` within a group, divided by that of `frozen`; 1 if
+  either is zero.
+
+  Args:
+    head, frozen: f32[B], the reward by the trained head and by the frozen reward model.
+    sampled: how many of the rows are samples. They come first, in groups of group_size rows.
+  """
+  if not direction:
+    return head
+
+  def spread(scores):
+    return scores[:sampled].reshape(-1, group_size).std(-1).mean()
+
+  of_head, of_frozen = spread(head), spread(frozen)
+  varied = (of_head > 0) & (of_frozen > 0)
+  of_head, of_frozen = (jnp.where(varied, x, 1) for x in (of_head, of_frozen))
+  if direction == "frozen":
+    return frozen * (of_head / of_frozen)
+  return head * (of_frozen / of_head)
 
 
 class States(NamedTuple):

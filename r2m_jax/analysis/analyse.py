@@ -24,14 +24,17 @@ from flax import nnx
 from r2m_jax.algorithm.annotate import make_annotate
 from r2m_jax.algorithm.read import make_read
 from r2m_jax.algorithm.variants import VARIANTS
+from r2m_jax.analysis import checks as manipulation
 from r2m_jax.analysis import evidence
 from r2m_jax.analysis import figures as analysis_figures
+from r2m_jax.analysis.attended import attended_text, template_of_gold
+from r2m_jax.analysis.checks import Checked
 from r2m_jax.analysis.evidence import Curves, Judged, Read, Row
 from r2m_jax.config import PIECES, ConfigError, chosen_pieces
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.rl import program_of, reward_of, shared_arm
 from r2m_jax.goldtask.stages import STREAM_ANALYSE, sample
-from r2m_jax.hf.folders import Policy, load_policy, load_reward, mesh_of
+from r2m_jax.hf.folders import Policy, head_tensors, load_policy, load_reward, mesh_of
 from r2m_jax.lab.report import span
 from r2m_jax.lab.table import read_arms
 from r2m_jax.models.reward import last_token
@@ -62,6 +65,7 @@ class Found(NamedTuple):
   rows: list[Row] = []
   figures: dict[str, Any] = {}
   tables: list[dict] = []
+  points: list[str] = []  # sentences
 
 
 def run(config, workdir: Path) -> dict[str, Found]:
@@ -113,6 +117,7 @@ def needs_models(kind: str, wanted: list[str]) -> bool:
     "hacking",
     "probes",
     *(("accuracy",) if kind == "gold" else ()),
+    *(("checks",) if kind != "lab" else ()),
   }
   return bool(of_states & set(wanted))
 
@@ -127,25 +132,32 @@ def missing(config, workdir: Path, kind: str, curves: Curves) -> dict[str, str]:
       "a laboratory keeps no checkpoint of an arm; analyse a run of one seed",
     )
     lacks["cost"] = "a laboratory runs its seeds together and logs no seconds"
+    if not any("reward/growth" in metrics for metrics in curves.values()):
+      lacks["checks"] = "its arms did not log reward/growth"
     if not (workdir / "summary.csv").is_file():
       lacks["ablations"] = "there is no summary.csv"
   elif kind == "gold":
     if any(not (workdir / "stages" / stage).is_dir() for stage in ("sft", "reward")):
       reason = "there is no stages/sft with a stages/reward"
-      lacks = dict.fromkeys(("similarity", "differences", "hacking", "accuracy", "probes"), reason)
+      pieces = ("similarity", "differences", "hacking", "accuracy", "checks", "probes")
+      lacks = dict.fromkeys(pieces, reason)
     elif not any(
       VARIANTS[arm].feedback or VARIANTS[arm].trained for arm in saved_steps(config, workdir)
     ):
-      lacks["accuracy"] = "no arm in checkpoints/ reads feedback or trains its reward"
+      reason = "no arm in checkpoints/ reads feedback or trains its reward"
+      lacks = dict.fromkeys(("accuracy", "checks"), reason)
   else:
     lacks = dict.fromkeys(("hacking", "probes"), gold_only)
     if not (config.analyse.pairs or kind == "scratch" and config.scratch.pairs_val):
       reason = (
         "there are no held-out pairs: give rows with chosen and rejected as config.analyse.pairs"
       )
-      lacks |= dict.fromkeys(("similarity", "differences"), reason)
-    elif not exports_of(config, workdir, kind):
-      lacks |= dict.fromkeys(("similarity", "differences"), "there is no finished arm in export/")
+      lacks |= dict.fromkeys(("similarity", "differences", "checks"), reason)
+    elif not (outs := exports_of(config, workdir, kind)):
+      reason = "there is no finished arm in export/"
+      lacks |= dict.fromkeys(("similarity", "differences", "checks"), reason)
+    elif not any(VARIANTS[arm].feedback == "policy" for arm in outs):
+      lacks["checks"] = "no finished arm reads the policy's states"
     if kind != "scratch" or not (workdir / scratch.TABLES).is_file():
       lacks["accuracy"] = (
         "task=scratch measures it, as the last of its tables, and this run has none"
@@ -191,6 +203,7 @@ class GoldReads(NamedTuple):
     str, dict[int, np.ndarray]
   ]  # arm -> step -> last-layer states of the first one's responses, f64[N, D]
   judged: list[Judged]
+  checked: list[Checked]
 
 
 def saved_steps(config, workdir: Path) -> dict[str, list[int]]:
@@ -227,7 +240,8 @@ def make_look(config, built) -> Callable[..., dict]:
   make of responses.
 
   states {layer: f32[B, D]}; last, ref_mean, ref_last f32[B, D]; rte f32[B, Dr]; used, frozen
-  f32[B], at the state's own omega.
+  f32[B], at the state's own omega; own f32[B], the part of `used` without attention; weights
+  f32[B, L], of the attention if it reads the policy's states.
   """
   read, layers = make_read(config), layers_of(built.arch.num_layers)
 
@@ -236,13 +250,15 @@ def make_look(config, built) -> Callable[..., dict]:
     policy, ref = built.defs.open_policy(state.policy, state.ref), built.defs.open_ref(state.ref)
     rows, shown = (sequences.tokens, sequences.token_mask), sequences.response_mask
     annotate = make_annotate(built.defs, config, reward_of(built.defs, arm))
-    judged, _ = annotate(state, state.omega, Rollout(sequences), *read(policy, ref, sequences))
+    feedback = read(policy, ref, sequences)
+    judged, _ = annotate(state, state.omega, Rollout(sequences), *feedback)
+    alone, _ = annotate(state, jnp.ones_like(state.omega), Rollout(sequences), *feedback)
     of_ref, final = ref(*rows).hidden, policy(*rows).hidden
     states = {
       name: pool(policy(*rows, feedback_layer=layer).feedback, shown)
       for name, layer in layers.items()
     }
-    return {
+    found = {
       "states": states,
       "last": last_token(final, rows[1]),
       "ref_mean": pool(of_ref, shown),
@@ -250,9 +266,25 @@ def make_look(config, built) -> Callable[..., dict]:
       "rte": judged.rte,
       "used": judged.scores,
       "frozen": judged.scores_frozen,
+      "own": state.omega * alone.scores,
     }
+    if VARIANTS[config.variant].feedback == "policy":
+      head = nnx.merge(built.defs.reward_head, state.reward_head)
+      found["weights"] = head.attention_weights(judged.rte, feedback[0].hidden, rows[1]).mean(1)
+    return found
 
   return lambda *args: jax.tree.map(lambda x: np.asarray(x, float), hosts.fetch(look(*args)))
+
+
+def seen_of(arm: str, written: Sequences, look: dict) -> manipulation.Seen:
+  """What an arm's reward makes of a policy's responses, for the checks."""
+  attended = None
+  if VARIANTS[arm].feedback == "policy" and "weights" in look:
+    mask = np.asarray(written.token_mask)
+    weights = np.where(mask, look["weights"], 0)
+    attended = manipulation.Attended(weights, mask, template_of_gold(written))
+  scored = manipulation.Scored(look["used"], look["own"], look["frozen"])
+  return manipulation.Seen(scored, goldtask.gold(written).gold, attended)
 
 
 def read_gold(config, workdir: Path, wanted: list[str]) -> GoldReads:
@@ -268,7 +300,7 @@ def read_gold(config, workdir: Path, wanted: list[str]) -> GoldReads:
   # streams do not share sample keys
   notes = notes.replace(example_id=notes.example_id + STREAM_ANALYSE * 2**24)
   prompt, looks, first_written = np.repeat(np.arange(settings.prompts), K), {}, None
-  found = GoldReads([], {}, [])
+  found = GoldReads([], {}, [], [])
   for each in gold.runs(config, workdir, mesh_of(config), stage=saved):
     mine, arm = each.config, each.config.variant
     program, shared = program_of(mine), shared_arm(mine)
@@ -276,37 +308,74 @@ def read_gold(config, workdir: Path, wanted: list[str]) -> GoldReads:
       looks[program.variant] = make_look(program, each.built)
     look = looks[program.variant]
 
+    def seen_by(state, rows):
+      return look(state, rows, shared)  # noqa: B023
+
     def draw(policy):
       return sample(mine, each.built, policy, notes, group_size=K, purpose=KEY_ANALYSE)  # noqa: B023
 
     first = warmed(each, each.first())
     if first_written is None:
-      first_written, first_gold = (written := draw(first.policy)), goldtask.gold(written).gold
-      first_seen = look(first, written, shared)
-      found.reads.append(read_of(START, written, first_seen, prompt))
+      first_written = draw(first.policy)
+      first_seen = seen_by(first, first_written)
+      found.reads.append(read_of(START, first_written, first_seen, prompt))
     if not saved_at:
       break
-    kept, steps = checkpoint.open_checkpoints(workdir / "checkpoints" / arm), saved_at[arm]
+    kept = checkpoint.open_checkpoints(workdir / "checkpoints" / arm)
     if not mine.checkpoint.fork_from:
-      checkpoint.require(kept, steps[-1], models=loop.models_of(first))
+      checkpoint.require(kept, saved_at[arm][-1], models=loop.models_of(first))
     found.steps[arm] = {0: first_seen["states"]["final"]}
-    for step in steps if "hacking" in wanted else steps[-1:]:
-      state = checkpoint.restore(kept, first, step)
-      of_first = look(state, first_written, shared)
-      found.steps[arm][step] = of_first["states"]["final"]
-    written = draw(state.policy)
-    seen = look(state, written, shared)
-    found.reads.append(read_of(arm, written, seen, prompt))
-    if VARIANTS[arm].feedback or VARIANTS[arm].trained:
-      floor = first.replace(omega=jnp.full_like(first.omega, mine.r2m.omega_min))
-      before = [look(floor, rows, shared) for rows in (first_written, written)]
-      for whose, true, old, new in (
-        (START, first_gold, before[0], of_first),
-        ("its own", goldtask.gold(written).gold, before[1], seen),
-      ):
-        found.judged.append(Judged(arm, whose, true, old["frozen"], old["used"], new["used"]))
-    print(f"analyse  read {arm}, steps {', '.join(map(str, steps))}", flush=True)
+    of_arm = OfArm(mine, kept, first, first_written, seen_by, draw)
+    read_arm(found, of_arm, saved_at[arm], wanted, prompt)
+    print(f"analyse  read {arm}, steps {', '.join(map(str, saved_at[arm]))}", flush=True)
   return found
+
+
+class OfArm(NamedTuple):
+  """What `read_arm` needs of one arm."""
+
+  config: Any
+  kept: Any  # its checkpoints
+  first: Any  # TrainState of step 0
+  first_written: Sequences  # responses of the supervised policy
+  look: Callable[[Any, Sequences], dict]  # of `make_look`
+  draw: Callable[[Any], Sequences]  # responses of a policy
+
+
+def read_arm(found: GoldReads, arm: OfArm, steps: list[int], wanted: list[str], prompt) -> None:
+  """Adds to `found` what the arm's checkpoints, at `steps`, make of responses."""
+  name, labels = arm.config.variant, {}
+  judges = bool(VARIANTS[name].feedback or VARIANTS[name].trained)
+  checked = judges and "checks" in wanted
+  for step in steps if checked or "hacking" in wanted else steps[-1:]:
+    state = checkpoint.restore(arm.kept, arm.first, step)
+    of_first = arm.look(state, arm.first_written)
+    found.steps[name][step] = of_first["states"]["final"]
+    if checked or step == steps[-1]:
+      written = arm.draw(state.policy)
+      seen = arm.look(state, written)
+    if checked:
+      own = seen_of(name, written, seen)
+      labels[step] = manipulation.self_labels(own.scored, own.gold, prompt)
+  found.reads.append(read_of(name, written, seen, prompt))
+  if not judges:
+    return
+  floor = arm.first.replace(omega=jnp.full_like(arm.first.omega, arm.config.r2m.omega_min))
+  before = [arm.look(floor, rows) for rows in (arm.first_written, written)]
+  of_start, of_own = (seen_of(name, *x) for x in ((arm.first_written, before[0]), (written, seen)))
+  for whose, true, old, new in (
+    (START, of_start.gold, before[0], of_first),
+    ("its own", of_own.gold, before[1], seen),
+  ):
+    found.judged.append(Judged(name, whose, true, old["frozen"], old["used"], new["used"]))
+  weights = tuple(weights_of(x.reward_head) for x in (arm.first, state))
+  found.checked.append(Checked(name, prompt, of_start, of_own, weights, labels))
+
+
+def weights_of(head) -> dict[str, np.ndarray]:
+  """The weights of attention and phi by name, without the bias, which nothing trains."""
+  tensors = head_tensors(head).items()
+  return {name.split(".")[0]: x for name, x in tensors if name.endswith(".weight")}
 
 
 def read_of(name: str, written: Sequences, seen: dict, prompt: np.ndarray) -> Read:
@@ -336,7 +405,7 @@ def read_of(name: str, written: Sequences, seen: dict, prompt: np.ndarray) -> Re
 
 
 def exports_of(config, workdir: Path, kind: str) -> dict[str, Path]:
-  """arm -> folder with policy and reward of every arm that has ended."""
+  """arm -> folder with policy and reward model of every arm that has ended with both."""
   if kind == "scratch":
     arms = {
       arm: workdir / "export" / ("" if arm == config.scratch.arms[-1] else arm)
@@ -347,14 +416,14 @@ def exports_of(config, workdir: Path, kind: str) -> dict[str, Path]:
       arm: workdir / "export" / ("" if config.variant else arm) for arm in [config.variant] if arm
     }
     arms = arms or {arm: workdir / "export" / arm for arm in config.arms}
-  return {arm: out for arm, out in arms.items() if (out / "policy" / "config.json").is_file()}
+  files = ("policy/config.json", "reward/config.json")
+  return {arm: out for arm, out in arms.items() if all((out / f).is_file() for f in files)}
 
 
 def read_text(config, workdir: Path, wanted: list[str], *, kind: str) -> GoldReads:
   """Held-out pairs, one a prompt, as the policy before RL and each arm's exported policy read
   them.
   """
-  del wanted
   names, settings, mesh = config.analyse.pairs or config.scratch.pairs_val, config, mesh_of(config)
   if kind == "scratch":
     models = {
@@ -379,7 +448,8 @@ def read_text(config, workdir: Path, wanted: list[str], *, kind: str) -> GoldRea
       "or raise config.data.max_prompt_length and max_response_length"
     )
   prompt, label = np.repeat(np.arange(len(rows)), 2), np.tile([1, 0], len(rows))
-  frozen, reads = scratch.scores_of(settings, reward, None, rows, mesh).reshape(-1), []
+  frozen, reads, checked = scratch.scores_of(settings, reward, None, rows, mesh).reshape(-1), [], []
+  first = None
   for name, out in {START: None, **exports_of(config, workdir, kind)}.items():
     policy = load_policy(
       settings.policy.path if out is None else str(out / "policy"),
@@ -387,13 +457,33 @@ def read_text(config, workdir: Path, wanted: list[str], *, kind: str) -> GoldRea
       mesh,
       workdir=workdir,
     )
-    scores = {"frozen reward": frozen}
+    first, scores = first or policy, {"frozen reward": frozen}
     if out is not None and VARIANTS[name].feedback == "policy":
       model = load_reward(str(out / "reward"), settings, mesh)
       scores["r2m reward"] = scratch.scores_of(settings, model, policy, rows, mesh).reshape(-1)
+      if "checks" in wanted:
+        before = scratch.untrained(settings, name, reward, first, mesh)
+        models = (before, first), (model, policy)
+        checked.append(checked_text(settings, name, models, rows, frozen, mesh))
     reads.append(Read(name, prompt, label, text_states(settings, policy, rows, mesh), scores))
     print(f"analyse  read {name}: {len(rows)} held-out pairs, one a prompt", flush=True)
-  return GoldReads(reads, {}, [])
+  return GoldReads(reads, {}, [], checked)
+
+
+def checked_text(config, arm: str, models, rows: list[dict], frozen: np.ndarray, mesh) -> Checked:
+  """The checks of an arm on held-out pairs, whose chosen reply is the better one.
+
+  Args:
+    models: (reward model, policy that it reads) before RL, then after.
+    frozen: f64[2N], scores of the frozen reward model.
+  """
+  prompt, better = np.repeat(np.arange(len(rows)), 2), np.tile([1.0, 0.0], len(rows))
+  sides, seen = [side for row in rows for side in row["sides"]], []
+  for model, policy in models:
+    used, own, attended = attended_text(config, model, policy, sides, mesh)
+    seen.append(manipulation.Seen(manipulation.Scored(used, own, frozen), better, attended))
+  before, after = (weights_of(model.head[1]) for model, _ in models)
+  return Checked(arm, prompt, *seen, (before, after))
 
 
 def text_states(config, policy: Policy, rows: list[dict], mesh) -> dict[str, np.ndarray]:
@@ -514,6 +604,19 @@ def accuracy(config, workdir, kind, curves, found) -> Found:
   return Found(("arm", "responses"), rows, {"": figure})
 
 
+def checks(config, workdir, kind, curves, found) -> Found:
+  if kind == "lab":
+    return Found(("arm",), evidence.late(curves, manipulation.LOGGED))
+  rows = manipulation.rows_of(found.checked)
+  correlations = [row.found.value for row in evidence.differences(found.reads)]
+  gaps = []
+  if kind == "gold":
+    of_hacking = evidence.hacking(found.reads, found.reads[0])
+    gaps = [row.found.value for row in of_hacking if row.measure == "gap"]
+  points = [manipulation.premise(correlations, gaps), *manipulation.words(rows)]
+  return Found(("check",), rows, points=points)
+
+
 def ablations(config, workdir, kind, curves, found) -> Found:
   leads = ("vanilla", "scaled")
   rows = (
@@ -548,6 +651,7 @@ MAKE = {
   "cost": cost,
   "hacking": hacking,
   "accuracy": accuracy,
+  "checks": checks,
   "ablations": ablations,
   "probes": probes,
 }
@@ -602,6 +706,11 @@ TITLES = {
     "as their gold orders them. Before: the head RL began with, reading the supervised policy; "
     "after: head and policy "
     "as RL left them; at omega's floor if the run has ended.",
+  ),
+  "checks": (
+    "Manipulation checks",
+    "Whether the run can speak for or against the method. Before: the head that RL began with, reading "
+    "the supervised policy; after: head and policy as RL left them. Definitions: docs/analyse.md.",
   ),
   "ablations": (
     "Where each arm ends (table 4)",
@@ -667,6 +776,9 @@ def write(config, workdir: Path, found: dict[str, Found], lacks: dict[str, str])
     for table in tables_of(title, piece):
       noted = table if piece.figures else {"note": caption, **table}
       sections.append(page.table_section(noted))
+    if piece.points:
+      sections.append(page.points_section(f"{title}: in words", piece.points))
+      print("\n".join(f"{name:8s} {point}" for point in piece.points))
     write_atomic(out / f"{name}.csv", csv_of(piece))
   left = [f"{name}: {reason}." for name, reason in lacks.items() if name not in found]
   if left:

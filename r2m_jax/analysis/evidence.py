@@ -144,6 +144,16 @@ def dynamics(curves: Curves) -> list[Row]:
   ]
 
 
+def late(curves: Curves, metrics: tuple[tuple[str, str], ...]) -> list[Row]:
+  """Means over the second half of the steps of (metric, title) of each arm; intervals over seeds."""
+  return [
+    Row((arm,), title, intervals.interval(np.nanmean(values[:, values.shape[1] // 2 :], 1)))
+    for arm, found in curves.items()
+    for metric, title in metrics
+    if metric in found and np.isfinite(values := found[metric]).any()
+  ]
+
+
 def noise(curves: Curves) -> list[Row]:
   """Fig. 6: how far each reward goes from the first window to the last, with the policy's states
   and with noise of their mean and variance. Intervals over seeds, paired; with one seed the step

@@ -393,15 +393,19 @@ def evaluation_prompts(config, tokenizer: Tokenizer, workdir: Path, data: Prompt
   return HeldOut([row["prompt"] for row in rows], ids)
 
 
-def warn_of_lengths(config, data: PromptData, tokenizer: Tokenizer, renderer: Renderer) -> None:
+def warn_of_lengths(
+  config, data: PromptData, tokenizer: Tokenizer, renderer: Renderer | None
+) -> None:
   """Warns if samples may be longer than the policy or the reward model was trained for.
 
   How long a response gets for the reward model is not known before it is sampled: it is taken to
-  have as many tokens as for the policy.
+  have as many tokens as for the policy. `renderer` None: there is no reward model.
   """
   new = config.rollout.max_new_tokens
   more = f"with config.rollout.max_new_tokens = {new}"
   tokenizer.warn_beyond([len(ids) + new for ids in data.ids], f"prompts {more}", SHORTER_SAMPLES)
+  if renderer is None:
+    return
   longest = sorted(range(len(data.ids)), key=lambda i: len(data.ids[i]))[-LONGEST:]
   inputs = [len(renderer.ids(data.prompts[i], "", truncated=True)) + new for i in longest]
   inputs = [min(n, renderer.max_length or n) for n in inputs]

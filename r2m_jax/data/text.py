@@ -172,6 +172,39 @@ class Tokenizer:
       ids = self.encode(prompt)
     return self._checked(ids, prompt)
 
+  def written(self, prompt: Prompt) -> list[bool]:
+    """Of each token of `render(prompt)`, whether it holds text of the prompt: False on special
+    tokens and on what the chat template adds, such as roles and a system prompt of its own.
+    """
+    ids, special = self.render(prompt), set(self.hf.all_special_ids)
+    if isinstance(prompt, str) or not self.hf.is_fast:  # only fast ones know where a token stood
+      return [i not in special for i in ids]
+    spans = self._spans(self._chat(prompt))
+    if spans is None:
+      return [i not in special for i in ids]
+    text = self._text(self._chat(prompt), add_generation_prompt=True)
+    places = self.hf(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return [any(a < end and b > start for start, end in spans) for a, b in places]
+
+  def _spans(self, messages: list[dict]) -> list[tuple[int, int]] | None:
+    """Where the text of each message begins and ends in the rendered prompt; None if the template
+    changes the texts. What stands between them is what it renders around marks in their place.
+    """
+    marks = [f"{MARK}{i}{MARK}" for i in range(len(messages))]
+    marked = [message | {"content": mark} for message, mark in zip(messages, marks)]
+    rest, between = self._text(marked, add_generation_prompt=True), []
+    for mark in marks:
+      before, found, rest = rest.partition(mark)
+      if not found:
+        return None
+      between.append(before)
+    text = self._text(messages, add_generation_prompt=True)
+    for contents in ([m["content"] for m in messages], [m["content"].strip() for m in messages]):
+      if text == "".join(map("".join, zip(between, contents))) + rest:
+        ends = np.cumsum([len(a) + len(b) for a, b in zip(between, contents)]).tolist()
+        return [(end - len(content), end) for end, content in zip(ends, contents)]
+    return None
+
   def answer(self, prompt: Prompt, response: str) -> list[int]:
     """Ids of a response from a row of data, as it follows `render(prompt)`; no end-of-turn.
 

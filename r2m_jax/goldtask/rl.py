@@ -93,8 +93,10 @@ def gold_metrics(out, group_size: int) -> dict[str, float]:
   """What the gold reward says of a step's samples, measured on the host; nothing of it reaches
   training.
   """
-  parts = goldtask.gold(out.sequences)
-  return against_gold(parts.gold, out.judged.scores, group_size) | {
+  parts, judged = goldtask.gold(out.sequences), out.judged
+  found = against_gold(parts.gold, judged.scores, group_size)
+  found |= against_frozen(parts.gold, judged.scores, judged.scores_frozen, group_size)
+  return found | {
     "repetition": (parts.repeats / np.maximum(parts.length, 1)).mean(),
     "gold/coverage": parts.coverage.mean(),
     "gold/hallucinated": parts.hallucinated.mean(),
@@ -118,4 +120,26 @@ def against_gold(gold: np.ndarray, used: np.ndarray, group_size: int) -> dict[st
     "reward/gold": gold.mean(),
     "reward/within_corr": (centred_gold * centred_used).sum() / norm if norm > 1e-12 else None,
     "r2m/pair_disagreement": np.where(gap == 0, 0.5, gap < 0).mean(),
+  }
+
+
+def against_frozen(
+  gold: np.ndarray, used: np.ndarray, frozen: np.ndarray, group_size: int
+) -> dict[str, float | None]:
+  """How far the reward that trained on a step's samples has come from the frozen one.
+
+  gold, used, frozen: [B] each, the samples of a prompt beside each other.
+  """
+  gold, used, frozen = (np.asarray(x, float).reshape(-1, group_size) for x in (gold, used, frozen))
+  u, f = (x - x.mean(-1, keepdims=True) for x in (used, frozen))
+  uu, ff, uf = (u * u).sum(), (f * f).sum(), (u * f).sum()
+  rows, best, worst = np.arange(len(gold)), used.argmax(-1), used.argmin(-1)
+  # of the frozen reward, on the pairs that the used one would label
+  agrees = np.sign(gold[rows, best] - gold[rows, worst]) * np.sign(
+    frozen[rows, best] - frozen[rows, worst]
+  )
+  return {
+    "reward/growth": np.sqrt(uu / ff) if ff > 1e-12 else None,
+    "reward/frozen_corr": uf / np.sqrt(uu * ff) if uu * ff > 1e-24 else None,
+    "r2m/frozen_disagreement": (0.5 - 0.5 * agrees).mean(),
   }

@@ -171,11 +171,15 @@ def write_reward(
   )
 
 
-def write_run(out: Path, config, policy: Policy, reward: RewardModel, state, workdir: Path) -> None:
+def write_run(
+  out: Path, config, policy: Policy, reward: RewardModel | None, state, workdir: Path
+) -> None:
   """Policy and reward model of a TrainState. A variant without feedback has a plain classifier
-  as its reward model.
+  as its reward model. `reward` None: the rewards came from outside, and there is none.
   """
   write_policy(out / "policy", config, policy, state.policy, workdir, base=state.ref)
+  if reward is None:
+    return
   feedback = VARIANTS[config.variant].feedback
   if feedback not in ("", "policy"):
     print(
@@ -188,7 +192,7 @@ def write_run(out: Path, config, policy: Policy, reward: RewardModel, state, wor
   if feedback:
     settings = HeadConfig(
       policy.arch.hidden_size,
-      reward.arch.hidden_size,
+      reward.arch.embedding_size,
       config.r2m.attention_dim,
       config.r2m.num_heads,
       config.r2m.feedback_layer,

@@ -361,7 +361,9 @@ def reward_start(reward: RewardModel, mesh):
   phi = reward.phi
   if phi is None:
     phi = nnx.state(
-      nnx.Linear(reward.arch.hidden_size, 1, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+      nnx.Linear(
+        reward.arch.embedding_size, 1, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0)
+      )
     )
     phi = hosts.put(jax.device_get(phi), sharding.shardings(phi, mesh))
   state = {"backbone": reward.state, "phi": phi}

@@ -15,7 +15,7 @@ import numpy as np
 from flax import nnx
 
 from r2m_jax.hf.folders import abstract_head, load_head, phi_score, phi_state
-from r2m_jax.hf.weights import Score, load_pretrained
+from r2m_jax.hf.weights import SCORE_ACTIVATION, Score, load_pretrained
 from r2m_jax.models.reward import read_rte
 from r2m_jax.run.identities import WARN, measure_rounding
 
@@ -124,11 +124,13 @@ def policy_gap(folder: pathlib.Path) -> Gap | None:
 
 
 def classifier(folder: pathlib.Path, **like):
-  """AutoModelForSequenceClassification of a folder, or only the backbone of a family for which
-  transformers has no such class (Granite).
+  """AutoModelForSequenceClassification of a folder, or only the backbone if transformers has no such
+  class: for Granite, and for a score head of two layers.
   """
   import transformers
 
+  if transformers.AutoConfig.from_pretrained(folder).to_dict().get(SCORE_ACTIVATION):
+    return transformers.AutoModel.from_pretrained(folder, **like)
   try:
     return transformers.AutoModelForSequenceClassification.from_pretrained(folder, **like)
   except ValueError:
@@ -145,6 +147,8 @@ def reward_gap(folder: pathlib.Path, policy_folder: pathlib.Path | None = None) 
   if not available():
     return None
   import torch
+
+  from r2m_jax.hf import r2m_head
 
   like = dict(dtype=torch.float32, trust_remote_code=False)
   theirs = classifier(folder, **like).eval()
@@ -165,10 +169,13 @@ def reward_gap(folder: pathlib.Path, policy_folder: pathlib.Path | None = None) 
   with jax.default_matmul_precision("highest"):
     got = np.asarray(scores(weights, tokens, mask))
   kernel = torch.tensor(np.asarray(ours.score.kernel, np.float32))
+  first = r2m_head.first_layer(folder)
 
   def scored(row):
     out = theirs(torch.tensor(row)[None])
-    return (out.logits[0] if "logits" in out else out.last_hidden_state[0, -1] @ kernel).numpy()
+    if "logits" in out:
+      return out.logits[0].numpy()
+    return (first(out.last_hidden_state[0, -1]) @ kernel).numpy()
 
   with torch.no_grad():
     want = list(map(scored, rows))

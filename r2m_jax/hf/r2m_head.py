@@ -22,7 +22,15 @@ import json
 import pathlib
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
+
+ACTIVATIONS = {
+  "relu": torch.nn.ReLU,
+  "silu": torch.nn.SiLU,
+  "gelu": torch.nn.GELU,
+  "tanh": torch.nn.Tanh,
+}
 
 
 class R2MHead(torch.nn.Module):
@@ -47,6 +55,7 @@ class R2MHead(torch.nn.Module):
     self.wv = torch.nn.Linear(policy, width, bias=False)
     self.wo = torch.nn.Linear(width, reward, bias=False)
     self.phi = torch.nn.Linear(reward, 1)
+    self.first = torch.nn.Identity()  # see `first_layer`
 
   @classmethod
   def from_folder(cls, folder) -> "R2MHead":
@@ -54,6 +63,7 @@ class R2MHead(torch.nn.Module):
     folder = pathlib.Path(folder)
     head = cls(json.loads((folder / "r2m_head.json").read_text(encoding="utf-8")))
     head.load_state_dict(load_file(folder / "r2m_head.safetensors"))
+    head.first = first_layer(folder)
     return head.eval()
 
   def forward(
@@ -62,7 +72,7 @@ class R2MHead(torch.nn.Module):
     """Scores [B].
 
     rte [B, Dr]: H_last, the reward backbone's last hidden state (after its final norm) at the last
-      real token.
+      real token, through `first`.
     hidden [B, S, Dp]: the policy's hidden states over prompt and response; see `feedback`.
     mask bool[B, S]: True on real tokens, prompt and response alike.
     omega: the weight w on the reward model's own embedding; None takes that of the export.
@@ -81,6 +91,26 @@ class R2MHead(torch.nn.Module):
     weights = logits.masked_fill(~mask.bool()[:, None], torch.finfo(logits.dtype).min).softmax(-1)
     h_hat = self.wo(torch.einsum("bns,bsnd->bnd", weights, v).flatten(1))  # eq. 3
     return self.phi((1 - omega) * h_hat + omega * rte)[:, 0]  # eq. 4
+
+
+def first_layer(folder) -> torch.nn.Module:
+  """What stands before the last layer of a reward model's score head of two layers: a linear layer
+  and its activation. Of a head of one layer it changes nothing.
+  """
+  folder = pathlib.Path(folder)
+  activation = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(
+    "score_activation"
+  )
+  if activation is None:
+    return torch.nn.Identity()
+  tensors = {}
+  for file in folder.glob("model*.safetensors"):
+    with safe_open(file, "pt") as opened:
+      for name in set(opened.keys()) & {"score.0.weight", "score.0.bias"}:
+        tensors[name.removeprefix("score.0.")] = opened.get_tensor(name).float()
+  linear = torch.nn.Linear(*reversed(tensors["weight"].shape))
+  linear.load_state_dict(tensors)
+  return torch.nn.Sequential(linear, ACTIVATIONS[activation]()).eval()
 
 
 def reward_token_embedding(reward_model, ids: torch.Tensor) -> torch.Tensor:
@@ -108,5 +138,5 @@ def score(
 ) -> float:
   """The reward of one response; both rows long[1, length] without padding."""
   hidden = feedback(policy, policy_ids, head.feedback_layer)
-  rte = reward_token_embedding(reward_model, reward_ids)
+  rte = head.first(reward_token_embedding(reward_model, reward_ids))
   return head(rte, hidden, torch.ones(hidden.shape[:2], dtype=torch.bool)).item()

@@ -29,7 +29,7 @@ from safetensors.numpy import save_file
 from r2m_jax.hf import adapters
 from r2m_jax.hf.adapters import Adapter, LowRank, is_adapter, read_adapter
 from r2m_jax.models import transformer
-from r2m_jax.models.arch import TOWERS, ArchConfig, family_of
+from r2m_jax.models.arch import SCORE_ACTIVATIONS, TOWERS, ArchConfig, family_of
 from r2m_jax.parallel import sharding
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.run.progress import doing
@@ -40,6 +40,9 @@ HUB = "hub.json"  # of a workdir: field -> the hub name, the revision asked for,
 CARD = "README.md"  # the model card
 ADAPTER_FILES = (adapters.CONFIG, adapters.WEIGHTS)
 SCORE = "score"  # the score head of a sequence classifier
+# what is between the two layers of a score head: a field of config.json, or known of these classes
+SCORE_ACTIVATION = "score_activation"
+ACTIVATION_OF = {"Qwen2ForRewardModel": "relu"}
 TOKENIZER_FILES = (
   "tokenizer*",
   "special_tokens_map.json",
@@ -139,7 +142,7 @@ TOWER_PREFIXES = {
 
 
 class Score(NamedTuple):
-  """The linear head of a sequence classifier."""
+  """The linear head of a sequence classifier; of a head of two layers the last one."""
 
   kernel: jax.Array  # [D, labels]
   bias: jax.Array | None  # [labels]
@@ -165,7 +168,8 @@ def name_of(arch: ArchConfig, path: str) -> tuple[str, Fused | None]:
   or None).
   """
   module, leaf = path.rsplit("/", 1)
-  entry = NAMES.get(arch.family, LLAMA_NAMES)[module]
+  names = NAMES.get(arch.family, LLAMA_NAMES)
+  entry = f"{SCORE}.0" if module == "score_first" else names[module]
   fused = entry if isinstance(entry, Fused) else None
   return f"{fused.name if fused else entry}.{'bias' if leaf == 'bias' else 'weight'}", fused
 
@@ -218,7 +222,7 @@ def load_pretrained(
     merge: False leaves the adapters of a PEFT folder out, and reads its base.
   """
   arch, files = open_folder(fetch(source), merge)
-  score_name = f"{SCORE}.weight"
+  score_name = f"{files.score}.weight"
   arch = arch.replace(lm_head=score_name not in files.shapes if lm_head is None else lm_head)
   files.check_tied(arch)
   graphdef, shapes = transformer.abstract(
@@ -261,6 +265,7 @@ def open_folder(folder: pathlib.Path, merge: bool) -> tuple[ArchConfig, "Files"]
   tower = read_json(base / "config.json").get("model_type") in TOWERS
   files = Files(base, tower=tower)
   files.add_prefix(arch)
+  arch = files.with_score_layers(arch, read_json(base / "config.json"))
   if merge and is_adapter(folder):
     files.adapt(read_adapter(folder), tower=tower)
   return arch, files
@@ -286,8 +291,9 @@ def _read_score(files: "Files", mesh: Mesh | None, param_dtype) -> Score:
   def put(x):
     return jax.make_array_from_callback(x.shape, layout, lambda index: x[index])
 
-  bias = files.tensor(f"{SCORE}.bias") if f"{SCORE}.bias" in files.shapes else None
-  kernel = np.ascontiguousarray(files.tensor(f"{SCORE}.weight").T)
+  name = f"{files.score}.bias"
+  bias = files.tensor(name) if name in files.shapes else None
+  kernel = np.ascontiguousarray(files.tensor(f"{files.score}.weight").T)
   return Score(
     put(kernel.astype(param_dtype)), None if bias is None else put(bias.astype(param_dtype))
   )
@@ -453,6 +459,7 @@ class Files:
     self.stored = {name: theirs for name, theirs in stored.items() if name}  # name -> on disk
     self.where = {name: self.where[theirs] for name, theirs in self.stored.items()}
     self.shapes = {name: shapes[self.where[name]][at] for name, at in self.stored.items()}
+    self.score = SCORE  # the linear layer of the score head, or the last one; `with_score_layers`
     self.whole: Mapping[str, np.ndarray] = {}  # of an adapter, as `low`; see `adapt`
     self.low: Mapping[str, LowRank] = {}
 
@@ -484,6 +491,32 @@ class Files:
     self.stored = {name if name.startswith(heads) else prefix + name: name for name in self.stored}
     self.where = {name: self.where[stored] for name, stored in self.stored.items()}
     self.shapes = {name: self.shapes[stored] for name, stored in self.stored.items()}
+
+  def with_score_layers(self, arch: ArchConfig, config: dict[str, Any]) -> ArchConfig:
+    """`arch` with the first layer of a score head of two, torch.nn.Sequential(Linear, activation,
+    Linear). config: of config.json.
+    """
+    pattern = re.compile(rf"{SCORE}\.(\d+)\.weight")
+    layers = sorted(int(m[1]) for name in self.shapes if (m := pattern.fullmatch(name)))
+    if not layers:
+      return arch
+    if len(layers) != 2 or layers[0] != 0:
+      raise PretrainedError(
+        f"{self.folder} holds a score head of the layers {layers}: only linear ones and those of two "
+        "layers with an activation between them are supported; take its tensors out and fit a "
+        "linear one with config.task=reward"
+      )
+    (made,) = (config.get("architectures") or [""])[:1]
+    activation = config.get(SCORE_ACTIVATION) or ACTIVATION_OF.get(made)
+    if activation not in SCORE_ACTIVATIONS:
+      raise PretrainedError(
+        f"{self.folder} holds a score head of two layers, and config.json has {activation!r} as "
+        f"{SCORE_ACTIVATION}: what its code computes between them; set it to one of "
+        f"{', '.join(SCORE_ACTIVATIONS)}"
+      )
+    self.score = f"{SCORE}.{layers[1]}"
+    width = self.shapes[f"{SCORE}.0.weight"][0]
+    return arch.replace(score_width=width, score_activation=activation)
 
   def adapt(self, adapter: Adapter, *, tower: bool) -> None:
     """Merges an adapter into what is read. Raises ValueError if it is none of this model."""
@@ -531,14 +564,16 @@ class Files:
           f"{name} has shape {self.shapes[name]} in {self.folder / self.where[name]}; config.json "
           f"asks for {shape}: correct it, or copy the weights again"
         )
-    allowed = {f"{SCORE}.weight", f"{SCORE}.bias", f"{name_of(arch, 'lm_head/kernel')[0]}"}
+    head = name_of(arch, "lm_head/kernel")[0]
+    allowed = {f"{self.score}.weight", f"{self.score}.bias", head}
     extra = sorted(
       n for n in self.shapes.keys() - expected.keys() - allowed if not IGNORED.search(n)
     )
     if layers := [name for name in extra if name.startswith(f"{SCORE}.")]:
       raise PretrainedError(
-        f"{self.folder} holds a score head of several layers, such as {layers[0]}: only linear ones "
-        "are supported; take its tensors out and fit a linear one with config.task=reward"
+        f"{self.folder} holds a score head with {layers[0]}: only linear ones and those of two "
+        "layers with an activation between them are supported; take its tensors out and fit a "
+        "linear one with config.task=reward"
       )
     if extra:
       raise PretrainedError(
@@ -555,14 +590,14 @@ class Files:
     absent is not taken over: then the head says how many there are. So does the head of a PEFT
     folder, whose config.json is that of its base.
     """
-    name = f"{SCORE}.weight"
+    name = f"{self.score}.weight"
     shape = self.shapes[name]
     rows = shape[0] if shape else 0
-    bias = self.shapes.get(f"{SCORE}.bias", (rows,))
-    if shape != (rows, arch.hidden_size) or bias != (rows,):
+    bias = self.shapes.get(f"{self.score}.bias", (rows,))
+    if shape != (rows, arch.embedding_size) or bias != (rows,):
       raise PretrainedError(
         f"{name} has shape {shape} and its bias {bias} in {self.folder / self.where[name]}; a head "
-        f"is (labels, {arch.hidden_size}) and (labels,): correct it, or copy the weights again"
+        f"is (labels, {arch.embedding_size}) and (labels,): correct it, or copy the weights again"
       )
     names = config.get("id2label")
     named = len(names) if isinstance(names, dict) else names
@@ -660,7 +695,8 @@ def save_pretrained(
 
   Args:
     score: transformers' classifiers have no bias; a bias is written as score.bias, which
-      `load_pretrained` reads.
+      `load_pretrained` reads. Two layers are written as score.0 and score.2, the places of
+      torch.nn.Sequential(Linear, activation, Linear), and the activation into config.json.
     dtype: of the tensors on disk; None: as they are.
     max_shard_bytes: larger models are split over files with an index.
     tokenizer_folder: its tokenizer files and generation config are copied, its special token ids
@@ -767,9 +803,10 @@ def _tensors(arch, params, score, dtype) -> Iterator[tuple[str, np.ndarray]]:
       # safetensors writes the buffer of a transposed view as it lies, not as it reads
       yield template.format(layer), np.ascontiguousarray(rows[0])
   if score is not None:
-    yield f"{SCORE}.weight", np.ascontiguousarray(gather(score.kernel, dtype).T)
+    name = f"{SCORE}.2" if arch.score_width else SCORE
+    yield f"{name}.weight", np.ascontiguousarray(gather(score.kernel, dtype).T)
     if score.bias is not None:
-      yield f"{SCORE}.bias", gather(score.bias, dtype)
+      yield f"{name}.bias", gather(score.bias, dtype)
 
 
 def gather(x: jax.Array, dtype) -> np.ndarray:

@@ -44,7 +44,7 @@ class NoAnswer(Exception):
   """One question that stays without an answer, and why."""
 
 
-class _Again(Exception):
+class Again(Exception):
   """An attempt that may succeed later; `after` is what the server asked for, in seconds."""
 
   def __init__(self, reason: str, after: float | None = None):
@@ -63,8 +63,9 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
     return None
 
 
-def key_from(name: str) -> str:
-  """The key in the environment variable `name`, "" if there is none.
+def key_from(name: str, field: str = "judge.key_env") -> str:
+  """The key in the environment variable `name`, which the config's `field` gives; "" if there is
+  none.
 
   Raises:
     ConfigError: the variable holds what cannot be a key. The message does not show it.
@@ -72,7 +73,7 @@ def key_from(name: str) -> str:
   key = os.environ.get(name, "").strip() if name else ""
   if not key.isascii() or any(c.isspace() or not c.isprintable() for c in key):
     raise ConfigError(
-      f"config.judge.key_env is {name!r}: that variable holds spaces or characters that no key "
+      f"config.{field} is {name!r}: that variable holds spaces or characters that no key "
       "has; set it again"
     )
   return key
@@ -84,11 +85,16 @@ class Endpoint:
   Args:
     url: up to the version, such as http://localhost:8000/v1, or with /chat/completions.
     key: sent as a bearer token; "" for none.
+    named: the fields of the config that give the address, the model and the key's variable.
     timeout: seconds in which one attempt must bring its whole answer.
     retries: further attempts after the first.
     backoff: seconds before the second attempt; doubled before each further one.
     longest: seconds; a server that wants more patience stops the questions.
   """
+
+  what = "judge"
+  malformed = "no chat completion"
+  advice = "config.judge.logprobs and config.judge.body change what is sent"
 
   def __init__(
     self,
@@ -99,10 +105,11 @@ class Endpoint:
     retries: int,
     backoff: float,
     longest: float,
+    named: tuple[str, str, str] = ("judge.url", "judge.model", "judge.key_env"),
   ):
-    base = url.rstrip("/")
-    self.url = base if base.endswith("/chat/completions") else f"{base}/chat/completions"
+    self.url = self.address(url)
     self.stop = threading.Event()
+    self._named = named
     self._key = key
     self._timeout = timeout
     self._retries = retries
@@ -111,6 +118,12 @@ class Endpoint:
     self._opener = urllib.request.build_opener(_NoRedirect)
     self._lock = threading.Lock()
     self._resume = 0.0  # monotonic time before which no question is asked
+
+  @staticmethod
+  def address(url: str) -> str:
+    """Where requests go."""
+    base = url.rstrip("/")
+    return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
 
   def hide(self, text: str) -> str:
     """The text without the key and without what looks like one."""
@@ -131,14 +144,10 @@ class Endpoint:
     for attempt in range(self._retries + 1):
       self._pause(attempt)
       try:
-        answer = self._attempt(body)
-      except _Again as error:
+        return self._attempt(body, last=attempt == self._retries)
+      except Again as error:
         reason = str(error)
         self._hold_back(error.after)
-        continue
-      last = attempt == self._retries or answer["finish"] == "length"
-      if answer["text"].strip() or last:
-        return counted(answer, body)
     raise NoAnswer(f"{self._retries + 1} attempts failed, the last with: {reason}")
 
   def _pause(self, attempt: int) -> None:
@@ -158,14 +167,14 @@ class Endpoint:
       return
     if seconds > self._longest:
       raise JudgeError(
-        f"the judge at {self.url} asks to wait {seconds:.0f} s, longer than "
+        f"the {self.what} at {self.url} asks to wait {seconds:.0f} s, longer than "
         f"config.judge.longest_wait = {self._longest:g}; give the same command later, which goes "
         "on from what is answered, or raise that"
       )
     with self._lock:
       self._resume = max(self._resume, time.monotonic() + seconds)
 
-  def _attempt(self, body: dict[str, Any]) -> dict[str, Any]:
+  def _attempt(self, body: dict[str, Any], *, last: bool) -> dict[str, Any]:
     headers = {"Content-Type": "application/json", "Accept": "application/json"}
     if self._key:
       headers["Authorization"] = f"Bearer {self._key}"
@@ -177,12 +186,24 @@ class Endpoint:
     except urllib.error.HTTPError as error:
       raise self._refusal(error) from None
     except (OSError, http.client.HTTPException) as error:
-      raise _Again(self.hide(f"{type(error).__name__}: {error}")) from None
+      raise Again(self.hide(f"{type(error).__name__}: {error}")) from None
     try:
-      return _answer(json.loads(content), self.hide)
+      return self.answer(json.loads(content), body, last=last)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
       shown = content[:200].decode("utf-8", "replace")
-      raise _Again(self.hide(f"no chat completion: {shown!r}")) from None
+      raise Again(self.hide(f"{self.malformed}: {shown!r}")) from None
+
+  def answer(self, reply: Any, body: dict[str, Any], *, last: bool) -> dict[str, Any]:
+    """What is kept of a reply to a request. `last`: no attempt follows.
+
+    Raises:
+      Again: another attempt may give a better one.
+      ValueError and its like: the reply has another form.
+    """
+    answer = _answer(reply, self.hide)
+    if not answer["text"].strip() and not last and answer["finish"] != "length":
+      raise Again("an empty answer")
+    return counted(answer, body)
 
   def _refusal(self, error: urllib.error.HTTPError) -> Exception:
     """What a status other than 200 means: another attempt, no answer, or the end."""
@@ -191,21 +212,23 @@ class Endpoint:
       reason = f"HTTP {error.code}: {text}" if text else f"HTTP {error.code}"
       if error.code in (401, 403) or "insufficient_quota" in text:
         return JudgeError(
-          f"the judge at {self.url} refuses the key in config.judge.key_env ({reason}); set that "
+          f"the {self.what} at {self.url} refuses the key in config.{self._named[2]} ({reason}); set that "
           "environment variable, then give the same command"
         )
       if error.code in (404, 405) or 300 <= error.code < 400:
-        return JudgeError(
-          f"config.judge.url leads to {self.url}, which is no chat endpoint or does not know "
-          f"config.judge.model ({reason}); correct the two"
-        )
+        return self.not_found(reason)
       if error.code in (408, 409, 425, 429) or error.code >= 500:
-        return _Again(reason, seconds_of(error.headers.get("Retry-After")))
-      return NoAnswer(
-        f"the judge refuses the request ({reason}); config.judge.logprobs and config.judge.body "
-        "change what is sent"
-      )
-    return _Again(f"HTTP {error.code}, cut off", seconds_of(error.headers.get("Retry-After")))
+        return Again(reason, seconds_of(error.headers.get("Retry-After")))
+      return NoAnswer(f"the {self.what} refuses the request ({reason}); {self.advice}")
+    return Again(f"HTTP {error.code}, cut off", seconds_of(error.headers.get("Retry-After")))
+
+  def not_found(self, reason: str) -> JudgeError:
+    """The end, if nothing that we know answers at the address."""
+    url, model, _ = self._named
+    return JudgeError(
+      f"config.{url} leads to {self.url}, which is no chat endpoint or does not know "
+      f"config.{model} ({reason}); correct the two"
+    )
 
 
 def seconds_of(header: str | None) -> float | None:
@@ -229,9 +252,9 @@ def _read(response, timeout: float) -> bytes:
     parts.append(part)
     size += len(part)
     if size > LARGEST:
-      raise _Again(f"an answer of more than {LARGEST} bytes")
+      raise Again(f"an answer of more than {LARGEST} bytes")
     if time.monotonic() > end:
-      raise _Again(f"the answer took longer than {timeout:g} s")
+      raise Again(f"the answer took longer than {timeout:g} s")
   return b"".join(parts)
 
 
@@ -312,13 +335,17 @@ class Cache:
     self._file.truncate(content.rfind(b"\n") + 1)
 
   def keep(self, key: str, answer: dict) -> None:
-    row = {"key": key} | answer
-    line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+    self.keep_all({key: answer})
+
+  def keep_all(self, answers: dict[str, dict]) -> None:
+    """Keeps several answers, by key, with one write."""
+    rows = [{"key": key} | answer for key, answer in answers.items()]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with self._lock:
-      self._file.write(line)
+      self._file.write(text.encode("utf-8", "backslashreplace"))
       self._file.flush()
       os.fsync(self._file.fileno())
-      self.answers[key] = row
+      self.answers |= {row["key"]: row for row in rows}
 
   def close(self) -> None:
     with self._lock:
@@ -332,10 +359,12 @@ def ask_all(
   *,
   workers: int,
   seen: Callable[[str, dict], None] = lambda key, answer: None,
+  keep: Callable[[str, dict], None] | None = None,
 ) -> dict[str, str]:
   """Asks what the cache does not hold, each question once, by a pool of threads.
 
   Args:
+    keep: puts the answer to a question into the cache, by the question's key; None: as it is.
     seen: called in this thread with the key of every new answer and the answer, once it is in the
       cache. What it raises ends the questions.
 
@@ -346,6 +375,7 @@ def ask_all(
     JudgeError: the endpoint refuses all, or `IN_A_ROW` questions in a row had no answer.
   """
   endpoint.stop.clear()
+  keep = keep or cache.keep
   missing = {one.key: one for one in questions if one.key not in cache.answers}
   waiting: queue.SimpleQueue = queue.SimpleQueue()
   results: queue.SimpleQueue = queue.SimpleQueue()
@@ -358,7 +388,7 @@ def ask_all(
         one = waiting.get_nowait()
         try:
           answer = endpoint.ask(one.body)
-          cache.keep(one.key, answer)
+          keep(one.key, answer)
           results.put((one.key, answer))
         except Stopped:
           raise

@@ -98,6 +98,7 @@ def run(config, workdir: Path) -> None:
     ):  # of what is finished now; the process that ends last has all of it
       found, facts = report.read(config, arms, workdir, proxies)
       results.write_summary(workdir / "summary.csv", found)
+      results.write_seeds(workdir / "seeds.parquet", found)
       return draw(found, facts)
 
   for wait in (

@@ -12,7 +12,7 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -260,28 +260,55 @@ def run_arm(
   """RL of one arm on one seed's proxy. The gold reward model reads each step's samples after the
   step.
   """
-  folder, K = run_of(workdir, name, seed), arm.rollout.group_size
+
+  def watch_of(settings):
+    model = load_reward(str(gold), settings, mesh)
+    scored = serve.make_scorer(settings, model, None, mesh, shown=False)
+
+    def watch(t, output, samples):
+      rows = [dict(zip(("prompt", "response", "truncated"), sample)) for sample in samples]
+      return against_gold(scored(rows), output.judged.scores, settings.rollout.group_size)
+
+    return watch
+
+  train_arm(name, arm, arm.scratch.prompts, workdir, mesh, sft, proxy, seed, watch_of)
+
+
+def train_arm(
+  name: str,
+  arm,
+  prompts: str,
+  workdir: Path,
+  mesh,
+  sft: Path,
+  proxy: Path,
+  seed: int,
+  watch_of: Callable[[Any], folders.Watch],
+) -> None:
+  """RL of one arm from the policy `sft` on the reward model `proxy`, as a stage.
+
+  Args:
+    prompts: data of the run, as config.data.name.
+    watch_of: the config of the run -> what measures each of its steps.
+  """
+  folder = run_of(workdir, name, seed)
   settings = scratch.derived(
-    arm, "r2m", arm.scratch.prompts, seed=seed, policy__path=str(sft), reward__path=str(proxy)
+    arm, "r2m", prompts, seed=seed, policy__path=str(sft), reward__path=str(proxy)
   )
 
   def make(out):
     claim(settings, folder, shared=True)
-    scored = serve.make_scorer(
-      settings, load_reward(str(gold), settings, mesh), None, mesh, shown=False
-    )
-
-    def watch(output, samples):
-      rows = [dict(zip(("prompt", "response", "truncated"), sample)) for sample in samples]
-      return against_gold(scored(rows), output.judged.scores, K)
-
-    folders.run_r2m(settings, folder, mesh, out=out.parent, watch=watch)
+    folders.run_r2m(settings, folder, mesh, out=out.parent, watch=watch_of(settings))
 
   scratch.once(workdir, f"{name} of seed {seed}", folder / "export/policy", make)
 
 
-def collect(config, arms, workdir: Path) -> results.Results:
-  """WORKDIR/table and summary.csv from the metrics of the finished runs."""
+def collect(config, arms, workdir: Path, sft_gold: float = 0.0) -> results.Results:
+  """WORKDIR/table and summary.csv from the metrics of the finished runs.
+
+  Args:
+    sft_gold: mean gold of the supervised policy; a gold reward model at scale has 0 there.
+  """
   for name, arm in arms.items():
     found = {}
     for seed in config.lab.seeds:
@@ -300,10 +327,9 @@ def collect(config, arms, workdir: Path) -> results.Results:
       replicas = [(seed, 1.0, arm.kl.beta) for seed in found]
       columns = table.arm_columns(name, replicas, names, np.array(log, np.float32))
       table.write_table(workdir / "table" / f"{name}.parquet", columns, identity(arm))
-  found = results.results_of(
-    config, arms, workdir, dict.fromkeys(config.lab.seeds, 0.0)
-  )  # gold is 0 there by scale
+  found = results.results_of(config, arms, workdir, dict.fromkeys(config.lab.seeds, sft_gold))
   results.write_summary(workdir / "summary.csv", found)
+  results.write_seeds(workdir / "seeds.parquet", found)
   return found
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from r2m_jax.lab import figures, results, stats
+from r2m_jax.lab import contrasts, figures, results, stats
 from r2m_jax.lab.results import Results, at_kl, at_weight, find, gold_measures, rival, stop_name
 from r2m_jax.report import intervals, page
 from r2m_jax.report.figures import rendered
@@ -86,9 +86,11 @@ def tables(config, found: Results, facts: dict[int, dict]) -> list[dict]:
   """Sections of numbers, as page.table_section takes them; no seed in `facts`: none about the
   reward models.
   """
-  sections = gold_tables(config, found)
+  sections = contrasts.tables(config, found.curves)
+  sections += gold_tables(config, found)
   sections += same_weight_table(config, found)
   sections += [behaviour_table(found)]
+  sections += checks_table(found)
   sections += drift_table(found)
   sections += [turnover_table(found)]
   sections += choice_table(config, found)
@@ -194,6 +196,29 @@ def behaviour_table(found: Results) -> dict:
     "that the reward labels against gold; 0.5 is chance): means of the second half of the "
     "steps. A high gold with a length near 1 is collapse, not alignment.",
   )
+
+
+def checks_table(found: Results) -> list[dict]:
+  """Manipulation checks that need no checkpoint; [] for tables of runs that did not log them."""
+  show = ("growth", "frozen_corr", "pair_disagreement", "frozen_disagreement")
+  rows = [
+    [_label(key), *(span(find(found, key[0], name, key[1]), 3) for name in show)]
+    for key, values in found.values.items()
+    if "growth" in values
+  ]
+  if not rows:
+    return []
+  head = ["arm", "deviation, used / frozen", "correlation of used and frozen"]
+  return [
+    _table(
+      "Manipulation checks",
+      [*head, "self-labels against gold", "the same pairs by the frozen reward"],
+      rows,
+      "Within prompts, means of the second half of the steps. An arm tests its own reward only as "
+      "far as this has left the frozen one. `task=analyse` of a run of one seed measures attention, "
+      "dose and states.",
+    )
+  ]
 
 
 def drift_table(found: Results) -> list[dict]:
@@ -335,13 +360,14 @@ def write(
     about=f"{len(found.curves)} arms; gold never trains, selects or stops anything.",
     sections=sections,
   )
-  text = seeds_text(found)
-  write_atomic(workdir / "seeds.txt", text + "\n")
+  text, registered = seeds_text(found), contrasts.text(config, found.curves)
+  write_atomic(workdir / "seeds.txt", "\n\n".join(filter(None, [text, registered])) + "\n")
   lines = text.splitlines()
   shown = lines if len(lines) <= 24 else [line for line in lines if ": over-optimised on " in line]
   shown += [f"{arm}: takes {name}" for arm, name in results.choose(config, found).items()]
   return "\n".join(
     [
+      *(["", registered] if registered else []),
       "",
       "Gold reward, means over a tenth of the steps",
       *shown,

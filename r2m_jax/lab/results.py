@@ -15,7 +15,7 @@ import numpy as np
 
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.lab import stats
-from r2m_jax.lab.table import Curves, read_arms, read_table
+from r2m_jax.lab.table import Curves, read_arms, read_table, write_table
 from r2m_jax.report import intervals
 from r2m_jax.report.summary import window_of
 from r2m_jax.run.files import write_atomic
@@ -40,6 +40,9 @@ LATE = {
   "within_corr": "reward/within_corr",
   "used_std": "reward/used_std",
   "pair_disagreement": "r2m/pair_disagreement",
+  "frozen_disagreement": "r2m/frozen_disagreement",
+  "growth": "reward/growth",
+  "frozen_corr": "reward/frozen_corr",
   "fixed_states": "drift/fixed_states",
   "fixed_states_std": "drift/fixed_states_std",
   "fixed_score": "drift/fixed_score",
@@ -255,6 +258,25 @@ def write_summary(path: Path, results: Results) -> None:
 
   writer.writerows({name: short(value) for name, value in row.items()} for row in results.rows)
   write_atomic(path, text.getvalue())
+
+
+def write_seeds(path: Path, results: Results) -> None:
+  """Every measure of every seed as parquet, from which the rows of summary.csv can be made again.
+
+  One row for each arm, KL weight and seed, one column for each measure, NaN where it has none.
+  """
+  names = list(dict.fromkeys(name for found in results.values.values() for name in found))
+  columns: dict[str, list] = {name: [] for name in ("arm", "beta", "factor", "seed", *names)}
+  for (arm, factor), found in results.values.items():
+    # early stopping has the seeds of the arm that was stopped
+    curves = results.curves.get(arm) or results.curves[arm.partition(".")[0]]
+    beta, seeds = curves[factor].beta, curves[factor].seeds
+    for i, seed in enumerate(seeds):
+      place = dict(arm=arm, beta=beta, factor=factor, seed=seed)
+      values = {name: float(found[name][i]) if name in found else np.nan for name in names}
+      for name, value in (place | values).items():
+        columns[name].append(value)
+  write_table(path, columns)
 
 
 def find(

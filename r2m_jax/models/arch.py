@@ -9,6 +9,9 @@ from typing import Any, NamedTuple
 from r2m_jax.models import rope
 from r2m_jax.models.rope import RopeScaling
 
+SCORE_FIELDS = ("score_width", "score_activation")  # of a score head of two layers, ours alone
+CLASSIFIERS = ("ForSequenceClassification", "ForRewardModel")  # how classes with a score head end
+SCORE_ACTIVATIONS = ("relu", "silu", "gelu", "tanh")  # between two layers of a score head
 MOST_LAYERS = 10_000  # a number far beyond any model is a damaged file
 
 
@@ -59,6 +62,9 @@ class ArchConfig:
   # embeddings and head
   tie_embeddings: bool = False
   lm_head: bool = True  # False: a reward model's backbone, no vocabulary head
+  # a reward model's score head of two layers: the width between them; 0: the head has one layer
+  score_width: int = 0
+  score_activation: str = "relu"  # between the two: one of SCORE_ACTIVATIONS
   embed_scale: float = 1.0  # Gemma: sqrt(hidden_size)
   logit_divisor: float = 1.0  # Granite: logits are divided by it
   final_softcap: float | None = None  # c * tanh(logits / c)
@@ -128,6 +134,15 @@ class ArchConfig:
       "parallel_residual",
       "set False, or pre_norms=True and residual_scale=1.0",
     )
+    width = self.score_width
+    need(
+      whole(width) >= 0 and whole(width) == width, "score_width", "give a width; 0 for one layer"
+    )
+    need(
+      self.score_activation in SCORE_ACTIVATIONS,
+      "score_activation",
+      f"use one of {', '.join(SCORE_ACTIVATIONS)}",
+    )
     need(self.qk_norm or not self.qk_norm_joint, "qk_norm_joint", "also set qk_norm=True")
     for field in ("logit_divisor", "residual_scale", "embed_scale"):
       need(getattr(self, field) > 0, field, "must be positive; 1.0 changes nothing")
@@ -184,6 +199,11 @@ class ArchConfig:
     return sorted(set(self.kind_of_layers))
 
   @property
+  def embedding_size(self) -> int:
+    """Dr, the width of what the last layer of a score head reads."""
+    return self.score_width or self.hidden_size
+
+  @property
   def untied_head(self) -> bool:
     """Whether the model has an `lm_head` of its own."""
     return self.lm_head and not self.tie_embeddings
@@ -238,14 +258,23 @@ class ArchConfig:
     return cls(
       family=config["model_type"],
       activation=ACTIVATIONS[activation],
-      lm_head=not any(
-        name.endswith("ForSequenceClassification") for name in config.get("architectures") or ()
-      ),
+      lm_head=not any(name.endswith(CLASSIFIERS) for name in config.get("architectures") or ()),
+      **{field: config[field] for field in SCORE_FIELDS if {field, "score_width"} <= config.keys()},
       **{field: config[key] for field, key in fields.items()},
       **family.fixed,
       **rope.read(config, given, family.defaults, family.nested_rope),
       **family.derived(config),
       **_read_sliding(config, family),
+    )
+
+  def _class_of(self, family: "Family") -> str:
+    """The class in config.json. None of transformers has a score head of two layers: its sequence
+    classifiers would make up one layer.
+    """
+    if self.lm_head:
+      return family.causal
+    return (
+      f"{family.causal.split('For')[0]}ForRewardModel" if self.score_width else family.classifier
     )
 
   def to_hf(self) -> dict[str, Any]:
@@ -255,12 +284,13 @@ class ArchConfig:
     family = family_of(self.family)
     config = {
       "model_type": self.family,
-      "architectures": [family.causal if self.lm_head else family.classifier],
+      "architectures": [self._class_of(family)],
       family.activation: {ours: theirs for theirs, ours in ACTIVATIONS.items()}[self.activation],
       **{key: getattr(self, field) for field, key in {**FIELDS, **family.fields}.items()},
       **rope.write(self, family.defaults, family.nested_rope),
       **_write_sliding(self, family),
       **family.restored(self),
+      **{field: getattr(self, field) for field in SCORE_FIELDS if self.score_width},
     }
     back = dataclasses.asdict(ArchConfig.from_hf(config))
     if lost := [

@@ -31,7 +31,8 @@ def read_reward_states(
 ) -> tuple[jax.Array, jax.Array]:
   """The backbone's one pass: (reward token embedding H_last, last-layer states over all tokens).
 
-  H_last is the last-layer state at the last real token.
+  H_last is the last-layer state at the last real token or, if the score head has two layers, what
+  its first layer makes of it.
 
   Args:
     tokens: i32[B, L] in the reward model's own vocabulary.
@@ -44,7 +45,8 @@ def read_reward_states(
     At least float32 [B, Dr], and [B, L, Dr], or [B, L, 0] where they are not kept.
   """
   hidden = backbone(tokens, mask, shared=shared, share=share).hidden
-  return at_least_f32(last_token(hidden, mask)), hidden if keep else hidden[..., :0]
+  rte = backbone.embedding(last_token(hidden, mask))
+  return rte, hidden if keep else hidden[..., :0]
 
 
 def read_rte(backbone: Transformer, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -79,11 +81,12 @@ class RewardHead(nnx.Module):
     num_heads: int = 1,
     *,
     ensemble: int = 1,
+    attention_scale: float = 1.0,
     rngs: nnx.Rngs,
     param_dtype=jnp.float32,
   ):
-    def linear(fan_in, fan_out, use_bias=False):
-      init = nnx.initializers.normal(fan_in**-0.5)  # variance 1 / fan_in
+    def linear(fan_in, fan_out, use_bias=False, scale=1.0):
+      init = nnx.initializers.normal(scale * fan_in**-0.5)  # variance 1 / fan_in
       # the dtype follows the input, promoted: scores never run below float32
       return nnx.Linear(
         fan_in, fan_out, use_bias=use_bias, kernel_init=init, param_dtype=param_dtype, rngs=rngs
@@ -93,7 +96,7 @@ class RewardHead(nnx.Module):
     self.wq = linear(reward_dim, attention_dim)
     self.wk = linear(policy_dim, attention_dim)
     self.wv = linear(policy_dim, attention_dim)
-    self.wo = linear(attention_dim, reward_dim)
+    self.wo = linear(attention_dim, reward_dim, scale=attention_scale)
     self.phi = linear(reward_dim, ensemble, use_bias=True)
 
   def attention_weights(self, rte: jax.Array, h: jax.Array, mask: jax.Array) -> jax.Array:

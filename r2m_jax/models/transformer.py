@@ -36,6 +36,7 @@ from r2m_jax.models.kernels.slots import Slots, attend_slots, slots_fit
 from r2m_jax.models.kernels.splash import BLOCK, Seen, splash_attend
 from r2m_jax.models.logprobs import Head, tempered
 from r2m_jax.models.packing import Packing
+from r2m_jax.ops import at_least_f32
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.parallel.sharding import ROWS, lay, lay_rows, row_shards
 
@@ -43,6 +44,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "silu": jax.nn.silu,
   "gelu": functools.partial(jax.nn.gelu, approximate=False),
   "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+SCORE_ACTIVATION: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "relu": jax.nn.relu,
+  "silu": jax.nn.silu,
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "tanh": jnp.tanh,
 }
 REMAT: dict[str, Callable[[Callable], Callable]] = {
   "none": lambda f: f,
@@ -355,6 +362,11 @@ class Transformer(nnx.Module):
         d, vocab, use_bias=False, kernel_init=small, dtype=dtype, param_dtype=param_dtype, rngs=rngs
       )
 
+    if arch.score_width:
+      self.score_first = nnx.Linear(
+        d, arch.score_width, kernel_init=small, param_dtype=param_dtype, rngs=rngs
+      )
+
   @property
   def compute_dtype(self):
     return self.embed.embedding.dtype if self.dtype is None else self.dtype
@@ -518,6 +530,15 @@ class Transformer(nnx.Module):
       )
     kernel = self.lm_head.kernel[...] if self.arch.untied_head else self.embed.embedding[...].T
     return scaled(kernel, 1 / self.arch.logit_divisor).astype(self.compute_dtype)
+
+  def embedding(self, state: jax.Array) -> jax.Array:
+    """[..., D] last-layer states -> what the last layer of a score head reads, at least float32:
+    the states, or what the first layer of a score head of two makes of them. [..., Dr]
+    """
+    state = at_least_f32(state)
+    if not self.arch.score_width:
+      return state
+    return SCORE_ACTIVATION[self.arch.score_activation](self.score_first(state))
 
   @property
   def head(self) -> Head:

@@ -29,7 +29,7 @@ RULES = (
   (r"(attn/(q|k|v)|mlp/(gate|up))/kernel_lora_b$", P(None, "tensor")),
   (r"(attn/o|mlp/down)/kernel_lora_a$", P("tensor", None)),
   (r"(attn/o|mlp/down)/kernel_lora_b$", P(None, "fsdp")),
-  (r"lm_head/kernel$", P("fsdp", "tensor")),
+  (r"(lm_head|score_first)/kernel$", P("fsdp", "tensor")),
   (r"(wq|wk|wv)/kernel$", P("fsdp", "tensor")),
   (r"wo/kernel$", P("tensor", "fsdp")),
 )

@@ -92,10 +92,11 @@ def make_head(config, arch: ArchConfig, reward_arch: ArchConfig, key: jax.Array)
   own = config.variant != "" and VARIANTS[config.variant].width == "reward"
   return RewardHead(
     reward_arch.hidden_size if own else arch.hidden_size,
-    reward_arch.hidden_size,
+    reward_arch.embedding_size,
     config.r2m.attention_dim,
     config.r2m.num_heads,
     ensemble=config.reward.ensemble,
+    attention_scale=config.r2m.attention_scale,
     rngs=nnx.Rngs(key),
     param_dtype=jnp.promote_types(config.param_dtype, jnp.float32),
   )
@@ -182,12 +183,15 @@ def make_first_state(config, built: Build) -> Callable[..., TrainState]:
   """Builds `make(key, policy, reward_backbone, phi) -> TrainState`, see `initial_state`; key is
   the run's.
   """
-  defs = built.defs
+  defs, wide = built.defs, jnp.promote_types(config.param_dtype, jnp.float32)
 
-  def make(key, policy, reward_backbone, phi):
+  def make_reward_head(key, phi):
     head = make_head(config, built.arch, built.reward_arch, jax.random.fold_in(key, KEY_HEAD))
     nnx.update(head.phi, phi)
-    head = nnx.state(head)
+    return nnx.state(head)
+
+  def make(key, policy, reward_backbone, phi):
+    head = None if phi is None else make_reward_head(key, phi)
     ref = policy
     critic = critic_opt = None
     if defs.critic_tx is not None:
@@ -201,13 +205,13 @@ def make_first_state(config, built: Build) -> Callable[..., TrainState]:
       key=key,
       policy=policy,
       policy_opt=defs.policy_tx.init(policy),
-      beta=jnp.full_like(head["phi"]["bias"][0], config.kl.beta),
+      beta=jnp.full((), config.kl.beta, wide),
       ref=ref,
       reward_backbone=reward_backbone,
       reward_frozen=phi,
       reward_head=head,
-      reward_opt=defs.reward_tx.init(head),
-      omega=jnp.ones_like(head["phi"]["bias"][0]),
+      reward_opt=None if head is None else defs.reward_tx.init(head),
+      omega=jnp.ones((), wide),
       reward_average=head if config.r2m.average else None,
       critic=critic,
       critic_opt=critic_opt,
@@ -233,6 +237,7 @@ def initial_state(
     policy: state of the starting policy; the reference is a copy of it. With adapters it is the
       reference itself, and the adapters alone are the policy's state.
     reward_backbone, phi: state of the fitted reward model; phi also stays as the frozen score head.
+      None and None if the rewards come from outside.
     donate: the arguments must not be used again; a copy less at the start.
     make: of `make_first_state`, where several states are to be made by one compiled program.
   """

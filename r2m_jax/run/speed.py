@@ -132,7 +132,8 @@ class Cost:
     peak = config.log.peak_flops or peak_flops(jax.devices()[0].device_kind)
     self.peak = peak * len(state.step.sharding.device_set)
     self.policy = matrices(state.ref)
-    self.reward = matrices(state.reward_backbone)
+    has_reward = state.reward_backbone is not None  # else rewards come from outside
+    self.reward = matrices(state.reward_backbone) if has_reward else (0, 0)
     self.critic = (0, 0) if state.critic is None else matrices(state.critic["backbone"])
 
   def __call__(self, state: TrainState, out: StepOutput, seconds: dict[str, float]) -> dict:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from r2m_jax.algorithm.read import sampling
 from r2m_jax.data.datasets import HeldOut
-from r2m_jax.data.text import Renderer, as_prompts, pad_left, responses_of
+from r2m_jax.data.text import Prompt, Renderer, as_prompts, pad_left, responses_of
 from r2m_jax.hf.folders import FolderError, Policy, RewardModel, load_reward, phi_score
 from r2m_jax.models.generate import generate
 from r2m_jax.models.logprobs import token_stats
@@ -26,6 +26,7 @@ from r2m_jax.parallel.sharding import jit_on
 from r2m_jax.report.intervals import bounds
 from r2m_jax.run.build import Build
 from r2m_jax.run.files import plain
+from r2m_jax.tasks.rewards import OutsideReward
 from r2m_jax.tasks.serve import batch_size, spread
 from r2m_jax.types import Prompts, Sequences, TrainState
 
@@ -213,46 +214,63 @@ def load_gold(config, mesh) -> RewardModel | None:
   return gold
 
 
+# (the state, rows of prompt, response and whether it was cut off) -> f32[N], on the host
+Measure = Callable[[TrainState, Sequence[tuple[Prompt, str, bool]]], np.ndarray]
+
+
+def rendered(by: Renderer, rows: Sequence[tuple[Prompt, str, bool]]):
+  """Tokens i32[N, L] and mask bool[N, L] of what a reward model reads."""
+  ids = [by.ids(prompt, text, truncated=cut) for prompt, text, cut in rows]
+  return pad_left(ids, by.tokenizer.pad_id)
+
+
+def make_proxy(config, built: Build, reward: Renderer | OutsideReward) -> Measure:
+  """Builds the `Measure` of the reward that the run optimises, as it was before RL."""
+  if isinstance(reward, OutsideReward):
+    return lambda state, rows: reward.scores(rows)
+  frozen = make_frozen(config, built)
+  return lambda state, rows: frozen(state, *rendered(reward, rows))
+
+
+def make_gold(config, mesh, gold: RewardModel | OutsideReward) -> Measure:
+  """Builds the `Measure` of the gold reward."""
+  if isinstance(gold, OutsideReward):
+    return lambda state, rows: gold.scores(rows)
+  score = make_score(config, mesh, gold.graphdef, phi_score)
+  return lambda state, rows: score(gold.state, gold.phi, *rendered(gold.renderer, rows))
+
+
 def make_evaluate(
   config,
   built: Build,
   policy: Policy,
-  renderer: Renderer,
+  reward: Renderer | OutsideReward,
   held_out: HeldOut,
-  gold: RewardModel | None,
+  gold: RewardModel | OutsideReward | None,
   shown: Callable[[Any], str],
 ) -> Evaluate:
   """Builds the evaluation of a run from folders.
 
   Args:
-    renderer: of the run's reward model; the gold reward model has its own.
+    reward: the renderer of the run's reward model; the gold reward model has its own.
     shown: a prompt, text or messages, as text.
   """
   tokenizer, mesh = policy.tokenizer, built.mesh
   prompts = as_prompts(held_out.ids, tokenizer.pad_id, length=held_out.length)
-  draw, frozen = (
-    make_draw(config, built, tokenizer.eos_ids, tokenizer.pad_id),
-    make_frozen(config, built),
-  )
-  by_gold = gold and make_score(config, mesh, gold.graphdef, phi_score)
+  draw = make_draw(config, built, tokenizer.eos_ids, tokenizer.pad_id)
+  measures = {"frozen": make_proxy(config, built, reward)}
+  if gold is not None:
+    measures["gold"] = make_gold(config, mesh, gold)
   asked = [shown(prompt) for prompt in held_out.prompts]
 
   def evaluate(state: TrainState) -> Evaluation:
     sequences, kl = draw(state, prompts)
-    answers = [
-      (tokenizer.whole(prompt, text), cut)
+    rows = [
+      (prompt, tokenizer.whole(prompt, text), cut)
       for prompt, (text, cut) in zip(held_out.prompts, responses_of(sequences, tokenizer))
     ]
-
-    def rendered(by: Renderer):
-      rows = zip(held_out.prompts, answers)
-      ids = [by.ids(prompt, text, truncated=cut) for prompt, (text, cut) in rows]
-      return pad_left(ids, by.tokenizer.pad_id)
-
-    scores = {"frozen": frozen(state, *rendered(renderer))}
-    if gold is not None:
-      scores["gold"] = by_gold(gold.state, gold.phi, *rendered(gold.renderer))
+    scores = {name: measure(state, rows) for name, measure in measures.items()}
     columns = columns_of(sequences, kl, scores)
-    return evaluation(config, columns, asked, [text for text, _ in answers])
+    return evaluation(config, columns, asked, [text for _, text, _ in rows])
 
   return evaluate

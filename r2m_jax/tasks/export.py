@@ -58,6 +58,10 @@ def run(config, workdir: Path | None = None) -> None:
     export_policy(config, workdir, out, mesh, manager, at)
     return
   config.task = stage[1] if stage[0] == "stages" else "r2m"
+  if config.task == "r2m" and not config.reward.path:
+    config.variant = stage[1]
+    export_run(config, workdir, out, mesh, manager, at, None)  # its rewards came from outside
+    return
   source, from_policy = config.reward.path or config.policy.path, config.task == "reward"
   reward = load_reward(source, config, mesh, from_policy=from_policy, workdir=workdir)
   if (workdir / RENDERER).exists():
@@ -66,9 +70,18 @@ def run(config, workdir: Path | None = None) -> None:
     export_reward(config, workdir, out, mesh, manager, at, reward)
     return
   config.variant = stage[1]
+  export_run(config, workdir, out, mesh, manager, at, reward)
+
+
+def export_run(
+  config, workdir: Path, out: Path, mesh, manager, at: int, reward: RewardModel | None
+) -> None:
+  """Policy and reward model, if there is one, of a checkpoint of RL, at step `at`."""
   policy = load_policy(config.policy.path, config, mesh, workdir=workdir, training=True)
-  built = build(config, mesh, arch=policy.arch, reward_arch=reward.arch)
-  starts = policy.state, reward.state, reward.phi
+  reward_arch = None if reward is None else reward.arch
+  built = build(config, mesh, arch=policy.arch, reward_arch=reward_arch)
+  of_reward = (None, None) if reward is None else (reward.state, reward.phi)
+  starts = policy.state, *of_reward
   if not config.checkpoint.fork_from:
     checkpoint.require(manager, at, models=checkpoint.fingerprint(starts))  # as loop.models_of
   state = checkpoint.restore(manager, exported_parts(config, built, *starts), at)

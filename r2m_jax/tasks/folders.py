@@ -20,8 +20,9 @@ from r2m_jax.algorithm.advantages import ESTIMATORS
 from r2m_jax.algorithm.labels import Labeller, uses_labels
 from r2m_jax.algorithm.optim import make_optimizer
 from r2m_jax.algorithm.packed import make_needed, smallest
+from r2m_jax.algorithm.read import split_rows
 from r2m_jax.algorithm.variants import VARIANTS
-from r2m_jax.config import ConfigError, check_evaluation
+from r2m_jax.config import ConfigError, check_evaluation, check_function
 from r2m_jax.data.batches import Stream
 from r2m_jax.data.datasets import (
   PromptData,
@@ -77,14 +78,19 @@ from r2m_jax.tasks.evaluation import load_gold, make_evaluate
 from r2m_jax.tasks.follow import Watch as Follow
 from r2m_jax.tasks.gold import begin, conclude
 from r2m_jax.tasks.labels import judge_labeller
-from r2m_jax.types import Rollout, Rows
+from r2m_jax.tasks.rewards import Function, OutsideReward, by_function, by_server
+from r2m_jax.types import Given, Rows
 
-Watch = Callable[[StepOutput, list[tuple[Any, str, bool]]], dict[str, float | None]]
+Reward = RewardModel | OutsideReward
+Watch = Callable[[int, StepOutput, list[tuple[Any, str, bool]]], dict[str, float | None]]
 
 
-def run(config, workdir: Path) -> None:
+def run(config, workdir: Path, rewards: Function | None = None) -> None:
   """`config.task` from the folders config.policy.path and config.reward.path; ends in
   WORKDIR/export.
+
+  Args:
+    rewards: of task=r2m, scores the samples in place of a reward model; see `runs`.
   """
   if config.task not in ("sft", "reward", "r2m"):
     raise ConfigError(
@@ -96,7 +102,7 @@ def run(config, workdir: Path) -> None:
   if config.task == "reward":
     run_reward(config, workdir, mesh)
   if config.task == "r2m":
-    for each in runs(config, workdir, mesh):
+    for each in runs(config, workdir, mesh, rewards=rewards):
       train(each, workdir)
   title = f"R2M: {config.task} from {config.policy.path or config.reward.path}"
   hosts.on_first(lambda: conclude(workdir, title, f"models   {workdir / 'export'}"))
@@ -278,6 +284,7 @@ def runs(
   *,
   out: Path | None = None,
   watch: Watch | None = None,
+  rewards: Function | None = None,
 ) -> Iterator[Run]:
   """RL on prompts: a Run of config.variant (ends in `out`, or WORKDIR/export) or of each of
   config.arms (in a folder of it).
@@ -285,13 +292,15 @@ def runs(
   Args:
     stage: gives the result of a stage: `workdir.stage`, which makes what is missing, or
       `workdir.saved`, which only reads.
-    watch: (a step's output on the host, its samples as (prompt, response, truncated)) -> more
-      metrics for its row. Nothing it gives reaches training.
+    watch: (step number, the step's output on the host, its samples as (prompt, response,
+      truncated)) -> more metrics for its row. Nothing it gives reaches training.
+    rewards: (prompts, responses) -> a finite score for each, in place of a reward model. It is not
+      part of the config: a run that resumes must be given the same one.
   """
-  policy, reward = load_models(config, workdir, mesh)
-  built = build_lora(config, mesh, arch=policy.arch, reward_arch=reward.arch)
+  policy, reward = load_models(config, workdir, mesh, rewards)
+  built = build_run(config, mesh, policy, reward)
   data = prompt_data(config, policy.tokenizer, workdir)
-  warn_of_lengths(config, data, policy.tokenizer, reward.renderer)
+  warn_of_lengths(config, data, policy.tokenizer, renderer_of(reward))
   follow = follow_of(config, policy, reward, data, mesh, workdir)
   if not (workdir / "checkpoints").exists():
     with doing("checking the policy against its KV cache"):
@@ -305,7 +314,7 @@ def runs(
   arms = (config.variant,) if config.variant else tuple(config.arms)
   if config.budget:
     probed = with_variant(config, arms[-1])
-    probe = build_lora(probed, mesh, arch=policy.arch, reward_arch=reward.arch)
+    probe = build_run(probed, mesh, policy, reward)
 
     def measure(seconds):
       return rl_steps_within(seconds, probed, probe, policy, reward, data, workdir)
@@ -315,18 +324,39 @@ def runs(
   for i, variant in enumerate(arms):
     folder = (out or workdir / "export") / ("" if config.variant else variant)
     last, arm = i == len(arms) - 1, with_variant(config, variant)
-    built = build_lora(arm, mesh, arch=policy.arch, reward_arch=reward.arch)
+    built = build_run(arm, mesh, policy, reward)
     watches = dict(watch=watch, follow=follow(arm, built))
     yield run_of(arm, built, workdir, policy, reward, data, folder, stage, donate=last, **watches)
 
 
-def load_models(config, workdir: Path, mesh) -> tuple[Policy, RewardModel]:
-  """Policy and reward model of RL; refused if the config asks for what they do not have."""
+def build_run(config, mesh, policy: Policy, reward: Reward) -> Build:
+  """`build_lora` for a policy and its reward."""
+  reward_arch = reward.arch if isinstance(reward, RewardModel) else None
+  return build_lora(config, mesh, arch=policy.arch, reward_arch=reward_arch)
+
+
+def renderer_of(reward: Reward) -> Renderer | None:
+  """How the reward model reads; None if there is none."""
+  return reward.renderer if isinstance(reward, RewardModel) else None
+
+
+def load_models(
+  config, workdir: Path, mesh, rewards: Function | None = None
+) -> tuple[Policy, Reward]:
+  """Policy and reward of RL; refused if the config asks for what they do not have."""
+  if rewards is not None:
+    check_function(config)
+  if config.policy.path and (rewards is not None or config.reward.url):
+    policy = load_policy(config.policy.path, config, mesh, workdir=workdir, training=True)
+    check_feedback_layer(config, policy)
+    if rewards is not None:
+      return policy, by_function(rewards, config)
+    return policy, by_server(config, "reward", workdir)
   if not (config.policy.path and config.reward.path):
     missing = "reward.path" if config.policy.path else "policy.path"
     raise FolderError(
       f"config.{missing} is empty: task=r2m from folders needs a policy and a reward model; "
-      "give both"
+      "give both, or a served reward as config.reward.url"
     )
   policy = load_policy(config.policy.path, config, mesh, workdir=workdir, training=True)
   reward = load_reward(config.reward.path, config, mesh, workdir=workdir)
@@ -339,36 +369,48 @@ def load_models(config, workdir: Path, mesh) -> tuple[Policy, RewardModel]:
       "has a tokenizer of "
       "its own; use 'policy'"
     )
+  if has_critic and config.critic.init == "reward" and reward.arch.score_width:
+    raise ConfigError(
+      "config.critic.init is 'reward': a critic has one linear layer, and the score head of this "
+      "reward model has two; use 'policy'"
+    )
+  check_feedback_layer(config, policy)
+  return policy, reward
+
+
+def check_feedback_layer(config, policy: Policy) -> None:
+  """The policy has the layer whose states are fed back."""
   layers = policy.arch.num_layers
   if not -layers <= config.r2m.feedback_layer < layers:
     raise ConfigError(
       f"config.r2m.feedback_layer is {config.r2m.feedback_layer}: the policy has {layers} layers; "
       f"give a number from {-layers} to {layers - 1}"
     )
-  return policy, reward
 
 
 def follow_of(
-  config, policy: Policy, reward: RewardModel, data: PromptData, mesh, workdir: Path
+  config, policy: Policy, reward: Reward, data: PromptData, mesh, workdir: Path
 ) -> Callable[..., Follow]:
   """Builds `follow(arm's config, its Build)`: what evaluates an arm and may end it early."""
   check_evaluation(config)
   if not config.eval.every:
     return lambda arm, built: Follow(arm, workdir)
   held_out = evaluation_prompts(config, policy.tokenizer, workdir, data)
-  gold = load_gold(config, mesh)
+  in_url = config.eval.gold.url
+  gold = by_server(config, "eval.gold", workdir) if in_url else load_gold(config, mesh)
   if gold is not None:
-    print(gold.renderer.describe(held_out.prompts[0], "yes"))
+    print((renderer_of(gold) or gold).describe(held_out.prompts[0], "yes"))
 
   def follow(arm, built: Build) -> Follow:
-    evaluate = make_evaluate(arm, built, policy, reward.renderer, held_out, gold, prompt_text)
+    proxy = renderer_of(reward) or reward
+    evaluate = make_evaluate(arm, built, policy, proxy, held_out, gold, prompt_text)
     return Follow(arm, workdir, evaluate)
 
   return follow
 
 
 def rl_steps_within(
-  seconds: float, config, built: Build, policy: Policy, reward: RewardModel, data, workdir: Path
+  seconds: float, config, built: Build, policy: Policy, reward: Reward, data, workdir: Path
 ) -> int:
   """How many RL steps take about `seconds`, compiling apart, from three steps timed here; prints
   the rate.
@@ -397,13 +439,14 @@ def rl_steps_within(
 
 
 def labeller_of(
-  config, policy: Policy, reward: RewardModel, data: PromptData, workdir: Path
+  config, policy: Policy, reward: Reward, data: PromptData, workdir: Path
 ) -> Labeller | None:
   """What orders the pairs of the reward update if the run asks for real labels: a judge, or the
   file of judgments.
   """
   if not uses_labels(config):
     return None
+  assert isinstance(reward, RewardModel)  # a reward from outside is not trained
   if config.r2m.judge_url:
 
     def prompts_at(step):
@@ -415,15 +458,14 @@ def labeller_of(
   )
 
 
-def make_two_part_step(
-  config, built: Build, policy: Policy, reward: RewardModel, layout, labeller=None
-):
+def make_two_part_step(config, built: Build, policy: Policy, reward: Reward, layout, labeller=None):
   """Builds `step(state, prompts, texts) -> (state, output, reward-model text of row 0)`; the state
   is donated.
 
   `texts` are the prompts as the rows give them, for the reward model's own rendering.
   """
-  K, tokenizer, renderer = config.rollout.group_size, policy.tokenizer, reward.renderer
+  K, tokenizer, read_rows = config.rollout.group_size, policy.tokenizer, make_read_rows(reward)
+  outside = isinstance(reward, OutsideReward)
   rollout = jax.jit(
     make_rollout(built.defs, config, built.mesh, tokenizer.eos_ids, tokenizer.pad_id),
     out_shardings=built.rows,
@@ -442,9 +484,12 @@ def make_two_part_step(
     return learns[smallest(config.packing, float(needed(state, drawn, read)))]
 
   def answered(sequences, texts):
-    """(prompt, answer, whether it was cut off) of this process's rows; `texts` has every row's."""
-    mine = hosts.rows_of(built.rows, len(sequences.tokens)).tolist()
-    answers = responses_of(hosts.local(sequences), tokenizer)
+    """(prompt, answer, whether it was cut off) of this process's rows; `texts` has every row's. A
+    reward from outside is asked for all rows at once.
+    """
+    count = len(sequences.tokens)
+    mine = range(count) if outside else hosts.rows_of(built.rows, count).tolist()
+    answers = responses_of((hosts.fetch if outside else hosts.local)(sequences), tokenizer)
     return [
       (texts[i], tokenizer.whole(texts[i], text), cut) for i, (text, cut) in zip(mine, answers)
     ]
@@ -454,15 +499,10 @@ def make_two_part_step(
       drawn = rollout(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
       samples = answered(drawn.samples, [text for text in texts for _ in range(K)])
       greedy = [] if drawn.greedy is None else answered(drawn.greedy, texts)
-    rows = samples + greedy
     with phase("render"):
-      ids = [renderer.ids(prompt, text, truncated=truncated) for prompt, text, truncated in rows]
-      tokens, mask = pad_left(
-        ids, renderer.tokenizer.pad_id, hosts.largest(bucket(max(map(len, ids))))
-      )
-    read = Rollout(Rows(tokens[: len(samples)], mask[: len(samples)]))
-    if greedy:
-      read = read.replace(greedy=Rows(tokens[len(samples) :], mask[len(samples) :]))
+      read = split_rows(read_rows(samples + greedy), len(samples))
+    if outside:
+      read = hosts.take(read, built.rows)
     pairs = (labeller(hosts.fetch(drawn.samples), int(state.step)),) if labelled else ()
     read = hosts.place(read, built.rows)
     with phase("learn"):
@@ -472,12 +512,28 @@ def make_two_part_step(
   return step
 
 
+def make_read_rows(reward: Reward) -> Callable[[list[tuple[Any, str, bool]]], Rows | Given]:
+  """Builds `read_rows(rows)`: what the step is given of rows (prompt, answer, whether it was cut
+  off), tokens for the reward model or scores.
+  """
+  if isinstance(reward, OutsideReward):
+    return lambda rows: Given(reward.scores(rows))
+  renderer = reward.renderer
+
+  def read_rows(rows):
+    ids = [renderer.ids(prompt, text, truncated=truncated) for prompt, text, truncated in rows]
+    length = hosts.largest(bucket(max(map(len, ids))))
+    return Rows(*pad_left(ids, renderer.tokenizer.pad_id, length))
+
+  return read_rows
+
+
 def run_of(
   config,
   built: Build,
   workdir: Path,
   policy: Policy,
-  reward: RewardModel,
+  reward: Reward,
   data: PromptData,
   out: Path,
   stage: Callable,
@@ -492,6 +548,7 @@ def run_of(
     return start_state(config, built, policy, reward, donate=donate)
 
   def warm_up(state):
+    assert isinstance(reward, RewardModel)
     pairs = judged_pairs(config, policy.tokenizer, reward.renderer, workdir)
     return warm_start(config, built, workdir, state, pairs, stage)
 
@@ -510,19 +567,22 @@ def run_of(
     if t == 0:
       rounding = sample_rounding(built.defs, config, state.ref, output.sequences)
       check_step_zero(output.metrics, rounding, config, continued=policy.adapter is not None)
-      print(reward.renderer.describe(*rows[0]))
+      print((renderer_of(reward) or reward).describe(*rows[0]))
     ends = t == config.steps - 1 or bool(follow.kl_reached(output.metrics["kl"], t + 1))
     if t == 0 or ends:
       when = "before" if t == 0 else "after"
       append_samples(workdir, samples(config, output, batch[1], policy, when))
     metrics = output.metrics | {"data/wait": order.waiting_share()}
-    metrics |= watch(output, rows) if watch else {}
+    metrics |= watch(t, output, rows) if watch else {}
     return metrics, dict(reward=metrics["reward/used"], kl=metrics["kl"])
 
-  def end(state):
-    export.write_run(out, config, policy, reward, state, workdir)
+  in_folder = reward if isinstance(reward, RewardModel) else None
 
-  texts, ids = texts_of(policy, reward), fingerprint(data.ids)
+  def end(state):
+    export.write_run(out, config, policy, in_folder, state, workdir)
+
+  texts = in_folder and texts_of(policy, in_folder)
+  ids = fingerprint(data.ids)
   return Run(config, built, first, warm_up, steps, texts=texts, end=end, watch=follow, data=ids)
 
 
@@ -561,19 +621,21 @@ def warm_start(
   )
 
 
-def start_state(config, built: Build, policy: Policy, reward: RewardModel, *, donate: bool):
+def start_state(config, built: Build, policy: Policy, reward: Reward, *, donate: bool):
   """The run's first TrainState; an R2M reward model goes on with its own head. `donate` uses the
   weights up.
   """
-  state = initial_state(config, built, policy.state, reward.state, reward.phi, donate=donate)
+  in_folder = isinstance(reward, RewardModel)
+  starts = (reward.state, reward.phi) if in_folder else (None, None)
+  state = initial_state(config, built, policy.state, *starts, donate=donate)
   if built.lora:
     state = state.replace(policy=start_adapters(built, policy, state.policy))
-  if reward.head is None or not VARIANTS[config.variant].feedback:
+  if not in_folder or reward.head is None or not VARIANTS[config.variant].feedback:
     return state
   saved, head = reward.head
   wanted = (
     built.arch.hidden_size,
-    built.reward_arch.hidden_size,
+    built.reward_arch.embedding_size,
     config.r2m.attention_dim,
     config.r2m.num_heads,
   )

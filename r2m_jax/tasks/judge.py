@@ -213,18 +213,21 @@ def answered_as(asked: list[Asked], answers: dict[str, dict]) -> set[str]:
 
 def endpoint_of(config, url: str) -> Endpoint:
   """The endpoint at an address, with the settings and the key of config.judge."""
+  key = key_from(config.judge.key_env)
+  endpoint = Endpoint(url, key, **patience_of(config))
+  warn_of_plain_http(endpoint.url, key)
+  return endpoint
+
+
+def patience_of(config) -> dict[str, Any]:
+  """How an `Endpoint` waits and tries again, by config.judge."""
   settings = config.judge
-  key = key_from(settings.key_env)
-  endpoint = Endpoint(
-    url,
-    key,
+  return dict(
     timeout=settings.timeout,
     retries=settings.retries,
     backoff=settings.backoff,
     longest=settings.longest_wait,
   )
-  warn_of_plain_http(endpoint.url, key)
-  return endpoint
 
 
 def check_turns(template: Template, items: Sequence[Item]) -> None:

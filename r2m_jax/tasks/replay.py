@@ -49,6 +49,11 @@ def run(config, workdir: Path) -> dict:
   wanted = config.replay
   config = config_of(config, workdir)
   require_in_run(config, wanted)
+  if config.policy.path and not config.reward.path:
+    raise ConfigError(
+      f"--workdir={workdir} is a run whose rewards came from outside, which no replay can take "
+      "apart; choose a run with a reward model"
+    )
   t = wanted.step
   again = next(training(config).runs(config, workdir, mesh_of(config), stage=saved))
   state, start = state_before(again, workdir, t)

@@ -420,7 +420,7 @@ def untrained(config, arm: str, reward: RewardModel, sft: Policy, mesh) -> Rewar
   head = folders_task.start_state(config, built, sft, reward, donate=False).reward_head
   settings = HeadConfig(
     sft.arch.hidden_size,
-    reward.arch.hidden_size,
+    reward.arch.embedding_size,
     config.r2m.attention_dim,
     config.r2m.num_heads,
     config.r2m.feedback_layer,

@@ -133,7 +133,7 @@ def converse(config, policy: Policy, rows: list[dict], mesh) -> list[dict]:
       said = {"role": "assistant", "content": answers[i][-1]}
       prompts[i] = [*prompts[i], said, {"role": "user", "content": turns[i][turn]}]
     where = [f"{config.generate.input}, row {i // n + 1}" for i in asked]
-    later = [{"where": at, "prompt": prompts[i]} for at, i in zip(where, asked)]
+    later = [rows[i] | {"where": at, "prompt": prompts[i]} for at, i in zip(where, asked)]
     for i, result in zip(asked, answers_to(once, policy, later, mesh, turn)):
       answers[i].append(result["text"])
       results[i] |= result
@@ -152,23 +152,46 @@ def answers_to(config, policy: Policy, rows: list[dict], mesh, turn: int = 0) ->
   what = f"prompts with config.generate.max_new_tokens = {settings.max_new_tokens}"
   fix = "lower config.generate.max_new_tokens or give shorter prompts"
   tokenizer.warn_beyond(lengths, what, fix)
-  results = sample(config, policy, prompts, mesh, turn)
+  results = sample(config, policy, prompts, mesh, turn, temperatures_of(config, rows))
   for number, result in enumerate(results):
     result["text"] = tokenizer.whole(rows[number // settings.n]["prompt"], result["text"])
   return results
 
 
-def sample(config, policy: Policy, prompts: list[list[int]], mesh, turn: int = 0) -> list[dict]:
+def temperatures_of(config, rows: list[dict]) -> list[float]:
+  """The sampling temperature of each row, by its category."""
+  settings = config.generate
+  by = settings.temperature_by.to_dict()
+  return [by.get(str(row.get("category") or ""), settings.temperature) for row in rows]
+
+
+def sample(
+  config,
+  policy: Policy,
+  prompts: list[list[int]],
+  mesh,
+  turn: int = 0,
+  temperatures: list[float] | None = None,
+) -> list[dict]:
   """config.generate.n responses for each rendered prompt, next to each other, as the fields of a
-  row. They depend on the seed, the turn, the place of the prompt and the index of the sample alone.
+  row. They depend on the seed, the turn, the place of the prompt, its temperature and the index of
+  the sample alone.
+
+  Args:
+    temperatures: one for each prompt; None: config.generate.temperature.
   """
   settings, n = config.generate, config.generate.n
   size = batch_size(config, settings, len(prompts), mesh, each=n)
   T, tokenizer = settings.max_new_tokens, policy.tokenizer
-  draw = make_draw(config, policy, mesh, turn)
+  given = np.asarray(temperatures or [settings.temperature] * len(prompts))
+  parts = []  # (how to draw, numbers of the prompts that are drawn together)
+  for temperature in np.unique(given).tolist():
+    draw = make_draw(config, policy, mesh, turn, temperature)
+    mine = np.flatnonzero(given == temperature)
+    parts += [(draw, mine[at]) for at in batches([len(prompts[i]) for i in mine], size)]
   results: list[dict] = [{}] * (len(prompts) * n)
-  with progress(-(-len(prompts) // size), "generate", unit="batch") as bar:
-    for index in batches([len(p) for p in prompts], size):
+  with progress(len(parts), "generate", unit="batch") as bar:
+    for draw, index in parts:
       batch = as_prompts([prompts[i] for i in index], tokenizer.pad_id).replace(
         example_id=index.astype(np.int32)
       )
@@ -190,16 +213,15 @@ def sample(config, policy: Policy, prompts: list[list[int]], mesh, turn: int = 0
   return results
 
 
-def make_draw(config, policy: Policy, mesh, turn: int) -> Callable:
+def make_draw(config, policy: Policy, mesh, turn: int, temperature: float) -> Callable:
   """Builds `draw(state, prompts) -> (Sequences, log-probabilities f32[P * n, T])` by the settings of
-  config.generate; the log-probabilities are those of the distribution that was sampled from.
+  config.generate, at a temperature; the log-probabilities are those of the distribution that was
+  sampled from.
   """
   settings, tokenizer = config.generate, policy.tokenizer
   truncation = Truncation(settings.top_k, settings.top_p, settings.min_p)
   seed = config.seed if settings.seed == -1 else settings.seed
-  if (
-    not settings.temperature
-  ):  # the most likely token is never cut away; all log-probabilities stay
+  if not temperature:  # the most likely token is never cut away; all log-probabilities stay
     truncation = Truncation()
 
   @sharding.jit_on(mesh)
@@ -213,7 +235,7 @@ def make_draw(config, policy: Policy, mesh, turn: int) -> Callable:
       group_size=settings.n,
       max_new_tokens=settings.max_new_tokens,
       eos_ids=tokenizer.eos_ids,
-      temperature=settings.temperature,
+      temperature=temperature,
       pad_id=tokenizer.pad_id,
       truncation=truncation,
     )
@@ -221,7 +243,7 @@ def make_draw(config, policy: Policy, mesh, turn: int) -> Callable:
     logprobs = read_feedback(
       model,
       sequences,
-      temperature=settings.temperature or 1.0,
+      temperature=temperature or 1.0,
       layer=-1,
       chunk=config.logits_chunk,
       truncation=truncation,

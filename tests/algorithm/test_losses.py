@@ -391,6 +391,37 @@ def test_grebt_matches_loop_and_finite_differences():
   assert 0 < right < 1
 
 
+def test_only_trusted_pairs_are_learnt_from():
+  """Against loops over the groups; an untrusted pair has no gradient by Bradley-Terry."""
+  rewards, annotations = groups(shape=(40, 4))
+  frozen = annotations + np.random.default_rng(1).normal(size=annotations.shape)
+  with jax.enable_x64(True):
+    trusted = np.asarray(
+      losses.trusted_pairs(
+        jnp.asarray(annotations), jnp.asarray(frozen), confidence=0.8, temperature=1.5
+      )
+    )
+  wanted, terms = [], []
+  for reward, notes, first in zip(rewards, annotations, frozen):
+    w, l = (pick(range(4), key=lambda k: notes[k]) for pick in (max, min))
+    sure = 1 / (1 + np.exp(-(notes[w] - notes[l]) / 1.5)) > 0.8
+    wanted.append(float(sure and first[w] > first[l]))
+    terms.append(np.log1p(np.exp(reward[l] - reward[w])))
+  np.testing.assert_array_equal(trusted, wanted)
+  assert 5 < trusted.sum() < 35
+
+  def bt(rewards, trusted):
+    loss, metrics = losses.grebt(rewards, annotations, alpha=0.0, eps=EPS, trusted=trusted)
+    return loss, metrics["r2m/trusted"]
+
+  with jax.enable_x64(True):
+    (loss, share), grad = jax.value_and_grad(bt, has_aux=True)(rewards, trusted)
+    nothing = jax.grad(bt, has_aux=True)(rewards, np.zeros(40))[0]
+  np.testing.assert_allclose(loss, np.dot(terms, wanted) / sum(wanted), rtol=1e-12)
+  assert share == np.mean(wanted) and not np.asarray(nothing).any()
+  np.testing.assert_array_equal(np.abs(grad).any(1), np.array(wanted, bool))
+
+
 @pytest.mark.parametrize("alpha, index", [(0.0, 1), (1.0, 2)])
 def test_grebt_ends(alpha, index):
   """alpha 0 is Bradley-Terry alone, alpha 1 the entropy alone."""

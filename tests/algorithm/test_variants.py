@@ -23,12 +23,14 @@ from r2m_jax.algorithm.variants import (
   feed_back,
   measured,
   other_rows,
+  rescaled,
 )
 from r2m_jax.goldtask import rl
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.labels import gold_labeller
 from r2m_jax.ops import combine
 from r2m_jax.parallel import sharding
+from r2m_jax.run import checkpoint
 from r2m_jax.step import jit_step
 from r2m_jax.types import Sequences
 
@@ -55,6 +57,10 @@ CASES = {
   "rloo-constant": dict(variant="constant"),
   "rloo-shuffled": dict(variant="shuffled"),
   "rloo-no_bt": dict(variant="no_bt", kl__controller="adaptive", kl__target=0.01),
+  "rloo-matched_scale": dict(variant="matched_scale", r2m__attention_scale=8.0, r2m__lr=0.01),
+  "rloo-renormed": dict(
+    variant="renormed", kl__controller="held", kl__target=0.01, r2m__attention_scale=8.0
+  ),
   "rloo-truncated": dict(
     variant="r2m", rollout__top_p=0.9, rollout__top_k=24, r2m__feedback_layer=0
   ),
@@ -150,6 +156,57 @@ def shared_step():
   built, state = small.start(cfg)
   layout = sharding.shardings(state, built.mesh)
   return cfg, jit_step(rl.make_arm_step(built.defs, cfg, built.mesh), layout, 2)
+
+
+def group_stds(scores, K):
+  """The standard deviation (1/K) of each group of f64[B], one number after another."""
+  found = []
+  for i in range(0, len(scores), K):
+    group = [float(x) for x in scores[i : i + K]]
+    mean = sum(group) / K
+    found.append((sum((x - mean) ** 2 for x in group) / K) ** 0.5)
+  return found
+
+
+@pytest.mark.parametrize("greedy", [0, 3])
+def test_a_direction_at_the_scale_of_the_other(greedy):
+  """Against a loop in float64; greedy rows follow the samples and do not count in the scale."""
+  rng, K, rows = np.random.default_rng(0), 4, 12
+  head, frozen = rng.normal(size=(2, rows + greedy)) * [[3.0], [0.5]] + 1
+  s = sum(group_stds(head[:rows], K)) / sum(group_stds(frozen[:rows], K))
+  with jax.enable_x64(True):
+    found = {
+      kind: np.asarray(rescaled(kind, jnp.asarray(head), jnp.asarray(frozen), rows, K))
+      for kind in ("", "frozen", "head")
+    }
+    tied = rescaled("head", jnp.asarray(head), jnp.ones(rows + greedy), rows, K)
+  np.testing.assert_array_equal(found[""], head)
+  np.testing.assert_allclose(found["frozen"], frozen * s, rtol=1e-12)
+  np.testing.assert_allclose(found["head"], head / s, rtol=1e-12)
+  np.testing.assert_array_equal(tied, head)  # a frozen reward that ties has no scale
+
+
+def test_scale_without_direction_and_direction_without_scale():
+  """Both start as r2m does. In the second step, from the same policy and the same head, the reward
+  of one is the frozen one and of the other r2m's, each at the other's scale.
+  """
+  settings = dict(r2m__attention_scale=8.0, r2m__lr=0.01, **small.FLOAT64)
+  with jax.enable_x64(True):
+    runs = {
+      name: small.run(small.config(variant=name, **settings), 2)[0]
+      for name in ("r2m", "matched_scale", "renormed")
+    }
+  for outputs in runs.values():
+    small.same_tokens(outputs, runs["r2m"])
+  K, second = small.config().rollout.group_size, {name: run[1] for name, run in runs.items()}
+  head, frozen = second["r2m"].judged.scores, second["r2m"].judged.scores_frozen
+  s = sum(group_stds(head, K)) / sum(group_stds(frozen, K))
+  assert abs(np.log(s)) > 1e-3 and abs(np.corrcoef(head, frozen)[0, 1]) < 0.9999
+  close = dict(rtol=1e-9)
+  np.testing.assert_allclose(second["matched_scale"].judged.scores, frozen * s, **close)
+  np.testing.assert_allclose(second["renormed"].judged.scores, head / s, **close)
+  used = second["matched_scale"].metrics["reward/used_std"]
+  np.testing.assert_allclose(used, np.mean(group_stds(head, K)), **close)
 
 
 def test_which_variants_share_a_program():
@@ -418,6 +475,21 @@ def test_kl_controllers():
   np.testing.assert_allclose(step("held", 2), [0.1, 0.1 * np.exp(-0.05)], rtol=1e-6)
 
 
+def test_held_follows_a_loop_over_any_kl():
+  """NumPy's numbers for 60 steps of random KLs, of which many meet a bound of the step or of beta."""
+  for start, kls, damping in ((2.0, 40.0, 0.0), (0.002, 0.1, 2.0), (0.3, 4.0, 0.5)):
+    path = np.random.default_rng(0).gamma(2.0, kls / 2, 60)
+    beta, want = jnp.float32(start), start
+    for kl in path:
+      used, beta = schedules.kl_weight(
+        "held", beta, jnp.float32(kl), target=4.0, horizon=1, damping=damping
+      )
+      error = min(max(kl / 4.0 - 1, -1), 1)
+      np.testing.assert_allclose(used, want * np.exp(damping * error), rtol=1e-5)
+      want = min(max(np.exp(np.log(want) + 0.1 * error), 1e-3), 3.0)
+    assert 1e-3 <= float(beta) <= 3.0
+
+
 @pytest.mark.parametrize("start", [0.001, 0.08, 3.0])
 def test_a_held_kl_comes_to_its_target_from_above_and_from_below(start):
   """A policy whose KL follows 0.2 / beta, some steps late, as that of a trained one does."""
@@ -426,6 +498,31 @@ def test_a_held_kl_comes_to_its_target_from_above_and_from_below(start):
     kl += 0.3 * (0.2 / float(beta) - kl)
     _, beta = schedules.kl_weight("held", beta, jnp.float32(kl), target=4.0, horizon=1)
   assert abs(kl / 4.0 - 1) < 0.05
+
+
+def test_the_kl_of_a_small_task_is_held_and_a_restored_run_goes_the_same_way(tmp_path):
+  """GRPO on random models. A checkpoint of the middle leads to the same bits, beta included."""
+  target, steps = 1.0, 80
+  cfg = small.config(
+    algorithm="grpo", kl__controller="held", kl__target=target, kl__beta=0.3, kl__damping=2.0
+  )
+  cfg.policy.lr, cfg.steps = 3e-3, steps
+  built, state = small.start(cfg)
+  step, kls = small.step_of(cfg, built, state), []
+  kept = checkpoint.open_checkpoints(tmp_path)
+  for t in range(steps):
+    if t == steps // 2:
+      checkpoint.save(kept, t, state)
+      checkpoint.wait(kept)
+    state, out = step(state, small.prompts(cfg, t))
+    kls.append(float(out.metrics["kl"]))
+  assert abs(np.mean(kls[-30:]) / target - 1) < 0.1
+  again = checkpoint.restore(kept, small.start(cfg)[1])
+  for t in range(steps // 2, steps):
+    again, _ = step(again, small.prompts(cfg, t))
+  assert same(
+    (again.policy, again.beta, again.reward_head), (state.policy, state.beta, state.reward_head)
+  )
 
 
 def test_weighted_bradley_terry():

@@ -351,7 +351,10 @@ def test_the_command_leaves_every_piece_and_changes_nothing(smallest_run):
     rows = table(workdir, name)
     assert rows and all(set(row) >= {"measure", "value", "low", "high", "count"} for row in rows)
     assert analyse.TITLES[name][0].split(" (")[0] in page
-    assert name == "ablations" or (workdir / "analysis" / f"{name}.png").stat().st_size > 1000
+    assert (
+      name in ("ablations", "checks")
+      or (workdir / "analysis" / f"{name}.png").stat().st_size > 1000
+    )
   policies = {row["policy"] for row in table(workdir, "probes")}
   assert policies == {"start", "vanilla", "scaled", "r2m"}
   blind = [
@@ -367,6 +370,17 @@ def test_the_command_leaves_every_piece_and_changes_nothing(smallest_run):
   ]
   assert steps == ["step 0 with step 0", "step 2 with step 0", "step 4 with step 0"]
   assert {row["responses"] for row in table(workdir, "accuracy")} == {"start", "its own"}
+  checked = {
+    (row["check"], row["measure"]): float(row["value"]) for row in table(workdir, "checks")
+  }
+  assert {arm for _, arm in checked} == {"r2m, before", "r2m, after"}
+  # the head has not moved before RL, and has after it
+  assert checked["deviation, used / frozen", "r2m, before"] < 1
+  assert (
+    checked["change of phi, %", "r2m, after"] > 0 and checked["change of wo, %", "r2m, after"] > 0
+  )
+  assert 0 <= checked["self-labels right, step 4, %", "r2m, after"] <= 100
+  assert "The paper's premise" in result.stdout and "The paper&#39;s premise" in page
 
 
 def test_one_piece_alone_and_what_is_refused(smallest_run, tmp_path):

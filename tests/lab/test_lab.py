@@ -20,6 +20,7 @@ from r2m_jax.goldtask import rl
 from r2m_jax.lab import grid, together
 from r2m_jax.lab.table import curves_of, read_table
 from r2m_jax.models.reward import read_rte
+from r2m_jax.report.intervals import interval
 from r2m_jax.run.metrics import read_metrics
 from r2m_jax.tasks import gold as gold_task
 from r2m_jax.types import Sequences
@@ -147,6 +148,13 @@ def test_what_it_leaves(ended):
   assert float(found["best_of_n", "proxy_n_32", ""]["value"]) > float(
     found["best_of_n", "proxy_n_1", ""]["value"]
   )
+  kept, _ = read_table(workdir / "seeds.parquet")  # the rows can be made again from it
+  for arm in ("vanilla", "r2m.labels", "vanilla.stopped_at_kl_0.001"):
+    mine = kept["arm"] == arm
+    assert kept["seed"][mine].tolist() == [0, 1]
+    for measure in ("final", "kl_final"):
+      again, row = interval(kept[measure][mine]), found[arm, measure, ""]
+      assert [f"{x:.5g}" for x in again[:3]] == [row["value"], row["low"], row["high"]]
   assert "r2m/omega" in curves["r2m.labels"] and "r2m/omega" not in curves["vanilla"]
   drift = curves["r2m.labels"]["drift/fixed_states"]
   np.testing.assert_array_equal(

@@ -7,7 +7,7 @@ import pytest
 
 from configs import lab as lab_config
 from r2m_jax.goldtask import task as goldtask
-from r2m_jax.goldtask.rl import gold_metrics
+from r2m_jax.goldtask.rl import against_frozen, gold_metrics
 from r2m_jax.lab import results, stats
 from r2m_jax.lab.table import arm_columns, curves_of, joined, read_table, write_table
 from r2m_jax.report import intervals
@@ -271,3 +271,25 @@ def test_settings_are_chosen_by_the_rule_of_the_protocol(changes, taken):
   config = lab_config.get_config("tune")
   chosen = results.choose(config, candidates(**changes))
   assert chosen == ({} if taken is None else {"r2m": f"r2m.candidate_{taken}"})
+
+
+def test_against_frozen_equals_loops():
+  rng, K = np.random.default_rng(8), 5
+  gold, used = rng.integers(0, 3, 40).astype(float), rng.normal(size=40)
+  frozen = 0.5 * used + rng.normal(size=40) + np.repeat(rng.normal(size=8), K)
+  found = against_frozen(gold, used, frozen, K)
+  rows = [np.arange(p * K, p * K + K) for p in range(8)]
+  u, f = (np.concatenate([x[own] - x[own].mean() for own in rows]) for x in (used, frozen))
+  assert found["reward/growth"] == pytest.approx(u.std() / f.std())
+  assert found["reward/frozen_corr"] == pytest.approx(np.corrcoef(u, f)[0, 1])
+  wrong = []
+  for own in rows:
+    best, worst = max(own, key=lambda i: used[i]), min(own, key=lambda i: used[i])
+    tied = gold[best] == gold[worst]
+    high = frozen[best] > frozen[worst]
+    wrong.append(0.5 if tied else float(high != (gold[best] > gold[worst])))
+  assert found["r2m/frozen_disagreement"] == pytest.approx(np.mean(wrong))
+  same = against_frozen(gold, used, used, K)
+  assert same["reward/growth"] == same["reward/frozen_corr"] == pytest.approx(1)
+  none = against_frozen(gold, used, np.zeros(40), K)
+  assert none["reward/growth"] is None and none["reward/frozen_corr"] is None

@@ -46,6 +46,18 @@ def run(head, rte, h, mask, omega):
   }
 
 
+def test_the_attentions_scale_multiplies_what_it_adds():
+  rte, h = inputs()
+  made = [
+    RewardHead(POLICY_DIM, REWARD_DIM, WIDTH, attention_scale=scale, rngs=nnx.Rngs(0))
+    for scale in (1.0, 8.0)
+  ]
+  one, eight = (run(head, rte, h, MASK, 0.7) for head in made)
+  np.testing.assert_array_equal(one["own"], eight["own"])
+  np.testing.assert_allclose(8 * one["h_hat"], eight["h_hat"], rtol=1e-5)
+  assert float(jnp.abs(one["h_hat"]).min()) > 0
+
+
 @pytest.mark.parametrize("num_heads", [1, 2, 4])
 def test_head_matches_loops(num_heads):
   rte, h = inputs()

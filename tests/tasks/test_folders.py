@@ -35,7 +35,7 @@ from r2m_jax.run.files import plain
 from r2m_jax.run.metrics import ROW_KEYS, read_metrics
 from r2m_jax.tasks import export as export_task
 from r2m_jax.tasks import folders as folders_task
-from r2m_jax.tasks import replay, serve
+from r2m_jax.tasks import replay, rewardbench, serve
 
 PROMPTS = [
   "The cat sat on",
@@ -226,6 +226,21 @@ def test_r2m_ends_with_folders_that_score_alike(r2m_run, folders, tmp_path, caps
   ]
   np.testing.assert_allclose(got, want, atol=1e-4)
   assert np.std(got) > 1e-3
+  whole = [i for i, row in enumerate(rows) if not row["truncated"]]
+  pairs = [
+    {"prompt": rows[i]["prompt"], "chosen": rows[i]["response"], "rejected": "Paris, poem"}
+    for i in whole
+  ]
+  bench = config(
+    task="rewardbench",
+    reward__path=str(out / "reward"),
+    policy__path=str(out / "policy"),
+    rewardbench__data=write(tmp_path / "pairs.jsonl", pairs),
+  )
+  check_config(bench)
+  rewardbench.run(bench, tmp_path / "bench")
+  chosen = [row["scores"][0] for row in read(tmp_path / "bench/scores.jsonl")]
+  np.testing.assert_allclose(chosen, [want[i] for i in whole], atol=1e-4)
   with pytest.raises(
     FolderError, match="an R2M reward model, which reads the policy's hidden states"
   ):

@@ -14,7 +14,7 @@ import pytest
 import tiny_text
 import torch
 
-from configs import default
+from configs import default, evaluate
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.data.jsonl import DataError
 from r2m_jax.data.text import TextError
@@ -141,6 +141,39 @@ def test_sampling_does_not_depend_on_the_batch(policy, tmp_path):
     serve.run(cfg)
     results.append(read(cfg.generate.output))
   assert [row["tokens"] for row in results[0]] == [row["tokens"] for row in results[1]]
+
+
+def test_temperatures_by_category(policy, tmp_path):
+  """Each row is what it is in a file of which all rows have its temperature."""
+  folder, _, _ = policy
+  kinds = ["math", "writing", "stem", None, "math"]
+  rows = [
+    {"turns": [f"{word} and the sea", "Who?"]} | ({"category": kind} if kind else {})
+    for word, kind in zip(("rain", "cat", "dog", "mat", "poem"), kinds)
+  ]
+  source = write(tmp_path / "in.jsonl", rows)
+
+  def answers(**changes):
+    cfg = config(
+      task="generate",
+      policy__path=str(folder),
+      generate__input=source,
+      generate__output=str(tmp_path / "out.jsonl"),
+      generate__max_new_tokens=6,
+      **{f"generate__{name}": value for name, value in changes.items()},
+    )
+    check_config(cfg)
+    serve.run(cfg)
+    return [row["answers"] for row in read(tmp_path / "out.jsonl")]
+
+  greedy, warm, hot = (answers(temperature=t) for t in (0.0, 0.7, 1.5))
+  assert greedy != warm != hot
+  want = [greedy[0], hot[1], warm[2], warm[3], greedy[4]]
+  assert answers(temperature=0.7, temperature_by={"math": 0.0, "writing": 1.5}) == want
+  with pytest.raises(ConfigError, match="generate.temperature_by is {'math': -1}: give numbers"):
+    answers(temperature_by={"math": -1})
+  published = evaluate.get_config("mt_bench").generate.temperature_by.to_dict()
+  assert published["roleplay"] == 0.7 and published["humanities"] == 0.1 and len(published) == 8
 
 
 def test_a_conversation_of_two_turns_is_two_generations(policy, tmp_path):

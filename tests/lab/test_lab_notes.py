@@ -1,0 +1,270 @@
+"""The laboratory's third task with a tiny random model: gold never reaches training, what a proxy is
+given, what a killed run leaves, what is written.
+"""
+
+import csv
+import functools
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from small import documented_metrics
+
+from benchmarks import notes as shown_notes
+from configs import smollm2_notes
+from r2m_jax.config import ConfigError, check_config
+from r2m_jax.goldtask import notes
+from r2m_jax.lab import notes as lab_notes
+from r2m_jax.lab.realtext import run_of
+from r2m_jax.run.files import read_jsonl
+from r2m_jax.run.metrics import ROW_KEYS, read_metrics, without_clock
+
+RUNS = [(arm, seed) for arm in ("vanilla", "r2m") for seed in (0, 1)]
+
+
+def settings(**overrides):
+  config = smollm2_notes.get_config("test")
+  for name, value in overrides.items():
+    config.update_from_flattened_dict({name.replace("__", "."): value})
+  check_config(config)
+  return config
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+  """The workdir of the whole task, two arms and two seeds."""
+  workdir = tmp_path_factory.mktemp("lab_notes")
+  lab_notes.run(settings(), workdir)
+  return workdir
+
+
+def begun(ended, folder):
+  """A copy of the finished task from before RL."""
+  for name in ("models", "proxy_0", "proxy_1", "sft"):
+    shutil.copytree(ended / name, folder / name)
+  for name in ("sft_samples.jsonl", "held_out_pairs.jsonl"):
+    shutil.copyfile(ended / name, folder / name)
+  return folder
+
+
+def policy_bytes(workdir, arm, seed):
+  return (run_of(workdir, arm, seed) / "export/policy/model.safetensors").read_bytes()
+
+
+def steps_of(workdir, arm, seed):
+  rows = map(without_clock, read_metrics(run_of(workdir, arm, seed)))
+  return [row for row in rows if row["stage"] == "rl"]
+
+
+def samples_of(workdir, arm, seed):
+  """The rows of each step's file."""
+  files = sorted((run_of(workdir, arm, seed) / "samples").glob("*.jsonl"))
+  return [read_jsonl(file) for file in files]
+
+
+# ---- gold stays outside ----
+
+
+def test_another_gold_gives_the_same_policy(ended, tmp_path, monkeypatch):
+  """To the byte, and all metrics but those of gold."""
+
+  def other(prompt, reply, truncated=False):
+    return notes.GoldParts(float(len(reply)), 0.5, 1, 2, 3, 4, 5, 6, truncated)
+
+  again = begun(ended, tmp_path)
+  monkeypatch.setattr(lab_notes.notes, "gold_parts", other)
+  lab_notes.run(settings(lab__arms=("r2m",), lab__seeds=(1,)), again)
+  assert policy_bytes(again, "r2m", 1) == policy_bytes(ended, "r2m", 1)
+  rows, want = (steps_of(run, "r2m", 1) for run in (again, ended))
+  assert len(rows) == len(want) == 2
+  for row, old in zip(rows, want):
+    changed = {key for key in row if row[key] != old[key]}
+    assert row.keys() == old.keys() and "reward/gold" in changed
+    of_gold = {"reward/gold", "reward/within_corr", "r2m/pair_disagreement"}
+    assert all(key in of_gold or key.startswith("gold/") for key in changed)
+
+
+def test_every_sample_is_kept_with_its_rewards(ended):
+  """Gold by the formula from the text in the file; the means are those of metrics.jsonl."""
+  for arm, seed in RUNS:
+    steps, rows = samples_of(ended, arm, seed), steps_of(ended, arm, seed)
+    assert len(steps) == len(rows) == 2
+    for samples, row in zip(steps, rows):
+      assert len(samples) == 4 and len({sample["prompt"] for sample in samples}) == 2
+      parts = [notes.gold_parts(s["prompt"], s["response"], s["truncated"]) for s in samples]
+      assert [sample["gold"] for sample in samples] == [part.gold for part in parts]
+      for name, metric in (("gold", "reward/gold"), ("frozen", "reward/frozen")):
+        assert row[metric] == pytest.approx(np.mean([s[name] for s in samples]), rel=1e-4, abs=1e-5)
+      assert row["reward/used"] == pytest.approx(np.mean([s["used"] for s in samples]), abs=1e-4)
+      assert row["gold/coverage"] == pytest.approx(np.mean([part.coverage for part in parts]))
+      assert row["gold/hallucinated"] == pytest.approx(np.mean([part.invented for part in parts]))
+      assert row["truncated"] == pytest.approx(np.mean([s["truncated"] for s in samples]))
+
+
+def test_no_prompt_is_used_twice(ended):
+  """Neither by two steps nor by two stages, and no held-out pair of values is trained on."""
+  used = [
+    {row["prompt"][-1]["content"] for row in read_jsonl(ended / file)}
+    for file in (
+      "data/demonstrations.jsonl",
+      "proxy_0/pairs.jsonl",
+      "proxy_1/pairs.jsonl",
+      "data/prompts_0.jsonl",
+      "data/prompts_1.jsonl",
+      "sft_samples.jsonl",
+      "held_out_pairs.jsonl",
+    )
+  ]
+  assert len(set.union(*used)) == sum(map(len, used))
+  for seed in (0, 1):
+    asked = {row["prompt"] for step in samples_of(ended, "r2m", seed) for row in step}
+    assert asked == used[3 + seed]
+
+
+# ---- the proxy ----
+
+
+@pytest.mark.parametrize("temperature, flip, share", [(0.01, 0.0, 0.0), (0.01, 1.0, 1.0)])
+def test_labels_without_noise_follow_gold_or_its_opposite(temperature, flip, share):
+  config = settings(reward__choice_temperature=temperature, reward__label_flip=flip)
+  rows = [{"prompt": "p", "responses": ["a", "b"], "gold": [float(i % 3), 1.5]} for i in range(30)]
+  found = lab_notes.labelled(config, rows, 0)
+  wrong = [row["gold_rejected"] > row["gold_chosen"] for row in found]
+  assert np.mean(wrong) == share
+  for row, new in zip(rows, found):
+    by_text = dict(zip(row["responses"], row["gold"]))
+    assert by_text[new["chosen"]] == new["gold_chosen"]
+    assert by_text[new["rejected"]] == new["gold_rejected"]
+
+
+def test_labels_are_against_gold_as_often_as_the_logistic_says():
+  """Ten thousand pairs of one gap: sigmoid(-gap / T), then a tenth is exchanged."""
+  config = settings(reward__choice_temperature=0.5, reward__label_flip=0.1)
+  rows = [{"prompt": "p", "responses": ["a", "b"], "gold": [1.0, 1.7]}] * 10_000
+  found = lab_notes.labelled(config, rows, 1)
+  wrong = 1 / (1 + np.exp(0.7 / 0.5))
+  want = wrong * 0.9 + (1 - wrong) * 0.1
+  assert np.mean([row["chosen"] == "a" for row in found]) == pytest.approx(want, abs=0.015)
+
+
+def test_pairs_are_samples_of_the_policy_with_their_gold(ended):
+  for seed in (0, 1):
+    rows = read_jsonl(ended / f"proxy_{seed}/pairs.jsonl")
+    assert 6 <= len(rows) <= 12
+    for row in rows:
+      # a sample that was cut off lost another point
+      prompt = row["prompt"][-1]["content"]
+      for side in ("chosen", "rejected"):
+        gold = notes.gold_parts(prompt, row[side]).gold
+        cut = notes.gold_parts(prompt, row[side], True).gold
+        assert row[f"gold_{side}"] in (gold, cut)
+
+
+# ---- resuming ----
+
+
+def test_a_killed_run_ends_as_the_unbroken_one(ended, tmp_path, monkeypatch, capsys):
+  """Killed while gold reads the second step, then the same command again."""
+  config, again, calls = settings(lab__arms=("r2m",), lab__seeds=(0,)), begun(ended, tmp_path), []
+
+  def dies(original, *args):
+    calls.append(1)
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    return original(*args)
+
+  with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    patched.setattr(lab_notes, "watch", functools.partial(dies, lab_notes.watch))
+    lab_notes.run(config, again)
+  assert len(steps_of(again, "r2m", 0)) == 1
+  capsys.readouterr()
+  lab_notes.run(config, again)
+  assert "r2m: goes on from step 1 of 2" in capsys.readouterr().out
+  assert policy_bytes(again, "r2m", 0) == policy_bytes(ended, "r2m", 0)
+  assert steps_of(again, "r2m", 0) == steps_of(ended, "r2m", 0)
+  assert samples_of(again, "r2m", 0) == samples_of(ended, "r2m", 0)
+
+
+# ---- what is written ----
+
+
+def test_steps_csv_has_every_step(ended):
+  with open(ended / "steps.csv", newline="") as file:
+    rows = list(csv.DictReader(file))
+  assert len(rows) == len(RUNS) * 2
+  for row in rows:
+    want = steps_of(ended, row["arm"], int(row["seed"]))[int(row["step"])]
+    for name, metric in lab_notes.COLUMNS.items():
+      if want.get(metric) is None:
+        assert row[name] == ""
+      else:
+        assert float(row[name]) == pytest.approx(want[metric], rel=1e-5, abs=1e-9)
+  summary = list(csv.DictReader((ended / "summary.csv").open()))
+  final = {
+    arm: [steps_of(ended, arm, seed)[-1]["reward/gold"] for seed in (0, 1)]
+    for arm in ("vanilla", "r2m")
+  }
+  gap = np.mean(np.subtract(final["r2m"], final["vanilla"]))
+  found = next(
+    row
+    for row in summary
+    if (row["arm"], row["measure"], row["against"]) == ("r2m", "final", "vanilla")
+  )
+  assert float(found["value"]) == pytest.approx(gap, abs=1e-4)
+  page = (ended / "report.html").read_text()
+  assert "Proxy reward models" in page and "Gold on held-out prompts" in page
+
+
+def test_the_command_shows_arms_differences_and_samples(ended, monkeypatch, capsys):
+  monkeypatch.setattr(sys, "argv", ["notes", str(ended)])
+  shown_notes.main()
+  lines = capsys.readouterr().out.splitlines()
+  gold = {
+    arm: np.array([[row["reward/gold"] for row in steps_of(ended, arm, seed)] for seed in (0, 1)])
+    for arm in ("vanilla", "r2m")
+  }
+  for arm in gold:
+    cells = next(line for line in lines if line.startswith(f"{arm} ")).split()
+    want = [2, gold[arm][:, 0].mean(), gold[arm].max(1).mean(), gold[arm][:, -1].mean()]
+    assert list(map(float, cells[1:5])) == pytest.approx(want, abs=0.006)
+  difference = next(line for line in lines if line.startswith("r2m - vanilla")).split()
+  assert float(difference[3]) == pytest.approx(
+    (gold["r2m"] - gold["vanilla"])[:, -1].mean(), abs=0.006
+  )
+  monkeypatch.setattr(sys, "argv", ["notes", str(ended), "--read=r2m/1/1"])
+  shown_notes.main()
+  printed = capsys.readouterr().out
+  for row in samples_of(ended, "r2m", 1)[1]:
+    assert row["prompt"] in printed and repr(row["response"]) in printed
+
+
+# ---- refused before any work ----
+
+
+@pytest.mark.parametrize(
+  "field, value, message",
+  [
+    ("lab.betas", (1.0, 2.0), r"config.lab.betas is \(1.0, 2.0\): on text an arm has one KL"),
+    ("kl.estimator", "auto", "config.lab.arms: vanilla: config.kl.estimator must be 'exact'"),
+    ("budget", 9.0, "config.budget is 9.0: runs of as many steps are compared"),
+    ("notes.demonstrations", -1, "config.notes.demonstrations is -1: must be at least 0"),
+    ("notes.epochs", 0, "config.notes.epochs is 0: must be at least 1"),
+    ("eval.every", 5, "config.eval.every is 5: the laboratory compares runs of one length"),
+  ],
+)
+def test_settings_that_cannot_work_are_refused(field, value, message):
+  config = settings()
+  config.update_from_flattened_dict({field: value})
+  with pytest.raises(ConfigError, match=message):
+    check_config(config)
+
+
+def test_sizes_are_named():
+  with pytest.raises(ValueError, match="size 'large' is unknown"):
+    smollm2_notes.get_config("large")
+
+
+def test_every_logged_key_is_documented(ended):
+  logged = {key for row in read_metrics(run_of(ended, "r2m", 0)) for key in row}
+  assert logged - set(ROW_KEYS) <= documented_metrics().keys()
