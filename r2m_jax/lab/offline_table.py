@@ -1,0 +1,281 @@
+"""How well rewards of several features, fitted to several sorts of evidence, order stored samples
+as gold does: the second half of the table in docs/holds.md.
+
+Plain NumPy on what lab/offline.py stored. Gold scores the samples and orders the bought pairs, which
+are not among those that are scored. It takes part in nothing else.
+"""
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from r2m_jax.lab.offline import SCORED_GROUP, load_arrays
+from r2m_jax.lab.posterior import (
+  Evidence,
+  effective_size,
+  fit_head,
+  relative_ratio,
+  tempered_weights,
+)
+from r2m_jax.report import intervals
+
+TAUS = (0.03, 0.1, 0.3, 1.0)  # candidates of the prior's width
+OLD_FLIP = 0.2  # the labeller's, config.reward.label_flip
+TRUE_FLIP = 0.02  # of contrast pairs and of bought labels
+CONTRAST_WEIGHT = 0.3  # of a fresh contrast pair; an offline one counts as much as an old pair
+ESS = 0.3  # least effective size of weighted pairs, as a share of them
+TRAJECTORIES = 12800  # of a run: 100 steps of 16 prompts x 8 responses; budgets are shares of them
+BUDGETS = {"0.5%": 0.005, "1%": 0.01, "2%": 0.02}
+POINT = 0.01  # what a set must gain over the frozen reward at KL 4
+
+# features: which states a reward reads beside the reward token embedding
+FEATURES = {
+  "rte": ("rte",),
+  "flat": ("rte", "flat"),
+  "weighted": ("rte", "flat", "weighted"),
+  "live": ("rte", "live"),
+  "words": ("rte", "counts"),
+  "attended": ("rte", "flat", "attended"),  # control: attention without the policy
+  "shuffled": ("rte", "flat", "shuffled"),  # placebo: log-ratios of another row
+}
+PLACEBO_FEATURES = ("attended", "shuffled")
+
+
+class Sets(NamedTuple):
+  """One seed at one target: features of each set of rows, standardised on the old pairs' rows."""
+
+  x: dict[str, np.ndarray]  # set -> f64[rows, D]
+  stored: dict[str, np.ndarray]
+  prior_mean: np.ndarray  # f64[D], the frozen head on the rte, 0 elsewhere
+  rng: Callable[[str], np.random.Generator]  # (purpose) -> of this seed and target
+
+
+def sets_of(stored: dict, features: str, seed: int, target: float) -> Sets:
+  """Reads the sets of rows of a file of lab/offline.py."""
+  names, sets = FEATURES[features], [key[: -len("/rte")] for key in stored if key.endswith("/rte")]
+  raw = {s: np.concatenate([stored[f"{s}/{n}"] for n in names], 1).astype(float) for s in sets}
+  scale = raw["old"].std(0)
+  scale = np.where(scale > 1e-9, scale, np.inf)  # a column that never varies has no part
+  rte = scale[: len(stored["phi"])]
+  prior = np.zeros(len(scale))
+  prior[: len(rte)] = np.where(np.isfinite(rte), stored["phi"] * rte, 0)
+
+  def rng(purpose):
+    return np.random.default_rng([seed, int(10 * target), zlib.crc32(purpose.encode())])
+
+  return Sets({s: x / scale for s, x in raw.items()}, stored, prior, rng)
+
+
+# ---- evidence: each function takes Sets ----
+
+
+def evidence(dx, flip: float, weight=1.0) -> Evidence:
+  count = len(dx)
+  return Evidence(dx, np.broadcast_to(weight, count).astype(float), np.full(count, flip))
+
+
+def joined(parts: list[Evidence]) -> Evidence:
+  return Evidence(*map(np.concatenate, zip(*parts)))
+
+
+def ordered(x: np.ndarray, first_wins: np.ndarray) -> np.ndarray:
+  """Preferred minus other of pairs of rows: f64[2N, D], bool[N] -> f64[N, D]."""
+  return (x[0::2] - x[1::2]) * np.where(first_wins, 1.0, -1.0)[:, None]
+
+
+def old(s: Sets) -> Evidence:
+  """The reward model's own pairs, with the labeller's noise."""
+  return evidence(ordered(s.x["old"], s.stored["old/a_wins"]), OLD_FLIP)
+
+
+def likelihoods(s: Sets) -> tuple[np.ndarray, float]:
+  """Weights of the old pairs by the policy's likelihood of both texts, and their exponent."""
+  ratio = relative_ratio(s.stored["old/log_ratio"].astype(float))
+  return tempered_weights(ratio[0::2] + ratio[1::2], ESS)
+
+
+def old_weighted(s: Sets) -> Evidence:
+  return old(s)._replace(weight=likelihoods(s)[0])
+
+
+def old_permuted(s: Sets) -> Evidence:
+  """Placebo: the same weights on other pairs."""
+  return old(s)._replace(weight=s.rng("weights").permutation(likelihoods(s)[0]))
+
+
+def contrast(s: Sets) -> Evidence:
+  """The policy's response to a prompt over its response to the next prompt."""
+  return evidence(s.x["fresh"][0::2] - s.x["fresh_other"], TRUE_FLIP, CONTRAST_WEIGHT)
+
+
+def contrast_same(s: Sets) -> Evidence:
+  """Placebo: both responses are to the same prompt, so the labels carry nothing."""
+  return evidence(s.x["fresh"][0::2] - s.x["fresh"][1::2], TRUE_FLIP, CONTRAST_WEIGHT)
+
+
+def offline(s: Sets) -> Evidence:
+  """The preferred response of each old pair over that of the next pair, under the first prompt."""
+  first = np.where(s.stored["old/a_wins"], 0, 1)
+  chosen = s.x["old"][2 * np.arange(len(first)) + first]
+  return evidence(chosen - s.x["old_other"], TRUE_FLIP)
+
+
+def bought(budget: str, guess: bool = False) -> Callable[[Sets], Evidence]:
+  """Builds the evidence of pairs that gold orders, one for each of the first fresh prompts. A tie
+  counts against the budget. `guess` is the placebo: the same pairs in a random order.
+  """
+  count = round(BUDGETS[budget] * TRAJECTORIES / 2)
+
+  def pairs(s: Sets) -> Evidence:
+    gold = s.stored["fresh/gold"][: 2 * count]
+    first = gold[0::2] >= gold[1::2]
+    if guess:
+      first = s.rng("labels").uniform(size=count) < 0.5
+    dx = ordered(s.x["fresh"][: 2 * count], first)
+    return evidence(dx, TRUE_FLIP, np.where(gold[0::2] == gold[1::2], 0.0, 1.0))
+
+  return pairs
+
+
+EVIDENCE = {
+  "old": (old,),
+  "weighted": (old_weighted,),
+  "contrast": (old, contrast),
+  "offline": (old, offline),
+  "weighted + contrast": (old_weighted, contrast),
+  "0.5%": (old, bought("0.5%")),
+  "1%": (old, bought("1%")),
+  "2%": (old, bought("2%")),
+  "weighted + contrast + 2%": (old_weighted, contrast, bought("2%")),
+  "permuted": (old_permuted,),
+  "contrast, same prompt": (old, contrast_same),
+  "2%, random": (old, bought("2%", guess=True)),
+}
+PLACEBO_OF = {
+  "permuted": "weighted",
+  "contrast, same prompt": "contrast",
+  "2%, random": "2%",
+}
+
+
+# ---- scores ----
+
+
+def pair_accuracy(score: np.ndarray, gold: np.ndarray) -> float:
+  """The share of within-prompt pairs of unequal gold that the score orders as gold does; equal
+  scores count half.   f64[P, K] each.
+  """
+  i, j = np.triu_indices(gold.shape[1], 1)
+  truth, found = np.sign(gold[:, i] - gold[:, j]), np.sign(score[:, i] - score[:, j])
+  return float((0.5 + 0.5 * found * truth)[truth != 0].mean())
+
+
+def grouped(stored: dict, name: str) -> np.ndarray:
+  """A stored value of the scored rows, as f64[prompts, samples]."""
+  return stored[f"scored/{name}"].astype(float).reshape(-1, SCORED_GROUP)
+
+
+def rows_of(path: Path, seed: int, target: float, taus: dict[str, float]) -> list[dict]:
+  """All rows of one seed at one target: the accuracies, and what describes the samples.
+
+  Args:
+    taus: features -> width of the prior.
+  """
+  stored = load_arrays(path)
+  gold = grouped(stored, "gold")
+
+  def row(features, evidence, measure, value):
+    keys = dict(seed=seed, kl=target, features=features, evidence=evidence)
+    return keys | dict(measure=measure, value=float(value))
+
+  rows = [row("", "", name, value) for name, value in facts(stored).items()]
+  rows.append(row("frozen", "", "accuracy", pair_accuracy(grouped(stored, "frozen"), gold)))
+  for features in FEATURES:
+    s, start = sets_of(stored, features, seed, target), None
+    for name, parts in EVIDENCE.items():
+      given = joined([part(s) for part in parts])
+      found = fit_head(given, s.prior_mean, taus[features], start)
+      start = found.mean if start is None else start  # the others begin where `old` ends
+      score = (s.x["scored"] @ found.mean).reshape(gold.shape)
+      rows.append(row(features, name, "accuracy", pair_accuracy(score, gold)))
+  return rows
+
+
+def facts(stored: dict) -> dict[str, float]:
+  """What describes a seed at a target."""
+  ratio = relative_ratio(stored["old/log_ratio"].astype(float))
+  weight, exponent = tempered_weights(ratio[0::2] + ratio[1::2], ESS)
+  right = stored["fresh/gold"][0::2] - stored["fresh_other/gold"]
+  gold = grouped(stored, "gold")
+  return {
+    "step": stored["step"],
+    "kl_step": stored["kl"],
+    "kl_samples": stored["scored/log_ratio"].mean(),
+    "gold": gold.mean(),
+    "frozen": stored["scored/frozen"].mean(),
+    "coverage": stored["scored/coverage"].mean(),
+    "length": stored["scored/length"].mean(),
+    "exponent": exponent,
+    "ess": effective_size(weight) / len(weight),
+    "contrast_right": (0.5 + 0.5 * np.sign(right)).mean(),
+    "ties": (gold[:, 0] == gold[:, 1]).mean(),
+  }
+
+
+# ---- the width of the prior, on seeds that are in no table ----
+
+
+def held_out_accuracies(paths: dict[int, Path]) -> dict[str, dict[float, float]]:
+  """features -> tau -> accuracy on held-out pairs with the labeller's noise, mean over the seeds;
+  heads are fitted to the old pairs. No gold."""
+  found = {features: {tau: [] for tau in TAUS} for features in FEATURES}
+  for seed, path in paths.items():
+    stored = load_arrays(path)
+    for features in FEATURES:
+      s = sets_of(stored, features, seed, 0.0)
+      for tau in TAUS:
+        head = fit_head(old(s), s.prior_mean, tau).mean
+        gap = ordered(s.x["held_out"], stored["held_out/a_wins"]) @ head
+        found[features][tau].append(np.where(gap == 0, 0.5, gap > 0).mean())
+  return {name: {tau: float(np.mean(x)) for tau, x in of.items()} for name, of in found.items()}
+
+
+def chosen_taus(accuracies: dict[str, dict[float, float]]) -> dict[str, float]:
+  """The width with the highest held-out accuracy; on a tie the smallest."""
+  return {name: max(of, key=lambda tau: (of[tau], -tau)) for name, of in accuracies.items()}
+
+
+# ---- the table ----
+
+Columns = dict[str, np.ndarray]
+
+
+def by_seed(columns: Columns, kl: float, features: str, evidence: str) -> dict[int, float]:
+  """{seed: accuracy} of one cell."""
+  mine = (
+    (columns["kl"] == kl)
+    & (columns["features"] == features)
+    & (columns["evidence"] == evidence)
+    & (columns["measure"] == "accuracy")
+  )
+  return dict(zip(columns["seed"][mine].tolist(), columns["value"][mine].tolist()))
+
+
+def difference(columns: Columns, kl: float, cell: tuple, other: tuple) -> intervals.Interval:
+  """The paired difference in accuracy of two (features, evidence), over the seeds."""
+  first, second = by_seed(columns, kl, *cell), by_seed(columns, kl, *other)
+  seeds = sorted(first.keys() & second.keys())
+  return intervals.paired([first[s] for s in seeds], [second[s] for s in seeds])
+
+
+def shown(found: intervals.Interval) -> str:
+  """In points: +1.2 [0.3, 2.1]."""
+  return f"{100 * found.value:+.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
+
+
+def passes(found: intervals.Interval) -> bool:
+  """The registered rule: a mean of at least one point, and an interval above zero."""
+  return bool(found.value >= POINT and found.low > 0)
