@@ -18,7 +18,7 @@ from flax import nnx
 
 from r2m_jax.algorithm.read import read_feedback, sampling
 from r2m_jax.goldtask import task as goldtask
-from r2m_jax.goldtask.stages import noisy_preferences, preferences, sample
+from r2m_jax.goldtask.stages import contrast_pairs, noisy_preferences, preferences, sample
 from r2m_jax.lab import grid
 from r2m_jax.lab.together import pick
 from r2m_jax.models.reward import member_scores, read_rte
@@ -246,13 +246,6 @@ def firsts(sequences: Sequences, group: int) -> Sequences:
   return jax.tree.map(lambda x: np.asarray(x)[::group], sequences)
 
 
-def chosen_of(pairs: dict[str, np.ndarray]) -> Sequences:
-  """The responses of stored pairs that the labeller preferred, one a prompt."""
-  rows, better = rows_of(pairs), np.where(pairs["a_wins"], 0, 1)
-  at = 2 * np.arange(len(better)) + better
-  return jax.tree.map(lambda x: x[at], rows)
-
-
 def collect(
   config, built: Build, policies, workdir: Path, target: float, reader, old: dict
 ) -> None:
@@ -274,7 +267,7 @@ def collect(
   fresh = draw(config, built, policy, FRESH, FRESH_PROMPTS, FRESH_GROUP)
   sets = {
     "old": rows_of(old),
-    "old_other": mismatched(chosen_of(old)),
+    "old_other": pick(rows_of(contrast_pairs(old, 1)), slice(1, None, 2)),
     "fresh": fresh,
     "fresh_other": mismatched(firsts(fresh, FRESH_GROUP)),
     "scored": draw(config, built, policy, SCORED, SCORED_PROMPTS, SCORED_GROUP),

@@ -142,20 +142,20 @@ def bought(budget: str, guess: bool = False) -> Callable[[Sets], Evidence]:
 
 EVIDENCE = {
   "old": (old,),
-  "weighted": (old_weighted,),
+  "reweighted": (old_weighted,),
   "contrast": (old, contrast),
   "offline": (old, offline),
-  "weighted + contrast": (old_weighted, contrast),
+  "reweighted + contrast": (old_weighted, contrast),
   "0.5%": (old, bought("0.5%")),
   "1%": (old, bought("1%")),
   "2%": (old, bought("2%")),
-  "weighted + contrast + 2%": (old_weighted, contrast, bought("2%")),
+  "reweighted + contrast + 2%": (old_weighted, contrast, bought("2%")),
   "permuted": (old_permuted,),
   "contrast, same prompt": (old, contrast_same),
   "2%, random": (old, bought("2%", guess=True)),
 }
 PLACEBO_OF = {
-  "permuted": "weighted",
+  "permuted": "reweighted",
   "contrast, same prompt": "contrast",
   "2%, random": "2%",
 }

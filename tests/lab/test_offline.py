@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 from scipy import optimize
 
+from configs import quickstart
 from r2m_jax.goldtask import task as goldtask
-from r2m_jax.lab import offline
+from r2m_jax.lab import offline, offline_page
 from r2m_jax.lab import offline_table as table
 from r2m_jax.lab.posterior import (
   Evidence,
@@ -218,18 +219,13 @@ def test_a_mismatched_row_has_its_prompt_and_the_response_to_the_next():
   assert goldtask.gold(other).gold.shape == (5,)
 
 
-def test_the_preferred_responses_of_stored_pairs():
+def test_stored_pairs_are_rows():
   rows = sequences(np.random.default_rng(7), 8)
   shape = (4, 2, rows.tokens.shape[1])
-  wins = np.array([True, False, False, True])
   stored = {"tokens": rows.tokens.reshape(shape), "mask": rows.token_mask.reshape(shape)}
-  stored["a_wins"] = wins
   back = offline.rows_of(stored)
   for name in ("tokens", "token_mask", "response_mask", "has_eos"):
     np.testing.assert_array_equal(getattr(back, name), getattr(rows, name))
-  chosen = offline.chosen_of(stored)
-  expected = [rows.tokens[2 * i + (0 if wins[i] else 1)] for i in range(4)]
-  np.testing.assert_array_equal(chosen.tokens, expected)
 
 
 def test_attention_is_that_of_the_reward_head_and_reads_the_log_ratios():
@@ -275,3 +271,83 @@ def test_a_policy_is_read_as_it_was_saved(tmp_path):
 def test_widths_are_chosen_by_held_out_accuracy_and_the_smaller_on_a_tie():
   found = {"rte": {0.03: 0.6, 0.1: 0.7, 0.3: 0.7}, "flat": {0.03: 0.5, 0.1: 0.5, 0.3: 0.6}}
   assert table.chosen_taus(found) == {"rte": 0.1, "flat": 0.3}
+
+
+# ---- the page ----
+
+
+@pytest.fixture(scope="module")
+def columns():
+  return offline_page.read(DOCS / "holds.parquet")
+
+
+def test_the_page_has_the_tables_that_its_rows_give(columns):
+  page = (DOCS / "holds.md").read_text(encoding="utf-8")
+  tables = [offline_page.facts(columns)]
+  tables += [offline_page.against_frozen(columns, kl) for kl in offline.TARGETS]
+  tables += [offline_page.pieces(columns, 4.0), offline_page.states(columns, 4.0)]
+  for printed in tables:
+    assert printed in page
+
+
+def test_a_cell_is_the_mean_of_the_differences_of_its_seeds(columns):
+  """By a loop over the rows, with Student's interval beside the bootstrap's."""
+  value = {
+    tuple(columns[name][i] for name in ("seed", "kl", "features", "evidence")): columns["value"][i]
+    for i in range(len(columns["seed"]))
+    if columns["measure"][i] == "accuracy"
+  }
+  for kl, features, evidence in ((4.0, "rte", "contrast"), (0.5, "words", "2%")):
+    gaps = [
+      float(value[seed, kl, features, evidence]) - float(value[seed, kl, "frozen", ""])
+      for seed in range(100)
+      if (seed, kl, "frozen", "") in value
+    ]
+    found = table.difference(columns, kl, (features, evidence), ("frozen", ""))
+    assert found.count == len(gaps) and found.value == pytest.approx(np.mean(gaps))
+    half = 2.2 * np.std(gaps, ddof=1) / np.sqrt(len(gaps))
+    assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.25)
+
+
+# ---- samples ----
+
+
+@pytest.mark.long
+def test_a_killed_run_leaves_the_rows_of_an_unbroken_one(tmp_path, monkeypatch):
+  config = offline.settings(quickstart.get_config("test"))
+  config.steps, config.policy.lr, config.log.checkpoint_every = 6, 3e-3, 2
+  targets, whole, broken = (0.001, 0.02), tmp_path / "whole", tmp_path / "broken"
+  monkeypatch.setattr(offline, "FRESH_PROMPTS", 8)
+  monkeypatch.setattr(offline, "SCORED_PROMPTS", 4)
+  monkeypatch.setattr(offline, "ROWS", 64)
+  offline.sample_all(config, [0, 1], targets, whole)
+  names = sorted(path.name for path in (whole / "rows").iterdir())
+  assert "seed_0_kl_0.001.npz" in names
+
+  measured = offline.keeping
+
+  def dies(run, seeds, targets, workdir):
+    steps = measured(run, seeds, targets, workdir)
+
+    def of(state):
+      made = steps(state)
+
+      def measure(t, *rest):
+        if t == 3:
+          raise KeyboardInterrupt
+        return made.measure(t, *rest)
+
+      return made._replace(measure=measure)
+
+    return of
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(offline, "keeping", dies)
+    offline.sample_all(config, [0, 1], targets, broken)
+  offline.sample_all(config, [0, 1], targets, broken)
+  assert sorted(path.name for path in (broken / "rows").iterdir()) == names
+  for name in names:
+    one, other = (offline.load_arrays(folder / "rows" / name) for folder in (whole, broken))
+    assert one.keys() == other.keys()
+    for key in one:
+      np.testing.assert_array_equal(one[key], other[key], err_msg=f"{name}: {key}")
