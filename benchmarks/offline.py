@@ -27,7 +27,7 @@ HELD_OUT_PAIRS = 2048
 WORKDIR = flags.DEFINE_string("workdir", "", "Where samples and fits are kept")
 STAGE = flags.DEFINE_enum("stage", "sample", ["sample", "fit", "table"], "See above")
 SEEDS = flags.DEFINE_integer("seeds", 24, "Seeds from 0 on", 1)
-TOGETHER = flags.DEFINE_integer("together", 6, "Seeds in one program", 1)
+TOGETHER = flags.DEFINE_integer("together", 5, "Seeds in one program", 1)
 
 
 def sample(workdir: Path) -> None:
