@@ -6,9 +6,12 @@ import numpy as np
 
 from r2m_jax.lab.offline import TARGETS
 from r2m_jax.lab.offline_table import (
+  DECIDES,
   EVIDENCE,
+  EXTRA,
   FEATURES,
   PLACEBO_OF,
+  WIDE_MEASURE,
   Columns,
   by_seed,
   difference,
@@ -20,8 +23,8 @@ from r2m_jax.report import intervals
 
 FROZEN = ("frozen", "")
 CONTROLS = ("attended", "shuffled")  # features of the placebo table
+SHOWN = tuple(name for name in FEATURES if name not in CONTROLS)
 MAIN = tuple(name for name in EVIDENCE if name not in PLACEBO_OF)
-DECIDES = 4.0  # the KL of the registered rule
 FACTS = (
   ("step", "step", "{:.0f}"),
   ("kl_samples", "KL of the samples", "{:.2f}"),
@@ -72,28 +75,49 @@ def facts(columns: Columns) -> str:
   return lines(head, body)
 
 
-def against_frozen(columns: Columns, kl: float) -> str:
+def against_frozen(columns: Columns, kl: float, names=MAIN, measure: str = "accuracy") -> str:
   """Points over the frozen reward; bold: the rule is met."""
 
   def cell(features, evidence):
-    found = difference(columns, kl, (features, evidence), FROZEN)
+    found = difference(columns, kl, (features, evidence, measure), FROZEN)
     return f"**{shown(found)}**" if passes(found) else shown(found)
 
-  shown_features = [name for name in FEATURES if name not in CONTROLS]
-  body = [[name, *(cell(features, name) for features in shown_features)] for name in MAIN]
-  return lines(["evidence", *shown_features], body)
+  body = [[name, *(cell(features, name) for features in SHOWN)] for name in names]
+  return lines(["evidence", *SHOWN], body)
+
+
+def added(columns: Columns) -> str:
+  """Cells that were not registered, with the chosen widths."""
+  return against_frozen(columns, DECIDES, tuple(EXTRA))
+
+
+def wide(columns: Columns) -> str:
+  """All sorts of evidence with one wider prior, not registered."""
+  return against_frozen(columns, DECIDES, MAIN + tuple(EXTRA), WIDE_MEASURE)
+
+
+def levels(columns: Columns) -> str:
+  """The accuracy itself at the KL of the rule, %."""
+
+  def cell(features, evidence):
+    values = by_seed(columns, DECIDES, features, evidence).values()
+    return f"{100 * np.mean(list(values)):.1f}"
+
+  body = [[name, *(cell(features, name) for features in SHOWN)] for name in MAIN]
+  return lines(["evidence", *SHOWN], body)
 
 
 def pieces(columns: Columns, kl: float) -> str:
   """What each piece adds over its placebo."""
-  shown_features = [name for name in FEATURES if name not in CONTROLS]
-  body = []
-  for placebo, name in PLACEBO_OF.items():
-    row = [f"{name} - {placebo}"]
-    for features in shown_features:
-      row.append(shown(difference(columns, kl, (features, name), (features, placebo))))
-    body.append(row)
-  return lines(["difference", *shown_features], body)
+
+  def cell(features, name, placebo):
+    return shown(difference(columns, kl, (features, name), (features, placebo)))
+
+  body = [
+    [f"{name} - {placebo}", *(cell(features, name, placebo) for features in SHOWN)]
+    for placebo, name in (PLACEBO_OF | {"offline, same prompt": "offline"}).items()
+  ]
+  return lines(["difference", *SHOWN], body)
 
 
 def states(columns: Columns, kl: float) -> str:
@@ -111,8 +135,7 @@ def verdict(columns: Columns) -> list[tuple[str, str]]:
   """(features, evidence) of the cells that the registered rule keeps."""
   return [
     (features, name)
-    for features in FEATURES
-    if features not in CONTROLS
+    for features in SHOWN
     for name in MAIN
     if passes(difference(columns, DECIDES, (features, name), FROZEN))
   ]
@@ -125,4 +148,7 @@ def text(columns: Columns) -> str:
     parts.append(f"KL {kl:g}, points over the frozen reward:\n\n{against_frozen(columns, kl)}")
   parts.append(f"KL {DECIDES:g}, points over the placebo:\n\n{pieces(columns, DECIDES)}")
   parts.append(f"KL {DECIDES:g}, points over other features:\n\n{states(columns, DECIDES)}")
+  parts.append(f"KL {DECIDES:g}, the accuracy itself, %:\n\n{levels(columns)}")
+  parts.append(f"KL {DECIDES:g}, not registered:\n\n{added(columns)}")
+  parts.append(f"KL {DECIDES:g}, not registered, prior width 0.3:\n\n{wide(columns)}")
   return "\n\n".join(parts)

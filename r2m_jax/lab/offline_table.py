@@ -123,6 +123,18 @@ def offline(s: Sets) -> Evidence:
   return evidence(chosen - s.x["old_other"], TRUE_FLIP)
 
 
+def contrast_heavy(s: Sets) -> Evidence:
+  """`contrast` that counts as much in all as `offline` does."""
+  given, share = contrast(s), len(s.stored["old/a_wins"]) / len(s.x["fresh_other"])
+  return given._replace(weight=np.full(len(given.dx), share))
+
+
+def offline_same(s: Sets) -> Evidence:
+  """Placebo: both responses of each old pair in a random order, as sure and as heavy as `offline`."""
+  first = s.rng("offline").uniform(size=len(s.stored["old/a_wins"])) < 0.5
+  return evidence(ordered(s.x["old"], first), TRUE_FLIP)
+
+
 def bought(budget: str, guess: bool = False) -> Callable[[Sets], Evidence]:
   """Builds the evidence of pairs that gold orders, one for each of the first fresh prompts. A tie
   counts against the budget. `guess` is the placebo: the same pairs in a random order.
@@ -154,6 +166,14 @@ EVIDENCE = {
   "contrast, same prompt": (old, contrast_same),
   "2%, random": (old, bought("2%", guess=True)),
 }
+# added after the registered cells were seen
+EXTRA = {
+  "contrast, as heavy as offline": (old, contrast_heavy),
+  "offline, same prompt": (old, offline_same),
+}
+WIDE = 0.3  # width of a prior, in place of the chosen one
+WIDE_MEASURE = "accuracy, width 0.3"
+DECIDES = 4.0  # the KL of the registered rule, and of what was added
 PLACEBO_OF = {
   "permuted": "reweighted",
   "contrast, same prompt": "contrast",
@@ -184,23 +204,36 @@ def rows_of(path: Path, seed: int, target: float, taus: dict[str, float]) -> lis
   Args:
     taus: features -> width of the prior.
   """
-  stored = load_arrays(path)
-  gold = grouped(stored, "gold")
+  stored, keys = load_arrays(path), dict(seed=seed, kl=target)
+  blank = keys | dict(features="", evidence="")
+  rows = [blank | dict(measure=name, value=float(x)) for name, x in facts(stored).items()]
+  level = pair_accuracy(grouped(stored, "frozen"), grouped(stored, "gold"))
+  rows.append(blank | dict(features="frozen", measure="accuracy", value=level))
+  rows += accuracies(stored, keys, taus, EVIDENCE, "accuracy")
+  if target == DECIDES:
+    rows += extra_rows(stored, keys, taus)
+  return rows
 
-  def row(features, evidence, measure, value):
-    keys = dict(seed=seed, kl=target, features=features, evidence=evidence)
-    return keys | dict(measure=measure, value=float(value))
 
-  rows = [row("", "", name, value) for name, value in facts(stored).items()]
-  rows.append(row("frozen", "", "accuracy", pair_accuracy(grouped(stored, "frozen"), gold)))
+def extra_rows(stored: dict, keys: dict, taus: dict[str, float]) -> list[dict]:
+  """The accuracies that were added after the registered ones were seen."""
+  wide = dict.fromkeys(taus, WIDE)
+  return accuracies(stored, keys, taus, EXTRA, "accuracy") + accuracies(
+    stored, keys, wide, EVIDENCE | EXTRA, WIDE_MEASURE
+  )
+
+
+def accuracies(stored: dict, keys: dict, taus, sorts: dict, measure: str) -> list[dict]:
+  """A row for each set of features and each sort of evidence; `keys` are its seed and target."""
+  gold, rows = grouped(stored, "gold"), []
   for features in FEATURES:
-    s, start = sets_of(stored, features, seed, target), None
-    for name, parts in EVIDENCE.items():
+    s, start = sets_of(stored, features, keys["seed"], keys["kl"]), None
+    for name, parts in sorts.items():
       given = joined([part(s) for part in parts])
       found = fit_head(given, s.prior_mean, taus[features], start)
-      start = found.mean if start is None else start  # the others begin where `old` ends
-      score = (s.x["scored"] @ found.mean).reshape(gold.shape)
-      rows.append(row(features, name, "accuracy", pair_accuracy(score, gold)))
+      start = found.mean if start is None else start  # the others begin where the first ends
+      value = pair_accuracy((s.x["scored"] @ found.mean).reshape(gold.shape), gold)
+      rows.append(keys | dict(features=features, evidence=name, measure=measure, value=value))
   return rows
 
 
@@ -253,13 +286,15 @@ def chosen_taus(accuracies: dict[str, dict[float, float]]) -> dict[str, float]:
 Columns = dict[str, np.ndarray]
 
 
-def by_seed(columns: Columns, kl: float, features: str, evidence: str) -> dict[int, float]:
-  """{seed: accuracy} of one cell."""
+def by_seed(
+  columns: Columns, kl: float, features: str, evidence: str, measure: str = "accuracy"
+) -> dict[int, float]:
+  """{seed: accuracy} of one cell, (features, evidence) or (features, evidence, measure)."""
   mine = (
     (columns["kl"] == kl)
     & (columns["features"] == features)
     & (columns["evidence"] == evidence)
-    & (columns["measure"] == "accuracy")
+    & (columns["measure"] == measure)
   )
   return dict(zip(columns["seed"][mine].tolist(), columns["value"][mine].tolist()))
 
