@@ -286,6 +286,7 @@ def test_the_page_has_the_tables_that_its_rows_give(columns):
   tables = [offline_page.facts(columns)]
   tables += [offline_page.against_frozen(columns, kl) for kl in offline.TARGETS]
   tables += [offline_page.pieces(columns, 4.0), offline_page.states(columns, 4.0)]
+  tables += [make(columns) for make in (offline_page.levels, offline_page.added, offline_page.wide)]
   for printed in tables:
     assert printed in page
 
