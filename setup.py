@@ -17,15 +17,15 @@ JAX = ">=0.8.2,<0.13"
 
 RUN = [
   f"jax{JAX}",
-  "flax>=0.12,<0.13",
+  "flax>=0.12.2,<0.13",
   "optax>=0.2.5,<0.3",
   "orbax-checkpoint>=0.11.26,<0.13",
-  "grain>=0.2.12,<0.3",
-  "transformers>=5,<6",
+  "grain>=0.2.13,<0.3",
+  "transformers>=5.15,<6",
   "jinja2>=3.1.2,<4",  # reports; transformers renders chat templates with it and does not ask for it
-  "qwix>=0.1.1,<0.2",  # adapters
+  "qwix>=0.1.5,<0.2",  # adapters
   "safetensors>=0.6,<1",
-  "tensorflow-datasets>=4.9.9,<5",
+  "tensorflow-datasets>=4.9.10,<5",
   "importlib_resources>=6,<8",  # tensorflow-datasets imports it and does not ask for it
   "tokenizers>=0.22,<1",  # transformers brings it too
   "pyarrow>=18",  # reads parquet; tensorflow-datasets brings it

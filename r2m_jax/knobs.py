@@ -257,6 +257,11 @@ PACKING = (
     "ascending, above 0, the last one 1",
   ),
 )
+LENGTHS = Rule(
+  lambda x: all(0 < share <= 1 for share in x),
+  "give shares above 0 and at most 1, such as (0.1, 0.2, 0.3, 0.5, 1.0)",
+  "each above 0 and at most 1",
+)
 FINITE = Rule(lambda x: x < float("inf"), "must be a finite number, such as 1e-4", "finite")
 DATE = Rule(
   is_date, "give a day as YYYY-MM-DD, or '' for the day that the run begins", 'YYYY-MM-DD or ""'
@@ -855,7 +860,8 @@ GENERATE = dict(
 )
 
 SCORE = dict(
-  input=Knob("", "JSON lines with prompt and response"),
+  input=Knob("", "JSON lines with prompt and `field`"),
+  field=Knob("response", 'field of the reply; "text" in files that task=generate writes'),
   output=Knob("", "file for the scores"),
   batch_size=Knob(16, "size of a batch", at_least(1), unit="rows"),
 )
@@ -1064,6 +1070,12 @@ PLAN = dict(
     "padded input of the reward model; 0: prompt and response together",
     at_least(0),
     unit="tokens",
+  ),
+  lengths=Knob(
+    (),
+    "lengths of responses as shares of rollout.max_new_tokens, each as likely as the others, by "
+    "which the work of packing and halvings is counted; (): all are as long as they may be",
+    LENGTHS,
   ),
   compile=Knob(True, "False: only count, which takes seconds and needs no compiler"),
   layers=Knob(0, "most layers of each model, for a quick look; 0: all", at_least(0)),

@@ -103,7 +103,7 @@ class States(NamedTuple):
   """Hidden states of one kind over a batch of trajectories."""
 
   hidden: jax.Array  # [B, S, D]
-  mask: jax.Array  # bool[B, S], True on real tokens
+  mask: jax.Array  # bool[B, S], True on real tokens, of the prompt and of the response
 
 
 def feed_back(

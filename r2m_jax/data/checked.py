@@ -4,6 +4,7 @@ too many refused.
 
 import collections
 import hashlib
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -85,7 +86,7 @@ class BadRows:
     if bad > max_share * self.read:
       raise DataError(
         f"{self.summary()}: more than config.data.max_bad_share = {max_share:g}; mend the data, or "
-        "allow more"
+        f"allow as many: --config.data.max_bad_share={math.ceil(100 * bad / self.read) / 100:g}"
       )
     if bad == self.read:
       raise DataError(f"{self.name} holds no rows; name data that has some")

@@ -11,12 +11,15 @@ from typing import Any
 from r2m_jax.data.files import BadRow, DataError, read_file
 
 
-def read_rows(path: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+def read_rows(path: str, fields: tuple[str, ...], hint: str = "") -> list[dict[str, Any]]:
   """All rows of a file that `files.read_file` reads, checked.
 
   `prompt` may be text or a list of messages, every other field in `fields` is text. `truncated` is
   true or false if a row has it. A row may have `turns`, the user's messages of a conversation, in
   place of `prompt`, which then is the first of them.
+
+  Args:
+    hint: what else a refusal of a field advises.
 
   Raises:
     DataError: there is no such file, or a row is broken, lacks a field or has one of another type.
@@ -45,6 +48,7 @@ def read_rows(path: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
         kind = "text or a list of messages" if field == "prompt" else "text"
         raise DataError(
           f"{record.where} needs {field!r} as {kind}; it has {', '.join(row) or 'nothing'}; add it"
+          f"{hint if field != 'prompt' else ''}"
         )
     if not isinstance(row.get("truncated", False), bool):
       raise DataError(

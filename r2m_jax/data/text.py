@@ -307,11 +307,16 @@ class Tokenizer:
       return f"{i} {self.hf.convert_ids_to_tokens(i)!r}"
 
     bos = "none" if self.hf.bos_token_id is None else name(self.hf.bos_token_id)
+    as_it_is = (
+      "\nnote     prompts of text are taken as they are, without the chat template; for a model that "
+      'answers in chats give {"prompt": [{"role": "user", "content": ...}]}'
+    )
     return (
       f"tokens   {self.source}: bos {bos}, ends at "
       f"{', '.join(map(name, self.eos_ids)) or 'nothing'}, "
       f"pad {name(self.pad_id)}, {'a' if self.has_template else 'no'} chat template\n"
       f"sample   {len(ids)} tokens: {self.hf.decode(ids)!r}"
+      f"{as_it_is if self.has_template and isinstance(prompt, str) else ''}"
     )
 
 

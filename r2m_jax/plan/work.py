@@ -4,8 +4,8 @@ A multiply-add is two FLOPs. Matrix products alone are counted, with what the pr
 computes: attention over the full square of positions (masks hide, they do not save) unless a kernel
 leaves masked blocks out, a prompt once for those of its responses that go through together,
 recomputation in the backward pass, decoding over every slot of the cache unless a kernel reads what
-is there. `tests/plan/test_plan.py` holds these sums against the products in the program's own
-jaxpr.
+is there. Rows are as long as they may be unless `config.plan.lengths` gives their lengths.
+`tests/plan/test_plan.py` holds these sums against the products in the program's own jaxpr.
 """
 
 import dataclasses
@@ -20,6 +20,7 @@ from r2m_jax.models.attention import choose
 from r2m_jax.models.kernels.slots import slots_fit
 from r2m_jax.models.kernels.splash import BLOCK
 from r2m_jax.parallel.rows import dealt
+from r2m_jax.plan.lengths import Work, expected
 from r2m_jax.plan.sizes import Sizes, baseline_of, fed_states, reads_feedback
 
 ROLLOUT = ("prefill", "decode")
@@ -88,15 +89,17 @@ def cache_slots(config, sizes: Sizes, platform: str) -> int:
   return sizes.rows * sizes.response_length + sizes.prompts * sizes.prompt_length
 
 
-def blocks_flops(arch: ArchConfig, rows: int, length: int, keys: float) -> float:
-  """One forward pass through all layers, no logits; every token is multiplied with so many
-  `keys`.
+def blocks_flops(
+  arch: ArchConfig, rows: float, length: int, keys: float, share: float = 1.0
+) -> float:
+  """One forward pass through all layers, no logits. A `share` of the tokens is multiplied with
+  weights; every one of them with so many `keys`.
   """
   squares = 4 * keys * arch.num_heads * arch.head_dim
-  return rows * length * arch.num_layers * (2 * layer_weights(arch) + squares)
+  return rows * length * arch.num_layers * (2 * layer_weights(arch) * share + squares)
 
 
-def logits_flops(arch: ArchConfig, positions: int) -> float:
+def logits_flops(arch: ArchConfig, positions: float) -> float:
   return 2 * positions * vocabulary(arch)
 
 
@@ -120,11 +123,13 @@ def trained_numbers(config, arch: ArchConfig) -> int:
   )
 
 
-def phases_of(config, sizes: Sizes, layout: Layout, platform: str) -> list[Phase]:
+def phases_of(
+  config, sizes: Sizes, layout: Layout, platform: str, work: Work | None = None
+) -> list[Phase]:
   """The step's phases in order; the first ones are the rollout's (`ROLLOUT`), the others
-  learn's.
+  learn's. `work` None: by config.plan.lengths.
   """
-  count = _Count(config, sizes, layout, platform)
+  count = _Count(config, sizes, layout, platform, work)
   phases = [
     count.prefill(),
     count.decode(),
@@ -138,14 +143,14 @@ def phases_of(config, sizes: Sizes, layout: Layout, platform: str) -> list[Phase
 
 
 def update_tokens(config, sizes: Sizes, layout: Layout, platform: str) -> float:
-  """Tokens of a micro-batch that go through the policy's layers on a chip."""
-  count = _Count(config, sizes, layout, platform)
+  """Most tokens of a micro-batch that go through the policy's layers on a chip."""
+  count = _Count(config, sizes, layout, platform, Work())
   spans = count.spans(sizes.arch, count.trained_rows(), sizes.length, count.trained_group)
   return sum(rows * length for rows, length, _ in spans) / count.parts / layout.shards
 
 
 class _Count:
-  def __init__(self, config, sizes: Sizes, layout: Layout, platform: str):
+  def __init__(self, config, sizes: Sizes, layout: Layout, platform: str, work: Work | None = None):
     self.config, self.sizes, self.layout = config, sizes, layout
     self.attention = {
       arch: choose(config.attention, platform, arch, config.dtype)
@@ -158,6 +163,15 @@ class _Count:
     self.again = int(
       config.remat == "full"
     )  # passes through whole layers that the backward pass makes once more
+    copies = self.copies(sizes.arch, sizes.rows, sizes.length, self.group)
+    self.work = work or expected(config, sizes, layout.shards, self.parts, copies)
+
+  def copies(self, arch: ArchConfig, rows: int, length: int, group: int) -> int:
+    """How many of `group` neighbours with one prompt go through the layers with it once."""
+    if self.attention[arch] == "splash" and self.kernel(arch, length):
+      return 1
+    of_device, left = divmod(rows, self.parts * self.layout.shards)
+    return 1 if left else math.gcd(group, of_device)
 
   def spans(
     self, arch: ArchConfig, rows: int, length: int, group: int = 1
@@ -165,20 +179,21 @@ class _Count:
     """(rows, tokens of each, keys that these are multiplied with) of a pass over whole rows,
     `group` neighbours with one prompt. A kernel that leaves out masked blocks takes half the
     square."""
-    fused, shards = self.kernel(arch, length), self.layout.shards
+    fused = self.kernel(arch, length)
 
     def own(length):
       return length / 2 if fused else length
 
-    copies = 1 if rows % (self.parts * shards) else math.gcd(group, rows // (self.parts * shards))
-    if copies == 1 or fused and self.attention[arch] == "splash":
+    copies = self.copies(arch, rows, length, group)
+    if copies == 1:
       return [(rows, length, own(length))]
     prompt, response = self.sizes.prompt_length, self.sizes.response_length
     return [(rows / copies, prompt, own(prompt)), (rows, response, prompt + own(response))]
 
   def blocks(self, arch: ArchConfig, rows: int, length: int, group: int = 1) -> float:
-    """FLOPs of a forward pass over whole rows."""
-    return sum(blocks_flops(arch, *span) for span in self.spans(arch, rows, length, group))
+    """FLOPs of a forward pass over whole rows, packed."""
+    share = self.work.share
+    return sum(blocks_flops(arch, *span, share) for span in self.spans(arch, rows, length, group))
 
   def squares_again(self, arch: ArchConfig, rows: int, length: int) -> float:
     """FLOPs of attention that the backward pass of an update makes once more where products with
@@ -188,15 +203,15 @@ class _Count:
       return 0.0
     group, weights = self.trained_group, 2 * arch.num_layers * layer_weights(arch)
     tokens = sum(rows * length for rows, length, _ in self.spans(arch, rows, length, group))
-    return self.blocks(arch, rows, length, group) - weights * tokens
+    return self.blocks(arch, rows, length, group) - weights * tokens * self.work.share
 
   def kernel(self, arch: ArchConfig, length: int) -> bool:
     """Whether rows of this length go through the kernel."""
     return self.attention[arch] == "cudnn" or self.attention[arch] == "splash" and length >= BLOCK
 
-  def pass_bytes(self, arch: ArchConfig, spans, parts: int) -> float:
+  def pass_bytes(self, arch: ArchConfig, spans, parts: int, share: float = 1.0) -> float:
     """Memory traffic of one forward pass on a chip: weights once a part, every product's input
-    and output once.
+    and output once, for a `share` of the tokens.
     """
     tensor = self.layout.tensor
     heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
@@ -209,7 +224,8 @@ class _Count:
       return 0 if self.kernel(arch, length) else 3 * 4 * arch.num_heads * keys
 
     moved = sum(
-      rows * length * (streams * self.width + squares(length, keys)) for rows, length, keys in spans
+      rows * length * (streams * self.width * share + squares(length, keys))
+      for rows, length, keys in spans
     )
     weights = parts * arch.num_layers * layer_weights(arch) * self.width / tensor
     return weights + moved * arch.num_layers / self.layout.shards / tensor
@@ -266,28 +282,31 @@ class _Count:
 
   def prefill(self) -> Phase:
     s, arch, waves = self.sizes, self.sizes.arch, self.config.rollout.waves
+    spans = self.spans(arch, s.prompts, s.prompt_length)
+    blocks = sum(blocks_flops(arch, *span) for span in spans)
     spans = [(s.prompts, s.prompt_length, s.prompt_length)]
     return Phase(
       "prefill",
-      self.blocks(arch, s.prompts, s.prompt_length) + logits_flops(arch, s.rows),
+      blocks + logits_flops(arch, s.rows),
       self.pass_bytes(arch, spans, waves) + self.logit_bytes(arch, s.rows, waves),
       self.gathered(arch, waves) + self.reduced(arch, spans, 1),
     )
 
   def decode(self) -> Phase:
     s, arch, waves = self.sizes, self.sizes.arch, self.config.rollout.waves
-    tokens = s.response_length - 1  # the first one comes with the prefill
+    tokens = s.response_length * self.work.longest - 1  # the first one comes with the prefill
+    rows = s.rows * self.work.alive
     # on the average of all tokens half of the response is there; only a kernel leaves the other
     # half alone
-    unread = s.response_length / 2 if self.in_slots else 0
+    unread = s.response_length * (1 - self.work.longest / 2) if self.in_slots else 0
     cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * self.width / self.layout.chips
-    cache *= self.slots - s.rows * unread
-    layers = self.pass_bytes(arch, [(s.rows, 1, s.length)], waves)
-    logits = self.logit_bytes(arch, 3 * s.rows, waves)
+    cache *= (self.slots - s.rows * unread) * self.work.alive
+    layers = self.pass_bytes(arch, [(rows, 1, s.length)], waves)
+    logits = self.logit_bytes(arch, 3 * rows, waves)
     one = layers / self.layout.fsdp + logits + cache
     return Phase(
       "decode",
-      tokens * (blocks_flops(arch, s.rows, 1, s.length - unread) + logits_flops(arch, s.rows)),
+      tokens * (blocks_flops(arch, rows, 1, s.length - unread) + logits_flops(arch, rows)),
       tokens * one,
       tokens * self.decode_links(),
     )
@@ -298,6 +317,7 @@ class _Count:
     """
     arch, layout = self.sizes.arch, self.layout
     rows, fsdp, tensor = self.sizes.rows / layout.data, layout.fsdp, layout.tensor
+    rows *= self.work.alive
     heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     wide = (heads + 2 * kv + (2 if arch.gated_mlp else 1) * arch.intermediate_size) / tensor
     over_fsdp = (
@@ -309,13 +329,15 @@ class _Count:
     return rows * (over_fsdp + over_tensor)
 
   def feedback(self, name: str) -> Phase:
-    s, arch, positions = self.sizes, self.sizes.arch, self.sizes.rows * self.sizes.response_length
+    s, arch, share = self.sizes, self.sizes.arch, self.work.share
+    positions = s.rows * s.response_length * share
     spans = self.spans(arch, s.rows, s.length, self.group)
     return Phase(
       name,
       self.blocks(arch, s.rows, s.length, self.group) + logits_flops(arch, positions),
-      self.pass_bytes(arch, spans, self.parts) + self.logit_bytes(arch, positions, self.parts),
-      self.gathered(arch, self.parts) + self.reduced(arch, spans, 1),
+      self.pass_bytes(arch, spans, self.parts, share)
+      + self.logit_bytes(arch, positions, self.parts),
+      self.gathered(arch, self.parts) + self.reduced(arch, spans, share),
     )
 
   def backbone(self) -> Phase:
@@ -325,8 +347,8 @@ class _Count:
     return Phase(
       "reward backbone",
       self.blocks(arch, s.rows, s.reward_length, group),
-      self.pass_bytes(arch, spans, self.parts),
-      self.gathered(arch, self.parts, logits=False) + self.reduced(arch, spans, 1),
+      self.pass_bytes(arch, spans, self.parts, self.work.share),
+      self.gathered(arch, self.parts, logits=False) + self.reduced(arch, spans, self.work.share),
     )
 
   def trained_rows(self) -> int:
@@ -337,7 +359,8 @@ class _Count:
     s, arch, config = self.sizes, self.sizes.arch, self.config
     rows, epochs, parts = self.trained_rows(), config.ppo.epochs, self.parts
     chunked = 0 < config.logits_chunk < s.response_length * arch.vocab_size
-    positions = rows * s.response_length
+    share = self.work.share
+    positions = rows * s.response_length * share
     # forward, twice as much backward, and once more what the backward pass computes again: all but
     # a layer's last sums
     last = (
@@ -349,7 +372,8 @@ class _Count:
     backward = 1 if config.lora.rank else 2
     spans = self.spans(arch, rows, s.length, self.trained_group)
     layers = self.blocks(arch, rows, s.length, self.trained_group) * (1 + backward + self.again)
-    layers -= self.again * sum(rows * length for rows, length, _ in spans) * arch.num_layers * last
+    tokens = share * sum(rows * length for rows, length, _ in spans)
+    layers -= self.again * tokens * arch.num_layers * last
     layers += self.squares_again(arch, rows, s.length)
     logits = logits_flops(arch, positions) * (1 + backward + chunked)
     if kl_estimator(config, arch.vocab_size) == "exact":
@@ -371,17 +395,21 @@ class _Count:
       epochs * (layers + logits),
       epochs
       * (
-        (3 + self.again) * self.pass_bytes(arch, spans, parts)
+        (3 + self.again) * self.pass_bytes(arch, spans, parts, share)
         + (3 + chunked) * self.logit_bytes(arch, positions, parts)
         + config.ppo.minibatches * adam
       ),
       epochs
-      * (self.gathered(arch, 2 * parts) + reduction + self.reduced(arch, spans, 3 + self.again)),
+      * (
+        self.gathered(arch, 2 * parts)
+        + reduction
+        + self.reduced(arch, spans, share * (3 + self.again))
+      ),
     )
 
   def critic(self) -> Phase:
     """PPO's: one pass for the old values, epochs of updates."""
-    s, config, rows = self.sizes, self.config, self.trained_rows()
+    s, config, rows, share = self.sizes, self.config, self.trained_rows(), self.work.share
     arch = s.reward_arch if config.critic.init == "reward" else s.arch
     groups = {config.rollout.group_size: 1}  # of the neighbours with one prompt: passes
     groups[self.trained_group] = groups.get(self.trained_group, 0) + config.ppo.epochs * (
@@ -393,9 +421,11 @@ class _Count:
       "critic",
       sum(n * (self.blocks(arch, rows, s.length, group) + head) for group, n in groups.items())
       + config.ppo.epochs * self.squares_again(arch, rows, s.length),
-      sum(n * self.pass_bytes(arch, spans[group], self.parts) for group, n in groups.items()),
+      sum(
+        n * self.pass_bytes(arch, spans[group], self.parts, share) for group, n in groups.items()
+      ),
       self.gathered(arch, self.parts * (1 + 3 * config.ppo.epochs), logits=False)
-      + sum(self.reduced(arch, spans[group], n) for group, n in groups.items()),
+      + sum(self.reduced(arch, spans[group], n * share) for group, n in groups.items()),
     )
 
   def reward_head(self) -> Phase:

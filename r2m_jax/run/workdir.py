@@ -80,6 +80,7 @@ LAYOUT = (
   Entry("sft_samples.jsonl", "samples of the supervised policy", "task=lab_text"),
   Entry("reward_models.json", "accuracy of the reward models", "task=lab_text"),
 )
+AT_START = ("config.json", lock.LOCK, log.LOG)  # what `claim` itself leaves
 TAKEN_OVER = tuple(entry.name for entry in LAYOUT if entry.forked)
 
 
@@ -133,12 +134,13 @@ def claim_alone(config, workdir: Path, shared: bool) -> None:
   new = json.loads(config.to_json())
   old = Path(config.checkpoint.fork_from).expanduser() if config.checkpoint.fork_from else None
   try:
-    if path.exists():
+    begun = path.exists() and is_begun(workdir)
+    if begun:
       require_same_config(path, new)
     elif old:
       require_new(old, workdir)
     lock.take(workdir, shared=shared)
-    if old and not path.exists():
+    if old and not begun:
       take_over(old, workdir, new)
     write_atomic(path, json.dumps(new, indent=2))
     log.begin(workdir)
@@ -148,6 +150,13 @@ def claim_alone(config, workdir: Path, shared: bool) -> None:
     raise ConfigError(
       f"--workdir={workdir} cannot be used: {error}; give one that can be written"
     ) from None
+
+
+def is_begun(workdir: Path) -> bool:
+  """Whether a run has left anything in its workdir. One that was refused at its start has not: it
+  may be corrected and started again.
+  """
+  return any(path.name not in AT_START for path in workdir.iterdir())
 
 
 def require_same_config(path: Path, new: dict) -> None:
@@ -198,7 +207,7 @@ def require_new(old: Path, workdir: Path) -> None:
       f"config.checkpoint.fork_from is {str(old)!r}: there is no config.json, so no run to start "
       "from; give the workdir of a run"
     )
-  if workdir.exists() and any(path.name != lock.LOCK for path in workdir.iterdir()):
+  if workdir.exists() and is_begun(workdir):
     raise ConfigError(f"--workdir={workdir} is not empty: a fork needs a new one; name another")
   if workdir.resolve().is_relative_to(old.resolve()):
     raise ConfigError(

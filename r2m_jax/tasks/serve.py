@@ -235,12 +235,17 @@ def make_draw(config, policy: Policy, mesh, turn: int) -> Callable:
 
 
 def run_score(config) -> None:
-  """Reads rows with `prompt` and `response` (and `truncated`, if given); writes them with
+  """Reads rows with `prompt` and config.score.field (and `truncated`, if given); writes them with
   `score`, in their order.
   """
   settings, mesh = config.score, mesh_of(config)
+  field = settings.field
   check_output(settings.output, "config.score.output")
-  rows = read_rows(settings.input, ("prompt", "response"))
+  hint = (
+    ", or name the field of the replies as config.score.field ('text' in files of task=generate)"
+  )
+  given = read_rows(settings.input, ("prompt", field), hint)
+  rows = [row | {"response": row[field]} for row in given]
   reward = load_reward(config.reward.path, config, mesh)
   policy = policy_read_by(config, reward, mesh, f"config.reward.path is {config.reward.path}")
   print(
@@ -255,7 +260,7 @@ def run_score(config) -> None:
 
   def write():
     return str(
-      write_rows(settings.output, [row | {"score": float(s)} for row, s in zip(rows, scores)])
+      write_rows(settings.output, [row | {"score": float(s)} for row, s in zip(given, scores)])
     )
 
   file = hosts.on_first(write)

@@ -217,6 +217,7 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
   assert "100 rows read, 3 bad; 2 broken JSON, first" in message and f"{path}:98:" in message
   assert f"1 empty field, first {path}:100: 'prompt' is empty" in message
   assert "more than config.data.max_bad_share = 0.01" in message and "\n" not in message
+  assert message.endswith("--config.data.max_bad_share=0.03")
   assert len(load(data(path, max_bad_share=0.03), "pair")) == 97
   lines(path, [GOOD] * 99 + [b"{\n"])  # exactly the share
   assert len(load(data(path), "pair")) == 99

@@ -25,10 +25,11 @@ from r2m_jax.parallel import sharding
 from r2m_jax.parallel.chips import GIB, GPUS, TPUS, parse_topology, slices_of
 from r2m_jax.plan import hlo, memory, programs, report
 from r2m_jax.plan import plan as planning
+from r2m_jax.plan.lengths import Work, expected
 from r2m_jax.plan.sizes import ARCHS, sizes_of
 from r2m_jax.plan.work import ROLLOUT, Layout, phases_of
 from r2m_jax.run import build
-from r2m_jax.step import make_learn, make_rollout
+from r2m_jax.step import make_learn_at, make_rollout
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAPER = {
@@ -67,16 +68,18 @@ def jaxprs_in(value):
   return [j for x in value for j in jaxprs_in(x)] if isinstance(value, (tuple, list)) else []
 
 
-def counted_and_real(config) -> dict[str, tuple[float, float]]:
-  """{program: (FLOPs by the count, FLOPs of the products in its jaxpr)}."""
+def counted_and_real(config, share: float = 1.0) -> dict[str, tuple[float, float]]:
+  """{program: (FLOPs by the count, FLOPs of the products in its jaxpr)}, learning for a `share` of
+  its places.
+  """
   sizes = sizes_of(config)
   mesh = sharding.make_mesh((1, 1, 1))
   built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
   state = programs.abstract_state(config, built)
   prompts, judged = programs.arguments(config, sizes, built)
   rollout = jax.make_jaxpr(make_rollout(built.defs, config, mesh, (1,), 0))(state, prompts)
-  learn = jax.make_jaxpr(make_learn(built.defs, config, mesh))(state, *judged)
-  phases = phases_of(config, sizes, Layout(1, 1, 1), "cpu")
+  learn = jax.make_jaxpr(make_learn_at(share, built.defs, config))(state, *judged)
+  phases = phases_of(config, sizes, Layout(1, 1, 1), "cpu", Work(share))
 
   def count(inside):
     return sum(phase.flops for phase in phases if (phase.name in ROLLOUT) == inside)
@@ -111,6 +114,33 @@ def counted_and_real(config) -> dict[str, tuple[float, float]]:
 def test_counted_flops_are_the_programs_products(changes):
   for program, (counted, real) in counted_and_real(small.config(**changes)).items():
     assert counted == pytest.approx(real, rel=0.02), program
+
+
+@pytest.mark.parametrize("changes", [{}, dict(remat="full"), dict(algorithm="ppo")], ids=str)
+def test_counted_flops_of_packed_programs(changes):
+  whole, packed = (counted_and_real(small.config(**changes), share) for share in (1.0, 0.5))
+  counted, real = packed["learn"]
+  assert counted == pytest.approx(real, rel=0.02)
+  assert counted < 0.8 * whole["learn"][0]
+
+
+def test_the_work_of_a_plan_follows_its_lengths():
+  """Against the rules of the step on drawn lengths: equal lengths need one share exactly."""
+  config = small.config(rollout__halvings=1, packing=(0.3, 0.6, 1.0))
+  sizes = sizes_of(config)
+  assert expected(config, sizes, 1, 1, 2) == Work()
+  config.plan.lengths = (0.5,)
+  work = expected(config, sizes, 1, 1, 2)
+  longest = round(0.5 * sizes.response_length)
+  need = (sizes.prompt_length + 2 * longest) / (sizes.prompt_length + 2 * sizes.response_length)
+  assert work.share == min(share for share in config.packing if share >= need)
+  assert (work.longest, work.alive) == (longest / sizes.response_length, 1.0)
+  config.plan.lengths = (0.1, 1.0)
+  work = expected(config, sizes, 1, 1, 2)
+  assert work.longest > 0.9 and 0.5 < work.alive < 1.0
+  full = phases_of(config, sizes, Layout(1, 1, 1), "cpu", Work())
+  less = phases_of(config, sizes, Layout(1, 1, 1), "cpu")
+  assert sum(phase.flops for phase in less) < sum(phase.flops for phase in full)
 
 
 # ---- collectives ----

@@ -124,10 +124,19 @@ def test_a_refused_workdir_gets_no_log(tmp_path, monkeypatch):
   tee(monkeypatch)
   other = quickstart.get_config("test")
   other.kl.beta = 0.5
+  (tmp_path / "metrics.jsonl").write_text("")
   with pytest.raises(ConfigError, match="holds a run of another config"):
     workdir.claim(other, tmp_path)
   print("error: refused")
   assert (tmp_path / log.LOG).read_bytes() == before
+
+
+def test_a_start_that_left_nothing_may_be_corrected(tmp_path):
+  claim(tmp_path)
+  other = quickstart.get_config("test")
+  other.kl.beta = 0.5
+  workdir.claim(other, tmp_path)
+  assert json.loads((tmp_path / "config.json").read_text())["kl"]["beta"] == 0.5
 
 
 def test_a_log_that_cannot_be_written_ends_and_the_run_goes_on(tmp_path, monkeypatch):

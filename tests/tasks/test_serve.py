@@ -200,16 +200,19 @@ def test_scores_are_those_of_transformers(case, kind, tmp_path):
     *SCORED,
     *([{"prompt": ASK, "response": "Water.", "truncated": True}] if kind == "llama3" else []),
   ]
+  field = "text" if kind == "llama3" else "response"  # "text" is what task=generate writes
+  given = [{field if k == "response" else k: v for k, v in row.items()} for row in rows]
   cfg = config(
     task="score",
     reward__path=str(tmp_path / "reward"),
-    score__input=write(tmp_path / "in.jsonl", rows),
+    score__input=write(tmp_path / "in.jsonl", given),
+    score__field=field,
     score__output=str(tmp_path / "out.jsonl"),
     score__batch_size=3,
   )
   serve.run(cfg)
   got = read(cfg.score.output)
-  assert [{k: v for k, v in row.items() if k != "score"} for row in got] == rows
+  assert [{k: v for k, v in row.items() if k != "score"} for row in got] == given
 
   def by_hand(row):
     if kind == "plain":

@@ -104,6 +104,11 @@ def _attend_local(first, own, q, k, v, cache, prompt, *, scale: float, interpret
   return y[:, :, None], tuple(cache)
 
 
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
+  """a @ b of two matrices, summed in float32."""
+  return jax.lax.dot(a, b, preferred_element_type=jnp.float32)
+
+
 def slots_kernel(first, own, heads, *refs, scale: float):
   """A row and a key head: first and own i32[1], heads [H + 2 KV, Dh], then keys and values of a
   prompt [Sp, Dh], if there is one, those of the row before [S, Dh], y [H, Dh], and those of the
@@ -131,11 +136,11 @@ def slots_kernel(first, own, heads, *refs, scale: float):
       def part(x):
         return triton.load(x.at[pl.ds(i * SLOTS, SLOTS), :], mask=(at < len(x))[:, None], other=0.0)
 
-      logits = triton.dot(q, part(keys).T) * scale
+      logits = product(q, part(keys).T) * scale
       logits = jnp.where(((at >= low) & (at < high))[None], logits, -jnp.inf)
       new = jnp.maximum(top, logits.max(-1))
       shrink, weights = jnp.exp(top - new), jnp.exp(logits - new[:, None])
-      of_part = triton.dot(weights.astype(v.dtype), part(values))
+      of_part = product(weights.astype(v.dtype), part(values))
       return new, shrink * mass + weights.sum(-1), shrink[:, None] * mean + of_part
 
     return jax.lax.fori_loop(low // SLOTS, pl.cdiv(high, SLOTS), add, carry)

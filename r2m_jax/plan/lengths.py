@@ -1,0 +1,54 @@
+"""What packing and halvings leave of a step's padded places, from a distribution of lengths.
+
+How long responses are is known only from a run. `config.plan.lengths` stands for it: lengths as
+shares of the limit, each as likely as the others. A few steps are drawn with a fixed seed, and the
+rules of the step are applied to them: `algorithm.packed` for learning, `models.generate` for
+decoding.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from r2m_jax.algorithm.packed import smallest
+from r2m_jax.models.generate import decoded_places
+from r2m_jax.plan.sizes import Sizes
+
+STEPS = 32  # drawn
+
+
+class Work(NamedTuple):
+  """Means over steps. The default is a step whose responses are all as long as they may be."""
+
+  share: float = 1.0  # of the padded places that learning computes
+  longest: float = 1.0  # tokens until the last row has ended, as a share of the limit
+  alive: float = 1.0  # of the rows that are decoded, until then
+
+
+def expected(config, sizes: Sizes, shards: int, parts: int, copies: int) -> Work:
+  """The work of a step if its rows are packed in `parts` on each of `shards` devices, `copies` of
+  them after their prompt. Prompts are as long as they may be.
+  """
+  if not config.plan.lengths:
+    return Work()
+  rng = np.random.default_rng(0)
+  limit, rows = sizes.response_length, sizes.rows
+  shares = np.asarray(config.plan.lengths, float)
+  found = []
+  for _ in range(STEPS):
+    lengths = np.maximum(1, np.rint(limit * rng.choice(shares, rows))).astype(int)
+    longest = int(lengths.max())
+    device = lengths[: rows // shards]
+    decoded = decoded_places(device, limit, config.rollout.halvings) / (len(device) * longest)
+    share = learned(config, sizes, lengths, shards * parts, copies)
+    found.append((share, longest / limit, decoded))
+  return Work(*map(float, np.mean(found, 0)))
+
+
+def learned(config, sizes: Sizes, lengths: np.ndarray, blocks: int, copies: int) -> float:
+  """The share of config.packing that the fullest of `blocks` of rows needs."""
+  blocks = blocks if len(lengths) % blocks == 0 else 1
+  prompts, response = sizes.prompt_length / copies, sizes.response_length
+  full = lengths.reshape(blocks, -1).mean(1).max()
+  need = max(full / response, (prompts + full) / (prompts + response))
+  return config.packing[smallest(config.packing, need)]
