@@ -317,7 +317,8 @@ def test_a_cell_is_the_mean_of_the_differences_of_its_seeds(columns):
 def test_a_killed_run_leaves_the_rows_of_an_unbroken_one(tmp_path, monkeypatch):
   config = offline.settings(quickstart.get_config("test"))
   config.steps, config.policy.lr, config.log.checkpoint_every = 6, 3e-3, 2
-  targets, whole, broken = (0.001, 0.02), tmp_path / "whole", tmp_path / "broken"
+  # no seed passes the last one: all steps are run
+  targets, whole, broken = (0.001, 0.2, 100.0), tmp_path / "whole", tmp_path / "broken"
   monkeypatch.setattr(offline, "FRESH_PROMPTS", 8)
   monkeypatch.setattr(offline, "SCORED_PROMPTS", 4)
   monkeypatch.setattr(offline, "ROWS", 64)
