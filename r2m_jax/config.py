@@ -288,6 +288,12 @@ def check_sizes(config: ConfigDict) -> None:
     )
   need(
     config,
+    config.reward.contrast < config.reward.pairs,
+    "reward.contrast",
+    "must be below reward.pairs: each contrast needs another prompt",
+  )
+  need(
+    config,
     config.variant != "shuffled" or config.rollout.prompts > 1,
     "rollout.prompts",
     "variant shuffled needs two; give 2 or more, or choose another variant",
@@ -519,6 +525,12 @@ def check_folder_run(config: ConfigDict) -> None:
     config.reward.ensemble == 1,
     "reward.ensemble",
     "a folder's reward model has one score head; give 1",
+  )
+  need(
+    config,
+    config.reward.contrast == 0,
+    "reward.contrast",
+    "contrast pairs are made on the gold-reward task alone; give 0, and put such pairs in the data",
   )
   if config.task != "r2m":
     return

@@ -789,6 +789,13 @@ REWARD = dict(
   ),
   choice_temperature=Knob(0.3, "T in P(a is preferred) = sigmoid((gold_a - gold_b) / T)", above(0)),
   label_flip=Knob(0.2, "fraction of labels that are then flipped", within("[0, 1]")),
+  contrast=Knob(
+    0,
+    "pairs added for each training pair of the gold-reward task: its preferred response beats one "
+    "to another prompt, under its own prompt",
+    at_least(0),
+    unit="pairs",
+  ),
   heldout_pairs=Knob(512, "held-out pairs with clean labels, to measure accuracy", at_least(1)),
   ensemble=Knob(
     1, "score heads on the one backbone, each fitted on a bootstrap of the pairs", at_least(1)

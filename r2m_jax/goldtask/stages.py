@@ -112,7 +112,8 @@ def reward_job(config, built: Build, policy) -> Job:
   An ensemble's heads see each pair with a weight of their own (the Bayesian bootstrap).
   """
   start = init_reward_model(config, built, policy, jax.random.key(config.seed))
-  return pairs_job("reward", config, built, start, noisy_preferences(config, built, policy))
+  train = noisy_preferences(config, built, policy)
+  return pairs_job("reward", config, built, start, with_contrast(train, config.reward.contrast))
 
 
 def golden_job(config, built: Build, policy, reward) -> Job:
@@ -162,6 +163,34 @@ def noisy_preferences(config, built: Build, policy) -> dict[str, np.ndarray]:
     *train["gold"].T, config.seed, temperature=settings.choice_temperature, flip=settings.label_flip
   )
   return train
+
+
+def contrast_pairs(train: dict[str, np.ndarray], shift: int) -> dict[str, np.ndarray]:
+  """Each pair's preferred response against that of the pair `shift` further on, both under the
+  first pair's prompt. The first of the two wins: it was written for this prompt.
+
+  Pairs as of `noisy_preferences`; every prompt is `goldtask.PROMPT_LENGTH` tokens long.
+  """
+  rows = np.arange(len(train["tokens"]))
+  better = np.where(train["a_wins"], 0, 1)
+
+  def against_other(name):
+    own = train[name][rows, better]
+    other = np.roll(own, -shift, 0)
+    other[:, : goldtask.PROMPT_LENGTH] = own[:, : goldtask.PROMPT_LENGTH]
+    return np.stack([own, other], 1)
+
+  pairs = {name: against_other(name) for name in ("tokens", "mask")}
+  return pairs | {"a_wins": np.ones(len(rows), bool)}
+
+
+def with_contrast(train: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
+  """`train` and `count` contrast pairs for each of its pairs, as in RRM (arXiv 2409.13156). Their
+  labels are true for free, and they teach the reward model to read the prompt."""
+  if not count:
+    return train
+  parts = [train, *(contrast_pairs(train, shift) for shift in range(1, count + 1))]
+  return {name: np.concatenate([part[name] for part in parts]) for name in parts[1]}
 
 
 def ordered(train: dict[str, np.ndarray], rows) -> dict[str, np.ndarray]:
