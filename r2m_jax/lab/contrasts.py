@@ -147,7 +147,7 @@ def arm_cells(name: str, arm: HeldArm) -> list[str]:
   return [
     name,
     str(len(arm.seeds)),
-    number(arm.target, 1),
+    f"{arm.target:g}",
     number(arm.kl.mean(), 2),
     f"{arm.off:+.3f}",
     "yes" if abs(arm.off) < ACCEPTED else "no",

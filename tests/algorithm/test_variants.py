@@ -502,10 +502,8 @@ def test_a_held_kl_comes_to_its_target_from_above_and_from_below(start):
 
 def test_the_kl_of_a_small_task_is_held_and_a_restored_run_goes_the_same_way(tmp_path):
   """GRPO on random models. A checkpoint of the middle leads to the same bits, beta included."""
-  target, steps = 1.0, 80
-  cfg = small.config(
-    algorithm="grpo", kl__controller="held", kl__target=target, kl__beta=0.3, kl__damping=2.0
-  )
+  target, steps = 1.0, 120
+  cfg = small.config(algorithm="grpo", kl__controller="held", kl__target=target, kl__beta=0.3)
   cfg.policy.lr, cfg.steps = 3e-3, steps
   built, state = small.start(cfg)
   step, kls = small.step_of(cfg, built, state), []
@@ -516,7 +514,7 @@ def test_the_kl_of_a_small_task_is_held_and_a_restored_run_goes_the_same_way(tmp
       checkpoint.wait(kept)
     state, out = step(state, small.prompts(cfg, t))
     kls.append(float(out.metrics["kl"]))
-  assert abs(np.mean(kls[-30:]) / target - 1) < 0.1
+  assert abs(np.mean(kls[-30:]) / target - 1) < 0.15  # 32 samples a step
   again = checkpoint.restore(kept, small.start(cfg)[1])
   for t in range(steps // 2, steps):
     again, _ = step(again, small.prompts(cfg, t))
