@@ -89,6 +89,8 @@ LAYOUT = (
   Entry("sft/", "workdir of the supervised policy", "task=lab_notes"),
   Entry("held_out_pairs.jsonl", "pairs that measure the proxies", "task=lab_notes"),
   Entry("reward_models.json", "accuracy of the reward models", "task=lab_text"),
+  Entry("policies/", "each seed's policy at its KL targets", "benchmarks.offline"),
+  Entry("rows/", "samples of these policies, and what their rewards read", "benchmarks.offline"),
 )
 AT_START = ("config.json", lock.LOCK, log.LOG)  # what `claim` itself leaves
 TAKEN_OVER = tuple(entry.name for entry in LAYOUT if entry.forked)

@@ -620,7 +620,8 @@ def test_a_mesh_may_take_a_part_of_an_axis_of_the_torus():
 
 
 @needs_tpu_compiler
-@pytest.mark.parametrize("topology", ["v5e:2x2", pytest.param("v5p:2x2x1", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
 def test_tpu_plan_of_full_widths(tmp_path, topology):
   """Two layers of the 3B policy and of the 8B reward model, by the real compiler."""
   done, plans = plan(

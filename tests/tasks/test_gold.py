@@ -141,6 +141,7 @@ def test_claim_shows_what_differs(tmp_path):
   workdirs.claim(cfg, tmp_path)
   assert json.loads((tmp_path / "config.json").read_text())["steps"] == cfg.steps
   cfg.r2m.alpha = 0.9
+  (tmp_path / "metrics.jsonl").write_text("")  # something is in it
   with pytest.raises(ConfigError, match=r"config\.r2m\.alpha: 0\.3 -> 0\.9"):
     workdirs.claim(cfg, tmp_path)
 

@@ -102,6 +102,7 @@ def test_a_served_model_trains_as_the_same_model_in_the_run(models, tmp_path):
       assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-5), name
 
 
+@pytest.mark.long
 def test_a_broken_run_with_remax_asks_for_nothing_twice(models, tmp_path):
   """The server fails in the last step. The same command ends as an unbroken run, and as one with
   the rule as a function.

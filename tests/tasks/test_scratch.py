@@ -184,7 +184,8 @@ def test_analyse_reads_held_out_pairs_and_changes_nothing(finished):
   before, settings = files(), config(root, task="analyse", analyse__prompts=20)
   found = analyse.run(settings, workdir)
   assert files() == before
-  assert list(found) == ["similarity", "differences", "dynamics", "cost", "accuracy", "ablations"]
+  pieces = ["similarity", "differences", "dynamics", "cost", "accuracy", "checks", "ablations"]
+  assert list(found) == pieces
   assert {row.labels for row in found["differences"].rows} == {
     *((name, "frozen reward") for name in ("start", "vanilla", "r2m")),
     ("r2m", "r2m reward"),
