@@ -26,15 +26,14 @@ STEP, ROOT_KL = "step", "sqrt(KL from the reference)  [√nat]"
 FIGURES = (
   (
     "1_rewards",
-    "Gold and proxy reward",
+    "Rewards over the steps",
     STEP,
-    "Over-optimisation is gold falling while the frozen proxy still rises. Dots mark each arm's "
-    "gold peak. The used "
-    "reward is what the policy is trained on; where it moves or is scaled it is not comparable "
-    "across arms.",
+    "Over-optimisation is gold, if it is measured, falling while the frozen proxy still rises. Dots "
+    "mark each arm's gold peak. The used reward is what the policy is trained on; if it moves or is "
+    "scaled it is not comparable across arms. All are means over each step's own training samples.",
     (
       ("reward/gold", "Gold reward", "gold", None),
-      ("reward/frozen", "Frozen proxy, same samples", "proxy", None),
+      ("reward/frozen", "Frozen proxy", "proxy", None),
       ("reward/used", "Used reward", "reward", None),
     ),
   ),
@@ -62,7 +61,7 @@ FIGURES = (
     "that all arms reach.",
     (
       ("reward/gold", "Gold reward", "gold", None),
-      ("reward/frozen", "Frozen proxy, same samples", "proxy", None),
+      ("reward/frozen", "Frozen proxy", "proxy", None),
     ),
   ),
   (

@@ -106,7 +106,10 @@ def _what_was_run(config):
 
 
 def _curves(workdir, rows, table, styles):
-  """A section for each figure that the rows have data for; also writes it to WORKDIR/figures."""
+  """A section for each figure that the rows have data for; also writes it to WORKDIR/figures.
+
+  The first one, of the rewards, belongs to what the run shows.
+  """
   named = [row if row["stage"] == "rl" else with_stage(row) for row in rows]
   matched = table[0]["matched_kl"] if table else None
   sections = []
@@ -116,7 +119,8 @@ def _curves(workdir, rows, table, styles):
       write_atomic(workdir / "figures" / f"{name}.png", drawn[0])
       keys = [key_of(arm, styles) for arm in arms_with(named, panels)]
       alts = described(named, x, panels)
-      sections.append(figure_section(heading, caption, drawn[1], keys, alts=alts, tab="Curves"))
+      tab = "Curves" if sections else FIRST_TAB
+      sections.append(figure_section(heading, caption, drawn[1], keys, alts=alts, tab=tab))
   return sections
 
 

@@ -99,9 +99,11 @@ def test_tabs_by_mouse_and_keyboard(page):
   page.size(1280, 800)
   page.open(page.address)
   assert visible(page, "[role=tab]") == ["Findings", "What was run", "Curves", "Samples", "Cost"]
-  assert len(visible(page, "[role=tabpanel]")) == 1 and not visible(page, "img")
+  assert len(visible(page, "[role=tabpanel]")) == 1
+  rewards = len(visible(page, "img"))
+  assert 0 < rewards <= 3  # gold, frozen proxy, used
   page.run(f"document.querySelector('{tab_of('curves')}').click()")
-  assert len(visible(page, "[role=tabpanel]")) == 1 and len(visible(page, "img")) > 3
+  assert len(visible(page, "[role=tabpanel]")) == 1 and len(visible(page, "img")) > rewards
   press(page, tab_of("curves"), "ArrowRight")
   assert page.run("document.activeElement.dataset.name") == "samples"
   assert visible(page, "#evaluations h2") == ["The same prompts at each evaluation"]
