@@ -9,12 +9,17 @@ The two may have different tokenizers.
 prompts.jsonl holds {"prompt": text or messages} rows. Ends with runs/mine/export/policy and
 runs/mine/export/reward. `--config.task=sft` (rows with response) and `--config.task=reward`
 (chosen, rejected) train the two beforehand. `--config.lora.rank=16` trains adapters only.
+
+`--config=configs/from_hf.py:test` is a first try: three steps of 4 x 4 short responses, evaluated
+before, between and after them on eight held-out prompts.
 """
 
 from r2m_jax.configs import default
 
 
-def get_config():
+def get_config(size: str = ""):
+  if size not in ("", "test"):
+    raise ValueError(f"size {size!r} is unknown; use configs/from_hf.py or configs/from_hf.py:test")
   config = default.get_config()
   config.data.name = "prompts.jsonl"  # without models a run is refused: they are what trains on it
   config.steps = 100
@@ -26,4 +31,9 @@ def get_config():
   config.r2m.attention_dim = 512
   config.sft.lr, config.sft.steps, config.sft.batch_size = 1e-5, 500, 16
   config.reward.lr, config.reward.epochs, config.reward.batch_size = 1e-5, 1, 16
+  if size == "test":
+    config.steps, config.packing = 3, (1.0,)
+    config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 4, 4, 32
+    config.eval.every, config.eval.prompts = 1, 8
+    config.sft.steps, config.sft.batch_size, config.reward.batch_size = 4, 4, 4
   return config
