@@ -104,11 +104,24 @@ ON_EIGHT_IN_FLOAT32 = {
 }
 
 
-def numerics(name):
-  return [pytest.mark.numerics] if name in ("remax-r2m", "remax-reference", "ppo-r2m") else []
+# each differs from one that stays by what an array holds; a minute in all
+LONG = {
+  "rloo-constant",
+  "rloo-shuffled",
+  "rloo-no_bt",
+  "rloo-matched_scale",
+  "grpo-own_states",
+  "reinforce++-iterative_head",
+  "ppo-no_gre",
+}
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=numerics(name)) for name in CASES])
+def marks(name):
+  numerics = name in ("remax-r2m", "remax-reference", "ppo-r2m")
+  return [pytest.mark.numerics] * numerics + [pytest.mark.long] * (name in LONG)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in CASES])
 def test_three_steps_on_one_device_and_on_eight(name):
   """Equal in float64. In float32 one device and, for one case of each estimator, eight follow
   float64.

@@ -66,6 +66,7 @@ def samples_of(workdir, arm, seed):
 # ---- gold stays outside ----
 
 
+@pytest.mark.long
 def test_another_gold_gives_the_same_policy(ended, tmp_path, monkeypatch):
   """To the byte, and all metrics but those of gold."""
 
@@ -164,6 +165,7 @@ def test_pairs_are_samples_of_the_policy_with_their_gold(ended):
 # ---- resuming ----
 
 
+@pytest.mark.long
 def test_a_killed_run_ends_as_the_unbroken_one(ended, tmp_path, monkeypatch, capsys):
   """Killed while gold reads the second step, then the same command again."""
   config, again, calls = settings(lab__arms=("r2m",), lab__seeds=(0,)), begun(ended, tmp_path), []

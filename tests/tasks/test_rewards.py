@@ -256,6 +256,7 @@ def test_a_function_takes_the_place_of_a_reward_model(models, tmp_path):
     folders.run(settings(models, variant="r2m"), tmp_path / "r2m", rewards=rule)
 
 
+@pytest.mark.long
 def test_a_judge_as_gold_trains_nothing(models, tmp_path):
   """Its ratings are those of the held-out samples; the steps are those of a run without it, and a
   broken evaluation goes on with what is answered.
