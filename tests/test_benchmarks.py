@@ -2,13 +2,16 @@
 
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import compile as compiling
-from benchmarks import findings, machine, workload
+from benchmarks import fair, findings, machine, workload
 from benchmarks.machine import Ticks
+from r2m_jax.configs import fair as configs_fair
+from r2m_jax.lab import contrasts
 
 TINY, WIDTH = workload.POLICIES["tiny"], 4
 
@@ -170,3 +173,13 @@ def test_the_readme_gives_the_numbers_of_the_findings():
   paragraph = next(part for part in readme.split("\n\n") if "docs/findings.md" in part)
   numbers = re.findall(r"-?\d+\.\d+ \[[^\]]*\]", " ".join(paragraph.split()))
   assert numbers and all(number in findings.read("findings") for number in numbers)
+
+
+def test_the_page_of_the_registered_test_shows_its_rows():
+  """docs/fair.md quotes what `python -m benchmarks.fair` makes of docs/lab_fair.parquet."""
+  docs = Path(__file__).parents[1] / "docs"
+  columns, _ = fair.read_table(docs / "lab_fair.parquet")
+  printed = contrasts.text(configs_fair.get_config(), fair.curves_by_arm(columns)).strip()
+  page = (docs / "fair.md").read_text(encoding="utf-8")
+  quoted = page.split("```text\n")[1].split("```")[0].strip()
+  assert quoted.startswith("Registered contrasts") and quoted == printed
