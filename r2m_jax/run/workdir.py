@@ -93,6 +93,11 @@ LAYOUT = (
   Entry("rows/", "samples of these policies, and what their rewards read", "benchmarks.offline"),
 )
 AT_START = ("config.json", lock.LOCK, log.LOG)  # what `claim` itself leaves
+FOUND_AGAIN = (
+  "r2m_renderer.json",
+  "hub.json",
+  "data_*.json",
+)  # of models and rows, before any work
 TAKEN_OVER = tuple(entry.name for entry in LAYOUT if entry.forked)
 
 
@@ -152,6 +157,9 @@ def claim_alone(config, workdir: Path, shared: bool) -> None:
     elif old:
       require_new(old, workdir)
     lock.take(workdir, shared=shared)
+    if path.exists() and not begun and fixed_difference(path, new):
+      for stale in (file for pattern in FOUND_AGAIN for file in workdir.glob(pattern)):
+        stale.unlink()
     if old and not begun:
       take_over(old, workdir, new)
     write_atomic(path, json.dumps(new, indent=2))
@@ -165,10 +173,11 @@ def claim_alone(config, workdir: Path, shared: bool) -> None:
 
 
 def is_begun(workdir: Path) -> bool:
-  """Whether a run has left anything in its workdir. One that was refused at its start has not: it
+  """Whether a run has left any work in its workdir. One that was refused at its start has not: it
   may be corrected and started again.
   """
-  return any(path.name not in AT_START for path in workdir.iterdir())
+  facts = {path for pattern in FOUND_AGAIN for path in workdir.glob(pattern)}
+  return any(path.name not in AT_START and path not in facts for path in workdir.iterdir())
 
 
 def require_same_config(path: Path, new: dict) -> None:

@@ -131,12 +131,19 @@ def test_a_refused_workdir_gets_no_log(tmp_path, monkeypatch):
   assert (tmp_path / log.LOG).read_bytes() == before
 
 
-def test_a_start_that_left_nothing_may_be_corrected(tmp_path):
+def test_a_start_that_left_no_work_may_be_corrected(tmp_path):
   claim(tmp_path)
+  for name in ("r2m_renderer.json", "data_sft.json"):  # of the models and rows that were refused
+    (tmp_path / name).write_text("{}")
   other = quickstart.get_config("test")
   other.kl.beta = 0.5
   workdir.claim(other, tmp_path)
   assert json.loads((tmp_path / "config.json").read_text())["kl"]["beta"] == 0.5
+  assert not (tmp_path / "r2m_renderer.json").exists()
+  assert not (tmp_path / "data_sft.json").exists()
+  (tmp_path / "stages").mkdir()
+  with pytest.raises(ConfigError, match="holds a run of another config"):
+    claim(tmp_path)
 
 
 def test_a_log_that_cannot_be_written_ends_and_the_run_goes_on(tmp_path, monkeypatch):
