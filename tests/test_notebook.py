@@ -131,6 +131,18 @@ def test_badge_opens_this_file(notebook):
   assert (ROOT / link.group(1)) == NOTEBOOK
 
 
+def execute(notebook, folder, monkeypatch):
+  """Runs every cell in `folder`, with this clone's library, outside of Colab."""
+  monkeypatch.setenv(
+    "PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+  )
+  monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
+  monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
+  nbclient.NotebookClient(
+    notebook, timeout=2400, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+  ).execute()
+
+
 def test_runs_at_the_smallest_size(notebook, smallest_run, tmp_path, monkeypatch):
   """In the workdir of a finished run, which the notebook's own run of the main job finds and
   reads.
@@ -138,15 +150,7 @@ def test_runs_at_the_smallest_size(notebook, smallest_run, tmp_path, monkeypatch
   workdir, _ = smallest_run
   monkeypatch.setenv("R2M_NOTEBOOK_CONFIG", "quickstart:test")
   monkeypatch.setenv("R2M_NOTEBOOK_WORKDIR", str(workdir))
-  monkeypatch.setenv(
-    "PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-  )
-  monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-  monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
-
-  nbclient.NotebookClient(
-    notebook, timeout=2400, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-  ).execute()
+  execute(notebook, tmp_path, monkeypatch)
 
   outputs = {cell.id: cell.outputs for cell in code_cells(notebook)}
   figures = [

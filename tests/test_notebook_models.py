@@ -2,12 +2,9 @@
 holds no outputs.
 """
 
-import os
-
-import nbclient
 import nbformat
 import tiny_text
-from test_notebook import ROOT, check_source, code_cells
+from test_notebook import ROOT, check_source, code_cells, execute
 
 NOTEBOOK = ROOT / "colab/bring_your_own_model.ipynb"
 # all six prompts in each step: one padded length, one program
@@ -34,17 +31,10 @@ def test_runs_on_tiny_models(tmp_path, monkeypatch):
   for name, value in settings.items():
     monkeypatch.setenv(f"R2M_NOTEBOOK_{name}", str(value))
   monkeypatch.setenv(
-    "PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-  )
-  monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-  monkeypatch.setenv(
     "XLA_FLAGS", "--xla_backend_optimization_level=0"
   )  # one device, as a reader has it
-  monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
   notebook = nbformat.read(NOTEBOOK, as_version=4)
-  nbclient.NotebookClient(
-    notebook, timeout=2400, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-  ).execute()
+  execute(notebook, tmp_path, monkeypatch)
   shown = {
     cell.id: "".join(o.text for o in cell.outputs if o.output_type == "stream")
     for cell in code_cells(notebook)

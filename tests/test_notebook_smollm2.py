@@ -2,11 +2,8 @@
 outputs.
 """
 
-import os
-
-import nbclient
 import nbformat
-from test_notebook import ROOT, check_source, code_cells
+from test_notebook import ROOT, check_source, code_cells, execute
 
 NOTEBOOK = ROOT / "colab/smollm2.ipynb"
 
@@ -21,17 +18,10 @@ def test_runs_at_the_smallest_size(tmp_path, monkeypatch):
   fewer = "--config.lab.seeds=(0,) --config.lab.arms=('vanilla','r2m')"
   monkeypatch.setenv("R2M_NOTEBOOK_OVERRIDES", fewer)
   monkeypatch.setenv(
-    "PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-  )
-  monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
-  monkeypatch.setenv(
     "XLA_FLAGS", "--xla_backend_optimization_level=0"
   )  # one device, as a reader has it
-  monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
   notebook = nbformat.read(NOTEBOOK, as_version=4)
-  nbclient.NotebookClient(
-    notebook, timeout=2400, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-  ).execute()
+  execute(notebook, tmp_path, monkeypatch)
   shown = {
     cell.id: "".join(o.text for o in cell.outputs if o.output_type == "stream")
     for cell in code_cells(notebook)
