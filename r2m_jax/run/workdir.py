@@ -151,7 +151,8 @@ def claim_alone(config, workdir: Path, shared: bool) -> None:
   new = json.loads(config.to_json())
   old = Path(config.checkpoint.fork_from).expanduser() if config.checkpoint.fork_from else None
   try:
-    begun = path.exists() and is_begun(workdir)
+    # a shared workdir may belong to a process that has only just begun
+    begun = path.exists() and (shared or is_begun(workdir))
     if begun:
       require_same_config(path, new)
     elif old:
