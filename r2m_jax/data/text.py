@@ -26,9 +26,7 @@ from r2m_jax.parallel.errors import UserError
 from r2m_jax.types import Prompts, Sequences
 
 JOINER = " "  # between prompt and response, for a reward model without a chat template
-SHORTEST = (
-  16  # tokens; padded lengths are this times a power of two, or 1.5 times that
-)
+SHORTEST = 16  # tokens; padded lengths are this times a power of two, or 1.5 times that
 CONTRACT_FORMAT = 1
 POLICY = "policy"  # key of a contract: how the policy's prompts were rendered, if a head reads it
 # Put before a template, it hides the function with which some templates write today's date.
@@ -115,9 +113,7 @@ class Tokenizer:
   suffix: tuple[
     int, ...
   ] = ()  # ids that the tokenizer itself appends to every text, such as an EOS
-  max_positions: int | None = (
-    None  # max_position_embeddings of the model, in tokens
-  )
+  max_positions: int | None = None  # max_position_embeddings of the model, in tokens
   chat: Chat = Chat()  # its template file is already in `hf`
 
   @property
@@ -126,8 +122,8 @@ class Tokenizer:
 
   @functools.cached_property
   def opening(self) -> str:
-    """What the generation prompt ends with from its `<think>` on: "<think>\\n" if an answer starts
-    within its reasoning, a whole block if it has none, "" without the tag.
+    """The end of the generation prompt from `<think>` on: "<think>\\n" if an answer starts within
+    its reasoning, an empty block if it has none, "" without the tag.
     """
     if not self.has_template:
       return ""
@@ -183,9 +179,7 @@ class Tokenizer:
     and on what the chat template adds, such as roles and its own system prompt.
     """
     ids, special = self.render(prompt), set(self.hf.all_special_ids)
-    if (
-      isinstance(prompt, str) or not self.hf.is_fast
-    ):  # only fast ones know a token's position
+    if isinstance(prompt, str) or not self.hf.is_fast:  # only fast ones know a token's position
       return [i not in special for i in ids]
     spans = self._spans(self._chat(prompt))
     if spans is None:
@@ -595,7 +589,7 @@ class Renderer:
   """
 
   tokenizer: Tokenizer
-  max_length: int = 0  # tokens; longer inputs lose their beginning: the score is read at the end. 0: no limit
+  max_length: int = 0  # tokens; longer inputs lose their beginning. 0: no limit
   strip_thinking: bool = False  # remove reasoning from the response; see `thinking`
 
   def ids(self, prompt: Prompt, response: str, *, truncated: bool = False) -> list[int]:

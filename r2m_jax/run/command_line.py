@@ -157,7 +157,7 @@ def command_line_mistake(argv: list[str], error: Exception) -> str | None:
     if "has no attribute 'get_config'" not in str(missing):
       raise
     return f"--config is {path}: the file has no function get_config"
-  except ValueError as refused:  # by get_config; absl adds its traceback, with the reason at the end
+  except ValueError as refused:  # by get_config; absl adds a traceback, reason last
     return str(refused).strip().splitlines()[-1].removeprefix("ValueError: ")
   wrong = re.match(r"flag --config\.([^=]+)=(.*?): ", str(error), re.S)
   if wrong:

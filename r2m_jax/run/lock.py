@@ -16,9 +16,7 @@ from r2m_jax.config import ConfigError
 
 LOCK = ".lock"
 
-_held: dict[
-  Path, IO
-] = {}  # by path; closing any file of a path releases its lock
+_held: dict[Path, IO] = {}  # by path; closing any file of a path releases its lock
 
 
 def take(workdir: Path, *, shared: bool = False) -> None:

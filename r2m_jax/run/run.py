@@ -20,9 +20,7 @@ PROFILE = "profile"  # folder of a trace
 class Steps(NamedTuple):
   """The functions that the loop calls, made once for the state from which it continues."""
 
-  batches: Iterator[
-    tuple
-  ]  # tuples of `step`'s arguments after the state; Prompts first
+  batches: Iterator[tuple]  # tuples of `step`'s arguments after the state; Prompts first
   # (state, *batch) -> (state, StepOutput, *seen); the state is donated, `seen` belongs to the task
   step: Callable
   # (step number, state, StepOutput on the host, batch, *seen) -> (metrics, values for the bar)

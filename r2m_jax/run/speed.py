@@ -163,9 +163,7 @@ class Cost:
       sampled: number of response tokens among them; only they have logits.
     """
     config, (layers, head) = self.config, self.policy
-    prompts = (
-      tokens - sampled
-    ) / config.rollout.group_size  # computed once for all responses
+    prompts = (tokens - sampled) / config.rollout.group_size  # computed once for all responses
     rollout = 2 * (layers * (prompts + sampled) + head * sampled)
     forward = 2 * (layers * tokens + head * sampled)
     backward = forward if config.lora.rank else 2 * forward

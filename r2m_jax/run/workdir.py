@@ -22,9 +22,7 @@ class Entry(NamedTuple):
   name: str  # <...> stands for any text
   what: str
   writer: str
-  forked: bool = (
-    False  # whether a fork copies it; facts that are found again are not
-  )
+  forked: bool = False  # whether a fork copies it; facts that are found again are not
 
 
 LAYOUT = (
