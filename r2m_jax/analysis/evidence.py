@@ -61,9 +61,7 @@ class Read(NamedTuple):
   name: str  # of the policy that wrote and read them
   prompt: np.ndarray  # i64[N] from 0
   label: np.ndarray  # i64[N]: 1 better, 0 worse, -1 neither
-  states: dict[
-    str, np.ndarray
-  ]  # layer -> f64[N, D]; "final": the head's input
+  states: dict[str, np.ndarray]  # layer -> f64[N, D]; "final": the head's input
   scores: dict[str, np.ndarray]  # name of a reward -> f64[N]
   features: dict[str, np.ndarray] = {}  # name of a probe's features -> f64[N, *]
 

@@ -86,7 +86,7 @@ class BadRows:
     if bad > max_share * self.read:
       raise DataError(
         f"{self.summary()}: more than config.data.max_bad_share = {max_share:g}; fix the data, "
-        "or allow this many:  "
+        "or allow this many: "
         f"--config.data.max_bad_share={math.ceil(100 * bad / self.read) / 100:g}"
       )
     if bad == self.read:

@@ -131,7 +131,7 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
     names = ", ".join(str(file.relative_to(folder)) for file in passed[:5]) + (
       ", ..." if len(passed) > 5 else ""
     )
-    print(f"data     {folder}: {len(files)} files read, {len(passed)}  skipped:  {names}")
+    print(f"data     {folder}: {len(files)} files read, {len(passed)} skipped: {names}")
   return files
 
 
@@ -215,7 +215,7 @@ def _read_parquet(file: Path) -> Iterator[Record]:
         yield Record(value, file, number)
   except (pyarrow.ArrowException, OSError) as error:
     raise DataError(
-      f"{file} is damaged, truncated or not parquet:  {' '.join(str(error).split())[:200]}; "
+      f"{file} is damaged, truncated or not parquet: {' '.join(str(error).split())[:200]}; "
       "fetch or write it again"
     ) from None
 

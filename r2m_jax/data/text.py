@@ -327,7 +327,7 @@ class Tokenizer:
       f"warning: {sum(n > limit for n in lengths)} of {len(lengths)} {what} are longer than "
       f"max_position_embeddings = {limit} in the config.json of {self.source}, the longest "
       f"{max(lengths)} tokens: the model was not trained on positions beyond it, so its outputs "
-      f"there may be meaningless;  {fix}, or use a model with more positions",
+      f"there may be meaningless; {fix}, or use a model with more positions",
       file=sys.stderr,
     )
 

@@ -186,7 +186,7 @@ def unreadable(name: str, split: str, folder, error: Exception) -> DataError:
   """The message for a prepared data set whose files are damaged."""
   reason = " ".join(str(error).split())[:300]
   return DataError(
-    f"tfds:{name}, split {split!r}, cannot be read: {reason}; its files are in  {folder}: bring "
+    f"tfds:{name}, split {split!r}, cannot be read: {reason}; its files are in {folder}: bring "
     "them back from a copy, or delete that folder and it is prepared again"
   )
 

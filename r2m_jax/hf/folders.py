@@ -332,7 +332,7 @@ def one_label(
       weights[numbers[name.strip()]] += float(weight)
     except (ValueError, KeyError):
       raise FolderError(
-        f"config.reward.label is {wanted!r}: {part!r} is not a label of  {source}; give some of "
+        f"config.reward.label is {wanted!r}: {part!r} is not a label of {source}; give some of "
         f"{', '.join(labels)}, with or without a weight such as {labels[0]}:0.5"
       ) from None
   if not np.isfinite(weights).all() or not weights.any():
@@ -449,7 +449,7 @@ def load_head(folder: pathlib.Path) -> tuple[HeadConfig, nnx.State] | None:
     tensors = load_file(folder / HEAD_WEIGHTS)
   except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
     raise FolderError(
-      f"{folder / HEAD_WEIGHTS} is not a complete safetensors file:  {error}; copy it again"
+      f"{folder / HEAD_WEIGHTS} is not a complete safetensors file: {error}; copy it again"
     ) from None
   head = abstract_head(config)
 

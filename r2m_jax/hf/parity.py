@@ -46,7 +46,7 @@ class Gap(NamedTuple):
     )
     if self.rounding is not None:
       text += (
-        f": rounding by itself moves a  {name} of this model by up to {self.rounding:.1e}, and "
+        f": rounding by itself moves a {name} of this model by up to {self.rounding:.1e}, and "
         f"the largest is {self.size:.3g}"
       )
     if not holds:

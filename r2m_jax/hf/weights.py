@@ -324,7 +324,7 @@ def fetch(source: str | pathlib.Path, revision: str = "") -> pathlib.Path:
     reason = " ".join(str(error).split())
     at = f" at revision {revision}" if revision else ""
     raise FileNotFoundError(
-      f"{source}{at} is neither a folder nor a model on the hub:  {reason}"
+      f"{source}{at} is neither a folder nor a model on the hub: {reason}"
     ) from error
   return pathlib.Path(found)
 
@@ -375,7 +375,7 @@ def header(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
       return {key: tuple(x.get_shape()) for key, x in slices.items()}
   except (SafetensorError, OSError) as error:
     raise PretrainedError(
-      f"{file} is not a complete safetensors file:  {error}; copy it again"
+      f"{file} is not a complete safetensors file: {error}; copy it again"
     ) from None
 
 

@@ -178,7 +178,7 @@ def cautions(lines: list[Line]) -> list[str]:
     texts.append("Intervals over fewer than five seeds assume a Normal distribution over seeds.")
   tasks = {arm.config.get("task") for arm in all_arms(lines)}
   if len(tasks) > 1:
-    texts.append(f"The runs have different tasks:  {', '.join(sorted(map(str, tasks)))}.")
+    texts.append(f"The runs have different tasks: {', '.join(sorted(map(str, tasks)))}.")
   return texts
 
 
@@ -257,7 +257,7 @@ def texts(lines: list[Line], styles) -> list[dict]:
   """The same prompts side by side, at the steps that all lines have."""
   sections = []
   several = any(len(line.arms) > 1 for line in lines)
-  note = f"{UNEDITED}  If there are several seeds, the first is shown." if several else UNEDITED
+  note = f"{UNEDITED} If there are several seeds, the first is shown." if several else UNEDITED
   for kind, title, name, at in (
     ("evaluated", "The same held-out prompts at each evaluation", "evaluations", "at"),
     ("samples", "The same prompts before and after", "before-and-after", "at-sample"),

@@ -299,7 +299,7 @@ def finding(entry):
     return f"{arm}: {entry['rows']} {what} are too few for a verdict."
   if found == NO_GOLD:
     return (
-      f"In {arm} {proxy}, at a KL of {n(entry['kl_last'], 1)}  at the end. No gold reward was "
+      f"In {arm} {proxy}, at a KL of {n(entry['kl_last'], 1)} at the end. No gold reward was "
       "measured, and the proxy by itself cannot distinguish improvement from over-optimisation."
     )
   rose, peak = (
@@ -395,8 +395,8 @@ def _against(entry, control):
   arm = entry["arm"]
   if control is None:
     return (
-      f"{arm}  has no scaled arm to compare with",
-      f"No scaled arm was run with  {arm}: a gain over vanilla cannot be distinguished from the "
+      f"{arm} has no scaled arm to compare with",
+      f"No scaled arm was run with {arm}: a gain over vanilla cannot be distinguished from the "
       "shrinking by ω.",
     )
   if min(entry["rows"], control["rows"]) < MIN_ROWS:

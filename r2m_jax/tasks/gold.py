@@ -1,5 +1,5 @@
-"""The run: stages one after another (sft, reward, RL arms), each logged, saved, and skipped
-where done before.
+"""A run of the gold-reward task: stages one after another (sft, reward, RL arms). Each is logged
+and saved, and skipped if it was done before.
 """
 
 import functools
@@ -77,7 +77,7 @@ def run(config, workdir: Path) -> None:
 
 
 def begin(config, workdir: Path) -> Mesh:
-  """Claims the workdir and prints on what the run goes; returns the config's mesh."""
+  """Claims the workdir and prints the run's devices; returns the config's mesh."""
   mesh = mesh_of(config)
   check_batch(config, tuple(mesh.shape.values()))
   claim(config, workdir)
@@ -87,14 +87,14 @@ def begin(config, workdir: Path) -> Mesh:
 
 
 def conclude(workdir: Path, title: str, *lines: str) -> None:
-  """Writes the report and prints the summary and where things are."""
+  """Writes the report; prints the summary and the paths of the files."""
   report = write_report(workdir, title=title)
   print(format_summary(summary_table(read_metrics(workdir))))
   print("\n".join([f"report   {report}", *lines, f"metrics  {workdir / 'metrics.jsonl'}"]))
 
 
 def fitted(config, workdir: Path, mesh: Mesh, stage: Callable):
-  """(build, policy, reward model) that RL starts from; for task=sft the reward model is None."""
+  """(build, policy, reward model) from which RL starts; for task=sft the reward model is None."""
   built, key = build(config, mesh, vocab_size=goldtask.VOCAB_SIZE), jax.random.key(config.seed)
   like = abstract(functools.partial(init_policy, config, built), mesh, key)
   policy = stage(workdir, "sft", like, lambda: fit_sft(config, built, workdir))
@@ -109,7 +109,7 @@ def runs(config, workdir: Path, mesh: Mesh, stage: Callable = stage) -> Iterator
   """A Run of config.variant, or of each of config.arms if there is none.
 
   Args:
-    stage: gives the result of a stage: `workdir.stage`, which makes what is missing, or
+    stage: returns the result of a stage: `workdir.stage`, which computes missing ones, or
       `workdir.saved`, which only reads.
   """
   built, policy, reward = fitted(config, workdir, mesh, stage)
@@ -131,7 +131,7 @@ def runs(config, workdir: Path, mesh: Mesh, stage: Callable = stage) -> Iterator
 
 
 class Programs(NamedTuple):
-  """What is compiled once for all arms that share it."""
+  """The compiled programs that several arms share."""
 
   built: Build
   first: Callable  # of build.make_first_state
@@ -141,7 +141,9 @@ class Programs(NamedTuple):
 
 
 def make_programs(config, mesh: Mesh, policy, reward) -> Programs:
-  """Nothing is compiled before it is called. policy and reward say of what shape the arms start."""
+  """The programs of `config`; each is compiled when it is first called. policy and reward define
+  the shapes of the first state.
+  """
   built = build(config, mesh, vocab_size=goldtask.VOCAB_SIZE)
   first = make_first_state(config, built)
   state = jax.eval_shape(
@@ -198,7 +200,7 @@ def read_tokens(out):
 
 
 def tell(out, row: int) -> dict:
-  """The texts of a row, and the parts of its gold."""
+  """The texts of a row, and the parts of its gold reward."""
   sequences, width = out.sequences, out.sequences.response_mask.shape[1]
   tokens, mask = sequences.tokens[row], sequences.token_mask[row]
   return {
@@ -209,7 +211,7 @@ def tell(out, row: int) -> dict:
 
 
 def make_evaluate(config, built: Build) -> Evaluate:
-  """Builds the evaluation of a run on prompts of their own; gold is the task's."""
+  """Builds the evaluation of a run on separate prompts; gold is the task's gold reward."""
   prompts = goldtask.prompts(config.seed, STREAM_EVALUATION, 0, config.eval.prompts)
   draw = make_draw(config, built, (goldtask.EOS,), goldtask.PAD)
   frozen = make_frozen(config, built)
