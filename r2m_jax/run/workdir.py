@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from r2m_jax.config import ConfigError, difference, fixed
+from r2m_jax.config import ConfigError, defaults, difference, fixed, flat
 from r2m_jax.parallel import hosts
 from r2m_jax.run import checkpoint, lock, log
 from r2m_jax.run.files import read_json, write_atomic
@@ -215,11 +215,14 @@ def today() -> str:
 
 
 def fixed_difference(path: Path, new: dict) -> list[str]:
-  """What differs between a config.json and this config, of the settings that say what is
-  computed.
+  """What differs between a config.json and this config, of the settings that say what is computed.
+
+  An earlier version may have saved it without some of them. They then had what is now their
+  default: a setting that is new does by default what was done before.
   """
-  saved = read_json(path)
-  return difference(fixed(saved), fixed(new))
+  saved, given = flat(fixed(read_json(path))), flat(fixed(new))
+  usual = {name: value for name, value in defaults().items() if name in given}
+  return difference(usual | saved, given)
 
 
 def require_new(old: Path, workdir: Path) -> None:
