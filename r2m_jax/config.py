@@ -18,7 +18,18 @@ from ml_collections import ConfigDict
 from r2m_jax.algorithm.advantages import ESTIMATORS as ESTIMATOR_ROWS
 from r2m_jax.algorithm.objective import kl_estimator
 from r2m_jax.algorithm.variants import VARIANTS
-from r2m_jax.knobs import ALGORITHMS, ESTIMATORS, FREE, KNOBS, PIECES, Knob, Section, names_in, walk
+from r2m_jax.knobs import (
+  ALGORITHMS,
+  ESTIMATORS,
+  FREE,
+  KNOBS,
+  PIECES,
+  Knob,
+  Section,
+  make_config,
+  names_in,
+  walk,
+)
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.attention import choose
 from r2m_jax.parallel.errors import UserError
@@ -687,10 +698,29 @@ def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 
 def identity(config: ConfigDict) -> str:
-  """SHA-256 of all settings that affect the result: those outside `FREE`."""
-  return hashlib.sha256(
-    json.dumps(fixed(json.loads(config.to_json())), sort_keys=True).encode()
-  ).hexdigest()
+  """SHA-256 of all settings that affect the result (those outside `FREE`) and differ from their
+  defaults. So a run keeps its identity if a later version has more settings.
+  """
+  usual = defaults()
+  given = flat(fixed(json.loads(config.to_json())))
+  chosen = {name: value for name, value in given.items() if value != usual.get(name)}
+  return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def defaults() -> dict:
+  """{dotted name: default} of every setting, as JSON values."""
+  return flat(json.loads(make_config(KNOBS.parts).to_json()))
+
+
+def flat(settings: dict, prefix: str = "") -> dict:
+  """{dotted name: value} of a config as nested dicts. A setting whose value is a dict stays a dict."""
+  found = {}
+  for name, value in settings.items():
+    if isinstance(value, dict) and not is_dict(prefix + name):
+      found |= flat(value, f"{prefix}{name}.")
+    else:
+      found[prefix + name] = value
+  return found
 
 
 def fixed(settings: dict, prefix: str = "") -> dict:

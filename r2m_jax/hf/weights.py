@@ -578,7 +578,7 @@ class Files:
     if extra:
       raise PretrainedError(
         f"{self.folder / self.where[extra[0]]} holds {len(extra)} tensors that config.json does "
-        f"not describe, the first  {extra[0]} of shape {self.shapes[extra[0]]}; correct "
+        f"not describe, the first {extra[0]} of shape {self.shapes[extra[0]]}; correct "
         "config.json, or take them out"
       )
 

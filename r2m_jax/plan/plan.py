@@ -323,8 +323,8 @@ def find_smallest(config, sizes: Sizes, say) -> list[Plan]:
         break
       why = plan.refused or f"it needs {report.gib(plan.peak)} of {report.gib(chip.memory)} GiB"
       say(
-        f"  {topology.name}: the count gave {report.gib(counted)}  GiB, the compiler refused "
-        f"it:  {why}; going on"
+        f"  {topology.name}: the count gave {report.gib(counted)} GiB, the compiler refused "
+        f"it: {why}; going on"
       )
     if best is None:
       say(f"  {chip.name:4} no slice up to {chip.slices[-1]} fits")

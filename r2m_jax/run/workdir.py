@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from r2m_jax.config import ConfigError, difference, fixed
+from r2m_jax.config import ConfigError, defaults, difference, fixed, flat
 from r2m_jax.parallel import hosts
 from r2m_jax.run import checkpoint, lock, log
 from r2m_jax.run.files import read_json, write_atomic
@@ -214,11 +214,14 @@ def today() -> str:
 
 
 def fixed_difference(path: Path, new: dict) -> list[str]:
-  """The differences between a config.json and this config, among settings that affect the
-  result.
+  """The differences between a config.json and this config, among settings that affect the result.
+
+  An earlier version may have saved config.json without some settings. They then had what is now
+  their default, because a new setting by default does what was done before.
   """
-  saved = read_json(path)
-  return difference(fixed(saved), fixed(new))
+  saved, given = flat(fixed(read_json(path))), flat(fixed(new))
+  usual = {name: value for name, value in defaults().items() if name in given}
+  return difference(usual | saved, given)
 
 
 def require_new(old: Path, workdir: Path) -> None:

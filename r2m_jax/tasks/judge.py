@@ -498,7 +498,7 @@ def warn_of_relation(judge: Path, proxy: str) -> None:
   ]
   if kinds[0] == kinds[1]:
     print(
-      f"warning: the judge {judge} is of the family {kinds[0]}, as the proxy {proxy}  is, and "
+      f"warning: the judge {judge} is of the family {kinds[0]}, as the proxy {proxy} is, and "
       "may share its errors: use one of another family",
       file=sys.stderr,
     )
