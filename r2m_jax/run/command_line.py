@@ -37,7 +37,8 @@ CONFIG is a name of this list or the path of a Python file with a function get_c
 colon is passed to that function: --config=quickstart:test is the quickstart at its smallest size.
 {configs}
 
-TASK is set by the config unless you name another one: {tasks}
+The config sets TASK, unless you name another one:
+{tasks}
 """
 
 

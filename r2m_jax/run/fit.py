@@ -132,8 +132,7 @@ def fit(
 
   Args:
     frozen: a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
-    budget: seconds from the first update on, 0 for none. The fit ends after `LATE` times the
-      budget.
+    budget: seconds from the first update on; 0: none. The fit ends after `LATE` times the budget.
     settings: the config section from which `tx` is made; its learning rate is logged.
   """
   extra, mesh = () if frozen is None else (frozen,), jax.tree.leaves(state_shardings)[0].mesh
