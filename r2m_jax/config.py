@@ -102,6 +102,7 @@ def check_config(config: ConfigDict) -> None:
   check_secrets(config)
   check_home(config)
   check_rules(config)
+  check_seeds(config)
   check_kl(config)
   check_reward_lengths(config)
   check_weights(config)
@@ -182,6 +183,23 @@ def check_rules(config: ConfigDict) -> None:
         value = _get(config, field)
         if not rule.holds(value):
           need(config, False, field, rule.fix if isinstance(rule.fix, str) else rule.fix(value))
+
+
+def check_seeds(config: ConfigDict) -> None:
+  """Several seeds are runs of the gold-reward task, and their random keys have 32 bits."""
+  from_folder = bool(config.policy.path or config.reward.path)
+  need(
+    config,
+    config.seeds == 1 or not from_folder,
+    "seeds",
+    "a run from folders has one seed; give 1, and start a run for each config.seed",
+  )
+  need(
+    config,
+    config.seed + config.seeds <= 2**32,
+    "seeds",
+    f"the last seed must be below 2**32; lower it, or config.seed = {config.seed}",
+  )
 
 
 def check_kl(config: ConfigDict) -> None:

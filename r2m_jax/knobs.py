@@ -450,6 +450,13 @@ RUN = dict(
     unit="seconds",
   ),
   seed=Knob(0, "seed of all random numbers", SEED),
+  seeds=Knob(
+    1,
+    "seeds of RL on the gold-reward task, from `seed` on; each further one is a run in "
+    "WORKDIR/seeds, and the report shows means over all",
+    at_least(1),
+    free=True,
+  ),
   dtype=Knob(
     "float32",
     "dtype of the computation; scores, advantages and losses are at least float32",

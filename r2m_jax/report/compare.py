@@ -194,7 +194,7 @@ def numbers_section(lines: list[Line], entries: list[dict], styles) -> dict:
   for line in lines:
     mine = [by_name[arm.name] for arm in line.arms if arm.name in by_name]
     steps = max((entry["last_step"] + 1 for entry in mine), default=0)
-    cells = [_over_seeds([entry[name] for entry in mine], NUMBERS[name][1]) for name in names]
+    cells = [over_seeds([entry[name] for entry in mine], NUMBERS[name][1]) for name in names]
     table.append([key_of(line.name, styles), str(len(line.arms)), str(steps), *cells])
   return page.table_section(
     {
@@ -207,7 +207,7 @@ def numbers_section(lines: list[Line], entries: list[dict], styles) -> dict:
   )
 
 
-def _over_seeds(values, digits):
+def over_seeds(values, digits):
   """A number, or a mean with its interval; "–" if a seed has none."""
   if not values or None in values:
     return "–"

@@ -68,8 +68,9 @@ def write_report(workdir, *, title, notes=(), tables=(), config=None):
   )
   sections = _findings(rows, table, styles, notes) + [table_section(one) for one in tables]
   if config is not None:
-    sections.append(_what_was_run(config))
-  sections += _curves(workdir, rows, table, styles)
+    sections.append(what_was_run(config))
+  matched = table[0]["matched_kl"] if table else None
+  sections += curves(workdir, rows, matched, styles)
   sections += text_sections(samples, evaluated, styles)
   sections += replayed_sections(workdir)
   sections += [
@@ -94,7 +95,7 @@ def _findings(rows, table, styles, notes):
   return sections
 
 
-def _what_was_run(config):
+def what_was_run(config):
   """The settings that are not at their defaults."""
   head = ["Setting", "This run", "Default"]
   note = "Every other setting has its default; docs/config.md describes each."
@@ -105,13 +106,12 @@ def _what_was_run(config):
   )
 
 
-def _curves(workdir, rows, table, styles):
+def curves(workdir, rows, matched, styles, note=""):
   """A section for each figure that the rows have data for; also writes it to WORKDIR/figures.
 
-  The first figure, of the rewards, is part of the findings.
+  The first figure, of the rewards, is part of the findings. note: a sentence for every caption.
   """
   named = [row if row["stage"] == "rl" else with_stage(row) for row in rows]
-  matched = table[0]["matched_kl"] if table else None
   sections = []
   for name, heading, x, caption, panels in FIGURES:
     drawn = draw_figure(named, x, panels, styles, matched)
@@ -120,7 +120,8 @@ def _curves(workdir, rows, table, styles):
       keys = [key_of(arm, styles) for arm in arms_with(named, panels)]
       alts = described(named, x, panels)
       tab = "Curves" if sections else FIRST_TAB
-      sections.append(figure_section(heading, caption, drawn[1], keys, alts=alts, tab=tab))
+      text = f"{caption} {note}".strip()
+      sections.append(figure_section(heading, text, drawn[1], keys, alts=alts, tab=tab))
   return sections
 
 

@@ -40,6 +40,7 @@ LAYOUT = (
   Entry("profile/", "an xprof trace of the steps in log.profile", "RL"),
   Entry("stages/", "a folder for each finished stage: its result", "every run", True),
   Entry("checkpoints/", "a folder for each arm: its TrainState, by step", "RL", True),
+  Entry("seeds/", "the workdir of each further seed", "runs with config.seeds"),
   Entry("partial/", "the state of an unfinished fit or arm", "fits, task=lab"),
   Entry("data_<stage>.json", "rows and SHA-256 of each data file of a stage", "runs on text"),
   Entry("r2m_renderer.json", "how the reward model's text is rendered", "runs from folders", True),

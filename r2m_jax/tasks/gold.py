@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from r2m_jax.algorithm.annotate import make_annotate
 from r2m_jax.algorithm.read import make_read, measured_kl, sampling
@@ -36,6 +37,7 @@ from r2m_jax.goldtask.stages import (
 from r2m_jax.hf.folders import mesh_of
 from r2m_jax.models.generate import generate
 from r2m_jax.parallel import hosts, sharding
+from r2m_jax.report import seeds
 from r2m_jax.report.page import format_summary, summary_table, write_report
 from r2m_jax.run.build import (
   KEY_TABLE,
@@ -63,17 +65,50 @@ from r2m_jax.tasks.evaluation import (
 from r2m_jax.tasks.follow import Watch
 from r2m_jax.types import Rollout, TrainState
 
+SEEDS = "seeds"  # in a workdir: the workdirs of further seeds
+
 
 def run(config, workdir: Path) -> None:
   """Runs the pipeline up to `config.task` and writes the report."""
   mesh = begin(config, workdir)
   if config.task == "r2m":
-    for each in runs(config, workdir, mesh):
-      train(each, workdir)
+    for one, folder in seeds_of(config, workdir):
+      if folder != workdir:
+        claim(one, folder)
+        print(f"r2m_jax  seed {one.seed}; writes {folder}")
+      for each in runs(one, folder, mesh):
+        train(each, folder)
   else:
     fitted(config, workdir, mesh, stage)
+  hosts.on_first(lambda: report(config, workdir))
+
+
+def seeds_of(config, workdir: Path) -> list[tuple[ConfigDict, Path]]:
+  """(config, workdir) of each seed: the first in `workdir`, the others in WORKDIR/seeds/SEED."""
+  found = [(config, workdir)]
+  for seed in range(config.seed + 1, config.seed + config.seeds):
+    one = config.copy_and_resolve_references()
+    one.seed, one.seeds = seed, 1
+    if old := config.checkpoint.fork_from:
+      fork = Path(old).expanduser() / SEEDS / str(seed)
+      one.checkpoint.fork_from = str(fork) if fork.exists() else ""
+    found.append((one, workdir / SEEDS / str(seed)))
+  return found
+
+
+def report(config, workdir: Path) -> None:
+  """Writes the report of a run; prints the summary and the paths of the files."""
   title = f"R2M: {config.task}, {config.algorithm}, seed {config.seed}"
-  hosts.on_first(lambda: conclude(workdir, title, f"figures  {workdir / 'figures'}"))
+  figures = f"figures  {workdir / 'figures'}"
+  folders = [folder for _, folder in seeds_of(config, workdir)]
+  if config.task != "r2m" or len(folders) == 1:
+    conclude(workdir, title, figures)
+    return
+  for seed, folder in enumerate(folders[1:], config.seed + 1):
+    write_report(folder, title=f"R2M: {config.task}, {config.algorithm}, seed {seed}")
+  page = seeds.write_report(folders, title=f"{title} to {config.seed + config.seeds - 1}")
+  print(seeds.format_summary(folders))
+  print(f"report   {page}\n{figures}\nmetrics  {workdir / 'metrics.jsonl'}, {workdir / SEEDS}")
 
 
 def begin(config, workdir: Path) -> Mesh:

@@ -102,7 +102,9 @@ def test_what_cannot_be_read_is_counted_and_kept(tmp_path):
 
   with Server(behave) as server:
     cfg = config(judge__url=server.url, judge__model="j", judge__workers=1, **pairs(tmp_path))
-    with pytest.raises(JudgeError, match="2 questions have no answer; the result covers the others"):
+    with pytest.raises(
+      JudgeError, match="2 questions have no answer; the result covers the others"
+    ):
       judge.run(cfg, tmp_path / "work")
     found = result_of(tmp_path / "work")["result"]
     assert (found["unanswered"], found["unparsed"], found["judged"]) == (2, 1, 10)

@@ -84,7 +84,9 @@ def test_pairs_of_samples_are_ordered_by_the_judge(tmp_path):
   for step, pairs in enumerate(found):
     for name in ("tokens", "reward_tokens", "weight"):
       np.testing.assert_array_equal(getattr(again(sequences, step), name), getattr(pairs, name))
-  with pytest.raises(JudgeError, match="RL step 9: .*no answer.*the same command, which resumes|in a row"):
+  with pytest.raises(
+    JudgeError, match="RL step 9: .*no answer.*the same command, which resumes|in a row"
+  ):
     new = ["another prompt", "and another"]
     labels.judge_labeller(cfg, tokenizer, Renderer(tokenizer), lambda t: new, tmp_path)(
       sequences, 9
