@@ -182,7 +182,7 @@ def test_each_row_is_asked_for_once(tmp_path, monkeypatch):
     assert server.headers[0]["Authorization"] == "Bearer topsecret0123456789key"
   assert found.tolist() == [6, 1, 6] and found.dtype == np.float32
   assert outside(tmp_path, url).scores(ROWS).tolist() == [6, 1]  # the server is gone
-  with pytest.raises(JudgeError, match="1 of 1 requests .*What was answered is kept"):
+  with pytest.raises(JudgeError, match="1 of 1 requests .*The answers are kept"):
     outside(tmp_path, url).scores([("a prompt", "new", False)])
   assert "topsecret" not in (tmp_path / "reward_answers.jsonl").read_text()
 
