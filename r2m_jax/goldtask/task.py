@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from r2m_jax.goldtask import formula as own
 from r2m_jax.types import Prompts, Sequences
 
 PAD, BOS, EOS, SEP = 0, 1, 2, 3
@@ -49,7 +50,7 @@ class GoldParts(NamedTuple):
   truncated: np.ndarray  # 1 where the response never ended
 
 
-def gold(sequences: Sequences) -> GoldParts:
+def gold(sequences: Sequences, formula: str = "") -> GoldParts:
   """The gold reward of every row, and its parts.
 
     4 coverage - 0.8 chatter - 0.6 hallucinated - 0.3 repeats - 0.25 filler - 0.2 max(0, length - 8)
@@ -57,6 +58,12 @@ def gold(sequences: Sequences) -> GoldParts:
 
   chatter and hallucinated count distinct words; repeats counts words (facts or chatter) beyond
   their first use.
+
+  Args:
+    formula: config.gold.formula, the file of a formula that takes the place of this one.
+
+  Raises:
+    FormulaError: that formula fails on a row.
   """
   tokens, mask = np.asarray(sequences.tokens), np.asarray(sequences.response_mask)
   has_eos = np.asarray(sequences.has_eos)
@@ -85,6 +92,10 @@ def gold(sequences: Sequences) -> GoldParts:
     - 0.2 * np.maximum(0, length - 8)
     - 1.0 * ~has_eos
   )
+  if formula:
+    prompt_mask = np.asarray(sequences.token_mask)[:, : prompt.shape[1]] & (prompt > SEP)
+    texts = zip(map(render, prompt, prompt_mask), map(render, response, word_mask), has_eos)
+    value = own.values(formula, ((p, r, bool(ended)) for p, r, ended in texts))
   parts = (value, coverage, hallucinated, distinct_chatter, repeats, fillers, length, ~has_eos)
   return GoldParts(*(np.asarray(p, np.float64) for p in parts))
 
