@@ -812,6 +812,11 @@ REWARD = dict(
 )
 
 GOLD = dict(
+  formula=Knob(
+    "",
+    "Python file with gold(prompt, response, ended): the gold reward of the gold-reward task and "
+    'of task "lab_notes", as docs/lab.md describes; "": the built-in one',
+  ),
   **optimizer(lr=1e-3, schedule="cosine"),
   path=Knob("", 'Hugging Face folder of a finished one; "": it is fitted'),
   depth=Knob(
@@ -1281,7 +1286,9 @@ KNOBS = Section(
     sft=Section("Supervised fine-tuning", SFT),
     reward=Section("The proxy reward model, fitted to noisy preferences", REWARD),
     gold=Section(
-      'The gold reward model of task "lab_text", fitted to clean pairs; otherwise as `reward`', GOLD
+      'The gold reward: a formula, or the gold reward model of task "lab_text", which is fitted to '
+      "clean pairs and otherwise as `reward`",
+      GOLD,
     ),
     lora=Section(
       'LoRA adapters of a Hugging Face folder\'s policy, and of its reward model in task "reward"',

@@ -277,7 +277,7 @@ def make_look(config, built) -> Callable[..., dict]:
   return lambda *args: jax.tree.map(lambda x: np.asarray(x, float), hosts.fetch(look(*args)))
 
 
-def seen_of(arm: str, written: Sequences, look: dict) -> manipulation.Seen:
+def seen_of(arm: str, written: Sequences, look: dict, formula: str) -> manipulation.Seen:
   """An arm's rewards of a policy's responses, for the checks."""
   attended = None
   if VARIANTS[arm].feedback == "policy" and "weights" in look:
@@ -285,7 +285,7 @@ def seen_of(arm: str, written: Sequences, look: dict) -> manipulation.Seen:
     weights = np.where(mask, look["weights"], 0)
     attended = manipulation.Attended(weights, mask, template_of_gold(written))
   scored = manipulation.Scored(look["used"], look["own"], look["frozen"])
-  return manipulation.Seen(scored, goldtask.gold(written).gold, attended)
+  return manipulation.Seen(scored, goldtask.gold(written, formula).gold, attended)
 
 
 def read_gold(config, workdir: Path, wanted: list[str]) -> GoldReads:
@@ -319,7 +319,7 @@ def read_gold(config, workdir: Path, wanted: list[str]) -> GoldReads:
     if first_written is None:
       first_written = draw(first.policy)
       first_seen = seen_by(first, first_written)
-      found.reads.append(read_of(START, first_written, first_seen, prompt))
+      found.reads.append(read_of(START, first_written, first_seen, prompt, config.gold.formula))
     if not saved_at:
       break
     kept = checkpoint.open_checkpoints(workdir / "checkpoints" / arm)
@@ -345,7 +345,7 @@ class OfArm(NamedTuple):
 
 def read_arm(found: GoldReads, arm: OfArm, steps: list[int], wanted: list[str], prompt) -> None:
   """Adds to `found` the results of the arm's checkpoints, at `steps`, for responses."""
-  name, labels = arm.config.variant, {}
+  name, labels, formula = arm.config.variant, {}, arm.config.gold.formula
   judges = bool(VARIANTS[name].feedback or VARIANTS[name].trained)
   checked = judges and "checks" in wanted
   for step in steps if checked or "hacking" in wanted else steps[-1:]:
@@ -356,14 +356,16 @@ def read_arm(found: GoldReads, arm: OfArm, steps: list[int], wanted: list[str], 
       written = arm.draw(state.policy)
       seen = arm.look(state, written)
     if checked:
-      own = seen_of(name, written, seen)
+      own = seen_of(name, written, seen, formula)
       labels[step] = manipulation.self_labels(own.scored, own.gold, prompt)
-  found.reads.append(read_of(name, written, seen, prompt))
+  found.reads.append(read_of(name, written, seen, prompt, formula))
   if not judges:
     return
   floor = arm.first.replace(omega=jnp.full_like(arm.first.omega, arm.config.r2m.omega_min))
   before = [arm.look(floor, rows) for rows in (arm.first_written, written)]
-  of_start, of_own = (seen_of(name, *x) for x in ((arm.first_written, before[0]), (written, seen)))
+  of_start, of_own = (
+    seen_of(name, *x, formula) for x in ((arm.first_written, before[0]), (written, seen))
+  )
   for whose, true, old, new in (
     (START, of_start.gold, before[0], of_first),
     ("its own", of_own.gold, before[1], seen),
@@ -379,9 +381,9 @@ def weights_of(head) -> dict[str, np.ndarray]:
   return {name.split(".")[0]: x for name, x in tensors if name.endswith(".weight")}
 
 
-def read_of(name: str, written: Sequences, seen: dict, prompt: np.ndarray) -> Read:
+def read_of(name: str, written: Sequences, seen: dict, prompt: np.ndarray, formula: str) -> Read:
   """A policy's own responses as `Read`."""
-  gold, V, T = goldtask.gold(written), goldtask.VOCAB_SIZE, written.response_mask.shape[1]
+  gold, V, T = goldtask.gold(written, formula), goldtask.VOCAB_SIZE, written.response_mask.shape[1]
   ids = np.arange(V)
   said = ((written.tokens[:, -T:, None] == ids) & written.response_mask[..., None]).sum(1)
   noted = (written.tokens[:, :-T, None] == ids).sum(1)

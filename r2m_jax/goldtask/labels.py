@@ -25,7 +25,7 @@ def gold_labeller(config) -> Labeller:
     rng = np.random.default_rng([config.seed, STREAM_LABELS, step])
     groups = rng.permutation(np.arange(most) % config.rollout.prompts)
     a, b = np.stack([g * K + rng.choice(K, 2, replace=False) for g in groups]).T
-    gold = goldtask.gold(sequences).gold
+    gold = goldtask.gold(sequences, config.gold.formula).gold
     rows = np.where(gold[a] >= gold[b], [a, b], [b, a]).reshape(-1)  # winners, then losers
     weight = (np.arange(most) < pairs_at(config, step)) & (gold[a] != gold[b])
     tokens, mask = sequences.tokens[rows], sequences.token_mask[rows]

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from r2m_jax.goldtask import formula as own
+
 # A value of a note is one word, a time or a number. No two lexicons share a word.
 LEXICONS = {
   "guest": (
@@ -264,10 +266,23 @@ def gold_parts(prompt: str, reply: str, truncated: bool = False) -> GoldParts:
   )
 
 
-def gold(rows: Iterable[dict]) -> np.ndarray:
+def all_parts(rows: Iterable[dict], formula: str = "") -> list[GoldParts]:
+  """`gold_parts` of rows with prompt, response and truncated.
+
+  Args:
+    formula: config.gold.formula, the file of a formula that takes the place of this one.
+  """
+  texts = [(row["prompt"], row["response"], row.get("truncated", False)) for row in rows]
+  parts = [gold_parts(*text) for text in texts]
+  if not formula:
+    return parts
+  values = own.values(formula, ((prompt, reply, not cut) for prompt, reply, cut in texts))
+  return [part._replace(gold=float(value)) for part, value in zip(parts, values)]
+
+
+def gold(rows: Iterable[dict], formula: str = "") -> np.ndarray:
   """The gold reward of rows with prompt, response and truncated, f64[N]."""
-  parts = [gold_parts(r["prompt"], r["response"], r.get("truncated", False)) for r in rows]
-  return np.array([part.gold for part in parts], float)
+  return np.array([part.gold for part in all_parts(rows, formula)], float)
 
 
 # ---- prompts ----

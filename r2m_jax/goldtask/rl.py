@@ -90,9 +90,9 @@ def reward_of(defs: Defs, arm: Arm | None) -> Reward | None:
   return Reward(score, keep)
 
 
-def gold_metrics(out, group_size: int) -> dict[str, float]:
+def gold_metrics(out, group_size: int, formula: str = "") -> dict[str, float]:
   """Gold metrics of a step's samples, computed on the host. They never enter training."""
-  parts, judged = goldtask.gold(out.sequences), out.judged
+  parts, judged = goldtask.gold(out.sequences, formula), out.judged
   found = against_gold(parts.gold, judged.scores, group_size)
   found |= against_frozen(parts.gold, judged.scores, judged.scores_frozen, group_size)
   return found | {

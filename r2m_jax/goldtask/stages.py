@@ -310,5 +310,5 @@ def preferences(
   return {
     "tokens": pair(sequences.tokens),
     "mask": pair(sequences.token_mask),
-    "gold": pair(goldtask.gold(sequences).gold),
+    "gold": pair(goldtask.gold(sequences, config.gold.formula).gold),
   }

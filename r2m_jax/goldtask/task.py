@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from r2m_jax.goldtask import formula as own
 from r2m_jax.types import Prompts, Sequences
 
 PAD, BOS, EOS, SEP = 0, 1, 2, 3
@@ -48,7 +49,7 @@ class GoldParts(NamedTuple):
   truncated: np.ndarray  # 1 if the response never ended
 
 
-def gold(sequences: Sequences) -> GoldParts:
+def gold(sequences: Sequences, formula: str = "") -> GoldParts:
   """The gold reward of every row, and its parts.
 
     4 coverage - 0.8 chatter - 0.6 hallucinated - 0.3 repeats - 0.25 filler - 0.2 max(0, length - 8)
@@ -56,6 +57,12 @@ def gold(sequences: Sequences) -> GoldParts:
 
   chatter and hallucinated count distinct words; repeats counts words (facts or chatter) beyond
   their first use.
+
+  Args:
+    formula: config.gold.formula, the file of a formula that takes the place of this one.
+
+  Raises:
+    FormulaError: that formula fails on a row.
   """
   tokens, mask = np.asarray(sequences.tokens), np.asarray(sequences.response_mask)
   has_eos = np.asarray(sequences.has_eos)
@@ -84,6 +91,10 @@ def gold(sequences: Sequences) -> GoldParts:
     - 0.2 * np.maximum(0, length - 8)
     - 1.0 * ~has_eos
   )
+  if formula:
+    prompt_mask = np.asarray(sequences.token_mask)[:, : prompt.shape[1]] & (prompt > SEP)
+    texts = zip(map(render, prompt, prompt_mask), map(render, response, word_mask), has_eos)
+    value = own.values(formula, ((p, r, bool(ended)) for p, r, ended in texts))
   parts = (value, coverage, hallucinated, distinct_chatter, repeats, fillers, length, ~has_eos)
   return GoldParts(*(np.asarray(p, np.float64) for p in parts))
 

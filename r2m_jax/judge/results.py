@@ -189,8 +189,8 @@ def cautions(result: dict[str, Any]) -> list[str]:
     )
   if result.get("unparsed"):
     care.append(
-      f"{result['unparsed']}  answers of the judge are unreadable; they are kept in the cache "
-      f"and left out,  {result.get('left_out', 0)} verdicts with their other orders."
+      f"{result['unparsed']} answers of the judge are unreadable; they are kept in the cache "
+      f"and left out, {result.get('left_out', 0)} verdicts with their other orders."
     )
   rate = result.get("win_rate")
   if rate is not None and math.isfinite(rate.low) and rate.low <= 0.5 <= rate.high:

@@ -25,13 +25,9 @@ from r2m_jax.report import intervals
 TAUS = (0.03, 0.1, 0.3, 1.0)  # candidates of the prior's width
 OLD_FLIP = 0.2  # flip rate of the labeller, config.reward.label_flip
 TRUE_FLIP = 0.02  # flip rate of contrast pairs and of bought labels
-CONTRAST_WEIGHT = (
-  0.3  # of a fresh contrast pair; an offline pair counts as an old one
-)
+CONTRAST_WEIGHT = 0.3  # of a fresh contrast pair; an offline pair counts as an old one
 ESS = 0.3  # minimum effective size of weighted pairs, as a share of their number
-TRAJECTORIES = (
-  12800  # of a run: 100 steps of 16 x 8 responses; budgets are shares of them
-)
+TRAJECTORIES = 12800  # of a run: 100 steps of 16 x 8 responses; budgets are shares of them
 BUDGETS = {"0.5%": 0.005, "1%": 0.01, "2%": 0.02}
 POINT = 0.01  # required gain over the frozen reward at KL 4
 

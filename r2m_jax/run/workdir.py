@@ -79,6 +79,7 @@ LAYOUT = (
   Entry("best_of_n.parquet", "best-of-n sampling", "task=lab"),
   Entry("seeds.txt", "the statistics as printed", "task=lab, lab_text, lab_notes"),
   Entry("locks/", "which process works on what", "task=lab, lab_text, lab_notes"),
+  Entry("gold_formula.py", "the gold reward of config.gold.formula", "gold tasks"),
   Entry("gold/", "workdir of the gold reward model", "task=lab_text"),
   Entry("proxy_<seed>/", "workdir of a seed's proxy reward model", "task=lab_text, lab_notes"),
   Entry("runs/", "workdirs of the RL runs, by arm and seed", "task=lab_text, lab_notes"),

@@ -17,6 +17,7 @@ from r2m_jax.algorithm.read import make_read, measured_kl, sampling
 from r2m_jax.algorithm.schedules import make_omega
 from r2m_jax.algorithm.variants import VARIANTS, measured
 from r2m_jax.config import check_batch
+from r2m_jax.goldtask import formula
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.rl import (
   gold_metrics,
@@ -116,6 +117,7 @@ def begin(config, workdir: Path) -> Mesh:
   mesh = mesh_of(config)
   check_batch(config, tuple(mesh.shape.values()))
   claim(config, workdir)
+  formula.keep(config.gold.formula, workdir)
   devices = f"{mesh.size} {jax.devices()[0].platform} device(s) as {dict(mesh.shape)}"
   print(f"r2m_jax  {devices}, {config.dtype}; writes {workdir}")
   return mesh
@@ -214,7 +216,7 @@ def run_of(config, programs: Programs, workdir: Path, policy, reward, stage: Cal
 
   def measure(t: int, state, out, batch):
     metrics = {name: value for name, value in out.metrics.items() if measured(name, arm)}
-    metrics |= gold_metrics(out, config.rollout.group_size)
+    metrics |= gold_metrics(out, config.rollout.group_size, config.gold.formula)
     if t == 0:
       rounding = sample_rounding(built.defs, config, state.ref, out.sequences)
       check_step_zero(metrics, rounding, config)
@@ -222,9 +224,12 @@ def run_of(config, programs: Programs, workdir: Path, policy, reward, stage: Cal
     return metrics, shown
 
   def samples(state, when: str):
-    return table_rows(arm, when, *hosts.fetch(programs.sample(state, shared)))
+    drawn = hosts.fetch(programs.sample(state, shared))
+    return table_rows(arm, when, *drawn, config.gold.formula)
 
-  texts = Texts(read_tokens, tell, goldtask.WORDS.__getitem__)
+  texts = Texts(
+    read_tokens, functools.partial(tell, config.gold.formula), goldtask.WORDS.__getitem__
+  )
   watch = Watch(config, workdir, programs.evaluate)
   return Run(config, built, first, warm_start, steps, samples, texts, watch=watch)
 
@@ -234,14 +239,14 @@ def read_tokens(out):
   return out.sequences.tokens, out.sequences.token_mask
 
 
-def tell(out, row: int) -> dict:
+def tell(formula: str, out, row: int) -> dict:
   """The texts of a row, and the parts of its gold reward."""
   sequences, width = out.sequences, out.sequences.response_mask.shape[1]
   tokens, mask = sequences.tokens[row], sequences.token_mask[row]
   return {
     "prompt_text": goldtask.render(tokens[:-width], mask[:-width]),
     "response_text": goldtask.render(tokens[-width:], sequences.response_mask[row]),
-    "gold": jax.tree.map(lambda x: float(x[row]), goldtask.gold(sequences))._asdict(),
+    "gold": jax.tree.map(lambda x: float(x[row]), goldtask.gold(sequences, formula))._asdict(),
   }
 
 
@@ -255,7 +260,7 @@ def make_evaluate(config, built: Build) -> Evaluate:
   def evaluate(state: TrainState) -> Evaluation:
     sequences, kl = draw(state, prompts)
     scores = {
-      "gold": goldtask.gold(sequences).gold,
+      "gold": goldtask.gold(sequences, config.gold.formula).gold,
       "frozen": frozen(state, sequences.tokens, sequences.token_mask),
     }
     width = sequences.response_mask.shape[1]
@@ -300,9 +305,9 @@ def make_sampler(config, built: Build):
   return sample
 
 
-def table_rows(arm: str, when: str, sequences, judged) -> list[dict]:
+def table_rows(arm: str, when: str, sequences, judged, formula: str) -> list[dict]:
   """Rows of samples.jsonl."""
-  gold, width = goldtask.gold(sequences), sequences.response_mask.shape[1]
+  gold, width = goldtask.gold(sequences, formula), sequences.response_mask.shape[1]
   return [
     {
       "arm": arm,

@@ -52,7 +52,7 @@ def ended(tmp_path_factory):
   workdir, seen, original = tmp_path_factory.mktemp("lab"), [], grid.gold_metrics
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
-      grid, "gold_metrics", lambda out, K: seen.append(out.sequences) or original(out, K)
+      grid, "gold_metrics", lambda out, *of: seen.append(out.sequences) or original(out, *of)
     )
     grid.run(settings(), workdir)
   return workdir, seen
@@ -73,7 +73,7 @@ def test_a_replica_is_the_run_of_its_seed(ended, tmp_path, monkeypatch, name):
     cfg.r2m.labels, cfg.r2m.label_budget = "preference", 0.2
   alone, original = [], rl.gold_metrics
   monkeypatch.setattr(
-    gold_task, "gold_metrics", lambda out, K: alone.append(out.sequences) or original(out, K)
+    gold_task, "gold_metrics", lambda out, *of: alone.append(out.sequences) or original(out, *of)
   )
   gold_task.run(cfg, tmp_path)
   first = (
@@ -109,7 +109,7 @@ def test_killed_and_started_again_it_gives_the_same_table(ended, tmp_path, monke
   small.interrupt(monkeypatch, grid, 15, lambda: grid.run(settings(), tmp_path))
   assert [path.name for path in (tmp_path / "table").iterdir()] == ["vanilla.parquet"]
   steps, original = [], grid.gold_metrics
-  monkeypatch.setattr(grid, "gold_metrics", lambda out, K: steps.append(1) or original(out, K))
+  monkeypatch.setattr(grid, "gold_metrics", lambda out, *of: steps.append(1) or original(out, *of))
   grid.run(settings(), tmp_path)
   assert len(steps) == 2 * 2  # two steps of two seeds, of the second arm alone
   for arm in ("vanilla", "r2m.labels"):
@@ -276,7 +276,7 @@ def test_an_arm_that_another_process_is_at_is_left_to_it(ended, tmp_path, monkey
   grid.run(settings(), tmp_path)
   assert ran == [("vanilla", 2)]
   printed = capsys.readouterr().out
-  assert "another process is at it" in printed and "done before" in printed
+  assert "another process works on it" in printed and "done before" in printed
   assert columns(tmp_path, "vanilla")["seed"].size == 2 * settings().steps
   with alone(tmp_path, "x") as mine, alone(tmp_path, "x", wait=False) as again:
     assert mine and not again

@@ -547,7 +547,7 @@ def test_any_sample_is_made_again_token_for_token(tmp_path, monkeypatch, capsys)
   arrays are the oracle.
   """
   cfg, seen, original = settings(steps=4, checkpoint__keep_last=9), [], gold_rl.gold_metrics
-  monkeypatch.setattr(gold, "gold_metrics", lambda out, K: seen.append(out) or original(out, K))
+  monkeypatch.setattr(gold, "gold_metrics", lambda out, *of: seen.append(out) or original(out, *of))
   gold.run(cfg, tmp_path)
 
   def paths():
