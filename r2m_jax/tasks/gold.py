@@ -54,7 +54,7 @@ from r2m_jax.run.fit import do
 from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
 from r2m_jax.run.metrics import read_metrics
 from r2m_jax.run.run import Run, Steps, Texts, train
-from r2m_jax.run.workdir import claim, shapes_of, stage, warm, with_variant
+from r2m_jax.run.workdir import SEEDS, claim, shapes_of, stage, warm, with_variant
 from r2m_jax.tasks.evaluation import (
   Evaluate,
   Evaluation,
@@ -65,8 +65,6 @@ from r2m_jax.tasks.evaluation import (
 )
 from r2m_jax.tasks.follow import Watch
 from r2m_jax.types import Rollout, TrainState
-
-SEEDS = "seeds"  # in a workdir: the workdirs of further seeds
 
 
 def run(config, workdir: Path) -> None:

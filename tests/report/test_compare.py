@@ -149,3 +149,14 @@ def test_alarms_name_what_went_wrong():
     "rl a: 1 logged values were not finite.",
   ]
   assert troubles([head | {"step": 0, "skipped": 0.0}]) == []
+
+
+def test_further_seeds_of_a_run_are_part_of_its_line(tmp_path):
+  first = write_run(tmp_path / "run")
+  for seed in (1, 10, 2):
+    write_run(tmp_path / f"run/seeds/{seed}", seed=seed)
+  (tmp_path / "run/seeds/3").mkdir()  # has not logged anything yet
+  found = task.with_seeds(first)
+  assert [folder.name for folder in found] == ["run", "1", "2", "10"]
+  (line,) = compare.lines_of(compare.arms_in(found))
+  assert line.name == "run and 3 more seeds"
