@@ -72,6 +72,8 @@ REFUSALS = [  # field, value, the fix
   ("ppo.advantage_eps", 0.0, "above 0"),
   ("kl.beta", -0.1, "at least 0"),
   ("seed", -1, "at least 0"),
+  ("seeds", 0, "at least 1"),
+  ("seeds", 2**32 + 1, "the last seed must be below"),
   ("policy.lr", -1.0, "at least 0"),
   ("policy.lr", float("inf"), "finite"),
   ("checkpoint.keep_last", 0, "at least 1"),

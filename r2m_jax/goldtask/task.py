@@ -1,12 +1,11 @@
 """A small task with a known gold reward, on which a policy games its reward model within minutes on
-one CPU.
+a CPU.
 
-A prompt is a note: facts (animals) mixed with chatter (food). A good response names the note's
-facts, once each, and
-stops: no chatter, no facts that the note does not hold (hallucinations), no filler words, no
-repeats. The gold reward knows all this; a reward model fitted on few noisy preferences learns
-"fewer fillers, less chatter" quickly and "only facts of this note" badly, which is what the policy
-then exploits.
+A prompt is a note: facts (animals) mixed with chatter (food). A good response names each of the
+note's facts once and stops. It has no chatter, no facts that are not in the note (hallucinations),
+no filler words and no repeats. The gold reward measures all this. A reward model that is fitted to
+few noisy preferences learns "fewer fillers, less chatter" quickly and "only facts of this note"
+badly. The policy then exploits this weakness.
 
 Host only (NumPy): gold never enters the training program.
 """
@@ -38,16 +37,16 @@ assert len(WORDS) == VOCAB_SIZE
 
 
 class GoldParts(NamedTuple):
-  """What the gold reward counts, float64[B] each."""
+  """The parts of the gold reward, float64[B] each."""
 
   gold: np.ndarray
   coverage: np.ndarray  # share of the note's facts that the response names
-  hallucinated: np.ndarray  # distinct facts named that the note does not hold
+  hallucinated: np.ndarray  # distinct named facts that are not in the note
   chatter: np.ndarray  # distinct chatter words
   repeats: np.ndarray
   filler: np.ndarray
-  length: np.ndarray  # tokens, the ending token not counted
-  truncated: np.ndarray  # 1 where the response never ended
+  length: np.ndarray  # tokens, without the end token
+  truncated: np.ndarray  # 1 if the response never ended
 
 
 def gold(sequences: Sequences, formula: str = "") -> GoldParts:
@@ -69,7 +68,7 @@ def gold(sequences: Sequences, formula: str = "") -> GoldParts:
   has_eos = np.asarray(sequences.has_eos)
   prompt, response = tokens[:, : -mask.shape[1]], tokens[:, -mask.shape[1] :]
   word_mask = mask.copy()
-  word_mask[np.arange(len(mask)), mask.sum(1) - 1] &= ~has_eos  # the ending token is no word
+  word_mask[np.arange(len(mask)), mask.sum(1) - 1] &= ~has_eos  # the end token is not a word
   count = np.zeros((len(tokens), VOCAB_SIZE))
   np.add.at(count, (np.nonzero(word_mask)[0], response[word_mask]), 1)
   in_note = np.zeros((len(tokens), VOCAB_SIZE), bool)
@@ -101,8 +100,8 @@ def gold(sequences: Sequences, formula: str = "") -> GoldParts:
 
 
 def prompts(seed: int, stream: int, index: int, count: int) -> Prompts:
-  """`count` notes, a function of (seed, stream, index) alone: BOS, 12 distinct shuffled words (3
-  to 6 facts), SEP.
+  """`count` notes, a function of only (seed, stream, index): BOS, 12 distinct shuffled words (3 to
+  6 facts), SEP.
   """
   rng = np.random.default_rng([seed, stream, index])
   tokens = np.empty((count, PROMPT_LENGTH), np.int32)
@@ -124,11 +123,11 @@ def demonstrations(
   seed: int, count: int, max_length: int
 ) -> tuple[Prompts, np.ndarray, np.ndarray]:
   """Imperfect human-like responses: prompts, tokens i32[count, max_length], lengths i32[count]
-  (ending token counted).
+  (including the end token).
 
   Each demonstrator has a quality q ~ U(0, 1): a fact is named with probability 0.25 + 0.5 q, a
-  chatter word with 0.12, one fact from anywhere with 0.15; fillers come before a word with 0.25 and
-  a repeat after it with 0.08.
+  chatter word with 0.12, and one arbitrary fact with 0.15. A filler precedes a word with
+  probability 0.25, and a repeat follows it with 0.08.
   """
   notes = prompts(seed, 0, 0, count)
   rng = np.random.default_rng([seed, 1])
@@ -154,8 +153,8 @@ def demonstrations(
 def noisy_choice(
   gold_a: np.ndarray, gold_b: np.ndarray, seed: int, *, temperature: float, flip: float
 ) -> np.ndarray:
-  """A noisy labeller: bool[N], True where it prefers a. P(a) = sigmoid((a - b) / temperature),
-  then flips a share.
+  """A noisy labeller: bool[N], True if it prefers a. P(a) = sigmoid((a - b) / temperature), then
+  flips a share.
   """
   rng = np.random.default_rng([seed, 2])
   prefers_a = rng.uniform(size=gold_a.size) < 1 / (1 + np.exp(-(gold_a - gold_b) / temperature))
@@ -163,5 +162,5 @@ def noisy_choice(
 
 
 def render(tokens: np.ndarray, mask: np.ndarray) -> str:
-  """Token ids as words; masked columns are left out."""
+  """Token ids as words; masked columns are omitted."""
   return " ".join(WORDS[t] for t, keep in zip(tokens, mask) if keep)

@@ -602,7 +602,7 @@ def test_stopped_and_killed_it_ends_where_the_unbroken_run_does(smallest_run, tm
     time.sleep(0.01)
   run.send_signal(signal.SIGTERM)
   assert run.wait(600) == loop.RESUME, log.read_text()[-2000:]
-  assert "the same command goes on" in log.read_text() and "Traceback" not in log.read_text()
+  assert "the same command resumes" in log.read_text() and "Traceback" not in log.read_text()
   moments = zip((0, 2), kill_resume.MOMENTS)
   assert any(
     [kill_resume.kill_at(broken, step, moment, rng, "--config.steps=4") for step, moment in moments]
