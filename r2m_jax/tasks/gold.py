@@ -97,15 +97,15 @@ def seeds_of(config, workdir: Path) -> list[tuple[ConfigDict, Path]]:
 
 def report(config, workdir: Path) -> None:
   """Writes the report of a run; prints the summary and the paths of the files."""
-  title = f"R2M: {config.task}, {config.algorithm}, seed {config.seed}"
+  title, seed = f"R2M: {config.task}, {config.algorithm}", config.seed
   figures = f"figures  {workdir / 'figures'}"
   folders = [folder for _, folder in seeds_of(config, workdir)]
   if config.task != "r2m" or len(folders) == 1:
-    conclude(workdir, title, figures)
+    conclude(workdir, f"{title}, seed {seed}", figures)
     return
-  for seed, folder in enumerate(folders[1:], config.seed + 1):
-    write_report(folder, title=f"R2M: {config.task}, {config.algorithm}, seed {seed}")
-  page = seeds.write_report(folders, title=f"{title} to {config.seed + config.seeds - 1}")
+  for further, folder in enumerate(folders[1:], seed + 1):
+    write_report(folder, title=f"{title}, seed {further}")
+  page = seeds.write_report(folders, title=f"{title}, seeds {seed} to {seed + len(folders) - 1}")
   print(seeds.format_summary(folders))
   print(f"report   {page}\n{figures}\nmetrics  {workdir / 'metrics.jsonl'}, {workdir / SEEDS}")
 
