@@ -31,6 +31,7 @@ KEPT = (
   "kl_weight",
   "length",
   "truncated",
+  "gold/coverage",
 )
 
 

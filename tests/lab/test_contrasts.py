@@ -7,7 +7,8 @@ import pytest
 from scipy import stats as scipy_stats
 
 from benchmarks import fair as fair_rows
-from configs import fair
+from benchmarks import holds as holds_rows
+from configs import fair, holds
 from r2m_jax.config import ConfigError, arms_of, check_config
 from r2m_jax.lab import contrasts, inference
 from r2m_jax.lab.table import Curves, arm_columns, read_table, write_table
@@ -198,16 +199,61 @@ def test_kept_rows_give_the_same_contrasts(tmp_path):
     fair_rows.rows_of(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("size", ["", "test", *fair.SIZES])
-def test_the_registered_experiments_can_run(size):
-  config = fair.get_config(size)
+def test_bars_of_an_arm_beside_vanilla():
+  """Against a loop, on the seeds that both arms have."""
+  rng = np.random.default_rng(0)
+  keys = ("reward/gold", "length", "gold/coverage", "reward/frozen")
+  usual, mine = (
+    Curves(0.3, seeds, {key: rng.uniform(1, 2, (len(seeds), 40)) for key in keys})
+    for seeds in ([3, 4, 5], [4, 5, 6])
+  )
+  config = holds.get_config()
+  config.lab.tail = 8
+  shown = holds_rows.bars(
+    config, {"vanilla.kl2": {1.0: usual}, "vanilla.contrast.kl2": {1.0: mine}}
+  )
+  line = next(line for line in shown.splitlines() if line.startswith("vanilla.contrast.kl2"))
+  gold = [sum(mine.metrics["reward/gold"][i][t] for i in (0, 1)) / 2 for t in range(40)]
+  peak = max(sum(gold[t : t + 10]) / 10 for t in range(31))
+  length = [
+    sum(curves.metrics["length"][i][-8:].sum() for i in rows)
+    for curves, rows in ((mine, (0, 1)), (usual, (1, 2)))
+  ]
+  assert float(line.split()[1]) == pytest.approx(sum(gold[-8:]) / 8 / peak, abs=0.006)
+  assert float(line.split()[2]) == pytest.approx(length[0] / length[1], abs=0.006)
+
+
+def test_arms_at_equal_steps_are_paired_with_scaled_of_their_speed():
+  rng = np.random.default_rng(1)
+  names = ("scaled", "r2m.high", "scaled.short", "r2m.short_grpo", "r2m.kl2")
+  curves = {}
+  for name in names:
+    metrics = {key: rng.normal(0, 1, (8, 16)) for key in ("reward/gold", "kl")}
+    curves[name] = {1.0: Curves(0.02, list(range(8)), metrics)}
+  lines = {line.split()[0]: line for line in fair_rows.at_equal_steps(curves).splitlines() if line}
+  assert "r2m.kl2" not in lines
+  for name, control in (("r2m.high", "scaled"), ("r2m.short_grpo", "scaled.short")):
+    gold, other = (curves[x][1.0].metrics["reward/gold"] for x in (name, control))
+    for x in (gold - other).mean(), (gold - other)[:, -2:].mean(), gold[:, -2:].mean():
+      assert f" {x:.2f} [" in lines[name]
+  assert lines["scaled"].count("[") == 2
+
+
+@pytest.mark.parametrize(
+  "get_config, size",
+  [(fair.get_config, size) for size in ("", "test", *fair.SIZES)]
+  + [(holds.get_config, size) for size in ("", "test")],
+)
+def test_the_registered_experiments_can_run(get_config, size):
+  config = get_config(size)
   check_config(config)
   arms = arms_of(config)
   assert not set(config.lab.seeds) & {100, 101, 102, 103}
   named = {name for text in config.lab.contrasts for name in text.split(" - ")}
   assert named <= set(arms)
   if size == "":
-    assert len(config.lab.contrasts) == 6 and len(config.lab.seeds) == 24
+    expected = {fair.get_config: (6, 24), holds.get_config: (4, 14)}[get_config]
+    assert (len(config.lab.contrasts), len(config.lab.seeds)) == expected
     budgets = {(arm.steps, arm.kl.beta, arm.policy.lr, arm.algorithm) for arm in arms.values()}
     assert len(budgets) == 1  # the same for every arm, including the first KL weight
     assert {arm.kl.target for arm in arms.values()} == {2.0, 4.0}
