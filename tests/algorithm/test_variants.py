@@ -11,7 +11,7 @@ import pytest
 import small
 
 from configs import quickstart
-from r2m_jax.algorithm import losses, schedules
+from r2m_jax.algorithm import annotate, losses, schedules, update
 from r2m_jax.algorithm.labels import pairs_at, pairs_per_step
 from r2m_jax.algorithm.objective import shape_scores
 from r2m_jax.algorithm.read import make_read
@@ -31,8 +31,8 @@ from r2m_jax.goldtask.labels import gold_labeller
 from r2m_jax.ops import combine
 from r2m_jax.parallel import sharding
 from r2m_jax.run import checkpoint
-from r2m_jax.step import jit_step
-from r2m_jax.types import Sequences
+from r2m_jax.step import jit_step, make_learn
+from r2m_jax.types import Rollout, Sequences
 
 STEPS = 3
 ALGORITHMS = {
@@ -317,6 +317,57 @@ def test_feedback_controls_read_what_they_say():
   )  # the mask goes with its states
 
 
+def test_states_know_where_the_response_begins(monkeypatch):
+  """In annotation, in the update and over labelled pairs: the masks that a variant is given, against
+  the lengths of the rows."""
+  cfg = small.config(r2m__labels="preference", r2m__label_budget=0.25)
+  built, state = small.start(cfg)
+  rng, prompts, T = np.random.default_rng(0), small.prompts(cfg, 0), cfg.rollout.max_new_tokens
+  K, P = cfg.rollout.group_size, prompts.tokens.shape[1]
+  lengths = rng.integers(1, T + 1, K * len(prompts.tokens))
+  response_mask = np.arange(T) < lengths[:, None]
+  sequences = Sequences(
+    tokens=np.concatenate(
+      [np.repeat(prompts.tokens, K, 0), rng.integers(3, 64, response_mask.shape).astype(np.int32)],
+      1,
+    ),
+    token_mask=np.concatenate([np.repeat(prompts.mask, K, 0), response_mask], 1),
+    response_mask=response_mask,
+    has_eos=lengths < T,
+  )
+  seen, original = [], feed_back
+
+  def spy(kind, policy, ref, own, key, *, others):
+    seen.append([x.response_mask for x in (policy, ref, own)])
+    shuffled = original("shuffled", policy, ref, own, key, others=np.arange(len(policy.mask))[::-1])
+    seen[-1].append(shuffled.response_mask[::-1])
+    return original(kind, policy, ref, own, key, others=others)
+
+  for module in (annotate, update):
+    monkeypatch.setattr(module, "feed_back", spy)
+  pairs = gold_labeller(cfg)(sequences, 0)
+  learn = make_learn(built.defs, cfg, built.mesh)
+
+  @jax.jit
+  def given(state, sequences, pairs):
+    learn(state, Rollout(sequences), None, pairs)
+    return seen
+
+  annotated, updated, labelled = given(state, sequences, pairs)
+  want = np.zeros((len(lengths), P + T), bool)
+  for row, length in zip(want, lengths):
+    row[P : P + length] = True
+  for masks in (annotated, updated):
+    for mask in masks:
+      np.testing.assert_array_equal(mask, want)
+  row_of = {row.tobytes(): i for i, row in enumerate(sequences.tokens)}
+  at = [row_of[row.tobytes()] for row in pairs.tokens]
+  policy, ref, own, shuffled = labelled
+  assert own is None  # the reward model has rows of its own
+  for mask in (policy, ref, shuffled):
+    np.testing.assert_array_equal(mask, want[at])
+
+
 def test_no_trajectory_keeps_its_own_states_when_shuffled():
   """Half the batch is a shift to another prompt, for any number of prompts from two on."""
   for prompts, K in ((2, 2), (2, 4), (3, 4), (5, 2), (5, 3)):
@@ -381,7 +432,13 @@ def test_labels_train_the_head_and_reversed_labels_train_it_the_other_way():
       return pairs.replace(
         **{
           name: turn(getattr(pairs, name))
-          for name in ("tokens", "token_mask", "reward_tokens", "reward_mask")
+          for name in (
+            "tokens",
+            "token_mask",
+            "response_mask",
+            "reward_tokens",
+            "reward_mask",
+          )
         }
       )
 
