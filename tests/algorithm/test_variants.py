@@ -104,8 +104,11 @@ ON_EIGHT_IN_FLOAT32 = {
 }
 
 
-# each differs from one that stays by what an array holds; a minute in all
+# each differs from one that stays by what an array holds, or is a part of it; a minute and a half in
+# all. The first two run on one device in `test_an_arm_in_the_shared_program_is_the_variant_in_its_own`.
 LONG = {
+  "rloo-scaled",
+  "reinforce++-r2m_untrained",
   "rloo-constant",
   "rloo-shuffled",
   "rloo-no_bt",
@@ -417,32 +420,25 @@ def test_labels_train_the_head_and_reversed_labels_train_it_the_other_way():
     r2m__labels="preference",
   )
   cfg = small.config(r2m__label_budget=0.25, **sgd)
-  moves = {}
+  label, moves, swap = gold_labeller(cfg), {}, False
+
+  def labeller(sequences, step):
+    pairs = label(sequences, step)
+
+    def turn(x):
+      return np.concatenate(np.split(x, 2)[::-1]) if swap else x
+
+    return pairs.replace(
+      **{
+        name: turn(getattr(pairs, name))
+        for name in ("tokens", "token_mask", "response_mask", "reward_tokens", "reward_mask")
+      }
+    )
+
+  step = small.step_of(cfg, *small.start(cfg), labeller)
   for swap in (False, True):
-    built, state = small.start(cfg)
+    _, state = small.start(cfg)
     before = jax.device_get(state.reward_head)
-    label = gold_labeller(cfg)
-
-    def labeller(sequences, step):
-      pairs = label(sequences, step)
-
-      def turn(x):
-        return np.concatenate(np.split(x, 2)[::-1]) if swap else x
-
-      return pairs.replace(
-        **{
-          name: turn(getattr(pairs, name))
-          for name in (
-            "tokens",
-            "token_mask",
-            "response_mask",
-            "reward_tokens",
-            "reward_mask",
-          )
-        }
-      )
-
-    step = small.step_of(cfg, built, state, labeller)
     state, out = step(state, small.prompts(cfg, 0))
     moves[swap] = [
       np.asarray(b) - np.asarray(a) for a, b in zip(flat(before), flat(state.reward_head))
@@ -507,15 +503,14 @@ def test_ensembles_combine():
 
 def test_average_head_scores_and_the_raw_head_trains():
   cfg = small.config(r2m__average=0.75, r2m__lr=0.05)
-  _, fresh = small.start(cfg)
-  _, state = small.run(cfg, 1)
-  for start, raw, average in zip(
-    flat(fresh.reward_head), flat(state.reward_head), flat(state.reward_average)
-  ):
+  built, state = small.start(cfg)
+  step, fresh = small.step_of(cfg, built, state), flat(state.reward_head)
+  state, _ = step(state, small.prompts(cfg, 0))
+  for start, raw, average in zip(fresh, flat(state.reward_head), flat(state.reward_average)):
     np.testing.assert_allclose(average, 0.75 * start + 0.25 * raw, rtol=1e-5, atol=1e-7)
   plain, _ = small.run(small.config(r2m__lr=0.05), 2)
-  averaged, _ = small.run(cfg, 2)
-  assert not np.array_equal(plain[1].judged.scores, averaged[1].judged.scores)
+  _, averaged = step(state, small.prompts(cfg, 1))
+  assert not np.array_equal(plain[1].judged.scores, averaged.judged.scores)
 
 
 def test_omega_schedules():
