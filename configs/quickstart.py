@@ -20,11 +20,13 @@ def get_config(size: str = ""):
     )
   config = default.get_config()
   config.variant = ""
+  config.seeds = 3
   config.steps = 100
   config.kl.beta = 0.02
   config.remat = "none"  # as the published curves were made
   config.policy.arch.intermediate_size = 128
   if size == "test":
+    config.seeds = 1
     config.steps = 4
     config.rollout.prompts, config.rollout.group_size = 8, 4
     config.policy.arch.hidden_size, config.policy.arch.intermediate_size = 32, 64

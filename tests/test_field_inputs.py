@@ -218,7 +218,7 @@ def test_of_a_folder_only_data_is_read_and_the_rest_is_named(tmp_path, capsys):
   (tmp_path / "README.md").write_text("hi")
   assert sorted(prompts(tmp_path)) == ["a", "b"]
   said = capsys.readouterr().out
-  assert "2 files read, 4 passed over" in said and "._a.jsonl" in said and "README.md" in said
+  assert "2 files read, 4 skipped" in said and "._a.jsonl" in said and "README.md" in said
 
 
 def test_a_folder_of_several_splits_gives_one(tmp_path):

@@ -181,10 +181,12 @@ def tables(config, curves: dict[str, dict[float, Curves]]) -> list[dict]:
 
 def text(config, curves: dict[str, dict[float, Curves]]) -> str:
   """The same tables as aligned columns; "" without any."""
-  blocks = []
-  for section in tables(config, curves):
-    cells = [section["head"], *section["rows"]]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
-    blocks.append("\n".join([section["title"], *lines, section["note"]]))
-  return "\n\n".join(blocks)
+  return "\n\n".join(aligned(**section) for section in tables(config, curves))
+
+
+def aligned(title: str, head: list[str], rows: list[list[str]], note: str) -> str:
+  """A section as lines of a terminal."""
+  cells = [head, *rows]
+  widths = [max(map(len, column)) for column in zip(*cells)]
+  lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+  return "\n".join([title, *lines, note])

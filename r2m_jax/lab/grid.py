@@ -26,6 +26,7 @@ from r2m_jax.algorithm.read import make_read, measured_kl, read_feedback, sampli
 from r2m_jax.algorithm.schedules import make_omega
 from r2m_jax.algorithm.variants import VARIANTS, measured
 from r2m_jax.config import ConfigError, arms_of, identity
+from r2m_jax.goldtask import formula
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.labels import gold_labeller
 from r2m_jax.goldtask.rl import gold_metrics, make_arm_step, program_of, rl_prompts, shared_arm
@@ -79,6 +80,7 @@ def run(config, workdir: Path) -> None:
       f"with --config.hosts.coordinator={ALONE}"
     )
   claim(config, workdir, shared=True)
+  formula.keep(config.gold.formula, workdir)
   wanted = [(seed, factor) for factor in config.lab.betas for seed in config.lab.seeds]
   for name, arm in arms.items():  # before anything is computed
     missing_of(workdir, name, arm, wanted)
@@ -200,6 +202,8 @@ def stage_name(stage: str, config) -> str:
     parts["reward"] = {
       k: v for k, v in read["reward"].items() if k not in ("combine", "variance_weight")
     }
+    if config.gold.formula:
+      parts["formula"] = config.gold.formula
   if stage == "warm_start":
     parts["r2m"] = read["r2m"]
   return f"{stage}-{short(parts)}"
@@ -342,7 +346,8 @@ def add_best_of_n(config, seeds, workdir: Path) -> None:
       ]
     )
     proxy, gold = (
-      np.asarray(x, float).reshape(-1, count) for x in (scores, goldtask.gold(drawn).gold)
+      np.asarray(x, float).reshape(-1, count)
+      for x in (scores, goldtask.gold(drawn, config.gold.formula).gold)
     )
 
     def mean(values, n):
@@ -503,7 +508,8 @@ def rows_of(config, out, drift: dict, count: int) -> list[dict]:
   for i in range(count):
     one = pick(out, i)
     own = {key: value for key, value in one.metrics.items() if measured(key, config.variant)}
-    rows.append(own | gold_metrics(one, config.rollout.group_size) | pick(drift, i))
+    gold = gold_metrics(one, config.rollout.group_size, config.gold.formula)
+    rows.append(own | gold | pick(drift, i))
   return rows
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from r2m_jax.config import ConfigError, arms_of, check_batch
 from r2m_jax.data.jsonl import read_rows, write_rows
-from r2m_jax.goldtask import notes
+from r2m_jax.goldtask import formula, notes
 from r2m_jax.goldtask.rl import against_gold
 from r2m_jax.goldtask.task import noisy_choice
 from r2m_jax.hf.folders import load_policy, load_reward, mesh_of
@@ -67,6 +67,7 @@ def run(config, workdir: Path) -> None:
   workdir, mesh, arms = workdir.absolute(), mesh_of(config), arms_of(config)
   check_batch(config, tuple(mesh.shape.values()))
   claim(config, workdir, shared=True)
+  formula.keep(config.gold.formula, workdir)
   print(
     f"r2m_jax  lab_notes: {len(arms)} arms x {len(config.lab.seeds)} seeds on {mesh.size} "
     f"{jax.devices()[0].platform} device(s); writes {workdir}",
@@ -76,7 +77,7 @@ def run(config, workdir: Path) -> None:
     sft = make_policy(config, workdir, mesh)
     drawn = scale_samples(config, workdir, mesh, sft)
     held = held_out_pairs(config, workdir, mesh, sft)
-  gold_of_sft = float(notes.gold(map(as_text, drawn)).mean())
+  gold_of_sft = float(notes.gold(map(as_text, drawn), config.gold.formula).mean())
 
   def fit_proxy(seed):
     return make_proxy(config, workdir, mesh, sft, seed, drawn, held)
@@ -191,7 +192,7 @@ def proxy_of(workdir: Path, seed: int) -> Path:
 def pair_rows(config, mesh, sft: Path, asked: list[str], seed: int) -> list[dict]:
   """Two samples for each prompt, with their gold; prompts with two equal samples are left out."""
   drawn = answers(config, mesh, sft, asked, seed, 2)
-  gold, rows = notes.gold(map(as_text, drawn)), []
+  gold, rows = notes.gold(map(as_text, drawn), config.gold.formula), []
   for i in range(0, len(drawn), 2):
     if drawn[i]["response"].strip() != drawn[i + 1]["response"].strip():
       rows.append(
@@ -296,7 +297,8 @@ def measure_proxy(config, mesh, folder: Path, pairs: Path, drawn: list[dict], he
 
   labels = read_jsonl(pairs)
   against = wins([row["gold_rejected"] for row in labels], [row["gold_chosen"] for row in labels])
-  mine, of_gold = serve.score(config, model, None, drawn, mesh), notes.gold(map(as_text, drawn))
+  mine = serve.score(config, model, None, drawn, mesh)
+  of_gold = notes.gold(map(as_text, drawn), config.gold.formula)
   return {
     "accuracy": list(accuracy(scores))[:3],
     "longer": list(accuracy(lengths))[:3],
@@ -332,20 +334,20 @@ def run_arm(name: str, arm, workdir: Path, mesh, sft: Path, proxy: Path, seed: i
     write_rows(str(data), [{"prompt": as_messages(prompt)} for prompt in asked])
 
   def watch_of(settings):
-    return functools.partial(watch, folder / SAMPLES, settings.rollout.group_size)
+    return functools.partial(watch, settings, folder / SAMPLES)
 
   realtext.train_arm(name, arm, str(data), workdir, mesh, sft, proxy, seed, watch_of)
   if not (folder / END).exists():
     asked = notes.prompts(arm.seed, STREAM_SCALE, arm.scratch.samples, notes.HELD_OUT)
     drawn = list(map(as_text, answers(arm, mesh, folder / "export/policy", asked, arm.seed, 1)))
-    rows = [row | {"gold": float(gold)} for row, gold in zip(drawn, notes.gold(drawn))]
-    write_rows(str(folder / END), rows)
+    gold = notes.gold(drawn, arm.gold.formula)
+    write_rows(str(folder / END), [row | {"gold": float(x)} for row, x in zip(drawn, gold)])
 
 
-def watch(folder: Path, group_size: int, t: int, output, samples) -> dict[str, float | None]:
+def watch(config, folder: Path, t: int, output, samples) -> dict[str, float | None]:
   """What gold finds in a step; all of the step's samples go to a file of `folder`."""
   rows = [as_text(dict(zip(("prompt", "response", "truncated"), sample))) for sample in samples]
-  parts = [notes.gold_parts(row["prompt"], row["response"], row["truncated"]) for row in rows]
+  parts = notes.all_parts(rows, config.gold.formula)
   judged = output.judged
   scored = zip(rows, parts, judged.scores, judged.scores_frozen)
   write_rows(
@@ -356,7 +358,7 @@ def watch(folder: Path, group_size: int, t: int, output, samples) -> dict[str, f
     ],
   )
   gold = np.array([part.gold for part in parts])
-  return against_gold(gold, judged.scores, group_size) | measured(parts)
+  return against_gold(gold, judged.scores, config.rollout.group_size) | measured(parts)
 
 
 # ---- what comes out ----
@@ -415,7 +417,7 @@ def proxy_table(config, workdir: Path) -> dict:
 def held_out_table(config, arms, workdir: Path) -> dict:
   """Gold of the trained policies on held-out prompts, all runs of an arm together."""
   drawn = read_jsonl(workdir / realtext.SAMPLES)
-  gold = {"SFT": [notes.gold(map(as_text, drawn))]}
+  gold = {"SFT": [notes.gold(map(as_text, drawn), config.gold.formula)]}
   for name in arms:
     files = [run_of(workdir, name, seed) / END for seed in config.lab.seeds]
     gold[name] = [np.array([row["gold"] for row in read_jsonl(file)]) for file in files]

@@ -273,7 +273,7 @@ def collect(
     "scored": draw(config, built, policy, SCORED, SCORED_PROMPTS, SCORED_GROUP),
   }
   for name, sequences in sets.items():
-    parts = goldtask.gold(sequences)
+    parts = goldtask.gold(sequences, config.gold.formula)
     rows = read_all(lambda part: reader(policy, ref, reward, head, part), sequences)
     rows |= {"gold": parts.gold, "coverage": parts.coverage, "length": parts.length}
     found |= {f"{name}/{key}": np.asarray(value, np.float32) for key, value in rows.items()}

@@ -19,7 +19,7 @@ def run(config, workdir: Path) -> None:
   """Writes the page and prints where it is.
 
   Raises:
-    ConfigError: a folder of config.compare.runs is no run, or is named twice.
+    ConfigError: a folder of config.compare.runs is not a run, or is named twice.
   """
   workdirs = runs_of(config)
   claim(config, workdir)

@@ -254,18 +254,18 @@ REFUSED = {
     lambda d: damaged(d / "a.json", b'[\n{"prompt": "a"}\n]'),
     "one JSON array over many lines",
   ),
-  "not gzip": (lambda d: damaged(d / "a.jsonl.gz", b'{"prompt": "a"}'), "not a whole gzip file"),
+  "not gzip": (lambda d: damaged(d / "a.jsonl.gz", b'{"prompt": "a"}'), "not a complete gzip file"),
   "half a gzip header": (
     lambda d: damaged(d / "a.jsonl.gz", gzip.compress(b"{}")[:9]),
-    "not a whole gzip file",
+    "not a complete gzip file",
   ),
   "not parquet": (
     lambda d: damaged(d / "a.parquet", b"PAR1"),
-    "damaged or cut off, or not parquet",
+    "damaged, truncated or not parquet",
   ),
   "half a parquet file": (
     lambda d: damaged(d / "b.parquet", parquet(d / "a.parquet", [GOOD]).read_bytes()[:-40]),
-    "damaged or cut off",
+    "damaged, truncated",
   ),
   "parquet of other columns": (lambda d: parquet(d / "a.parquet", [{"x": 1}]), "1 missing field"),
   "UTF-16": (lambda d: damaged(d / "a.jsonl", json.dumps(GOOD).encode("utf-16")), "invalid UTF-8"),

@@ -238,7 +238,7 @@ def test_rows_of_sft_have_each_tag_once(folders, tmp_path, capsys, kind, args, a
   assert batch["response_mask"].sum() == len(line) - len(prompt)
   text = text_of(folders, kind, line)
   assert text.count("<think>") == text.count("</think>") <= 1
-  assert ("1 of 1 answers are fitted" in capsys.readouterr().out) == (answer != follows)
+  assert ("1 of 1 answers are adapted" in capsys.readouterr().out) == (answer != follows)
 
 
 def test_an_answer_of_reasoning_alone_is_left_out_where_there_is_none(folders, tmp_path, capsys):
@@ -248,7 +248,7 @@ def test_an_answer_of_reasoning_alone_is_left_out_where_there_is_none(folders, t
   config = default.get_config()
   config.data.name, config.sft.batch_size = str(file), 1
   dataset, _ = sft_rows(config, ours(folders, "qwen3", args=OFF), tmp_path, "sft")
-  assert "no answer beside its reasoning" in capsys.readouterr().out
+  assert "no answer after its reasoning" in capsys.readouterr().out
   assert {int(dataset[i][0]) for i in range(2)} == {0, 1}
 
 

@@ -5,28 +5,12 @@ are made of.
 import numpy as np
 import oracles
 import pytest
+import small
 
 from r2m_jax.goldtask import task as goldtask
-from r2m_jax.types import Prompts, Sequences
+from r2m_jax.types import Prompts
 
 COUNT = 3000  # of the statistics; their bounds are at least four standard errors wide
-
-
-def sequences(prompts: Prompts, responses, length, ended):
-  """Sequences from lists of tokens (the ending token included where `ended`), with garbage in
-  the padding.
-  """
-  rng = np.random.default_rng(9)
-  tokens = rng.integers(0, 64, (len(responses), length)).astype(np.int32)
-  mask = np.zeros(tokens.shape, bool)
-  for row, response in enumerate(responses):
-    tokens[row, : len(response)], mask[row, : len(response)] = response, True
-  return Sequences(
-    tokens=np.concatenate([prompts.tokens, tokens], 1),
-    token_mask=np.concatenate([prompts.mask, mask], 1),
-    response_mask=mask,
-    has_eos=np.array(ended, bool),
-  )
 
 
 def test_gold_matches_loop_on_random_responses():
@@ -44,7 +28,7 @@ def test_gold_matches_loop_on_random_responses():
     words.append(said)
     ended.append(ends)
     responses.append(said + [goldtask.EOS] * ends)
-  found = goldtask.gold(sequences(prompts, responses, length, ended))
+  found = goldtask.gold(small.sequences_of(prompts, responses, length, ended))
   expected = [oracles.gold_loop(*row) for row in zip(prompts.tokens, words, ended)]
   np.testing.assert_allclose(found.gold, [gold for gold, _ in expected], atol=1e-12)
   for name in goldtask.GoldParts._fields[1:]:
@@ -65,7 +49,7 @@ def by_hand(*responses, length=12):
     tokens=tokens, mask=np.ones(tokens.shape, bool), example_id=np.arange(len(responses))
   )
   return goldtask.gold(
-    sequences(prompts, responses, length, [r[-1:] == [goldtask.EOS] for r in responses])
+    small.sequences_of(prompts, responses, length, [r[-1:] == [goldtask.EOS] for r in responses])
   ).gold
 
 
@@ -147,7 +131,7 @@ def test_demonstrations_have_the_rates_they_are_said_to_have(demonstrations):
   inside = np.arange(24) < lengths[:, None]
   ended = (tokens[np.arange(COUNT), lengths - 1] == goldtask.EOS).tolist()
   responses = [row[:n].tolist() for row, n in zip(tokens, lengths)]
-  parts = goldtask.gold(sequences(notes, responses, 24, ended))
+  parts = goldtask.gold(small.sequences_of(notes, responses, 24, ended))
   np.testing.assert_allclose(parts.coverage.mean(), 0.5, atol=0.025)  # 0.25 + 0.5 q
   np.testing.assert_allclose(parts.chatter.mean(), 0.12 * 7.5, atol=0.07)
   np.testing.assert_allclose(parts.hallucinated.mean(), 0.15 * (1 - 4.5 / 28), atol=0.025)

@@ -127,7 +127,7 @@ def test_a_run_keeps_the_commit_that_it_began_with(hub_run):
   main = hub.models["them/model-policy"]["branches"]["main"]
   assert kept == {"name": "them/model-policy", "revision": "", "commit": main}
   refused = [line for line in done.stdout.splitlines() if line.startswith("FolderError")]
-  assert "at revision absent is neither a folder nor a model that the hub gives" in refused[-1]
+  assert "at revision absent is neither a folder nor a model on the hub" in refused[-1]
 
 
 def test_the_token_is_in_no_output_and_in_no_file(hub_run):

@@ -483,7 +483,7 @@ def test_unusable_folders_are_explained(saved, tmp_path):
     files_of(folder)["lm_head.weight"].tobytes()
   )  # an aborted copy
   with pytest.raises(
-    PretrainedError, match="model.safetensors is not a whole safetensors file.*copy it again"
+    PretrainedError, match="model.safetensors is not a complete safetensors file.*copy it again"
   ):
     load_pretrained(tmp_path)
   (tmp_path / "config.json").write_text(whole[:40])

@@ -52,7 +52,7 @@ def ended(tmp_path_factory):
   workdir, seen, original = tmp_path_factory.mktemp("lab"), [], grid.gold_metrics
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
-      grid, "gold_metrics", lambda out, K: seen.append(out.sequences) or original(out, K)
+      grid, "gold_metrics", lambda out, *of: seen.append(out.sequences) or original(out, *of)
     )
     grid.run(settings(), workdir)
   return workdir, seen
@@ -73,7 +73,7 @@ def test_a_replica_is_the_run_of_its_seed(ended, tmp_path, monkeypatch, name):
     cfg.r2m.labels, cfg.r2m.label_budget = "preference", 0.2
   alone, original = [], rl.gold_metrics
   monkeypatch.setattr(
-    gold_task, "gold_metrics", lambda out, K: alone.append(out.sequences) or original(out, K)
+    gold_task, "gold_metrics", lambda out, *of: alone.append(out.sequences) or original(out, *of)
   )
   gold_task.run(cfg, tmp_path)
   first = (
@@ -109,7 +109,7 @@ def test_killed_and_started_again_it_gives_the_same_table(ended, tmp_path, monke
   small.interrupt(monkeypatch, grid, 15, lambda: grid.run(settings(), tmp_path))
   assert [path.name for path in (tmp_path / "table").iterdir()] == ["vanilla.parquet"]
   steps, original = [], grid.gold_metrics
-  monkeypatch.setattr(grid, "gold_metrics", lambda out, K: steps.append(1) or original(out, K))
+  monkeypatch.setattr(grid, "gold_metrics", lambda out, *of: steps.append(1) or original(out, *of))
   grid.run(settings(), tmp_path)
   assert len(steps) == 2 * 2  # two steps of two seeds, of the second arm alone
   for arm in ("vanilla", "r2m.labels"):
@@ -192,8 +192,8 @@ def test_more_seeds_and_weights_run_what_is_missing(ended):
     (("vanilla", "vanilla kl.beta=0.1"), "has a name that another arm has"),
     (("vanilla.x kl.bta=0.1",), r"did you mean config.kl.beta\?"),
     (("vanilla.x kl.beta",), "give FIELD=VALUE"),
-    (("vanilla.x seed=3",), "of a field that says what is computed"),
-    (("vanilla.x log.samples=3",), "of a field that says what is computed"),
+    (("vanilla.x seed=3",), "of a field that affects the result"),
+    (("vanilla.x log.samples=3",), "of a field that affects the result"),
     (("vanilla.x kl.beta=much",), "'kl.beta=much'"),
     (("r2m.x kl.controller=adaptiv",), r"r2m.x: config.kl.controller is 'adaptiv'"),
     (("vanilla.x kl.placement=reward",), "must be 'exact'"),

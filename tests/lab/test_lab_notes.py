@@ -182,7 +182,7 @@ def test_a_killed_run_ends_as_the_unbroken_one(ended, tmp_path, monkeypatch, cap
   assert len(steps_of(again, "r2m", 0)) == 1
   capsys.readouterr()
   lab_notes.run(config, again)
-  assert "r2m: goes on from step 1 of 2" in capsys.readouterr().out
+  assert "r2m: resumes at step 1 of 2" in capsys.readouterr().out
   assert policy_bytes(again, "r2m", 0) == policy_bytes(ended, "r2m", 0)
   assert steps_of(again, "r2m", 0) == steps_of(ended, "r2m", 0)
   assert samples_of(again, "r2m", 0) == samples_of(ended, "r2m", 0)

@@ -256,7 +256,7 @@ def test_a_killed_run_ends_as_the_unbroken_one(ended, tmp_path, monkeypatch, cap
   capsys.readouterr()
   realtext.run(cfg, again)
   shown = capsys.readouterr().out
-  assert "r2m: goes on from step 1 of 2" in shown and "vanilla of seed 0: done before" in shown
+  assert "r2m: resumes at step 1 of 2" in shown and "vanilla of seed 0: done before" in shown
   for arm in cfg.lab.arms:
     assert policy_bytes(again, arm, 0) == policy_bytes(workdir, arm, 0)
     assert timeless(again, arm, 0) == timeless(workdir, arm, 0)

@@ -108,7 +108,7 @@ def test_patterns_that_match_nothing_are_refused(folders, tmp_path):
   assert "mlp/gate" not in LoraConfig(4, 8.0, ".*").linears(ARCH.replace(gated_mlp=False))
   with pytest.raises(ValueError, match="'query': it matches none of attn/q"):
     LoraConfig(4, 8.0, "query").linears(ARCH)
-  with pytest.raises(ConfigError, match="config.lora.rank is 4: adapters need a model"):
+  with pytest.raises(ConfigError, match="config.lora.rank is 4: adapters need a base model"):
     check_config(config(lora__rank=4))
   cfg = small(
     folders,

@@ -449,7 +449,7 @@ def test_a_lost_process_ends_the_other_in_bounded_time(two_processes, tmp_path, 
   err = started[1 - lost].stderr.read()
   assert status == hosts.LOST and took < 2 * HEARTBEAT + 5, (status, took, err[-2000:])
   assert f"process {1 - lost} of 2 on" in err and "another process was lost: killed" in err
-  assert "The same command on every host goes on from what is saved" in err
+  assert "The same command on every host resumes from the last checkpoint" in err
   print(
     f"{number.name} to process {lost}: the other ended after {took:.1f} s, heartbeat {HEARTBEAT} s"
   )
@@ -522,7 +522,7 @@ def test_mistakes_end_all_of_them(models, tmp_path):
     (dict(coordinator="10.0.0.1"), {}, "config.hosts.coordinator is '10.0.0.1': give HOST:PORT"),
     (dict(coordinator="a:99999"), {}, "config.hosts.coordinator is 'a:99999': give HOST:PORT"),
     (dict(coordinator=":1234"), {}, "config.hosts.coordinator is ':1234': give HOST:PORT"),
-    (dict(coordinator="a:1"), {}, "config.hosts.processes is 0: say how many"),
+    (dict(coordinator="a:1"), {}, "config.hosts.processes is 0: give the total number"),
     (
       dict(coordinator="a:1", processes=2),
       {},

@@ -96,8 +96,8 @@ HARMS = [  # what happens to which shard, and what the command that goes on says
   (0, cut, "6 rows read, 1 bad; 1 cut off, first .*part-0.jsonl:2"),
   (1, cut, "part-1.jsonl gave 2 rows then, 1 now"),  # right at the end of a line
   (1, replace, "part-1.jsonl gave 2 rows then, 3 now"),
-  (2, cut, "1 bad|not a whole gzip file"),
-  (2, garbage, "part-2.jsonl.gz is not a whole gzip file"),
+  (2, cut, "1 bad|not a complete gzip file"),
+  (2, garbage, "part-2.jsonl.gz is not a complete gzip file"),
   (1, folder_in_its_place, "part-1.jsonl gave 2 rows then, no now"),
 ]
 

@@ -547,7 +547,7 @@ def test_any_sample_is_made_again_token_for_token(tmp_path, monkeypatch, capsys)
   arrays are the oracle.
   """
   cfg, seen, original = settings(steps=4, checkpoint__keep_last=9), [], gold_rl.gold_metrics
-  monkeypatch.setattr(gold, "gold_metrics", lambda out, K: seen.append(out) or original(out, K))
+  monkeypatch.setattr(gold, "gold_metrics", lambda out, *of: seen.append(out) or original(out, *of))
   gold.run(cfg, tmp_path)
 
   def paths():
@@ -602,7 +602,7 @@ def test_stopped_and_killed_it_ends_where_the_unbroken_run_does(smallest_run, tm
     time.sleep(0.01)
   run.send_signal(signal.SIGTERM)
   assert run.wait(600) == loop.RESUME, log.read_text()[-2000:]
-  assert "the same command goes on" in log.read_text() and "Traceback" not in log.read_text()
+  assert "the same command resumes" in log.read_text() and "Traceback" not in log.read_text()
   moments = zip((0, 2), kill_resume.MOMENTS)
   assert any(
     [kill_resume.kill_at(broken, step, moment, rng, "--config.steps=4") for step, moment in moments]

@@ -146,6 +146,22 @@ def test_a_start_that_left_no_work_may_be_corrected(tmp_path):
     claim(tmp_path)
 
 
+def test_a_workdir_of_an_earlier_version_lacks_settings_and_goes_on(tmp_path):
+  claim(tmp_path)
+  (tmp_path / "stages").mkdir()
+  saved = json.loads((tmp_path / "config.json").read_text())
+  del saved["notes"], saved["reward"]["contrast"]
+  (tmp_path / "config.json").write_text(json.dumps(saved))
+  other = quickstart.get_config("test")
+  other.reward.contrast = 3
+  with pytest.raises(
+    ConfigError, match="holds a run of another(?s:.*)config.reward.contrast: 0 -> 3"
+  ):
+    workdir.claim(other, tmp_path)
+  claim(tmp_path)
+  assert "notes" in json.loads((tmp_path / "config.json").read_text())
+
+
 def test_a_log_that_cannot_be_written_ends_and_the_run_goes_on(tmp_path, monkeypatch):
   tee(monkeypatch)
   claim(tmp_path)

@@ -18,6 +18,7 @@ from r2m_jax.parallel import sharding
 from r2m_jax.run import build
 from r2m_jax.run.workdir import LAYOUT
 from r2m_jax.step import make_step
+from r2m_jax.types import Prompts, Sequences
 
 FLOAT64 = dict(dtype="float64", param_dtype="float64")  # under jax.enable_x64(True)
 FLOAT32 = dict(dtype="float32", param_dtype="float32")
@@ -221,11 +222,11 @@ def interrupt(monkeypatch, module, calls, run):
   """
   made, original = [], module.gold_metrics
 
-  def dies(out, group_size):
+  def dies(*of):
     made.append(1)
     if len(made) == calls:
       raise KeyboardInterrupt
-    return original(out, group_size)
+    return original(*of)
 
   with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
     patched.setattr(module, "gold_metrics", dies)
@@ -238,3 +239,20 @@ def unlisted(folder):
   pattern = re.compile("|".join(re.sub(r"<\w+>", ".+", name) for name in names))
   found = [path.name + "/" * path.is_dir() for path in folder.iterdir()]
   return [name for name in found if not pattern.fullmatch(name)]
+
+
+def sequences_of(prompts: Prompts, responses, length, ended):
+  """Sequences from lists of tokens (the ending token included if `ended`), with garbage in
+  the padding.
+  """
+  rng = np.random.default_rng(9)
+  tokens = rng.integers(0, 64, (len(responses), length)).astype(np.int32)
+  mask = np.zeros(tokens.shape, bool)
+  for row, response in enumerate(responses):
+    tokens[row, : len(response)], mask[row, : len(response)] = response, True
+  return Sequences(
+    tokens=np.concatenate([prompts.tokens, tokens], 1),
+    token_mask=np.concatenate([prompts.mask, mask], 1),
+    response_mask=mask,
+    has_eos=np.array(ended, bool),
+  )

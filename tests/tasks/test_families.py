@@ -131,9 +131,9 @@ def test_one_label_of_several_is_the_reward(tmp_path):
   np.testing.assert_allclose(kernel("helpful:0.75, verbose:-0.5,1:1:1.0"), want, atol=1e-6)
   for label, message in {
     "": "gives 3 labels; a reward is one number: set config.reward.label to one of helpful, verbose",
-    "3": "config.reward.label is '3': '3' is none of the labels of .*; give some of helpful, verbose, 1:1",
-    "helpful:many": "'helpful:many' is none of the labels",
-    "harmless:1": "'harmless:1' is none of the labels",
+    "3": "config.reward.label is '3': '3' is not a label of .*; give some of helpful, verbose, 1:1",
+    "helpful:many": "'helpful:many' is not a label",
+    "harmless:1": "'harmless:1' is not a label",
     "helpful:0": "give finite weights, not all of them 0",
     "helpful:nan": "give finite weights",
   }.items():

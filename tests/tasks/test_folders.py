@@ -280,7 +280,7 @@ def test_r2m_goes_on_and_exports_any_checkpoint(r2m_run, tmp_path, capsys):
   assert files(tmp_path / "out/policy")["model.safetensors"] != before["model.safetensors"]
   for path, message in (
     (workdir / "checkpoints/r2m/1", r"steps \[2, 3\], not of 1"),
-    (workdir / "checkpoints/none", "point at one of .*checkpoints/r2m"),
+    (workdir / "checkpoints/none", "give one of .*checkpoints/r2m"),
     (tmp_path, "neither it nor a folder above it is the workdir of a run"),
   ):
     exporting.export.checkpoint = str(path)

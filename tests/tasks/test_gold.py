@@ -197,3 +197,22 @@ def test_a_fit_is_traced_once(tmp_path):
     batch_sharding=NamedSharding(mesh, sharding.BATCH),
   )
   assert len(traces) == 1
+
+
+def test_a_further_seed_is_a_run_of_its_own(tmp_path):
+  """Two seeds in one process: the second one's rows are those of a run that starts with it."""
+  cfg = quickstart.get_config("test")
+  cfg.variant, cfg.steps = "vanilla", 2
+  alone = cfg.copy_and_resolve_references()
+  alone.seed = 1
+  gold.run(alone, tmp_path / "alone")
+  cfg.seeds = 2
+  gold.run(cfg, tmp_path / "both")
+  further = tmp_path / "both/seeds/1"
+  want, got = (
+    [without_clock(row) for row in read_metrics(folder)] for folder in (tmp_path / "alone", further)
+  )
+  assert got == want and (further / "report.html").exists()
+  assert [row["step"] for row in read_metrics(tmp_path / "both") if row["stage"] == "rl"] == [0, 1]
+  assert "seeds 0 to 1" in (tmp_path / "both/report.html").read_text()
+  assert not small.unlisted(tmp_path / "both")

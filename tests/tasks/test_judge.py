@@ -102,7 +102,9 @@ def test_what_cannot_be_read_is_counted_and_kept(tmp_path):
 
   with Server(behave) as server:
     cfg = config(judge__url=server.url, judge__model="j", judge__workers=1, **pairs(tmp_path))
-    with pytest.raises(JudgeError, match="2 questions have no answer; the result is of the others"):
+    with pytest.raises(
+      JudgeError, match="2 questions have no answer; the result covers the others"
+    ):
       judge.run(cfg, tmp_path / "work")
     found = result_of(tmp_path / "work")["result"]
     assert (found["unanswered"], found["unparsed"], found["judged"]) == (2, 1, 10)
@@ -278,7 +280,7 @@ def test_a_killed_run_goes_on(tmp_path):
   # of 40 questions only the two under way at the kill may have been answered twice
   assert len(counts) == 40 and sum(counts) <= 42
   assert result_of(tmp_path / "work")["result"]["judged"] == 20
-  assert f"{40 - before} of 40 questions are to be asked" in done.stdout
+  assert f"{40 - before} of 40 questions will be sent" in done.stdout
   for file in (tmp_path / "work").rglob("*"):
     assert file.is_dir() or KEY.encode() not in file.read_bytes(), file
   assert KEY not in done.stdout + done.stderr

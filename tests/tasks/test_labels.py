@@ -87,7 +87,9 @@ def test_pairs_of_samples_are_ordered_by_the_judge(tmp_path):
   for step, pairs in enumerate(found):
     for name in ("tokens", "reward_tokens", "weight"):
       np.testing.assert_array_equal(getattr(again(sequences, step), name), getattr(pairs, name))
-  with pytest.raises(JudgeError, match="RL step 9: .*no answer.*the same command goes on|in a row"):
+  with pytest.raises(
+    JudgeError, match="RL step 9: .*no answer.*the same command, which resumes|in a row"
+  ):
     new = ["another prompt", "and another"]
     labels.judge_labeller(cfg, tokenizer, Renderer(tokenizer), lambda t: new, tmp_path)(
       sequences, 9
@@ -156,5 +158,5 @@ def test_a_run_goes_on_without_its_judge(folders, tmp_path):  # noqa: F811  the 
 
   losses = [row["r2m/bt"] for row in rows("one")]
   assert losses == [row["r2m/bt"] for row in rows("two")] and len(losses) == 3
-  with pytest.raises(JudgeError, match="the same command goes on"):
+  with pytest.raises(JudgeError, match="the same command, which resumes"):
     folders_task.run(cfg, tmp_path / "three")

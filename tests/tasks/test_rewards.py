@@ -194,7 +194,7 @@ def test_each_row_is_asked_for_once(tmp_path, monkeypatch):
     (lambda p, r: [1.0, math.inf], "gave the score inf to 'x'"),
     (lambda p, r: [1.0, None], "gave the score nan to 'x'"),
     (lambda p, r: [1.0, 1e39], "gave the score 1e.39 to 'x'"),
-    (lambda p, r: ["a", "b"], "gave scores that are no numbers"),
+    (lambda p, r: ["a", "b"], "gave scores that are not numbers"),
   ],
 )
 def test_a_function_that_gives_no_scores(function, message):
@@ -230,7 +230,7 @@ def test_a_judge_rates_each_response(tmp_path):
     (dict(algorithm="ppo"), "config.critic.init is 'reward': .*use 'policy'"),
     (dict(reward__path="r"), "config.reward.url is .*config.reward.path is given too"),
     (dict(policy__path=""), "config.policy.path is ''.*give a folder"),
-    (dict(task="reward"), "config.reward.url is .*only task=r2m asks a server"),
+    (dict(task="reward"), "config.reward.url is .*only task=r2m gets rewards from a server"),
     (dict(reward__url="", reward__judge_model="m"), "config.reward.judge_model is 'm': give the"),
     (dict(reward__url="ftp://x"), "config.reward.url is 'ftp://x': give an address"),
     (

@@ -195,9 +195,9 @@ def test_analyse_reads_held_out_pairs_and_changes_nothing(finished):
   assert one.count == 20 and one.low < one.value < one.high <= 1
   assert rows["start", "final", "across"].value != rows["r2m", "final", "across"].value
   page = (workdir / "analysis" / "report.html").read_text()
-  assert "r2m before RL" in page and "the gold-reward task alone has a gold reward" in page
+  assert "r2m before RL" in page and "only the gold-reward task has a gold reward" in page
   settings.analyse.what = "probes"
-  with pytest.raises(ConfigError, match="probes: the gold-reward task alone has a gold reward"):
+  with pytest.raises(ConfigError, match="probes: only the gold-reward task has a gold reward"):
     analyse.run(settings, workdir)
 
 
