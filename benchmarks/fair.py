@@ -1,11 +1,11 @@
 """The contrasts of configs/fair.py and the KL of each arm, then the arms at equal steps, from a
-laboratory's folder or from the rows that were kept of one.
+laboratory's folder or from rows that were kept from one.
 
   python -m benchmarks.fair runs/fair                              # prints both tables
   python -m benchmarks.fair runs/fair --out=docs/lab_fair.parquet  # and keeps the rows
   python -m benchmarks.fair docs/lab_fair.parquet
 
-Rows that are kept have one row per arm, seed and step, and the columns in `KEPT`.
+The kept file has one row per arm, seed and step, and the columns in `KEPT`.
 """
 
 import sys
@@ -20,7 +20,7 @@ from r2m_jax.lab.table import KEYS, Curves, curves_of, joined, read_table, write
 from r2m_jax.report import intervals
 from r2m_jax.report.summary import number
 
-OUT = flags.DEFINE_string("out", "", "file that keeps the rows")
+OUT = flags.DEFINE_string("out", "", "file for the kept rows")
 KEPT = (
   "reward/gold",
   "reward/frozen",
@@ -31,6 +31,7 @@ KEPT = (
   "kl_weight",
   "length",
   "truncated",
+  "gold/coverage",
 )
 
 
@@ -48,7 +49,7 @@ def rows_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 def curves_by_arm(columns: dict[str, np.ndarray]) -> dict:
-  """arm -> factor -> curves, of rows that were kept."""
+  """arm -> factor -> curves, from kept rows."""
   arms = columns["arm"].astype(str)
   found = {}
   for arm in dict.fromkeys(arms):

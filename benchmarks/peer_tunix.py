@@ -1,4 +1,4 @@
-"""One child of peers.py: the same work in tunix's GRPO learner. Runs in tunix's own environment,
+"""One child of peers.py: the same work in tunix's GRPO learner. It runs in tunix's own environment,
 without r2m_jax.
 
 PEERS/tunix/bin/python -m benchmarks.peer_tunix SIZE STEPS MOST
@@ -24,8 +24,8 @@ ROLES = (rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLO
 
 
 def make_model(shape: dict, seed: int) -> qwen2.Qwen2:
-  """Random in every matrix: tunix's own start has zeros in the MLPs, which would get no
-  gradient.
+  """A model with random values in every matrix: tunix's own initialisation has zeros in the MLPs,
+  which would get no gradient.
   """
   config = qwen2.ModelConfig(
     num_layers=shape["layers"],
@@ -52,11 +52,11 @@ def make_model(shape: dict, seed: int) -> qwen2.Qwen2:
 
 
 def make_reward(shape: dict, tokenizer):
-  """The reward function that tunix asks for, around a reward model: its GRPO learner has no place
-  for the model itself.
+  """The reward function that tunix requires, around a reward model, because its GRPO learner does
+  not take a model.
 
-  The model is a policy whose vocabulary projection is a score, as tunix makes its critics; the
-  score of a row is that of its last token.
+  The model is a policy whose vocabulary projection is a score, like tunix's critics; the score of a
+  row is its last token's score.
   """
   model, pad, eos = (
     rl_utils.create_critic_model(make_model(shape, 2)),
@@ -82,21 +82,21 @@ def make_cluster(shape: dict, tokenizer, rollouts: int) -> rl_cluster.RLCluster:
   mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
   config = rl_cluster.ClusterConfig(
     role_to_mesh=dict.fromkeys(ROLES, mesh),
-    rollout_engine="vanilla",  # its others are for TPU
+    rollout_engine="vanilla",  # the other kernels are for TPUs
     training_config=rl_cluster.RLTrainingConfig(
       actor_optimizer=optax.adamw(task.LEARNING_RATE),
-      mini_batch_size=task.PROMPTS,  # all 64 rows in one pass and one update an epoch
+      mini_batch_size=task.PROMPTS,  # all 64 rows in one pass and one update per epoch
       max_steps=2 * task.EPOCHS * rollouts,
-      eval_every_n_steps=2 * task.EPOCHS * rollouts,  # ends where the prompts end
+      eval_every_n_steps=2 * task.EPOCHS * rollouts,  # ends when the prompts end
     ),
     rollout_config=base_rollout.RolloutConfig(
       max_tokens_to_generate=task.RESPONSE,
       max_prompt_length=task.LENGTH,
       temperature=task.TEMPERATURE,
       top_p=1.0,
-      top_k=None,  # anything else sorts the vocabulary for every token
-      kv_cache_size=task.LENGTH + task.RESPONSE,  # no slot more than it needs
-      seed=0,  # none means the same samples at every step, and a key is donated at the first
+      top_k=None,  # other values sort the vocabulary for every token
+      kv_cache_size=task.LENGTH + task.RESPONSE,  # no more slots than necessary
+      seed=0,  # without it every step has the same samples, and a key is donated at the first step
     ),
   )
   with jax.set_mesh(mesh):
@@ -107,8 +107,8 @@ def make_cluster(shape: dict, tokenizer, rollouts: int) -> rl_cluster.RLCluster:
 
 
 def batches(vocab_size: int, watch: task.Watch, rollout_config):
-  """Prompts until the watch has seen enough. The learner asks for the next when all updates on
-  the last are done.
+  """Prompts until the watch is done. The learner requests the next batch when all updates on the
+  last one are done.
   """
   for step in range(watch.laps):
     watch.lap()
@@ -136,7 +136,7 @@ def main(size: str, steps: int, most: int) -> None:
   learner.train(batches(shape["vocab_size"], watch, cluster.cluster_config.rollout_config))
   state = nnx.state(cluster.actor_trainer.model, nnx.Param)
   wrong = {x.dtype for x in jax.tree.leaves(state)} - {jnp.dtype("float32")}
-  assert not wrong, f"float32 is asked for, and here is {wrong}"
+  assert not wrong, f"float32 is required, but found {wrong}"
   updates, rollouts = cluster.actor_trainer.train_steps, len(watch.seconds) + watch.warm
   assert updates == task.EPOCHS * rollouts, f"{updates} updates for {rollouts} rollouts"
   print(

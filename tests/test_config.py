@@ -1,6 +1,4 @@
-"""What a config refuses and in which words; mistakes on the command line, before any device is
-touched.
-"""
+"""Refused configs and their messages; mistakes on the command line, before any device is used."""
 
 import os
 import pathlib
@@ -213,7 +211,7 @@ def test_quickstart_passes(size):
 
 
 def test_check_batch_knows_the_real_mesh():
-  """-1 is filled in once the devices are known; the same words then."""
+  """-1 is replaced once the devices are known, with the same messages."""
   config = config_with(mesh=(-1, 1, 1))
   check_config(config)
   check_batch(config, (8, 1, 1))
@@ -302,9 +300,9 @@ def answers():
 
 
 def test_touching_a_device_would_be_seen(answers):
-  """The check of the checks below: without it they would pass whatever the commands do."""
+  """Shows that the checks below can fail."""
   status, out, err = answers["control"]
-  assert out.strip() == "checked"  # and check_config itself asked for no device
+  assert out.strip() == "checked"  # and check_config itself used no device
   assert status != 0 and NO_PLATFORM in err
 
 
@@ -358,7 +356,7 @@ def test_a_mistake_on_the_command_line_is_one_line(answers, name):
     ),  # keeps its traceback
   ],
 )
-@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' way to read a file
+@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections reads a file in this way
 def test_other_mistakes(monkeypatch, argv, error, answer):
   monkeypatch.chdir(ROOT)
   assert command_line.command_line_mistake(["main.py", *argv], error) == answer

@@ -1,7 +1,7 @@
-"""Every refusal names its fix: the messages of all errors that a user can fix, read from the source.
+"""Every error names its fix: the messages of all errors that a user can fix, read from the source.
 
-A message counts as naming a fix if a clause of it begins with an imperative of `VERBS`, as in
-"...; give a folder" or "set config.dtype, or use ...". Whether the fix helps is for a reader to judge.
+A message counts as naming a fix if a clause of it begins with an imperative of `VERBS`, as in "...;
+give a folder" or "set config.dtype, or use ...". Whether the fix helps must be judged by a reader.
 """
 
 import ast
@@ -22,7 +22,7 @@ VERBS = (
 ).split()
 FIX = re.compile(r"(?:^|[;:,.(]\s+|\b(?:or|and|then)\s+)(?:" + "|".join(VERBS) + r")\b", re.I)
 
-# A requirement on the value is also a fix.
+# A requirement on the value also counts as a fix.
 MUST = re.compile(r"\bmust (be|lie|divide|exceed|cover|not exceed)\b")
 
 # Modules whose ValueError and OSError reach a user inside a FolderError or ConfigError.
@@ -35,7 +35,7 @@ ALSO_PLAIN = (
   "plan/chips.py",
 )
 PLAIN = {"ValueError", "FileNotFoundError", "FileExistsError"}
-# Messages that only add the place to another message, which is tested where it is written.
+# Messages that only add the position to another message, which is tested separately.
 PASSED_ON = {
   "{error}",
   "{reason}",
@@ -50,7 +50,7 @@ PASSED_ON = {
   "{}, row {} {}: {}",
   "{};  {}",
 }
-# Messages whose fix is not in the template, and the place where it is.
+# Messages whose fix is not in the template, and where it is.
 EXCEPTIONS = {
   "config.lab.arms: {} {}": "the calls of `refuse` in config.arms_of",
   "{}{} is neither a folder nor a model on the hub: {}": "the hub's own words, with its advice",
@@ -60,7 +60,7 @@ EXCEPTIONS = {
 }
 
 
-LEAST = "R2M compares K >= 2 responses per prompt"  # of group_size: says the least value
+LEAST = "R2M compares K >= 2 responses per prompt"  # of group_size: has the lowest value
 
 
 def names_a_fix(text: str) -> bool:
@@ -86,10 +86,10 @@ def user_errors(trees) -> set[str]:
 
 
 def template(node, helpers: dict) -> str:
-  """The text of a message with {} for every value; the parts of a sum one after another.
+  """The text of a message with {} for every value. The parts of a sum are joined.
 
   Args:
-    helpers: by name, the functions of the module that return parts of messages.
+    helpers: functions of the module that return parts of messages, by name.
   """
 
   def text(*parts):
@@ -169,7 +169,7 @@ def test_the_rules_of_the_knobs_say_what_a_value_must_be():
 
 
 def test_the_rules_over_several_fields_name_a_fix():
-  """The last argument of `config.need`, which stands behind the field and its value."""
+  """The last argument of `config.need`, which follows the field and its value."""
   tree = ast.parse((ROOT / "config.py").read_text())
   fixes = [
     template(node.args[3], {})

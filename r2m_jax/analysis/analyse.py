@@ -747,7 +747,7 @@ def tables_of(title: str, found: Found) -> list[dict]:
 
 
 def csv_of(found: Found) -> str:
-  """The same numbers as CSV, one line for each number, with five digits."""
+  """The numbers of an analysis as CSV, one line for each number, with five digits."""
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
   for table in found.tables:

@@ -88,7 +88,8 @@ def loops(tokens: jax.Array, t: jax.Array, length: int) -> jax.Array:
 
 def stages(max_new_tokens: int, growing: bool = True) -> list[tuple[int, int]]:
   """(first token, end) of each loop that decodes tokens 1 .. T - 1. Attention reads all slots, so
-  in each loop the cache has only the slots that its tokens need. `growing` False: one loop.
+  in each loop the cache has only the slots that its tokens need. If `growing` is False, there is
+  only one loop.
   """
   count = max(1, min(STAGES, max_new_tokens // SHORTEST)) if growing else 1
   ends = [max_new_tokens * (i + 1) // count for i in range(count)]

@@ -92,6 +92,7 @@ LAYOUT = (
   Entry("policies/", "each seed's policy at its KL targets", "benchmarks.offline"),
   Entry("rows/", "samples of these policies, and what their rewards read", "benchmarks.offline"),
 )
+SEEDS = "seeds"  # of a workdir: the workdirs of further seeds
 AT_START = ("config.json", lock.LOCK, log.LOG)  # files that `claim` itself writes
 FOUND_AGAIN = (
   "r2m_renderer.json",

@@ -54,7 +54,7 @@ from r2m_jax.run.fit import do
 from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
 from r2m_jax.run.metrics import read_metrics
 from r2m_jax.run.run import Run, Steps, Texts, train
-from r2m_jax.run.workdir import claim, shapes_of, stage, warm, with_variant
+from r2m_jax.run.workdir import SEEDS, claim, shapes_of, stage, warm, with_variant
 from r2m_jax.tasks.evaluation import (
   Evaluate,
   Evaluation,
@@ -65,8 +65,6 @@ from r2m_jax.tasks.evaluation import (
 )
 from r2m_jax.tasks.follow import Watch
 from r2m_jax.types import Rollout, TrainState
-
-SEEDS = "seeds"  # in a workdir: the workdirs of further seeds
 
 
 def run(config, workdir: Path) -> None:
@@ -99,15 +97,15 @@ def seeds_of(config, workdir: Path) -> list[tuple[ConfigDict, Path]]:
 
 def report(config, workdir: Path) -> None:
   """Writes the report of a run; prints the summary and the paths of the files."""
-  title = f"R2M: {config.task}, {config.algorithm}, seed {config.seed}"
+  title, seed = f"R2M: {config.task}, {config.algorithm}", config.seed
   figures = f"figures  {workdir / 'figures'}"
   folders = [folder for _, folder in seeds_of(config, workdir)]
   if config.task != "r2m" or len(folders) == 1:
-    conclude(workdir, title, figures)
+    conclude(workdir, f"{title}, seed {seed}", figures)
     return
-  for seed, folder in enumerate(folders[1:], config.seed + 1):
-    write_report(folder, title=f"R2M: {config.task}, {config.algorithm}, seed {seed}")
-  page = seeds.write_report(folders, title=f"{title} to {config.seed + config.seeds - 1}")
+  for further, folder in enumerate(folders[1:], seed + 1):
+    write_report(folder, title=f"{title}, seed {further}")
+  page = seeds.write_report(folders, title=f"{title}, seeds {seed} to {seed + len(folders) - 1}")
   print(seeds.format_summary(folders))
   print(f"report   {page}\n{figures}\nmetrics  {workdir / 'metrics.jsonl'}, {workdir / SEEDS}")
 

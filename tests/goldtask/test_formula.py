@@ -1,5 +1,5 @@
-"""A gold reward from a file: its values against a loop over words, what is refused, and that a run
-reads it.
+"""A gold reward from a file: its values against a loop over words, refused files, and a run that
+uses it.
 """
 
 import json
@@ -84,7 +84,9 @@ def test_a_name_that_is_no_python_file_is_refused(tmp_path):
 
 
 def test_a_run_reads_it_and_refuses_another(tmp_path):
-  """A formula of whether a response ended: the mean follows from the share that was cut off."""
+  """The formula depends only on whether a response ended, so its mean follows from the share of
+  truncated responses.
+  """
   text = "def gold(prompt, response, ended): return 7.0 if ended else 5.0"
   path = written(tmp_path, text)
   config = small.config(task="r2m", steps=2, gold__formula=path, arms=("r2m",), variant="")

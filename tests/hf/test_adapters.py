@@ -139,7 +139,9 @@ def test_adapters_of_another_base_are_refused(bases, tmp_path):
     {"base_model.model.model.embed_tokens.lora_embedding_A": np.ones((2, 2), np.float32)},
     out / "adapter_model.safetensors",
   )
-  with pytest.raises(FolderError, match="lora_embedding_A, which is no adapter of a linear layer"):
+  with pytest.raises(
+    FolderError, match="lora_embedding_A, which is not an adapter of a linear layer"
+  ):
     load_policy(str(out), default.get_config())
 
 
