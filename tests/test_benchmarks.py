@@ -139,7 +139,7 @@ def test_every_number_of_the_findings_has_its_row_or_its_source():
   "page, old, new, expected",
   [
     ("findings", "-0.034 [-0.070, -0.009]", "-0.034 [-0.070, -0.008]", "has no row and no source"),
-    ("findings", "0.84 at weight", "0.85 at weight", "0.84 (r2m, 0.005, gold_at_kl_2) does not"),
+    ("findings", "0.84 at weight", "0.85 at weight", "0.84 (r2m, 0.005, gold_at_kl_2) is not in"),
     ("findings", "is 30.4 nats", "is 30.4 nats, or 17.3", "17.3 has no row and no source"),
     ("findings", "| 9.5 [6.8, 12.3] |", "| 9.5 [6.8, 12.4] |", "the row has"),
     ("findings", "| (n 4) |", "| 0.02 [-0.08, 0.12] (n 4) |", "4 seeds are too few"),

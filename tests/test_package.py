@@ -70,7 +70,7 @@ def test_the_installed_command_finds_its_configs(site, tmp_path):
 def test_the_version_is_written_once_and_cited():
   cited = re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1]
   assert r2m_jax.__version__ == cited
-  assert f" {cited}" in (ROOT / "CHANGELOG.md").read_text().split("\n### ")[0]
+  assert f"\n## [{cited}] - " in (ROOT / "CHANGELOG.md").read_text().split("\n### ")[0]
 
 
 def test_tensorflow_datasets_is_imported_for_its_names_only(tmp_path):

@@ -605,7 +605,7 @@ class Files:
     labels = named if field == "id2label" else config["num_labels"]
     if labels is not None and labels != rows and name not in self.whole:
       raise PretrainedError(
-        f"{self.folder / 'config.json'} has {labels} labels in {field}, and {name} beside it has "
+        f"{self.folder / 'config.json'} has {labels} labels in {field}, and {name} next to it has "
         f"{rows} rows, which disagree; correct the one that is wrong"
       )
 

@@ -164,7 +164,7 @@ def tables(config, curves: dict[str, dict[float, Curves]]) -> list[dict]:
     return []
   margin, tail = config.lab.margin, config.lab.tail
   about = (
-    f"Mean gold of the last {tail} steps, adjusted for the remaining KL - target. Equivalent: "
+    f"Mean gold of the last {tail} steps, adjusted for what is left of KL - target. Equivalent: "
     f"two one-sided tests at 5% place the difference within {margin:g}. Superior, inferior: "
     "Holm's p over all contrasts is below 5%."
   )

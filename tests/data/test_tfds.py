@@ -105,7 +105,7 @@ def test_prepared_files_that_are_lost_or_damaged(harm, tmp_path):
   kept = shard.read_bytes()
   harm(shard)
   with pytest.raises(
-    DataError, match="tfds:tldr, split 'train', cannot be read: .* files are in .*tldr"
+    DataError, match="tfds:tldr, split 'train', cannot be read: .* are in .*tldr"
   ) as refused:
     rows_of("tfds:tldr", "response", tmp_path)
   assert "\n" not in str(refused.value)

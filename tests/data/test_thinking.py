@@ -107,7 +107,7 @@ def test_changes_need_a_template(tmp_path):
 
 
 REFUSED = [
-  ({"messages": []}, "messages is for the renderer to give"),
+  ({"messages": []}, "messages is set by the renderer"),
   ({"a b": 1}, "give names of the template's variables"),
   ({"a": float("nan")}, "values that JSON can hold"),
   ({"a": {1, 2}}, "values that JSON can hold"),

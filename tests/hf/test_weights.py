@@ -504,7 +504,7 @@ def test_a_model_that_the_hub_does_not_give(monkeypatch):
   with pytest.raises(FileNotFoundError) as refused:
     load_pretrained("someone/some-model")
   assert str(refused.value) == (
-    "someone/some-model is neither a folder nor a model that the hub gives: "
+    "someone/some-model is neither a folder nor a model on the hub: "
     "Cannot find it. There is no network."
   )
 

@@ -44,7 +44,7 @@ def test_a_file_of_that_name_is_preferred(monkeypatch, tmp_path):
   "value, end",
   [
     ("quikstart:test", "did you mean quickstart?"),
-    ("gpt", "choose one of default, evaluate, fair, from_hf, lab, quickstart, "),
+    ("gpt", "choose one of default, evaluate, fair, from_hf, holds, lab, quickstart, "),
     ("configs/quickstart.py", "; --config=quickstart needs no file"),
     ("configs/none.py", "there is no such file from {cwd}"),
   ],
