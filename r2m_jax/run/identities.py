@@ -30,7 +30,7 @@ WARN = 5.0
 FAIL = 30.0
 MEAN = 3.0  # a mean has no outliers: there both are that many times smaller
 EDGE = 1e-3  # share of tokens that rounding may move across the edge of a truncated distribution
-ROWS = 4  # so many are read: random ones, and of the first step's rows the longest
+ROWS = 4  # rows that are read: random ones, and the longest of the first step
 DRAWS = 2  # times that the weights are moved
 NOISE = 4093  # random numbers of a draw; prime, so that the rows of an array take different ones
 
