@@ -91,7 +91,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_collection_finish(session):
   """Tracing makes many objects, and torch and jax are a million more. To look through all of them
-  for garbage again and again takes a fifth of the time of a trace.
+  for garbage again and again takes a tenth of the time of tracing.
   """
   gc.collect()
   gc.freeze()
