@@ -76,11 +76,11 @@ def make_annotate(
       return read_reward_states(backbone, tokens, mask, keep, shared_of(tokens), defs.share)
 
     rte, hidden = map_rows(states_of, parts, tokens, mask)
-    own = States(hidden, mask)
+    own = States(hidden, mask) if own_tokens else States.of(hidden, sequences)
     states = feed_back(
       variant.feedback,
-      States(old.hidden, sequences.token_mask),
-      States(ref.hidden, sequences.token_mask),
+      States.of(old.hidden, sequences),
+      States.of(ref.hidden, sequences),
       own,
       step_key(state, KEY_NOISE),
       others=other_rows(len(rte), len(rollout.samples.tokens)),

@@ -193,8 +193,8 @@ def make_update_reward(defs: Defs, config, reward: Reward) -> Callable[..., Trai
     rows = len(sequences.tokens)
     states = feed_back(
       variant.feedback,
-      States(trained.feedback, sequences.token_mask),
-      States(ref.hidden, sequences.token_mask),
+      States.of(trained.feedback, sequences),
+      States.of(ref.hidden, sequences),
       own,
       step_key(state, KEY_REFRESHED_NOISE),
       others=other_rows(rows, rows),
@@ -255,7 +255,7 @@ def make_read_labelled(defs: Defs, config) -> Callable:
   def read_labelled(state: TrainState, policy_state, pairs: Pairs):
     def states(model):
       hidden = model(pairs.tokens, pairs.token_mask, feedback_layer=layer).feedback
-      return States(hidden, pairs.token_mask)
+      return States(hidden, pairs.token_mask, pairs.response_mask)
 
     backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
     rte, own = read_reward_states(backbone, pairs.reward_tokens, pairs.reward_mask)

@@ -181,6 +181,7 @@ def arguments(config, sizes: Sizes, built: build.Build) -> tuple[Prompts, tuple]
     make((2 * m, own), jnp.int32),
     make((2 * m, own), bool),
     make((m,), jnp.float32),
+    make((2 * m, L), bool),
   )
   return prompts, (rollout, reward, pairs)
 

@@ -100,9 +100,9 @@ def head_loss(defs: Defs, score: Callable, *, layer: int, omega: float) -> Calla
     backbone = nnx.merge(defs.reward_backbone, frozen["backbone"])
     rte = read_rte(backbone, batch["reward_tokens"], batch["reward_mask"])
     hidden = policy(batch["tokens"], batch["token_mask"], feedback_layer=layer).feedback
-    states = jax.lax.stop_gradient(States(hidden, batch["token_mask"]))
+    states = States(hidden, batch["token_mask"], batch["response_mask"])
     chosen, rejected = jnp.split(
-      score(head, jax.lax.stop_gradient(rte), states, jnp.asarray(omega, rte.dtype)), 2
+      score(head, *jax.lax.stop_gradient((rte, states)), jnp.asarray(omega, rte.dtype)), 2
     )
     loss = jax.vmap(bradley_terry, 1)(chosen, rejected).mean()
     return loss, {"accuracy": ((chosen > rejected) + 0.5 * (chosen == rejected)).mean()}

@@ -307,9 +307,9 @@ def runs(
       check_model(
         built.defs.base or built.defs.policy,
         policy.state,
+        config,
         vocab_size=policy.arch.vocab_size,
-        dtype=config.dtype,
-        temperature=config.rollout.temperature,
+        prompt_length=data.length,
       )
   arms = (config.variant,) if config.variant else tuple(config.arms)
   if config.budget:

@@ -152,9 +152,9 @@ def runs(config, workdir: Path, mesh: Mesh, stage: Callable = stage) -> Iterator
     check_model(
       built.defs.policy,
       policy,
+      config,
       vocab_size=built.arch.vocab_size,
-      dtype=config.dtype,
-      temperature=config.rollout.temperature,
+      prompt_length=goldtask.PROMPT_LENGTH,
     )
   made: dict[str, Programs] = {}
   for variant in (config.variant,) if config.variant else config.arms:
