@@ -1,10 +1,12 @@
 """Runs that start from Hugging Face folders and end with them: task = sft, reward and r2m.
 
-Policy and reward model may be of different families, sizes and tokenizers. A step is two programs,
-and the host re-renders the responses for the reward model in between: step = learn ∘ rollout, with
-the code of the fused step.
+Policy and reward model may be of different families, sizes and tokenizers. A step is then two
+programs, and the host re-renders the responses for the reward model in between: step = learn ∘
+rollout, with the code of the fused step. If config.reward.input allows it and the two models render
+alike, the reward model reads the policy's own tokens, and a step is the fused one.
 """
 
+import dataclasses
 import functools
 import json
 import time
@@ -20,7 +22,7 @@ from r2m_jax.algorithm.advantages import ESTIMATORS
 from r2m_jax.algorithm.labels import Labeller, uses_labels
 from r2m_jax.algorithm.optim import make_optimizer
 from r2m_jax.algorithm.packed import make_needed, smallest
-from r2m_jax.algorithm.read import split_rows
+from r2m_jax.algorithm.read import closed, split_rows
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.config import ConfigError, check_evaluation, check_function
 from r2m_jax.data.batches import Stream
@@ -39,6 +41,7 @@ from r2m_jax.data.datasets import (
   warn_of_lengths,
 )
 from r2m_jax.data.text import Renderer, bucket, pad_left, responses_of
+from r2m_jax.data.tokens import Differs, own_ending, recoded
 from r2m_jax.hf import export
 from r2m_jax.hf.folders import (
   RENDERER,
@@ -72,7 +75,7 @@ from r2m_jax.run.progress import doing, progress
 from r2m_jax.run.run import Run, Steps, Texts, train
 from r2m_jax.run.speed import phase
 from r2m_jax.run.workdir import shapes_of, stage, warm, with_variant
-from r2m_jax.step import StepOutput, jit_step, make_learn_at, make_rollout
+from r2m_jax.step import StepOutput, jit_step, make_learn_at, make_rollout, make_step
 from r2m_jax.tasks import export as export_task
 from r2m_jax.tasks.evaluation import load_gold, make_evaluate
 from r2m_jax.tasks.follow import Watch as Follow
@@ -301,6 +304,7 @@ def runs(
   built = build_run(config, mesh, policy, reward)
   data = prompt_data(config, policy.tokenizer, workdir)
   warn_of_lengths(config, data, policy.tokenizer, renderer_of(reward))
+  reward = as_it_reads(config, policy, reward, data)
   follow = follow_of(config, policy, reward, data, mesh, workdir)
   if not (workdir / "checkpoints").exists():
     with doing("checking the policy against its KV cache"):
@@ -378,6 +382,34 @@ def load_models(
   return policy, reward
 
 
+def as_it_reads(config, policy: Policy, reward: Reward, data: PromptData) -> Reward:
+  """The reward, with `ending` if the reward model reads the policy's own tokens; prints which.
+
+  Raises:
+    ConfigError: config.reward.input is "tokens", and the two models do not render alike.
+  """
+  if config.reward.input == "text" or isinstance(reward, OutsideReward):
+    return reward
+  longest = config.rollout.max_new_tokens
+  renderer = reward.renderer
+  try:
+    with doing("comparing how policy and reward model render"):
+      ending = own_ending(policy.tokenizer, renderer, data.prompts, data.ids, longest)
+  except Differs as why:
+    if config.reward.input == "tokens":
+      raise ConfigError(
+        "config.reward.input is 'tokens': the reward model does not read what the policy reads, "
+        f"since {why}; set it to 'auto' or 'text'"
+      ) from None
+    print(f"rewards  by text, rendered between two programs: {why}")
+    return reward
+  closing = repr(renderer.tokenizer.hf.decode(ending)) if ending else "nothing"
+  print(
+    f"rewards  the policy's own tokens, in one program; a finished response ends with {closing}"
+  )
+  return dataclasses.replace(reward, ending=ending)
+
+
 def check_feedback_layer(config, policy: Policy) -> None:
   """The policy has the layer whose states are fed back."""
   layers = policy.arch.num_layers
@@ -417,9 +449,8 @@ def rl_steps_within(
   """
   state, times = start_state(config, built, policy, reward, donate=False), []
   labeller = labeller_of(config, policy, reward, data, workdir)
-  step = make_two_part_step(
-    config, built, policy, reward, sharding.shardings(state, built.mesh), labeller
-  )
+  layout = sharding.shardings(state, built.mesh)
+  step = make_folder_step(config, built, policy, reward, layout, labeller)
   with progress(3, "rate", doing="compiling, then the first step") as bar:
     for t in range(3):
       began, index = time.perf_counter(), data.order[t]
@@ -456,6 +487,51 @@ def labeller_of(
   return judgments_labeller(
     config, judged_pairs(config, policy.tokenizer, reward.renderer, workdir)
   )
+
+
+def make_folder_step(config, built: Build, policy: Policy, reward: Reward, layout, labeller=None):
+  """Builds `step(state, prompts, texts) -> (state, output, seen)`; `rows_of` makes rows of what is
+  seen. `texts` are the prompts as the rows of the data give them. The state is donated.
+  """
+  if ending_of(reward) is None:
+    return make_two_part_step(config, built, policy, reward, layout, labeller)
+  K, tokenizer = config.rollout.group_size, policy.tokenizer
+  whole = make_step(
+    built.defs,
+    config,
+    built.mesh,
+    tokenizer.eos_ids,
+    tokenizer.pad_id,
+    layout,
+    labeller,
+    ending_of(reward),
+  )
+
+  def step(state, prompts, texts):
+    state, out = whole(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
+    return state, out, [text for text in texts for _ in range(K)]
+
+  return step
+
+
+def ending_of(reward: Reward) -> tuple[int, ...] | None:
+  """What the reward model reads after a response that ended, if it reads the policy's own tokens;
+  None if it reads text, or is no model.
+  """
+  return reward.ending if isinstance(reward, RewardModel) else None
+
+
+def rows_of(policy: Policy, reward: Reward, output: StepOutput, seen: list) -> list:
+  """A step's samples as (prompt, answer, whether it was cut off).
+
+  Args:
+    output: of the step, on the host.
+    seen: what the step gave beside it: these rows, or the prompt of each if the step made no text.
+  """
+  if ending_of(reward) is None:
+    return seen
+  answers = responses_of(output.sequences, policy.tokenizer)
+  return [(p, policy.tokenizer.whole(p, text), cut) for p, (text, cut) in zip(seen, answers)]
 
 
 def make_two_part_step(config, built: Build, policy: Policy, reward: Reward, layout, labeller=None):
@@ -558,16 +634,17 @@ def run_of(
   def steps(state):
     labeller = labeller_of(config, policy, reward, data, workdir)
     layout = sharding.shardings(state, built.mesh)
-    step = make_two_part_step(config, built, policy, reward, layout, labeller)
+    step = make_folder_step(config, built, policy, reward, layout, labeller)
     # a step takes one batch: the saved step is where the data goes on
     order = Timed(Stream(data.order, start=int(state.step)))
     return Steps(map(batch, order), step, functools.partial(measure, order))
 
-  def measure(order, t: int, state, output, batch, rows):
+  def measure(order, t: int, state, output, batch, seen):
+    rows = rows_of(policy, reward, output, seen) if watch or t == 0 else []
     if t == 0:
       rounding = sample_rounding(built.defs, config, state.ref, output.sequences)
       check_step_zero(output.metrics, rounding, config, continued=policy.adapter is not None)
-      print((renderer_of(reward) or reward).describe(*rows[0]))
+      print(described(reward, output, rows))
     ends = t == config.steps - 1 or bool(follow.kl_reached(output.metrics["kl"], t + 1))
     if t == 0 or ends:
       when = "before" if t == 0 else "after"
@@ -586,15 +663,39 @@ def run_of(
   return Run(config, built, first, warm_up, steps, texts=texts, end=end, watch=follow, data=ids)
 
 
+def described(reward: Reward, output: StepOutput, rows: list) -> str:
+  """What the reward reads of the first sample, and whether the samples' text would give other ids."""
+  if ending_of(reward) is None:
+    return (renderer_of(reward) or reward).describe(*rows[0])
+  tokens, mask = tokens_read(reward, output)
+  read = [row[keep].tolist() for row, keep in zip(tokens, mask)]
+  hf, others = reward.renderer.tokenizer.hf, recoded(reward.renderer, rows, read)
+  return (
+    f"rewards  {reward.renderer.tokenizer.source}: the policy's own tokens\n"
+    f"sample   {len(read[0])} tokens: {hf.decode(read[0])!r}\n"
+    f"note     the text of {others} of {len(read)} samples would be encoded to other tokens than "
+    "those that were sampled and are read"
+  )
+
+
+def tokens_read(reward: RewardModel, output: StepOutput) -> tuple[np.ndarray, np.ndarray]:
+  """The policy's tokens as the reward model reads them: i32[B, L] and their mask."""
+  rows = jax.device_get(closed(output.sequences, reward.ending))
+  return rows.tokens, rows.token_mask
+
+
 def texts_of(policy: Policy, reward: RewardModel) -> Texts:
   """How a person reads a step of a run from folders."""
 
-  def read(out, rows):
-    return reward.renderer.batch(rows)
+  def read(out, seen):
+    return reward.renderer.batch(seen) if reward.ending is None else tokens_read(reward, out)
 
-  def tell(out, row: int, rows) -> dict:
-    prompt, answer, cut = rows[row]
+  def tell(out, row: int, seen) -> dict:
+    prompt, answer, cut = rows_of(policy, reward, out, seen)[row]
     ids = reward.renderer.ids(prompt, answer, truncated=cut)
+    if reward.ending is not None:
+      tokens, mask = tokens_read(reward, out)
+      ids = tokens[row][mask[row]]
     return {
       "prompt_text": prompt_text(prompt),
       "response_text": answer,
