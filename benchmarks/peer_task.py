@@ -51,13 +51,13 @@ def prompts(vocab_size: int, step: int, count: int = PROMPTS) -> list[str]:
   return ["".join(map(word, row)) for row in tokens]
 
 
-def make_tokenizer(vocab_size: int):
+def make_tokenizer(vocab_size: int, ends: int = 0):
   """A fast tokenizer whose text gives back exactly the tokens it came from, also where two texts
   are joined.
 
   What ends a row and what pads lie outside the models' vocabulary: no row ends before its last
   token, and no peer pays for forbidding one. An unknown word raises, since there is no token for
-  it.
+  it. If the first `ends` words end a row, the first is the tokenizer's end, and the last word pads.
   """
   from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
   from transformers import PreTrainedTokenizerFast
@@ -69,8 +69,9 @@ def make_tokenizer(vocab_size: int):
   found = Tokenizer(models.WordLevel(words))
   found.pre_tokenizer = pre_tokenizers.Split(Regex(f"t[0-9]{{{WIDTH - 1}}}"), "isolated")
   found.decoder = decoders.Fuse()
+  end, pad = (word(0), word(vocab_size - 1)) if ends else ("<eos>", "<pad>")
   found = PreTrainedTokenizerFast(
-    tokenizer_object=found, eos_token="<eos>", pad_token="<pad>", padding_side="left"
+    tokenizer_object=found, eos_token=end, pad_token=pad, padding_side="left"
   )
   texts = prompts(vocab_size, 0)
   check_length("a prompt", map(len, found(text=texts)["input_ids"]), LENGTH)

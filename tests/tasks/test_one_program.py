@@ -2,6 +2,8 @@
 two. Oracles: transformers' templates and scores, and the run by text.
 """
 
+import contextlib
+import io
 import json
 import signal
 
@@ -19,7 +21,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.hf.folders import load_policy, load_reward, mesh_of
 from r2m_jax.run import loop
-from r2m_jax.run.metrics import read_metrics
+from r2m_jax.run.metrics import read_metrics, without_clock
 from r2m_jax.tasks import folders as folders_task
 from r2m_jax.tasks import replay
 
@@ -47,13 +49,11 @@ def letters(folder):
 def root(tmp_path_factory):
   """Two pairs of models with one tokenizer each: of letters, and one with merges and ChatML."""
   root = tmp_path_factory.mktemp("models")
-  kinds = dict(classifier=False), dict(classifier=True)
-  for name, kwargs in zip(("policy", "reward"), kinds):
-    case = "llama3.1" if kwargs["classifier"] else "qwen2"
-    sizes = dict(vocab_size=len(LETTERS) + 1, eos_token_id=0, bos_token_id=None)
-    tiny_text.hf_models.make(case, root / f"letters_{name}", **sizes, **kwargs)
+  sizes = dict(vocab_size=len(LETTERS) + 1, eos_token_id=0, bos_token_id=None)
+  for name, kwargs in (("policy", {}), ("reward", dict(classifier=True, hidden_size=48, seed=1))):
+    tiny_text.hf_models.make("qwen2", root / f"letters_{name}", **sizes, **kwargs)
     letters(root / f"letters_{name}")
-    tiny_text.model(case, "chatml", root / f"chatml_{name}", **kwargs)
+    tiny_text.model("qwen2", "chatml", root / f"chatml_{name}", **kwargs)
   return root
 
 
@@ -109,12 +109,16 @@ def outputs_of(cfg, workdir):
 
 CASES = {
   "r2m": dict(),
-  "remax-rte": dict(algorithm="remax", variant="rte", packing=(0.8, 1.0), ppo__accumulation=2),
+  "remax-own_states": dict(
+    algorithm="remax", variant="own_states", packing=(0.8, 1.0), ppo__accumulation=2
+  ),
 }
 
 
 @pytest.mark.numerics
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+  "case", [name if name == "r2m" else pytest.param(name, marks=pytest.mark.long) for name in CASES]
+)
 def test_one_program_gives_the_numbers_of_two(case, root, tmp_path):
   """In float64, on samples whose text is encoded to the tokens that were sampled."""
   with jax.enable_x64(True):
@@ -148,7 +152,9 @@ def test_one_program_gives_the_numbers_of_two(case, root, tmp_path):
 
 @pytest.fixture(scope="module")
 def merged_run(root, tmp_path_factory):
-  """A run by tokens whose samples are seldom written as their text would be encoded."""
+  """A run by tokens whose samples are seldom written as their text would be encoded: (config,
+  workdir, `outputs_of`, its steps, what it printed).
+  """
   tmp_path = tmp_path_factory.mktemp("merged")
   cfg = settings(root, tmp_path, "chatml", reward__input="auto")
   traced, original = [], folders_task.make_step
@@ -157,14 +163,16 @@ def merged_run(root, tmp_path_factory):
     traced.append(original(*args))
     return traced[-1]
 
-  with pytest.MonkeyPatch.context() as patch:
+  shown = io.StringIO()
+  with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
     patch.setattr(folders_task, "make_step", counted)
-    return cfg, tmp_path / "run", outputs_of(cfg, tmp_path / "run"), traced
+    seen = outputs_of(cfg, tmp_path / "run")
+  return cfg, tmp_path / "run", seen, traced, shown.getvalue()
 
 
 def test_the_reward_model_reads_what_was_sampled(merged_run, root):
   """Each frozen score is that of transformers for prompt, sampled tokens and the template's end."""
-  _, workdir, seen, traced = merged_run
+  _, workdir, seen, traced, shown = merged_run
   hf = transformers.AutoTokenizer.from_pretrained(root / "chatml_reward")
   model = transformers.AutoModelForSequenceClassification.from_pretrained(root / "chatml_reward")
   ending = hf(f"{END}\n", add_special_tokens=False)["input_ids"]
@@ -192,42 +200,31 @@ def test_the_reward_model_reads_what_was_sampled(merged_run, root):
 
 
 def test_a_sample_read_by_tokens_is_made_again(merged_run, capsys):
-  cfg, workdir, seen, _ = merged_run
+  cfg, workdir, seen, *_ = merged_run
   found = replay.run(config(task="replay", replay__step=1, replay__prompt=1), workdir)
   out, row = seen[1][0], cfg.rollout.group_size
-  assert found["frozen"] == pytest.approx(float(out.judged.scores_frozen[row]), abs=0)
+  assert found["frozen"] == pytest.approx(float(out.judged.scores_frozen[row]), rel=1e-6)
   assert found["reward_reads"].endswith(f"{END}\n" if out.sequences.has_eos[row] else "")
   assert "largest difference 0.0e+00" in capsys.readouterr().out
 
 
-def test_a_run_by_tokens_resumes_bit_for_bit(root, tmp_path):
-  def weights(folder):
-    return {
-      model: (folder / f"export/{model}/model.safetensors").read_bytes()
-      for model in ("policy", "reward")
-    }
-
-  cfg = settings(root, tmp_path, "chatml")
-  folders_task.run(cfg, tmp_path / "whole")
+def test_a_run_by_tokens_resumes_bit_for_bit(merged_run, tmp_path):
+  cfg, whole, *_ = merged_run
 
   def stop(t, output, rows):
     assert len(rows) == 8 and {len(row) for row in rows} == {3}
     signal.raise_signal(signal.SIGTERM)
     return {}
 
+  mesh = folders_task.begin(cfg, tmp_path)
   with pytest.raises(loop.Interrupted), loop.signals_end_the_run():
-    folders_task.run_r2m(cfg, tmp_path / "parts", mesh_of(cfg), watch=stop)
-  folders_task.run(cfg, tmp_path / "parts")
-  assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
-  drop = ("seconds/", "speed/", "memory/", "data/")
-  whole, parts = (
-    [
-      {k: v for k, v in row.items() if not k.startswith(drop) and k != "time"}
-      for row in read_metrics(tmp_path / name)
-    ]
-    for name in ("whole", "parts")
-  )
-  assert parts == whole
+    folders_task.run_r2m(cfg, tmp_path, mesh, watch=stop)
+  folders_task.run(cfg, tmp_path)
+  for model in ("policy", "reward"):
+    name = f"export/{model}/model.safetensors"
+    assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+  once, twice = ([without_clock(row) for row in read_metrics(of)] for of in (whole, tmp_path))
+  assert twice == once
 
 
 def test_models_that_render_differently_are_read_by_text_or_refused(root, tmp_path, capsys):
