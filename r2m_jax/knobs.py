@@ -771,8 +771,8 @@ REWARD = dict(
   input=Knob(
     "text",
     'what the reward model of a run from Hugging Face folders reads: a response\'s "text", rendered '
-    'anew; the policy\'s own "tokens", in one program with sampling; "auto": the tokens if the two '
-    "models render the run's prompts alike. See docs/models.md",
+    'anew; the policy\'s own "tokens"; "auto": the tokens if the two models render the run\'s prompts '
+    "alike. See docs/models.md",
     one_of("auto", "tokens", "text"),
   ),
   max_length=Knob(

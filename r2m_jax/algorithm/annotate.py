@@ -68,12 +68,9 @@ def make_annotate(
     backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
     sequences = all_rows(rollout)
     rows = sequences if reward_rows is None else all_rows(reward_rows)
-    if isinstance(rows, Sequences):
-      tokens, mask = rows.tokens, rows.token_mask
-      shared_of = functools.partial(shared_prompts, group, rows)
-    else:
-      tokens, mask = rows.tokens, rows.mask
-      shared_of = functools.partial(shared_prompts, 1, sequences)
+    of_policy = isinstance(rows, Sequences)
+    tokens, mask = rows.tokens, rows.token_mask if of_policy else rows.mask
+    shared_of = functools.partial(shared_prompts, group if of_policy else 1, sequences)
 
     def states_of(tokens, mask):
       keep = variant.width == "reward"

@@ -116,7 +116,7 @@ def closed(rows: Sequences, ending: tuple[int, ...]) -> Sequences:
     answers = jnp.where(ended & (place >= 0) & (place < count), own, tokens[:, prompt:])
     tokens = jnp.concatenate([tokens[:, :prompt], answers], 1)
   mask = jnp.concatenate([rows.token_mask[:, :prompt], response], 1)
-  return rows.replace(tokens=tokens, token_mask=mask, response_mask=response)
+  return Sequences(tokens, mask, response, rows.has_eos)
 
 
 def read_feedback(

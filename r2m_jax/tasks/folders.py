@@ -75,7 +75,14 @@ from r2m_jax.run.progress import doing, progress
 from r2m_jax.run.run import Run, Steps, Texts, train
 from r2m_jax.run.speed import phase
 from r2m_jax.run.workdir import shapes_of, stage, warm, with_variant
-from r2m_jax.step import StepOutput, jit_step, make_learn_at, make_rollout, make_step
+from r2m_jax.step import (
+  StepOutput,
+  jit_step,
+  make_learn_at,
+  make_rollout,
+  make_step,
+  with_ending,
+)
 from r2m_jax.tasks import export as export_task
 from r2m_jax.tasks.evaluation import load_gold, make_evaluate
 from r2m_jax.tasks.follow import Watch as Follow
@@ -401,12 +408,10 @@ def as_it_reads(config, policy: Policy, reward: Reward, data: PromptData) -> Rew
         "config.reward.input is 'tokens': the reward model does not read what the policy reads, "
         f"since {why}; set it to 'auto' or 'text'"
       ) from None
-    print(f"rewards  by text, rendered between two programs: {why}")
+    print(f"rewards  by text, rendered for the reward model: {why}")
     return reward
   closing = repr(renderer.tokenizer.hf.decode(ending)) if ending else "nothing"
-  print(
-    f"rewards  the policy's own tokens, in one program; a finished response ends with {closing}"
-  )
+  print(f"rewards  the policy's own tokens; a finished response ends with {closing}")
   return dataclasses.replace(reward, ending=ending)
 
 
@@ -493,25 +498,66 @@ def make_folder_step(config, built: Build, policy: Policy, reward: Reward, layou
   """Builds `step(state, prompts, texts) -> (state, output, seen)`; `rows_of` makes rows of what is
   seen. `texts` are the prompts as the rows of the data give them. The state is donated.
   """
-  if ending_of(reward) is None:
+  ending, K = ending_of(reward), config.rollout.group_size
+  if ending is None:
     return make_two_part_step(config, built, policy, reward, layout, labeller)
-  K, tokenizer = config.rollout.group_size, policy.tokenizer
-  whole = make_step(
-    built.defs,
-    config,
-    built.mesh,
-    tokenizer.eos_ids,
-    tokenizer.pad_id,
-    layout,
-    labeller,
-    ending_of(reward),
-  )
+  ends = policy.tokenizer.eos_ids, policy.tokenizer.pad_id
+  if len(config.packing) == 1:
+    whole = make_step(built.defs, config, built.mesh, *ends, layout, labeller, ending)
+  else:
+    whole = make_packed_step(config, built, ends, ending, layout, labeller)
 
   def step(state, prompts, texts):
     state, out = whole(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
     return state, out, [text for text in texts for _ in range(K)]
 
   return step
+
+
+def make_packed_step(
+  config, built: Build, ends: tuple, ending: tuple[int, ...], layout, labeller=None
+):
+  """`make_step` for several shares of packing, with the same arguments and results, but for `ends`,
+  its eos_ids and pad_id. The host chooses the share, so a share is compiled once a step needs it: one
+  program for all of them would take as long to compile as each together.
+  """
+  draw = make_rollout(built.defs, config, built.mesh, *ends)
+  learn, labelled = make_learn_shares(config, built, layout), uses_labels(config)
+
+  def drawn_and_read(state, prompts):
+    drawn = draw(state, prompts)
+    return drawn, with_ending(drawn, ending)
+
+  rollout = jax.jit(drawn_and_read, out_shardings=built.rows)
+
+  def step(state, prompts):
+    with phase("rollout"):
+      drawn, read = jax.block_until_ready(rollout(state, prompts))
+    pairs = (labeller(hosts.fetch(drawn.samples), int(state.step)),) if labelled else ()
+    with phase("learn"):
+      return learn(state, drawn, read, *pairs)
+
+  return step
+
+
+def make_learn_shares(config, built: Build, layout) -> Callable:
+  """Builds `learn(state, drawn, read, *pairs)`: it runs the program of the smallest share of
+  config.packing that the step's tokens fit. The state is donated.
+  """
+  labelled = uses_labels(config)
+  learns = [
+    jit_step(on_mesh(built.mesh, make_learn_at(share, built.defs, config)), layout, 2 + labelled)
+    for share in config.packing
+  ]
+  needed = jax.jit(on_mesh(built.mesh, make_needed(built.defs, config)))
+
+  def learn(state, drawn, read, *pairs):
+    which = 0
+    if len(learns) > 1:
+      which = smallest(config.packing, float(needed(state, drawn, read)))
+    return learns[which](state, drawn, read, *pairs)
+
+  return learn
 
 
 def ending_of(reward: Reward) -> tuple[int, ...] | None:
@@ -546,18 +592,7 @@ def make_two_part_step(config, built: Build, policy: Policy, reward: Reward, lay
     make_rollout(built.defs, config, built.mesh, tokenizer.eos_ids, tokenizer.pad_id),
     out_shardings=built.rows,
   )
-  labelled = uses_labels(config)
-  learns = [
-    jit_step(on_mesh(built.mesh, make_learn_at(share, built.defs, config)), layout, 2 + labelled)
-    for share in config.packing
-  ]
-  needed = jax.jit(on_mesh(built.mesh, make_needed(built.defs, config)))
-
-  def learn_of(state, drawn, read):
-    """The program that computes the fewest places."""
-    if len(learns) == 1:
-      return learns[0]
-    return learns[smallest(config.packing, float(needed(state, drawn, read)))]
+  learn, labelled = make_learn_shares(config, built, layout), uses_labels(config)
 
   def answered(sequences, texts):
     """(prompt, answer, whether it was cut off) of this process's rows; `texts` has every row's. A
@@ -582,7 +617,7 @@ def make_two_part_step(config, built: Build, policy: Policy, reward: Reward, lay
     pairs = (labeller(hosts.fetch(drawn.samples), int(state.step)),) if labelled else ()
     read = hosts.place(read, built.rows)
     with phase("learn"):
-      state, out = learn_of(state, drawn, read)(state, drawn, read, *pairs)
+      state, out = learn(state, drawn, read, *pairs)
     return state, out, samples
 
   return step
