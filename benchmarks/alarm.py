@@ -1,15 +1,16 @@
-"""Does the alarm "proxy up, gold down" tell runs that over-optimise from runs that do not?
+"""Does the alarm "proxy up, gold down" distinguish runs that over-optimise from runs that do not?
 
   python -m benchmarks.alarm [--workdir=/tmp/alarm] [--seeds=10] [--kl=2]
 
 The laboratory trains `vanilla` on the gold-reward task, all seeds in one program; the same command
-with the same workdir goes on. Each run is then read twice: to its end, where the proxy has been
-over-optimised, and to its first step whose KL is at least --kl, where an early stop would have ended
-it. The samples of every --every-th step stand for an evaluation: as many responses as the default
-evaluation has and more, but to other prompts each time, which is noisier than a real evaluation.
+with the same workdir resumes. Each run is then read twice: to its end, at which the proxy is
+over-optimised, and to its first step whose KL is at least --kl, at which an early stop would have
+ended it. The samples of every --every-th step serve as an evaluation. They are at least as many
+responses as in the default evaluation, but to different prompts each time, so they are noisier than
+a real evaluation.
 
-True positive: an alarm before the end of a run that gold and proxy at all of its steps call
-over-optimised, by the same rule. False positive: an alarm before the early stop.
+True positive: an alarm before the end of a run that is over-optimised by the same rule on all of
+its steps. False positive: an alarm before the early stop.
 """
 
 import json
@@ -25,12 +26,12 @@ from r2m_jax.report.summary import MIN_ROWS, first_alarm, over_optimised, rise_a
 
 WORKDIR = flags.DEFINE_string("workdir", "/tmp/alarm", "Of the laboratory")
 SEEDS = flags.DEFINE_integer("seeds", 10, "How many", 2)
-KL = flags.DEFINE_float("kl", 2.0, "At which the second reading stops, nats per sequence")
+KL = flags.DEFINE_float("kl", 2.0, "KL at which the second reading stops, nats per sequence")
 EVERY = flags.DEFINE_multi_integer("every", [1, 2, 4, 10], "Steps between two evaluations")
 
 
 def curves(workdir: Path, seeds: int) -> dict[str, np.ndarray]:
-  """gold, frozen and kl of `vanilla`, f64[seeds, steps] each; trained if they are not there."""
+  """gold, frozen and kl of `vanilla`, f64[seeds, steps] each; trained if they do not exist."""
   path = workdir / "table" / "vanilla.parquet"
   if not path.exists():
     config = lab.get_config()
@@ -48,7 +49,7 @@ def curves(workdir: Path, seeds: int) -> dict[str, np.ndarray]:
 
 
 def evaluated(found: dict[str, np.ndarray], seed: int, every: int, end: int) -> list[dict]:
-  """The evaluations of a run to step `end`, as rows that `first_alarm` reads."""
+  """The evaluations of a run up to step `end`, as rows for `first_alarm`."""
   return [
     {"step": step, "gold": found["gold"][seed, step], "frozen": found["frozen"][seed, step]}
     for step in range(0, end, every)
@@ -56,7 +57,9 @@ def evaluated(found: dict[str, np.ndarray], seed: int, every: int, end: int) -> 
 
 
 def stop_of(kl: np.ndarray, limit: float) -> int:
-  """Steps of a run that an early stop at this KL ends: one more than the first that reaches it."""
+  """The number of steps of a run with an early stop at this KL: it ends after the first step that
+  reaches it.
+  """
   reached = np.flatnonzero(kl >= limit)
   return int(reached[0]) + 1 if len(reached) else len(kl)
 

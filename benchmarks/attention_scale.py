@@ -1,13 +1,13 @@
-"""What attention that is not trained yet costs on held-out pairs, by r2m.attention_scale, and how far
-the reward's gaps are from log-odds.
+"""The cost of untrained attention on held-out pairs, by r2m.attention_scale, and how far the
+reward's gaps are from log-odds.
 
   python -m benchmarks.attention_scale [--seeds=100,101,102,103]
 
-Pairs are labelled as those that the proxy learns from, with the labeller's noise, and no gold is
-read. Of them the proxy has seen none. The states are the supervised policy's, omega is at its floor.
-configs/fair.py takes the scale at which the part of the accuracy that is above chance falls as in table
-3 of the paper, from 72.3% to between 68.3% and 69.2%: by 14% to 18%. Its temperature is that at which
-sigmoid(gap / temperature) has the highest likelihood, given the share of flipped labels.
+The pairs are labelled like the proxy's training pairs, with the labeller's noise; no gold is read,
+and the proxy has not seen these pairs. The states are the supervised policy's, and omega is at its
+floor. configs/fair.py uses the scale at which the accuracy above chance falls as in table 3 of the
+paper, from 72.3% to between 68.3% and 69.2%: by 14% to 18%. Its temperature maximises the
+likelihood of sigmoid(gap / temperature), given the share of flipped labels.
 """
 
 import tempfile
@@ -32,14 +32,14 @@ from r2m_jax.types import Sequences
 
 SEEDS = flags.DEFINE_list("seeds", "100,101,102,103", "in no table")
 PAIRS = flags.DEFINE_integer("pairs", 4096, "for each seed", 1)
-WORKDIR = flags.DEFINE_string("workdir", "", 'where fitted models are kept; "": nowhere')
+WORKDIR = flags.DEFINE_string("workdir", "", 'folder for fitted models; "": they are not kept')
 SCALES = (0.0, 1.0, 2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 CHUNK = 512  # pairs read at a time
 
 
 def make_parts(config, built):
-  """Builds `parts(state, tokens, mask) -> (own, attended)`, f32[B] each: what the score head
-  makes of the reward model's embedding and of untrained attention over the policy's states.
+  """Builds `parts(state, tokens, mask) -> (own, attended)`, f32[B] each: the score head's scores of
+  the reward model's embedding and of untrained attention over the policy's states.
   """
   reading = sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=0)
 
@@ -57,8 +57,8 @@ def make_parts(config, built):
 
 
 def gaps_of(config, built, state, policy, seed: int) -> tuple[np.ndarray, np.ndarray]:
-  """Chosen minus rejected of held-out noisy pairs, f64[N] each: of the reward model's own embedding
-  and of untrained attention.
+  """Chosen minus rejected on held-out noisy pairs, f64[N] each: for the reward model's own
+  embedding and for untrained attention.
   """
   one = with_seed(config, seed)
   notes = goldtask.prompts(seed, STREAM_EVALUATION, 0, PAIRS.value)
@@ -78,8 +78,8 @@ def gaps_of(config, built, state, policy, seed: int) -> tuple[np.ndarray, np.nda
 
 
 def temperature_of(gaps: np.ndarray, flip: float) -> float:
-  """The temperature T with the highest likelihood of the labels, of which a share `flip` is turned:
-  P(label) = flip + (1 - 2 flip) sigmoid(gap / T).
+  """The temperature T with the highest likelihood of the labels, of which a share `flip` is
+  flipped: P(label) = flip + (1 - 2 flip) sigmoid(gap / T).
   """
 
   def loss(log_temperature):

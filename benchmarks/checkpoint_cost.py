@@ -1,12 +1,12 @@
-"""What saving costs: the time of a quickstart RL step that saves nothing, saves in the background,
-and waits for it.
+"""The cost of saving: the time of a quickstart RL step without a save, with a save in the
+background, and with a save that it waits for.
 
   python -m benchmarks.checkpoint_cost [--steps=5] [--blocks=5]
 
 Every step saves, which is far more often than a run does (config.log.checkpoint_every is 40). The
-whole state is written, frozen models included, hashed, and the checkpoint before the last two
-deleted. Settings take turns, a block of steps each; a block ends when its last checkpoint lies on
-disk.
+whole state, including frozen models, is written and hashed, and all but the last two checkpoints
+are deleted. Settings take turns, one block of steps each; a block ends when its last checkpoint is
+on disk.
 """
 
 import json
@@ -60,7 +60,7 @@ def main(argv):
         began = time.perf_counter()
         for _ in range(STEPS.value):
           state, out = step(state, rl_prompts(config, number), arm_of(config.variant))
-          jax.device_get(out)  # as a run does, which logs every step
+          jax.device_get(out)  # like a run, which logs every step
           number += 1
           if name in kept:
             checkpoint.save(kept[name], number, state)

@@ -1,13 +1,13 @@
-"""What the quickstart compiles: how long all of it takes, with an empty cache and with a full one,
-and which programs.
+"""The compilation of the quickstart: its time with an empty cache and with a warm one, and its
+programs.
 
   python -m benchmarks.compile [--which=configs/quickstart.py]
 
-The run is cut short (2 RL steps of each arm, few of the other stages), which changes no program:
-the shapes are those of the whole. It is started twice with the same cache folder, empty at first.
-Time is the union of all spans in which JAX traces, lowers, compiles or reads its cache, so that
-what happens side by side counts once. A program counts as one of the many where its compilation
-alone takes over half a second.
+The run has one seed and is shortened (2 RL steps of each arm, few steps of the other stages). This
+changes no program, because the shapes are those of the full run. It is started twice with the same
+cache folder, which is empty at first. Time is the union of all spans in which JAX traces, lowers,
+compiles or reads its cache, so that parallel work counts once. A program counts if its compilation
+by itself takes over half a second.
 """
 
 import json
@@ -21,17 +21,17 @@ from absl import app, flags
 
 from benchmarks import machine
 
-CONFIG = flags.DEFINE_string("which", "configs/quickstart.py", "The config whose run is looked at")
-RUN = "R2M_BENCHMARK_COMPILE"  # in the environment of the child: where it writes what it saw
-SHORT = ("steps=2", "sft.steps=4", "sft.warmup_steps=1", "reward.epochs=1")
+CONFIG = flags.DEFINE_string("which", "configs/quickstart.py", "The config to measure")
+RUN = "R2M_BENCHMARK_COMPILE"  # in the child's environment: the file for its events
+SHORT = ("seeds=1", "steps=2", "sft.steps=4", "sft.warmup_steps=1", "reward.epochs=1")
 LONG = 0.5  # seconds
 BOUNDS = {"cold": 45, "warm": 10, "programs": 8}
 COMPILE = "/jax/core/compile/backend_compile_duration"
 
 
 def watch(out: str) -> None:
-  """A run of r2m_jax.main, as the command line has it; writes [event, start, end, program] of
-  all that JAX reports.
+  """A run of r2m_jax.main with its command line; writes [event, start, end, program] of all events
+  that JAX reports.
   """
   import jax.monitoring
 
@@ -48,7 +48,7 @@ def watch(out: str) -> None:
 
 
 def union(spans: list[tuple[float, float]]) -> float:
-  """Seconds that lie in at least one of the spans."""
+  """The seconds covered by at least one of the spans."""
   total, until = 0.0, -float("inf")
   for start, end in sorted(spans):
     total += max(0.0, end - max(start, until))
@@ -107,9 +107,9 @@ def main(_):
     "programs": len(long),
   }
   sentences = {
-    "cold": "{:.1f} s of compiling with an empty cache, at most {} asked",
-    "warm": "{:.1f} s with a full one, at most {} asked",
-    "programs": f"{{:.0f}} programs take over {LONG} s, at most {{}} asked",
+    "cold": "{:.1f} s of compiling with an empty cache, target at most {}",
+    "warm": "{:.1f} s with a warm one, target at most {}",
+    "programs": f"{{:.0f}} programs take over {LONG} s, target at most {{}}",
   }
   result = {
     "benchmark": "compile",

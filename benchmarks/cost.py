@@ -3,10 +3,11 @@
   python -m benchmarks.cost [--size=tiny] [--steps=5] [--axes=prompts,length,parameters,K]
   [--setting=FIELD=VALUE,...]
 
-Each axis grows alone, from the given size. log time is fitted on log size by least squares; beside
-it the exponent between the two largest alone, and that of the counted FLOPs, which is above one
-where attention's share grows. None may be worse than linear, attention apart: the lower end of the
-exponent's interval is at most one, or the FLOPs' exponent where that is more.
+Each axis grows by itself, from the given size. log time is fitted on log size by least squares.
+Next to it are the exponent between the two largest sizes, and the exponent of the counted FLOPs,
+which is above one if attention's share grows. Apart from attention, no growth may be worse than
+linear: the lower end of the exponent's interval must be at most one, or at most the FLOPs' exponent
+if that is larger.
 """
 
 import jax
@@ -14,7 +15,9 @@ from absl import app, flags
 
 from benchmarks import machine, workload
 
-STEPS = flags.DEFINE_integer("steps", 5, "Timed steps of each point that others did not disturb")
+STEPS = flags.DEFINE_integer(
+  "steps", 5, "Timed steps of each point, not disturbed by other processes"
+)
 AXES = flags.DEFINE_list("axes", ["prompts", "length", "parameters", "K"], "Which")
 TIMES = (1, 2, 4, 8)
 
@@ -76,7 +79,7 @@ def main(_):
     allowed = max(1.0, counted)
     bounds.append(
       (
-        f"{axis}: exponent {slope:.2f} ± {half:.2f}, at most {allowed:.2f} asked",
+        f"{axis}: exponent {slope:.2f} ± {half:.2f}, target at most {allowed:.2f}",
         slope - half <= allowed,
       )
     )

@@ -1,10 +1,10 @@
-"""How fast rows become batches: reading and checking, rendering and tokenising, packing, and the
-batches themselves.
+"""The speed of making batches from rows: reading and checking, rendering and tokenising, packing,
+and batching.
 
   python -m benchmarks.data FOLDER NAMES      # FOLDER: tokenizer (any model's folder); NAMES: as config.data.name
 
-Prints a table and a JSON line. A figure is the best of three runs, of one process: rows or tokens a
-second.
+Prints a table and a JSON line. A figure is the best of three runs in one process, in rows or tokens
+per second.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ def best(f):
 def main(folder: str, names: str) -> None:
   data = default.get_config().data
   data.name, tokenizer = names, load_tokenizer(folder)
-  with contextlib.redirect_stdout(io.StringIO()):  # load says what it read, every time
+  with contextlib.redirect_stdout(io.StringIO()):  # load prints what it has read, each time
     reading, rows = best(lambda: load(data, "response"))
 
   def whole(row):

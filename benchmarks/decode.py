@@ -1,13 +1,14 @@
-"""Decoding against its own limit: the larger of FLOPs at the matrix rate and bytes at the copy
-bandwidth.
+"""Decoding against its own limit: the larger of the FLOPs at the matmul rate and the bytes at the
+copy bandwidth.
 
   python -m benchmarks.decode --size=small [--steps=5] [--kernels=20] [--setting=FIELD=VALUE,...]
 
-Timed is the rollout of all tokens less the rollout of one, which is prefill and first token. FLOPs:
-every row's layers, logits, and attention over the tokens that are there. Bytes: weights once a
-token, the cache of each row's response, and of each prompt once for its K rows. Both are what the
-work needs, whatever the program does beyond it. The policy is alone in memory. --kernels=N lists
-the N kernels that an accelerator spends most of a rollout in, from a profile.
+The time is that of a rollout of all tokens minus a rollout of one token (the prefill and the first
+token). FLOPs count every row's layers, its logits, and attention over the existing tokens. Bytes
+count the weights once per token, the cache of each row's response, and each prompt's cache once for
+its K rows. Both are what the work needs, whatever else the program does. Only the policy is in
+memory. --kernels=N lists, from a profile, the N kernels in which an accelerator spends most of a
+rollout.
 """
 
 import jax
@@ -16,9 +17,9 @@ from absl import app, flags
 
 from benchmarks import machine, workload
 
-KERNELS = flags.DEFINE_integer("kernels", 0, "How many kernels of an accelerator to list", 0)
+KERNELS = flags.DEFINE_integer("kernels", 0, "Number of an accelerator's kernels to list", 0)
 STEPS = flags.DEFINE_integer(
-  "steps", 5, "Timed rollouts of each length that others did not disturb"
+  "steps", 5, "Timed rollouts of each length, not disturbed by other processes"
 )
 
 
@@ -35,7 +36,7 @@ def main(_):
 
   compiled = machine.timed(lambda: (work.rollout(), first()))[0]
   limits, host = machine.limits(), jax.devices()[0].platform == "cpu"
-  quiet = machine.QUIET if host else 1.0  # who else uses the cores matters little to an accelerator
+  quiet = machine.QUIET if host else 1.0  # other users of the cores matter little to an accelerator
   times = machine.take_turns({"all tokens": work.rollout, "one token": first}, STEPS.value, quiet)
   sizes, dtype = work.sizes, work.config.dtype
   tokens = sizes.response_length - 1
@@ -82,7 +83,7 @@ def main(_):
     result,
     [
       (
-        f"decoding runs at {share:.1%} of its limit by {bound_by}, {bound:.0%} asked",
+        f"decoding runs at {share:.1%} of its limit by {bound_by}, target {bound:.0%}",
         share >= bound,
       )
     ]

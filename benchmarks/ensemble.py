@@ -1,11 +1,11 @@
-"""What an ensemble of score heads costs: the time of a whole RL step with M heads over that with
-one.
+"""The cost of an ensemble of score heads: the time of a whole RL step with M heads, divided by the
+time with one.
 
   python -m benchmarks.ensemble [--heads=5] [--steps=15]
 
-The heads share the one backbone pass, so only phi grows: Dr x M numbers in place of Dr x 1. The
-predicted share of the step's floating-point operations is far below a thousandth; the bound asked
-for is 1.2. Settings take turns, so that a slow spell of the machine falls on both.
+The heads share one backbone pass, so only phi grows: Dr x M elements instead of Dr x 1. The
+predicted share of the step's FLOPs is far below a thousandth; the target is 1.2. Settings take
+turns, so that a slow period of the machine affects both.
 """
 
 import json

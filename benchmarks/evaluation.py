@@ -1,12 +1,13 @@
-"""What share of a run's time does its held-out evaluation take?
+"""Which share of a run's time does held-out evaluation take?
 
   python -m benchmarks.evaluation [--every=10] [--prompts=64] [--steps=21] [--folder=/tmp/evaluation]
 
-A run from folders at the size of configs/real_small.py: a policy, a reward model and a gold reward
-model of four layers, random weights, prompts of random words. Random policies seldom end a response,
-so all are as long as they may be, in training and evaluation alike. Every second step is evaluated,
-so that what else the machine does slows both alike; the share is that of evaluations every --every
-steps. Asked: at most 15% of the time after compilation.
+The run is from folders, at the size of configs/real_small.py: a policy, a reward model and a gold
+reward model with four layers and random weights, and prompts of random words. Random policies
+seldom end a response, so almost all responses have the maximum length, both in training and in
+evaluation. Every second step is evaluated, so that other work on the machine slows both equally.
+The share is for evaluations every --every steps. The target is at most 15% of the time after
+compilation.
 """
 
 import json
@@ -25,11 +26,13 @@ from r2m_jax.report.summary import evaluations
 from r2m_jax.run.metrics import read_metrics
 from r2m_jax.tasks import folders, follow, tokenizer
 
-EVERY = flags.DEFINE_integer("every", 10, "Steps between two evaluations, for the share", 1)
+EVERY = flags.DEFINE_integer(
+  "every", 10, "Steps between two evaluations, for computing the share", 1
+)
 PROMPTS = flags.DEFINE_integer("prompts", 64, "config.eval.prompts", 2)
 STEPS = flags.DEFINE_integer("steps", 21, "RL steps", 7)
 FOLDER = flags.DEFINE_string(
-  "folder", None, "Where models and runs lie; a temporary folder if not given"
+  "folder", None, "Folder for models and runs; a temporary folder if not given"
 )
 BOUND = 0.15
 
@@ -104,7 +107,7 @@ def main(_):
   folders.run(config, workdir)
   rows = [row for row in read_metrics(workdir) if row["stage"] == "rl"]
   clock = [row["seconds"] for row in rows]
-  # a row that follows an evaluation would count it: those are left out, and the first rows
+  # rows after an evaluation would include it, so they are left out, like the first rows
   measured = {row["step"] for row in evaluations(read_metrics(workdir), "r2m")}
   steps = [clock[t] - clock[t - 1] for t in range(3, len(clock)) if t not in measured]
   step, one = statistics.median(steps), statistics.median(took[1:])
@@ -114,7 +117,8 @@ def main(_):
     f"evaluation     {one:.3f} s (median of {len(took) - 1}), the first with compiling {took[0]:.1f} s"
   )
   print(
-    f"share of time  {share:.1%} at every={EVERY.value}, {PROMPTS.value} prompts; asked: {BOUND:.0%}"
+    f"share of time  {share:.1%} at every={EVERY.value}, {PROMPTS.value} prompts; target: "
+    f"{BOUND:.0%}"
   )
   print(json.dumps({"step": step, "evaluation": one, "first": took[0], "share": share}))
   sys.exit(int(share > BOUND))

@@ -1,11 +1,11 @@
-"""The contrasts of configs/fair.py and the KL of each arm, from a laboratory's folder or from the rows
-that were kept of one.
+"""The contrasts of configs/fair.py and the KL of each arm, then the arms at equal steps, from a
+laboratory's folder or from rows that were kept from one.
 
   python -m benchmarks.fair runs/fair                              # prints both tables
   python -m benchmarks.fair runs/fair --out=docs/lab_fair.parquet  # and keeps the rows
   python -m benchmarks.fair docs/lab_fair.parquet
 
-Rows that are kept have one row per arm, seed and step, and the columns in `KEPT`.
+The kept file has one row per arm, seed and step, and the columns in `KEPT`.
 """
 
 import sys
@@ -16,9 +16,11 @@ from absl import app, flags
 
 from r2m_jax.configs import fair
 from r2m_jax.lab import contrasts
-from r2m_jax.lab.table import KEYS, curves_of, joined, read_table, write_table
+from r2m_jax.lab.table import KEYS, Curves, curves_of, joined, read_table, write_table
+from r2m_jax.report import intervals
+from r2m_jax.report.summary import number
 
-OUT = flags.DEFINE_string("out", "", "file that keeps the rows")
+OUT = flags.DEFINE_string("out", "", "file for the kept rows")
 KEPT = (
   "reward/gold",
   "reward/frozen",
@@ -29,6 +31,7 @@ KEPT = (
   "kl_weight",
   "length",
   "truncated",
+  "gold/coverage",
 )
 
 
@@ -46,13 +49,69 @@ def rows_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 def curves_by_arm(columns: dict[str, np.ndarray]) -> dict:
-  """arm -> factor -> curves, of rows that were kept."""
+  """arm -> factor -> curves, from kept rows."""
   arms = columns["arm"].astype(str)
   found = {}
   for arm in dict.fromkeys(arms):
     mine = arms == arm
     found[arm] = curves_of({name: values[mine] for name, values in columns.items()})
   return found
+
+
+EQUAL_HEAD = [
+  "arm",
+  "n",
+  "gold in the end",
+  "median",
+  "collapsed",
+  "KL",
+  "minus scaled: in the end",
+]
+EQUAL_HEAD += ["over all steps"]
+EQUAL_NOTE = (
+  "The end is the mean of the last eighth of the steps. Intervals are 95% over seeds. Differences are "
+  "paired by seed, with `scaled` of as many steps and the same learning rate. Descriptive: nothing "
+  "corrects for the number of comparisons."
+)
+
+
+def at_equal_steps(curves: dict) -> str:
+  """The arms of E2 and E3, whose KL weight is fixed, beside their `scaled`; "" without any."""
+  rows = []
+  for name, found in curves.items():
+    if ".kl" in name:
+      continue
+    mine, speed = found[1.0], name.partition(".")[2].partition("_")[0]
+    control = curves.get(f"scaled.{speed}" if speed in ("short", "slow") else "scaled")
+    rows.append(equal_cells(name, mine, control and control[1.0]))
+  if not rows:
+    return ""
+  return contrasts.aligned("Arms at equal steps", EQUAL_HEAD, rows, EQUAL_NOTE)
+
+
+def equal_cells(name: str, mine: Curves, control: Curves | None) -> list[str]:
+  """The cells of an arm, under `EQUAL_HEAD`."""
+  gold = mine.metrics["reward/gold"]
+  steps = gold.shape[1]
+  last = slice(steps - max(1, steps // 8), None)
+  start, end = gold[:, : max(1, steps // 10)].mean(1), gold[:, last].mean(1)
+  cells = [name, str(len(end)), shown(end), number(float(np.median(end)), 2)]
+  cells += [f"{(end < start).mean():.0%}", shown(mine.metrics["kl"][:, last].mean(1), 1)]
+  if control is None or name.partition(".")[0] == "scaled":
+    return [*cells, "", ""]
+  both = [seed for seed in mine.seeds if seed in control.seeds]
+  left, right = (
+    curves.metrics["reward/gold"][[curves.seeds.index(seed) for seed in both]]
+    for curves in (mine, control)
+  )
+  return [*cells, shown((left - right)[:, last].mean(1)), shown((left - right).mean(1))]
+
+
+def shown(values: np.ndarray, digits: int = 2) -> str:
+  found = intervals.interval(values)
+  return (
+    f"{number(found.value, digits)} [{number(found.low, digits)}, {number(found.high, digits)}]"
+  )
 
 
 def main(argv) -> None:
@@ -67,7 +126,10 @@ def main(argv) -> None:
     print(
       f"{OUT.value}: {len(columns['arm'])} rows, {Path(OUT.value).stat().st_size / 2**20:.1f} MiB"
     )
-  print(contrasts.text(fair.get_config(), curves_by_arm(columns)) or "no arm with a held KL")
+  curves = curves_by_arm(columns)
+  print(contrasts.text(fair.get_config(), curves) or "no arm with a held KL")
+  if equal := at_equal_steps(curves):
+    print("\n" + equal)
 
 
 if __name__ == "__main__":

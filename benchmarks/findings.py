@@ -3,9 +3,9 @@
   python -m benchmarks.findings      # exit status 1 if there is one
 
 A number is right if it is the rounded value of a row. docs/findings_rows.csv connects the numbers
-of the text with rows of docs/lab.csv, docs/lab_text.csv or docs/checks.csv; the cells of the tables named in
-`TABLES` are connected by row and column. A number that comes from elsewhere, such as the paper,
-has a line with its source instead of a row. A number without either is a difference too.
+of the text with rows of docs/lab.csv, docs/lab_text.csv or docs/checks.csv; the cells of the tables
+named in `TABLES` are connected by row and column. A number from another source, such as the paper,
+has a line with its source instead of a row. A number without a row or a source is a difference too.
 """
 
 import csv
@@ -18,7 +18,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 PAGES = ("findings", "findings_text")
 FILES = ("lab", "lab_text", "checks")
 NUMBER = re.compile(r"-?\d+\.?\d*")
-FEWEST = 8  # seeds below which a cell has no value, since only those that went far reach it
+FEWEST = 8  # with fewer seeds a cell has no value, because only seeds that move far reach it
 
 KEYS = ("arm", "beta", "measure", "against")
 Key = tuple[str, str, str, str]  # of `KEYS`; of checks.csv: data, layer, measure, reading
@@ -87,13 +87,15 @@ TABLES = (
 
 
 class Claim(NamedTuple):
-  """A printed number: of a row of `file`, or, if `file` is none of `FILES`, from that source."""
+  """A printed number: from a row of `file`, or, if `file` is not one of `FILES`, from that
+  source.
+  """
 
   page: str
   text: str
   file: str
   key: Key
-  seeds: int | None = None  # how many the page gives
+  seeds: int | None = None  # number of seeds that the page gives
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
@@ -106,7 +108,9 @@ def read(page: str) -> str:
 
 
 def matches(text: str, row: dict[str, str]) -> bool:
-  """Whether `text`, a value with or without its interval, is the row's, rounded as it is printed."""
+  """Whether `text`, a value with or without its interval, equals the row's value, rounded as
+  printed.
+  """
   scale = 100 if "%" in text else 1
   printed = NUMBER.findall(text)
   names = ("value", "low", "high")[: len(printed)]
@@ -118,7 +122,7 @@ def matches(text: str, row: dict[str, str]) -> bool:
 
 
 def lines_of(table: Table) -> list[str]:
-  """The body of a table in its page."""
+  """The body of a table on its page."""
   lines = read(table.page).splitlines()
   start = next(i for i, line in enumerate(lines) if line.startswith(table.start)) + 2
   stop = next(i for i, line in enumerate([*lines[start:], ""]) if not line.startswith("|"))
@@ -126,7 +130,7 @@ def lines_of(table: Table) -> list[str]:
 
 
 def cells_of(table: Table) -> list[Claim]:
-  """The cells that hold a number, and those that only give the number of seeds."""
+  """The cells with a number, and the cells that only give the number of seeds."""
   found = []
   for line in lines_of(table):
     arm, *cells = [cell.strip(" `†") for cell in line.strip("|").split("|")]
@@ -163,7 +167,7 @@ def plain(page: str) -> str:
 
 
 def whole(text: str) -> re.Pattern:
-  """Finds `text` where it is no part of a longer number."""
+  """Finds `text` where it is not part of a longer number."""
   return re.compile(rf"(?<![\d.-]){re.escape(text)}(?![\d%]|\.\d)")
 
 
@@ -180,7 +184,7 @@ def wrong_with(claim: Claim, row: dict[str, str] | None, there: str) -> str:
   """What is wrong with a claim, "" if it is right; `there` is the text of its page."""
   shown = f"{claim.text} ({', '.join(filter(None, claim.key)) or claim.file})"
   if claim.text and not whole(claim.text).search(there):
-    return f"{shown} does not stand in {claim.page}.md"
+    return f"{shown} is not in {claim.page}.md"
   if claim.file not in FILES:
     return ""
   if row is None:
@@ -195,8 +199,9 @@ def wrong_with(claim: Claim, row: dict[str, str] | None, there: str) -> str:
 
 
 def differences() -> tuple[int, int, list[str]]:
-  """How many numbers were held against rows, how many have another source, and a line for each
-  that is wrong."""
+  """The number of values compared with rows, the number with another source, and a line for each
+  wrong one.
+  """
   table: dict[tuple[str, Key], dict[str, str]] = {}
   for file in FILES:
     names = ("data", "layer", "measure", "reading") if file == "checks" else KEYS
@@ -214,7 +219,7 @@ def differences() -> tuple[int, int, list[str]]:
 
 def main() -> int:
   of_rows, named, wrong = differences()
-  counts = f"{of_rows} numbers held against rows, {named} from a named source"
+  counts = f"{of_rows} numbers compared with rows, {named} from a named source"
   print("\n".join([*wrong, f"{counts}, {len(wrong)} differences"]))
   return int(bool(wrong))
 

@@ -1,18 +1,19 @@
-"""One GPU in one sitting: learning, decoding and what R2M adds, each against what the card can do.
+"""One GPU in one session: learning, decoding and the cost of R2M, each relative to the card's
+limits.
 
   python -m benchmarks.gpu --size=0.5b [--steps=5] [--r2m_steps=5] [--setting=FIELD=VALUE,...]
 
-The work is workload.py's for a GPU: bfloat16, 32 prompts x 8, 512 new tokens. The same figures as
-step.py, decode.py and r2m_overhead.py give, from five programs in one process, since an hour of
-such a card costs more than one of a laptop. R2M's step is run after plain RLOO's state is freed, so
-that a peak is of one alone. --steps=0 and --r2m_steps=0 each leave out a half.
+The work is workload.py's for a GPU: bfloat16, 32 prompts x 8, 512 new tokens. The figures are those
+of step.py, decode.py and r2m_overhead.py, from five programs in one process, because time on such a
+card is expensive. R2M's step runs after plain RLOO's state is freed, so that each peak belongs to
+one of them. --steps=0 and --r2m_steps=0 each skip one half.
 """
 
 import os
 
 os.environ.setdefault(
   "XLA_PYTHON_CLIENT_MEM_FRACTION", "0.94"
-)  # of the card: nothing else runs on it
+)  # of the card, on which nothing else runs
 
 import time
 
@@ -26,7 +27,7 @@ R2M_STEPS = flags.DEFINE_integer("r2m_steps", 5, "Timed steps of each variant", 
 
 
 def timed(what: str, once, steps: int) -> machine.Times:
-  """`steps` calls after the one that compiles."""
+  """Times `steps` calls after the one that compiles."""
   before = time.perf_counter()
   once()
   compiled = time.perf_counter()
@@ -36,7 +37,7 @@ def timed(what: str, once, steps: int) -> machine.Times:
 
 
 def phases(work: workload.Work, settings: list[str], limits: dict[str, float]) -> dict:
-  """Rollout and learn as programs of their own, as shares of what the card can do."""
+  """Rollout and learn as separate programs, as shares of the card's limits."""
   sizes, dtype, tokens = work.sizes, work.config.dtype, work.sizes.response_length - 1
   rollout = timed("rollout", work.rollout, STEPS.value)
   of_one = [*settings, "rollout.max_new_tokens=1"]
@@ -87,7 +88,7 @@ def main(_):
     result |= phases(work, settings, limits)
     bounds += [
       (
-        f"{name} runs at {result[f'{key}_share']:.1%} of its limit, {asked[key]:.0%} asked",
+        f"{name} runs at {result[f'{key}_share']:.1%} of its limit, target {asked[key]:.0%}",
         result[f"{key}_share"] >= asked[key],
       )
       for name, key in (("learning", "learn"), ("decoding", "decode"))
@@ -103,7 +104,7 @@ def main(_):
     )
     result |= {"step": plain.seconds, "r2m_step": r2m.seconds, "peak": peak, "r2m_memory": memory}
     bounds += [
-      (f"R2M takes {value:+.1%} {what}, at most {asked['r2m']:.0%} asked", value <= asked["r2m"])
+      (f"R2M takes {value:+.1%} {what}, target at most {asked['r2m']:.0%}", value <= asked["r2m"])
       for what, value in (("step time", more), ("memory", memory))
     ]
   machine.conclude(result, bounds)

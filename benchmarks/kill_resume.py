@@ -1,14 +1,14 @@
-"""What a killed run leaves behind: SIGKILL at every step, inside steps and inside saves, or SIGTERM
+"""Does a killed run lose anything? SIGKILL at every step, inside steps and inside saves, or SIGTERM
 at random moments.
 
   python -m benchmarks.kill_resume [--kills=50] [--seed=0] [--folder=/tmp/kills]
   python -m benchmarks.kill_resume --signal=TERM --kills=20
 
-The run is the smallest quickstart with 6 R2M steps. SIGKILL: every step is saved; a workdir is
-killed again and again, each time one step further, until it ends, and every array of its last
-checkpoint is then compared byte by byte with
-those of a run that nobody touched. SIGTERM: only the signal makes it save; the table has the exit
-status, the time from signal to exit, and how many logged steps the newest sound checkpoint lacks.
+The run is the smallest quickstart with 6 R2M steps. SIGKILL: every step is saved. A run is killed
+again and again, each time one step later, until it ends; then every array of its last checkpoint is
+compared byte by byte with those of an uninterrupted run. SIGTERM: only the signal makes the run
+save. The table has the exit status, the time from signal to exit, and the number of logged steps
+that the newest intact checkpoint lacks.
 """
 
 import collections
@@ -32,12 +32,10 @@ from r2m_jax.run import checkpoint
 from r2m_jax.run.loop import RESUME
 from r2m_jax.run.metrics import read_metrics, without_clock
 
-KILLS = flags.DEFINE_integer("kills", 50, "How many times a run is killed")
-SEED = flags.DEFINE_integer("seed", 0, "Of the random moments")
+KILLS = flags.DEFINE_integer("kills", 50, "Number of kills")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the random moments")
 SIGNAL = flags.DEFINE_enum("signal", "KILL", ["KILL", "TERM"], "Which signal")
-FOLDER = flags.DEFINE_string(
-  "folder", None, "Where the runs are made; a temporary folder where not given"
-)
+FOLDER = flags.DEFINE_string("folder", None, "Folder for the runs; a temporary folder if not given")
 
 ROOT = pathlib.Path(__file__).parents[1]
 STEPS = 6
@@ -45,7 +43,7 @@ MOMENTS = ("after the step is logged", "inside the save", "inside the step")
 
 
 def start(workdir: pathlib.Path, *args: str) -> subprocess.Popen:
-  """The run, in a process of its own. Its output goes to WORKDIR.log."""
+  """Starts the run in a separate process. Its output goes to WORKDIR.log."""
   command = [
     sys.executable,
     "-m",
@@ -62,7 +60,7 @@ def start(workdir: pathlib.Path, *args: str) -> subprocess.Popen:
 
 
 def steps_logged(workdir: pathlib.Path) -> int:
-  """Rows of the RL stage that metrics.jsonl has so far."""
+  """The number of RL rows in metrics.jsonl so far."""
   try:
     return (workdir / "metrics.jsonl").read_bytes().count(b'"stage": "rl"')
   except FileNotFoundError:
@@ -70,7 +68,7 @@ def steps_logged(workdir: pathlib.Path) -> int:
 
 
 def kill_at(workdir: pathlib.Path, step: int, moment: str, rng: random.Random, *args: str) -> bool:
-  """Starts the run and kills it around `step`; False where it ended before that."""
+  """Starts the run and kills it around `step`; False if it ended before."""
   run, arm = start(workdir, *args), workdir / "checkpoints" / "r2m"
   if moment == "inside the step":  # a step takes tens of milliseconds
     ready, delay = lambda: steps_logged(workdir) >= step, rng.uniform(0, 0.1)
@@ -104,7 +102,7 @@ def rows(workdir: pathlib.Path) -> list[dict]:
 
 
 def kill_chain(workdir: pathlib.Path, kills: int, rng: random.Random) -> collections.Counter:
-  """Kills one workdir's run at each of its steps, `kills` times at most, then lets it end."""
+  """Kills a run at each of its steps, at most `kills` times, then lets it end."""
   done = collections.Counter()
   for step in range(STEPS):
     if done.total() < kills:
@@ -125,7 +123,7 @@ def sigkill(folder: pathlib.Path, kills: int, rng: random.Random) -> dict:
     workdir = folder / f"run{chains}"
     shutil.copytree(
       unbroken / "stages", workdir / "stages"
-    )  # the supervised start is not what is asked about
+    )  # the supervised stage is not tested here
     done += kill_chain(workdir, kills - done.total(), rng)
     equal, chains = equal + (arrays(workdir) == want and rows(workdir) == want_rows), chains + 1
     print(

@@ -1,15 +1,15 @@
-"""What padding costs: a whole step on responses of all lengths, packed and padded, in turn.
+"""The cost of padding: a whole step on responses of all lengths, packed and padded, in turn.
 
   python -m benchmarks.lengths --size=tiny|small [--steps=5] [--share=0.4] [--full] [--peer=trl --peer=tunix]
 
-The work is that of `workload`, but some tokens end a row. They are so many that the responses of the
-random policy are, on average, `share` of the limit long (a geometric length, cut off at the limit).
-`packed` has config.packing and config.rollout.halvings as PACKED says, `padded` neither; their
-tokens are the same. With --full no row ends before its last token: what packing costs where there is
-nothing to pack.
+The work is that of `workload`, but some tokens end a row. Their number is chosen so that the mean
+length of the random policy's responses is `share` of the limit (a geometric length, truncated at
+the limit). `packed` has the config.packing and config.rollout.halvings of PACKED, `padded` has
+neither; their tokens are the same. With --full no row ends before its last token, which shows the
+cost of packing if there is nothing to pack.
 
-With --peer TRL and tunix do the same work afterwards, each in an environment of its own: as many
-tokens end a row, so their responses have lengths of the same distribution, and the mean of each is
+With --peer, TRL and tunix do the same work afterwards, each in an environment of its own. As many
+tokens end a row, so the lengths of their responses have the same distribution; the mean of each is
 printed. TRL has no packing in RL. tunix packs the rows of its updates into lines of --line tokens,
 with an update for each line.
 """
@@ -24,8 +24,8 @@ from absl import app, flags
 from benchmarks import machine, peer_figures, peer_process, peer_task, workload
 from r2m_jax.models.generate import decoded_places
 
-STEPS = flags.DEFINE_integer("steps", 5, "Timed steps that others did not disturb")
-SHARE = flags.DEFINE_float("share", 0.4, "Mean length of a response, of the limit")
+STEPS = flags.DEFINE_integer("steps", 5, "Timed steps, not disturbed by other processes")
+SHARE = flags.DEFINE_float("share", 0.4, "Mean length of a response, as a share of the limit")
 FULL = flags.DEFINE_bool("full", False, "All responses have the length of the limit")
 PEERS = flags.DEFINE_multi_enum("peer", [], list(peer_figures.PEERS), "Peers to run as well")
 LINE = flags.DEFINE_integer("line", 1024, "Tokens of a packed line of tunix; 0: it packs nothing")
@@ -37,7 +37,9 @@ PACKED = ("packing=[0.35,0.5,0.7,1.0]", "rollout.halvings=3")
 
 
 def ending(share: float, limit: int, vocabulary: int) -> tuple[int, ...]:
-  """So many tokens that a row of uniformly random ones has a mean length of `share` of the limit."""
+  """The number of end tokens for which rows of uniformly random tokens have a mean length of
+  `share` of the limit.
+  """
 
   def mean(chance):
     return (1 - (1 - chance) ** limit) / chance / limit

@@ -1,7 +1,7 @@
-"""What a measurement must know of the machine: how busy the others are, resident memory, and the
-most that it can do.
+"""Facts about the machine for measurements: the use by other processes, resident memory, and the
+machine's limits.
 
-Only the standard library at import: a child process may look at its memory before it loads
+Imports only the standard library, so that a child process can measure its memory before it loads
 anything.
 """
 
@@ -24,21 +24,19 @@ QUIET = 0.1  # share of all cores that others may use while something is timed
 
 
 def status(name: str) -> int:
-  """A line of /proc/self/status, in bytes: VmRSS is what is resident now, VmHWM the most that
-  ever was.
-  """
+  """A line of /proc/self/status, in bytes: VmRSS is the present resident memory, VmHWM its peak."""
   lines = pathlib.Path("/proc/self/status").read_text(encoding="ascii").splitlines()
   return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 def reset_peak() -> None:
-  """VmHWM begins anew."""
+  """Resets VmHWM."""
   pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def peak_memory() -> int:
-  """Bytes at the peak: of the accelerator, which counts from the start of the process, else
-  resident in this one.
+  """Bytes at the peak: of the accelerator, counted from the start of the process, or else of this
+  process's resident memory.
   """
   jax = sys.modules.get("jax")
   found = jax.local_devices()[0].memory_stats() if jax else None
@@ -46,14 +44,14 @@ def peak_memory() -> int:
 
 
 def set_up() -> None:
-  """Allocator and platform as r2m_jax.main has them."""
+  """Sets the allocator and platform as r2m_jax.main does."""
   from r2m_jax.run import process
 
   process.keep_freed_memory()
   process.leave_absent_tpu_alone()
 
 
-# ---- who else is at work ----
+# ---- other processes ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +59,8 @@ class Ticks:
   """Seconds of processor time since the start of machine and process."""
 
   wall: float
-  everyone: float  # all cores, what the hypervisor took away included
-  own: float  # this process and its children that have ended
+  everyone: float  # all cores, including time taken by the hypervisor
+  own: float  # this process and its finished children
 
   @classmethod
   def now(cls) -> "Ticks":
@@ -73,22 +71,22 @@ class Ticks:
 
 
 def busy_ticks(line: str) -> int:
-  """Of the first line of /proc/stat: all but idle and iowait; a guest's time is in user and nice
-  already.
+  """Busy ticks in the first line of /proc/stat: all but idle and iowait. A guest's time is already
+  in user and nice.
   """
   user, nice, system, idle, iowait, irq, softirq, steal = map(int, line.split()[1:9])
   return user + nice + system + irq + softirq + steal
 
 
 def others_share(before: Ticks, after: Ticks, cores: int) -> float:
-  """Share of all cores that other processes used in between, 0 to 1."""
+  """The share of all cores that other processes used in between, 0 to 1."""
   others = after.everyone - before.everyone - (after.own - before.own)
   return min(max(others / (cores * (after.wall - before.wall)), 0.0), 1.0)
 
 
 def timed(once) -> tuple[float, float]:
-  """(seconds that `once()` took, share of the cores that others had meanwhile). `once` waits for
-  its result.
+  """(seconds of `once()`, share of the cores that other processes used meanwhile). `once` must wait
+  for its result.
   """
   before = Ticks.now()
   once()
@@ -99,9 +97,9 @@ def timed(once) -> tuple[float, float]:
 @dataclasses.dataclass
 class Times:
   seconds: list[float] = dataclasses.field(default_factory=list)
-  busy: list[float] = dataclasses.field(default_factory=list)  # share of the others, of each
-  dropped: int = 0  # since others were busy
-  quiet: bool = True  # False: there were too few quiet ones, and these are the quietest
+  busy: list[float] = dataclasses.field(default_factory=list)  # share used by others, for each
+  dropped: int = 0  # because others were busy
+  quiet: bool = True  # False: there were too few quiet rounds, and these are the quietest
 
   @property
   def median(self) -> float:
@@ -117,11 +115,11 @@ HEADER = f"{'median s':>9}  {'fastest':>9}  {'slowest':>9}  {'others':>6}"  # of
 def take_turns(
   settings: dict, rounds: int, quiet: float = QUIET, most: int = 3
 ) -> dict[str, Times]:
-  """Times the functions of `settings` one after another in rounds, so that a slow spell of the
-  machine falls on all.
+  """Times the functions of `settings` one after another in rounds, so that a slow period of the
+  machine affects all.
 
-  A round in which others used more than `quiet` of the cores is dropped whole, and made up for, up
-  to `most` times as many rounds; where too few are quiet, the quietest are kept, and marked.
+  A round in which others used more than `quiet` of the cores is dropped and repeated, up to `most`
+  times as many rounds. If too few are quiet, the quietest are kept and marked.
   """
   found = []
   while len(found) < most * rounds and sum(busy <= quiet for busy, _ in found) < rounds:
@@ -137,8 +135,8 @@ def take_turns(
 
 
 def quietest(busy: list[float], count: int, quiet: float) -> tuple[list[int], bool]:
-  """(which to keep, in order; whether all of them are quiet): the quiet ones if they are
-  `count`, else the quietest.
+  """(rounds to keep, in order; whether all of them are quiet): the quiet rounds if there are
+  `count`, otherwise the quietest.
   """
   kept = [i for i, share in enumerate(busy) if share <= quiet]
   if len(kept) >= count:
@@ -169,8 +167,8 @@ def kernels(once) -> list[tuple[str, tuple[float, int]]]:
 
 
 def limits() -> dict[str, float]:
-  """What the first device can do through JAX: {"float32", "bfloat16": FLOP/s of a matrix product,
-  "copy": bytes/s}.
+  """The first device's limits through JAX: {"float32", "bfloat16": FLOP/s of a matmul, "copy":
+  bytes/s}.
 
   The fastest of several, each long enough to keep all cores busy.
   """
@@ -184,7 +182,7 @@ def limits() -> dict[str, float]:
   for dtype in ("float32", "bfloat16"):
     a = jax.random.normal(
       jax.random.key(0), (size, size), dtype
-    )  # a GPU is faster on numbers that are all alike
+    )  # a GPU is faster if all numbers are equal
     found[dtype] = 2 * size**3 / fastest(lambda a=a: product(a, a).block_until_ready())
   back = jax.jit(lambda x: -x, donate_argnums=0)  # in place: no fresh pages
   x = jnp.ones(numbers, jnp.float32)
@@ -198,8 +196,8 @@ def limits() -> dict[str, float]:
 
 
 def fastest(once, least: float = 0.5, runs: int = 5) -> float:
-  """Seconds of the fastest of at least `runs` calls that last `least` seconds together, after
-  one to warm up.
+  """Seconds of the fastest of at least `runs` calls that take at least `least` seconds together,
+  after a warm-up call.
   """
   once()
   times = []
@@ -220,8 +218,8 @@ def show_limits(found: dict[str, float]) -> str:
 
 
 def child(module: str, *args: str, env: dict[str, str] | None = None) -> dict:
-  """The last line of a benchmark run in a process of its own, as JSON; ends this one where that
-  failed.
+  """Runs a benchmark in a separate process and returns its last line, as JSON. Ends this process if
+  that one failed.
   """
   command = [sys.executable, "-m", module, *args]
   done = subprocess.run(
@@ -233,8 +231,9 @@ def child(module: str, *args: str, env: dict[str, str] | None = None) -> dict:
 
 
 def plans(config: str, *settings: str) -> list[dict]:
-  """What task=plan writes for a config's file and `settings`, FIELD=VALUE each; it need not fit.
-  Ends this process where it failed. What it prints goes to standard error."""
+  """The plan.json of task=plan for a config file and `settings`, FIELD=VALUE each; the run need not
+  fit. Ends this process if the plan failed. Its output goes to standard error.
+  """
   with tempfile.TemporaryDirectory() as workdir:
     command = [
       sys.executable,
@@ -253,10 +252,11 @@ def plans(config: str, *settings: str) -> list[dict]:
 
 
 def conclude(result: dict, bounds: list[tuple[str, bool]], quiet: bool = True) -> None:
-  """Prints what each bound says and the result as the last line. Status 1 where one is missed, 2
-  where others were too busy to say."""
+  """Prints whether each target is met, and the result as the last line. Exits with status 1 if a
+  target is missed, and with 2 if others were too busy for a verdict.
+  """
   for sentence, held in bounds:
-    print(f"{'held' if held else 'MISSED'}: {sentence}")
+    print(f"{'met' if held else 'MISSED'}: {sentence}")
   if not quiet:
     print(f"VOID: others used more than {QUIET:.0%} of the cores; run it again on a quiet machine")
   print(json.dumps(result), flush=True)
@@ -277,6 +277,8 @@ def exponent(sizes: list[float], values: list[float]) -> tuple[float, float]:
 
 
 def student(freedom: int) -> float:
-  """The 97.5% point of Student's t, for few degrees of freedom as a table, else the normal's."""
+  """The 97.5% point of Student's t, from a table for few degrees of freedom, otherwise the
+  normal's.
+  """
   table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
   return table[freedom - 1] if freedom <= len(table) else 1.96

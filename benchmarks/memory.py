@@ -1,13 +1,13 @@
-"""Does the plan's memory hold? A real step on this host's CPU: peak resident memory against what
-task=plan says.
+"""Is a plan's memory right? Compares the peak resident memory of a real step on this host's CPU
+with task=plan.
 
   python -m benchmarks.memory [--setting=FIELD=VALUE,...]
 
-The step runs in a process of its own, from random weights: both programs are compiled, the state is
-made, the peak is reset, then rollout and learn run once. Measured is the peak minus what was
-resident just before the step. Predicted is the plan for cpu:1, minus the state and the arguments
-that are resident by then. The two come from different places: the kernel's count of pages, and the
-compiler's assignment of buffers.
+The step runs in a separate process, from random weights: both programs are compiled, the state is
+created, the peak is reset, and rollout and learn run once. The measured value is the peak minus the
+resident memory just before the step. The predicted value is the plan for cpu:1, minus the state and
+the arguments that are already resident. The two are independent: one is the kernel's count of
+pages, the other the compiler's assignment of buffers.
 """
 
 import json
@@ -36,7 +36,7 @@ def get_config():
   )
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 16, 8, 64
   config.plan.prompt_length = 240
-  config.remat = "none"  # which keeps most
+  config.remat = "none"  # keeps most in memory
   config.plan.compare = ""
   config.plan.topology = "cpu:1"
   config.r2m.attention_dim = 256
@@ -63,7 +63,7 @@ def measure(config) -> dict[str, int]:
 
 
 def predicted(plan: dict) -> float:
-  """Bytes that the plan has beyond the state: temporaries, caches, feedback, results."""
+  """Bytes of the plan in addition to the state: temporaries, caches, feedback, results."""
   rest = ("KV cache", "feedback", "temporaries")
   return max(sum(kinds.get(kind, 0) for kind in rest) for kinds in plan["memory"].values())
 
@@ -80,7 +80,7 @@ def main(argv):
   measured = found["peak"] - found["before"]
   plan = machine.plans("benchmarks/memory.py", *settings)[0]
   if not plan["fits"]:
-    sys.exit("the plan says that it does not fit this host")
+    sys.exit("by the plan it does not fit this host")
   expected = predicted(plan)
   print(
     f"resident before the step {found['before'] / 1e9:.2f} GB, peak {found['peak'] / 1e9:.2f} GB"

@@ -1,11 +1,11 @@
-"""Prints what a run of configs/smollm2_notes.py has so far, finished or not: a line for each arm, and
-paired differences.
+"""Prints the results so far of a run of configs/smollm2_notes.py, finished or not: a line for each
+arm, and paired differences.
 
   python -m benchmarks.notes WORKDIR [--steps=N] [--read=ARM/SEED/STEP]
 
-All arms are compared at equal steps: the first N steps, by default as many as the longest run has.
-Runs with fewer are left out.
---read prints all samples of one step with their gold, used and frozen rewards.
+All arms are compared at equal steps: the first N steps, by default the number of steps of the
+longest run. Runs with fewer steps are left out. --read prints all samples of one step with their
+gold, used and frozen rewards.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from r2m_jax.report import intervals
 from r2m_jax.run.files import read_jsonl
 
 SHOWN = ("gold", "frozen", "used", "kl", "length", "cut_off", "coverage", "invented", "marks")
-# what is compared: the first arm minus the second
+# comparisons: the first arm minus the second
 PAIRS = (
   ("r2m", "scaled"),
   ("r2m", "shuffled"),
@@ -34,7 +34,7 @@ Runs = dict[str, dict[int, dict[str, np.ndarray]]]  # arm -> seed -> column of s
 
 
 def runs_of(workdir: Path) -> Runs:
-  """Every run that has a step."""
+  """All runs with at least one step."""
   found: dict = {}
   for row in csv.DictReader(io.StringIO(steps_csv(workdir))):
     columns = found.setdefault(row["arm"], {}).setdefault(int(row["seed"]), {})
@@ -50,7 +50,7 @@ def runs_of(workdir: Path) -> Runs:
 
 
 def at_least(runs: Runs, steps: int) -> Runs:
-  """The runs with so many steps."""
+  """The runs with at least this many steps."""
   found = {
     arm: {seed: one for seed, one in seeds.items() if len(one["gold"]) >= steps}
     for arm, seeds in runs.items()
@@ -59,7 +59,7 @@ def at_least(runs: Runs, steps: int) -> Runs:
 
 
 def window(steps: int) -> int:
-  """Of how many steps a value is the mean."""
+  """The number of steps over which a value is averaged."""
   return max(1, steps // 8)
 
 

@@ -24,7 +24,7 @@ ROWS = Path(__file__).parents[1] / "docs" / "holds.parquet"
 TUNING = tuple(range(100, 104))
 HELD_OUT_PAIRS = 2048
 
-WORKDIR = flags.DEFINE_string("workdir", "", "Where samples and fits are kept")
+WORKDIR = flags.DEFINE_string("workdir", "", "Folder for samples and fits")
 STAGE = flags.DEFINE_enum("stage", "sample", ["sample", "fit", "table"], "See above")
 SEEDS = flags.DEFINE_integer("seeds", 24, "Seeds from 0 on", 1)
 TOGETHER = flags.DEFINE_integer("together", 5, "Seeds in one program", 1)
@@ -40,7 +40,7 @@ def sample(workdir: Path) -> None:
 
 
 def fit(workdir: Path) -> None:
-  """Fits what no other process is at, and writes the rows of all that is done."""
+  """Fits the seeds that no other process is fitting, and writes the rows of all finished ones."""
   taus = widths(workdir)
   for seed in range(SEEDS.value):
     for target in offline.TARGETS:

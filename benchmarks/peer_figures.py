@@ -1,5 +1,5 @@
-"""What is asked of r2m_jax beside its peers, what they take on a quiet machine, and what a run's
-numbers say to it.
+"""The targets of r2m_jax relative to other libraries, their times on a quiet machine, and the
+verdict on a run's numbers.
 """
 
 import dataclasses
@@ -7,19 +7,19 @@ import statistics
 
 from benchmarks import machine, peer_task
 
-SLOW = 0.15  # a peer this much slower than its reference figure ran under other conditions
+SLOW = 0.15  # a peer that is slower than its reference by more than this ran under other conditions
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-  """A peer's environment, its seconds a step on a quiet machine of two cores, and how many times
-  faster we shall be.
+  """A peer's environment, its seconds per step on a quiet machine with two cores, and the targets
+  for our speed-up.
   """
 
   child: str  # module that runs in its environment
   requirements: tuple[str, ...]
   reference: dict[str, float]  # by size: seconds
-  bound: dict[str, float]  # by size: its seconds over ours
+  bound: dict[str, float]  # by size: its seconds divided by ours
   stretch: dict[str, float]
 
 
@@ -43,16 +43,16 @@ PEERS = {
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What a process measured, or several of them together."""
+  """The measurements of one process, or of several together."""
 
   version: str
-  seconds: list[float]  # of each step: a rollout of 64 trajectories with all its updates
-  busy: list[float]  # share of the cores that others had during each
+  seconds: list[float]  # seconds of each step: a rollout of 64 trajectories with all its updates
+  busy: list[float]  # share of the cores that others used during each
   peak: int  # bytes resident
 
   @classmethod
   def of(cls, results: list[dict]) -> "Run":
-    """Of the JSON lines of one program's processes."""
+    """The run from the JSON lines of one program's processes."""
     joined = {name: [x for result in results for x in result[name]] for name in ("seconds", "busy")}
     return cls(
       results[0].get("version", ""), **joined, peak=max(result["peak"] for result in results)
@@ -79,10 +79,10 @@ HEADER = (
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-  ratio: float  # the peer's seconds over ours
+  ratio: float  # the peer's seconds divided by ours
   asked: float
   stretch: bool  # reached
-  void: str  # why the ratio says nothing, or ""
+  void: str  # why the ratio is void, or ""
   memory: bool  # our peak is no higher
 
   @property
@@ -106,19 +106,19 @@ def judge(size: str, ours: Run, peer: Peer, its: Run) -> Verdict:
 
 
 def status(verdicts: list[Verdict]) -> int:
-  """Of the process: 2 where a ratio is void, 1 where a bound is missed, else 0."""
+  """Exit status: 2 if a ratio is void, 1 if a target is missed, otherwise 0."""
   if any(verdict.void for verdict in verdicts):
     return 2
   return int(not all(verdict.held and verdict.memory for verdict in verdicts))
 
 
 def floor_flops(size: str) -> float:
-  """FLOPs of every matrix product of a step of the peers, once: each prompt K times, attention's
-  own products left out.
+  """FLOPs of every matmul of a peer's step, each counted once: each prompt K times, without
+  attention's own matmuls.
 
-  A generation, two log-prob passes (old and reference), the reward model's pass, and 3 passes'
-  worth an epoch. The vocabulary is projected for the tokens of the response, by all but the reward
-  model.
+  They are a generation, two log-prob passes (old and reference), the reward model's pass, and the
+  equivalent of 3 passes per epoch. All but the reward model project the response tokens onto the
+  vocabulary.
   """
   shape, task = peer_task.SIZES[size], peer_task
   hidden, kv = shape["hidden_size"], shape["hidden_size"] // shape["heads"] * shape["kv_heads"]

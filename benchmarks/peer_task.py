@@ -1,7 +1,7 @@
-"""The work that peers.py gives to TRL and to tunix, and the watch it holds by them.
+"""The work that peers.py gives to TRL and to tunix, and the stopwatch for it.
 
-Their own processes import it, in environments without r2m_jax: only the standard library and numpy
-at import.
+Their own processes import this file in environments without r2m_jax, so it imports only the
+standard library and numpy.
 """
 
 import itertools
@@ -12,8 +12,7 @@ import numpy as np
 
 from benchmarks import machine
 
-# Qwen2 shapes, the policy's, the reference's and the reward model's alike; vocabulary projection
-# untied
+# Qwen2 shapes, the same for policy, reference and reward model; vocabulary projection untied
 SIZES = {
   "tiny": dict(
     vocab_size=512, hidden_size=128, layers=4, heads=4, kv_heads=2, intermediate_size=512
@@ -21,8 +20,8 @@ SIZES = {
   "small": dict(
     vocab_size=32000, hidden_size=512, layers=8, heads=8, kv_heads=4, intermediate_size=2048
   ),
-  # for a GPU, in bfloat16: four times the prompts, eight times the response, tied as the real one
-  # is
+  # for a GPU, in bfloat16: four times the prompts, eight times the response, tied like the real
+  # model is
   "0.5b": dict(
     vocab_size=151936, hidden_size=896, layers=24, heads=14, kv_heads=2, intermediate_size=4864
   ),
@@ -36,7 +35,7 @@ RESPONSE = 64
 ROWS = PROMPTS * GROUP
 ON_GPU = {
   "0.5b": dict(prompts=32, response=512, parts=8)
-}  # parts: an update's rows, a part at a time
+}  # parts: an update's rows, one part at a time
 TEMPERATURE, EPOCHS, BETA, LEARNING_RATE = 0.7, 2, 0.05, 1e-6
 WIDTH = 7  # characters of a token's text
 
@@ -52,12 +51,12 @@ def prompts(vocab_size: int, step: int, count: int = PROMPTS) -> list[str]:
 
 
 def make_tokenizer(vocab_size: int, ends: int = 0):
-  """A fast tokenizer whose text gives back exactly the tokens it came from, also where two texts
-  are joined.
+  """A fast tokenizer for which encoding a decoded text restores exactly the same tokens, also if
+  two texts are joined.
 
-  What ends a row and what pads lie outside the models' vocabulary: no row ends before its last
-  token, and no peer pays for forbidding one. An unknown word raises, since there is no token for
-  it. If the first `ends` words end a row, the first is the tokenizer's end, and the last word pads.
+  The end token and the pad token are outside the models' vocabulary, so no row ends before its last
+  token, and no peer pays for suppressing one. An unknown word raises an error, because it has no
+  token. If the first `ends` words end a row, the first is the end token, and the last word pads.
   """
   from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
   from transformers import PreTrainedTokenizerFast
@@ -76,23 +75,23 @@ def make_tokenizer(vocab_size: int, ends: int = 0):
   texts = prompts(vocab_size, 0)
   check_length("a prompt", map(len, found(text=texts)["input_ids"]), LENGTH)
   assert found.batch_decode(found(text=texts)["input_ids"]) == texts, (
-    "text and tokens do not give each other back"
+    "text and tokens do not restore each other"
   )
   return found
 
 
 def check_length(what: str, lengths, asked: int) -> None:
-  """Ends the process where the work is not the one that is asked for."""
+  """Ends the process if the work is not the specified one."""
   if wrong := sorted(set(lengths) - {asked}):
     raise SystemExit(f"{what} has {wrong} tokens, not {asked}: this would not be the same work")
 
 
 class Watch:
-  """Times rollouts, each with all its updates, until `count` were quiet or `most` times as many
-  have been seen.
+  """Times rollouts, each with all its updates, until `count` were quiet or there were `most` times
+  as many.
 
-  The first `warm` are not counted: programs compile, memory is claimed. What the others had of the
-  cores is measured over the same time as the rollout.
+  The first `warm` rollouts are not counted, because programs compile and memory is allocated. The
+  use of the cores by others is measured over the same time as the rollout.
   """
 
   def __init__(self, count: int, most: int, warm: int = 1):
@@ -101,7 +100,7 @@ class Watch:
     self.seconds, self.busy, self.ticks = [], [], []
 
   def lap(self) -> None:
-    """The end of one and the start of the next; the first call is only a start."""
+    """Ends one rollout and starts the next; the first call only starts."""
     self.ticks.append(machine.Ticks.now())
     if len(self.ticks) > self.warm + 1:
       before, after = self.ticks[-2:]

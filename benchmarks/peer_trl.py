@@ -1,10 +1,10 @@
-"""One child of peers.py: the same work in TRL's RLOOTrainer. Runs in TRL's own environment, without
-r2m_jax.
+"""One child of peers.py: the same work in TRL's RLOOTrainer. It runs in TRL's own environment,
+without r2m_jax.
 
   PEERS/trl/bin/python -m benchmarks.peer_trl SIZE STEPS MOST [ENDS]
 
 With ENDS so many tokens end a row, else none does. With size 0.5b it is the work of gpu.py, on a
-GPU, in an environment whose torch has CUDA.
+GPU, in an environment with a CUDA build of torch.
 """
 
 import os
@@ -41,14 +41,14 @@ def model_config(size: str, tokenizer, ends: int) -> transformers.Qwen2Config:
 def training(
   folder: str, rollouts: int, rows: int, response: int, parts: int, gpu: bool
 ) -> trl.RLOOConfig:
-  """TRL's defaults, but where another choice is the same work in less time."""
+  """TRL's defaults, except where another choice does the same work in less time."""
   return trl.RLOOConfig(
     output_dir=folder,
     use_cpu=not gpu,
     seed=0,
-    bf16=False,  # no autocast: the weights are what they are
+    bf16=False,  # no autocast: the weights have the dtype that they have
     model_init_kwargs={"dtype": "bfloat16" if gpu else "float32"},
-    # all rows in one update an epoch, in one pass where they fit
+    # all rows in one update per epoch, in one pass if they fit
     per_device_train_batch_size=rows // parts,
     gradient_accumulation_steps=parts,
     num_generations=task.GROUP,
@@ -56,23 +56,23 @@ def training(
     temperature=task.TEMPERATURE,
     num_iterations=task.EPOCHS,
     beta=task.BETA,
-    # on a CPU 5% less time to generate, since a growing cache is copied at every token; on a GPU it
-    # would be compiled
+    # on a CPU it takes 5% less time to generate, because a growing cache is copied at every token;
+    # on a GPU it would be compiled
     cache_implementation=None if gpu else "static",
-    gradient_checkpointing=False,  # on by default, a fifth slower; the memory is there
+    gradient_checkpointing=False,  # on by default and a fifth slower; there is enough memory
     learning_rate=task.LEARNING_RATE,
     lr_scheduler_type="constant",  # AdamW in its fused form is the default
-    max_steps=task.EPOCHS * rollouts,  # TRL's step is an update
+    max_steps=task.EPOCHS * rollouts,  # a step of TRL is an update
     logging_strategy="no",
     save_strategy="no",
     report_to="none",
-    disable_tqdm=True,  # nothing but the work
+    disable_tqdm=True,  # only the work
     dataloader_pin_memory=False,
   )
 
 
 class Laps(transformers.TrainerCallback):
-  """A lap is one rollout with its updates; ends the run when the watch has seen enough."""
+  """One lap is one rollout with its updates; the run ends when the watch is done."""
 
   def __init__(self, watch: task.Watch, response: int | None):
     """response: the tokens that every response has; None: they have any number."""
@@ -86,7 +86,7 @@ class Laps(transformers.TrainerCallback):
       self.watch.lap()
       seen = self.trainer._metrics[
         "train"
-      ]  # no public way to a rollout's lengths when it is not logged
+      ]  # there is no public access to a rollout's lengths if they are not logged
       shortest, longest = seen["completions/min_length"], seen["completions/max_length"]
       if len(shortest) * task.EPOCHS != state.global_step:
         raise SystemExit(
@@ -116,7 +116,7 @@ def main(size: str, steps: int, most: int, ends: int = 0) -> None:
     text for step in range(watch.laps) for text in task.prompts(vocab_size, step, work["prompts"])
   ]
   with tempfile.TemporaryDirectory() as folder:
-    # the trainer makes the reference from the policy's folder, and cannot from a model without one
+    # the trainer makes the reference from the policy's folder, so the model needs one
     transformers.Qwen2ForCausalLM(config).to(dtype).save_pretrained(folder)
     reward = transformers.Qwen2ForSequenceClassification(
       transformers.Qwen2Config(**config.to_dict() | {"num_labels": 1, "_name_or_path": "reward"})
@@ -134,7 +134,7 @@ def main(size: str, steps: int, most: int, ends: int = 0) -> None:
     )
     for model in (laps.trainer.model, laps.trainer.ref_model, reward):
       wrong = {p.dtype for p in model.parameters()} - {dtype}
-      assert not wrong, f"{dtype} is asked for, and here is {wrong}"
+      assert not wrong, f"{dtype} is required, but found {wrong}"
     laps.trainer.train()
   print(
     watch.result(

@@ -1,4 +1,4 @@
-"""One child of peers.py: the same work in tunix's GRPO learner. Runs in tunix's own environment,
+"""One child of peers.py: the same work in tunix's GRPO learner. It runs in tunix's own environment,
 without r2m_jax.
 
 PEERS/tunix/bin/python -m benchmarks.peer_tunix SIZE STEPS MOST [ENDS LINE]
@@ -27,8 +27,8 @@ ROLES = (rl_cluster.Role.ACTOR, rl_cluster.Role.REFERENCE, rl_cluster.Role.ROLLO
 
 
 def make_model(shape: dict, seed: int) -> qwen2.Qwen2:
-  """Random in every matrix: tunix's own start has zeros in the MLPs, which would get no
-  gradient.
+  """A model with random values in every matrix: tunix's own initialisation has zeros in the MLPs,
+  which would get no gradient.
   """
   config = qwen2.ModelConfig(
     num_layers=shape["layers"],
@@ -55,11 +55,11 @@ def make_model(shape: dict, seed: int) -> qwen2.Qwen2:
 
 
 def make_reward(shape: dict, tokenizer, lengths: list[float]):
-  """The reward function that tunix asks for, around a reward model: its GRPO learner has no place
-  for the model itself.
+  """The reward function that tunix requires, around a reward model, because its GRPO learner does
+  not take a model.
 
-  The model is a policy whose vocabulary projection is a score, as tunix makes its critics; the
-  score of a row is that of its last token. The mean length of each call's responses goes to `lengths`.
+  The model is a policy whose vocabulary projection is a score, like tunix's critics; the score of a
+  row is its last token's score. The mean length of each call's responses is added to `lengths`.
   """
   model, pad, eos = (
     rl_utils.create_critic_model(make_model(shape, 2)),
@@ -93,12 +93,12 @@ def make_cluster(
   updates = 2 * task.EPOCHS * rollouts * (task.ROWS if line else 1)
   config = rl_cluster.ClusterConfig(
     role_to_mesh=dict.fromkeys(ROLES, mesh),
-    rollout_engine="vanilla",  # its others are for TPU
+    rollout_engine="vanilla",  # the other kernels are for TPUs
     training_config=rl_cluster.RLTrainingConfig(
       actor_optimizer=optax.adamw(task.LEARNING_RATE),
-      mini_batch_size=task.PROMPTS,  # all 64 rows in one pass and one update an epoch
+      mini_batch_size=task.PROMPTS,  # all 64 rows in one pass and one update per epoch
       max_steps=updates,
-      eval_every_n_steps=updates,  # ends where the prompts end
+      eval_every_n_steps=updates,  # ends when the prompts end
       max_seq_token_per_tpu=line or None,
     ),
     rollout_config=base_rollout.RolloutConfig(
@@ -106,9 +106,9 @@ def make_cluster(
       max_prompt_length=task.LENGTH,
       temperature=task.TEMPERATURE,
       top_p=1.0,
-      top_k=None,  # anything else sorts the vocabulary for every token
-      kv_cache_size=task.LENGTH + task.RESPONSE,  # no slot more than it needs
-      seed=0,  # none means the same samples at every step, and a key is donated at the first
+      top_k=None,  # other values sort the vocabulary for every token
+      kv_cache_size=task.LENGTH + task.RESPONSE,  # no more slots than necessary
+      seed=0,  # without it every step has the same samples, and a key is donated at the first step
       eos_tokens=list(range(ends)) if ends else None,
     ),
   )
@@ -120,8 +120,8 @@ def make_cluster(
 
 
 def batches(vocab_size: int, watch: task.Watch, rollout_config):
-  """Prompts until the watch has seen enough. The learner asks for the next when all updates on
-  the last are done.
+  """Prompts until the watch is done. The learner requests the next batch when all updates on the
+  last one are done.
   """
   for step in range(watch.laps):
     watch.lap()
@@ -149,7 +149,7 @@ def main(size: str, steps: int, most: int, ends: int = 0, line: int = 0) -> None
   learner.train(batches(shape["vocab_size"], watch, cluster.cluster_config.rollout_config))
   state = nnx.state(cluster.actor_trainer.model, nnx.Param)
   wrong = {x.dtype for x in jax.tree.leaves(state)} - {jnp.dtype("float32")}
-  assert not wrong, f"float32 is asked for, and here is {wrong}"
+  assert not wrong, f"float32 is required, but found {wrong}"
   updates, rollouts = cluster.actor_trainer.train_steps, len(watch.seconds) + watch.warm
   wanted = task.EPOCHS * rollouts
   assert updates > wanted if line else updates == wanted, f"{updates} updates, {rollouts} rollouts"

@@ -1,20 +1,20 @@
-"""Is a whole RL step faster than in the peers? The same work in TRL, in tunix and here, in turn, in
-one sitting.
+"""Is a whole RL step faster than in other libraries? The same work in TRL, in tunix and here, in
+turn, in one session.
 
   python -m benchmarks.peers --size=tiny|small [--steps=5] [--only=trl]
 
-The work is that of the reference figures (workload.py, peer_task.py): random Qwen2-shaped policy,
+The work is that of the reference figures (workload.py, peer_task.py): a random Qwen2-shaped policy,
 reference and reward model in float32, 8 prompts x 8 samples, 64 + exactly 64 tokens, temperature
-0.7, KL to the reference, 2 epochs of one update. A step is one rollout with all its updates, as
-each program does it when left to run; steps during which others used more than a tenth of the cores
-are dropped and made up for, up to --most times as many. Each program has a process of its own, and
-each peer an environment of its own, made at the first run. Ours runs before and after the peers, so
-that a slow spell of the machine does not fall on one of them alone. The peers keep glibc's
-allocator as it comes, as in their reference figures; ours tells it to keep what was freed
-(process.keep_freed_memory), and --keep_freed_memory does the same for them: a fifth of TRL's CPU
-time at small is spent in the kernel, on pages for memory that it freed before.
+0.7, KL to the reference, 2 epochs of one update. A step is one rollout with all its updates, as in
+each program's normal operation. Steps during which others used more than a tenth of the cores are
+dropped and repeated, up to --most times as many. Each program runs in its own process, and each
+peer in its own environment, which is made at the first run. Ours runs before and after the peers,
+so that a slow period of the machine does not affect only one of them. The peers use glibc's
+allocator with its defaults, as in their reference figures. Ours tells it to keep freed memory
+(process.keep_freed_memory), and --keep_freed_memory does the same for the peers: with small, TRL
+spends a fifth of its CPU time in the kernel, on pages for memory that it had freed.
 
-Exit status: 0 where every bound is held, 1 where one is missed, 2 where a ratio is void.
+Exit status: 0 if every target is met, 1 if one is missed, 2 if a ratio is void.
 """
 
 import json
@@ -28,16 +28,18 @@ from benchmarks import machine, peer_figures, peer_process
 
 SIZE = flags.DEFINE_enum("size", "tiny", ["tiny", "small"], "Of the models")
 STEPS = flags.DEFINE_integer(
-  "steps", 5, "Timed steps of each program; 5 for a figure to show", lower_bound=1
+  "steps", 5, "Timed steps of each program; 5 for a published figure", lower_bound=1
 )
 MOST = flags.DEFINE_integer(
-  "most", 3, "How many times as many steps a peer takes at most, to find quiet ones", 1
+  "most", 3, "Limit on the steps of a peer, as a multiple of --steps, to find quiet ones", 1
 )
 ONLY = flags.DEFINE_multi_enum(
   "only", list(peer_figures.PEERS), list(peer_figures.PEERS), "Peers to run"
 )
 FOLDER = flags.DEFINE_string(
-  "environments", peer_process.FOLDER, "Where the peers' environments are, or are made"
+  "environments",
+  peer_process.FOLDER,
+  "Folder of the peers' environments, which are made if missing",
 )
 KEEP = flags.DEFINE_bool(
   "keep_freed_memory", False, "Peers have process.keep_freed_memory too, unlike their references"
@@ -45,11 +47,11 @@ KEEP = flags.DEFINE_bool(
 KEEP_FREED = {
   "MALLOC_MMAP_MAX_": "0",
   "MALLOC_TRIM_THRESHOLD_": str(10**12),
-}  # as process.keep_freed_memory
+}  # like process.keep_freed_memory
 
 
 def ours() -> dict:
-  """Half the steps; called twice."""
+  """Runs half of our steps; called twice."""
   steps = (STEPS.value + 1) // 2
   found = machine.child(
     "benchmarks.step", f"--size={SIZE.value}", f"--steps={steps}", "--variant=vanilla"
@@ -89,10 +91,10 @@ def main(argv):
 
   print(machine.show_limits(limits))
   print(
-    f"floor: {floor:.2f} s for the matrix products of the peers' step, {needed / rate:.2f} s for "
-    "those of ours"
+    f"floor: {floor:.2f} s for the matmuls of the peers' step, {needed / rate:.2f} s for those "
+    "of ours"
   )
-  print(f"{'':18}  {peer_figures.HEADER}  {'reference':>9}  {'ratio':>6}  {'asked':>5}")
+  print(f"{'':18}  {peer_figures.HEADER}  {'reference':>9}  {'ratio':>6}  {'target':>6}")
   show("r2m_jax", mine)
   for name, verdict in verdicts.items():
     say = (
@@ -102,21 +104,21 @@ def main(argv):
       if not verdict.held
       else "stretch"
       if verdict.stretch
-      else "held"
+      else "met"
     )
     reference = peer_figures.PEERS[name].reference[size]
-    show(name, runs[name], f"  {reference:9.4g}  {verdict.ratio:6.2f}  {verdict.asked:5.3g}  {say}")
+    show(name, runs[name], f"  {reference:9.4g}  {verdict.ratio:6.2f}  {verdict.asked:6.3g}  {say}")
   for name, verdict in verdicts.items():
     its = results[name][0]
     rest = {key: its[key] for key in ("torch", "transformers", "jax") if key in its}
     print(
-      f"{its['peer']}: {', '.join(f'{key} {version}' for key, version in rest.items())}; "
-      f"first rollout {its['warm'][0]:.1f} s, {its['dropped']} dropped since others were busy"
+      f"{its['peer']}: {', '.join(f'{key} {version}' for key, version in rest.items())}; first "
+      f"rollout {its['warm'][0]:.1f} s, {its['dropped']} dropped because others were busy"
     )
     if verdict.void:
       print(f"VOID against {name}: {verdict.void}")
     print(
-      f"{'held' if verdict.memory else 'MISSED'}: peak memory {mine.peak / 1e9:.2f} GB, no higher "
+      f"{'met' if verdict.memory else 'MISSED'}: peak memory {mine.peak / 1e9:.2f} GB, no higher "
       f"than {name}'s "
       f"{runs[name].peak / 1e9:.2f} GB"
     )

@@ -1,11 +1,11 @@
-"""Does a pretrained model have the properties of hidden states that R2M starts from? No RL is run.
+"""Does a pretrained model have the properties of hidden states from which R2M starts? No RL is run.
 
   python -m benchmarks.premise --policy=FOLDER --pairs FILE... --states=DIR [--out=FILE.csv]
 
-Reads files of pairs in any form that docs/data.md knows and the policy in FOLDER, with transformers
-(it gives all layers in one pass; torch comes with the extra "test"). The first call keeps states in
-DIR, which later calls only analyse. `--run=RUN` adds the numbers of a run's task=analyse to the
-CSV. Prints, with 95% intervals over prompts:
+Reads files of pairs in any form of docs/data.md, and the policy in FOLDER with transformers (which
+returns all layers in one pass; torch comes with the extra "test"). The first call stores states in
+DIR; later calls only analyse them. `--run=RUN` adds the numbers of a run's task=analyse to the CSV.
+Prints, with 95% intervals over prompts:
 
   figure 1      similarity of states, same label minus across, by layer and by reading
   figure 2      correlation of similarity with the difference of reward
@@ -28,11 +28,11 @@ from r2m_jax.report.intervals import Interval, estimate, group_mean, resampled
 
 CHOSEN, REJECTED = 1, 0
 POOLS = ("mean", "last", "all")  # over the response, its last token, prompt and response
-SHOWN = (0, 6, 12, 18, 24, 30)  # layers of the tables, as far as the model has them; 0: embeddings
+SHOWN = (0, 6, 12, 18, 24, 30)  # layers of the tables, if the model has them; 0: embeddings
 DRAWS = 8  # random attentions
 OMEGA = 0.6
 WIDTH = 2048  # of the attention, the paper's
-PART = 16  # rows that are read before they are kept
+PART = 16  # rows that are read before they are saved
 RESAMPLES = 400  # of statistics over all pairs of rows
 
 
@@ -40,8 +40,9 @@ RESAMPLES = 400  # of statistics over all pairs of rows
 
 
 def rows_of(args, file: str) -> tuple[list[dict], list[list[int]], list[int], list[list[bool]]]:
-  """(rows, ids of chosen and rejected in turn, length of each response, which tokens of each
-  prompt are its own text): the first `args.count` prompts that fit."""
+  """(rows, ids of chosen and rejected in turn, length of each response, the tokens of each prompt
+  that are its own text): the first `args.count` prompts that fit.
+  """
   from r2m_jax.configs import default
   from r2m_jax.data.rows import load
   from r2m_jax.data.text import load_tokenizer
@@ -67,8 +68,9 @@ def rows_of(args, file: str) -> tuple[list[dict], list[list[int]], list[int], li
 
 
 def read(args, file: str, path: Path) -> None:
-  """Writes pooled states f32[layers, pools, N, D] and the last layer's states of every token. A
-  pass that was stopped goes on where it was."""
+  """Writes pooled states f32[layers, pools, N, D] and the last layer's states of every token. An
+  interrupted pass resumes where it stopped.
+  """
   import torch
   from transformers import AutoModelForCausalLM
 
@@ -122,7 +124,7 @@ def both(model, ids: list[list[int]], sizes: list[int]) -> list:
 
 
 def load_margins(file: str, rows: list[dict]) -> list[dict]:
-  """The raw records of rows, for a margin that the project's form leaves out."""
+  """The raw records of rows, for a margin that the project's form does not keep."""
   import gzip
   import json
 
@@ -135,7 +137,7 @@ def load_margins(file: str, rows: list[dict]) -> list[dict]:
 
 
 def readings() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
-  """name -> what is done with the states f64[N, D] of a layer before cosines are taken."""
+  """name -> transformation of a layer's states f64[N, D] before the cosines."""
 
   def standardised(x):
     return (x - x.mean(0)) / np.maximum(x.std(0), 1e-9)
@@ -154,7 +156,7 @@ def readings() -> dict[str, Callable[[np.ndarray], np.ndarray]]:
 
 
 def gaps(name: str, pooled: np.ndarray, keep: np.ndarray) -> list[Row]:
-  """Figure 1: the gap by layer, pool and reading. `keep` bool[P] picks prompts."""
+  """Figure 1: the gap by layer, pool and reading. `keep` bool[P] selects prompts."""
   count = int(keep.sum())
   label, prompt = np.tile([CHOSEN, REJECTED], count), np.repeat(np.arange(count), 2)
   mine = np.repeat(keep, 2)
@@ -173,7 +175,7 @@ def gaps(name: str, pooled: np.ndarray, keep: np.ndarray) -> list[Row]:
 
 
 def shown(layers: int) -> list[int]:
-  """Those of `SHOWN` that a model of so many states has, and its last."""
+  """The layers in `SHOWN` that a model with this many states has, and its last layer."""
   return sorted({min(layer, layers - 1) for layer in SHOWN})
 
 
@@ -201,7 +203,8 @@ def over_pairs(x: np.ndarray, y: np.ndarray, prompt: np.ndarray) -> Interval:
 
 def differences(name: str, final: np.ndarray, score: np.ndarray, margin: np.ndarray) -> list[Row]:
   """Figure 2, by the mean states of the last layer: over all pairs of rows by a linear reward, and
-  over the two replies to each prompt by that and by the margin of the data."""
+  over the two replies to each prompt by the linear reward and by the data's margin.
+  """
   prompt = np.repeat(np.arange(len(final) // 2), 2)
   unit = probes.unit(final.astype(float))
   rows = [
@@ -226,13 +229,13 @@ def differences(name: str, final: np.ndarray, score: np.ndarray, margin: np.ndar
 
 
 def right(score: np.ndarray) -> Interval:
-  """Percent of pairs (chosen, rejected) whose order is right."""
+  """Percentage of pairs (chosen, rejected) in the right order."""
   gap = score[::2] - score[1::2]
   return checks.percent(group_mean(0.5 + 0.5 * np.sign(gap), np.arange(len(gap))))
 
 
 def probing(name: str, pooled: np.ndarray) -> list[Row]:
-  """Held-out pairs that a ridge probe of the label orders right, by layer and pool."""
+  """Held-out pairs that a ridge probe of the label puts in the right order, by layer and pool."""
   count = pooled.shape[2] // 2
   label, prompt = np.tile([1.0, -1.0], count), np.repeat(np.arange(count), 2)
   rows = []
@@ -263,12 +266,12 @@ def linear_reward(rte: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rms(x: np.ndarray) -> np.ndarray:
-  """Each state at a root mean square of 1.   f64[..., D] -> f64[..., D]."""
+  """Each state scaled to a root mean square of 1.   f64[..., D] -> f64[..., D]."""
   return x / np.sqrt((x * x).mean(-1, keepdims=True))
 
 
 def normalisations(states: np.ndarray) -> dict[str, tuple[Callable, Callable]]:
-  """name -> (what is done with states before W_k, with the embedding before W_q). f64[T, D]."""
+  """name -> (transformation of states before W_k, of the embedding before W_q). f64[T, D]."""
   mean, deviation = states.mean(0, dtype=float), states.std(0, dtype=float)
 
   def standardised(x):
@@ -286,7 +289,7 @@ def normalisations(states: np.ndarray) -> dict[str, tuple[Callable, Callable]]:
 
 
 def attended(data, rte: np.ndarray, draw: int, before: tuple[Callable, Callable]):
-  """(weights f64[N, S], H_hat f64[N, D]) of a random attention, made as the project makes it."""
+  """(weights f64[N, S], H_hat f64[N, D]) of a random attention, initialised as in the project."""
   rng = np.random.default_rng(draw)
   D, N, S = rte.shape[1], len(rte), int(data["lengths"].max())
   wq, wk, wv = (rng.normal(size=(D, WIDTH)) * D**-0.5 for _ in range(3))
@@ -303,7 +306,7 @@ def attended(data, rte: np.ndarray, draw: int, before: tuple[Callable, Callable]
 
 
 def random_attention(name: str, data, pooled: np.ndarray) -> list[Row]:
-  """What `DRAWS` random attentions read, and what they do to a linear reward at omega = 0.6."""
+  """What `DRAWS` random attentions read, and their effect on a linear reward at omega = 0.6."""
   rte = pooled[-1, POOLS.index("last")].astype(float)
   prompt = np.repeat(np.arange(len(rte) // 2), 2)
   score, heads = linear_reward(rte)
@@ -323,8 +326,9 @@ def random_attention(name: str, data, pooled: np.ndarray) -> list[Row]:
 
 
 def effects(name: str, what: str, used: list[np.ndarray], own: np.ndarray, prompt) -> list[Row]:
-  """Accuracy with each draw minus without, and the attention's share of the variance, means over
-  draws with intervals over prompts."""
+  """Accuracy with each draw minus accuracy without attention, and the attention's share of the
+  variance, averaged over draws, with intervals over prompts.
+  """
   gap = np.sign(own[::2] - own[1::2])
   drop = np.mean([0.5 * np.sign(u[::2] - u[1::2]) - 0.5 * gap for u in used], 0)
   found = checks.percent(group_mean(drop, np.arange(len(drop))))
@@ -390,7 +394,7 @@ def analyse(name: str, path: Path) -> list[Row]:
 
 
 def of_run(run: Path) -> list[Row]:
-  """What task=analyse wrote of a run, in the same form."""
+  """The results of task=analyse for a run, in the same form."""
   rows = []
   for piece in ("similarity", "differences", "hacking", "accuracy", "checks"):
     file = run / "analysis" / f"{piece}.csv"
@@ -410,7 +414,7 @@ def parsed() -> argparse.Namespace:
   parser.add_argument("--run", help="a run with an analysis, whose numbers are added")
   parser.add_argument("--out", help="CSV of all numbers")
   parser.add_argument("--count", type=int, default=208, help="prompts of a file")
-  parser.add_argument("--longest", type=int, default=256, help="most tokens of prompt and reply")
+  parser.add_argument("--longest", type=int, default=256, help="maximum tokens of prompt and reply")
   parser.add_argument("--threads", type=int, default=2)
   return parser.parse_args()
 

@@ -1,11 +1,11 @@
-"""What R2M costs on top of plain RLOO: time and peak memory of a whole step, and the count that
-says why.
+"""The cost of R2M compared with plain RLOO: time and peak memory of a whole step, and the counts
+that explain it.
 
   python -m benchmarks.r2m_overhead --size=small [--steps=5] [--setting=FIELD=VALUE,...]
 
-The two steps take turns in one process, so that a slow spell of the machine falls on both; a round
-is a ratio. Each peak is the median of three processes of their own, in turn, which run two steps
-and nothing else: resident memory differs by some hundredths between two runs of one program.
+The two steps take turns in one process, so that a slow period of the machine affects both; each
+round gives a ratio. Each peak is the median of three separate processes, in turn, which run only
+two steps, because resident memory differs by a few percent between two runs of one program.
 """
 
 import statistics
@@ -15,9 +15,9 @@ from absl import app, flags
 
 from benchmarks import machine, workload
 
-STEPS = flags.DEFINE_integer("steps", 5, "Timed steps of each that others did not disturb")
+STEPS = flags.DEFINE_integer("steps", 5, "Timed steps of each, not disturbed by other processes")
 VARIANTS = ("vanilla", "r2m")
-PROCESSES = 3  # whose peaks are measured, of each
+PROCESSES = 3  # processes whose peaks are measured, for each
 
 
 def main(_):
@@ -68,7 +68,7 @@ def main(_):
   machine.conclude(
     result,
     [
-      (f"R2M takes {more:+.1%} {of}, at most {bound:.0%} asked", more <= bound)
+      (f"R2M takes {more:+.1%} {of}, target at most {bound:.0%}", more <= bound)
       for of, more in (("step time", time), ("memory", memory))
     ]
     if bound

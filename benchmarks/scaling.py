@@ -1,10 +1,10 @@
-"""Weak scaling on paper: what one chip sends in a step as the slice and the batch grow alike, from
-compiled programs.
+"""Weak scaling on paper: the bytes that one chip sends in a step as the slice and the batch grow
+together, from compiled programs.
 
   python -m benchmarks.scaling --config=configs/ultrafeedback_qwen2_5_3b.py [--fsdp=8] [--tensor=2]
 
-Each line is a plan (task=plan) of its own, at full size, with prompts in proportion to the chips;
-nothing runs. Plans are kept, so an interrupted table goes on.
+Each line is a separate plan (task=plan) at full size, with prompts in proportion to the chips;
+nothing runs. Plans are cached, so an interrupted table resumes.
 """
 
 import json
@@ -19,16 +19,16 @@ SLICES = ["v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"]
 TOPOLOGIES = flags.DEFINE_list("topologies", SLICES, "Smallest first")
 TENSOR = flags.DEFINE_integer("tensor", 2, "Chips along tensor")
 FSDP = flags.DEFINE_integer(
-  "fsdp", 8, "Chips along fsdp; the others lie along data. 0: all others lie along fsdp"
+  "fsdp", 8, "Chips along fsdp; the others are along data. 0: all others are along fsdp"
 )
 PROMPTS = flags.DEFINE_integer("prompts", 64, "Prompts of a step on the first topology")
 SETTING = flags.DEFINE_list(
-  "setting", [], "Further --config.FIELD=VALUE of every plan, with commas"
+  "setting", [], "Further --config.FIELD=VALUE of every plan, separated by commas"
 )
 
 
 def plan(topology, prompts: int) -> dict:
-  """plan.json of one topology; it need not fit."""
+  """plan.json of one topology; the run need not fit."""
   shards = topology.count // TENSOR.value
   fsdp = FSDP.value or shards
   mesh = (shards // fsdp, fsdp, TENSOR.value)

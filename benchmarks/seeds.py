@@ -3,9 +3,9 @@ size.
 
   python -m benchmarks.seeds [--seeds=10] [--steps=5] [--variant=r2m]
 
-Random weights, and so responses as long as they may be. The same step as the laboratory's, its
-seeds shared out to the devices (on a CPU each core is one), and the run's own program for one seed,
-on one device that all cores serve.
+Weights are random, so responses have the maximum length. It compares the laboratory's step, with
+its seeds distributed over the devices (on a CPU each core is one), with a run's own program for one
+seed, on one device that uses all cores.
 """
 
 import os
@@ -24,7 +24,7 @@ from r2m_jax.run import build
 from r2m_jax.step import make_step
 
 SEEDS = flags.DEFINE_integer("seeds", 10, "In one program", 1)
-STEPS = flags.DEFINE_integer("steps", 5, "Timed steps of each that others did not disturb", 1)
+STEPS = flags.DEFINE_integer("steps", 5, "Timed steps of each, not disturbed by other processes", 1)
 VARIANT = flags.DEFINE_string("variant", "r2m", "See variants.VARIANTS")
 
 
@@ -32,7 +32,7 @@ def main(_):
   machine.set_up()
   jax.config.update(
     "jax_num_cpu_devices", os.cpu_count() or 1
-  )  # as r2m_jax.main has it for the laboratory
+  )  # as r2m_jax.main sets it for the laboratory
   config, seeds = quickstart.get_config(), range(SEEDS.value)
   config.variant = VARIANT.value
   built = build.build(
@@ -81,8 +81,8 @@ def main(_):
   many, single = (found.median for found in times.values())
   ratio = SEEDS.value * single / many
   print(
-    f"a step of a seed: {many / SEEDS.value:.4f} s together, {single:.4f} s alone; {ratio:.2f} "
-    "times faster"
+    f"a step of a seed: {many / SEEDS.value:.4f} s together, {single:.4f} s by itself; "
+    f"{ratio:.2f} times faster"
   )
   asked = 1.0 if jax.devices()[0].platform == "cpu" else 3.0
   result = {
@@ -94,7 +94,7 @@ def main(_):
   }
   machine.conclude(
     result,
-    [(f"{ratio:.2f} times as fast as one after another, {asked:.0f} asked", ratio >= asked)],
+    [(f"{ratio:.2f} times as fast as one after another, target {asked:.0f}", ratio >= asked)],
     all(found.quiet for found in times.values()),
   )
 

@@ -1,12 +1,11 @@
-"""The table of README: the smallest slice of each generation of TPU on which each of the paper's
-runs fits.
+"""README's table: the smallest slice of each TPU generation on which each of the paper's runs fits.
 
   python -m benchmarks.slices [--generations=v5e,v5p,v6e] [--nocompile] [--policies=qwen3-4b,olmo3-7b]
 
-With --policies it is the table of docs/plan.md: the first of the runs with other policies. Each is
-task=plan with plan.topology=auto, at full size: about ten compilations of a few minutes each, kept
-as they come, so that an interrupted table goes on; with --nocompile they are counted, in seconds.
-Prints Markdown; what the plans print goes to standard error.
+With --policies it is the table of docs/plan.md: the first of the runs, with other policies. Each
+cell is task=plan with plan.topology=auto, at full size: about ten compilations of a few minutes
+each. They are cached, so that an interrupted table resumes. With --nocompile they are counted, in
+seconds. Prints Markdown; the output of the plans goes to standard error.
 """
 
 from absl import app, flags
@@ -15,15 +14,15 @@ from benchmarks import machine
 from r2m_jax.parallel.chips import GIB, parse_topology
 
 CONFIGS = ("ultrafeedback_qwen2_5_3b", "ultrafeedback_llama3_8b", "tldr_pythia_2_8b")
-COMPILE = flags.DEFINE_bool("compile", True, "Ask the compiler; else the count alone")
+COMPILE = flags.DEFINE_bool("compile", True, "Compile; otherwise only count")
 GENERATIONS = flags.DEFINE_list("generations", ["v4", "v5e", "v5p", "v6e"], "Which TPUs")
 POLICIES = flags.DEFINE_list(
-  "policies", [], "Shapes of plan/sizes.py in place of the first config's policy; none: the configs"
+  "policies", [], "Shapes of plan/sizes.py instead of the first config's policy; empty: the configs"
 )
 
 
 def cell(found: list[dict]) -> str:
-  """The slice that fits, GiB per chip of what there are, and the least seconds of a step."""
+  """The slice that fits, the GiB per chip of those available, and the least seconds of a step."""
   for plan in found:
     if plan["fits"]:
       peak = max(sum(kinds.values()) for kinds in plan["memory"].values())

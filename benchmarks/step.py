@@ -1,13 +1,13 @@
-"""A full RL step and its phases: time, shares of the machine's matrix rate and of its bandwidth,
-peak memory.
+"""A full RL step and its phases: time, shares of the machine's matmul rate and bandwidth, peak
+memory.
 
   python -m benchmarks.step --size=small [--steps=5] [--variant=vanilla] [--setting=FIELD=VALUE,...]
 
-`step` is the fused program that a run executes. `rollout` and `learn` are programs of the same
-functions; their sum stands beside it. `read` (old and reference log-probs) and `judge` (the reward
-model's pass) are parts of learn as programs of their own, `updates` is what is left of learn. All
+`step` is the fused program that a run executes. `rollout` and `learn` are separate programs of the
+same functions, and their sum is shown too. `read` (old and reference log-probs) and `judge` (the
+reward model's pass) are separate programs of parts of learn; `updates` is the rest of learn. All
 take turns. The peak is that of the fused step, from the start of the process, before anything else
-has run. With --steps=0 it is all that is measured.
+has run. With --steps=0 only the peak is measured.
 """
 
 import json
@@ -17,7 +17,7 @@ from absl import app, flags
 
 from benchmarks import machine, workload
 
-STEPS = flags.DEFINE_integer("steps", 5, "Timed steps that others did not disturb")
+STEPS = flags.DEFINE_integer("steps", 5, "Timed steps, not disturbed by other processes")
 VARIANT = flags.DEFINE_string("variant", "vanilla", "Plain RLOO, or r2m; see variants.VARIANTS")
 
 
@@ -57,7 +57,9 @@ def main(_):
   print(
     f"{'rollout + learn':16}  {both:9.4f}   {both / seconds['step'] - 1:+.1%} of the fused step"
   )
-  print(f"peak {peak / 1e9:.2f} GB; {times['step'].dropped} rounds dropped since others were busy")
+  print(
+    f"peak {peak / 1e9:.2f} GB; {times['step'].dropped} rounds dropped because others were busy"
+  )
   share, bound = (
     flops["learn"] / seconds["learn"] / rate,
     workload.BOUNDS.get(size, {}).get("learn"),
@@ -76,7 +78,7 @@ def main(_):
     result,
     [
       (
-        f"learning runs at {share:.1%} of the {work.config.dtype} matrix rate, {bound:.0%} asked",
+        f"learning runs at {share:.1%} of the {work.config.dtype} matmul rate, target {bound:.0%}",
         share >= bound,
       )
     ]

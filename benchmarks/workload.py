@@ -1,12 +1,12 @@
-"""The work that the figures of speed are about: random models of a given size, random prompts, the
+"""The work behind the figures of speed: random models of a given size, random prompts, the
 library's own step.
 
-*tiny* and *small* are those of the peers' reference figures: Qwen2 architecture, policy, reference
-and reward model of one shape, float32, 8 prompts x K = 8, prompt of 64 tokens without padding, 64
-new tokens, temperature 0.7, RLOO, 2 epochs of one minibatch, k1 of the reference in the reward as
-in TRL's. *0.5b* and *3b* are for one GPU, in bfloat16: 32 prompts x 8, 512 new tokens, the latter
-with a reward model of an 8B Llama's shape. No row ever ends before its last token: the only token
-that would end it lies outside the vocabulary. Weights are random, so every score is too.
+*tiny* and *small* are the sizes of the peers' reference figures: Qwen2 architecture, policy,
+reference and reward model of one shape, float32, 8 prompts x K = 8, prompt of 64 tokens without
+padding, 64 new tokens, temperature 0.7, RLOO, 2 epochs of one minibatch, k1 of the reference in the
+reward as in TRL's. *0.5b* and *3b* are for one GPU, in bfloat16: 32 prompts x 8, 512 new tokens,
+the latter with a reward model of an 8B Llama's shape. No row ends before its last token, because
+the only end token is outside the vocabulary. Weights are random, and so is every score.
 """
 
 import functools
@@ -40,7 +40,9 @@ from r2m_jax.step import make_learn, make_rollout, make_step
 from r2m_jax.types import Prompts, Rollout
 
 SIZE = flags.DEFINE_string("size", "tiny", "tiny, small, 0.5b or 3b")
-SETTING = flags.DEFINE_list("setting", [], "config.FIELD=VALUE, without the `config.`, with commas")
+SETTING = flags.DEFINE_list(
+  "setting", [], "config.FIELD=VALUE, without the `config.`, separated by commas"
+)
 
 QWEN2 = functools.partial(ArchConfig, family="qwen2", qkv_bias=True, rope_theta=1e6)
 POLICIES = {
@@ -63,10 +65,10 @@ POLICIES = {
   "0.5b": ARCHS["qwen2.5-0.5b"],
   "3b": ARCHS["qwen2.5-3b"],
 }
-# a row's tokens are the reward model's too, so its vocabulary is the policy's
+# the reward model reads the same tokens, so its vocabulary is the policy's
 REWARDS = POLICIES | {"3b": ARCHS["llama3.1-8b"].replace(vocab_size=POLICIES["3b"].vocab_size)}
-# what is asked of each: the learning phase's share of the matrix rate, decoding's of its limit,
-# R2M's part on top
+# targets: the learning phase's share of the matmul rate, decoding's share of its limit, R2M's
+# additional cost
 BOUNDS = {
   "small": dict(learn=0.6, decode=0.5, r2m=0.03),
   "0.5b": dict(learn=0.45, decode=0.5, r2m=0.03),
@@ -75,7 +77,7 @@ BOUNDS["3b"] = BOUNDS["0.5b"]
 
 
 def get_config(size: str, variant: str = "vanilla", settings: list[str] = ()):
-  """The config of a size's step; `settings` as the flag --setting has them."""
+  """The config of a size's step; `settings` in the form of the flag --setting."""
   config = default.get_config()
   config.variant, config.policy.lr = variant, 1e-6
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 8, 8, 64
@@ -93,7 +95,7 @@ def get_config(size: str, variant: str = "vanilla", settings: list[str] = ()):
 
 
 def change(config, settings: list[str]) -> None:
-  """Sets FIELD=VALUE in the config, the value as JSON where the field is not a string."""
+  """Sets FIELD=VALUE in the config; the value is JSON if the field is not a string."""
   for setting in settings:
     field, value = setting.split("=", 1)
     old = functools.reduce(lambda section, name: section[name], field.split("."), config)
@@ -118,7 +120,7 @@ def sizes_of(config, arch: ArchConfig, reward_arch: ArchConfig) -> Sizes:
 
 
 class PolicyState(NamedTuple):
-  """What a rollout reads of a TrainState."""
+  """The parts of a TrainState that a rollout reads."""
 
   policy: nnx.State
   ref: None
@@ -127,15 +129,15 @@ class PolicyState(NamedTuple):
 
 
 class Work:
-  """A state, and what the step does to it, each as () -> None that waits for its result and leaves
-  it here.
+  """A state and the parts of a step, each as () -> None, which waits for its result and stores it
+  here.
 
   `step` is the whole step as one program; `rollout`, `read`, `judge` and `learn` are programs of
-  the same functions. With `policy_alone` there is a policy and its `rollout`, nothing else.
+  the same functions. With `policy_alone` there are only a policy and its `rollout`.
   """
 
   def __init__(self, config, sizes: Sizes, policy_alone: bool = False, eos_ids=None):
-    """eos_ids: tokens that end a row; None: one outside of the vocabulary, so that none ends."""
+    """eos_ids: tokens that end a row; None: one outside the vocabulary, so that no row ends."""
     self.config, self.sizes, self.count = config, sizes, 0
     self.mesh = sharding.make_mesh((1, 1, 1))
     self.built = build.build(config, self.mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
@@ -180,7 +182,7 @@ class Work:
     return jax.jit(rollout, out_shardings=self.built.rows)
 
   def prompts(self) -> Prompts:
-    """New ones at every call."""
+    """New prompts at every call."""
     shape, rng = (self.sizes.prompts, self.sizes.prompt_length), np.random.default_rng(self.count)
     self.count += 1
     tokens = rng.integers(0, self.sizes.arch.vocab_size, shape).astype(np.int32)
@@ -238,12 +240,12 @@ def random_state(config, built):
   return build.initial_state(config, built, policy, *reward, donate=True)
 
 
-# ---- what it takes ----
+# ---- FLOPs and bytes ----
 
 
 def counts(config, sizes: Sizes, platform: str) -> tuple[dict[str, float], dict[str, float]]:
-  """(FLOPs, bytes moved) of a step by phase, as in plan.work, without what a backward pass
-  computes again.
+  """(FLOPs, bytes moved) of a step by phase, as in plan.work, without recomputation in the backward
+  pass.
   """
   config = config.copy_and_resolve_references()
   config.remat, config.logits_chunk = "none", 0
@@ -253,7 +255,7 @@ def counts(config, sizes: Sizes, platform: str) -> tuple[dict[str, float], dict[
   }
 
 
-# of plan.work, by program; `updates` has what else there is
+# phases of plan.work, by program; `updates` has all others
 PARTS = {
   "rollout": ("prefill", "decode"),
   "read": ("feedback and log-probs", "reference"),
@@ -262,7 +264,7 @@ PARTS = {
 
 
 def by_program(phases: dict[str, float]) -> dict[str, float]:
-  """FLOPs or bytes of each program from those of plan.work's phases."""
+  """FLOPs or bytes of each program, from plan.work's phases."""
   found = {program: sum(phases[name] for name in names) for program, names in PARTS.items()}
   found["step"] = sum(phases.values())
   found["learn"] = found["step"] - found["rollout"]
@@ -271,8 +273,8 @@ def by_program(phases: dict[str, float]) -> dict[str, float]:
 
 
 def decode_limits(sizes: Sizes, dtype: str, limits: dict[str, float]) -> dict[str, float]:
-  """Least seconds of all tokens after the first by what bounds them, on a machine with these
-  `machine.limits()`.
+  """Lower bounds in seconds for all tokens after the first, by limiting resource, on a machine with
+  these `machine.limits()`.
   """
   moved = decode_bytes(sizes, jnp.dtype(dtype).itemsize)
   return {
@@ -282,8 +284,8 @@ def decode_limits(sizes: Sizes, dtype: str, limits: dict[str, float]) -> dict[st
 
 
 def decode_flops(sizes: Sizes) -> float:
-  """Of all tokens after the first: layers and logits of every row, attention over what has been
-  written.
+  """FLOPs of all tokens after the first: layers and logits of every row, attention over the written
+  tokens.
   """
   steps, arch = sizes.response_length - 1, sizes.arch
   return steps * (
@@ -292,9 +294,9 @@ def decode_flops(sizes: Sizes) -> float:
 
 
 def decode_bytes(sizes: Sizes, width: int) -> float:
-  """Least traffic of all tokens after the first, of numbers of `width` bytes: for each, the weights
-  once, what each row's response has written to the cache, and each prompt's cache once for its K
-  rows."""
+  """Least traffic of all tokens after the first, with `width` bytes per element: for each token,
+  the weights once, the cache of each row's response, and each prompt's cache once for its K rows.
+  """
   steps, arch = sizes.response_length - 1, sizes.arch
   weights = arch.num_layers * layer_weights(arch) + vocabulary(arch)
   slots = (
@@ -304,12 +306,12 @@ def decode_bytes(sizes: Sizes, width: int) -> float:
 
 
 def mean_length(sizes: Sizes) -> float:
-  """Tokens that the query of a decoded token sees, itself included, on the average of all after
-  the first.
+  """The mean number of tokens that a decoded token's query sees, including itself, over all tokens
+  after the first.
   """
   return sizes.prompt_length + sizes.response_length / 2
 
 
 def parameters(arch: ArchConfig) -> int:
-  """Numbers in the matrices of a policy, its embedding included."""
+  """Number of elements in a policy's matrices, including its embedding."""
   return arch.num_layers * layer_weights(arch) + vocabulary(arch) * (1 + arch.untied_head)

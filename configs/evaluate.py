@@ -9,13 +9,13 @@
   $run --config=configs/evaluate.py:tldr --workdir=runs/tldr_wins $judge \\
     --config.generate.input=tldr_test.parquet
 
-docs/reproduce.md says where the files come from, what it costs and what the paper got.
+docs/reproduce.md describes the source of the files, the cost, and the paper's results.
 """
 
 from r2m_jax.configs import default
 
-# The paper gives no sampling settings of its evaluations. Lengths are those of the benchmarks' own
-# tools, and so are MT-bench's temperatures by category; other temperatures are ours.
+# The paper gives no sampling settings for its evaluations. Lengths, and MT-bench's temperatures by
+# category, are those of the benchmarks' own tools; other temperatures are ours.
 MT_BENCH_TEMPERATURES = {
   "writing": 0.7,
   "roleplay": 0.7,
@@ -49,7 +49,7 @@ EVALUATIONS = {
 
 
 def get_config(name: str = "alpaca_eval"):
-  """`task=judge` as the evaluation of that name."""
+  """The config of `task=judge` for the evaluation with this name."""
   if name not in EVALUATIONS:
     raise ValueError(f"{name!r} is unknown; use one of {', '.join(EVALUATIONS)}")
   config = default.get_config()

@@ -1,4 +1,4 @@
-"""The registered test of R2M on the gold-reward task, at a KL that is held.
+"""The registered test of R2M on the gold-reward task, with the KL held at a target.
 
 Its experiments are E1 to E4 of docs/lab.md, where the protocol was registered before any run.
 
@@ -9,25 +9,25 @@ Its experiments are E1 to E4 of docs/lab.md, where the protocol was registered b
   python -m r2m_jax.main --config=configs/fair.py:accuracy --workdir=runs/fair   # E4: better, worse proxies
   python -m r2m_jax.main --config=configs/fair.py:test --workdir=/tmp/fair       # the first in a minute
 
-All go into one folder and share what is fitted before RL. Each resumes where it stopped.
+All use one folder and share the fits before RL. Each resumes where it stopped.
 """
 
 from r2m_jax.configs import quickstart
 
-SEEDS = tuple(range(24))  # settings were chosen on 100 to 103
+SEEDS = tuple(range(24))  # settings were chosen on seeds 100 to 103
 TARGETS = (2, 4)  # nats per sequence
 RIVALS = ("scaled", "matched_scale", "shuffled")  # of the registered contrasts
-# The paper's dose by width: the function changes with learning rate x width, and 1e-6 at 4096 is
-# 6.4e-5 at 64.
+# The paper's dose, scaled by width: the function changes with learning rate x width, and 1e-6 at
+# width 4096 corresponds to 6.4e-5 at 64.
 DOSE = 6.4e-5
 DOSES = (1e-5, 3e-5, 1e-4, 3e-4)
-COLLAPSING = 1e-3  # the dose at which a part of the seeds collapsed
+COLLAPSING = 1e-3  # the dose at which some seeds collapsed
 # Chosen on seeds 100 to 103 by `python -m benchmarks.attention_scale`; docs/lab.md has the reasons.
 ATTENTION_SCALE = 12.0
 LABEL_TEMPERATURE = 1.0
 FILTER = f"r2m.label_confidence=0.8 r2m.label_temperature={LABEL_TEMPERATURE}"
 HELD = "algorithm=grpo kl.controller=held kl.damping=2.0 kl.beta=3.0"
-# pairs that the proxy is fitted on and share of flipped labels: from a worse to a better proxy
+# number of pairs for the proxy and share of flipped labels: from a worse to a better proxy
 PROXIES = {
   "p500": "reward.pairs=512 reward.label_flip=0.3",
   "p2k": "reward.pairs=2048 reward.label_flip=0.2",
@@ -37,7 +37,7 @@ PROXIES = {
 
 
 def held(variants, name: str = "", settings: str = "", targets=TARGETS):
-  """Every variant at every held KL: an arm VARIANT[.NAME].klTARGET each."""
+  """Every variant at every held KL: one arm VARIANT[.NAME].klTARGET each."""
   for target in targets:
     for variant in variants:
       label = ".".join(filter(None, [variant, name, f"kl{target}"]))
@@ -46,8 +46,8 @@ def held(variants, name: str = "", settings: str = "", targets=TARGETS):
 
 def scale():
   """E2: scale without direction and direction without scale, at the paper's dose and at one that
-  makes the reward grow; raw advantages and a fixed KL weight, since a scale is divided out
-  elsewhere.
+  makes the reward grow. Advantages are raw and the KL weight is fixed, because otherwise a scale
+  would be divided out.
   """
   yield from ("vanilla", "scaled")
   for variant in ("r2m", "matched_scale", "renormed"):
@@ -65,7 +65,9 @@ def regime():
 
 
 def dose():
-  """E1, its core: the method and a placebo over doses, raw and group-normalised, KL held."""
+  """The core of E1: the method and a placebo over doses, raw and group-normalised, with the KL
+  held.
+  """
   for target in TARGETS:
     for lr in DOSES:
       for variant in ("r2m", "shuffled"):
@@ -75,17 +77,15 @@ def dose():
 
 
 def accuracy():
-  """E4: proxies from worse to better; labels that the reward makes itself, with and without a
-  filter.
-  """
+  """E4: proxies from worse to better; self-labels of the reward, with and without a filter."""
   for name, settings in PROXIES.items():
     yield from held(("r2m", "scaled"), name, settings, TARGETS[:1])
     yield from held(("r2m",), f"filtered_{name}", f"{settings} {FILTER}", TARGETS[:1])
 
 
 def primary():
-  """The arms of the registered contrasts, one target after the other, then the baseline, which
-  stands in none of them.
+  """The arms of the registered contrasts, one target after the other, then the baseline, which is
+  in none of them.
   """
   yield from held(("r2m", *RIVALS))
   yield from held(("vanilla",))
@@ -107,7 +107,7 @@ def get_config(size: str = ""):
   config.r2m.lr, config.r2m.attention_scale = DOSE, ATTENTION_SCALE
   config.lab.arms = tuple(SIZES.get(size, primary)())
   config.lab.seeds, config.lab.together = SEEDS, 6
-  # best of n and drifting states are no part of this test
+  # best of n and drift are not part of this test
   config.lab.best_prompts, config.lab.best_samples = 1, 2
   config.lab.probe_every = config.steps
   config.lab.contrasts = () if size in SIZES else contrasts()

@@ -6,7 +6,7 @@ The two may have different tokenizers.
     --config.policy.path=Qwen/Qwen2.5-0.5B-Instruct \\
     --config.reward.path=Skywork/Skywork-Reward-V2-Qwen3-0.6B --config.data.name=prompts.jsonl
 
-prompts.jsonl holds {"prompt": text or messages} rows. Ends with runs/mine/export/policy and
+prompts.jsonl holds {"prompt": text or messages} rows. It writes runs/mine/export/policy and
 runs/mine/export/reward. `--config.task=sft` (rows with response) and `--config.task=reward`
 (chosen, rejected) train the two beforehand. `--config.lora.rank=16` trains adapters only.
 
@@ -21,7 +21,7 @@ def get_config(size: str = ""):
   if size not in ("", "test"):
     raise ValueError(f"size {size!r} is unknown; use configs/from_hf.py or configs/from_hf.py:test")
   config = default.get_config()
-  config.data.name = "prompts.jsonl"  # without models a run is refused: they are what trains on it
+  config.data.name = "prompts.jsonl"  # refused without models, which train on it
   config.steps = 100
   config.remat = "full"
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 16, 8, 256

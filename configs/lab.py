@@ -1,13 +1,13 @@
 """The laboratory: R2M, its ablations and controls against a gold reward.
 
-The controls are placebos and plain baselines. Protocol: docs/lab.md.
+The controls are placebos and simple baselines. The protocol is in docs/lab.md.
 
   python -m r2m_jax.main --config=configs/lab.py --workdir=runs/lab         # every arm, ten seeds, one KL weight each
   python -m r2m_jax.main --config=configs/lab.py:sweep --workdir=runs/lab   # main arms over KL weights, same folder
   python -m r2m_jax.main --config=configs/lab.py:tune --workdir=runs/tune   # candidate settings, on other seeds
   python -m r2m_jax.main --config=configs/lab.py:test --workdir=/tmp/lab    # the same job in a minute
 
-Each goes on where it stopped; an arm that is in the table is not run again.
+Each resumes where it stopped; an arm that is in the table is not run again.
 `--config.lab.arms="('vanilla','r2m')"` runs some of them.
 """
 
@@ -30,9 +30,9 @@ FIRST = (
   "own_states",
   "warm_start",
 )
-VARIANTS = tuple(dict.fromkeys([*FIRST, *variants.VARIANTS]))  # all there are
+VARIANTS = tuple(dict.fromkeys([*FIRST, *variants.VARIANTS]))  # all variants
 TELLING = ("vanilla", "scaled", "r2m", "r2m_untrained", "iterative_head", "shuffled")
-# unit-variance advantages pull three times as hard as raw ones, so the KL weight is three times
+# unit-variance advantages are three times as large as raw ones, so the KL weight is three times
 # that of the raw arms
 MODES = {
   "whitened": "ppo.whiten_advantages=True kl.beta=0.06",
@@ -55,7 +55,7 @@ SETTINGS = (  # mitigations, and choices that the paper leaves open
   "r2m.average r2m.average=0.9",
   "r2m.middle_layer r2m.feedback_layer=0",
 )
-CHOSEN: dict[str, str] = {  # variant -> what :tune took, by the rule in docs/lab.md
+CHOSEN: dict[str, str] = {  # variant -> the settings that :tune chose, by the rule in docs/lab.md
   "vanilla": "kl.beta=0.08",
   "scaled": "kl.beta=0.01",
   "r2m": "r2m.lr=0.001",
@@ -75,15 +75,13 @@ BUDGETS = {
   "half_percent": 0.005,
   "two_percent": 0.02,
   "eight_percent": 0.08,
-}  # of all trajectories, in labelled pairs
-CANDIDATES = (3e-5, 1e-4, 3e-4, 1e-3)  # as many for every arm
+}  # share of all trajectories in labelled pairs
+CANDIDATES = (3e-5, 1e-4, 3e-4, 1e-3)  # the same number for every arm
 SWEEP = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 def labels(steps: int, trajectories: int):
-  """Arms with gold labels: through the feedback and the head, through the head alone, and all of
-  them before RL.
-  """
+  """Arms with gold labels: for the feedback and the head, only for the head, and all before RL."""
   for name, budget in BUDGETS.items():
     for variant in ("r2m", "iterative_head"):
       yield f"{variant}.{name} r2m.labels=preference r2m.label_budget={budget}"
@@ -91,15 +89,15 @@ def labels(steps: int, trajectories: int):
 
 
 def chosen(arms):
-  """Each arm with the settings chosen for its variant, before its own."""
+  """Each arm with its variant's chosen settings, before its own settings."""
   for text in arms:
     name, *own = text.split()
     yield " ".join(filter(None, [name, CHOSEN.get(name.split(".")[0], ""), *own]))
 
 
 def tuned(arms):
-  """Candidates of each arm: the learning rate of the reward where it learns, else the KL weight,
-  four of either.
+  """Four candidates of each arm: learning rates of the reward if it is trained, otherwise KL
+  weights.
   """
   for arm in arms:
     learns = variants.VARIANTS[arm].trained
@@ -120,7 +118,7 @@ def get_config(size: str = ""):
   budgets = tuple(labels(config.steps, config.rollout.prompts * config.rollout.group_size))
   config.lab.arms = tuple(
     chosen(VARIANTS + HOLDS + modes + budgets + SETTINGS)
-  )  # the weightiest first
+  )  # the most important first
   config.lab.seeds = tuple(range(10))
   config.log.checkpoint_every = 20
   if size == "sweep":

@@ -1,17 +1,17 @@
-"""What the paper's three experiments (arXiv 2601.22664) share, and the words that choose an
-estimator and a variant.
+"""The common settings of the paper's three experiments (arXiv 2601.22664), and the words that
+choose an estimator and a variant.
 """
 
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.configs import default
 
 ESTIMATORS = ("rloo", "grpo")
-AGGREGATIONS = {"grpo": "sequence_mean"}  # of an estimator whose loss has one of its own
+AGGREGATIONS = {"grpo": "sequence_mean"}  # for an estimator with its own aggregation
 
 
 def shared(words: str):
-  """The shared settings; `words` as in `grpo`, `rloo,vanilla` or `r2m_untrained`. RLOO + R2M
-  where it does not say.
+  """The common settings; `words` such as `grpo`, `rloo,vanilla` or `r2m_untrained`. The default is
+  RLOO + R2M.
   """
   config = default.get_config()
   for word in filter(None, words.split(",")):
@@ -28,10 +28,10 @@ def shared(words: str):
   config.dtype, config.param_dtype, config.remat = "bfloat16", "bfloat16", "full"
   config.mesh = (1, -1, 1)
   config.ppo.epochs = 2
-  config.ppo.clip_eps = 0.2  # ours: the paper gives neither this nor beta
+  config.ppo.clip_eps = 0.2  # our choice: the paper gives neither this nor beta
   config.kl.beta = 0.05
   config.reward.input = "auto"  # the policy's own tokens, if both models render alike
-  config.rollout.temperature = 0.7  # and neither top-k nor top-p
+  config.rollout.temperature = 0.7  # nor top-k nor top-p
   config.r2m.omega_schedule, config.r2m.alpha, config.r2m.attention_dim = "cosine", 0.3, 2048
   return config
 

@@ -1,14 +1,14 @@
 """The laboratory on real text, with a larger reward model as gold.
 
-Does RL on a small, noisy reward model lose what a larger one judges by?
+Does RL on a small, noisy reward model lose what a larger reward model values?
 
   python -m r2m_jax.main --config=configs/real_gold.py --config.data.root=DATA --workdir=runs/real_gold
   python -m r2m_jax.main --config=configs/real_gold.py --config.data.root=DATA --workdir=runs/real_gold \\
     --config.policy.path=runs/real_small/models/sft         # with the policy of configs/real_small.py, if it is there
 
-Protocol: docs/lab.md, "The second task". DATA is that of configs/real_small.py. The same command
-goes on where it stopped; an arm that is finished for a seed is not run again. Processes with the
-same command share the work. What it gave is in docs/findings.md.
+The protocol is in docs/lab.md, "The second task", and the results are in docs/findings.md. DATA is
+the folder of configs/real_small.py. The same command resumes where it stopped; an arm that is
+finished for a seed is not run again. Processes with the same command share the work.
 """
 
 from r2m_jax.configs import real_small
@@ -28,10 +28,10 @@ def get_config(size: str = ""):
   config.scratch.pairs = real_small.files(
     "preferences", (*real_small.PREFERENCES, "hh_harmless_base"), "train"
   )
-  # of every pair, what a policy that writes 64 tokens would have got to: all pairs are read, and
-  # length tells little
+  # truncates every pair as a policy with this limit would: all pairs are used, and length carries
+  # little information
   config.reward.max_reply_length = config.rollout.max_new_tokens
-  config.reward.max_length = 192  # no prompt of RL with its response is longer
+  config.reward.max_length = 192  # no RL prompt with its response is longer
   config.data.max_prompt_length, config.data.max_chosen_length = 120, 0
   config.data.buckets = (88, 104, 128, 160, 256)
 

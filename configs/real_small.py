@@ -1,23 +1,24 @@
-"""From nothing on real text: tokenizer, policy, reward model, RL.
+"""From scratch on real text: tokenizer, policy, reward model, RL.
 
 The policy has 4 million parameters; RL is RLOO and RLOO + R2M.
 
   python -m r2m_jax.main --config=configs/real_small.py --config.data.root=DATA --workdir=runs/real_small
 
 DATA has preferences/ and prompts/ with files of JSON lines or parquet, named as below; without them
-the command says what to download. The budgets make it about 45 minutes on two cores, and the same
-command goes on where it stopped.
+the command prints what to download. The budgets add up to about 45 minutes on two cores, and the
+same command resumes where it stopped.
 
-What the budgets buy depends on what else the machine does, and on two cores it is little: replies
-without sense, and a reward model hardly better than the rule that the longer reply wins. The point
-is that every part works on real lengths and real noise. Two cores shared with small jobs of lower
-priority: 47.7 minutes in all, 6 of them measurements; held-out perplexity 203 (191 to 214) after
-505 updates of language modelling and 185 (174 to 197) after 174 of SFT; accuracy 54.0% (50.0 to
-58.0) over all validation pairs after 337 updates, on no set clearly above the length rule or its
-opposite, 54.2% with feedback before RL and 53.3% (49.5 to 57.2) after; 40 RL steps an arm took the
-frozen reward on held-out prompts from -0.60 (-0.70 to -0.50) to 0.46 (0.39 to 0.53) for vanilla and
-0.49 (0.43 to 0.55) for r2m at a KL of 7.8 and 7.9 nats, mostly by replies that run into the limit
-(92% of both, 41% before). With more time, raise the budgets.
+The results depend on what else the machine does, and on two cores they are modest: replies make no
+sense, and the reward model is hardly better than the rule that the longer reply wins. The point is
+that every part works on real lengths and real noise. A run on two cores, shared with small jobs of
+lower priority, took 47.7 minutes, 6 of them for measurements. Held-out perplexity was 203 (191 to
+214) after 505 updates of language modelling and 185 (174 to 197) after 174 updates of SFT. The
+reward model's accuracy over all validation pairs was 54.0% (50.0 to 58.0) after 337 updates; on no
+set was it clearly above the length rule or its opposite. With feedback it was 54.2% before RL and
+53.3% (49.5 to 57.2) after. In 40 RL steps per arm the frozen reward on held-out prompts rose from
+-0.60 (-0.70 to -0.50) to 0.46 (0.39 to 0.53) for vanilla and 0.49 (0.43 to 0.55) for r2m, at a KL
+of 7.8 and 7.9 nats, mostly by replies that reach the limit (92% of both, 41% before). With more
+time, raise the budgets.
 """
 
 from r2m_jax.configs import default
@@ -54,7 +55,7 @@ def get_config(size: str = ""):
   config.task = "scratch"
   names = config.scratch
   names.download = DOWNLOAD
-  # hh_harmless is not imitated: its replies are measured, never trained on
+  # hh_harmless is not imitated: its replies are only used for measurements
   names.sft = files("preferences", PREFERENCES, "train") + "," + files("prompts", PROMPTS, "train")
   names.corpus = names.sft
   names.pairs = files("preferences", PREFERENCES, "train")

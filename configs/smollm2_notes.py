@@ -1,6 +1,6 @@
 """R2M on a pretrained model: the notes task on SmolLM2-135M-Instruct, with a gold reward for English.
 
-A prompt is a short note; the reply has to pass on some of its facts in one or two sentences. Gold
+A prompt is a short note; the reply should pass on some of its facts in one or two sentences. Gold
 is a formula on the text (r2m_jax/goldtask/notes.py). The proxy is SmolLM2's own backbone with a
 linear score head, fitted to noisy preferences.
 
@@ -9,15 +9,15 @@ linear score head, fitted to noisy preferences.
     --config.policy.path=FOLDER                              # without a connection to the hub
   python -m r2m_jax.main --config=configs/smollm2_notes.py:test --workdir=/tmp/notes   # in seconds
 
-The sizes are those of two CPU cores. On one large GPU, with no figure of ours yet:
+The sizes are chosen for two CPU cores. For one large GPU (not yet measured):
 
   python -m r2m_jax.main --config=configs/smollm2_notes.py --workdir=runs/notes_gpu \\
     --config.notes.demonstrations=512 --config.reward.pairs=2000 --config.notes.proxy=whole \\
     --config.rollout.prompts=16 --config.rollout.group_size=8 --config.steps=100
 
-Protocol: docs/lab.md, "The third task". The same command resumes where it stopped, and processes
-with the same command share the work. `:test` is the same job with a tiny random model of the same
-family, whose tokenizer is trained on the demonstrations.
+The protocol is in docs/lab.md, "The third task". The same command resumes where it stopped, and
+processes with the same command share the work. `:test` is the same job with a tiny random model of
+the same family, whose tokenizer is trained on the demonstrations.
 """
 
 from r2m_jax.configs import default
@@ -47,14 +47,14 @@ def get_config(size: str = ""):
 
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 4, 4, 40
   config.rollout.temperature = 0.7
-  # of every pair, what a policy that writes 40 tokens would have got to
+  # truncates every pair as a policy with this limit would
   config.reward.max_reply_length = config.rollout.max_new_tokens - 1
   config.reward.max_length = 160  # no prompt with its response is longer
   config.steps = 20
   config.ppo.epochs = 1
   config.policy.lr = 3e-5
   config.kl.beta, config.kl.estimator = 0.02, "exact"
-  # the paper's 1e-6 at the width of 4,096, for the same change of the head at 576
+  # the paper's 1e-6 at width 4,096, scaled for the same change of the head at width 576
   config.r2m.lr, config.r2m.attention_dim = 7e-6, 288
   config.packing = (0.68, 0.76, 1.0)
   config.lab.arms, config.lab.seeds = ARMS, (0, 1, 2)

@@ -4,12 +4,12 @@
   python -m r2m_jax.main --config=configs/tldr_pythia_2_8b.py:rloo,vanilla --workdir=runs/plain  # plain RLOO
   python -m r2m_jax.main --config=configs/tldr_pythia_2_8b.py:grpo --workdir=runs/grpo  # GRPO + R2M
 
-A million trajectories in 122 steps. The slices it fits are in README; --config.task=plan weighs any
-other. Win rates that the paper reports: SFT 42.3, RLOO 75.3, RLOO + R2M 81.6, GRPO 75.2, GRPO + R2M
-81.0. Not run here.
+A million trajectories in 122 steps. README lists the slices on which it fits; --config.task=plan
+plans any other. We have not run this config. The paper's win rates: SFT 42.3, RLOO 75.3, RLOO + R2M
+81.6, GRPO 75.2, GRPO + R2M 81.0.
 
-The paper names Pythia-2.8B, fitted to TL;DR, for both models, and no weights; these are the public
-ones of that kind, an assumption.
+The paper uses Pythia-2.8B, fitted to TL;DR, for both models, and names no weights. We assume the
+public ones of this kind.
 """
 
 from r2m_jax.configs import paper
@@ -18,7 +18,7 @@ from r2m_jax.configs import paper
 def get_config(words: str = ""):
   config = paper.shared(words)
   config.data.name = "hf:trl-lib/tldr"
-  config.data.max_chosen_length = 0  # the filter is UltraFeedback's
+  config.data.max_chosen_length = 0  # the filter is for UltraFeedback
   config.steps = 122
   config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 2048, 4, 50
   config.ppo.accumulation, config.rollout.waves = 32, 8

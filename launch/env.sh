@@ -1,20 +1,20 @@
 # shellcheck shell=bash
-# What the scripts of this folder share. Source it; it defines names and does nothing else.
+# Functions shared by the scripts of this folder. Source it; it only defines names.
 #
 #   ensure_venv EXTRAS      a virtual environment with this package and EXTRAS ("", "test", "tpu", ...), made once
 #   fast_env                compilation cache, quiet logs and a memory allocator setting that suits JAX on CPU
-#   has_flag NAME ARGS...   true where --NAME or --NAME=value is among ARGS
+#   has_flag NAME ARGS...   true if --NAME or --NAME=value is among ARGS
 #   run_main ARGS...        python -m r2m_jax.main ARGS, from the repository root
 #   pack_tree FILE          the committed tree as FILE (.tar.gz), for another machine
 #   run COMMAND...          runs a command
-#   quoted ARGS...          prints them as a shell reads them
-#   keep_going COMMAND...   runs it again where it ends with 75 ("resume me") or is killed, RESTARTS times at most
+#   quoted ARGS...          prints them quoted for a shell
+#   keep_going COMMAND...   restarts it if it ends with 75 ("resume me") or is killed, at most RESTARTS times
 #
-# DRY_RUN=1  nothing is installed, sent or run: each command is printed instead, quoted as a shell reads it
-# KEEP_GOING=1  run_main keeps the program going; SIGTERM or Ctrl-C to the script ends both
-# RESTARTS   how often (default: 100)
-# R2M_VENV   where the environment lives (default: .venv in the repository)
-# R2M_PYTHON the interpreter it is made with (default: the first of python3, python, python3.13 ... that is 3.11 or later)
+# DRY_RUN=1  nothing is installed, sent or run: each command is printed instead, quoted for a shell
+# KEEP_GOING=1  run_main restarts the program; SIGTERM or Ctrl-C to the script ends both
+# RESTARTS   maximum number of restarts (default: 100)
+# R2M_VENV   folder of the environment (default: .venv in the repository)
+# R2M_PYTHON the interpreter for making it (default: the first of python3, python, python3.13 ... that is 3.11 or later)
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${R2M_VENV:-$ROOT/.venv}
@@ -39,13 +39,13 @@ find_python() {
 ensure_venv() {
   local extras=${1:-} sum stamp python
   if [ -n "${DRY_RUN:-}" ]; then return; fi
-  # The stamp says what was installed for: this setup.py, at this place. A later run then needs no network.
+  # The stamp records what was installed: for this setup.py, at this place. A later run then needs no network.
   sum=$( (cat "$ROOT/setup.py" && echo "$ROOT") | cksum)
   stamp=$VENV/.r2m-installed-${sum%% *}
   if installed "$stamp" "$extras"; then return; fi
   mkdir -p "$VENV"
   (
-    if command -v flock >/dev/null 2>&1; then flock 9; fi  # two starts at once: the second waits, then finds the stamp
+    if command -v flock >/dev/null 2>&1; then flock 9; fi  # if two start at once, the second waits and then finds the stamp
     if installed "$stamp" "$extras"; then exit 0; fi
     if ! new_enough "$PY" || ! "$PY" -m pip --version >/dev/null 2>&1; then
       python=$(find_python)
@@ -56,7 +56,7 @@ ensure_venv() {
       fi
     fi
     echo "Installing r2m_jax${extras:+[$extras]} into $VENV: a minute or two the first time, nothing later"
-    # The build tool goes into the environment itself, so that a repeated install needs nothing from outside. Byte code
+    # The build tool is installed into the environment, so that a repeated install needs nothing from outside. Byte code
     # is left to the first import of each module: compiling all of it would double the time of the install.
     "$PY" -m pip install -qq --disable-pip-version-check "setuptools>=77"
     "$PY" -m pip install -qq --no-compile --disable-pip-version-check --no-build-isolation --use-pep517 \
@@ -65,7 +65,7 @@ ensure_venv() {
   ) 9>"$VENV/.r2m-lock"
 }
 
-installed() {  # installed STAMP EXTRAS; any extras bring the base with them
+installed() {  # installed STAMP EXTRAS; any extras include the base
   if [ -n "$2" ]; then [ -e "$1-$2" ]; else compgen -G "$1-*" >/dev/null; fi
 }
 
@@ -76,8 +76,8 @@ fast_env() {
   export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES=${JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES:-0}
   export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
   export PYTHONUNBUFFERED=1
-  unset PYTHONDONTWRITEBYTECODE  # the environment is installed without byte code: each start would compile anew
-  # glibc gives large freed blocks back to the kernel at once, and JAX on CPU then spends its time getting them again.
+  unset PYTHONDONTWRITEBYTECODE  # the environment is installed without byte code, so each start would compile again
+  # By default glibc returns large freed blocks to the kernel at once, and JAX on CPU then spends its time getting them again.
   export MALLOC_MMAP_MAX_=${MALLOC_MMAP_MAX_:-0}
   export MALLOC_TRIM_THRESHOLD_=${MALLOC_TRIM_THRESHOLD_:-1000000000000}
 }
@@ -97,7 +97,7 @@ run() {
   echo
 }
 
-quoted() {  # its arguments as a shell reads them
+quoted() {  # prints its arguments quoted for a shell
   local arg space="" mark="'\\''"
   for arg in "$@"; do
     case $arg in
@@ -123,7 +123,7 @@ run_main() {
 keep_going() {
   local left=${RESTARTS:-100} status child stopping=""
   trap 'stopping=1; kill -TERM "$child" 2>/dev/null || true' TERM
-  trap 'stopping=1' INT  # a terminal sends Ctrl-C to the program as well
+  trap 'stopping=1' INT  # a terminal also sends Ctrl-C to the program
   while :; do
     status=0
     "$@" &

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# All runs behind docs/findings.md, one after another; each goes on where it stopped.
+# Runs everything behind docs/findings.md, one run after another; each resumes where it stopped.
 #
 #   ./launch/findings.sh runs/findings             the gold-reward task: laboratory, KL weights, the paper's figures
-#   ./launch/findings.sh runs/findings DATA        and the task on real text; configs/real_small.py says what DATA holds
-#   DRY_RUN=1 ./launch/findings.sh runs/findings   print the commands and run nothing
+#   ./launch/findings.sh runs/findings DATA        and the task on real text; configs/real_small.py describes DATA
+#   DRY_RUN=1 ./launch/findings.sh runs/findings   only print the commands
 #
-# A laboratory's processes share its arms: to use more cores, start its command several times before this one. The
-# settings that were chosen on seeds of their own stand in configs/lab.py; configs/lab.py:tune makes that choice again.
+# A laboratory's processes divide its arms: to use more cores, start its command several times before this one. The
+# settings, which were chosen on separate seeds, are in configs/lab.py; configs/lab.py:tune repeats the choice.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"

@@ -5,18 +5,18 @@
 #
 #   CLUSTER   the cluster's name, required        TYPE     chips of one slice (xpk's --tpu-type), v5p-32
 #   WORKLOAD  r2m-<date>-<time>                   SLICES   how many slices, 1
-#   IMAGE     python:3.12-slim, any image with Python 3.11 or later; the last commit is laid over it
-#   RESTARTS  how often the pods start again, 100: one lost, preempted (spot nodes) or ended with 75 restarts them all,
-#             and the run goes on from what is saved
+#   IMAGE     python:3.12-slim, any image with Python 3.11 or later; the last commit is added to it
+#   RESTARTS  how often the pods restart, 100: if one is lost, preempted (spot nodes) or ends with 75, all restart,
+#             and the run resumes from the last checkpoint
 #   GRACE     seconds from a preemption's SIGTERM to the end of a pod, 25
 #   DRY_RUN=1 prints the commands and runs none
 #
-# PROJECT and ZONE default to gcloud's own. Follow it with `xpk workload list`, end it with `xpk workload delete`.
+# PROJECT and ZONE default to gcloud's settings. Follow it with `xpk workload list`, end it with `xpk workload delete`.
 #
-# Pods keep nothing, so --workdir lies on a volume that the cluster mounts in all of them, attached once beforehand:
+# Pods keep no files, so --workdir must be on a volume that the cluster mounts in all of them, attached once beforehand:
 #   xpk storage attach NAME --cluster=my-cluster --type=gcsfuse --bucket=BUCKET --size=1000 --mount-point=/data \
 #     --auto-mount=true --readonly=false
-# How the hosts find each other is the program's business (jax.distributed), so nothing about them is passed here.
+# The program itself finds the other hosts (jax.distributed), so nothing about them is passed here.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"

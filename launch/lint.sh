@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Lint, format and types, as continuous integration checks them. Nothing is changed.
+# Checks lint, format and types, like continuous integration. Nothing is changed.
 #
 #   ./launch/lint.sh                       stops at the first check that fails
-#   .venv/bin/ruff check --fix .           mends what lint can mend
+#   .venv/bin/ruff check --fix .           fixes what lint can fix
 #   .venv/bin/ruff format .                formats
 #
 # The settings are in pyproject.toml.

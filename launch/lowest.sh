@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The lowest versions that setup.py allows: installs them in an environment of its own and runs a core of the tests.
+# Tests the lowest versions that setup.py allows: installs them in a separate environment and runs a core of the tests.
 # Arguments go to pytest.
 #
 #   ./launch/lowest.sh                      the files below
 #   ./launch/lowest.sh tests/test_ops.py    others
-#   DRY_RUN=1 ./launch/lowest.sh            print the commands and run nothing
+#   DRY_RUN=1 ./launch/lowest.sh            only print the commands
 #
-# R2M_LOWEST is where the environment lives (default: .cache/lowest in the repository).
+# R2M_LOWEST is the folder of the environment (default: .cache/lowest in the repository).
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-# equations, whole steps, text, sampling, Hugging Face folders, checkpoints and runs that are resumed
+# equations, whole steps, text, sampling, Hugging Face folders, checkpoints and resumed runs
 CORE=(
   tests/test_ops.py tests/test_config.py tests/test_step.py tests/algorithm/test_advantages.py
   tests/algorithm/test_losses.py tests/models/test_reward.py tests/models/test_logprobs.py tests/models/test_lora.py

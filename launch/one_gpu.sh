@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One machine with an NVIDIA GPU; all of its GPUs with --config.mesh="(-1, 1, 1)".
+# Runs on a machine with NVIDIA GPUs; --config.mesh="(-1, 1, 1)" uses all of them.
 #
 #   ./launch/one_gpu.sh --config=configs/NAME.py --workdir=runs/mine
-#   GPU=1 ./launch/one_gpu.sh --config=...        the second GPU alone
+#   GPU=1 ./launch/one_gpu.sh --config=...        only the second GPU
 #   EXTRAS=cuda13 ./launch/one_gpu.sh --config=...    JAX for CUDA 13 instead of 12
-#   DRY_RUN=1 ./launch/one_gpu.sh --config=...    print the command and run nothing
+#   DRY_RUN=1 ./launch/one_gpu.sh --config=...    only print the command
 #
-# On a spot machine put this line into its start-up script: after a preemption the same command goes on from what is saved.
+# On a spot machine put this line into its start-up script: after a preemption the same command resumes from the last checkpoint.
 
 set -euo pipefail
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# The quickstart: an over-optimisation experiment on this machine, CPU included, from a clean checkout.
+# The quickstart: an over-optimisation experiment with three seeds on this machine, also on a CPU, from a clean checkout.
 #
 #   ./launch/quickstart.sh                                 a new folder runs/quickstart-<date>-<time>
-#   ./launch/quickstart.sh --workdir=runs/mine             the folder of your choice (a run already there is resumed)
-#   ./launch/quickstart.sh --config.seed=1                 any knob of configs/default.py
-#   ./launch/quickstart.sh --config=configs/quickstart.py:test    the smallest size, to see that all works
+#   ./launch/quickstart.sh --workdir=runs/mine             a folder of your choice (an existing run is resumed)
+#   ./launch/quickstart.sh --config.seeds=1                any knob of docs/config.md, here one seed
+#   ./launch/quickstart.sh --config=configs/quickstart.py:test    the smallest size, to check the installation
 #
 # The first start makes .venv and installs into it; later starts need no network. Paths are from the repository root.
 

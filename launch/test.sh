@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The tests, on CPU (eight virtual devices), from a clean checkout. Arguments go to pytest.
 #
-#   ./launch/test.sh                       everything that is not marked `long`
+#   ./launch/test.sh                       all tests that are not marked `long`
 #   ./launch/test.sh --fast                the core, for the inner loop: under 90 seconds once compiled
-#   ./launch/test.sh -m long               only what is: slower checks, run before a release
+#   ./launch/test.sh -m long               only those that are: slower checks, run before a release
 #   ./launch/test.sh tests/algorithm/test_losses.py -k rloo
 #   R2M_TEST_PLATFORM=cuda ./launch/test.sh    on an accelerator instead of the virtual devices
 #
@@ -27,6 +27,6 @@ if [ "${1:-}" = --fast ]; then
   shift
   set -- -n auto --maxprocesses=2 --dist=loadfile "$@" "${FAST[@]}"
 fi
-# the whole suite compiles more than it computes, on one core each: several workers, a file each
+# the suite spends more time compiling than computing, on one core each, so it uses several workers, a file each
 if [ $# -eq 0 ]; then set -- -n auto --maxprocesses=4 --dist=loadfile; fi
 exec "$PY" -m pytest --durations=15 "$@"

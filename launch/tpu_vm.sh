@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# One TPU VM or a pod slice of them, through gcloud's queued resources. Every worker runs the same command.
+# Runs on one TPU VM or a pod slice, through gcloud's queued resources. Every worker runs the same command.
 #
 #   export TPU=r2m ZONE=us-east5-a TYPE=v6e-16 IMAGE=v2-alpha-tpuv6e SPOT=1    (PROJECT too, or gcloud's default)
-#   ./launch/tpu_vm.sh create                                   asks for the slice and waits until it is there
+#   ./launch/tpu_vm.sh create                                   requests the slice and waits until it is ready
 #   ./launch/tpu_vm.sh setup                                    send the last commit, install on every worker
 #   ./launch/tpu_vm.sh start --config=configs/NAME.py --workdir=/mnt/shared/runs/mine
-#   ./launch/tpu_vm.sh logs                                     follow worker 0; Ctrl-C leaves the run alone
+#   ./launch/tpu_vm.sh logs                                     follow worker 0; Ctrl-C does not stop the run
 #   ./launch/tpu_vm.sh stop                                     save and end the run; `start` with the same folder resumes
 #   ./launch/tpu_vm.sh delete
-#   ./launch/tpu_vm.sh keep --config=... --workdir=...          all of it, until the run has ended: a slice that was
-#                                                               preempted is asked for again and the run goes on
+#   ./launch/tpu_vm.sh keep --config=... --workdir=...          all of these, until the run has ended: a preempted slice
+#                                                               is requested again and the run resumes
 #
-# DRY_RUN=1 prints the commands and runs none. SPOT=1 asks for spot machines. A process that is killed, or ends with 75
-# ("resume me") because another one was, is started again on its worker, RESTARTS times at most (100).
+# DRY_RUN=1 only prints the commands. SPOT=1 requests spot machines. A process that is killed, or that ends with 75
+# ("resume me") because another one was killed, is restarted on its worker, at most RESTARTS times (100).
 #
-# On more than one worker --workdir has to be a place that all of them reach, such as a bucket mounted on each. How the
-# workers find each other is the program's business (jax.distributed), so nothing about them is passed here.
+# With several workers --workdir must be a place that all of them can reach, such as a bucket mounted on each. The program
+# itself finds the other workers (jax.distributed), so nothing about them is passed here.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -25,7 +25,7 @@ TYPE=${TYPE:-v6e-16}
 IMAGE=${IMAGE:-v2-alpha-tpuv6e}
 WHERE=("--zone=${ZONE:=us-east5-a}")
 if [ -n "${PROJECT:-}" ]; then WHERE+=("--project=$PROJECT"); fi
-# TPU images carry an older Python than the package needs; an image with a new one skips this.
+# TPU images have an older Python than the package needs; images with a newer one skip this.
 PYTHON_SETUP=${PYTHON_SETUP:-'command -v python3.12 >/dev/null || (sudo add-apt-repository -y ppa:deadsnakes/ppa && '\
 'sudo apt-get -o DPkg::Lock::Timeout=300 install -y -q python3.12 python3.12-venv)'}
 POLL=${POLL:-60}  # seconds
@@ -65,14 +65,14 @@ setup() {
 }
 
 start() {
-  # a session of its own, whose number is for `stop` and whose status at the end is for `keep`
+  # a separate session; its number is for `stop` and its final status for `keep`
   local shell="echo \$\$ >~/r2m.pid; exec ./launch/local.sh \"\$@\""
   on all "cd r2m_jax && rm -f ~/r2m.status && EXTRAS=tpu KEEP_GOING=1 RESTARTS=${RESTARTS:-100} $(
     )STATUS_FILE=\$HOME/r2m.status setsid nohup bash -c $(quoted "$shell") r2m $(quoted "$@") $(
     )>~/r2m.log 2>&1 </dev/null & sleep 1"
 }
 
-keep() {  # until the run's own status is there and is not 75; whatever befalls the slice in between
+keep() {  # until the run has a status other than 75, whatever happens to the slice in between
   local status
   while :; do
     if [ -n "${DRY_RUN:-}" ] || [ "$(state)" != ACTIVE ]; then
@@ -83,7 +83,7 @@ keep() {  # until the run's own status is there and is not 75; whatever befalls 
     status=$(on 0 "$ASK") || status=""
     if [ -n "${DRY_RUN:-}" ]; then echo "$status"; return; fi
     case ${status##*$'\n'} in
-      "" | running) ;;  # out of reach just now, or at work
+      "" | running) ;;  # unreachable at the moment, or running
       75 | none) start "$@" ;;
       *) return "${status##*$'\n'}" ;;
     esac

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# What `pip install` gives: builds the sdist and, from it, the wheel, installs the wheel in an environment that holds
-# nothing else, and runs the smallest quickstart there, outside of the clone.
+# Tests what `pip install` gives: builds the sdist and, from it, the wheel, installs the wheel in an empty environment, and
+# runs the smallest quickstart there, outside the clone.
 #
 #   ./launch/wheel.sh              in a temporary folder, which is removed
 #   ./launch/wheel.sh FOLDER       keeps FOLDER/dist (the two archives), FOLDER/env and FOLDER/run
-#   DRY_RUN=1 ./launch/wheel.sh    print the commands and run nothing
+#   DRY_RUN=1 ./launch/wheel.sh    only print the commands
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
@@ -16,7 +16,7 @@ if [ -z "$folder" ]; then
 fi
 python=$(find_python)
 fast_env
-unset PYTHONPATH  # what is tried is the wheel
+unset PYTHONPATH  # the wheel is tested
 
 run mkdir -p "$folder/run"
 run "$python" -m venv "$folder/tools"

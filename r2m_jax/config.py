@@ -1,7 +1,7 @@
 """Checks a config before any device work: every refusal names the field, its value and the fix.
 
-The rules of one field stand where it is declared, in r2m_jax/knobs.py. Those that look at several
-fields are here.
+Rules for a single field are declared with the field, in r2m_jax/knobs.py. Rules that involve
+several fields are here.
 """
 
 import ast
@@ -18,7 +18,18 @@ from ml_collections import ConfigDict
 from r2m_jax.algorithm.advantages import ESTIMATORS as ESTIMATOR_ROWS
 from r2m_jax.algorithm.objective import kl_estimator
 from r2m_jax.algorithm.variants import VARIANTS
-from r2m_jax.knobs import ALGORITHMS, ESTIMATORS, FREE, KNOBS, PIECES, Knob, Section, names_in, walk
+from r2m_jax.knobs import (
+  ALGORITHMS,
+  ESTIMATORS,
+  FREE,
+  KNOBS,
+  PIECES,
+  Knob,
+  Section,
+  make_config,
+  names_in,
+  walk,
+)
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.attention import choose
 from r2m_jax.parallel.errors import UserError
@@ -53,8 +64,8 @@ SECRET_NAME = re.compile(
   r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.I
 )  # of environment variables
 HIDDEN = "(hidden)"
-SHORTEST_SECRET = 12  # characters; a shorter value of such a variable is more likely a setting
-# settings whose value is a dict, of no fixed names
+SHORTEST_SECRET = 12  # characters; a shorter value of such a variable is probably a setting
+# settings whose value is a dict with arbitrary names
 DICTS = tuple(name for name, part in walk(KNOBS) if isinstance(part, Knob) and part.default == {})
 DICT_EXAMPLE = "{'enable_thinking': False}"
 # what an evaluation measures; "gold" only if there is a gold reward
@@ -62,7 +73,7 @@ EVALUATED = ("gold", "frozen", "kl", "length", "truncated", "repetition")
 TRAIN_A_REWARD = ("reward", "scratch", "lab", "lab_text")  # tasks
 LAB_VOCAB = 64  # entries of the gold-reward task's vocabulary
 TEXT_VOCAB = 4096  # a vocabulary for which kl.estimator "auto" is not "exact"
-# what a task reads or writes, which no default can name
+# files that a task reads or writes, which have no default
 FILES = {
   "tokenizer": ("data.name",),
   "scratch": ("scratch.corpus", "scratch.sft", "scratch.pairs", "scratch.prompts"),
@@ -91,6 +102,7 @@ def check_config(config: ConfigDict) -> None:
   check_secrets(config)
   check_home(config)
   check_rules(config)
+  check_seeds(config)
   check_kl(config)
   check_reward_lengths(config)
   check_weights(config)
@@ -106,7 +118,7 @@ def check_config(config: ConfigDict) -> None:
   if config.policy.path or config.reward.path:
     check_folder_run(config)
   elif config.task in ("sft", "reward", "r2m"):
-    # the gold-reward task makes its own prompts
+    # the gold-reward task generates its own prompts
     fix = (
       "give the models that train on it, config.policy.path and config.reward.path, or leave it out"
     )
@@ -146,7 +158,7 @@ def check_secrets(config: ConfigDict) -> None:
 
 
 def check_home(config: ConfigDict) -> None:
-  """A path that begins with ~ has a home folder to stand for."""
+  """A home folder exists if a path begins with ~."""
   try:
     Path.home()
   except RuntimeError:
@@ -173,19 +185,36 @@ def check_rules(config: ConfigDict) -> None:
           need(config, False, field, rule.fix if isinstance(rule.fix, str) else rule.fix(value))
 
 
+def check_seeds(config: ConfigDict) -> None:
+  """Several seeds are runs of the gold-reward task, and their random keys have 32 bits."""
+  from_folder = bool(config.policy.path or config.reward.path)
+  need(
+    config,
+    config.seeds == 1 or not from_folder,
+    "seeds",
+    "a run from folders has one seed; give 1, and start a run for each config.seed",
+  )
+  need(
+    config,
+    config.seed + config.seeds <= 2**32,
+    "seeds",
+    f"the last seed must be below 2**32; lower it, or config.seed = {config.seed}",
+  )
+
+
 def check_kl(config: ConfigDict) -> None:
-  """The estimator of the KL has a gradient at its placement."""
+  """The KL estimator has a gradient at its placement."""
   need(
     config,
     (config.kl.placement, config.kl.estimator) != ("loss", "k1"),
     "kl.estimator",
-    "in the loss the expected gradient of k1 is zero, so it holds nothing back; use 'k2' or "
+    "in the loss the expected gradient of k1 is zero, so it has no effect; use 'k2' or "
     "'exact', or kl.placement='reward'",
   )
 
 
 def check_reward_lengths(config: ConfigDict) -> None:
-  """A reply of the longest length leaves room for its prompt."""
+  """The longest allowed reply leaves room for its prompt."""
   reward = config.reward
   need(
     config,
@@ -197,7 +226,7 @@ def check_reward_lengths(config: ConfigDict) -> None:
 
 
 def check_weights(config: ConfigDict) -> None:
-  """As many weights as names of data."""
+  """There are as many weights as names of data."""
   sources = [name for name in config.data.name.split(",") if name.strip()]
   weights = config.data.weights
   need(
@@ -209,7 +238,7 @@ def check_weights(config: ConfigDict) -> None:
 
 
 def check_shapes(config: ConfigDict) -> None:
-  """The policy's shape, its attention kernel, and what the reward head reads of it."""
+  """The policy's shape, its attention kernel, and the layer that the reward head reads."""
   need(
     config,
     config.r2m.attention_dim % config.r2m.num_heads == 0,
@@ -225,7 +254,7 @@ def check_shapes(config: ConfigDict) -> None:
   except ValueError as error:
     raise ConfigError(error) from None
   layers = arch.num_layers
-  if not config.policy.path:  # else the folder says how many layers there are
+  if not config.policy.path:  # otherwise the folder defines the number of layers
     need(
       config,
       -layers <= config.r2m.feedback_layer < layers,
@@ -242,18 +271,18 @@ def check_files(config: ConfigDict) -> None:
 
 
 def check_lora(config: ConfigDict) -> None:
-  """Adapters have a model to sit on."""
+  """Adapters have a base model."""
   from_folder = bool(config.policy.path or config.reward.path) or config.task == "export"
   need(
     config,
     config.lora.rank == 0 or from_folder,
     "lora.rank",
-    "adapters need a model to sit on: give config.policy.path",
+    "adapters need a base model: give config.policy.path",
   )
 
 
 def check_revisions(config: ConfigDict) -> None:
-  """A revision has a hub name that it belongs to; a pull request has none."""
+  """A revision belongs to a hub name, and a pull request has no revision."""
   for section in ("policy", "reward"):
     path = config[section].path
     need(
@@ -278,7 +307,7 @@ def check_trackers(config: ConfigDict) -> None:
 
 
 def check_sizes(config: ConfigDict) -> None:
-  """Batches are no larger than what they are taken from; shuffling needs two prompts."""
+  """Batches are no larger than their source; shuffling needs two prompts."""
   for section, examples in (("sft", "examples"), ("reward", "pairs")):
     need(
       config,
@@ -301,7 +330,7 @@ def check_sizes(config: ConfigDict) -> None:
 
 
 def check_labels(config: ConfigDict) -> None:
-  """Labels are only bought for a reward that is trained."""
+  """Labels are bought only for a reward that is trained."""
   trains_nothing = config.variant != "" and not VARIANTS[config.variant].trained
   need(
     config,
@@ -320,7 +349,9 @@ def check_labels(config: ConfigDict) -> None:
 
 
 def measures_gold(config: ConfigDict) -> bool:
-  """Whether evaluations of a run have a gold reward: a second one, or the toy task's own."""
+  """Whether a run's evaluations have a gold reward: a second reward model, or the toy task's
+  own.
+  """
   gold = config.eval.gold
   return config.eval.every > 0 and bool(gold.path or gold.url or not config.policy.path)
 
@@ -331,7 +362,7 @@ def best_metric(config: ConfigDict) -> str:
 
 
 def check_evaluation(config: ConfigDict) -> None:
-  """Evaluations have what they measure, and what is chosen by them is measured."""
+  """Evaluations have the models they need, and every metric used for selection is measured."""
   if config.task in ("lab", "lab_text", "lab_notes"):
     fix = "the laboratory compares runs of one length and measures gold at each step: give 0"
     for field in ("eval.every", "stop.kl", "stop.patience"):
@@ -358,7 +389,9 @@ def check_evaluation(config: ConfigDict) -> None:
 
 
 def check_best_metric(config: ConfigDict) -> None:
-  """`checkpoint.best_metric` is measured if it is of evaluations, as `stop.patience` requires."""
+  """If `checkpoint.best_metric` is a metric of evaluations, it is measured; `stop.patience`
+  requires such a metric.
+  """
   stage, _, name = best_metric(config).partition("/")
   field, names = "checkpoint.best_metric", [f"eval/{name}" for name in EVALUATED]
   if stage != "eval":
@@ -376,7 +409,7 @@ def check_best_metric(config: ConfigDict) -> None:
 
 
 def check_judge(config: ConfigDict) -> None:
-  """One judge, with what it needs."""
+  """There is exactly one judge, with the settings that it needs."""
   judge = config.judge
   given = [name for name in ("url", "reward", "judgments") if judge[name]]
   need(
@@ -410,7 +443,7 @@ def check_judge(config: ConfigDict) -> None:
 
 
 def check_label_judge(config: ConfigDict) -> None:
-  """A judge that labels has samples as text to label, and a name."""
+  """A judge that labels has a name, and samples in the form of text."""
   labels = config.r2m
   if not labels.judge_url:
     return
@@ -443,7 +476,7 @@ def chosen_pieces(config: ConfigDict) -> list[str]:
 
 
 def check_lab(config: ConfigDict) -> None:
-  """Every arm and what they are compared by."""
+  """Every arm, and the settings by which arms are compared."""
   text = config.task in ("lab_text", "lab_notes")
   fix = "the laboratory splits seeds over the devices, not one seed: (1, 1, 1)"
   need(config, text or tuple(config.mesh) == (1, 1, 1), "mesh", fix)
@@ -473,8 +506,7 @@ def check_lab(config: ConfigDict) -> None:
 
 
 def arms_of(config: ConfigDict) -> dict[str, ConfigDict]:
-  """The laboratory's arms by name, each with the config that it runs. If config.variant is set,
-  only that one.
+  """The laboratory's arms by name, each with its config. If config.variant is set, only that one.
 
   An arm is "VARIANT[.NAME] [FIELD=VALUE ...]", such as "r2m.whitened ppo.whiten_advantages=True".
 
@@ -499,7 +531,7 @@ def arms_of(config: ConfigDict) -> dict[str, ConfigDict]:
     for change in changes:
       field, equals, value = change.partition("=")
       if not equals or field.split(".")[0] in (*FREE, "seed", "variant", "arms"):
-        refuse(f"has {change!r}: give FIELD=VALUE, of a field that says what is computed")
+        refuse(f"has {change!r}: give FIELD=VALUE, of a field that affects the result")
       try:
         check_fields(arm, [field])
         value = value if isinstance(_get(arm, field), str) else ast.literal_eval(value)
@@ -511,7 +543,9 @@ def arms_of(config: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def redact(text: str) -> str:
-  """The text without what looks like a token, and without what the environment holds as one."""
+  """The text without anything that looks like a token, and without the tokens in the
+  environment.
+  """
   for name, value in os.environ.items():
     if SECRET_NAME.search(name) and len(value) >= SHORTEST_SECRET and not value.startswith("/"):
       text = text.replace(value, HIDDEN)
@@ -519,7 +553,7 @@ def redact(text: str) -> str:
 
 
 def check_folder_run(config: ConfigDict) -> None:
-  """What a run from Hugging Face folders cannot do."""
+  """A run from Hugging Face folders does not use settings that it does not support."""
   need(
     config,
     config.reward.ensemble == 1,
@@ -530,7 +564,7 @@ def check_folder_run(config: ConfigDict) -> None:
     config,
     config.reward.contrast == 0,
     "reward.contrast",
-    "contrast pairs are made on the gold-reward task alone; give 0, and put such pairs in the data",
+    "contrast pairs are made only on the gold-reward task; give 0, and put such pairs in the data",
   )
   if config.task != "r2m":
     return
@@ -555,13 +589,13 @@ def check_folder_run(config: ConfigDict) -> None:
 
 
 def check_served(config: ConfigDict) -> None:
-  """A server of rewards stands in place of a reward model, in RL from a policy's folder."""
+  """A reward server replaces the reward model only in RL from a policy's folder."""
   reward = config.reward
   if not reward.url:
     fix = "give the server's address as config.reward.url, or leave it out"
     need(config, not reward.judge_model, "reward.judge_model", fix)
     return
-  fix = "only task=r2m asks a server for rewards; leave it out"
+  fix = "only task=r2m gets rewards from a server; leave it out"
   need(config, config.task not in (*TRAIN_A_REWARD, "sft", "plan"), "reward.url", fix)
   fix = "config.reward.path is given too, and a run has one reward; leave one of the two out"
   need(config, not reward.path, "reward.url", fix)
@@ -572,7 +606,7 @@ def check_served(config: ConfigDict) -> None:
 
 
 def check_function(config: ConfigDict) -> None:
-  """A run that is given a function as its reward has no other one."""
+  """A run whose reward is a function has no other reward."""
   for field in ("reward.path", "reward.url"):
     fix = "the run is given a function as its reward; leave one of the two out"
     need(config, _get(config, field) == "", field, fix)
@@ -581,7 +615,7 @@ def check_function(config: ConfigDict) -> None:
 
 
 def check_scores_alone(config: ConfigDict) -> None:
-  """Nothing of the run reads a reward model: the rewards come from outside, as numbers."""
+  """If rewards come from outside, as numbers, no part of the run reads a reward model."""
   fix = "a reward from outside of the program reads text; use 'auto' or 'text'"
   need(config, config.reward.input != "tokens", "reward.input", fix)
   for name in (config.variant,) if config.variant else config.arms:
@@ -591,7 +625,7 @@ def check_scores_alone(config: ConfigDict) -> None:
       not (variant.feedback or variant.trained or variant.start),
       "variant" if config.variant else "arms",
       f"{name!r} reads the reward model's embedding or trains its head, and a reward from outside "
-      "is a number alone; use variant 'vanilla' or 'scaled', or give the reward model as "
+      "is only a number; use variant 'vanilla' or 'scaled', or give the reward model as "
       "config.reward.path",
     )
   critic = ESTIMATOR_ROWS[config.algorithm].baseline == "critic"
@@ -604,8 +638,8 @@ def check_scores_alone(config: ConfigDict) -> None:
 
 
 def check_fields(config: ConfigDict, fields: list[str]) -> None:
-  """Raises ConfigError for the first dotted name that is not a field of the config; names the
-  nearest one that is.
+  """Raises ConfigError, with the nearest valid name, for the first dotted name that is not a field
+  of the config.
   """
   known = _fields(config)
   for field in fields:
@@ -618,7 +652,7 @@ def check_fields(config: ConfigDict, fields: list[str]) -> None:
       last = field.split(".")[-1]
       same = [
         name for name in known if name.split(".")[-1] == last
-      ]  # the right name in the wrong section
+      ]  # a correct name in the wrong section
       near = difflib.get_close_matches(field, same or known, n=1, cutoff=0.0 if same else 0.5)
       hint = f"did you mean config.{near[0]}?" if near else f"choose from {', '.join(config)}"
       raise ConfigError(f"config.{field} does not exist; {hint}")
@@ -684,10 +718,29 @@ def difference(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 
 def identity(config: ConfigDict) -> str:
-  """SHA-256 of all settings that say what is computed, those outside `FREE`."""
-  return hashlib.sha256(
-    json.dumps(fixed(json.loads(config.to_json())), sort_keys=True).encode()
-  ).hexdigest()
+  """SHA-256 of all settings that affect the result (those outside `FREE`) and differ from their
+  defaults. So a run keeps its identity if a later version has more settings.
+  """
+  usual = defaults()
+  given = flat(fixed(json.loads(config.to_json())))
+  chosen = {name: value for name, value in given.items() if value != usual.get(name)}
+  return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+
+
+def defaults() -> dict:
+  """{dotted name: default} of every setting, as JSON values."""
+  return flat(json.loads(make_config(KNOBS.parts).to_json()))
+
+
+def flat(settings: dict, prefix: str = "") -> dict:
+  """{dotted name: value} of a config as nested dicts. A setting whose value is a dict stays a dict."""
+  found = {}
+  for name, value in settings.items():
+    if isinstance(value, dict) and not is_dict(prefix + name):
+      found |= flat(value, f"{prefix}{name}.")
+    else:
+      found[prefix + name] = value
+  return found
 
 
 def fixed(settings: dict, prefix: str = "") -> dict:

@@ -2,7 +2,7 @@
 two starts of a run.
 
 `KNOBS` is the whole table, in the order of config.json. configs/default.py makes a config of it,
-r2m_jax/config.py checks a config by it, and docs/config.md is printed from it:
+r2m_jax/config.py checks a config by it, and docs/config.md is generated from it:
 
   python -m r2m_jax.knobs > docs/config.md
 """
@@ -29,19 +29,19 @@ TASKS = {  # config.task -> what it does, as `r2m --help` shows it
   "sft": "supervised fine-tuning of the policy",
   "reward": "fit the reward model to preferences",
   "r2m": "RL with the fused reward; fits the models first if the config names none",
-  "scratch": "everything on real text, from a tokenizer to evaluation",
+  "scratch": "train everything on real text, from a tokenizer to evaluation",
   "lab": "compare variants over seeds, with the gold reward",
-  "lab_text": "the same comparison on real text",
-  "lab_notes": "the same comparison on a pretrained model, with a gold reward for English",
+  "lab_text": "compare variants on real text",
+  "lab_notes": "compare variants on a pretrained model, with a gold reward for English",
   "generate": "sample from a policy: rows of prompts in, rows of responses out",
   "score": "score rows of prompts and responses with a reward model",
-  "judge": "which of two sets of answers wins, by an endpoint, a reward model or a file",
-  "rewardbench": "how well a reward model orders preferences",
+  "judge": "compare two sets of answers, judged by an endpoint, a reward model or a file",
+  "rewardbench": "measure how well a reward model orders preferences",
   "export": "write a checkpoint as Hugging Face folders",
   "replay": "compute one sample of a run again, with its log-probabilities and rewards",
-  "analyse": "the paper's figures and tables from the checkpoints of a run",
-  "compare": "several runs on one page: curves, final numbers, settings, the same prompts",
-  "plan": "memory and time of a run on a TPU slice, compiled without one",
+  "analyse": "make the paper's figures and tables from the checkpoints of a run",
+  "compare": "show several runs on one page: curves, final numbers, settings, the same prompts",
+  "plan": "compute the memory and time of a run on a TPU slice, without a TPU",
 }
 # of task=analyse; docs/analyse.md defines them
 PIECES = (
@@ -73,8 +73,8 @@ class Rule(NamedTuple):
   """A condition on one value."""
 
   holds: Callable[[Any], bool]
-  fix: str | Callable[[Any], str]  # what a refusal advises, or a function of the refused value
-  bound: str  # the condition as docs/config.md shows it
+  fix: str | Callable[[Any], str]  # advice of the message, or a function of the refused value
+  bound: str  # the condition, as shown in docs/config.md
 
 
 class Knob:
@@ -85,7 +85,7 @@ class Knob:
     about: what it does, in one sentence.
     rules: the conditions on its value, in the order in which they are checked.
     unit: of its value, such as "tokens"; "" if it has none.
-    free: whether a run may be started again with another value.
+    free: whether a run may be resumed with another value.
   """
 
   def __init__(self, default, about: str, *rules: Rule, unit: str = "", free: bool = False):
@@ -101,8 +101,8 @@ class Section(NamedTuple):
 
   title: str
   parts: dict  # name -> Knob or Section
-  free: bool = False  # whether all of its knobs are
-  tasks: tuple[str, ...] = ()  # config.task for which its rules are checked; (): for all
+  free: bool = False  # whether all of its knobs are free
+  tasks: tuple[str, ...] = ()  # values of config.task for which its rules are checked; (): all
 
 
 def one_of(*choices) -> Rule:
@@ -141,12 +141,12 @@ def is_date(text: str) -> bool:
 
 
 def names_in(text: str) -> list[str]:
-  """The names in a text that separates them by commas, each once."""
+  """The comma-separated names in a text, each once."""
   return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def unknown_pieces(text: str) -> str:
-  """The names in config.analyse.what that are no piece of the analysis, with commas."""
+  """The names in config.analyse.what that are not pieces of the analysis, separated by commas."""
   return ", ".join(name for name in names_in(text) if name not in PIECES)
 
 
@@ -159,50 +159,50 @@ def is_object(text: str) -> bool:
 
 
 def is_address(text: str) -> bool:
-  """Whether the text is "" or an address of HTTP without a user in it."""
+  """Whether the text is "" or an HTTP address without a user name."""
   return text == "" or bool(re.fullmatch(r"https?://[^/\s@?#]+(/[^\s?#]*)?", text))
 
 
 def is_mesh(sizes) -> bool:
-  """Whether the sizes are three positive integers, of which one may be -1."""
+  """Whether the sizes are three positive integers, one of which may be -1."""
   positive = all(isinstance(size, int) and (size > 0 or size == -1) for size in sizes)
   return len(sizes) == 3 and positive and tuple(sizes).count(-1) <= 1
 
 
 def is_window(window) -> bool:
-  """Whether it is () or (first step >= 0, number of steps >= 1)."""
+  """Whether the value is () or (first step >= 0, number of steps >= 1)."""
   whole = all(type(number) is int for number in window)
   return not window or whole and len(window) == 2 and window[0] >= 0 and window[1] >= 1
 
 
 def are_weights(weights) -> bool:
-  """Whether they are numbers from 0 on, not all of them 0."""
+  """Whether the values are numbers of at least 0, not all of them 0."""
   good = all(isinstance(weight, (int, float)) and weight >= 0 for weight in weights)
   return good and (not weights or sum(weights) > 0)
 
 
 def are_variables(values) -> bool:
-  """Whether a dict has identifiers as keys and holds what JSON can."""
+  """Whether a dict has identifiers as keys and values that JSON can represent."""
   try:
-    json.dumps(dict(values), allow_nan=False, default=dict)  # of a dict within, a ConfigDict
+    json.dumps(dict(values), allow_nan=False, default=dict)  # a nested dict is a ConfigDict
   except (TypeError, ValueError):
     return False
   return all(isinstance(name, str) and name.isidentifier() for name in values)
 
 
 def are_temperatures(values) -> bool:
-  """Whether all values of a dict are finite numbers from 0 on."""
+  """Whether all values of a dict are finite numbers of at least 0."""
   return all(isinstance(x, (int, float)) and 0 <= x < float("inf") for x in dict(values).values())
 
 
 def are_positive(values) -> bool:
-  """Whether they are numbers above 0 without a repetition."""
+  """Whether the values are distinct numbers above 0."""
   good = all(isinstance(value, (int, float)) and value > 0 for value in values)
   return good and len(set(values)) == len(values)
 
 
 def are_contrasts(texts) -> bool:
-  """Whether each is "ARM - ARM" with the names of two arms."""
+  """Whether each value is "ARM - ARM" with the names of two arms."""
   pairs = [text.split(" - ") if isinstance(text, str) else [] for text in texts]
   return all(
     len(pair) == 2 and pair[0] != pair[1] and all(re.fullmatch(r"[\w.-]+", name) for name in pair)
@@ -236,7 +236,7 @@ IS_FILE = Rule(
   'there is no such file; give the path of a .jinja file, or "" for the model\'s own template',
   'a file, or ""',
 )
-# what the renderer itself gives to a chat template or to transformers
+# variables that the renderer itself passes to a chat template or to transformers
 RENDERED = (
   "messages",
   "conversation",
@@ -261,10 +261,8 @@ TEMPLATE_ARGS = (
   ),
   Rule(
     lambda x: not set(x) & set(RENDERED),
-    lambda x: (
-      f"{', '.join(sorted(set(x) & set(RENDERED)))} is for the renderer to give; leave it out"
-    ),
-    "not what the renderer gives",
+    lambda x: f"{', '.join(sorted(set(x) & set(RENDERED)))} is set by the renderer; leave it out",
+    "not a variable of the renderer",
   ),
 )
 PACKING = (
@@ -393,7 +391,7 @@ def chat(reads: str) -> dict[str, Knob]:
 
 
 def served(what: str) -> dict:
-  """Settings of a server of scores; `what` says what it scores."""
+  """Settings of a score server; `what` names what it scores."""
   return dict(
     url=Knob(
       "",
@@ -408,12 +406,12 @@ def served(what: str) -> dict:
     ),
     key_env=Knob(
       "",
-      'environment variable with the server\'s key; "": that of `judge` for a judge, none for a '
-      "server of scores",
+      'environment variable with the server\'s key; "": the one in `judge` for a judge, none '
+      "for a score server",
       free=True,
     ),
     request_rows=Knob(
-      32, "most rows in a request to a server of scores", at_least(1), unit="rows", free=True
+      32, "maximum rows in a request to a score server", at_least(1), unit="rows", free=True
     ),
   )
 
@@ -422,12 +420,12 @@ RUN = dict(
   task=Knob(
     "r2m",
     '"sft", "reward" and "r2m" run the pipeline up to that stage; "scratch" trains all models on '
-    'text, from the tokenizer on; "tokenizer" trains only that; "lab", "lab_text" and "lab_notes" compare '
-    "arms; "
-    '"generate" and "score" apply a model to JSON lines; "judge" finds out which of two sets of '
-    'answers wins; "rewardbench" measures a reward model on preferences; "export" writes a '
-    'checkpoint as Hugging Face folders; "replay" reproduces one sample of a run; "analyse" draws its evidence; '
-    '"compare" puts several runs on one page; "plan" reports whether a run fits a machine',
+    'text, from the tokenizer on; "tokenizer" trains only that; "lab", "lab_text" and '
+    '"lab_notes" compare arms; "generate" and "score" apply a model to JSON lines; "judge" '
+    'compares two sets of answers; "rewardbench" measures a reward model on preferences; '
+    '"export" writes a checkpoint as Hugging Face folders; "replay" reproduces one sample of a '
+    'run; "analyse" draws its evidence; "compare" puts several runs on one page; "plan" reports '
+    "whether a run fits a machine",
     one_of(*TASKS),
     free=True,
   ),
@@ -446,12 +444,19 @@ RUN = dict(
   steps=Knob(120, "length of RL, the paper's T", at_least(1), unit="RL steps"),
   budget=Knob(
     0.0,
-    "time budget of RL from Hugging Face folders; `steps` is derived from a measured rate. 0: use "
-    "`steps`",
+    "time budget of RL from Hugging Face folders; `steps` is derived from a measured rate. 0: "
+    "use `steps`",
     at_least(0),
     unit="seconds",
   ),
   seed=Knob(0, "seed of all random numbers", SEED),
+  seeds=Knob(
+    1,
+    "seeds of RL on the gold-reward task, from `seed` on; each further one is a run in "
+    "WORKDIR/seeds, and the report shows means over all",
+    at_least(1),
+    free=True,
+  ),
   dtype=Knob(
     "float32",
     "dtype of the computation; scores, advantages and losses are at least float32",
@@ -460,7 +465,7 @@ RUN = dict(
   param_dtype=Knob("float32", "dtype of the parameters", one_of(*DTYPES)),
   mesh=Knob(
     (1, 1, 1),
-    "devices along (data, fsdp, tensor); -1: as many as are left",
+    "devices along (data, fsdp, tensor); -1: all remaining devices",
     MESH,
     unit="devices",
     free=True,
@@ -481,8 +486,8 @@ RUN = dict(
   ),
   packing=Knob(
     (1.0,),
-    "shares of the padded places of a step for which learning is compiled; each step runs the "
-    "smallest that holds its tokens. A share of 1 computes padding too",
+    "packing: shares of a step's padded places for which learning is compiled. Each step runs "
+    "the smallest share that holds its tokens; a share of 1 also computes padding",
     *PACKING,
     free=True,
   ),
@@ -521,14 +526,14 @@ ROLLOUT = dict(
   **TRUNCATION,
   halvings=Knob(
     0,
-    "how often decoding goes on with half of the rows, once at most half are unfinished; each time "
-    "is compiled",
+    "how often decoding continues with half of the rows once at most half are unfinished; each "
+    "time is compiled separately",
     at_least(0),
     free=True,
   ),
   waves=Knob(
     1,
-    "groups of prompts that are sampled in turn; only one group's KV cache is in memory",
+    "groups of prompts that are sampled one after another; only one group's KV cache is in memory",
     at_least(1),
     free=True,
   ),
@@ -540,7 +545,7 @@ ROLLOUT = dict(
   ),
 )
 
-# the bounds of these are in models.arch.ArchConfig, which knows what goes together
+# their bounds are checked in models.arch.ArchConfig, because they depend on each other
 ARCH = dict(
   hidden_size=Knob(64, "width of the residual stream"),
   num_layers=Knob(2, "number of layers"),
@@ -558,11 +563,12 @@ POLICY = dict(
   path=Knob("", 'Hugging Face folder or hub name; "": a new model for the gold-reward task'),
   adapters=Knob(
     "merged",
-    'adapters of a PEFT folder: "merged" into the base, or "trained" on with the base as reference',
+    'adapters of a PEFT folder: "merged" into the base, or "trained" further, with the base as '
+    "reference",
     one_of("merged", "trained"),
   ),
   revision=Knob(
-    "", 'branch, tag or commit of a hub name; "": main. A run keeps the commit that it began with'
+    "", 'branch, tag or commit of a hub name; "": main. A run keeps the commit with which it began'
   ),
   **chat("prompts"),
   arch=Section(
@@ -575,8 +581,8 @@ PPO = dict(
   minibatches=Knob(1, "policy updates per epoch", at_least(1)),
   accumulation=Knob(
     1,
-    "micro-batches per update, whose gradients are summed; affects memory, not results, also in "
-    "passes without a gradient",
+    "micro-batches per update, whose gradients are summed; also limits the rows of passes "
+    "without a gradient; affects memory, not results",
     at_least(1),
     free=True,
   ),
@@ -596,7 +602,7 @@ PPO = dict(
   whiten_advantages=Knob(False, "whiten advantages over all response tokens of the batch"),
   advantage_norm=Knob(
     "group",
-    'standard deviation that GRPO divides by: of the "group", of the "batch", or "none"',
+    'standard deviation by which GRPO divides: of the "group", of the "batch", or "none"',
     one_of(*NORMS),
   ),
   advantage_eps=Knob(1e-4, "added to the variance by which GRPO divides", above(0)),
@@ -635,15 +641,15 @@ KL = dict(
   ),
   target=Knob(
     6.0,
-    'KL that "adaptive", "hold" and "held" steer by',
+    'target KL of "adaptive", "hold" and "held"',
     above(0, "must be above 0 nats"),
     unit="nats per sequence",
   ),
   horizon=Knob(100, 'time scale of "adaptive"', at_least(1), unit="RL steps"),
   damping=Knob(
     0.0,
-    'of "held": the weight also grows by exp(damping x relative error of the KL) in the same step, '
-    "so that the KL does not swing around `target`; 0: not",
+    'for "held": the weight of a step is also multiplied by exp(damping x relative error of the '
+    "KL), so that the KL does not oscillate around `target`; 0: off",
     at_least(0),
   ),
 )
@@ -653,8 +659,8 @@ SHAPING = dict(
   clip=Knob(0.0, "limit on the absolute score; 0: no limit", at_least(0)),
   missing_eos=Knob(
     "none",
-    'a response without an end token has the penalty subtracted ("subtract") or scores it '
-    '("replace")',
+    'for a response without an end token, the penalty is subtracted from the score ("subtract") '
+    'or replaces it ("replace")',
     one_of("none", "subtract", "replace"),
   ),
   missing_eos_penalty=Knob(1.0, "the penalty of missing_eos", at_least(0)),
@@ -685,8 +691,8 @@ R2M = dict(
   num_heads=Knob(1, "heads of the cross-attention; a divisor of attention_dim", at_least(1)),
   attention_scale=Knob(
     1.0,
-    "multiplies the first values of the cross-attention's output weights, W_o: how much a head that "
-    "is not trained yet adds to the reward",
+    "factor on the initial output weights of the cross-attention, W_o; it scales the "
+    "contribution of an untrained head to the reward",
     above(0),
   ),
   feedback_layer=Knob(
@@ -710,13 +716,13 @@ R2M = dict(
   ),
   label_temperature=Knob(
     1.0,
-    "gap between the two rewards of a pair that label_confidence divides by",
+    "temperature of label_confidence, by which the gap between a pair's two rewards is divided",
     above(0),
     unit="reward",
   ),
   label_budget=Knob(
     0.02,
-    "trajectories in labelled pairs, as a fraction of those sampled",
+    "trajectories in labelled pairs, as a fraction of all sampled trajectories",
     within("(0, 1]", ", such as 0.02"),
   ),
   judgments=Knob(
@@ -724,8 +730,8 @@ R2M = dict(
   ),
   judge_url=Knob(
     "",
-    "OpenAI-compatible endpoint that labels pairs of samples in a run from Hugging Face folders, in "
-    "place of the file; key, waits and prices as in `judge`",
+    "OpenAI-compatible endpoint that labels pairs of samples in a run from Hugging Face folders, "
+    "instead of the file; key, waits and prices as in `judge`",
     ADDRESS,
     free=True,
   ),
@@ -755,11 +761,11 @@ SFT = dict(
 REWARD = dict(
   **optimizer(lr=1e-3, schedule="cosine"),
   path=Knob("", 'Hugging Face folder or hub name of a sequence classifier; "": it is fitted'),
-  **served("that scores the samples of a run from Hugging Face folders, in place of `path`"),
+  **served("that scores the samples of a run from Hugging Face folders, instead of `path`"),
   label=Knob(
     "",
-    "the label of a classifier with several that is the reward, by name or number, or a weighted "
-    'sum such as "helpful:0.8,verbose:-0.2"; "": it has one',
+    "if a classifier has several labels: the label that is the reward, by name or number, or a "
+    'weighted sum such as "helpful:0.8,verbose:-0.2"; "": there is only one label',
   ),
   revision=Knob("", "as policy.revision"),
   **chat("what the reward model reads"),
@@ -780,7 +786,7 @@ REWARD = dict(
   ),
   max_reply_length=Knob(
     0,
-    "longest reply of a pair; longer ones are truncated, and no pair is left out. 0: the limits in "
+    "longest reply of a pair; longer ones are truncated and no pair is dropped. 0: the limits in "
     "`data`",
     at_least(0),
     unit="tokens",
@@ -798,14 +804,14 @@ REWARD = dict(
   label_flip=Knob(0.2, "fraction of labels that are then flipped", within("[0, 1]")),
   contrast=Knob(
     0,
-    "pairs added for each training pair of the gold-reward task: its preferred response beats one "
-    "to another prompt, under its own prompt",
+    "pairs added for each training pair of the gold-reward task: its preferred response beats a "
+    "response to another prompt, under its own prompt",
     at_least(0),
     unit="pairs",
   ),
   heldout_pairs=Knob(512, "held-out pairs with clean labels, to measure accuracy", at_least(1)),
   ensemble=Knob(
-    1, "score heads on the one backbone, each fitted on a bootstrap of the pairs", at_least(1)
+    1, "score heads on one backbone, each fitted on a bootstrap of the pairs", at_least(1)
   ),
   combine=Knob("mean", "how the heads' scores are combined", one_of(*COMBINE)),
   variance_weight=Knob(1.0, 'weight of the variance in "mean_minus_variance"', at_least(0)),
@@ -813,9 +819,16 @@ REWARD = dict(
 )
 
 GOLD = dict(
+  formula=Knob(
+    "",
+    "Python file with gold(prompt, response, ended): the gold reward of the gold-reward task and "
+    'of task "lab_notes", as docs/lab.md describes; "": the built-in one',
+  ),
   **optimizer(lr=1e-3, schedule="cosine"),
   path=Knob("", 'Hugging Face folder of a finished one; "": it is fitted'),
-  depth=Knob(2, "layers for each layer of the policy, from which it is grown", at_least(1)),
+  depth=Knob(
+    2, "layers of the gold model for each layer of the policy, from which it is grown", at_least(1)
+  ),
   epochs=Knob(1, "passes over the pairs", at_least(1)),
   batch_size=Knob(32, "size of a batch", at_least(1), unit="pairs"),
   budget=Knob(
@@ -853,8 +866,8 @@ DATA = dict(
   ),
   date=Knob(
     "",
-    'today\'s date in chat templates; "": the day that the run begins; a run keeps the date that '
-    "it began with",
+    'today\'s date in chat templates; "": the day that the run begins; a run keeps the date on '
+    "which it began",
     DATE,
     free=True,
   ),
@@ -865,17 +878,17 @@ DATA = dict(
   max_bad_share=Knob(
     0.01, "largest fraction of broken rows in a name; the run stops above it", within("[0, 1]")
   ),
-  max_prompt_length=Knob(512, "rows with a longer prompt are left out", at_least(1), unit="tokens"),
+  max_prompt_length=Knob(512, "rows with a longer prompt are dropped", at_least(1), unit="tokens"),
   max_response_length=Knob(
-    512, "rows with a longer response are left out", at_least(1), unit="tokens"
+    512, "rows with a longer response are dropped", at_least(1), unit="tokens"
   ),
   max_chosen_length=Knob(
     512,
-    "rows with a longer chosen response are left out, for RL too (the paper's filter). 0: off",
+    "rows with a longer chosen response are dropped, also in RL (the paper's filter). 0: off",
     at_least(0),
     unit="tokens",
   ),
-  unique=Knob(False, "use rows only once if they agree in everything that a task reads"),
+  unique=Knob(False, "use rows only once if they are equal in everything that a task reads"),
   buckets=Knob(
     (),
     "padded lengths of SFT and reward batches, each compiled once; (): the longest row",
@@ -945,7 +958,7 @@ GENERATE = dict(
   temperature=Knob(1.0, "sampling temperature; 0: the most likely token", at_least(0)),
   temperature_by=Knob(
     {},
-    "temperatures in place of it by the category of a row, as a dict such as {'math': 0.0}",
+    "temperatures by the category of a row, which replace it, as a dict such as {'math': 0.0}",
     TEMPERATURES,
   ),
   **TRUNCATION,
@@ -958,10 +971,10 @@ GENERATE = dict(
   batch_size=Knob(16, "size of a batch", at_least(1), unit="answers"),
   format=Knob(
     "rows",
-    'form of the output: the input\'s "rows" with the answers, or what another evaluator reads',
+    'form of the output: the input\'s "rows" with the answers, or the format of another evaluator',
     one_of(*FORMATS),
   ),
-  name=Knob("", 'name of the model in these files; "": its folder\'s'),
+  name=Knob("", 'name of the model in these files; "": the name of its folder'),
 )
 
 SCORE = dict(
@@ -982,7 +995,8 @@ JUDGE = dict(
     "", 'JSON lines with the answers to compare with; "": the candidate\'s rows hold them'
   ),
   baseline_field=Knob(
-    "", "field of the baseline's answer; \"\": text of its own file, reference of the candidate's"
+    "",
+    'field of the baseline\'s answer; "": "text" in its own file, "reference" in the candidate\'s',
   ),
   url=Knob("", "judge: an OpenAI-compatible endpoint", ADDRESS),
   model=Knob("", "name of the model at the endpoint"),
@@ -995,9 +1009,9 @@ JUDGE = dict(
   repeats=Knob(1, "times that each question is asked", at_least(1)),
   answer_temperature=Knob(0.0, "sampling temperature of the judge", at_least(0)),
   max_tokens=Knob(0, "longest answer; 0: the template's own", at_least(0), unit="tokens"),
-  logprobs=Knob(True, "ask for the label's log-probabilities if the answer is a label alone"),
+  logprobs=Knob(True, "request the label's log-probabilities if the answer is only a label"),
   body=Knob(
-    "", "JSON object of further fields of each request; null takes a field of ours out", OBJECT
+    "", "JSON object of further fields of each request; null removes one of our fields", OBJECT
   ),
   workers=Knob(8, "questions asked at a time", at_least(1)),
   timeout=Knob(120.0, "time that one attempt may take", above(0), unit="seconds"),
@@ -1009,12 +1023,15 @@ JUDGE = dict(
     unit="seconds",
   ),
   longest_wait=Knob(
-    600.0, "a server that asks for a longer wait stops the task", at_least(0), unit="seconds"
+    600.0, "if a server requests a longer wait, the task stops", at_least(0), unit="seconds"
   ),
   prompt_price=Knob(0.0, "price of a million prompt tokens; 0: unknown", at_least(0), unit="$"),
   completion_price=Knob(0.0, "price of a million tokens of answers", at_least(0), unit="$"),
   max_cost=Knob(
-    0.0, "the task stops before its questions cost more than this; 0: no cap", at_least(0), unit="$"
+    0.0,
+    "the task stops before its questions cost more than this; 0: no limit",
+    at_least(0),
+    unit="$",
   ),
 )
 
@@ -1032,11 +1049,11 @@ EXPORT = dict(
   out=Knob("", "folder in which policy and reward are written"),
   check=Knob(True, "compare with transformers if torch is installed; loads the model once more"),
   push_to=Knob("", "hub name OWNER/MODEL; also uploads OWNER/MODEL-policy and OWNER/MODEL-reward"),
-  private=Knob(True, "whether models that push_to makes are private"),
+  private=Knob(True, "whether models that push_to creates are private"),
   revision=Knob("", 'branch that push_to uploads to, made if it does not exist; "": main'),
-  pull_request=Knob(False, "push_to opens a pull request in models that exist"),
+  pull_request=Knob(False, "push_to opens a pull request in existing models"),
   license=Knob(
-    "", 'license in the model card, such as "apache-2.0"; "": as in the card of the base'
+    "", 'license in the model card, such as "apache-2.0"; "": the license of the base\'s card'
   ),
 )
 
@@ -1047,7 +1064,7 @@ LOG = dict(
   samples=Knob(12, "rows of the sample table, before and after", at_least(1)),
   to=Knob(
     ("tensorboard",),
-    "where the scalars of metrics.jsonl go besides, see docs/trackers.md; (): nowhere",
+    "trackers that also get the scalars of metrics.jsonl, see docs/trackers.md; (): none",
     KNOWN_TRACKERS,
   ),
   profile=Knob(
@@ -1058,8 +1075,8 @@ LOG = dict(
   ),
   peak_flops=Knob(
     0.0,
-    "peak of one device, of which speed/mfu is a share; 0: the maker's figure for bfloat16, and no "
-    "speed/mfu if the device is not known",
+    "peak of one device, for speed/mfu; 0: the vendor's figure for bfloat16, and no speed/mfu if "
+    "the device is not known",
     at_least(0),
     FINITE,
     unit="FLOP/s",
@@ -1076,7 +1093,8 @@ EVAL = dict(
   ),
   prompts=Knob(64, "held-out prompts, one sample each", at_least(2)),
   data=Knob(
-    "", 'held-out prompts, named as in data.name; "": set aside from those of the run, at random'
+    "",
+    'held-out prompts, named as in data.name; "": a random part of the run\'s prompts, set aside',
   ),
   batch_size=Knob(64, "prompts at a time", at_least(1), unit="sequences", free=True),
   gold=Section(
@@ -1086,7 +1104,7 @@ EVAL = dict(
         "",
         "Hugging Face folder or hub name of a sequence classifier of another family; any tokenizer",
       ),
-      **served("that scores the held-out samples, in place of `path`"),
+      **served("that scores the held-out samples, instead of `path`"),
     ),
   ),
 )
@@ -1147,13 +1165,13 @@ REPLAY = dict(
 )
 
 COMPARE = dict(
-  runs=Knob((), "workdirs of the runs; those that differ only in `seed` are one curve", RUNS),
+  runs=Knob((), "workdirs of the runs; runs that differ only in `seed` are one curve", RUNS),
 )
 
 ANALYSE = dict(
   what=Knob(
     "",
-    'parts of the analysis, separated by commas; "": all that the run has data for',
+    'pieces of the analysis, separated by commas; "": all for which the run has data',
     KNOWN_PIECES,
   ),
   prompts=Knob(
@@ -1183,12 +1201,12 @@ PLAN = dict(
   ),
   lengths=Knob(
     (),
-    "lengths of responses as shares of rollout.max_new_tokens, each as likely as the others, by "
-    "which the work of packing and halvings is counted; (): all are as long as they may be",
+    "lengths of responses as shares of rollout.max_new_tokens, all equally likely, for counting "
+    "the work under packing and halvings; (): all responses have the maximum length",
     LENGTHS,
   ),
   compile=Knob(True, "False: only count, which takes seconds and needs no compiler"),
-  layers=Knob(0, "most layers of each model, for a quick look; 0: all", at_least(0)),
+  layers=Knob(0, "at most this many layers of each model, for a quick look; 0: all", at_least(0)),
   compare=Knob("vanilla", 'variant that the run is compared with; "": none', one_of("", *VARIANTS)),
 )
 
@@ -1199,7 +1217,9 @@ HOSTS = dict(
   ),
   processes=Knob(0, "number of processes; 0: from JAX_NUM_PROCESSES or the cluster"),
   process=Knob(-1, "index of this process, from 0; -1: from JAX_PROCESS_ID or the cluster"),
-  start_timeout=Knob(300, "time within which all must have joined", at_least(1), unit="seconds"),
+  start_timeout=Knob(
+    300, "time within which all processes must have joined", at_least(1), unit="seconds"
+  ),
   heartbeat_timeout=Knob(
     100,
     "time without a heartbeat after which a process counts as lost",
@@ -1229,7 +1249,7 @@ LAB = dict(
     (2.0, 4.0), "KLs at which the baseline is stopped early", POSITIVE, unit="nats per sequence"
   ),
   baseline=Knob(
-    "vanilla", "arm that each arm is paired with, or BASELINE.NAME if there is such an arm"
+    "vanilla", "arm with which each arm is paired, or BASELINE.NAME if there is such an arm"
   ),
   control=Knob("scaled", 'the same for a second comparison; "": none'),
   contrasts=Knob(
@@ -1238,10 +1258,13 @@ LAB = dict(
     CONTRASTS,
   ),
   margin=Knob(
-    0.05, "difference of two arms below which they are equivalent", above(0), unit="gold"
+    0.05, "two arms are equivalent if they differ by less than this", above(0), unit="gold"
   ),
   tail=Knob(
-    30, "last steps whose mean gold is a seed's value in a contrast", at_least(1), unit="RL steps"
+    30,
+    "number of last steps whose mean gold is a seed's value in a contrast",
+    at_least(1),
+    unit="RL steps",
   ),
   probe_every=Knob(
     10,
@@ -1270,7 +1293,9 @@ KNOBS = Section(
     sft=Section("Supervised fine-tuning", SFT),
     reward=Section("The proxy reward model, fitted to noisy preferences", REWARD),
     gold=Section(
-      'The gold reward model of task "lab_text", fitted to clean pairs; otherwise as `reward`', GOLD
+      'The gold reward: a formula, or the gold reward model of task "lab_text", which is fitted to '
+      "clean pairs and otherwise as `reward`",
+      GOLD,
     ),
     lora=Section(
       'LoRA adapters of a Hugging Face folder\'s policy, and of its reward model in task "reward"',
@@ -1290,7 +1315,9 @@ KNOBS = Section(
     ),
     generate=Section('Batch generation (task "generate")', GENERATE, free=True),
     score=Section('Batch scoring (task "score")', SCORE, free=True),
-    judge=Section('Who wins (task "judge"); docs/judge.md', JUDGE, free=True),
+    judge=Section(
+      'Two sets of answers compared by a judge (task "judge"); docs/judge.md', JUDGE, free=True
+    ),
     rewardbench=Section(
       'A reward model on preferences (task "rewardbench"); docs/judge.md',
       REWARDBENCH,
@@ -1298,11 +1325,13 @@ KNOBS = Section(
     ),
     export=Section('A checkpoint as Hugging Face folders (task "export")', EXPORT, free=True),
     log=Section("Logging", LOG, free=True),
-    eval=Section("Held-out evaluation while a run goes; docs/evaluate.md", EVAL),
+    eval=Section("Held-out evaluation during a run; docs/evaluate.md", EVAL),
     stop=Section("When a run ends before its last step; docs/evaluate.md", STOP, free=True),
     checkpoint=Section("Which checkpoints are kept, and where a run starts", CHECKPOINT, free=True),
-    guard=Section("Updates that are not finite are skipped and counted", GUARD, free=True),
-    replay=Section('One sample of the run in WORKDIR again (task "replay")', REPLAY, free=True),
+    guard=Section("Non-finite updates are skipped and counted", GUARD, free=True),
+    replay=Section(
+      'One sample of the run in WORKDIR, recomputed (task "replay")', REPLAY, free=True
+    ),
     compare=Section('Several runs on one page (task "compare")', COMPARE, free=True),
     analyse=Section(
       'The paper\'s evidence from the run in WORKDIR (task "analyse"); docs/analyse.md',
@@ -1331,11 +1360,11 @@ KNOBS = Section(
 )
 
 
-# ---- what is made of the table ----
+# ---- configs and documentation made from the table ----
 
 
 def make_config(parts: dict) -> ConfigDict:
-  """A config with every default of `parts`, name -> Knob or Section."""
+  """A config with all defaults of `parts`: name -> Knob or Section."""
   config = ConfigDict()
   for name, part in parts.items():
     config[name] = make_config(part.parts) if isinstance(part, Section) else part.default
@@ -1343,7 +1372,7 @@ def make_config(parts: dict) -> ConfigDict:
 
 
 def walk(section: Section, prefix: str = "") -> Iterator[tuple[str, Knob | Section]]:
-  """(dotted name, Knob or Section) of everything in a section; a section before its parts."""
+  """(dotted name, Knob or Section) of everything in a section; a section comes before its parts."""
   for name, part in section.parts.items():
     yield prefix + name, part
     if isinstance(part, Section):
@@ -1360,7 +1389,7 @@ def document() -> str:
   lines = [
     "# Every knob",
     "",
-    "Printed from [`r2m_jax/knobs.py`](../r2m_jax/knobs.py) by `python -m r2m_jax.knobs > "
+    "Generated from [`r2m_jax/knobs.py`](../r2m_jax/knobs.py) by `python -m r2m_jax.knobs > "
     "docs/config.md`; edit that file, not this one.",
     "Set a knob on the command line with `--config.FIELD=VALUE`, or in a file of `configs/`. A run "
     "can be resumed with another value",

@@ -24,8 +24,8 @@ def run_of(module: str) -> Callable:
 
 
 def training_of(module: str) -> Callable:
-  """The same for a module of the gold-reward task, or of runs from folders if the config names
-  one.
+  """As `run_of`, for a module of the gold-reward task, or of runs from folders if the config names
+  a folder.
   """
   return lambda config: tasks.training(config, module).run
 
@@ -58,7 +58,7 @@ def main(argv):
   config, workdir = CONFIG.value, Path(WORKDIR.value)
   process.set_up()
   with process.mistakes_end_it():
-    check_config(config)  # first: a config that cannot run is refused before any device is touched
+    check_config(config)  # first, before any device is touched
     if config.task == "plan":
       sys.exit(0 if TASKS["plan"](config)(config, workdir) else 1)
     process.set_up_jax(config)
@@ -68,7 +68,7 @@ def main(argv):
 
 
 def run(config, workdir: Path) -> None:
-  """Does `config.task`, or ends the program with one line that says why not and what to do."""
+  """Runs `config.task`, or ends the program with one line: the problem and the fix."""
   with process.trouble_ends_it(workdir):
     config = process.agreed(config, workdir)
     TASKS[config.task](config)(config, workdir)

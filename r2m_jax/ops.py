@@ -18,7 +18,7 @@ def check(x: jax.Array, axes: str, kind: type = jnp.floating) -> jax.Array:
 
 
 def at_least_f32(x: jax.Array) -> jax.Array:
-  """Promotes to float32, and leaves float64 alone so that tests can run in it."""
+  """Promotes to float32; float64 stays float64, so that tests can use it."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
@@ -27,7 +27,7 @@ def masked_sum(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
 
 
 def masked_mean(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
-  """Sum over True, divided by the count of True (0 where nothing is True)."""
+  """Sum over True, divided by the number of True (0 if nothing is True)."""
   return masked_sum(x, mask, axis) / jnp.maximum(mask.sum(axis), 1)
 
 
@@ -41,24 +41,24 @@ AGGREGATIONS = ("sequence_sum", "sequence_mean", "token_mean", "constant")
 
 
 def share_mean(x: jax.Array, mask: jax.Array, whole: jax.Array | None = None) -> jax.Array:
-  """The share that these rows have in the mean over all True tokens of a minibatch.
+  """The contribution of these rows to the mean over all True tokens of a minibatch.
 
-  Sum over True, divided by the count of True in `whole`, the minibatch's mask; None: these rows are
-  all of it.
+  Sum over True, divided by the number of True in `whole`, the minibatch's mask. None: these rows
+  are the whole minibatch.
   """
   return masked_sum(x, mask) / jnp.maximum((mask if whole is None else whole).sum(), 1)
 
 
 def aggregate(x: jax.Array, mask: jax.Array, how: str, whole: jax.Array | None = None) -> jax.Array:
-  """Reduces a per-token loss [B, T] to a scalar, or to the share that these rows have in it.
+  """Reduces a per-token loss [B, T] to a scalar, or to these rows' contribution to it.
 
   sequence_sum   mean over rows of the sum over tokens (the sequence-level objective of RLOO)
   sequence_mean  mean over rows of the mean over tokens (GRPO)
   token_mean     sum over all tokens / number of all tokens
   constant       sum over all tokens / (B * T) (Dr. GRPO)
 
-  `whole` is the mask of the minibatch that these rows are a part of, whose rows and tokens are
-  counted; None: they are all of it. Shares add up to the minibatch's value.
+  `whole` is the mask of the minibatch to which these rows belong; its rows and tokens are counted.
+  None: these rows are the whole minibatch. The contributions add up to the minibatch's value.
   """
   check(x, "B T")
   check(mask, "B T", jnp.bool_)
@@ -78,7 +78,7 @@ COMBINE = ("mean", "min", "mean_minus_variance")
 
 
 def combine(scores: jax.Array, how: str = "mean", variance_weight: float = 0.0) -> jax.Array:
-  """One reward from an ensemble's (arXiv 2310.02743).   f32[..., M] -> f32[...].
+  """One reward from those of an ensemble (arXiv 2310.02743).   f32[..., M] -> f32[...].
 
   "mean", "min" (the worst case), or "mean_minus_variance": mean - variance_weight * variance (with
   1/M).
@@ -90,24 +90,24 @@ def combine(scores: jax.Array, how: str = "mean", variance_weight: float = 0.0) 
 
 
 def predicts_response(x: jax.Array, response_length: int) -> jax.Array:
-  """[B, L, ...] -> [B, T, ...]: column t - 1 predicts token t, so the response is predicted one
-  column early.
+  """[B, L, ...] -> [B, T, ...]: column t - 1 predicts token t, so the columns start one before the
+  response.
   """
   return x[:, -response_length - 1 : -1]
 
 
 class Truncation(NamedTuple):
-  """Which tokens of a distribution may be sampled at all; the defaults allow every one."""
+  """Which tokens of a distribution may be sampled; the defaults allow all."""
 
   top_k: int = 0  # the k most likely; 0: no limit
   top_p: float = 1.0  # the most likely ones whose probabilities first sum to p
-  min_p: float = 0.0  # those at least this share as likely as the most likely one
+  min_p: float = 0.0  # tokens at least this fraction as likely as the most likely one
 
 
 def kept(logits: jax.Array, truncation: Truncation) -> jax.Array:
   """The tokens that may be drawn from softmax(logits), bool[..., V]; ties at a limit are all kept.
 
-  top_k first, then top_p of the distribution that is left, then min_p. Nothing of this has a
+  top_k is applied first, then top_p to the remaining distribution, then min_p. None of them has a
   gradient.
   """
   logits = jax.lax.stop_gradient(logits)
@@ -118,7 +118,7 @@ def kept(logits: jax.Array, truncation: Truncation) -> jax.Array:
   if truncation.top_p < 1:
     p = jax.nn.softmax(jnp.where(keep, logits, floor))
     descending = -jnp.sort(-p)
-    before = jnp.cumsum(descending, -1) - descending  # probability of all that is more likely
+    before = jnp.cumsum(descending, -1) - descending  # probability of all more likely tokens
     smallest = jnp.where(before < truncation.top_p, descending, 1).min(-1, keepdims=True)
     keep &= p >= smallest
   if truncation.min_p > 0:

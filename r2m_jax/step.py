@@ -3,11 +3,11 @@
   rollout -> read -> annotate -> credit -> update policy -> update reward -> metrics
 
 Everything after the rollout is one jitted, donated program, `learn`. If policy and reward model
-share a tokenizer, sampling joins it and the whole step is one program. Equation numbers are those
-of R2M (arXiv 2601.22664).
+share a tokenizer, sampling is part of it, and the whole step is one program. Equation numbers are
+those of R2M (arXiv 2601.22664).
 
-Each part is a file of `algorithm/`. Estimators are rows of a table in `advantages`, variants of one
-in `variants`.
+Each part is a file of `algorithm/`. Estimators are rows of a table in `advantages`, and variants
+are rows of a table in `variants`.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ Learn = Callable[..., tuple[TrainState, "StepOutput"]]
 
 def make_learn(defs: Defs, config, mesh: Mesh, reward: Reward | None = None) -> Learn:
   """Builds `learn(state, rollout, reward_rows=None, labels=None)`, not yet jitted: `make_learn_at`
-  of the smallest share of config.packing that the step's tokens fit.
+  for the smallest share of config.packing that holds the step's tokens.
   """
   learns = [make_learn_at(share, defs, config, reward) for share in config.packing]
   needed = make_needed(defs, config)
@@ -79,10 +79,11 @@ def make_learn_at(share: float, defs: Defs, config, reward: Reward | None = None
   Of the built function:
     reward_rows: a `Rollout` of `Rows`, the responses as the reward model reads them, of
       `Sequences`, the policy's tokens with the reward model's own ending, or of `Given`, their
-      scores. None: it reads the very tokens of the policy.
+      scores. None: it reads the policy's own tokens.
     labels: the step's `Pairs` if config.r2m.labels is "preference".
 
-  `reward` None is the variant's own. A missing knob fails here and not in the middle of a run.
+  If `reward` is None, the variant's own reward is used. A missing knob fails here and not in the
+  middle of a run.
   """
   defs = dataclasses.replace(defs, share=share)
   reward = reward or make_reward(defs, config)
@@ -96,7 +97,7 @@ def make_learn_at(share: float, defs: Defs, config, reward: Reward | None = None
 
   def learn(state: TrainState, rollout: Rollout, reward_rows=None, labels: Pairs | None = None):
     sequences, B = rollout.samples, len(rollout.samples.tokens)
-    # greedy rows do not lie beside the samples of their prompt
+    # greedy rows are not neighbours of their prompt's samples
     group = K if rollout.greedy is None else 1
 
     # 1. Read: old log-probabilities and policy feedback h, by the policy and by the reference.
@@ -115,13 +116,13 @@ def make_learn_at(share: float, defs: Defs, config, reward: Reward | None = None
     # 3. Credit: scores to advantages (eq. 1, or the estimator's own).
     experience = credit(state, rollout, used, old, ref, beta)
 
-    # 4. Update the policy (eq. 2). The refreshed h' falls out of the last epoch.
+    # 4. Update the policy (eq. 2). The last epoch also gives the refreshed h'.
     trained, updates = update_policy(state, experience, old.hidden, beta)
 
-    # 5. Update the reward on h' (eqs. 5 to 7). Neither policy nor backbone moves.
+    # 5. Update the reward on h' (eqs. 5 to 7). The policy and the backbone do not change.
     head = update_reward(state, sequences, judged, own, ref, trained, w, labels)
 
-    # 6. Metrics, and the state that the next step starts from.
+    # 6. Compute metrics and the next step's state.
     judged = judged.replace(scores=used[:B])
     average = averaged(state.reward_average, head.head, config.r2m.average)
     metrics = metrics_of(sequences, judged, old, ref, w, beta, updates, head.metrics)
@@ -134,7 +135,7 @@ def make_learn_at(share: float, defs: Defs, config, reward: Reward | None = None
 
 
 def averaged(old, head, average: float):
-  """The moving average of the reward head with this step's; None if there is none."""
+  """The moving average of the reward head, updated with this step's head; None if it is off."""
   if old is None:
     return None
   return jax.tree.map(lambda old, new: average * old + (1 - average) * new, old, head)
@@ -143,8 +144,8 @@ def averaged(old, head, average: float):
 def next_state(
   state: TrainState, trained: Trained, head: TrainedReward, average, beta, omega
 ) -> TrainState:
-  """The state that the next step starts from. beta and omega, f32[], stay what they were if they
-  are not finite.
+  """The next step's initial state. beta and omega, f32[], keep their old values if the new ones are
+  not finite.
   """
   return state.replace(
     step=state.step + 1,
@@ -164,10 +165,10 @@ def make_step_metrics(config) -> Callable[..., dict[str, jax.Array]]:
   """Builds `step_metrics(sequences, judged, old, ref, w, beta, updates, reward_metrics)`: {name:
   f32[]} of one step.
 
-  Of the built function, all rows are the samples':
+  Arguments of the built function, with rows of the samples:
     w, beta: f32[], the weights of this step.
     updates: metrics of policy and critic, f32[updates] each.
-    reward_metrics: those of the reward update, f32[] each; empty if there was none.
+    reward_metrics: metrics of the reward update, f32[] each; empty if there was none.
   """
   variant, K = VARIANTS[config.variant], config.rollout.group_size
   reports_omega = bool(variant.feedback or variant.scaled)
@@ -183,7 +184,7 @@ def make_step_metrics(config) -> Callable[..., dict[str, jax.Array]]:
     updates: dict,
     reward_metrics: dict,
   ) -> dict[str, jax.Array]:
-    first = {name: value[0] for name, value in updates.items()}  # of the policy that drew
+    first = {name: value[0] for name, value in updates.items()}  # of the sampling policy
     skipped, spikes = troubles(updates, reward_metrics)
     mask, dtype = sequences.response_mask, judged.scores.dtype
     critic = [k for k in updates if k.startswith("critic/") and k != "critic/skipped"]
@@ -218,8 +219,8 @@ def make_step_metrics(config) -> Callable[..., dict[str, jax.Array]]:
 
 def make_troubles(config) -> Callable[[dict, dict], tuple[jax.Array, jax.Array]]:
   """Builds `troubles(updates, reward_metrics) -> (skipped, spikes)`, numbers of updates, f32[] and
-  i32[]: those that a number that is not finite made void, and those whose gradient's norm is far
-  above what it is clipped to.
+  i32[]: updates skipped because of a non-finite number, and updates whose gradient norm is far
+  above the clipping threshold.
   """
   bounds = {of: config.guard.spike * config[of].max_grad_norm for of in ("policy", "critic", "r2m")}
 
@@ -235,8 +236,8 @@ def make_troubles(config) -> Callable[[dict, dict], tuple[jax.Array, jax.Array]]
 
 
 def make_rollout(defs: Defs, config, mesh: Mesh, eos_ids: tuple[int, ...], pad_id: int):
-  """Builds `rollout(state, prompts) -> Rollout`, not yet jitted; with greedy responses if they are
-  the estimator's baseline.
+  """Builds `rollout(state, prompts) -> Rollout`, not yet jitted. It includes greedy responses if
+  they are the estimator's baseline.
   """
   greedy = ESTIMATORS[config.algorithm].baseline == "greedy"
   settings = sampling(config) | dict(
@@ -271,10 +272,11 @@ def make_step(
   """The step for a policy and a reward model that share a tokenizer: step(state, prompts) ->
   (state, output).
 
-  One jitted program; the state is donated: the old one must not be used again. With
-  config.r2m.labels "preference" the host labels some of the samples in between, labeller(samples
-  on the host, step number) -> Pairs, and the two parts are two programs. `ending`: what the reward
-  model reads in place of the token that ended a response; None: that token.
+  It is one jitted program. The state is donated, so the old one must not be used again. If
+  config.r2m.labels is "preference", the host labels some of the samples between sampling and
+  learning: labeller(samples on the host, step number) -> Pairs. Sampling and learning are then two
+  programs. `ending`: what the reward model reads in place of the token that ended a response; None:
+  that token.
   """
   rollout = make_rollout(defs, config, mesh, eos_ids, pad_id)
   learn_rows = make_learn(defs, config, mesh)

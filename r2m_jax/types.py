@@ -8,7 +8,7 @@ Axis letters, used everywhere in the package:
   D   hidden size (Dp policy, Dr reward model)                         V   vocabulary
 
 Prompts are padded on the left and responses on the right, so every row starts its response at
-column Lp. Masks are True where something counts, and they come from lengths, never from token ids.
+column Lp. A mask is True at places that count. Masks come from lengths, never from token ids.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ class Prompts:
 
   tokens: jax.Array  # i32[P, Lp]   left-padded
   mask: jax.Array  # bool[P, Lp]  True on real tokens
-  # i32[P]       which prompt of the data set; part of every sample's random key
+  # i32[P]       which prompt of the data set; it is part of every sample's random key
   example_id: jax.Array
 
 
@@ -40,7 +40,7 @@ class Sequences:
 
 @struct.dataclass
 class Rows:
-  """Responses as a model with a tokenizer of its own reads them, after their prompts."""
+  """Prompts and responses in the tokens of a model with its own tokenizer."""
 
   tokens: jax.Array  # i32[B, L']   left-padded
   mask: jax.Array  # bool[B, L']  True on real tokens
@@ -48,21 +48,23 @@ class Rows:
 
 @struct.dataclass
 class Given:
-  """Responses with scores that were made outside of the step."""
+  """Responses with scores that were computed outside of the step."""
 
   scores: jax.Array  # f32[B]
 
 
 @struct.dataclass
 class Rollout:
-  """What is drawn for one step's prompts, or one array or tree of arrays for each of its rows."""
+  """The responses drawn for one step's prompts, or an array or tree of arrays with a leading axis
+  for these rows.
+  """
 
   samples: Any  # `Sequences` of B rows
-  greedy: Any = None  # of P rows, the most likely response to each prompt; None: none are drawn
+  greedy: Any = None  # P rows, the greedy response to each prompt; None: none are drawn
 
 
 class Feedback(struct.PyTreeNode):
-  """What one forward pass of a policy over `Sequences` says about them."""
+  """The results of one forward pass of a policy over `Sequences`."""
 
   logprobs: jax.Array  # f32[B, T]    of the sampled tokens, at the rollout temperature
   entropy: jax.Array  # f32[B, T]    of the distribution each token was drawn from, nats
@@ -72,7 +74,7 @@ class Feedback(struct.PyTreeNode):
   last_hidden: jax.Array
 
   def keep(self, hidden: bool, last_hidden: bool) -> "Feedback":
-    """The same, with width 0 for the states that are not asked for."""
+    """A copy in which states that are not requested have width 0."""
 
     def width(x, kept):
       return x if kept else x[..., :0]
@@ -84,17 +86,17 @@ class Feedback(struct.PyTreeNode):
 
 @struct.dataclass
 class Judged:
-  """What the reward model says about `Sequences`."""
+  """The reward model's results for `Sequences`."""
 
   rte: jax.Array  # f32[B, Dr]   reward token embedding, H_last
-  # f32[B]       annotation scores: the reward the policy is trained on, before any shaping
+  # f32[B]       annotation scores: the reward that trains the policy, before any shaping
   scores: jax.Array
   scores_frozen: jax.Array  # f32[B]       the frozen reward model's own score of the same rows
 
 
 @struct.dataclass
 class Experience:
-  """What the policy's minibatches slice, all with leading axis B."""
+  """The data of the policy's minibatches; every array has the leading axis B."""
 
   sequences: Sequences
   old_logprobs: jax.Array  # f32[B, T]
@@ -102,7 +104,7 @@ class Experience:
   ref_hidden: jax.Array  # [B, T, Dp]   the reference's last_hidden, for the exact KL
   advantages: jax.Array  # f32[B, T]
   old_values: Any = None  # f32[B, T]    of the critic; None without one
-  returns: Any = None  # f32[B, T]    what the critic is fitted to
+  returns: Any = None  # f32[B, T]    the critic's targets
 
 
 @struct.dataclass
@@ -115,26 +117,26 @@ class Pairs:
   token_mask: jax.Array  # bool[2m, L]
   reward_tokens: jax.Array  # i32[2m, L'] for the reward model
   reward_mask: jax.Array  # bool[2m, L']
-  weight: jax.Array  # f32[m]       0 where this step has fewer than m labels
+  weight: jax.Array  # f32[m]       0 for missing pairs, if this step has fewer than m labels
 
 
 class TrainState(struct.PyTreeNode):
   """The whole run as one pytree: donated to the step, saved by the checkpointer."""
 
   step: jax.Array  # i32[]
-  key: jax.Array  # the run's typed random key; never changes, every use folds in what it is for
+  key: jax.Array  # the run's typed random key; it never changes, and every use folds in its purpose
   policy: Any  # nnx.State of models.transformer.Transformer
   policy_opt: Any
   beta: jax.Array  # f32[]; weight of the KL, which a controller may move
   ref: Any  # the policy at the start, frozen
-  # frozen; nnx.State of a Transformer. None, as all of the reward, if scores come from outside
+  # frozen; nnx.State of a Transformer. All reward fields are None if scores come from outside
   reward_backbone: Any
   reward_frozen: Any  # frozen; nnx.State of the score head phi as it was before RL
   reward_head: Any  # trained; nnx.State of models.reward.RewardHead: cross-attention and phi
   reward_opt: Any
   omega: jax.Array  # f32[]; weight of the reward model's own embedding (eq. 4) after `step` steps
   reward_average: Any = (
-    None  # moving average of reward_head, which then scores in its place; None: off
+    None  # moving average of reward_head, which then gives the scores; None: off
   )
   critic: Any = None  # PPO: {"backbone": nnx.State of a Transformer, "head": of an nnx.Linear}
   critic_opt: Any = None

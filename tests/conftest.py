@@ -1,8 +1,8 @@
-"""Where the tests run: CPU with eight virtual devices, offline, with compiled programs kept between
-runs.
+"""The environment of the tests: a CPU with eight virtual devices, offline, with a cache of compiled
+programs.
 
-All of it is environment, set before anything imports jax. R2M_TEST_PLATFORM=cuda (or tpu) runs on
-an accelerator.
+All of these are environment variables, set before anything imports jax. R2M_TEST_PLATFORM=cuda (or
+tpu) runs on an accelerator.
 """
 
 import os
@@ -28,7 +28,7 @@ if (
 ):  # tests compile more than they compute
   # a third of the time, and half of that again without an MLIR pipeline for each fusion
   os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
-  if int(metadata.version("jaxlib").split(".")[1]) < 12:  # XLA ends at a flag that it does not know
+  if int(metadata.version("jaxlib").split(".")[1]) < 12:  # XLA aborts at an unknown flag
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 if "xla_cpu_collective_timeout_seconds" not in os.environ["XLA_FLAGS"]:
@@ -45,10 +45,8 @@ _cache = (
 )
 _cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(_cache)
 if _isa := re.search(r"--xla_cpu_max_isa=(\w+)", os.environ["XLA_FLAGS"]):
-  # JAX's name of a program does not say for which instructions it was compiled
-  if (
-    pathlib.Path(_cache).name != f"isa-{_isa[1]}"
-  ):  # workers of pytest-xdist are given the folder already
+  # JAX's name of a program does not include the instructions for which it was compiled
+  if pathlib.Path(_cache).name != f"isa-{_isa[1]}":  # workers of pytest-xdist inherit the folder
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path(_cache) / f"isa-{_isa[1]}")
 for _name, _value in {
   "JAX_COMPILATION_CACHE_DIR": _cache,
@@ -73,8 +71,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @pytest.fixture(scope="session")
 def smallest_run(tmp_path_factory):
-  """(workdir, finished process) of the main job at its smallest size, run once through the
-  command line.
+  """(workdir, finished process) of the main job at its smallest size, run once by the command
+  line.
   """
   workdir = tmp_path_factory.mktemp("smallest")
   args = ["--config=configs/quickstart.py:test", f"--workdir={workdir}"]

@@ -1,4 +1,4 @@
-"""The benchmarks' own arithmetic, against numbers worked out by hand. No time is measured here."""
+"""The arithmetic of the benchmarks, against numbers worked by hand. No time is measured here."""
 
 import math
 import re
@@ -28,7 +28,7 @@ def test_share_of_the_others():
   assert machine.others_share(
     Ticks(5.0, 100.0, 50.0), Ticks(15.0, 113.0, 58.0), cores=2
   ) == pytest.approx(0.25)
-  # the two clocks tick apart: never below nothing, never above everything
+  # the two clocks may disagree: the result stays between 0 and 1
   assert machine.others_share(Ticks(0.0, 0.0, 0.0), Ticks(1.0, 1.9, 2.0), cores=2) == 0
   assert machine.others_share(Ticks(0.0, 0.0, 0.0), Ticks(1.0, 5.0, 0.0), cores=2) == 1
 
@@ -70,13 +70,13 @@ def test_decoding_counted_by_hand():
   for there in (
     6,
     7,
-  ):  # tokens that the queries of tokens 2 and 3 see: the prompt, and the first one or two
+  ):  # tokens that the queries of tokens 2 and 3 see: the prompt and the first one or two tokens
     flops += 16 * (
       2 * weights + 4 * (4 * there * 4 * 32)
     )  # 16 rows; q k' and p v in 4 layers of 4 heads of 32
     moved += weights + (2 * 4 * 2 * 32) * (
       2 * 5 + 16 * (there - 5)
-    )  # 2 prompts of 5 slots, 16 rows' own
+    )  # 2 prompts with 5 slots, and the slots of 16 rows
   assert workload.decode_flops(sizes) == flops
   assert workload.decode_bytes(sizes, WIDTH) == WIDTH * moved
 
@@ -151,7 +151,7 @@ def test_a_number_that_is_not_its_rows_is_found(tmp_path, monkeypatch, page, old
     if file.suffix in (".csv", ".md"):
       (tmp_path / file.name).write_bytes(file.read_bytes())
   text = findings.read(page)
-  if old not in text:  # a sentence of its own
+  if old not in text:  # a separate sentence
     old, new = "\n## ", f"\nIts KL {new}.\n\n## "
   (tmp_path / f"{page}.md").write_text(text.replace(old, new, 1))
   monkeypatch.setattr(findings, "DOCS", tmp_path)
@@ -168,7 +168,7 @@ def test_a_number_is_compared_as_it_is_rounded():
 
 
 def test_the_readme_gives_the_numbers_of_the_findings():
-  """Of its paragraph on the laboratory: each interval stands in the verdict."""
+  """Each interval in its paragraph on the laboratory is also in the verdict."""
   readme = (findings.DOCS.parent / "README.md").read_text(encoding="utf-8")
   paragraph = next(part for part in readme.split("\n\n") if "docs/findings.md" in part)
   numbers = re.findall(r"-?\d+\.\d+ \[[^\]]*\]", " ".join(paragraph.split()))
@@ -176,7 +176,7 @@ def test_the_readme_gives_the_numbers_of_the_findings():
 
 
 def test_the_page_of_the_registered_test_shows_its_rows():
-  """docs/fair.md quotes what `python -m benchmarks.fair` makes of docs/lab_fair.parquet."""
+  """docs/fair.md quotes the output of `python -m benchmarks.fair` for docs/lab_fair.parquet."""
   docs = Path(__file__).parents[1] / "docs"
   columns, _ = fair.read_table(docs / "lab_fair.parquet")
   printed = contrasts.text(configs_fair.get_config(), fair.curves_by_arm(columns)).strip()

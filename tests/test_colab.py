@@ -1,10 +1,10 @@
 """The notebooks as Colab runs them: each from its first cell, in a runtime whose JAX is too old for
 the library.
 
-The runtime is made anew with what the notebooks meet in Colab. By default these are the versions of
-August 2026 in `RUNTIME`, and whatever they need. R2M_COLAB_FREEZE=FILE takes all versions from a
-list of Colab's instead (github.com/googlecolab/backend-info has them). R2M_COLAB_PYTHON names
-another Python than Colab's 3.13. The notebooks clone the last commit of this repository.
+The runtime is made with the packages of Colab. By default these are the versions of August 2026 in
+`RUNTIME`, and their dependencies. R2M_COLAB_FREEZE=FILE takes all versions from a list of Colab's
+instead (github.com/googlecolab/backend-info has them). R2M_COLAB_PYTHON selects a Python other than
+Colab's 3.13. The notebooks clone the last commit of this repository.
 """
 
 import os
@@ -51,7 +51,7 @@ nbformat.write(notebook, sys.argv[2])
 
 
 def uv(*arguments) -> str:
-  """Runs uv on a runtime that knows nothing of this environment; what it prints."""
+  """Runs uv on a runtime without this environment's variables; returns its output."""
   from uv import find_uv_bin
 
   env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -80,12 +80,12 @@ def runtime(tmp_path_factory):
   names = re.findall(r"^[\w-]+", RUNTIME, re.M)
   install = ["pip", "install", "-q", "--python", python]
   uv(*install, "-c", folder / "versions.txt", *names)
-  uv(*install, "torch")  # Colab has a build of its own, which no index has
+  uv(*install, "torch")  # Colab has its own build, which no index has
   return python
 
 
 def in_colab(runtime, folder, name, **settings):
-  """Executes a notebook there; cell id -> outputs, after the minutes are printed."""
+  """Executes a notebook in the runtime and prints the minutes. Returns {cell id: outputs}."""
   address = "https://github.com/r2m-jax/r2m_jax"
   env = os.environ | {
     "PATH": os.pathsep.join([str(runtime.parent), os.environ["PATH"]]),
@@ -117,7 +117,7 @@ def figures(outputs) -> int:
 
 
 def check_install(runtime, outputs):
-  """The notebook's environment has a newer JAX than the runtime, which keeps its own."""
+  """The notebook's environment has a newer JAX than the runtime, whose JAX is unchanged."""
   found = re.search(r"r2m_jax (\S+), jax (\S+), \[CpuDevice", text(outputs["install"]))
   code = "import importlib.metadata as m; print(m.version('jax'), m.version('jaxlib'))"
   kept = subprocess.run([str(runtime), "-c", code], capture_output=True, text=True).stdout.split()
@@ -126,7 +126,9 @@ def check_install(runtime, outputs):
 
 @pytest.mark.parametrize("extra", ["cuda12", "cuda13"])
 def test_a_gpu_gets_the_plugin_of_its_jax(runtime, extra):
-  """By versions, where no GPU is: jax, jaxlib and the parts for the GPU are of one release."""
+  """Checked by versions, without a GPU: jax, jaxlib and the parts for GPUs have the same
+  release.
+  """
   settings = ["-q", "--no-annotate", "--no-header", "--python", runtime, "--extra", extra]
   resolved = dict(re.findall(r"^(\S+)==(\S+)$", uv("pip", "compile", *settings, "setup.py"), re.M))
   parts = ("jax", "jaxlib", f"jax-{extra}-plugin", f"jax-{extra}-pjrt")

@@ -1,6 +1,4 @@
-"""What a config refuses and in which words; mistakes on the command line, before any device is
-touched.
-"""
+"""Refused configs and their messages; mistakes on the command line, before any device is used."""
 
 import os
 import pathlib
@@ -12,6 +10,7 @@ import pytest
 from absl import flags
 
 from configs import default, quickstart
+from r2m_jax import config as config_module
 from r2m_jax.algorithm.objective import kl_estimator
 from r2m_jax.config import (
   ConfigError,
@@ -21,7 +20,7 @@ from r2m_jax.config import (
   difference,
   identity,
 )
-from r2m_jax.knobs import KNOBS, Knob, document, walk
+from r2m_jax.knobs import KNOBS, Knob, document, make_config, walk
 from r2m_jax.run import command_line
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -71,6 +70,8 @@ REFUSALS = [  # field, value, the fix
   ("ppo.advantage_eps", 0.0, "above 0"),
   ("kl.beta", -0.1, "at least 0"),
   ("seed", -1, "at least 0"),
+  ("seeds", 0, "at least 1"),
+  ("seeds", 2**32 + 1, "the last seed must be below"),
   ("policy.lr", -1.0, "at least 0"),
   ("policy.lr", float("inf"), "finite"),
   ("checkpoint.keep_last", 0, "at least 1"),
@@ -210,7 +211,7 @@ def test_quickstart_passes(size):
 
 
 def test_check_batch_knows_the_real_mesh():
-  """-1 is filled in once the devices are known; the same words then."""
+  """-1 is replaced once the devices are known, with the same messages."""
   config = config_with(mesh=(-1, 1, 1))
   check_config(config)
   check_batch(config, (8, 1, 1))
@@ -299,9 +300,9 @@ def answers():
 
 
 def test_touching_a_device_would_be_seen(answers):
-  """The check of the checks below: without it they would pass whatever the commands do."""
+  """Shows that the checks below can fail."""
   status, out, err = answers["control"]
-  assert out.strip() == "checked"  # and check_config itself asked for no device
+  assert out.strip() == "checked"  # and check_config itself used no device
   assert status != 0 and NO_PLATFORM in err
 
 
@@ -355,7 +356,7 @@ def test_a_mistake_on_the_command_line_is_one_line(answers, name):
     ),  # keeps its traceback
   ],
 )
-@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' way to read a file
+@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections reads a file in this way
 def test_other_mistakes(monkeypatch, argv, error, answer):
   monkeypatch.chdir(ROOT)
   assert command_line.command_line_mistake(["main.py", *argv], error) == answer
@@ -366,3 +367,17 @@ def test_what_only_memory_depends_on_is_no_part_of_a_run_s_identity():
   assert identity(config_with(**same)) == identity(default.get_config())
   for changes in (dict(ppo__minibatches=4), dict(rollout__temperature=0.5), dict(r2m__alpha=0.5)):
     assert identity(config_with(**changes)) != identity(default.get_config())
+
+
+def test_settings_that_a_later_version_adds_leave_a_run_s_identity(monkeypatch):
+  mine = config_with(kl__beta=0.5)
+  now = identity(mine)
+  parts = {name: part for name, part in KNOBS.parts.items() if name != "notes"}
+  parts["reward"] = parts["reward"]._replace(
+    parts={name: part for name, part in parts["reward"].parts.items() if name != "contrast"}
+  )
+  monkeypatch.setattr(config_module, "KNOBS", KNOBS._replace(parts=parts))
+  older = make_config(parts)
+  older.kl.beta = 0.5
+  assert "notes" not in older and "contrast" not in older.reward
+  assert identity(older) == now

@@ -1,5 +1,5 @@
 """The pages of docs/, without building the site: every page is in a toctree, every link and anchor
-leads somewhere, and what a page quotes from the source is there.
+exists, and every quotation of the source is in the source.
 """
 
 import ast
@@ -17,20 +17,20 @@ PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *ROOT.glob("*/README.md"
 FENCE = re.compile(r"^ *```.*?^ *```$", re.M | re.S)
 LINK = re.compile(r"(?<!!)\[(?:[^][]|\[[^]]*\])*\]\(([^)\s]+)\)")
 INCLUDE = re.compile(r"^```\{include\} (\S+)$", re.M)
-# of another library, so not in our source
+# from another library, so not in our source
 JAX_OWN = {"RESOURCE_EXHAUSTED: Out of memory"}
 
 
 @functools.cache
 def text_of(path: pathlib.Path) -> str:
-  """A page with the files that it includes."""
+  """The text of a page and of the files that it includes."""
   text = path.read_text(encoding="utf-8")
   included = [text_of((path.parent / name).resolve()) for name in INCLUDE.findall(text)]
   return "\n".join([text, *included])
 
 
 def slug(heading: str) -> str:
-  """The anchor that GitHub and the site give a heading."""
+  """The anchor of a heading, on GitHub and on the site."""
   plain = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading)
   return re.sub(r"[^\w\- ]", "", plain.strip().lower()).replace(" ", "-")
 
@@ -110,7 +110,7 @@ def template(node) -> str:
 
 @functools.cache
 def strings() -> str:
-  """Every text of the library's source, a line each."""
+  """Every string of the library's source, one per line."""
   nodes = [
     node
     for path in sorted((ROOT / "r2m_jax").rglob("*.py"))

@@ -1,8 +1,7 @@
-"""The malformed inputs of the suite again, on machines that are set up otherwise: no traceback there
-either.
+"""The malformed inputs of the suite again, in unusual environments: there must be no traceback.
 
-Each environment is given to whole processes: one that runs the suite's tests of malformed input, and
-one for each of some commands.
+Each environment is tested with whole processes: one runs the suite's tests of malformed input, and
+others run one command each.
 """
 
 import json
@@ -15,7 +14,7 @@ import pytest
 import tiny_text
 
 ROOT = pathlib.Path(__file__).parents[1]
-UNWRITABLE = "/proc"  # to root, too
+UNWRITABLE = "/proc"  # for root, too
 # Runs a module as a user whose id the system's list of users lacks, as in a container.
 UNKNOWN_USER = """
 import pwd, runpy, sys
@@ -26,7 +25,7 @@ module = sys.argv.pop(1)
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 ASCII = {"LANG": "C", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
-# name -> variables; None takes one out, and "cwd" is the folder to start in
+# name -> variables; None removes one, and "cwd" is the working directory
 ENVIRONMENTS = {
   "ascii": ASCII | {"PYTHONIOENCODING": "ascii"},
   "no home": {"HOME": None},
@@ -61,7 +60,7 @@ def run(name: str, module: str, *arguments: str, **more: str) -> subprocess.Comp
 @pytest.mark.long
 @pytest.mark.parametrize("name", [name for name in ENVIRONMENTS if name != "absent platform"])
 def test_the_suites_malformed_inputs(name, tmp_path):
-  """An absent platform is for the commands below: tests need a device."""
+  """The absent platform is tested only with the commands below, because tests need a device."""
   files = [str(ROOT / file) for file in MALFORMED]
   options = ["-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}", f"--basetemp={tmp_path}/t"]
   options += ["-c", str(ROOT / "pytest.ini")]
@@ -72,7 +71,7 @@ def test_the_suites_malformed_inputs(name, tmp_path):
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-  """A sound folder and sound rows, and beside them damaged ones with names beyond ASCII."""
+  """A valid folder and valid rows, and damaged ones with non-ASCII names."""
   root = tmp_path_factory.mktemp("bad")  # in ASCII: tokenizers cannot open others in a C locale
   tiny_text.model("llama2", "plain", root / "sound", num_hidden_layers=1)
   tiny_text.model("llama2", "plain", root / "\u732b", num_hidden_layers=1)
@@ -113,7 +112,7 @@ def test_malformed_commands_end_in_one_line(name, inputs, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["ascii", "unwritable cwd", "time zone"])
 def test_a_sound_command_works(name, inputs, tmp_path):
-  """Or the refusals above would mean nothing."""
+  """Otherwise the refusals above would prove nothing."""
   result = run(
     name,
     "r2m_jax.main",

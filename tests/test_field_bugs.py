@@ -1,45 +1,45 @@
-"""Known bugs of other RLHF code, one test or more for each: every one fails if we had that bug.
+"""Known bugs of other RLHF code. Each has at least one test, which fails if this library has the bug.
 
 KL
   k1_in_the_loss_is_refused                  k1 as a loss: its gradient is zero, so the policy drifts freely
   k3_in_the_loss_is_the_other_direction      k3 as a loss taken for KL(policy || reference)
-  kl_in_the_loss_pulls_back                  a KL in the loss that carries no gradient
-  step_zero_with_temperature_and_truncation  KL not 0 or ratio not 1 before any update, where T is not 1 or with top-p
+  kl_in_the_loss_pulls_back                  a KL in the loss that has no gradient
+  step_zero_with_temperature_and_truncation  KL not 0 or ratio not 1 before any update, if T is not 1 or with top-p
   exact_kl_of_one_model_to_itself_is_zero    the same
   log_probabilities_of_what_is_sampled       policy at T = 1 and reference at the rollout's T, or neither truncated
-  kl_is_in_the_baseline                      KL left out of RLOO's baseline
-  reward_of_the_step_by_hand                 the same in the step; a missing end not punished, or other rows instead
+  kl_is_in_the_baseline                      KL missing in RLOO's baseline
+  reward_of_the_step_by_hand                 the same in the step; a missing end not penalised, or other rows penalised
 Ends and padding
-  padding_may_be_eos                         masks from `token != pad` where pad is eos: the end is never trained
+  padding_may_be_eos                         masks from `token != pad` if pad is eos: the end is never trained
   the_end_is_trained                         the ending token cut off the response, or masked in the loss
-  every_eos_id_ends_a_response               only one of several eos ids known
+  every_eos_id_ends_a_response               only one of several eos ids ends a response
   eos_inside_the_prompt_is_attended          end-of-turn marks inside the prompt hidden from attention
-  a_sampled_pad_is_a_word                    a pad id at the length limit taken for an end
+  a_sampled_pad_is_a_word                    a pad id at the length limit treated as an end
   padding_is_never_read                      padding attended to
   the_reward_model_reads_the_end             the score read one token early, or at padding
-  missing_end                                responses that never end scored like the rest
+  missing_end                                truncated responses scored like the others
   lengths_are_tokens                         limits in characters compared with tokens
 Advantages
-  tied_groups                                NaN, or noise blown up, where a group's scores tie or nearly do
-  a_group_of_one_is_refused                  a group of one: a baseline of 0 or a deviation of 1 invented
-  rewards_are_clipped_before_the_baseline    rewards clipped after the baseline is taken off
+  tied_groups                                NaN or amplified noise if a group's scores tie or nearly tie
+  a_group_of_one_is_refused                  a group of one: a baseline of 0 or a deviation of 1 is assumed
+  rewards_are_clipped_before_the_baseline    rewards clipped after the baseline is subtracted
   whitening_leaves_padding_out               whitening over padding
 Losses
-  token_mean_counts_tokens_of_all_devices    a mean of micro-batch or device means for a token mean
-  aggregations_are_what_they_say             sequence mean for token mean; a loss that grows with the batch
+  token_mean_counts_tokens_of_all_devices    a mean of micro-batch or device means instead of a token mean
+  aggregations_are_what_they_say             sequence mean instead of token mean; a loss that grows with the batch
   rloo_is_over_whole_responses               RLOO with losses averaged over tokens
-  the_second_epoch_is_off_policy             ratio always 1, old log-probabilities being the new; epochs never read
+  the_second_epoch_is_off_policy             ratio always 1, as old log-probabilities are the new ones; epochs ignored
   the_clip_is_pessimistic                    the optimistic branch of the clip for negative advantages
   no_dual_clip_unless_asked                  a dual clip that is always on
 Reward model
-  one_rendering_for_training_and_rl          trained with an end of text and queried without
+  one_rendering_for_training_and_rl          trained with an end of text and used without
   truncated_answers_look_truncated           a truncated answer closed by the template so that it looks finished
   a_long_reply_is_read_as_cut_off            a pair's long reply cut and then closed, or cut after its rendering
   no_double_bos                              the beginning of text twice
-  long_inputs_keep_their_end                 the end overwritten or cut off where the input is too long
+  long_inputs_keep_their_end                 the end overwritten or cut off if the input is too long
   scores_are_not_cast_to_integers            scores cast to the integers of the token ids
 Sampling
-  no_key_is_used_twice                       the same key in every call; samples of a prompt that are alike
+  no_key_is_used_twice                       the same key in every call; identical samples of a prompt
 """
 
 import dataclasses
@@ -79,8 +79,8 @@ TAU, TOP_K, TOP_P, BETA, CLIP, PENALTY = 0.7, 24, 0.9, 0.5, 5.0, 1.5
 
 @pytest.fixture(scope="module")
 def run():
-  """Two steps on the same prompts, each with an eos inside, padded with `PAD`; see `Run` below
-  for what it holds.
+  """Two steps on the same prompts, each with an eos inside, padded with `PAD`; see `Run` below for
+  the fields.
   """
   return Run()
 
@@ -103,7 +103,7 @@ class Run:
     check_config(cfg)
     self.built, self.start = small.start(cfg)
     self.prompts = small.prompts(cfg, 0, left_pad=2)
-    self.prompts.tokens[:, -4] = EOS  # as a template puts it after an earlier turn
+    self.prompts.tokens[:, -4] = EOS  # where a template puts it, after an earlier turn
     self.learn = jax.jit(make_learn(self.built.defs, cfg, self.built.mesh))
     self.read = jax.jit(lambda state, sequences: make_read(cfg)(*self.models(state), sequences))
     self.rte = jax.jit(
@@ -168,8 +168,8 @@ def test_k1_in_the_loss_is_refused():
 
 
 def test_k3_in_the_loss_is_the_other_direction():
-  """Exact expectations over five tokens: k1 has no gradient, k2 that of KL(pi || ref), k3 that
-  of KL(ref || pi).
+  """Exact expectations over five tokens: k1 has no gradient, k2 has the gradient of KL(pi || ref),
+  and k3 that of KL(ref || pi).
   """
   with jax.enable_x64(True):
     logits, ref = (jnp.asarray(np.random.default_rng(seed).normal(size=5)) for seed in (0, 1))
@@ -192,9 +192,7 @@ def test_k3_in_the_loss_is_the_other_direction():
 
 @pytest.mark.parametrize("estimator", ["k2", "k3", "exact"])
 def test_kl_in_the_loss_pulls_back(estimator):
-  """With no advantage at all, a step against the loss's gradient brings the policy nearer to the
-  reference.
-  """
+  """Without advantages, a descent step on the loss brings the policy nearer to the reference."""
   config = default.get_config()
   config.kl.update(placement="loss", estimator=estimator)
   rng = np.random.default_rng(0)
@@ -219,7 +217,7 @@ def test_kl_in_the_loss_pulls_back(estimator):
   )
   objective = make_objective(config, 6)
 
-  def loss(x):  # the expectation over tokens: each row's loss by the probability of its token
+  def loss(x):  # the expectation over tokens: each row's loss times the probability of its token
     rows = jax.tree.map(lambda x: jnp.asarray(x)[:, None], (read(x, ref), batch))
     return (p[:, 0] * jax.vmap(lambda stats, batch: objective(stats, batch, 1.0)[0])(*rows)).sum()
 
@@ -229,8 +227,8 @@ def test_kl_in_the_loss_pulls_back(estimator):
 
 
 def test_step_zero_with_temperature_and_truncation(run):
-  """T = 0.7, top-k and top-p: the ratio is 1 and the KL is 0 before any update, and neither is
-  after one.
+  """T = 0.7, top-k and top-p: before any update the ratio is 1 and the KL is 0. After one update
+  neither is.
   """
   assert run.out.metrics["policy/first_ratio_deviation"] <= 2e-5
   assert run.out.metrics["policy/old_ref_deviation"] == 0
@@ -242,7 +240,7 @@ def test_step_zero_with_temperature_and_truncation(run):
 
 
 def test_exact_kl_of_one_model_to_itself_is_zero():
-  """Also where sampling is truncated."""
+  """Also if sampling is truncated."""
   hidden = jax.random.normal(jax.random.key(0), (2, 3, 20))
   for truncation in (
     Truncation(),
@@ -283,7 +281,7 @@ def test_log_probabilities_of_what_is_sampled(run):
       policy_logits[b, t][None], enumeration.Sampling(), np.ones((1, 64), bool)
     )
     differ += abs(plain[0, token] - old.logprobs[b, t]) > 0.05
-  assert differ > 0.9 * mask.sum()  # at T = 1 over the whole vocabulary they are others
+  assert differ > 0.9 * mask.sum()  # at T = 1 over the whole vocabulary they differ
 
 
 def shaped_by_hand(run, out, sequences):
@@ -324,7 +322,9 @@ def test_reward_of_the_step_by_hand(run, step):
 
 
 def test_kl_is_in_the_baseline():
-  """Scores tie and the KLs do not: the others' KL is in each baseline, by hand for a pair."""
+  """Scores tie, but the KLs do not: each baseline has the KL of the other responses, worked by hand
+  for a pair.
+  """
   config = default.get_config()
   config.rollout.group_size = 2
   config.kl.placement = "reward"
@@ -338,7 +338,7 @@ def test_kl_is_in_the_baseline():
 
 
 def test_padding_may_be_eos(run):
-  """Pad with eos instead: the same samples, masks and numbers, bit by bit."""
+  """If eos is the padding, samples, masks and numbers are equal bit for bit."""
   same = run.draw(run.start, EOS)
   np.testing.assert_array_equal(same.response_mask, run.sequences.response_mask)
   np.testing.assert_array_equal(same.has_eos, run.sequences.has_eos)
@@ -371,7 +371,7 @@ def test_every_eos_id_ends_a_response(run):
 
 
 def test_the_end_is_trained(run):
-  """The ending token is in the response, counts in the loss, and a good response makes it more
+  """The ending token is in the response and counts in the loss. A good response makes it more
   likely.
   """
   sequences, ended = run.sequences, run.sequences.has_eos
@@ -391,7 +391,7 @@ def test_the_end_is_trained(run):
 
 
 def test_eos_inside_the_prompt_is_attended(run):
-  """Hidden, or another token in its place, the same response has other log-probabilities."""
+  """If it is masked or replaced by another token, the same response has other log-probabilities."""
   sequences = run.sequences
   column = run.prompts.tokens.shape[1] - 4
   assert (sequences.tokens[:, column] == EOS).all() and sequences.token_mask[:, column].all()
@@ -404,12 +404,12 @@ def test_eos_inside_the_prompt_is_attended(run):
 
 
 def test_a_sampled_pad_is_a_word(run):
-  """A pad id that is no eos may be sampled: it counts, and at the length limit it is no end."""
+  """A pad id that is no eos may be sampled: it counts, and at the length limit it is not an end."""
   cut = ~run.sequences.has_eos
   said = np.where(run.sequences.response_mask, run.responses(run.sequences), -1)
   pad = max(
     said[cut, -1], key=lambda word: (said[:, :-1] == word).sum()
-  )  # said at a row's cut, and before
+  )  # sampled at the limit of a row, and before it
   sequences = run.draw(run.start, int(pad))
   np.testing.assert_array_equal(sequences.response_mask, run.sequences.response_mask)
   np.testing.assert_array_equal(sequences.has_eos, run.sequences.has_eos)
@@ -419,8 +419,8 @@ def test_a_sampled_pad_is_a_word(run):
 
 
 def test_padding_is_never_read(run):
-  """Other tokens in the padding, left and right, change not a bit: log-probabilities, scores,
-  the update.
+  """Other tokens in the left and right padding change no bit of log-probabilities, scores and the
+  update.
   """
   noise = np.random.default_rng(0).integers(0, 64, run.sequences.tokens.shape, dtype=np.int32)
   dirty = run.sequences.replace(
@@ -436,15 +436,15 @@ def test_padding_is_never_read(run):
 
 
 def test_the_reward_model_reads_the_end(run):
-  """H_last is that of the ending token itself, where padding is eos too: as of the row cut
-  there, and no other.
+  """H_last is that of the ending token, even if padding is eos. It equals that of the row without
+  padding.
   """
   ended = np.flatnonzero(run.sequences.has_eos & (run.sequences.response_mask.sum(1) < run.T))
   tokens, mask = np.array(run.sequences.tokens), np.array(run.sequences.token_mask)
   tokens[~mask] = EOS
   plain = np.asarray(run.rte(tokens, mask))
   moved_tokens, moved_mask = tokens.copy(), mask.copy()
-  for b in ended:  # the same row, pushed right so that nothing stands behind its end
+  for b in ended:  # the same row, shifted right so that nothing follows its end
     shift = run.T - run.sequences.response_mask[b].sum()
     moved_tokens[b], moved_mask[b] = np.roll(tokens[b], shift), np.roll(mask[b], shift)
   assert moved_mask[ended, -1].all()
@@ -472,8 +472,8 @@ def test_missing_end(how, want):
 
 
 def test_lengths_are_tokens(run, capsys):
-  """A row's limits, the length penalty and the length reported: all in tokens, the ending one
-  included.
+  """A row's limits, the length penalty and the length reported: all in tokens, including the ending
+  token.
   """
   config = default.get_config()
   config.data.update(max_prompt_length=3, max_response_length=4)
@@ -494,7 +494,7 @@ def test_lengths_are_tokens(run, capsys):
 @pytest.mark.parametrize("algorithm", ["rloo", "grpo", "reinforce++", "ppo"])
 def test_tied_groups(algorithm):
   """All scores of a group equal: advantage and gradient are zero, not NaN; a difference of 1e-6
-  stays one.
+  remains.
   """
   config = default.get_config()
   config.algorithm, config.rollout.group_size = algorithm, 3
@@ -524,8 +524,9 @@ def test_a_group_of_one_is_refused():
 
 
 def test_rewards_are_clipped_before_the_baseline(run):
-  """Scores far above the clip all become the clip: their group ties but for the missing ends.
-  Clipped after the baseline, their differences would be left."""
+  """Scores far above the clip are all clipped to it, so their group ties except for the missing
+  ends. If they were clipped after the baseline, their differences would remain.
+  """
   head, frozen = (
     jax.tree.map(jnp.copy, x) for x in (run.start.reward_head, run.start.reward_frozen)
   )
@@ -571,7 +572,7 @@ def loss_of(config, new, batch, beta=0.1):
 
 
 def test_token_mean_counts_tokens_of_all_devices():
-  """Eight devices, one long or short row each: the sum over all tokens by the count of all, and
+  """Eight devices, one long or short row each: the sum over all tokens divided by their number, and
   not a mean of means.
   """
   config = default.get_config()
@@ -595,7 +596,7 @@ def test_token_mean_counts_tokens_of_all_devices():
 
 @pytest.mark.parametrize("how", ops.AGGREGATIONS)
 def test_aggregations_are_what_they_say(how):
-  """By hand for a row of 4 tokens and one of 1; the same batch twice over has the same loss."""
+  """By hand for a row of 4 tokens and one of 1; the same batch twice has the same loss."""
   x = jnp.array([[1.0, 2.0, 3.0, 4.0], [10.0, 99.0, 99.0, 99.0]])
   mask = jnp.array([[True] * 4, [True] + [False] * 3])
   want = {
@@ -609,8 +610,8 @@ def test_aggregations_are_what_they_say(how):
 
 
 def test_rloo_is_over_whole_responses():
-  """By default every token of a response pulls with the whole advantage, however long the
-  response is.
+  """By default every token of a response has the whole advantage, for any length of the
+  response.
   """
   config = default.get_config()
   assert config.algorithm == "rloo"
@@ -620,8 +621,9 @@ def test_rloo_is_over_whole_responses():
 
 
 def test_the_second_epoch_is_off_policy(run):
-  """Old log-probabilities are of the policy that drew the samples, in every epoch, so the ratio
-  moves and the clip acts. The mean over both epochs is not the first."""
+  """In every epoch the old log-probabilities are those of the policy that drew the samples, so the
+  ratio changes and the clip has an effect. The mean over both epochs is not the first.
+  """
   assert run.config.ppo.epochs == 2
   metrics = run.out.metrics
   assert metrics["policy/first_ratio_deviation"] <= 2e-5 and metrics["policy/ratio_deviation"] > 0.1
@@ -659,7 +661,7 @@ def clipped_loss(ratio, advantage, dual_clip=0.0):
   ],
 )
 def test_the_clip_is_pessimistic(ratio, advantage, loss, gradient):
-  """The larger of the two losses: a negative advantage is never bounded where the ratio has
+  """The larger of the two losses: for a negative advantage the loss is not bounded if the ratio has
   grown.
   """
   np.testing.assert_allclose(clipped_loss(ratio, advantage), (loss, gradient), atol=1e-6)
@@ -689,9 +691,7 @@ def renderers(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", tiny_text.KINDS)
 def test_one_rendering_for_training_and_rl(kind, renderers):
-  """The rows that the reward model is fitted on, and what it is asked in RL about the same
-  sampled response.
-  """
+  """Compares the training rows of the reward model with its input in RL for the same response."""
   renderer = renderers[kind]
   tokenizer = renderer.tokenizer
   rows = [{"prompt": ASK, "chosen": ANSWER, "rejected": "The cat ran."}]
@@ -711,8 +711,8 @@ def test_one_rendering_for_training_and_rl(kind, renderers):
 
 @pytest.mark.parametrize("kind", tiny_text.KINDS)
 def test_a_long_reply_is_read_as_cut_off(kind, renderers):
-  """With reward.max_reply_length a long reply is read as RL reads a response cut off there; a
-  short one is whole.
+  """With reward.max_reply_length a long reply is read as RL reads a response cut off there; a short
+  one is complete.
   """
   renderer = dataclasses.replace(renderers[kind], max_length=24)
   tokenizer, cfg = renderer.tokenizer, default.get_config()
@@ -720,7 +720,7 @@ def test_a_long_reply_is_read_as_cut_off(kind, renderers):
     1,
     1,
     1,
-  )  # all are over
+  )  # every row exceeds them
   long, short = " ".join([ANSWER] * 3), "The cat"
   said = tokenizer.encode(long, special=False)
   cfg.reward.max_reply_length, cfg.reward.max_length = limit, most = len(said) // 2, 24
@@ -761,7 +761,7 @@ def test_truncated_answers_look_truncated(kind, renderers):
   cut, done = renderer.ids(ASK, text, truncated=truncated), renderer.ids(ASK, text)
   assert truncated and text == ANSWER
   assert done[: len(cut)] == cut and tokenizer.end_id in done[len(cut) :]
-  assert cut[-len(said) :] == said  # the answer's own last token is the last that is read
+  assert cut[-len(said) :] == said  # the last token of the answer is the last that is read
 
 
 @pytest.mark.parametrize("kind", tiny_text.KINDS)
@@ -809,8 +809,9 @@ def test_scores_are_not_cast_to_integers(run):
 
 
 def test_no_key_is_used_twice(run):
-  """The same prompts and weights again at another step or under another seed, and the samples of
-  one prompt: all differ. The same step again is the same."""
+  """The same prompts and weights at another step or with another seed, and the samples of one
+  prompt: all differ. The same step again gives the same samples.
+  """
   first = run.responses(run.sequences)
   K = run.config.rollout.group_size
   for group in first.reshape(-1, K, run.T):

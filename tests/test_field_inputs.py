@@ -1,5 +1,5 @@
-"""What other people's files, folders and machines do to us: a test for each kind of fault that
-reports tell of.
+"""Faults of files, folders and machines of users: one test for each kind of fault in public
+reports.
 
 Each test states the right value or the refusal, against transformers or a plain reader.
 """
@@ -71,7 +71,7 @@ def test_end_ids_beyond_the_vocabulary_are_refused_and_a_pad_id_beyond_it_is_rep
   assert hf.pad_token_id == 293
   hf.save_pretrained(llama)
   assert load_tokenizer(llama, 293).pad_id == hf.eos_token_id
-  assert load_tokenizer(llama, 300).pad_id == 293  # an embedding with rows to spare holds it
+  assert load_tokenizer(llama, 300).pad_id == 293  # an embedding with spare rows has it
 
 
 def test_a_tokenizer_that_appends_its_eos_ends_no_prompt_and_no_truncated_response(tmp_path):
@@ -218,7 +218,7 @@ def test_of_a_folder_only_data_is_read_and_the_rest_is_named(tmp_path, capsys):
   (tmp_path / "README.md").write_text("hi")
   assert sorted(prompts(tmp_path)) == ["a", "b"]
   said = capsys.readouterr().out
-  assert "2 files read, 4 passed over" in said and "._a.jsonl" in said and "README.md" in said
+  assert "2 files read, 4 skipped" in said and "._a.jsonl" in said and "README.md" in said
 
 
 def test_a_folder_of_several_splits_gives_one(tmp_path):
@@ -229,7 +229,7 @@ def test_a_folder_of_several_splits_gives_one(tmp_path):
     prompts(tmp_path, split="dev")
   assert (
     len(find_files(str(tmp_path / "data/*.jsonl"), split="train")) == 3
-  )  # a pattern says itself what it wants
+  )  # a pattern selects files explicitly
 
 
 def test_arrow_files_are_refused_with_what_converts_them(tmp_path):
@@ -244,7 +244,7 @@ def test_a_name_with_a_comma_is_one_name(tmp_path):
   assert split_names("x.jsonl, y.jsonl") == ["x.jsonl", "y.jsonl"]
 
 
-# ---- one reader of rows ----
+# ---- one reader for all rows ----
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_a_template_writes_the_day_that_it_is_given(tmp_path):
   tokenizer = load_tokenizer(tmp_path, date="2024-02-29")
   assert tokenizer.decode(tokenizer.render([USER])) == "29 Feb 2024 2024What is rain?"
   today = dataclasses.replace(tokenizer, date="")
-  assert Renderer(tokenizer).contract == Renderer(today).contract  # a contract holds on every day
+  assert Renderer(tokenizer).contract == Renderer(today).contract  # valid on every day
   assert dated("no date", "2024-02-29") == "no date"
 
 

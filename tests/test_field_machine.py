@@ -1,5 +1,5 @@
-"""Machines as people have them: no home folder, terminals and disks that refuse, rows longer than
-the model was trained for.
+"""Unusual machines: no home folder, terminals and disks that fail, rows longer than the model's
+training.
 """
 
 import json
@@ -47,11 +47,11 @@ def settings(models, **fields):
 SMALL = ("sft.batch_size", "reward.batch_size", "rollout.prompts")
 
 
-# ---- rows beyond the positions that a model was trained for ----
+# ---- rows longer than a model's positions ----
 
 
 def beyond(tokenizer, text: str, more: int = 0) -> int:
-  """How long a row of plain text is, counted by transformers' tokenizer."""
+  """The length of a row of plain text, counted by transformers' tokenizer."""
   return len(tokenizer.hf(text)["input_ids"]) + more
 
 
@@ -87,7 +87,7 @@ def test_rows_beyond_the_trained_positions_get_one_warning_for_each_stage(models
   assert f"prompts with config.rollout.max_new_tokens = {new} are" in policy
   assert f"the longest {beyond(tokenizer, WORDS * 5, new)} tokens" in policy
   assert "as input of the reward model" in reward
-  short = Renderer(tokenizer, max_length=LIMIT)  # drops the beginning
+  short = Renderer(tokenizer, max_length=LIMIT)  # the beginning is dropped
   assert len(warnings(lambda: datasets.warn_of_lengths(config, data, tokenizer, short))) == 1
 
 
@@ -115,7 +115,7 @@ def test_rows_within_the_trained_positions_get_no_warning(models, capsys):
   tokenizer = load_tokenizer(models / "policy", max_positions=LIMIT)
   tokenizer.warn_beyond([1, LIMIT], "rows", "fix")
   tokenizer.warn_beyond([], "rows", "fix")
-  load_tokenizer(models / "policy").warn_beyond([10**6], "rows", "fix")  # no model beside it
+  load_tokenizer(models / "policy").warn_beyond([10**6], "rows", "fix")  # no model with it
   assert not capsys.readouterr().err
 
 
@@ -155,7 +155,7 @@ def test_a_path_under_a_home_that_is_not_there_is_refused(monkeypatch):
 
 
 def command(models, tmp_path, task: str) -> list[str]:
-  """A small job as a user starts it."""
+  """A small job, started as by a user."""
   files = {
     "quickstart": ["--config=configs/quickstart.py:test"],
     "generate": [
@@ -182,7 +182,7 @@ def command(models, tmp_path, task: str) -> list[str]:
 
 
 def run(command, **environment) -> subprocess.CompletedProcess:
-  """Runs a command under these variables; None takes one out."""
+  """Runs a command with these variables; None removes one."""
   absent = {"JAX_COMPILATION_CACHE_DIR": None, "XDG_CACHE_HOME": None, "JAX_PLATFORMS": "cpu"}
   variables = os.environ | absent | {"PYTHONPATH": str(ROOT)} | environment
   variables = {name: value for name, value in variables.items() if value is not None}

@@ -1,5 +1,5 @@
-"""Two hundred malformed command lines: each is answered in one line of ours, or is a valid
-config; no traceback.
+"""Two hundred malformed command lines: each gets one line of ours, or is a valid config. There is
+no traceback.
 """
 
 import pathlib
@@ -71,8 +71,8 @@ names = st.one_of(
 
 
 def answer(arguments: list[str]) -> str | None:
-  """What the command says of its arguments; None where it would run. Any other exception than
-  ours goes through.
+  """The error message for these arguments, or None if the command would run. Exceptions other than
+  ours are not caught.
   """
   argv = ["main", f"--config={CONFIG}", "--workdir=runs/fuzz", *arguments]
   with pytest.MonkeyPatch.context() as patch:
@@ -106,7 +106,7 @@ def parsed(argv: list[str]) -> str | None:
   max_examples=200, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
 )
 @given(st.lists(st.tuples(names, values), min_size=1, max_size=3))
-@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' way to read a file
+@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections reads a file in this way
 def test_malformed_command_lines_are_answered_in_one_line(tmp_path_factory, pairs):
   folder = tmp_path_factory.getbasetemp() / "fuzz"
   folder.mkdir(exist_ok=True)

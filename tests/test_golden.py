@@ -1,7 +1,6 @@
-"""Twenty steps, pinned: loss, gradient norm, rewards and tokens. A change here must be one that was
-meant.
+"""Twenty pinned steps: loss, gradient norm, rewards and tokens. They may change only on purpose.
 
-R2M_WRITE_GOLDEN=1 ./launch/test.sh tests/test_golden.py    # writes tests/golden/ anew; say why in the commit
+R2M_WRITE_GOLDEN=1 ./launch/test.sh tests/test_golden.py    # rewrites tests/golden/; give the reason in the commit
 """
 
 import json
@@ -42,11 +41,11 @@ STEPS, CONFIG = 20, small.config()
 
 @pytest.mark.parametrize("case", CASES)
 def test_trajectory_is_the_pinned_one(case):
-  """In float64, where processors agree; float32 parts from it as float64 does whose start is
-  rounded to float32.
+  """In float64, in which processors agree. Float32 may differ from it as much as float64 with a
+  start rounded to float32 does.
 
-  One trajectory of float32 cannot be held to another: each processor has its own. A start that is a
-  part in 2 ** 24 off, up or down at random, shows how far rounding leads.
+  Trajectories in float32 cannot be compared directly, because they depend on the processor. A start
+  with a relative error of 2 ** -24, up or down at random, shows the effect of rounding.
   """
   cfg = small.config(steps=STEPS, **CASES[case])
   wide = small.config(steps=STEPS, **CASES[case], **small.FLOAT64)
@@ -72,9 +71,9 @@ def test_trajectory_is_the_pinned_one(case):
   assert set(got) == set(want)
   for name in got:
     np.testing.assert_allclose(got[name], want[name], rtol=1e-8, atol=1e-9, err_msg=name)
-  assert np.ptp(got["policy/grad_norm"]) > 0  # a trajectory, not a constant
+  assert np.ptp(got["policy/grad_norm"]) > 0  # the numbers change from step to step
 
-  # a token whose place two others nearly tie for may differ, and then all that follows does
+  # a token may differ if two candidates nearly tie, and then all later tokens may
   alike = [a == b == c for a, b, c in zip(tokens, numbers(moved, names)[1], numbers(low, names)[1])]
   until = (alike + [False]).index(False)
   assert until >= 5
@@ -85,8 +84,8 @@ def test_trajectory_is_the_pinned_one(case):
 def start(cfg):
   """(built, first state), the numbers drawn in float64 and rounded to float32.
 
-  Draws in float32 differ in their last place from processor to processor, and so would all that
-  follows.
+  Random numbers in float32 differ in their last place between processors, and so would all later
+  numbers.
   """
   built = build.build(cfg, sharding.make_mesh((1, 1, 1)), vocab_size=goldtask.VOCAB_SIZE)
   policy, reward = small.models(cfg.policy.arch.to_json(), "float64", cfg.reward.ensemble)

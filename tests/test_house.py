@@ -1,5 +1,5 @@
-"""The rules of the house that a program can check: imports point down, lines stay short, README
-commands exist.
+"""The rules of the repository that a program can check: the order of imports, the length of lines
+and functions, the commands in README.
 """
 
 import ast
@@ -14,13 +14,13 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 LIBRARY = ROOT / "r2m_jax"
 MAX_WIDTH = 120
-MAX_LINES = 60  # of a function of the library
-# "file:function" -> why it is longer; at most five
+MAX_LINES = 60  # maximum for a function of the library
+# "file:function" -> reason for its length; at most five
 LONG_FUNCTIONS: dict[str, str] = {}
 MAX_UNFORMATTED = 10
 
-# From the bottom up: a folder, or a file at the root, and what it may import from. Files of one
-# folder may import each other, but not in a circle.
+# From the bottom up: a folder, or a file at the root, and the folders from which it may import.
+# Files of one folder may import each other, but not in a circle.
 MAY_IMPORT = {
   "types": "",
   "ops": "",
@@ -149,8 +149,8 @@ def test_imports_point_down():
 
 
 def circles(pairs):
-  """The modules that import themselves by way of others: what is left once all that import
-  nothing left are taken.
+  """The modules that import themselves through others. Modules without remaining imports are
+  removed until none is left.
   """
   left = {}
   for name, target in pairs:
@@ -227,14 +227,14 @@ def test_no_torch_in_the_library():
     for name, path in library().items()
     if any(imported.split(".")[0] in ("torch", "tensorflow") for _, imported in imports_of(path))
   ]
-  # one is the module that an exported reward model carries, the other measures an export where
-  # torch is installed
+  # one is the module in an exported reward model, the other measures an export if torch is
+  # installed
   users = [name for name in users if name not in ("r2m_jax.hf.r2m_head", "r2m_jax.hf.parity")]
   assert not users, f"torch and tensorflow are for tests and benchmarks: {users}"
 
 
 def test_torch_is_never_needed():
-  """No file imports torch, or a file that does, before a function is called."""
+  """At import, no file imports torch, or another file that does."""
   torch_files = ("r2m_jax.hf.r2m_head",)
   broken = []
   for name, path in library().items():
@@ -287,8 +287,8 @@ def test_readme_commands_exist():
 
 
 def paths_named(text):
-  """The paths in a page: what its links lead to, and the code in it that has a slash or a file's
-  ending. Addresses and parts with capitals alone, such as WORKDIR/export, are none.
+  """The paths in a page: the targets of its links, and code with a slash or a file extension.
+  Addresses and names in capitals, such as WORKDIR/export, do not count.
   """
   code = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
   blocks = re.findall(r"```[a-z]*\n(.*?)```", text, re.S)

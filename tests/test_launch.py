@@ -1,6 +1,4 @@
-"""launch/: every dry run prints what would be run, quoted so that a shell gives it back;
-restarts on status 75.
-"""
+"""launch/: every dry run prints its commands, quoted for a shell; restarts on status 75."""
 
 import os
 import pathlib
@@ -33,7 +31,7 @@ def bare(tmp_path_factory):
 
 
 def dry(script, *arguments, **env) -> list[list[str]]:
-  """What a dry run prints, as a shell splits it."""
+  """The output of a dry run, split as by a shell."""
   command = [shutil.which("bash"), str(ROOT / "launch" / script), *arguments]
   result = subprocess.run(command, capture_output=True, text=True, env=env, timeout=300)
   assert result.returncode == 0, result.stderr
@@ -41,14 +39,14 @@ def dry(script, *arguments, **env) -> list[list[str]]:
 
 
 def flag(command: list[str], name: str) -> str:
-  """The value of --name=value; it must be there once."""
+  """The value of --name=value, which must occur once."""
   (found,) = [part.partition("=")[2] for part in command if part.startswith(f"--{name}=")]
   return found
 
 
 def reaches(command: str, tmp_path, environ: dict) -> tuple[list[str], dict[str, str]]:
-  """Runs a command that would be run elsewhere, with a stub for launch/local.sh; the arguments
-  and settings it got.
+  """Runs a command meant for another machine, with a stub for launch/local.sh. Returns the stub's
+  arguments and settings.
   """
   stub = tmp_path / "r2m_jax" / "launch" / "local.sh"
   stub.parent.mkdir(parents=True)
@@ -56,7 +54,7 @@ def reaches(command: str, tmp_path, environ: dict) -> tuple[list[str], dict[str,
     '#!/usr/bin/env bash\nprintf "%s\\0" "$@" >"$HOME/got.part"\nenv >"$HOME/env"; mv "$HOME/got.part" "$HOME/got"\n'
   )
   stub.chmod(0o755)
-  (tmp_path / "launch").symlink_to(stub.parent)  # xpk starts in the tree itself
+  (tmp_path / "launch").symlink_to(stub.parent)  # xpk starts in the repository
   env = environ | {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
   subprocess.run(
     ["bash", "-c", command],
@@ -68,7 +66,7 @@ def reaches(command: str, tmp_path, environ: dict) -> tuple[list[str], dict[str,
   )
   until = time.monotonic() + 200
   while not (tmp_path / "got").exists() and time.monotonic() < until:
-    time.sleep(0.05)  # it was started in the background
+    time.sleep(0.05)  # it runs in the background
   got = (tmp_path / "got").read_text().split("\0")[:-1]
   return got, dict(
     line.split("=", 1) for line in (tmp_path / "env").read_text().splitlines() if "=" in line
@@ -105,8 +103,8 @@ def test_slurm(bare):
   ],
 )
 def test_slurm_queues_what_asks_to_be_resumed_again(tmp_path, status, count, requeued):
-  """With an srun that ends with `status`: only a run that can go on is queued again, and not for
-  ever.
+  """With an srun that ends with `status`: only a run that can be resumed is queued again, and not
+  for ever.
   """
   tree = tmp_path / "tree"
   shutil.copytree(ROOT / "launch", tree / "launch")
@@ -209,8 +207,8 @@ def test_tpu_vm_keep_makes_the_slice_again_and_asks_how_the_run_is(bare, tmp_pat
 
 
 def test_tpu_vm_keep_survives_a_preemption(tmp_path):
-  """A gcloud that loses the slice once: it is deleted, asked for and started again; then the run
-  ends with 0.
+  """A gcloud that loses the slice once: the slice is deleted, requested and started again, and then
+  the run ends with 0.
   """
   (tmp_path / "gcloud").write_text("""#!/usr/bin/env bash
     echo "$4" >>"$HOME/said"
@@ -236,7 +234,7 @@ def test_tpu_vm_keep_survives_a_preemption(tmp_path):
 
 
 def keep_going(tmp_path, program: str, **env):
-  """`keep_going` of env.sh around a bash program; the process."""
+  """The process of `keep_going` from env.sh with a bash program."""
   script = f'source "{ROOT}/launch/env.sh"; keep_going bash -c "$PROGRAM"'
   env = os.environ | {"PROGRAM": program, "HOME": str(tmp_path), "RESTART_DELAY": "0"} | env
   return subprocess.Popen(
@@ -284,8 +282,8 @@ def test_a_dry_run_needs_a_config_and_a_workdir(bare):
 
 
 def test_findings_are_made_by_one_command(bare):
-  """The gold-reward task without data; with it both, the second from the policy of the first run
-  on text.
+  """Without data, only the gold-reward task; with data, both tasks, the second from the policy of
+  the first run on text.
   """
   commands = dry("findings.sh", "/mnt/a b", "/mnt/my data", **bare)
   names = [flag(command, "config").removeprefix("configs/") for command in commands]
@@ -313,7 +311,7 @@ def test_findings_are_made_by_one_command(bare):
 
 @pytest.fixture
 def said_by_python(bare, tmp_path):
-  """What a script would start .venv/bin/python with: a stub stands for it and prints that."""
+  """The arguments with which a script starts .venv/bin/python, printed by a stub."""
   stub = tmp_path / "bin" / "python"
   stub.parent.mkdir()
   stub.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')

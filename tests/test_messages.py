@@ -1,7 +1,7 @@
-"""Every refusal names its fix: the messages of all errors that a user can mend, read from the source.
+"""Every error names its fix: the messages of all errors that a user can fix, read from the source.
 
-A message counts as naming a fix if a clause of it begins with an imperative of `VERBS`, as in
-"...; give a folder" or "set config.dtype, or use ...". Whether the fix helps is for a reader to judge.
+A message counts as naming a fix if a clause of it begins with an imperative of `VERBS`, as in "...;
+give a folder" or "set config.dtype, or use ...". Whether the fix helps must be judged by a reader.
 """
 
 import ast
@@ -15,16 +15,17 @@ from r2m_jax.knobs import KNOBS, Knob, walk
 
 ROOT = pathlib.Path(__file__).parents[1] / "r2m_jax"
 VERBS = (
-  "add allow bring change check choose convert copy correct drop fetch fork free give keep leave let "
-  "look lower make mend merge move name pass pip point put raise repair replay reset run save say select "
+  "add allow bring change check choose convert copy correct drop fetch fix fork free give keep leave let "
+  "look lower make mend merge move name pass pip point put raise remove repair replay reset restore run save "
+  "say select "
   "set shorten split start stop take train try use wait write"
 ).split()
 FIX = re.compile(r"(?:^|[;:,.(]\s+|\b(?:or|and|then)\s+)(?:" + "|".join(VERBS) + r")\b", re.I)
 
-# What a value has to be is its fix, too.
+# A requirement on the value also counts as a fix.
 MUST = re.compile(r"\bmust (be|lie|divide|exceed|cover|not exceed)\b")
 
-# Modules whose ValueError and OSError reach a user inside of a FolderError or ConfigError.
+# Modules whose ValueError and OSError reach a user inside a FolderError or ConfigError.
 ALSO_PLAIN = (
   "hf/adapters.py",
   "hf/weights.py",
@@ -34,7 +35,7 @@ ALSO_PLAIN = (
   "plan/chips.py",
 )
 PLAIN = {"ValueError", "FileNotFoundError", "FileExistsError"}
-# Messages that only say where another one of ours belongs to; that one is tested where it is written.
+# Messages that only add the position to another message, which is tested separately.
 PASSED_ON = {
   "{error}",
   "{reason}",
@@ -49,17 +50,17 @@ PASSED_ON = {
   "{}, row {} {}: {}",
   "{};  {}",
 }
-# Messages whose fix is no part of the template, and where it is.
+# Messages whose fix is not in the template, and where it is.
 EXCEPTIONS = {
   "config.lab.arms: {} {}": "the calls of `refuse` in config.arms_of",
-  "{}{} is neither a folder nor a model that the hub gives: {}": "the hub's own words, with its advice",
+  "{}{} is neither a folder nor a model on the hub: {}": "the hub's own words, with its advice",
   "config.{} does not exist; {}": "names the nearest field, or all of them",
   "process {} and process 0 differ in {}": "the callers of hosts.require_same, in the second place",
   "{}: {}; {}": "the callers of checkpoint.told, in the last place",
 }
 
 
-LEAST = "R2M compares K >= 2 responses per prompt"  # of group_size: says the least value
+LEAST = "R2M compares K >= 2 responses per prompt"  # of group_size: has the lowest value
 
 
 def names_a_fix(text: str) -> bool:
@@ -85,10 +86,10 @@ def user_errors(trees) -> set[str]:
 
 
 def template(node, helpers: dict) -> str:
-  """The text of a message with {} for every value; the parts of a sum one after another.
+  """The text of a message with {} for every value. The parts of a sum are joined.
 
   Args:
-    helpers: by name, the functions of the module that return parts of messages.
+    helpers: functions of the module that return parts of messages, by name.
   """
 
   def text(*parts):
@@ -168,7 +169,7 @@ def test_the_rules_of_the_knobs_say_what_a_value_must_be():
 
 
 def test_the_rules_over_several_fields_name_a_fix():
-  """The last argument of `config.need`, which stands behind the field and its value."""
+  """The last argument of `config.need`, which follows the field and its value."""
   tree = ast.parse((ROOT / "config.py").read_text())
   fixes = [
     template(node.args[3], {})

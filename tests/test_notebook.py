@@ -1,5 +1,5 @@
-"""The notebook runs from its first cell to its last at the smallest size, and is committed
-without outputs.
+"""The notebook runs from its first to its last cell at the smallest size, and is committed without
+outputs.
 """
 
 import ast
@@ -31,13 +31,13 @@ def code_cells(notebook):
 
 
 def python_of(cell):
-  """The code of a cell without the magic that has the second kernel run it."""
+  """The code of a cell without the magic for the second kernel."""
   return cell.source.removeprefix("%%r2m\n")
 
 
 def check_source(path):
-  """A notebook is valid, has its own name, opens itself, holds no outputs, and its code is
-  formatted like the rest.
+  """A notebook is valid, its link opens itself, it has no outputs, and its code is formatted like
+  the repository.
   """
   notebook = nbformat.read(path, as_version=4)
   nbformat.validate(notebook)
@@ -51,8 +51,8 @@ def check_source(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_installs_in_an_environment_of_its_own(path):
-  """What takes the place of the runtime's packages is the notebook's own environment, and the
-  kernel imports nothing of the library.
+  """The notebook uses its own environment and not the runtime's packages, and the kernel does not
+  import the library.
   """
   check_source(path)
   cells = {cell.id: cell for cell in code_cells(nbformat.read(path, as_version=4))}
@@ -84,8 +84,8 @@ def names_imported(node) -> list[str]:
   ],
 )
 def test_the_install_cell_fits_the_runtime(tmp_path, devices, extras):
-  """In a Colab whose /dev holds `devices`, with stubs for git, pip and uv: which extras it
-  installs, and where.
+  """In a Colab with `devices` in /dev and stubs for git, pip and uv: the extras that are installed,
+  and where.
   """
   for name in devices:
     (tmp_path / "dev" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -144,9 +144,7 @@ def execute(notebook, folder, monkeypatch):
 
 
 def test_runs_at_the_smallest_size(notebook, smallest_run, tmp_path, monkeypatch):
-  """In the workdir of a finished run, which the notebook's own run of the main job finds and
-  reads.
-  """
+  """In the workdir of a finished run, which the notebook's run of the main job then only reads."""
   workdir, _ = smallest_run
   monkeypatch.setenv("R2M_NOTEBOOK_CONFIG", "quickstart:test")
   monkeypatch.setenv("R2M_NOTEBOOK_WORKDIR", str(workdir))

@@ -1,5 +1,5 @@
-"""colab/bring_your_own_model.ipynb runs from its first cell to its last on tiny models, and
-holds no outputs.
+"""colab/bring_your_own_model.ipynb runs from its first to its last cell on tiny models, and has no
+outputs.
 """
 
 import nbformat
@@ -7,7 +7,7 @@ import tiny_text
 from test_notebook import ROOT, check_source, code_cells, execute
 
 NOTEBOOK = ROOT / "colab/bring_your_own_model.ipynb"
-# all six prompts in each step: one padded length, one program
+# all six prompts are in each step: one padded length, one program
 SMALL = (
   "--config.steps=2 --config.rollout.prompts=6 --config.rollout.group_size=2 "
   "--config.lora.rank=2 "
@@ -32,7 +32,7 @@ def test_runs_on_tiny_models(tmp_path, monkeypatch):
     monkeypatch.setenv(f"R2M_NOTEBOOK_{name}", str(value))
   monkeypatch.setenv(
     "XLA_FLAGS", "--xla_backend_optimization_level=0"
-  )  # one device, as a reader has it
+  )  # one device, like a reader's machine
   notebook = nbformat.read(NOTEBOOK, as_version=4)
   execute(notebook, tmp_path, monkeypatch)
   shown = {

@@ -1,4 +1,4 @@
-"""colab/smollm2.ipynb runs from its first cell to its last at the smallest size, and holds no
+"""colab/smollm2.ipynb runs from its first to its last cell at the smallest size, and has no
 outputs.
 """
 
@@ -19,7 +19,7 @@ def test_runs_at_the_smallest_size(tmp_path, monkeypatch):
   monkeypatch.setenv("R2M_NOTEBOOK_OVERRIDES", fewer)
   monkeypatch.setenv(
     "XLA_FLAGS", "--xla_backend_optimization_level=0"
-  )  # one device, as a reader has it
+  )  # one device, like a reader's machine
   notebook = nbformat.read(NOTEBOOK, as_version=4)
   execute(notebook, tmp_path, monkeypatch)
   shown = {

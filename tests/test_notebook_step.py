@@ -1,5 +1,5 @@
-"""colab/r2m_step_by_step.ipynb runs from its first cell to its last, agrees with the step, and
-holds no outputs.
+"""colab/r2m_step_by_step.ipynb runs from its first to its last cell, agrees with the step, and has
+no outputs.
 """
 
 import os
@@ -24,7 +24,7 @@ def test_installs_like_the_quickstart():
 
 
 def run(notebook, folder, monkeypatch):
-  """Executes it in place on one device, with a policy that is hardly trained."""
+  """Executes it in place on one device, with a barely trained policy."""
   monkeypatch.setenv("R2M_NOTEBOOK_SFT_STEPS", "20")
   monkeypatch.setenv(
     "PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -32,10 +32,10 @@ def run(notebook, folder, monkeypatch):
   monkeypatch.setenv("IPYTHONDIR", str(folder / "ipython"))
   monkeypatch.setenv(
     "XLA_FLAGS", "--xla_backend_optimization_level=0"
-  )  # one device, as a reader has it
+  )  # one device, like a reader's machine
   monkeypatch.delenv(
     "MPLBACKEND", raising=False
-  )  # the kernel's own, which puts figures into the outputs
+  )  # the kernel's backend, which puts figures into the outputs
   monkeypatch.delenv("COLAB_RELEASE_TAG", raising=False)
   nbclient.NotebookClient(
     notebook, timeout=2400, kernel_name="python3", resources={"metadata": {"path": str(folder)}}

@@ -124,6 +124,6 @@ def test_at_least_f32(given, result):
 
 
 def test_predicts_response_is_one_column_early():
-  columns = jnp.broadcast_to(jnp.arange(6), (2, 6))  # 4 prompt columns, then a response of 2
+  columns = jnp.broadcast_to(jnp.arange(6), (2, 6))  # 4 prompt columns, then a response of 2 tokens
   np.testing.assert_array_equal(ops.predicts_response(columns, 2), [[3, 4], [3, 4]])
   assert ops.predicts_response(jnp.zeros((2, 6, 5)), 2).shape == (2, 2, 5)

@@ -1,4 +1,6 @@
-"""What pip installs: one package with the configs inside, and a command that finds them by name."""
+"""The result of pip install: one package with the configs inside, and a command that finds them by
+name.
+"""
 
 import os
 import pathlib
@@ -18,7 +20,7 @@ BUILT_FROM = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-  """The folder that a wheel unpacks into, as site-packages would have it."""
+  """The unpacked wheel, as in site-packages."""
   folder = tmp_path_factory.mktemp("wheel")
   tree = folder / "tree"
   without = shutil.ignore_patterns("__pycache__")
@@ -48,7 +50,9 @@ def test_one_package_lands_in_site_packages(site):
 
 
 def test_the_installed_command_finds_its_configs(site, tmp_path):
-  """From another folder: help, a config by name, and its refusal of a value before any device."""
+  """From another folder: help, a config by name, and the refusal of a value before any device is
+  used.
+  """
   code = "from r2m_jax import main; main.start()"
   env = os.environ | {"PYTHONPATH": str(site), "JAX_PLATFORMS": "no_such_platform"}
   command = [sys.executable, "-c", code, "--config=quickstart:test", f"--workdir={tmp_path}/x"]
@@ -70,7 +74,7 @@ def test_the_version_is_written_once_and_cited():
 
 
 def test_tensorflow_datasets_is_imported_for_its_names_only(tmp_path):
-  """Every module of the library, and rows from a file, leave it alone; a `tfds:` name needs it."""
+  """No module of the library imports it, nor do rows from a file; a `tfds:` name needs it."""
   code = """
 import importlib, pathlib, sys, types
 import r2m_jax

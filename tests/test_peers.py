@@ -1,4 +1,4 @@
-"""What a comparison with the peers concludes from its numbers. No peer runs here and no time is
+"""The conclusions of a comparison with the peers from its numbers. No peer runs here and no time is
 measured.
 """
 
@@ -113,7 +113,9 @@ def test_a_row_that_ends_early_ends_the_process():
 
 @pytest.fixture
 def clock(monkeypatch):
-  """Ticks of a machine of 2 cores where rollout i takes i seconds and others have its `busy[i]`."""
+  """Ticks of a machine with 2 cores. Rollout i takes i seconds, and other processes use `busy[i]`
+  of it.
+  """
 
   def start(busy):
     now, others = iter(range(len(busy) + 1)), iter([0.0, *busy])

@@ -1,4 +1,6 @@
-"""The whole jitted step against a float64 oracle in torch; what it must and must not move."""
+"""The whole jitted step against a float64 oracle in torch, and the parameters that it must and must
+not change.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -26,15 +28,15 @@ def flat(state) -> dict[str, np.ndarray]:
 
 
 def hidden_states(w, arch, tokens, mask):
-  """A Llama in float64 torch, written from its equations; `w` has our names. (transformers' own
-  rounds to float32.)
+  """A Llama in float64 torch, written from its equations. `w` has our names. (The one in
+  transformers rounds to float32.)
   """
   B, L = tokens.shape
   heads, kv, dim = arch.num_heads, arch.num_kv_heads, arch.head_dim
   position = (mask.long().cumsum(-1) - 1).clamp(min=0)
   angle = position[..., None] * arch.rope_theta ** (-torch.arange(0, dim, 2) / dim)
   cos, sin = (torch.cat([f(angle)] * 2, -1)[:, None] for f in (torch.cos, torch.sin))
-  # padding may look at itself: a softmax without any key would be NaN, and 0 * NaN spreads
+  # padding may attend to itself: a softmax without any key would be NaN, and 0 * NaN spreads
   seen = (torch.ones(L, L).tril().bool() & mask[:, None, :] | torch.eye(L).bool())[:, None]
 
   def norm(x, scale):
@@ -120,7 +122,7 @@ def oracle_step(cfg, built, state, sequences, step_number):
     logp, refreshed = logp_all(policy)
     ratio = torch.exp(of_tokens(logp) - old)
     clipped = torch.clamp(ratio, 1 - cfg.ppo.clip_eps, 1 + cfg.ppo.clip_eps)
-    # the textbook objective; at ratio 1 torch would split a tie, so the branches are picked by hand
+    # the textbook objective; at ratio 1 torch would split a tie, so the branches are chosen here
     picked = torch.where(ratio * advantages <= clipped * advantages, ratio, clipped)
     kl = (logp.exp() * (logp - ref_logp)).sum(-1)
     loss = per_sequence(-picked * advantages) + cfg.kl.beta * per_sequence(kl)
@@ -168,7 +170,7 @@ def test_whole_step_matches_float64_torch_oracle():
       dtype="float64", param_dtype="float64", rollout__temperature=0.7, kl__beta=0.3, **SGD
     )
     built, state = small.start(cfg, ref_noise=0.05)
-    state = state.replace(step=jnp.int32(2))  # omega below 1: the feedback counts
+    state = state.replace(step=jnp.int32(2))  # omega is below 1, so the feedback counts
     before = jax.device_get(state.replace(key=None))
     state, out = small.step_of(cfg, built, state)(state, small.prompts(cfg, 0, left_pad=2))
     out, after = jax.device_get(out), jax.device_get(state.replace(key=None))
@@ -188,7 +190,7 @@ def test_whole_step_matches_float64_torch_oracle():
     (flat(after.reward_head), flat(before.reward_head), want["head"]),
   ):
     assert set(got) == set(expected)
-    for name in got:  # SGD: the move is the gradient times the learning rate
+    for name in got:  # SGD: the change is the gradient times the learning rate
       move, expected_move = got[name] - start[name], expected[name] - start[name]
       assert np.abs(expected_move).max() > 1e-9 or name == "phi/bias", name
       np.testing.assert_allclose(
@@ -245,7 +247,7 @@ def test_variants_without_training_leave_the_head_alone(variant):
 
 
 def test_step_zero_identities():
-  """Before any update: the ratio is 1 within 2e-5 and old equals reference log-probabilities
+  """Before any update, the ratio is 1 within 2e-5, and old log-probabilities equal the reference's
   exactly.
   """
   for dtype, bound in (("float32", 2e-5), ("bfloat16", 2e-2)):
@@ -279,8 +281,8 @@ def test_prompt_padding_changes_nothing():
 
 
 def test_minibatches_cover_every_row_once_per_epoch():
-  """With a learning rate of zero, the mean over minibatches is the full batch's loss and h' is h
-  of every row.
+  """With a learning rate of zero, the mean over minibatches is the loss of the full batch, and h'
+  equals h in every row.
   """
   still = dict(policy__lr=0.0, r2m__lr=0.0, **small.FLOAT64)
   with jax.enable_x64(True):

@@ -1,4 +1,4 @@
-"""Scores to advantages. Rows are p * K + k: sample k of prompt p. Everything here is at least
+"""Turns scores into advantages. Row p * K + k is sample k of prompt p. Everything is at least
 float32.
 """
 
@@ -15,8 +15,8 @@ from r2m_jax.ops import check, masked_whiten
 def centred_groups(scores: jax.Array, group_size: int) -> jax.Array:
   """r_i - mean of its group.   f32[B] -> f32[P, K].
 
-  Exactly 0 where a group ties: the mean of equal numbers may be rounded, so the first one is
-  subtracted before.
+  Exactly 0 if all scores of a group are equal: the mean of equal numbers may be rounded, so the
+  first score is subtracted before.
   """
   groups = scores.reshape(-1, group_size)
   groups = groups - groups[:, :1]
@@ -26,7 +26,7 @@ def centred_groups(scores: jax.Array, group_size: int) -> jax.Array:
 def rloo(scores: jax.Array, group_size: int) -> jax.Array:
   """Leave-one-out baseline (eq. 1): A_i = r_i - mean over j != i of r_j.   f32[B] -> f32[B].
 
-  Written as K / (K - 1) * (r_i - mean r), the same number with one reduction.
+  Computed as K / (K - 1) * (r_i - mean r), which is equal and needs only one reduction.
   """
   check(scores, "B")
   return (centred_groups(scores, group_size) * (group_size / (group_size - 1))).reshape(-1)
@@ -36,10 +36,12 @@ NORMS = ("group", "batch", "none")
 
 
 def grpo(scores: jax.Array, group_size: int, *, eps: float, norm: str = "group") -> jax.Array:
-  """Scores centred in their group and standardised: A_i = (r_i - mean r) / sqrt(var + eps).   f32[B] -> f32[B].
+  """Scores that are centred in their group and standardised: A_i = (r_i - mean r) / sqrt(var +
+  eps).   f32[B] -> f32[B].
 
-  var, with 1/K, is that of the group (GRPO), or with norm="batch" the mean of all groups';
-  norm="none" does not divide (Dr. GRPO). A group whose scores all tie has advantage zero.
+  var, with 1/K, is the variance of the group (GRPO). With norm="batch" it is the mean variance of
+  all groups; norm="none" does not divide (Dr. GRPO). If all scores of a group are equal, its
+  advantages are zero.
   """
   check(scores, "B")
   centred = centred_groups(scores, group_size)
@@ -77,8 +79,8 @@ def gae(
     delta_t = r_t + gamma V_{t+1} - V_t;   A_t = delta_t + gamma lam A_{t+1};   V after the last token is 0
 
   Args:
-    token_rewards, values: f32[B, T]; masks are runs from the first column on, so T runs backwards
-      over them.
+    token_rewards, values: f32[B, T]; masks are contiguous from the first column, so the recursion
+      runs backwards over T.
 
   Returns:
     (advantages, returns A + V), f32[B, T] each, zero off the mask.
@@ -100,7 +102,9 @@ def gae(
 
 
 def per_token(advantages: jax.Array, response_mask: jax.Array) -> jax.Array:
-  """One advantage per row to every token of its response.   f32[B], bool[B, T] -> f32[B, T]."""
+  """Copies one advantage per row to every token of its response.   f32[B], bool[B, T] -> f32[B,
+  T].
+  """
   check(advantages, "B")
   check(response_mask, "B T", jnp.bool_)
   return jnp.where(response_mask, advantages[:, None], 0)
@@ -109,35 +113,35 @@ def per_token(advantages: jax.Array, response_mask: jax.Array) -> jax.Array:
 @struct.dataclass
 class Targets:
   advantages: jax.Array  # f32[B, T]
-  returns: Any = None  # f32[B, T], what the critic should say; None without one
+  returns: Any = None  # f32[B, T], the critic's targets; None without a critic
 
 
 class Scored(NamedTuple):
-  """What a step's samples earned."""
+  """Scores, KL and baselines of a step's samples."""
 
   scores: jax.Array  # f32[B], shaped, of whole responses
   penalty: jax.Array  # f32[B, T], subtracted from each token's reward; 0 off the mask
   mask: jax.Array  # bool[B, T]
-  greedy_scores: jax.Array | None  # f32[P]; None if the baseline is another
-  values: jax.Array | None  # f32[B, T], the critic's; None if the baseline is another
+  greedy_scores: jax.Array | None  # f32[P]; None if the baseline is not "greedy"
+  values: jax.Array | None  # f32[B, T], the critic's; None if the baseline is not "critic"
 
   def of_responses(self) -> jax.Array:
     """One reward for the whole response, f32[B]."""
     return self.scores - self.penalty.sum(-1)
 
   def of_tokens(self) -> jax.Array:
-    """A reward for each token, f32[B, T]: the score comes with the last one."""
+    """A reward for each token, f32[B, T]; the score is added to the last token."""
     last = jnp.arange(self.mask.shape[1]) == self.mask.sum(-1, keepdims=True) - 1
     return jnp.where(last, self.scores[:, None], 0) - self.penalty
 
 
 class Estimator(NamedTuple):
-  """How scores become advantages."""
+  """A rule that turns scores into advantages."""
 
   # (Scored, group size, config) -> Targets. The config is read while it is traced.
   advantage: Callable[..., Targets]
-  # what a reward is compared with: "group" the other samples of the prompt, "batch" all samples,
-  # "greedy" the prompt's greedy response, "critic" a critic's values
+  # the baseline: "group" the other samples of the prompt, "batch" all samples, "greedy" the
+  # prompt's greedy response, "critic" a critic's values
   baseline: str
 
 

@@ -1,4 +1,4 @@
-"""Annotate (algorithm 1): what the reward model makes of a rollout, fused with the policy's states.
+"""Annotate (algorithm 1): the reward model scores a rollout, fused with the policy's states.
 
 Equation numbers are those of R2M (arXiv 2601.22664).
 """
@@ -19,11 +19,11 @@ from r2m_jax.types import Given, Judged, Rollout, Sequences, TrainState
 
 
 class Reward(NamedTuple):
-  """How responses are scored, and what becomes of an update of the head."""
+  """How responses are scored, and whether an update of the head is kept."""
 
   # (head state, rte f32[B, Dr], States, omega f32[]) -> f32[B, M], the reward by each of M heads
   score: Callable[..., jax.Array]
-  # (new, old) -> one of the two; None: the new one. Trees of head, optimizer state and metrics.
+  # (new, old) -> one of the two trees of head, optimizer state and metrics; None: the new one
   keep: Callable | None = None
 
 
@@ -51,12 +51,12 @@ def make_annotate(
     old, ref: `Feedback` of policy and reference, of `all_rows` of the rollout.
     reward_rows: a `Rollout` of `Rows`, the same responses as the reward model reads them, of
       `Sequences`, the policy's tokens with the reward model's own ending, or of `Given`, their
-      scores. None: it reads the very tokens of the policy.
-    group: as in `make_read`; it does not count for `Rows`, whose prompts are not shared.
-  Returns (Judged, the backbone's own states), both of `all_rows` of the rollout.
+      scores. None: it reads the policy's own tokens.
+    group: as in `make_read`; not used for `Rows`, whose prompts are not shared.
+  Returns (Judged, the backbone's own states), both for `all_rows` of the rollout.
 
   Args:
-    reward: None is the variant's own.
+    reward: None: the variant's own.
   """
   variant, parts = VARIANTS[config.variant], parts_of(config)
   score = (reward or make_reward(defs, config)).score
@@ -102,12 +102,12 @@ def make_annotate(
 
 
 def is_given(reward_rows: Rollout | None) -> bool:
-  """Whether a step is given scores in place of rows for a reward model."""
+  """Whether a step is given scores instead of rows for a reward model."""
   return reward_rows is not None and isinstance(reward_rows.samples, Given)
 
 
 def given(variant: Variant, scores: jax.Array, w) -> tuple[Judged, States]:
-  """What `annotate` returns for scores f32[B] from outside: no embedding, and no states."""
+  """The result of `annotate` for scores f32[B] from outside, without an embedding or states."""
   assert not variant.feedback and not variant.trained, "the config's checks refuse such a variant"
   none = scores[:, None][:, :0]
   used = scores * w if variant.scaled else scores

@@ -1,4 +1,4 @@
-"""Credit (algorithm 1): from annotation scores to what the policy's minibatches are made of."""
+"""Credit (algorithm 1): from annotation scores to the data of the policy's minibatches."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ def make_credit(defs: Defs, config) -> Callable[..., Experience]:
 
   Of the built function:
     scores: f32[B (+ P)], the annotation scores of `all_rows` of the rollout.
-    old, ref: `Feedback` of policy and reference, of the samples alone.
+    old, ref: `Feedback` of policy and reference, of the samples only.
     beta: f32[], weight of the KL.
   """
   estimator, shaping = ESTIMATORS[config.algorithm], config.shaping
@@ -96,7 +96,7 @@ def make_token_kl(defs: Defs, config) -> Callable[..., jax.Array]:
 
 
 def open_values(defs: Defs, critic, sequences: Sequences, shared: Shared) -> jax.Array:
-  """V of the critic's state before each response token, f32[B, T]."""
+  """The critic's value V before each response token, f32[B, T]."""
   assert defs.critic_backbone is not None and defs.critic_head is not None
   backbone = nnx.merge(defs.critic_backbone, critic["backbone"])
   head = nnx.merge(defs.critic_head, critic["head"])

@@ -1,4 +1,4 @@
-"""Real preferences for the reward update: whether a step asks for them, and how many it gets."""
+"""Real preferences for the reward update: whether a step uses them, and how many it gets."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from r2m_jax.types import Pairs, Sequences
 
 
 def uses_labels(config) -> bool:
-  """Whether the step asks for real preferences."""
+  """Whether the step uses real preferences."""
   return config.r2m.labels == "preference" and VARIANTS[config.variant].trained
 
 
@@ -19,7 +19,9 @@ def pairs_per_step(config) -> int:
 
 
 def pairs_at(config, step: int) -> int:
-  """Labelled pairs of this step, such that all steps so far have had their share of the budget."""
+  """The number of labelled pairs in this step, such that the steps so far have used their share of
+  the budget.
+  """
   rate = config.r2m.label_budget * config.rollout.prompts * config.rollout.group_size / 2
   return math.floor((step + 1) * rate + 1e-9) - math.floor(step * rate + 1e-9)
 

@@ -28,22 +28,22 @@ def ppo_clip(
 
     rho = exp(new - old);   L = -(A >= 0 ? min(rho, 1 + eps_high) : min(max(rho, 1 - eps), c)) * A
 
-  The textbook min(rho * A, clip(rho) * A) has a tie at rho = 1, where every first minibatch sits,
-  and automatic differentiation may split the gradient there. This form has none.
+  The textbook min(rho * A, clip(rho) * A) has a tie at rho = 1, the value in every first minibatch,
+  and automatic differentiation may split the gradient at a tie. This form has no tie.
 
   Args:
     new_logprobs, old_logprobs, advantages: f32[B, T].
     mask: bool[B, T], True on response tokens.
     clip_eps: half-width of the trust region.
     aggregation: see `ops.aggregate`.
-    clip_eps_high: its upper half-width, where it is not the same (DAPO's asymmetric clip); 0: the
-      same.
-    dual_clip: largest ratio c > 1 that a negative advantage is multiplied by (dual-clip PPO); 0:
-      none.
+    clip_eps_high: its upper half-width, if it differs (DAPO's asymmetric clip); 0: clip_eps.
+    dual_clip: largest ratio c > 1 that multiplies a negative advantage (dual-clip PPO); 0: no
+      limit.
     ratio: "token", or "sequence" for one ratio a row, exp(mean over its tokens of new - old)
       (GSPO).
-    whole: mask of the minibatch that these rows are a micro-batch of: the loss is then their share
-      of the minibatch's, and the metrics are those of the rows alone. None: they are all of it.
+    whole: mask of the minibatch of which these rows are a micro-batch. The loss is then their
+      contribution to the minibatch's loss, and the metrics cover only these rows. None: these rows
+      are the whole minibatch.
   """
   check(new_logprobs, "B T")
   check(old_logprobs, "B T")
@@ -75,8 +75,8 @@ def value_clip(
   clip: float,
   whole: jax.Array | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-  """The critic's squared error, clipped around its old values as in PPO: the larger of both errors
-  counts.
+  """The critic's squared error, clipped around its old values as in PPO: the larger of the two
+  errors counts.
 
     L = 1/2 mean max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2)
 
@@ -90,7 +90,7 @@ def value_clip(
   free, held = (values - returns) ** 2, (near - returns) ** 2
   loss = 0.5 * share_mean(
     jnp.where(held > free, held, free), mask, whole
-  )  # a tie takes the free branch, undivided
+  )  # a tie takes the unclipped branch, so its gradient is not split
   metrics = {
     "critic/loss": loss,
     "critic/clip_fraction": masked_mean((held > free).astype(values.dtype), mask),
@@ -101,14 +101,14 @@ def value_clip(
 
 
 def kl_k1(new_logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
-  """Per-token log-ratio [B, T]: unbiased as a value. For rewards only: as a loss its expected
+  """Per-token log-ratio [B, T]: an unbiased value. Only for rewards, because as a loss its expected
   gradient is zero.
   """
   return new_logprobs - ref_logprobs
 
 
 def kl_k2(new_logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
-  """Per-token half squared log-ratio [B, T]. On-policy its gradient is that of KL(policy ||
+  """Per-token half squared log-ratio [B, T]. On-policy its gradient is the gradient of KL(policy ||
   reference).
   """
   return 0.5 * (new_logprobs - ref_logprobs) ** 2
@@ -117,8 +117,8 @@ def kl_k2(new_logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
 def kl_k3(new_logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
   """Per-token exp(-d) - 1 + d with d = new - ref [B, T]: unbiased and non-negative as a value.
 
-  As a loss its on-policy gradient is that of KL(reference || policy), the other direction: use it
-  to report.
+  As a loss its on-policy gradient is the gradient of KL(reference || policy), the other direction.
+  It is therefore best for reporting.
   """
   d = new_logprobs - ref_logprobs
   return jnp.exp(-d) - 1 + d
@@ -127,10 +127,10 @@ def kl_k3(new_logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
 def bradley_terry(
   winner: jax.Array, loser: jax.Array, weight: jax.Array | None = None
 ) -> jax.Array:
-  """-log sigmoid(r_w - r_l), mean over pairs, weighted where weights are given (eq. 5). f32[P] each
-  -> f32[].
+  """-log sigmoid(r_w - r_l), mean over pairs, weighted if weights are given (eq. 5). f32[P] each ->
+  f32[].
 
-  Where all weights are 0 the loss is 0.
+  If all weights are 0, the loss is 0.
   """
   loss = -jax.nn.log_sigmoid(winner - loser)
   if weight is None:
@@ -140,11 +140,12 @@ def bradley_terry(
 
 
 def group_reward_entropy(rewards: jax.Array, *, eps: float) -> jax.Array:
-  """Entropy of p = softmax((r - mean r) / std r) inside each group, mean over groups, nats (eq. 6).
+  """Entropy of p = softmax((r - mean r) / std r) within each group, averaged over groups, in nats
+  (eq. 6).
 
-  A small entropy means that the rewards of a group are told apart. std uses 1/K, and eps is added
-  to the variance, so that a group of nearly equal rewards has bounded gradients; a group of exactly
-  equal rewards has gradient zero.
+  A small entropy means that the rewards of a group are well separated. std uses 1/K, and eps is
+  added to the variance, so that a group of nearly equal rewards has bounded gradients; a group of
+  exactly equal rewards has gradient zero.
 
   Args:
     rewards: f32[P, K].
@@ -161,7 +162,7 @@ def group_reward_entropy(rewards: jax.Array, *, eps: float) -> jax.Array:
 def trusted_pairs(
   annotations: jax.Array, frozen: jax.Array, *, confidence: float, temperature: float
 ) -> jax.Array:
-  """Which groups' own pairs are labels to learn from: f32[P], 1 or 0.
+  """The weight of each group's own pair as a label: f32[P], 1 or 0.
 
   The winner and the loser of a group are its highest and lowest annotation. Their order is trusted
   if sigmoid(gap / temperature) > confidence, with `gap` the difference of their annotations, and if
@@ -170,7 +171,7 @@ def trusted_pairs(
   Args:
     annotations, frozen: f32[P, K], scores by the reward in use and by the frozen reward model.
     confidence: in [0, 1).
-    temperature: of the gap, such that the sigmoid is the probability of a right label.
+    temperature: of the gap, chosen so that the sigmoid is the probability of a correct label.
   """
   check(annotations, "P K")
   check(frozen, "P K")
@@ -195,16 +196,16 @@ def grebt(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
   """(1 - alpha) * L_BT + alpha * L_GRE (eq. 7).
 
-  The annotation scores alone pick each group's winner and loser (algorithm 1): they are data, not a
-  function of the head. Where a whole group ties, winner and loser are the same row and the pair has
-  gradient zero.
+  Only the annotation scores choose each group's winner and loser (algorithm 1). They are data, not
+  a function of the head. If all scores of a group are equal, winner and loser are the same row and
+  the pair has gradient zero.
 
   Args:
     rewards: f32[P, K], from the refreshed policy feedback; gradients flow through these.
-    annotations: f32[P, K], the scores that the policy was trained on in this step.
+    annotations: f32[P, K], the scores on which the policy was trained in this step.
     alpha: weight of the entropy, 0 to 1.
     eps: see `group_reward_entropy`.
-    pairs: rewards of labelled winners and losers and their weight, f32[m] each, in place of the
+    pairs: rewards of labelled winners and losers and their weight, f32[m] each, instead of the
       groups' own pairs.
     trusted: f32[P], the weight of each group's own pair; see `trusted_pairs`. None: all are 1.
   """

@@ -1,9 +1,9 @@
-"""What the policy is trained towards: scores to advantages per token, and the loss of a minibatch
+"""The policy's training objective: advantages per token from scores, and the loss of a minibatch
 (eq. 2).
 
-Built from a config once; the functions see arrays alone, no model and no tokenizer. Of the KL to
-the reference, a part may be in the reward (no gradient, it is credited like any reward) and a part
-in the loss:
+The functions are built once from a config. They see only arrays, no model and no tokenizer. The KL
+to the reference can enter through the reward (without a gradient, credited like any reward),
+through the loss, or both:
 
   loss, any estimator     the states visited are held fixed:  E_s[grad KL(policy(.|s) || reference(.|s))]
   reward, k1              the sampled log-ratio of each token; its score-function gradient is that of the sequence's KL
@@ -31,11 +31,12 @@ KL_OF_LOGPROBS = {"k1": losses.kl_k1, "k2": losses.kl_k2, "k3": losses.kl_k3}
 
 
 def shape_scores(scores: jax.Array, length: jax.Array, has_eos: jax.Array, settings) -> jax.Array:
-  """Mitigations on the reward of whole responses, in this order: centre, clip, missing end, length.
+  """Changes to the reward of whole responses, in this order: centring, clipping, missing end,
+  length.
 
   Args:
     scores: f32[B], the annotation scores.
-    length: i32[B], response tokens with the ending one.
+    length: i32[B], number of response tokens, including the end token.
     has_eos: bool[B].
     settings: config.shaping.
   """
@@ -54,7 +55,7 @@ def make_advantages(config) -> Callable[..., Targets]:
   """Builds `advantages(scores, token_kl, mask, beta, *, greedy_scores, values) -> Targets`.
 
   scores f32[B] are shaped, token_kl f32[B, T] is the old policy's KL of each token by the config's
-  estimator (read only where the KL is in the reward), mask bool[B, T], beta f32[]; greedy_scores
+  estimator (used only if the KL is in the reward), mask bool[B, T], beta f32[]; greedy_scores
   f32[P] and values f32[B, T] are the baselines "greedy" and "critic".
   """
   estimator, K = ESTIMATORS[config.algorithm], config.rollout.group_size
@@ -77,9 +78,9 @@ def make_objective(
 ) -> Callable[..., tuple[jax.Array, dict[str, jax.Array]]]:
   """Builds `objective(stats, batch, beta, whole=None) -> (loss, metrics)`: eq. 2 for one minibatch.
 
-  stats are the policy's `TokenStats`, with the exact KL where the estimator is exact; batch is an
-  `Experience`. Where that is a micro-batch of the minibatch `whole`, the loss is its share of the
-  minibatch's.
+  stats are the policy's `TokenStats`, with the exact KL if the estimator is exact. batch is an
+  `Experience`. If it is a micro-batch of the minibatch `whole`, the loss is its contribution to the
+  minibatch's loss.
   """
   estimator = kl_estimator(config, vocab_size)
   kl_in_loss = config.kl.placement == "loss" or estimator == "exact"
@@ -123,8 +124,9 @@ def make_objective(
 
 
 def kl_estimator(config: ConfigDict, vocab_size: int) -> str:
-  """ "auto" resolved: k1 in the reward; in the loss exact over the vocabulary up to 1,024 entries,
-  else k2 (whose on-policy gradient is right)."""
+  """The estimator, with "auto" resolved: k1 in the reward; in the loss, exact for vocabularies of
+  up to 1,024 entries, and otherwise k2, whose on-policy gradient is correct.
+  """
   if config.kl.estimator != "auto":
     return config.kl.estimator
   if config.kl.placement == "reward":

@@ -1,11 +1,10 @@
-"""Optimizers: an optax chain from a config section, and one update that refuses numbers that are
-not finite.
+"""Optimizers: an optax chain from a config section, and one update that rejects non-finite numbers.
 
-Every update is computed in at least float32, whatever parameters and moments are stored in. What is
-stored in bfloat16 is rounded at random, up or down with the probabilities that make the rounding
-right on average: bfloat16 keeps 8 bits, and an update of 1e-6 to a weight of 1e-2 would never
-survive rounding to the nearest. Weights that are kept exactly are `param_dtype` float32 with
-`dtype` bfloat16, at twice the memory.
+Every update is computed in at least float32, whatever the dtype of stored parameters and moments.
+Values that are stored in bfloat16 are rounded stochastically, so that the rounding is correct on
+average: bfloat16 keeps 8 bits, and rounding to nearest would always lose an update of 1e-6 to a
+weight of 1e-2. For exact master weights, use `param_dtype` float32 with `dtype` bfloat16, at twice
+the memory.
 """
 
 import functools
@@ -50,7 +49,7 @@ def make_optimizer(config, total_updates: int) -> optax.GradientTransformation:
 class Kept(NamedTuple):
   """State of `keep_moments`."""
 
-  count: jax.Array  # type: ignore[assignment]  # i32[], updates so far: what the rounding of each depends on
+  count: jax.Array  # type: ignore[assignment]  # i32[], updates so far; seeds the rounding
   inner: Any
 
 
@@ -62,8 +61,8 @@ def wide(tree):
 
 
 def keep_moments(tx: optax.GradientTransformation, dtype) -> optax.GradientTransformation:
-  """`tx`, computed in at least float32, its moments stored in `dtype`; "float32" is float32 or
-  whatever is wider.
+  """`tx`, computed in at least float32, with moments stored in `dtype`; "float32" means at least
+  float32.
   """
   narrow = dtype == jnp.bfloat16
 
@@ -87,8 +86,8 @@ def keep_moments(tx: optax.GradientTransformation, dtype) -> optax.GradientTrans
 
 
 def round_tree(tree, dtypes, count: jax.Array):
-  """Leaves in their `dtypes`; those that go from float32 to bfloat16 are rounded at random, by
-  leaf and `count`.
+  """Leaves in their `dtypes`. Leaves that go from float32 to bfloat16 are rounded stochastically,
+  with a seed that depends on leaf and `count`.
   """
 
   def rounded(path, x, dtype):
@@ -102,18 +101,18 @@ def round_tree(tree, dtypes, count: jax.Array):
 
 
 def round_at_random(x: jax.Array, seed: jax.Array) -> jax.Array:
-  """f32 -> bf16, one of the two neighbours, with expectation x; a number that bfloat16 has stays
-  itself.
+  """f32 -> bf16: one of the two neighbours, with expectation x. A number that bfloat16 can
+  represent does not change.
 
-  The noise is a hash of the element's place and `seed`, u32[]: element by element, so that it needs
-  no memory and is the same on every mesh.
+  The noise is a hash of the element's position and `seed`, u32[]. It is computed element by
+  element, so it needs no memory and is the same on every mesh.
   """
   place = jnp.zeros(x.shape, jnp.uint32)
   for axis in range(x.ndim):
     stride = int(np.prod(x.shape[axis + 1 :])) % 2**32
     place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
   noise = _hash(place ^ _hash(seed)) >> 16
-  # carries into the upper half as often as the lower says
+  # carries into the upper half with the probability given by the lower half
   bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
   rounded = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
   return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
@@ -127,7 +126,7 @@ def _hash(x: jax.Array) -> jax.Array:
 
 
 def apply_updates(params, updates, count: jax.Array):
-  """params + updates, summed in at least float32 and stored as params are; see
+  """params + updates, summed in at least float32 and stored in the dtype of params; see
   `round_at_random`.
   """
   summed = jax.tree.map(lambda p, u: at_least_f32(p) + u, params, updates)
@@ -138,10 +137,10 @@ def gradient(loss: Callable, params, *args, parts: int = 1):
   """(value, aux, gradient) of loss(params, *args) -> (value, aux), from `parts` micro-batches one
   after another.
 
-  With more than one, the first of args is a tree of rows, `loss` gives the share that the rows it
-  sees have in the value of all (what it divides by, it counts over all), and every leaf of aux has
-  these rows as its leading axis. Shares and gradients are summed in at least float32, so any number
-  of parts gives the same numbers up to rounding.
+  With more than one part, the first of args is a tree of rows. `loss` then gives the contribution
+  of the rows that it sees to the value for all rows (its denominators count all rows), and every
+  leaf of aux has these rows as its leading axis. Contributions and gradients are summed in at least
+  float32, so the number of parts changes only rounding.
   """
   compute = jax.value_and_grad(loss, has_aux=True)
   if parts == 1:
@@ -164,14 +163,14 @@ def descend(tx: optax.GradientTransformation, loss: Callable, params, opt, *args
 
   The gradient comes from `parts` micro-batches; see `gradient`.
 
-  Where the loss, the gradient's norm or an updated parameter is NaN or infinite, params and opt
-  stay bit for bit what they were. (Moments of finite gradients with a finite norm are finite.) The
-  branch is in the same program and needs no memory of its own: choosing element by element would
-  keep what it chooses from, so the new parameters are first made to be looked at alone, which is
-  fused into one number, and made again if all are good.
+  If the loss, the gradient norm or an updated parameter is NaN or infinite, params and opt stay bit
+  for bit as they were. (Moments of finite gradients with a finite norm are finite.) The branch is
+  in the same program and needs no extra memory. Choosing element by element would keep both choices
+  in memory. Instead, the new parameters are first computed only for the check, which is fused into
+  one number, and computed again if all are finite.
 
   Returns:
-    params', opt', loss f32[], aux, {"grad_norm": f32[] before clipping, "skipped": f32[] 1 where
+    params', opt', loss f32[], aux, {"grad_norm": f32[] before clipping, "skipped": f32[] 1 if
     nothing was changed}.
   """
   value, aux, grads = gradient(loss, params, *args, parts=parts)

@@ -1,8 +1,9 @@
-"""How much of a step's padded places hold a token, and the program that computes no more than that.
+"""The share of a step's padded places that hold a token, and the program that computes only that
+share.
 
-Shapes are static, so `learn` is compiled for a few shares (config.packing) and a step runs the one
-with the smallest that its tokens fit. `needed` looks at every pass that `learn` makes: which rows
-go through a model together, and so are packed together, depends on minibatches and micro-batches.
+Shapes are static, so `learn` is compiled for a few shares (config.packing), and a step runs the
+smallest share that holds its tokens. `needed` considers every pass of `learn`: minibatches and
+micro-batches determine which rows go through a model together and are therefore packed together.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +27,8 @@ def smallest(shares: Sequence[float], need):
 
 
 def make_needed(defs: Defs, config) -> Callable[..., jax.Array]:
-  """Builds `needed(state, rollout, reward_rows=None) -> f32[]`: the smallest share of its places
-  that holds the tokens of every pass of `learn`. Arguments as of `learn`.
+  """Builds `needed(state, rollout, reward_rows=None) -> f32[]`: the smallest share of the places
+  that holds the tokens of every pass of `learn`. The arguments are those of `learn`.
   """
   K, parts = config.rollout.group_size, parts_of(config)
   minibatches, accumulation = config.ppo.minibatches, config.ppo.accumulation
@@ -65,8 +66,8 @@ def make_needed(defs: Defs, config) -> Callable[..., jax.Array]:
 
 
 def share_of(model: Transformer, rows: Sequences, parts: int, group: int) -> jax.Array:
-  """The share that a pass of `rows` through `model` in `parts` needs, f32[]: of all tokens, and of
-  the responses' alone, which are packed for the vocabulary head.
+  """The share that a pass of `rows` through `model` in `parts` needs, f32[]: the larger of the
+  shares of all tokens and of response tokens, which are packed for the vocabulary head.
   """
   count, length = rows.tokens.shape
   width = rows.response_mask.shape[1]

@@ -1,4 +1,4 @@
-"""Read (algorithm 1): what policy and reference say of a step's rows. Here is also what every later
+"""Read (algorithm 1): policy and reference read a step's rows. This file also has what every later
 part needs: the modules of a run, how tokens are drawn, and the keys of a step.
 """
 
@@ -22,7 +22,7 @@ from r2m_jax.parallel.rows import map_rows, neighbours
 from r2m_jax.parallel.sharding import lay_rows
 from r2m_jax.types import Feedback, Rollout, Sequences, TrainState
 
-# what a step's key is for
+# purposes of a step's key
 KEY_SHUFFLE, KEY_NOISE, KEY_REFRESHED_NOISE, KEY_PAIR_NOISE = range(2**31 - 1, 2**31 - 5, -1)
 
 
@@ -37,23 +37,23 @@ class Defs:
   phi: nnx.GraphDef
   policy_tx: optax.GradientTransformation
   reward_tx: optax.GradientTransformation
-  base: nnx.GraphDef | None = None  # of the reference, where the policy is adapters on top of it
+  base: nnx.GraphDef | None = None  # of the reference, if the policy is adapters on top of it
   critic_backbone: nnx.GraphDef | None = None  # of PPO's critic
   critic_head: nnx.GraphDef | None = None
   critic_tx: optax.GradientTransformation | None = None
-  # of the padded places of a pass, how many are computed; see `Transformer.__call__`
+  # share of a pass's padded places that is computed; see `Transformer.__call__`
   share: float = 1.0
 
   def open_policy(self, policy, ref) -> Transformer:
-    """The policy's module. With adapters `policy` holds these alone, and `ref` the weights below
-    them.
+    """The policy's module. With adapters, `policy` holds only the adapters and `ref` the base
+    weights.
     """
     return (
       nnx.merge(self.policy, policy) if self.base is None else nnx.merge(self.policy, policy, ref)
     )
 
   def open_ref(self, ref) -> Transformer:
-    """The reference's module; with adapters that is the base without them."""
+    """The reference's module; with adapters, the base without them."""
     return nnx.merge(self.policy if self.base is None else self.base, ref)
 
 
@@ -62,7 +62,7 @@ def step_key(state: TrainState, purpose: int) -> jax.Array:
 
 
 def sampling(config) -> dict:
-  """How tokens are drawn, in the sampler and in every log-probability alike."""
+  """How tokens are drawn, both in the sampler and in every log-probability."""
   rollout = config.rollout
   return dict(
     temperature=rollout.temperature,
@@ -76,7 +76,7 @@ def truncated(config) -> bool:
 
 
 def all_rows(rollout: Rollout):
-  """Both parts of a rollout in one: the rows of the samples, then the greedy ones.   [B (+ P), ...]."""
+  """Both parts of a rollout: the rows of the samples, then the greedy rows.   [B (+ P), ...]."""
   if rollout.greedy is None:
     return rollout.samples
 
@@ -159,10 +159,10 @@ def make_read(config, share: float = 1.0) -> Callable[..., tuple[Feedback, Feedb
   """Builds `read(policy, ref, sequences, group=1)`: `read_feedback` of both models with the
   config's settings.
 
-  `group` neighbouring rows have one prompt, which is computed once for as many as go through a
-  model together. Where sampling is truncated, the reference is normalised over the tokens that the
-  policy may sample. States that the config's variant and KL do not read have width 0: nothing is as
-  large as they are. `share` is that of `Defs`.
+  `group` neighbouring rows have one prompt, which is computed once for the rows that go through a
+  model together. If sampling is truncated, the reference is normalised over the tokens that the
+  policy may sample. States that the config's variant and KL do not read have width 0, because
+  states are the largest arrays of a step. `share` comes from `Defs`.
   """
   settings = sampling(config) | dict(layer=config.r2m.feedback_layer, chunk=config.logits_chunk)
   settings |= dict(share=share)
@@ -187,7 +187,7 @@ def make_read(config, share: float = 1.0) -> Callable[..., tuple[Feedback, Feedb
 
 
 def shared_prompts(group: int, whole: Sequences, tokens: jax.Array) -> Shared:
-  """What rows of `tokens`, a part of `whole`, have in common: `group` neighbours of `whole` have
+  """How the rows of `tokens`, a part of `whole`, share prompts: `group` neighbours of `whole` have
   one prompt.
   """
   return Shared(
@@ -196,14 +196,14 @@ def shared_prompts(group: int, whole: Sequences, tokens: jax.Array) -> Shared:
 
 
 def parts_of(config) -> int:
-  """Into how many parts passes without a gradient take the rows of a step: as many rows at a
-  time as an update does.
+  """The number of parts into which passes without a gradient split the rows of a step. A part has
+  as many rows as a micro-batch of an update.
   """
   return config.ppo.minibatches * config.ppo.accumulation
 
 
 def measured_kl(old: Feedback, ref: Feedback, sequences: Sequences) -> jax.Array:
-  """KL(policy || reference) of the samples, nats a sequence: k3 summed over tokens, mean over
+  """KL(policy || reference) of the samples, nats a sequence: k3 summed over tokens, averaged over
   rows. f32[].
   """
   return masked_sum(losses.kl_k3(old.logprobs, ref.logprobs), sequences.response_mask, -1).mean()

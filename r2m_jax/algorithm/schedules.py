@@ -15,9 +15,9 @@ def omega(progress: jax.Array, omega_min: float, kind: str = "cosine") -> jax.Ar
     w = max(cos(pi u) / 2 + 1/2, Omega), with u = t / T
 
   It starts at 1 (only the reward model's own embedding) and falls to the floor Omega. "linear"
-  falls along 1 - u to the same floor, "constant" is the floor from the start. "kl" is the cosine
-  with u = KL / target, the share of the allowed KL that the policy has used: it needs no T, and
-  goes back when the policy does.
+  falls along 1 - u to the same floor. "constant" is the floor from the start. "kl" is the cosine
+  with u = KL / target, the share of the allowed KL that the policy has used. It needs no T, and
+  rises again if the KL falls.
   """
   if kind == "constant":
     return jnp.full_like(progress, omega_min)
@@ -40,8 +40,8 @@ def make_omega(config) -> Callable[[jax.Array, jax.Array], jax.Array]:
 
 
 KL_CONTROLLERS = ("fixed", "adaptive", "hold", "held")
-HELD_RATE = 0.1  # most that one step moves log beta by
-HELD_BETA = (1e-3, 3.0)  # beta stays between these
+HELD_RATE = 0.1  # largest change of log beta in one step
+HELD_BETA = (1e-3, 3.0)  # limits of beta
 
 
 def kl_weight(
@@ -53,12 +53,12 @@ def kl_weight(
   horizon: int,
   damping: float = 0.0,
 ) -> tuple[jax.Array, jax.Array]:
-  """The weight of the KL in this step, and the beta that the next step starts from. All f32[].
+  """The weight of the KL in this step, and the next step's beta. All are f32[].
 
     fixed      beta, beta
     adaptive   beta, then beta * (1 + clip(KL / target - 1, -0.2, 0.2) / horizon): drifts until KL is at the target
                (arXiv 1909.08593)
-    hold       beta * max(1, KL / target)^2, from the same beta each step: a wall that gives way again
+    hold       beta * max(1, KL / target)^2, from the same beta in each step: a wall that recedes when the KL falls
     held       beta * exp(damping * e), then beta * exp(0.1 e) within [1e-3, 3], with
                e = clip(KL / target - 1, -1, 1): dual ascent on log beta until the KL stays at the
                target, from above and from below. The KL follows the weight some steps late, and

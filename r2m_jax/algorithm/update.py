@@ -38,7 +38,7 @@ from r2m_jax.types import Experience, Feedback, Judged, Pairs, Sequences, TrainS
 
 
 class Trained(NamedTuple):
-  """What the updates of a step change."""
+  """The states that the updates of a step change."""
 
   policy: Any
   policy_opt: Any
@@ -59,7 +59,7 @@ def shared_group(config) -> int:
 
 
 def shared_in(config, batch: Experience, whole: Experience) -> Shared:
-  """What the rows of a micro-batch have in common; `whole` is its minibatch."""
+  """How the rows of a micro-batch share prompts; `whole` is its minibatch."""
   return shared_prompts(shared_group(config), whole.sequences, batch.advantages)
 
 
@@ -75,8 +75,9 @@ def make_policy_loss(defs: Defs, config, objective: Callable) -> Callable:
   """Builds `policy_loss(policy, batch, ref, beta, whole) -> (f32[], (TokenStats, h'))`: eq. 2, the
   clipped objective minus beta * KL(policy || reference).
 
-  batch is a micro-batch of the minibatch `whole`: the loss is its share of the minibatch's. h',
-  [rows, L, Dp], are the refreshed states of these rows, of width 0 if the variant reads none.
+  batch is a micro-batch of the minibatch `whole`, and the loss is its contribution to the
+  minibatch's loss. h', [rows, L, Dp], are the refreshed states of these rows, with width 0 if the
+  variant reads none.
   """
   draw, layer = sampling(config) | dict(chunk=config.logits_chunk), config.r2m.feedback_layer
   exact = kl_estimator(config, defs.vocab_size) == "exact"
@@ -105,8 +106,8 @@ def make_policy_loss(defs: Defs, config, objective: Callable) -> Callable:
 
 
 def make_critic_loss(defs: Defs, config) -> tuple[Callable, Callable]:
-  """Builds `critic_loss(critic, batch, whole) -> (f32[], values f32[rows, T])`, and
-  `squared_error(values, batch, whole=None) -> (f32[], metrics)`, which it is made of.
+  """Builds `critic_loss(critic, batch, whole) -> (f32[], values f32[rows, T])`, and its part
+  `squared_error(values, batch, whole=None) -> (f32[], metrics)`.
   """
   clip = config.critic.value_clip
 
@@ -125,8 +126,8 @@ def make_update_policy(defs: Defs, config) -> Callable[..., tuple[Trained, dict[
   """Builds `update_policy(state, experience, hidden, beta) -> (Trained, metrics)`: a scan over
   epochs x minibatches of policy and critic.
 
-  hidden, [B, L, Dp], is h of the old policy; each update replaces the rows that it saw, so that h'
-  falls out of the last epoch. Metrics are f32[updates] each.
+  hidden, [B, L, Dp], is h of the old policy. Each update replaces the rows that it read, so hidden
+  is h' after the last epoch. Metrics are f32[updates] each.
   """
   objective = make_objective(config, defs.vocab_size)
   policy_loss = make_policy_loss(defs, config, objective)
@@ -164,15 +165,15 @@ def make_update_policy(defs: Defs, config) -> Callable[..., tuple[Trained, dict[
 
 def make_update_reward(defs: Defs, config, reward: Reward) -> Callable[..., TrainedReward]:
   """Builds `update_reward(state, sequences, judged, own, ref, trained, w, pairs)`: one step on
-  GREBT (eq. 7) for cross-attention and phi, with rte and h' as data. Neither policy nor backbone
-  moves, nor does the head if the variant does not train it.
+  GREBT (eq. 7) for cross-attention and phi, with rte and h' as data. The policy and the backbone do
+  not change, and the head changes only if the variant trains it.
 
-  Of the built function, everything of the samples alone:
+  Arguments of the built function, all for the samples only:
     own: the reward backbone's `States`.
     ref: `Feedback` of the reference.
     trained: the `Trained` of this step.
-    pairs: the step's labels; None: the annotation scores say which response of a group is the
-      winner and which the loser.
+    pairs: the step's labels; None: the annotation scores choose the winner and the loser of each
+      group.
   """
   variant = VARIANTS[config.variant]
   loss_of, labelled_of = make_reward_loss(config, reward), make_read_labelled(defs, config)
@@ -211,9 +212,9 @@ def make_update_reward(defs: Defs, config, reward: Reward) -> Callable[..., Trai
 
 def make_reward_loss(config, reward: Reward) -> Callable[..., Callable]:
   """Builds `loss_of(judged, states, w, labelled)`, which gives `loss(head state) -> (f32[],
-  metrics)`: GREBT (eq. 7), the mean over the heads of an ensemble, each with a loss of its own.
+  metrics)`: GREBT (eq. 7), averaged over the heads of an ensemble.
 
-  labelled: (rte, states, weight) of the pairs whose order is known, or None.
+  labelled: (rte, states, weight) of the labelled pairs, or None.
   """
   variant, K, score = VARIANTS[config.variant], config.rollout.group_size, reward.score
   alpha = config.r2m.alpha if variant.alpha is None else variant.alpha
@@ -272,5 +273,5 @@ def make_read_labelled(defs: Defs, config) -> Callable:
 
 
 def named(part: str, metrics: dict) -> dict:
-  """Metrics under the name of the part that they are of."""
+  """Metrics with the name of their part as a prefix."""
   return {f"{part}/{name}": value for name, value in metrics.items()}

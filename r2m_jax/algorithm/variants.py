@@ -1,7 +1,6 @@
-"""The variants of the method: whose states the reward reads, what is trained, and the controls put
-in their place.
+"""The variants of the method: whose states the reward reads, what is trained, and the controls.
 
-Equation numbers are those of R2M (arXiv 2601.22664). Each variant goes with every estimator.
+Equation numbers are those of R2M (arXiv 2601.22664). Each variant works with every estimator.
 """
 
 from typing import NamedTuple
@@ -12,8 +11,8 @@ import numpy as np
 
 from r2m_jax.ops import at_least_f32, masked_mean
 
-# Kinds of feedback, see `feed_back`: whose states each is made of, "policy", "reference" or the
-# "reward" backbone. The states of the others are not kept. "": none are read.
+# Kinds of feedback, see `feed_back`: whose states it uses: "policy", "reference" or the "reward"
+# backbone. The states of the other models are not kept. "": none are read.
 FEEDBACK = {
   "": "",
   "policy": "policy",
@@ -26,32 +25,33 @@ FEEDBACK = {
 
 
 class Variant(NamedTuple):
-  """What a variant does with the reward."""
+  """How a variant changes the reward."""
 
-  # which states are fused into the reward (eqs. 3 and 4): see `feed_back`; "": none are
+  # states that are fused into the reward (eqs. 3 and 4), see `feed_back`; "": none
   feedback: str = ""
-  # multiply the frozen reward by omega instead: the control for the shrinking that eq. 4 brings
+  # multiply the frozen reward by omega instead: the control for the shrinking by eq. 4
   scaled: bool = False
-  # retrain the head after each policy update (eqs. 5 to 7); without feedback that is phi alone
+  # retrain the head after each policy update (eqs. 5 to 7); without feedback the head is only phi
   trained: bool = False
-  # weight of the group reward entropy in eq. 7, in place of the config's
+  # weight of the group reward entropy in eq. 7, instead of the config's
   alpha: float | None = None
   # what is fitted before RL: "golden" the reward model on golden pairs, "head" the attention and
   # phi
   start: str = ""
-  # whose direction the reward that trains the policy has, if its scale is another's: see `rescaled`
+  # the direction of the reward that trains the policy, if its scale is another reward's; see
+  # `rescaled`
   direction: str = ""
 
   @property
   def width(self) -> str:
-    """The model that is as wide, and whose rows are as long, as the states that are fused into the
-    reward: "policy", "reward" (its backbone), or "" if there are none.
+    """The model whose width and row length the fused states have: "policy", "reward" (its
+    backbone), or "" if there are none.
     """
     return "policy" if self.reads == "reference" else self.reads
 
   @property
   def reads(self) -> str:
-    """Whose states the feedback is made of: see `FEEDBACK`."""
+    """The model whose states the feedback uses: see `FEEDBACK`."""
     return FEEDBACK[self.feedback]
 
 
@@ -79,17 +79,15 @@ VARIANTS = {
 
 
 class Arm(NamedTuple):
-  """What tells variants apart that can run in one program, that of "r2m", as traced scalars
-  bool[].
-  """
+  """The traced scalars bool[] that distinguish the variants that share the program of "r2m"."""
 
   fused: jax.Array | np.bool_  # the policy's states are fused into the reward
   scaled: jax.Array | np.bool_  # omega multiplies it
-  trained: jax.Array | np.bool_  # the head keeps its update
+  trained: jax.Array | np.bool_  # the update of the head is kept
 
 
 def arm_of(name: str) -> Arm | None:
-  """A variant as an `Arm`; None where "r2m" computes nothing of the kind."""
+  """A variant as an `Arm`; None if the program of "r2m" cannot express it."""
   variant = VARIANTS[name]
   if variant.feedback not in ("", "policy") or variant.alpha is not None or variant.direction:
     return None
@@ -97,7 +95,7 @@ def arm_of(name: str) -> Arm | None:
 
 
 def measured(metric: str, name: str) -> bool:
-  """Whether a metric of the step means anything for this variant, in whatever program it ran."""
+  """Whether a metric of the step is meaningful for this variant, whichever program ran it."""
   variant = VARIANTS[name]
   if metric == "r2m/omega":
     return bool(variant.feedback or variant.scaled)
@@ -107,7 +105,7 @@ def measured(metric: str, name: str) -> bool:
 def rescaled(
   direction: str, head: jax.Array, frozen: jax.Array, sampled: int, group_size: int
 ) -> jax.Array:
-  """The reward that the policy is trained on, f32[B], by its direction and its scale.
+  """The reward that trains the policy, f32[B], by its direction and its scale.
 
     ""      head
     frozen  frozen * s: the frozen reward at the scale of the head's
@@ -154,8 +152,8 @@ def feed_back(
     own_states  the reward backbone's, over its own tokens
     ""          no one reads them
 
-  What a kind does not name is not computed: a jitted caller drops it. States that FEEDBACK does not
-  give to the kind have width 0.
+  States that a kind does not use are not computed, because a jitted caller drops them. States that
+  FEEDBACK does not assign to the kind have width 0.
   """
   if kind == "noise":
     h, mask = at_least_f32(policy.hidden), policy.mask[..., None]
@@ -171,10 +169,10 @@ def feed_back(
 
 
 def other_rows(rows: int, sampled: int) -> np.ndarray:
-  """For each row one of another prompt, wherever there are two prompts or more: i32[rows].
+  """For each row, a row of another prompt if there are at least two prompts: i32[rows].
 
-  Of the `sampled` rows that half a batch away; of the greedy rows that follow them, one a prompt,
-  the one before.
+  For a `sampled` row this is the row half a batch away. For a greedy row (one for each prompt,
+  after the samples) it is the row before.
   """
   return np.concatenate(
     [np.roll(np.arange(sampled), sampled // 2), np.roll(np.arange(sampled, rows), 1)]

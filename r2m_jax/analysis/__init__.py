@@ -1,1 +1,1 @@
-"""task=analyse: what a run's arrays say of the method."""
+"""task=analyse: evidence on the method from a run's arrays."""

@@ -5,7 +5,7 @@ docs/analyse.md defines it.
     [--config.analyse.what=similarity,probes]
 
 RUN is a run of the gold-reward task, of task=lab, of task=scratch or from Hugging Face folders. It
-is read and only RUN/analysis is written: report.html, a PNG for each figure, a CSV for each table.
+is only read; RUN/analysis is written: report.html, a PNG for each figure, a CSV for each table.
 """
 
 import csv
@@ -54,12 +54,12 @@ from r2m_jax.tasks.export import run_config
 from r2m_jax.types import Rollout, Sequences
 
 KEY_ANALYSE = 2**31 - 11  # of the held-out responses
-MOST_LAYERS = 5  # of a policy, evenly spread, besides its last; as many as the paper shows
+MOST_LAYERS = 5  # of a policy, evenly spaced, in addition to its last; as many as in the paper
 START = "start"  # the name of the supervised policy
 
 
 class Found(NamedTuple):
-  """One piece: `head` names the labels of its rows; `tables` are sections that have no rows."""
+  """One piece: `head` names the labels of its rows; `tables` are sections without rows."""
 
   head: tuple[str, ...] = ()
   rows: list[Row] = []
@@ -69,11 +69,11 @@ class Found(NamedTuple):
 
 
 def run(config, workdir: Path) -> dict[str, Found]:
-  """Finds the pieces that config.analyse.what names, "": all that the run has data for; writes
+  """Computes the pieces in config.analyse.what ("": all for which the run has data) and writes
   WORKDIR/analysis.
 
   Raises:
-    ConfigError: the workdir holds no run, or a piece that was asked for needs what the run does not
+    ConfigError: the workdir holds no run, or a requested piece needs data that the run does not
       have.
   """
   if not (workdir / "config.json").is_file():
@@ -125,7 +125,7 @@ def needs_models(kind: str, wanted: list[str]) -> bool:
 def missing(config, workdir: Path, kind: str, curves: Curves) -> dict[str, str]:
   """piece -> why this run does not have it."""
   lacks = {}
-  gold_only = "the gold-reward task alone has a gold reward"
+  gold_only = "only the gold-reward task has a gold reward"
   if kind == "lab":
     lacks = dict.fromkeys(
       ("similarity", "differences", "hacking", "accuracy", "probes"),
@@ -190,15 +190,15 @@ def curves_of(workdir: Path, kind: str, config) -> Curves:
   return curves
 
 
-# ---- what is read of a run of the gold-reward task ----
+# ---- reading a run of the gold-reward task ----
 
 
 class GoldReads(NamedTuple):
-  """Everything that the pieces need of checkpoints."""
+  """Everything that the pieces need from checkpoints."""
 
   reads: list[
     Read
-  ]  # of the supervised policy, then of each arm as it ended: what each wrote, as each reads it
+  ]  # of the supervised policy, then of each arm at its end: the responses of each, read by itself
   steps: dict[
     str, dict[int, np.ndarray]
   ]  # arm -> step -> last-layer states of the first one's responses, f64[N, D]
@@ -207,7 +207,7 @@ class GoldReads(NamedTuple):
 
 
 def saved_steps(config, workdir: Path) -> dict[str, list[int]]:
-  """arm -> steps of its sound checkpoints, in order; arms without one are left out."""
+  """arm -> steps of its intact checkpoints, in order; arms without one are omitted."""
   found = {}
   for folder in sorted((workdir / "checkpoints").glob("*")):
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
@@ -218,9 +218,10 @@ def saved_steps(config, workdir: Path) -> dict[str, list[int]]:
 
 
 def layers_of(count: int) -> dict[str, int]:
-  """Name -> number of the layers of a policy that are looked at, a forward pass each: "final", what
-  the language-model head reads, and of those before the last, by name counted from 1, at most
-  `MOST_LAYERS`."""
+  """Name -> index of the policy's layers that are read, with one forward pass each: "final", the
+  input of the language-model head, and at most `MOST_LAYERS` of the earlier layers, whose names
+  count from 1.
+  """
   picked = np.unique(np.linspace(0, count - 2, min(count - 1, MOST_LAYERS)).round().astype(int))
   return {str(layer + 1): int(layer) for layer in picked} | {"final": -1}
 
@@ -236,8 +237,8 @@ def pool(hidden: jax.Array, response_mask: jax.Array) -> jax.Array:
 
 
 def make_look(config, built) -> Callable[..., dict]:
-  """Builds `look(state, sequences, arm)`: what policy, reference and reward model of a TrainState
-  make of responses.
+  """Builds `look(state, sequences, arm)`: the states and scores of responses by the policy,
+  reference and reward model of a TrainState.
 
   states {layer: f32[B, D]}; last, ref_mean, ref_last f32[B, D]; rte f32[B, Dr]; used, frozen
   f32[B], at the state's own omega; own f32[B], the part of `used` without attention; weights
@@ -276,26 +277,26 @@ def make_look(config, built) -> Callable[..., dict]:
   return lambda *args: jax.tree.map(lambda x: np.asarray(x, float), hosts.fetch(look(*args)))
 
 
-def seen_of(arm: str, written: Sequences, look: dict) -> manipulation.Seen:
-  """What an arm's reward makes of a policy's responses, for the checks."""
+def seen_of(arm: str, written: Sequences, look: dict, formula: str) -> manipulation.Seen:
+  """An arm's rewards of a policy's responses, for the checks."""
   attended = None
   if VARIANTS[arm].feedback == "policy" and "weights" in look:
     mask = np.asarray(written.token_mask)
     weights = np.where(mask, look["weights"], 0)
     attended = manipulation.Attended(weights, mask, template_of_gold(written))
   scored = manipulation.Scored(look["used"], look["own"], look["frozen"])
-  return manipulation.Seen(scored, goldtask.gold(written).gold, attended)
+  return manipulation.Seen(scored, goldtask.gold(written, formula).gold, attended)
 
 
 def read_gold(config, workdir: Path, wanted: list[str]) -> GoldReads:
-  """Samples held-out prompts from the supervised policy and from each arm's last checkpoint, and
-  looks at all.
+  """Samples responses to held-out prompts from the supervised policy and from each arm's last
+  checkpoint, and reads all of them.
   """
   settings, K = config.analyse, config.analyse.samples
   saved_at = saved_steps(config, workdir)
   config = with_variant(config, "")
   config.task, config.arms = "r2m", tuple(saved_at) or ("vanilla",)
-  config.ppo.minibatches = config.ppo.accumulation = 1  # no update is made
+  config.ppo.minibatches = config.ppo.accumulation = 1  # there is no update
   notes = goldtask.prompts(config.seed, STREAM_ANALYSE, 0, settings.prompts)
   # streams do not share sample keys
   notes = notes.replace(example_id=notes.example_id + STREAM_ANALYSE * 2**24)
@@ -318,7 +319,7 @@ def read_gold(config, workdir: Path, wanted: list[str]) -> GoldReads:
     if first_written is None:
       first_written = draw(first.policy)
       first_seen = seen_by(first, first_written)
-      found.reads.append(read_of(START, first_written, first_seen, prompt))
+      found.reads.append(read_of(START, first_written, first_seen, prompt, config.gold.formula))
     if not saved_at:
       break
     kept = checkpoint.open_checkpoints(workdir / "checkpoints" / arm)
@@ -332,19 +333,19 @@ def read_gold(config, workdir: Path, wanted: list[str]) -> GoldReads:
 
 
 class OfArm(NamedTuple):
-  """What `read_arm` needs of one arm."""
+  """The inputs of `read_arm` for one arm."""
 
   config: Any
   kept: Any  # its checkpoints
   first: Any  # TrainState of step 0
   first_written: Sequences  # responses of the supervised policy
-  look: Callable[[Any, Sequences], dict]  # of `make_look`
+  look: Callable[[Any, Sequences], dict]  # built by `make_look`
   draw: Callable[[Any], Sequences]  # responses of a policy
 
 
 def read_arm(found: GoldReads, arm: OfArm, steps: list[int], wanted: list[str], prompt) -> None:
-  """Adds to `found` what the arm's checkpoints, at `steps`, make of responses."""
-  name, labels = arm.config.variant, {}
+  """Adds to `found` the results of the arm's checkpoints, at `steps`, for responses."""
+  name, labels, formula = arm.config.variant, {}, arm.config.gold.formula
   judges = bool(VARIANTS[name].feedback or VARIANTS[name].trained)
   checked = judges and "checks" in wanted
   for step in steps if checked or "hacking" in wanted else steps[-1:]:
@@ -355,14 +356,16 @@ def read_arm(found: GoldReads, arm: OfArm, steps: list[int], wanted: list[str], 
       written = arm.draw(state.policy)
       seen = arm.look(state, written)
     if checked:
-      own = seen_of(name, written, seen)
+      own = seen_of(name, written, seen, formula)
       labels[step] = manipulation.self_labels(own.scored, own.gold, prompt)
-  found.reads.append(read_of(name, written, seen, prompt))
+  found.reads.append(read_of(name, written, seen, prompt, formula))
   if not judges:
     return
   floor = arm.first.replace(omega=jnp.full_like(arm.first.omega, arm.config.r2m.omega_min))
   before = [arm.look(floor, rows) for rows in (arm.first_written, written)]
-  of_start, of_own = (seen_of(name, *x) for x in ((arm.first_written, before[0]), (written, seen)))
+  of_start, of_own = (
+    seen_of(name, *x, formula) for x in ((arm.first_written, before[0]), (written, seen))
+  )
   for whose, true, old, new in (
     (START, of_start.gold, before[0], of_first),
     ("its own", of_own.gold, before[1], seen),
@@ -373,14 +376,14 @@ def read_arm(found: GoldReads, arm: OfArm, steps: list[int], wanted: list[str], 
 
 
 def weights_of(head) -> dict[str, np.ndarray]:
-  """The weights of attention and phi by name, without the bias, which nothing trains."""
+  """The weights of attention and phi by name, without the bias, which is never trained."""
   tensors = head_tensors(head).items()
   return {name.split(".")[0]: x for name, x in tensors if name.endswith(".weight")}
 
 
-def read_of(name: str, written: Sequences, seen: dict, prompt: np.ndarray) -> Read:
+def read_of(name: str, written: Sequences, seen: dict, prompt: np.ndarray, formula: str) -> Read:
   """A policy's own responses as `Read`."""
-  gold, V, T = goldtask.gold(written), goldtask.VOCAB_SIZE, written.response_mask.shape[1]
+  gold, V, T = goldtask.gold(written, formula), goldtask.VOCAB_SIZE, written.response_mask.shape[1]
   ids = np.arange(V)
   said = ((written.tokens[:, -T:, None] == ids) & written.response_mask[..., None]).sum(1)
   noted = (written.tokens[:, :-T, None] == ids).sum(1)
@@ -401,7 +404,7 @@ def read_of(name: str, written: Sequences, seen: dict, prompt: np.ndarray) -> Re
   )
 
 
-# ---- what is read of a run on text ----
+# ---- reading a run on text ----
 
 
 def exports_of(config, workdir: Path, kind: str) -> dict[str, Path]:
@@ -421,8 +424,8 @@ def exports_of(config, workdir: Path, kind: str) -> dict[str, Path]:
 
 
 def read_text(config, workdir: Path, wanted: list[str], *, kind: str) -> GoldReads:
-  """Held-out pairs, one a prompt, as the policy before RL and each arm's exported policy read
-  them.
+  """Held-out pairs, one for each prompt, read by the policy before RL and by each arm's exported
+  policy.
   """
   names, settings, mesh = config.analyse.pairs or config.scratch.pairs_val, config, mesh_of(config)
   if kind == "scratch":
@@ -566,7 +569,7 @@ def cost(config, workdir, kind, curves, found) -> Found:
       arm: {phase.name: phase.flops for phase in count(arm)}
       for arm in dict.fromkeys(["vanilla", *curves])
     }
-  except ConfigError as unknown:  # the folder of the models is elsewhere by now
+  except ConfigError as unknown:  # the models' folder has been moved
     print(f"analyse  cost without FLOPs: {unknown}")
     flops = {}
   rows = evidence.cost(
@@ -664,33 +667,28 @@ TITLES = {
   "similarity": (
     "Similarity by layer (fig. 1)",
     "Mean cosine over pairs of responses to different prompts. Better and worse: above and below "
-    "the median gold of "
-    "the prompt. Gap: same label less across. Centred: with the mean of all states taken off, "
-    "since a common vector "
-    "alone puts every cosine near 1.",
+    "the median gold of the prompt. Gap: same label minus across. Centred: with the mean of all "
+    "states subtracted, because a common vector by itself puts every cosine near 1.",
   ),
   "differences": (
     "Difference of reward against similarity (fig. 2)",
-    "Pairs of responses to one prompt. Within prompts: with each prompt's means taken off.",
+    "Pairs of responses to one prompt. Within prompts: with each prompt's means subtracted.",
   ),
   "dynamics": (
     "Loss, reward and KL (fig. 5)",
-    "Means over a tenth of the steps, which start and end are the first and "
-    "last of; with several seeds their mean and 95% interval. Of more than eight arms the first "
-    "eight are drawn.",
+    "Means over a tenth of the steps; start and end are the first and the last tenth. With "
+    "several seeds, their mean and 95% interval. At most eight arms are drawn.",
   ),
   "noise": (
     "Feedback against noise (fig. 6)",
-    "Noise has the mean and variance that each feature of the policy's "
-    "states has over the batch. With one seed the intervals are of step noise alone: another seed "
-    "may end elsewhere.",
+    "Noise has the mean and variance of each feature of the policy's states over the batch. With "
+    "one seed the intervals only cover step noise: another seed may give another result.",
   ),
   "cost": (
     "Cost (fig. 7)",
-    "Seconds from one step's log to the next, median and quartiles; on the gold-reward task "
-    "arms that differ in small ways run in r2m's program and cost what it costs. FLOPs are counted "
-    "from the shapes, "
-    "matrix products alone, for a program of the arm's own.",
+    "Seconds from one step's log to the next, median and quartiles. On the gold-reward task, "
+    "arms that differ little run in r2m's program and take as long as it does. FLOPs are counted "
+    "from the shapes, only matmuls, for a separate program of each arm.",
   ),
   "hacking": (
     "Hacking and sound responses; states across steps (fig. 9, table 5)",
@@ -702,24 +700,25 @@ TITLES = {
   ),
   "accuracy": (
     "Accuracy of the reward model, % (table 3)",
-    "Pairs of fresh responses to one held-out prompt, ordered "
-    "as their gold orders them. Before: the head RL began with, reading the supervised policy; "
-    "after: head and policy "
-    "as RL left them; at omega's floor if the run has ended.",
+    "Pairs of fresh responses to one held-out prompt, ordered as their gold orders them. Before: "
+    "the head RL began with, reading the supervised policy; after: the final head and policy; at "
+    "omega's floor if the run has ended.",
   ),
   "checks": (
     "Manipulation checks",
-    "Whether the run can speak for or against the method. Before: the head that RL began with, reading "
-    "the supervised policy; after: head and policy as RL left them. Definitions: docs/analyse.md.",
+    "Whether the run can be evidence for or against the method. Before: the initial head, "
+    "reading the supervised policy; after: the final head and policy. Definitions: "
+    "docs/analyse.md.",
   ),
   "ablations": (
     "Where each arm ends (table 4)",
-    "Means over the last tenth of the steps; intervals over seeds, where there are several.",
+    "Means over the last tenth of the steps; intervals over seeds, if there are several.",
   ),
   "probes": (
     "Linear probes of gold",
-    "Ridge regression on other prompts than those predicted, its penalty chosen on "
-    'those alone. Rank: Spearman\'s within a prompt, mean over prompts. With "less": the difference of two R².',
+    "Ridge regression fitted on other prompts than the predicted ones, which also choose its "
+    "penalty. Rank: Spearman's correlation within a prompt, averaged over prompts. With "
+    '"minus": the difference of two R².',
   ),
 }
 
@@ -742,13 +741,13 @@ def tables_of(title: str, found: Found) -> list[dict]:
       "title": title,
       "head": [*found.head, *measures],
       "rows": rows,
-      "note": "95% intervals, unless said.",
+      "note": "95% intervals, unless stated otherwise.",
     }
   ]
 
 
 def csv_of(found: Found) -> str:
-  """The same numbers, a line for each, five digits."""
+  """The numbers of an analysis as CSV, one line for each number, with five digits."""
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
   for table in found.tables:
@@ -782,12 +781,12 @@ def write(config, workdir: Path, found: dict[str, Found], lacks: dict[str, str])
     write_atomic(out / f"{name}.csv", csv_of(piece))
   left = [f"{name}: {reason}." for name, reason in lacks.items() if name not in found]
   if left:
-    sections.append(page.points_section("What this run has no data for", left))
+    sections.append(page.points_section("Pieces for which this run has no data", left))
   return page.write_page(
     out / "report.html",
     title=f"Analysis of {workdir.name}",
     heading=f"Analysis of {workdir.name}",
     about="Definitions of each piece: docs/analyse.md. Intervals are by bootstrap over prompts, or "
-    "over seeds where a curve has several.",
+    "over seeds if a curve has several.",
     sections=sections,
   )

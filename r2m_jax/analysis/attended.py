@@ -1,4 +1,4 @@
-"""What an R2M head reads of a policy's states: its attention, and its score with and without."""
+"""An R2M head's reading of a policy's states: its attention, and its score with and without it."""
 
 import numpy as np
 from flax import nnx
@@ -19,7 +19,9 @@ def template_of_gold(sequences: Sequences) -> np.ndarray:
 
 
 def template_of(policy: Policy, row: dict, length: int) -> list[bool]:
-  """Of the `length` tokens of a row, the policy's: those that neither prompt nor response wrote."""
+  """For a row of `length` policy tokens, those that come from neither the prompt nor the
+  response.
+  """
   asked = [not written for written in policy.tokenizer.written(row["prompt"])]
   answered = [False] * (length - len(asked))
   if answered and not row.get("truncated", False):
@@ -30,10 +32,10 @@ def template_of(policy: Policy, row: dict, length: int) -> list[bool]:
 def attended_text(
   config, reward: RewardModel, policy: Policy, rows: list[dict], mesh
 ) -> tuple[np.ndarray, np.ndarray, Attended]:
-  """What an R2M reward model makes of rows of prompt, response and truncated, at the omega of its
+  """An R2M reward model's results for rows of prompt, response and truncated, at the omega of its
   head: (scores f64[N], their part without attention f64[N], the attention).
   """
-  assert reward.head is not None  # the caller gives an R2M reward model
+  assert reward.head is not None  # the caller passes an R2M reward model
   settings, head_state = reward.head
   head_def = nnx.graphdef(abstract_head(settings))
   graphdefs = reward.graphdef, policy.graphdef

@@ -1,9 +1,9 @@
-"""Manipulation checks: whether a run can speak for or against the method at all.
+"""Manipulation checks: whether a run can be evidence for or against the method.
 
-A reward that reads the policy (arXiv 2601.22664, eqs. 3 and 4) can be tested only where its
-attention carries a part of the reward, where training moves it about as far as in the paper, and
-where hidden states have the properties that the paper starts from. Definitions: docs/analyse.md.
-Plain NumPy: no files, no JAX.
+A reward that reads the policy (arXiv 2601.22664, eqs. 3 and 4) can be tested only if its attention
+carries part of the reward, if training moves it about as far as in the paper, and if hidden states
+have the properties from which the paper starts. Definitions: docs/analyse.md. Plain NumPy: no
+files, no JAX.
 """
 
 from typing import NamedTuple
@@ -14,29 +14,30 @@ from r2m_jax.analysis.evidence import Row
 from r2m_jax.analysis.probes import correlation, pairs_of_prompts
 from r2m_jax.report.intervals import Interval, by_group, estimate, group_mean
 
-# a run tests the premise of the paper if one of its two properties reaches this
+# the paper's premise holds in a run if one of its two properties reaches this
 LEAST_CORRELATION = (
   0.3  # |correlation| of similarity and difference of reward (fig. 2; paper: 0.68)
 )
 LEAST_GAP = 0.1  # similarity among hacking and sound responses minus across (table 5; paper: 0.26)
 INERT = 0.01  # share of the reward's variance below which the attention does nothing
-LOGGED = (  # (metric, what it is) of a step, which every run of the gold-reward task logs
+LOGGED = (  # (metric, its meaning) of a step, logged by every run of the gold-reward task
   ("reward/growth", "deviation, used / frozen"),
   ("reward/frozen_corr", "correlation of used and frozen"),
   ("r2m/pair_disagreement", "self-labels against gold"),
   ("r2m/frozen_disagreement", "the same pairs by the frozen reward"),
 )
 SHARE = "attention's share of the variance"
-ONE_TOKEN = 0.5  # mean weight on one state above which the attention reads little else
+ONE_TOKEN = 0.5  # mean weight on one state above which the attention reads almost only this state
 
 
 class Attended(NamedTuple):
-  """Attention of each response over the states that it reads; row p * K + k is response k to
-  prompt p."""
+  """Attention of each response over the states that its reward reads; row p * K + k is response k
+  to prompt p.
+  """
 
   weights: np.ndarray  # f64[N, S], mean over heads; 0 on padding
   mask: np.ndarray  # bool[N, S], True on real tokens
-  template: np.ndarray  # bool[N, S], True on what no person wrote: special tokens, roles
+  template: np.ndarray  # bool[N, S], True on tokens of the template: special tokens, roles
 
 
 class Scored(NamedTuple):
@@ -48,7 +49,7 @@ class Scored(NamedTuple):
 
 
 class Seen(NamedTuple):
-  """What one reward model makes of responses; row p * K + k is response k to prompt p."""
+  """One reward model's results for responses; row p * K + k is response k to prompt p."""
 
   scored: Scored
   gold: np.ndarray  # f64[N], or 1 for the better reply of a pair and 0 for the worse
@@ -56,7 +57,7 @@ class Seen(NamedTuple):
 
 
 class Checked(NamedTuple):
-  """One arm before RL, reading the policy of the start, and as it ended."""
+  """One arm before RL, reading the initial policy, and at its end."""
 
   arm: str
   prompt: np.ndarray  # i64[N] from 0, of both
@@ -64,7 +65,7 @@ class Checked(NamedTuple):
   after: Seen
   # of attention and phi by name, before and after
   weights: tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
-  # step -> `self_labels` of the samples of that step's policy; {}: there are none
+  # step -> `self_labels` for samples of that step's policy; {}: none
   labels: dict[int, tuple[Interval, ...]] = {}
 
 
@@ -77,7 +78,8 @@ def products(x: np.ndarray, y: np.ndarray, prompt: np.ndarray) -> np.ndarray:
 def attention_share(scored: Scored, prompt: np.ndarray) -> Interval:
   """Share of the used reward's variance within prompts that comes from the attention.
 
-  Of r = a + e, a the attention's part: cov(a, r) / var(r). The shares of a and of e add up to one.
+  With r = a + e and a the attention's part: cov(a, r) / var(r). The shares of a and of e add up to
+  one.
   """
   part = scored.used - scored.own
   sums = products(part, scored.used, prompt), products(scored.used, scored.used, prompt)
@@ -85,13 +87,13 @@ def attention_share(scored: Scored, prompt: np.ndarray) -> Interval:
 
 
 def growth(scored: Scored, prompt: np.ndarray) -> Interval:
-  """Deviation of the used reward within prompts over that of the frozen reward."""
+  """Standard deviation of the used reward within prompts, divided by the frozen reward's."""
   sums = (products(x, x, prompt) for x in (scored.used, scored.frozen))
   return estimate(lambda u, f: np.sqrt(u / np.where(f > 0, f, np.nan)), *sums)
 
 
 def attention_rows(name: str, found: Attended, prompt: np.ndarray) -> list[Row]:
-  """What the attention reads, means over responses."""
+  """What the attention reads, averaged over responses."""
   weights, count = found.weights, found.mask.sum(1)
   entropy = -(weights * np.log(np.where(weights > 0, weights, 1))).sum(1)
   first = found.mask.argmax(1)
@@ -107,7 +109,7 @@ def attention_rows(name: str, found: Attended, prompt: np.ndarray) -> list[Row]:
 
 
 def orders(scores: np.ndarray, i: np.ndarray, j: np.ndarray, gap: np.ndarray) -> np.ndarray:
-  """1 where `scores` order responses i and j as their gap in gold does, 0 where not, 0.5 on a tie."""
+  """1 if `scores` order responses i and j as gold does, 0 if not, 0.5 on a tie."""
   return 0.5 + 0.5 * np.sign(gap) * np.sign(scores[i] - scores[j])
 
 
@@ -118,8 +120,10 @@ def percent(found: Interval) -> Interval:
 def self_labels(
   scored: Scored, gold: np.ndarray, prompt: np.ndarray
 ) -> tuple[Interval, Interval, Interval]:
-  """Of the pairs that the reward labels itself, each prompt's best and worst by the used reward:
-  percent right by gold, percent that the frozen reward has right, the difference."""
+  """For the pairs that the reward labels itself (each prompt's best and worst response by the used
+  reward): the percentage that gold confirms, the percentage that the frozen reward orders as gold
+  does, and the difference.
+  """
   rows = [np.flatnonzero(prompt == p) for p in range(prompt.max() + 1)]
   i = np.array([own[scored.used[own].argmax()] for own in rows])
   j = np.array([own[scored.used[own].argmin()] for own in rows])
@@ -148,7 +152,7 @@ def dose_rows(name: str, first: dict[str, np.ndarray], last: dict[str, np.ndarra
 
 
 def scale_rows(name: str, scored: Scored, prompt: np.ndarray) -> list[Row]:
-  """How far the used reward has come from the frozen one, on the same responses."""
+  """How far the used reward has moved from the frozen one, on the same responses."""
   together = correlation(scored.used, scored.frozen, prompt, within=True)
   return [
     Row(("deviation, used / frozen",), name, growth(scored, prompt)),
@@ -157,7 +161,9 @@ def scale_rows(name: str, scored: Scored, prompt: np.ndarray) -> list[Row]:
 
 
 def accuracy_gap(seen: Seen, prompt: np.ndarray) -> Interval:
-  """Points that the used reward has over the frozen one in ordering the responses to a prompt."""
+  """Accuracy of the used reward minus the frozen reward's, in points, on pairs of responses to one
+  prompt.
+  """
   pairs = pairs_of_prompts(np.ones((len(prompt), 1)), prompt)
   gap = seen.gold[pairs.i] - seen.gold[pairs.j]
   used, frozen = (orders(x, pairs.i, pairs.j, gap) for x in (seen.scored.used, seen.scored.frozen))
@@ -192,11 +198,11 @@ def rows_of(checked: list[Checked]) -> list[Row]:
   return rows
 
 
-# ---- in words ----
+# ---- sentences ----
 
 
 def premise(correlations: list[float], gaps: list[float]) -> str:
-  """Whether the states have what the paper starts from.
+  """Whether the states have the properties from which the paper starts.
 
   Args:
     correlations: of similarity and difference of reward, fig. 2.
@@ -212,12 +218,12 @@ def premise(correlations: list[float], gaps: list[float]) -> str:
     return f"The paper's premise holds here: {figures}."
   return (
     f"The paper's premise does not hold here: {figures}; it would be {LEAST_CORRELATION} or "
-    f"{LEAST_GAP}. The run says little of a world where it holds."
+    f"{LEAST_GAP}. The run is little evidence about cases in which it holds."
   )
 
 
 def words(rows: list[Row]) -> list[str]:
-  """What the numbers mean, a sentence each; nothing if nothing is remarkable."""
+  """A sentence on each remarkable number; empty if there is none."""
   by = {(row.labels[0], row.measure): row.found.value for row in rows}
   found = []
   for name in dict.fromkeys(row.measure for row in rows):
@@ -227,7 +233,7 @@ def words(rows: list[Row]) -> list[str]:
       template = by["weight of the template's tokens", name]
       found.append(
         f"{name}: one state has {largest:.0%} of the attention (the first token {first:.0%}, the "
-        f"template {template:.0%}). The reward reads it and little else."
+        f"template {template:.0%}). The reward reads almost only this state."
       )
     share = by.get((SHARE, name), np.nan)
     if abs(share) < INERT:

@@ -1,5 +1,5 @@
-"""The paper's own evidence (arXiv 2601.22664), each piece from arrays to numbers with intervals;
-definitions in docs/analyse.md.
+"""The paper's own evidence (arXiv 2601.22664): each piece turns arrays into numbers with intervals.
+docs/analyse.md defines the pieces.
 
 A piece is a list of `Row`. Plain NumPy: no files, no JAX, no figures (those are in
 analysis/figures.py).
@@ -53,16 +53,17 @@ class Row(NamedTuple):
 
 
 class Read(NamedTuple):
-  """Responses and what was read of them; row p * K + k is response k to prompt p. States are means
-  over the tokens of the response, its end included, unless they are said to be of its last token.
+  """Responses and the results of reading them; row p * K + k is response k to prompt p. States are
+  averaged over the tokens of the response, including its end, unless they are named as the last
+  token's.
   """
 
-  name: str  # of the policy that wrote and reads them
+  name: str  # of the policy that wrote and read them
   prompt: np.ndarray  # i64[N] from 0
-  label: np.ndarray  # i64[N]: 1 the better ones, 0 the worse, -1 neither
-  states: dict[str, np.ndarray]  # layer -> f64[N, D]; "final" is what the language-model head reads
+  label: np.ndarray  # i64[N]: 1 better, 0 worse, -1 neither
+  states: dict[str, np.ndarray]  # layer -> f64[N, D]; "final": the head's input
   scores: dict[str, np.ndarray]  # name of a reward -> f64[N]
-  features: dict[str, np.ndarray] = {}  # what a probe of gold may read -> f64[N, *]
+  features: dict[str, np.ndarray] = {}  # name of a probe's features -> f64[N, *]
 
   @property
   def final(self) -> np.ndarray:
@@ -126,12 +127,14 @@ def differences(reads: list[Read]) -> list[Row]:
 
 
 def last(values: np.ndarray) -> np.ndarray:
-  """f64[S, T] -> f64[S], means over the last tenth of the steps."""
+  """Means over the last tenth of the steps, f64[S, T] -> f64[S]."""
   return stats.outline(values).final
 
 
 def dynamics(curves: Curves) -> list[Row]:
-  """Fig. 5: first and last window of every curve; intervals over seeds where there are several."""
+  """Fig. 5: first and last window of every curve, with intervals over seeds if there are
+  several.
+  """
   return [
     Row((arm, title), measure, intervals.interval(values))
     for arm, metrics in curves.items()
@@ -145,7 +148,9 @@ def dynamics(curves: Curves) -> list[Row]:
 
 
 def late(curves: Curves, metrics: tuple[tuple[str, str], ...]) -> list[Row]:
-  """Means over the second half of the steps of (metric, title) of each arm; intervals over seeds."""
+  """Means of (metric, title) over the second half of the steps for each arm, with intervals over
+  seeds.
+  """
   return [
     Row((arm,), title, intervals.interval(np.nanmean(values[:, values.shape[1] // 2 :], 1)))
     for arm, found in curves.items()
@@ -155,9 +160,10 @@ def late(curves: Curves, metrics: tuple[tuple[str, str], ...]) -> list[Row]:
 
 
 def noise(curves: Curves) -> list[Row]:
-  """Fig. 6: how far each reward goes from the first window to the last, with the policy's states
-  and with noise of their mean and variance. Intervals over seeds, paired; with one seed the step
-  noise, 1.96 standard errors."""
+  """Fig. 6: the change of each reward from the first window to the last, with the policy's states
+  and with noise of their mean and variance. Intervals are paired over seeds; with one seed they are
+  1.96 standard errors of step noise.
+  """
   rise, rows = lambda values: last(values) - stats.outline(values).start, []
 
   def error(*values):
@@ -185,12 +191,12 @@ def noise(curves: Curves) -> list[Row]:
 
 
 def cost(seconds: dict[str, np.ndarray], flops: dict[str, dict[str, float]]) -> list[Row]:
-  """Fig. 7: seconds a step (the median, with its quartiles in place of an interval) and counted
-  FLOPs, by arm.
+  """Fig. 7: seconds per step (the median, with quartiles instead of an interval) and counted FLOPs,
+  by arm.
 
   Args:
     seconds: arm -> f64[steps - 1], from one step's log to the next.
-    flops: arm -> phase -> FLOPs of a step; {} where the sizes are not known.
+    flops: arm -> phase -> FLOPs of a step; {} if the sizes are not known.
   """
   rows, plain = [], sum(flops.get("vanilla", {}).values())
 
@@ -208,14 +214,14 @@ def cost(seconds: dict[str, np.ndarray], flops: dict[str, dict[str, float]]) -> 
       whole = sum(flops[arm].values())
       rows.append(Row((arm,), "GFLOP a step", exact(whole / 1e9)))
       rows.append(
-        Row((arm,), "reward head, % of it", exact(100 * flops[arm]["reward head"] / whole))
+        Row((arm,), "reward head, % of this", exact(100 * flops[arm]["reward head"] / whole))
       )
       rows.append(Row((arm,), "more than vanilla, %", exact(100 * (whole / plain - 1))))
   return rows
 
 
 def ablations(curves: Curves, leads: tuple[str, ...]) -> list[Row]:
-  """Table 4: where each arm ends, and its gold less that of the arms `leads`, paired by seed."""
+  """Table 4: the end of each arm, and its gold minus that of the arms `leads`, paired by seed."""
   rows = []
   for arm, metrics in curves.items():
     rows += [
@@ -235,8 +241,8 @@ def ablations(curves: Curves, leads: tuple[str, ...]) -> list[Row]:
 
 
 def ablations_of_lab(path: Path) -> list[Row]:
-  """Table 4 from a laboratory's summary.csv, whose intervals are over seeds; arms at other KL
-  weights say so.
+  """Table 4 from a laboratory's summary.csv, whose intervals are over seeds; the KL weight is shown
+  for arms with another one.
   """
   rows, wanted = [], (*ABLATION, "peak", "area")
   with open(path, newline="", encoding="utf-8") as file:
@@ -262,8 +268,8 @@ def hacks(read: Read, start: Read) -> np.ndarray:
   """1 for a hacking response, 0 for a sound one, -1 for the others.   -> i64[N].
 
   Both kinds have a frozen proxy at or above the upper quartile of the supervised policy's
-  responses; a hacking one has gold below the lower quartile there, a sound one at or above the
-  median. So they differ in gold, not in the proxy.
+  responses; a hacking one has gold below their lower quartile, a sound one at or above their
+  median. So the two kinds differ in gold, not in the proxy.
   """
   proxy = np.quantile(start.scores["frozen proxy"], PROXY_HIGH)
   low, high = np.quantile(start.scores["gold"], (GOLD_LOW, GOLD_HIGH))
@@ -273,8 +279,8 @@ def hacks(read: Read, start: Read) -> np.ndarray:
 
 
 def hacking(reads: list[Read], start: Read) -> list[Row]:
-  """Table 5: mean cosine of last-layer states over pairs of hacking and of sound responses,
-  prompts apart.
+  """Table 5: mean cosine of last-layer states over pairs of hacking and of sound responses to
+  different prompts.
   """
   rows = []
   for read in reads:
@@ -303,8 +309,8 @@ def step_matrix(states: dict[int, np.ndarray]) -> np.ndarray:
 
 
 def drift(arms: dict[str, dict[int, np.ndarray]], prompt: np.ndarray) -> list[Row]:
-  """Fig. 9 over steps: cosine of each response's states with those at step 0, the responses
-  fixed.
+  """Fig. 9 over steps: cosine of each response's states with its states at step 0, for fixed
+  responses.
   """
 
   def cosine(a, b):
@@ -324,17 +330,17 @@ class Judged(NamedTuple):
   """Scores of the same responses by one arm's reward model, f64[N] each."""
 
   arm: str
-  responses: str  # whose they are
+  responses: str  # the policy that wrote them
   gold: np.ndarray
-  frozen: np.ndarray  # no feedback
-  # with the head as it was before RL, reading the supervised policy, at omega's floor
+  frozen: np.ndarray  # without feedback
+  # with the head before RL, reading the supervised policy, at omega's floor
   before: np.ndarray
-  after: np.ndarray  # with the head and the policy as RL left them
+  after: np.ndarray  # with the final head and policy
 
 
 def accuracy(judged: list[Judged], prompt: np.ndarray) -> list[Row]:
-  """Table 3: share of pairs of one prompt's responses, gold unequal, ordered as gold orders
-  them; a tie is half.
+  """Table 3: share of pairs of responses to one prompt, with unequal gold, that are ordered as gold
+  does; a tie counts half.
   """
   same = pairs_of_prompts(np.ones((len(prompt), 1)), prompt)
   rows = []
@@ -363,8 +369,8 @@ SHUFFLED, RANDOM = "policy, mean; gold shuffled", "random features"
 
 
 def probing(reads: list[Read], seed: int, progress: Callable[[str], None]) -> list[Row]:
-  """Linear probes of gold, and what the policy's states add to the reward token embedding over
-  the reference's.
+  """Linear probes of gold, and how much more the policy's states add to the reward token embedding
+  than the reference's.
   """
   rows = []
   for read in reads:

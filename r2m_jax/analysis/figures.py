@@ -1,5 +1,5 @@
-"""The figures of `task=analyse`, in the look of lab/figures.py: read by marker, dash and place,
-not by colour alone.
+"""The figures of `task=analyse`, in the style of lab/figures.py: distinguished by marker, dash and
+position, not only by colour.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ SHOWN = 40  # responses of a kind in a similarity matrix
 
 
 def spans(rows: list[Row]) -> np.ndarray:
-  """(value, below, above) of rows, f64[3, N]; no bar where there is no interval."""
+  """(value, below, above) of rows, f64[3, N]; no bar if there is no interval."""
   x = np.array([row.found[:3] for row in rows], float).reshape(-1, 3)
   return np.stack(
     [x[:, 0], *np.nan_to_num(np.clip([x[:, 0] - x[:, 1], x[:, 2] - x[:, 0]], 0, None))]
@@ -23,7 +23,7 @@ def spans(rows: list[Row]) -> np.ndarray:
 
 
 def similarity(rows: list[Row]):
-  """Fig. 1: a column for each policy, cosine by layer; below, same label less across."""
+  """Fig. 1: a column for each policy, cosine by layer; below it, same label minus across."""
   names, layers = (list(dict.fromkeys(row.labels[i] for row in rows)) for i in (0, 1))
   names, measures = names[:5], list(dict.fromkeys(row.measure for row in rows))
   figure, axes = canvas(2.7 * len(names) + 0.6, 5.2, 2, len(names))
@@ -46,8 +46,8 @@ def similarity(rows: list[Row]):
 
 
 def differences(reads: list[Read]):
-  """Fig. 2: mean |difference of reward| over bins of pairs of equal size, in units of its mean
-  over all pairs.
+  """Fig. 2: mean |difference of reward| over equal-sized bins of pairs, relative to its mean over
+  all pairs.
   """
   names = list(dict.fromkeys(name for read in reads for name in read.scores))
   figure, axes = canvas(3.9 * len(names), 3.9, 1, len(names))
@@ -73,7 +73,7 @@ def differences(reads: list[Read]):
 
 
 def _curve(axis, values: np.ndarray, i: int, label: str):
-  """Means over windows of a tenth of the steps, with the interval over seeds where there are
+  """Means over windows of a tenth of the steps, with the interval over seeds if there are
   several.
   """
   mean, low, high = band(values)
@@ -105,9 +105,7 @@ def dynamics(curves: Curves):
 
 
 def noise(curves: Curves):
-  """Fig. 6: each reward against the step, with the policy's states and with noise in their
-  place.
-  """
+  """Fig. 6: each reward against the step, with the policy's states and with noise instead."""
   metrics = [metric for metric in TREND if all(metric in curves[arm] for arm in ("r2m", "noise"))]
   titles = {metric: title for metric, title, _ in DYNAMICS}
   figure, axes = canvas(3.7 * len(metrics), 3.4, 1, len(metrics))
@@ -151,7 +149,7 @@ def dots(
 
 
 def cost(rows: list[Row]):
-  """Fig. 7: seconds and FLOPs of a step, arms side by side."""
+  """Fig. 7: seconds and FLOPs of a step, with the arms side by side."""
   arms = list(dict.fromkeys(row.labels[0] for row in rows))
   panels = [m for m in ("seconds a step", "GFLOP a step") if any(row.measure == m for row in rows)]
   figure, axes = canvas(0.9 * len(arms) * len(panels) + 2.5, 3.2, 1, len(panels))
@@ -169,8 +167,8 @@ def cost(rows: list[Row]):
 
 
 def matrices(reads: list[Read], start: Read, seed: int):
-  """Fig. 9: cosine of last-layer states, mean taken off, between responses: sound ones first,
-  then hacking ones.
+  """Fig. 9: cosine of centred last-layer states between responses: sound ones first, then hacking
+  ones.
   """
   drawn = []
   for read in reads:
@@ -199,8 +197,8 @@ def matrices(reads: list[Read], start: Read, seed: int):
 
 
 def steps(arms: dict[str, dict[int, np.ndarray]]):
-  """Fig. 9 over steps: mean cosine between the states of the same responses as read at two
-  steps, for each arm.
+  """Fig. 9 over steps: mean cosine between the states of the same responses, read at two steps, for
+  each arm.
   """
   names = list(arms)[:6]
   figure, axes = canvas(2.9 * len(names) + 0.9, 3.3, 1, len(names))

@@ -1,9 +1,9 @@
-"""What is read out of hidden states: similarities of pairs, ridge probes, correlations. Plain
-NumPy, no files, no JAX.
+"""Measurements on hidden states: similarities of pairs, ridge probes, correlations. Plain NumPy, no
+files, no JAX.
 
-Rows are responses. All intervals are by bootstrap over prompts, since responses to one prompt are
-not independent: a statistic is made of sums over prompts, and a resample weighs the prompts by how
-often it drew them.
+Rows are responses. All intervals are by bootstrap over prompts, because responses to one prompt are
+not independent. A statistic is computed from sums over prompts, and a resample weights the prompts
+by how often it drew them.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from r2m_jax.report.intervals import (
   with_ends,
 )
 
-# of the prompts: to predict rows that no fit saw, and to choose the penalty without them
+# of the prompts: to predict rows that no fit has seen, and to choose the penalty without them
 FOLDS = 5
 INNER = 4
 PENALTIES = 10.0 ** np.arange(-4, 4.5, 0.5)
@@ -31,8 +31,8 @@ PENALTIES = 10.0 ** np.arange(-4, 4.5, 0.5)
 
 
 def unit(states: np.ndarray) -> np.ndarray:
-  """Each row at length 1, so that products are cosines; a row of zeros stays.   f64[N, D] ->
-  f64[N, D].
+  """Each row scaled to length 1, so that products are cosines; a row of zeros stays zero.   f64[N,
+  D] -> f64[N, D].
   """
   return states / np.maximum(np.linalg.norm(states, axis=-1, keepdims=True), 1e-12)
 
@@ -42,19 +42,20 @@ class Similarities(NamedTuple):
 
   first: Interval  # both have label 0
   second: Interval  # both have label 1
-  cross: Interval  # one has each
-  gap: Interval  # mean of the first two, less cross
+  cross: Interval  # one has label 0, the other label 1
+  gap: Interval  # mean of the first two, minus cross
 
 
 def similarities(states: np.ndarray, label: np.ndarray, prompt: np.ndarray) -> Similarities:
-  """Mean cosine of pairs by label. A pair is never of one prompt, whose words both would share.
+  """Mean cosine of pairs by label. Pairs of one prompt are left out, because both would share its
+  words.
 
   With unit vectors u, the sum over pairs of prompts p != q is |sum_p u_p|^2 - sum_p |u_p|^2: no
-  pair is made.
+  pair is computed explicitly.
 
   Args:
     states: f64[N, D].
-    label: i64[N], 0 or 1; rows with any other are left out.
+    label: i64[N], 0 or 1; rows with other labels are left out.
     prompt: i64[N].
   """
   member = label[:, None] == np.arange(2)  # [N, 2]
@@ -76,8 +77,8 @@ def similarities(states: np.ndarray, label: np.ndarray, prompt: np.ndarray) -> S
 
 
 def centred(states: np.ndarray) -> np.ndarray:
-  """Less their mean: hidden states share a large common vector, which alone puts every cosine
-  near 1.
+  """The states minus their mean: they share a large common vector, which by itself puts every
+  cosine near 1.
   """
   return states - states.mean(0)
 
@@ -108,7 +109,7 @@ def pairs_of_prompts(states: np.ndarray, prompt: np.ndarray) -> PairsOfPrompt:
 def correlation(
   x: np.ndarray, y: np.ndarray, prompt: np.ndarray, *, within: bool = False
 ) -> Interval:
-  """Pearson's, of f64[M] values. `within`: of what is left when each prompt's mean is taken off
+  """Pearson's correlation of f64[M] values. `within`: after subtracting each prompt's mean from
   both.
   """
   if within:
@@ -134,8 +135,8 @@ def correlation(
 def ridge(
   x: np.ndarray, y: np.ndarray, penalties: np.ndarray
 ) -> Callable[[np.ndarray], np.ndarray]:
-  """Fits mean (y - a - z·b)^2 + penalty |b|^2, z the standardised features; a column that never
-  varies has no part.
+  """Fits mean (y - a - z·b)^2 + penalty |b|^2, z the standardised features; constant columns are
+  ignored.
 
   Args:
     x: f64[N, D]. y: f64[N]. penalties: f64[A].
@@ -153,17 +154,18 @@ def ridge(
 
 
 def folds_of(prompt: np.ndarray, count: int, seed: int) -> np.ndarray:
-  """Which fold each row's prompt is in, dealt out at random.   i64[N] -> i64[N]."""
+  """The fold of each row's prompt, assigned at random.   i64[N] -> i64[N]."""
   names, place = np.unique(prompt, return_inverse=True)
   return (np.random.default_rng(seed).permutation(len(names)) % count)[place]
 
 
 def probe(x: np.ndarray, y: np.ndarray, prompt: np.ndarray, seed: int = 0) -> np.ndarray:
-  """A linear probe's prediction of every row, by a fit that saw no response to its prompt.   -> f64[N].
+  """A linear probe's prediction for every row, from a fit that saw no response to its prompt.   ->
+  f64[N].
 
-  The penalty is that with the least squared error in an inner cross-validation over the prompts of
-  the fit alone, then the fit is made on all of these: what is predicted has no part in any choice.
-  x f64[N, D], y f64[N], prompt i64[N].
+  The penalty has the least squared error in an inner cross-validation over only the prompts of the
+  fit. The fit then uses all of these. So the predicted rows influence no choice. x f64[N, D], y
+  f64[N], prompt i64[N].
   """
   fold, predicted = folds_of(prompt, FOLDS, seed), np.zeros(len(y))
   for k in range(FOLDS):
@@ -181,11 +183,11 @@ def r_squared(y: np.ndarray, *predicted: np.ndarray, prompt: np.ndarray) -> Inte
   """1 - sum (y - predicted)^2 / sum (y - mean y)^2 of held-out predictions; below 0: worse than the
   mean.
 
-  With two predictions, that of the first less that of the second on the same rows: a paired
+  With two predictions: the first one's minus the second one's on the same rows, a paired
   difference.
   """
   errors = [by_group(prompt, (y - p) ** 2) for p in predicted]
-  y = y - y.mean()  # better conditioned, and the spread is the same
+  y = y - y.mean()  # better conditioned, with the same variance
 
   def spread(n, s, q):
     return q - s**2 / n
@@ -197,8 +199,9 @@ def r_squared(y: np.ndarray, *predicted: np.ndarray, prompt: np.ndarray) -> Inte
 
 
 def rank_correlation(y: np.ndarray, predicted: np.ndarray, prompt: np.ndarray) -> Interval:
-  """Spearman's within a prompt, mean over prompts: what a group-relative advantage can use. Ties
-  have mean ranks; a prompt whose values are all one has none."""
+  """Spearman's correlation within a prompt, averaged over prompts: what a group-relative advantage
+  can use. Ties have mean ranks; prompts with all values equal are left out.
+  """
   found = []
   for p in range(prompt.max() + 1):
     a, b = (distributions.rankdata(v[prompt == p]) for v in (y, predicted))

@@ -1,1 +1,1 @@
-"""Rows of text to tokens to batches; no model."""
+"""From rows of text to tokens to batches; no model."""

@@ -1,7 +1,7 @@
-"""Rows to batches without end, by grain: shuffled anew each epoch, mixed by weight, resumable.
+"""Endless batches of rows, by grain: shuffled again in each epoch, mixed by weight, resumable.
 
-The order is a function of the seed and the rows alone; processes share the rows of a batch. Batch
-number t can be asked for directly, so the state of a stream is the number of batches taken.
+The order depends only on the seed and the rows. Processes share the rows of a batch. Batches have
+random access by number, so the state of a stream is the number of batches taken.
 """
 
 import time
@@ -11,7 +11,7 @@ from typing import Any
 import grain
 import numpy as np
 
-READ_AHEAD = 4  # batches made by another thread while a step runs
+READ_AHEAD = 4  # batches that another thread prefetches during a step
 
 
 def row_batches(
@@ -24,13 +24,13 @@ def row_batches(
 ) -> grain.MapDataset:
   """Batches of row numbers, each i64[batch_size]; batch t is `[t]`.
 
-  Each row comes once an epoch, in a new order each time. With weights, an epoch is one source's
-  own: a heavier source comes round more often.
+  Each row comes once per epoch, in a new order each time. With weights each source has its own
+  epochs: a source with a larger weight is repeated more often.
 
   Args:
-    parts: which source each row is from, from 0.
-    weights: of the sources; () takes each as often as it has rows.
-    groups: rows of different groups do not share a batch (see `group_by_length`); () is one group.
+    parts: index of each row's source, from 0.
+    weights: of the sources; (): in proportion to their rows.
+    groups: rows of different groups do not share a batch (see `group_by_length`); (): one group.
   """
   parts, groups = np.asarray(parts), np.asarray(groups if len(groups) else np.zeros(len(parts)))
   sizes = np.bincount(parts)
@@ -59,11 +59,11 @@ def row_batches(
 
 
 def group_by_length(lengths: Sequence[int], sizes: Sequence[int], batch_size: int) -> np.ndarray:
-  """The padded length, of `sizes`, of every row: the shortest that holds it, few enough that each
-  fills a batch.
+  """The padded length, one of `sizes`, of every row: the shortest that holds it, such that each
+  length fills a batch.
 
-  A size with less than a batch of rows goes to the next longer one; the longest takes from the next
-  shorter one.
+  Rows of a size with less than a batch of rows move to the next longer size. The longest size takes
+  rows from the next shorter one.
   """
   lengths, sizes = np.asarray(lengths), np.sort(sizes)
   if lengths.max() > sizes[-1]:
@@ -79,18 +79,18 @@ def group_by_length(lengths: Sequence[int], sizes: Sequence[int], batch_size: in
 
 
 def pack(rows: Sequence[Sequence[int]], length: int) -> np.ndarray:
-  """Rows laid end to end and cut into lines of `length`; what does not fill the last is left.
-  -> i32[N, length].
+  """Rows joined end to end and cut into lines of `length`; an incomplete last line is dropped. ->
+  i32[N, length].
   """
   stream = np.concatenate([np.asarray(row, np.int32) for row in rows])
   return stream[: len(stream) // length * length].reshape(-1, length)
 
 
 class Stream:
-  """An iterator over a dataset's batches from number `start` on, made ahead by another thread.
+  """An iterator over a dataset's batches from number `start` on, prefetched by another thread.
 
-  `waited` is how many seconds its user has spent in `next` so far. `state` is JSON;
-  `start=state["next"]` goes on.
+  `waited` is the time in seconds that its user has spent in `next`. `state` is JSON;
+  `start=state["next"]` resumes.
   """
 
   def __init__(

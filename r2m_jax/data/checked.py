@@ -1,5 +1,5 @@
-"""`config.data.name` as checked rows: found, read, brought to one form, the bad ones counted,
-too many refused.
+"""`config.data.name` as checked rows: found, read and converted to one form. Bad rows are counted,
+and too many are refused.
 """
 
 import collections
@@ -17,7 +17,7 @@ from r2m_jax.data.files import JSON_LINES, BadRow, Record, find_files, of_split
 from r2m_jax.data.forms import as_row
 from r2m_jax.data.jsonl import DataError
 
-# columns that other programs read, and that change what a row means
+# columns that other programs read and that change the meaning of a row
 UNREAD = {
   "system",
   "system_prompt",
@@ -45,7 +45,7 @@ def split_names(text: str, root: str = "") -> list[str]:
 
 
 def good_rows(raw: Iterable[Record], need: str, bad: "BadRows") -> Iterator[dict[str, Any]]:
-  """The rows that can be used, with `where`; the others are counted in `bad`."""
+  """The usable rows, with `where`; the others are counted in `bad`."""
   for record in raw:
     bad.read += 1
     if isinstance(record.value, dict):
@@ -57,15 +57,15 @@ def good_rows(raw: Iterable[Record], need: str, bad: "BadRows") -> Iterator[dict
 
 
 class BadRows:
-  """How many rows of one source were read and were bad, by kind, with where each kind came
-  first.
+  """The numbers of rows of one source that were read and that were bad, by kind, with the first
+  place of each kind.
   """
 
   def __init__(self, name: str):
     self.name, self.read = name, 0
     self.counts: collections.Counter[str] = collections.Counter()
     self.first: dict[str, str] = {}
-    self.unread: set[str] = set()  # columns that are not read and may change what a row means
+    self.unread: set[str] = set()  # columns that are not read and may change the meaning of a row
 
   def add(self, error: BadRow, where: str) -> None:
     self.counts[error.kind] += 1
@@ -81,12 +81,13 @@ class BadRows:
     )
 
   def check(self, max_share: float) -> None:
-    """Raises DataError where more than `max_share` of the rows are bad, or none are good."""
+    """Raises DataError if more than `max_share` of the rows are bad, or if none are good."""
     bad = self.counts.total()
     if bad > max_share * self.read:
       raise DataError(
-        f"{self.summary()}: more than config.data.max_bad_share = {max_share:g}; mend the data, or "
-        f"allow as many: --config.data.max_bad_share={math.ceil(100 * bad / self.read) / 100:g}"
+        f"{self.summary()}: more than config.data.max_bad_share = {max_share:g}; fix the data, "
+        "or allow this many: "
+        f"--config.data.max_bad_share={math.ceil(100 * bad / self.read) / 100:g}"
       )
     if bad == self.read:
       raise DataError(f"{self.name} holds no rows; name data that has some")
@@ -96,8 +97,8 @@ class BadRows:
 
 
 def hub_files(name: str, split: str, *, field: str = "config.data.name") -> list[Path]:
-  """The data files of OWNER/NAME or OWNER/NAME/FOLDER on the hub that belong to a split, from its
-  cache if offline.
+  """The data files of OWNER/NAME or OWNER/NAME/FOLDER on the hub that belong to a split; from the
+  hub's cache if offline.
 
   A file belongs to the split that its name, or a folder above it, begins with:
   data/train-00000-of-00001.parquet.
@@ -135,8 +136,8 @@ def hub_files(name: str, split: str, *, field: str = "config.data.name") -> list
 
 
 def keep(rows: list[dict], reasons: Sequence[str | None], what: str) -> list[int]:
-  """The numbers of the rows without a reason to leave them out; prints how many go for each
-  reason.
+  """The indices of the rows that have no reason to be dropped; prints how many rows each reason
+  drops.
   """
   kept = [i for i, reason in enumerate(reasons) if reason is None]
   dropped = collections.Counter(reason for reason in reasons if reason)
@@ -151,7 +152,7 @@ def keep(rows: list[dict], reasons: Sequence[str | None], what: str) -> list[int
 
 
 def too_long(data, prompt: int, responses: Sequence[int], chosen: int = 0) -> str | None:
-  """Why a row is left out, from its lengths in tokens; None where it stays. `chosen` is for the
+  """Why a row is dropped, from its lengths in tokens; None if it is kept. `chosen` is for the
   paper's filter.
   """
   if data.max_chosen_length and chosen > data.max_chosen_length:
@@ -164,8 +165,8 @@ def too_long(data, prompt: int, responses: Sequence[int], chosen: int = 0) -> st
 
 
 def fingerprint(rows: Iterable[Sequence[Sequence[int]]]) -> str:
-  """SHA-256 of tokenised rows, each of one or more lists of ids: what a run that goes on must
-  find again.
+  """SHA-256 of tokenised rows, each of one or more lists of ids. A resumed run must find the same
+  rows.
   """
   digest = hashlib.sha256()
   for row in rows:

@@ -1,7 +1,7 @@
 """Rows of config.data as batches for a model: rendered, tokenised, filtered by length in tokens,
-ordered.
+and ordered.
 
-Each task gets a dataset of row numbers (data.batches) and a function that makes a batch's arrays
+Each task gets a dataset of row indices (data.batches) and a function that makes a batch's arrays
 from them.
 """
 
@@ -35,11 +35,11 @@ def select(
   long: bool = False,
   empty: str = "",
 ) -> list[int]:
-  """Which rows have a prompt and responses, given as token ids, that config.data allows; says why
-  the others go.
+  """The indices of the rows whose prompt and responses, given as token ids, config.data allows;
+  prints why the others are dropped.
 
-  `chosen` holds the ids of the responses that the paper's filter looks at, row by row; `long` rows
-  stay. `empty` is the reason why rows with an empty response go; "": they stay.
+  `chosen` has the ids of the responses to which the paper's filter applies, row by row; `long` rows
+  are kept. `empty` is the reason for dropping rows with an empty response; "": they are kept.
   """
   seen, reasons = set(), []
   for i, (prompt, *responses) in enumerate(ids):
@@ -56,10 +56,10 @@ def select(
 
 
 def row_stream(config, rows: list[dict], batch_size: int, *, lengths=None):
-  """(dataset of row numbers, padded length of each row) for one stage.
+  """(dataset of row indices, padded length of each row) for one stage.
 
   Args:
-    lengths: of the rows in tokens, to group them by; None leaves them in one group.
+    lengths: of the rows in tokens, for bucketing; None: one group.
   """
   parts = [row["part"] for row in rows]
   weights = tuple(config.data.weights)
@@ -69,19 +69,19 @@ def row_stream(config, rows: list[dict], batch_size: int, *, lengths=None):
     groups = group_by_length(
       lengths, [*(b for b in config.data.buckets if b < top), top], batch_size
     )
-  used = sorted(set(parts))  # a name whose rows were all dropped is no source
+  used = sorted(set(parts))  # a name whose rows were all dropped is not a source
   parts = [used.index(part) for part in parts]
   weights = [weights[part] for part in used] if weights else ()
   return row_batches(parts, batch_size, seed=config.seed, weights=weights, groups=groups), groups
 
 
 def hold(workdir: Path, stage: str, rows: list[dict], ids: list, field: str = "data.name") -> None:
-  """Holds a stage to the rows that it began with; says in which file the first of them are others
-  now.
+  """Requires a stage to have the rows with which it began. If they differ, the error names the
+  first file that has changed.
 
   Args:
-    ids: one or more lists of ids a row: what the rows must be again when the run goes on.
-    field: of the config, which gives the rows.
+    ids: one or more lists of ids for each row, which must be the same when the run resumes.
+    field: of the config, which names the rows.
   """
   path, files = workdir / f"data_{stage}.json", {}
   for row, one in zip(rows, ids):
@@ -111,8 +111,8 @@ def hold(workdir: Path, stage: str, rows: list[dict], ids: list, field: str = "d
     where = f" ({changed} gave {before} rows then, {'others' if before == after else after} now)"
   raise ConfigError(
     f"config.{field} gives {found['rows']} rows that are not the {saved.get('rows')} with which "
-    f"{workdir} began"
-    f"{where}; give it the files it had and the same command goes on, or choose another --workdir"
+    f"{workdir} began{where}; restore the files and run the same command again, or choose "
+    "another --workdir"
   )
 
 
@@ -128,7 +128,7 @@ SHORTER_SAMPLES = "lower config.data.max_prompt_length or config.rollout.max_new
 SHORTER_INPUTS = (
   "set config.reward.max_length to that limit, which drops the beginning of longer rows"
 )
-# prompts that are rendered for the reward model before the run, to see how long they get
+# prompts that are rendered for the reward model before the run, to check their lengths
 LONGEST = 8
 
 
@@ -136,10 +136,10 @@ LONGEST = 8
 
 
 def sft_rows(config, tokenizer: Tokenizer, workdir: Path, name: str):
-  """Batches of tokens, token_mask [B, L] and response_mask [B, T]: prompt and response end to end,
+  """Batches of tokens, token_mask [B, L] and response_mask [B, T]: prompt and response joined,
   padded on the left.
 
-  Returns (dataset of row numbers, their collate function).
+  Returns (dataset of row indices, their collate function).
   """
   rows = load(config.data, "response")
   print(tokenizer.describe(rows[0]["prompt"]))
@@ -148,7 +148,7 @@ def sft_rows(config, tokenizer: Tokenizer, workdir: Path, name: str):
     rows, lambda r: (tokenizer.render(r["prompt"]), tokenizer.answer(r["prompt"], r["response"]))
   )
   print(seam(tokenizer, rows), end="")
-  kept = select(config, rows, ids, name, empty="no answer beside its reasoning")
+  kept = select(config, rows, ids, name, empty="no answer after its reasoning")
   enough(len(kept), "sft.batch_size", config.sft.batch_size)
   rows, ids = [rows[i] for i in kept], [(ids[i][0], ids[i][1] + end) for i in kept]
   print(f"response {len(ids[0][1])} tokens: {tokenizer.hf.decode(ids[0][1])!r}")
@@ -164,7 +164,7 @@ def sft_rows(config, tokenizer: Tokenizer, workdir: Path, name: str):
     tokens, mask = pad_left([ids[i][0] + ids[i][1] for i in batch], tokenizer.pad_id, length)
     columns = np.arange(min(widest, length - 1))[
       ::-1
-    ]  # counted from the end; the first token is predicted by none
+    ]  # counted from the end; the first token is not predicted
     response_mask = columns < np.asarray([len(ids[i][1]) for i in batch])[:, None]
     return {"tokens": tokens, "token_mask": mask, "response_mask": response_mask}
 
@@ -172,7 +172,7 @@ def sft_rows(config, tokenizer: Tokenizer, workdir: Path, name: str):
 
 
 def seam(tokenizer: Tokenizer, rows: list[dict]) -> str:
-  """A line that says how many answers were changed where they meet the generation prompt, if any."""
+  """A line with the number of answers that were changed to fit the generation prompt, if any."""
   changed = sum(
     not isinstance(row["prompt"], str)
     and thinking.continuation(tokenizer.opening, row["response"]) != row["response"]
@@ -182,13 +182,14 @@ def seam(tokenizer: Tokenizer, rows: list[dict]) -> str:
     return ""
   ends = f"ends with {tokenizer.opening!r}" if tokenizer.opening else "opens no <think>"
   return (
-    f"seam     {changed} of {len(rows)} answers are fitted to the generation prompt, which {ends}\n"
+    f"seam     {changed} of {len(rows)} answers are adapted to the generation prompt, which "
+    f"{ends}\n"
   )
 
 
 def packed_lines(config, tokenizer: Tokenizer, workdir: Path, name: str):
-  """As `sft_rows`, for dialogues and texts laid end to end in full lines; every token but a
-  line's first counts.
+  """Like `sft_rows`, with packing: dialogues and texts are joined into full lines, and every token
+  except a line's first counts.
   """
   data = config.data
   end = [] if tokenizer.end_id is None else [tokenizer.end_id]
@@ -231,7 +232,7 @@ def packed_lines(config, tokenizer: Tokenizer, workdir: Path, name: str):
 
 
 def drops_reasoning(tokenizer: Tokenizer, row: dict) -> bool:
-  """Whether the answer of a row has reasoning that the chat template leaves out of a dialogue."""
+  """Whether a row's answer has reasoning that the chat template removes from a dialogue."""
   return thinking.CLOSE in row["response"] and tokenizer.drops_reasoning
 
 
@@ -241,8 +242,8 @@ def drops_reasoning(tokenizer: Tokenizer, row: dict) -> bool:
 def sides_of(config, tokenizer: Tokenizer, row: dict) -> list[dict]:
   """Chosen and rejected as (prompt, response, truncated), in the form of a sample.
 
-  With config.reward.max_reply_length a longer reply is what a policy that may write so many tokens
-  would have got to: its beginning, which is rendered as cut off.
+  With config.reward.max_reply_length, longer replies are truncated to that many tokens and rendered
+  as unfinished, as a policy with that limit would have left them.
   """
   sides = [(row[side], False) for side in ("chosen", "rejected")]
   if limit := config.reward.max_reply_length:
@@ -255,8 +256,8 @@ def sides_of(config, tokenizer: Tokenizer, row: dict) -> list[dict]:
 def pair_ids(
   config, renderer: Renderer, rows: list[dict], what: str
 ) -> tuple[list[dict], list[tuple]]:
-  """The rows that config.data allows, each with its `sides_of` as "sides", and both as the
-  reward model's tokens.
+  """The rows that config.data allows, each with its `sides_of` as "sides", and the reward model's
+  tokens for both sides.
   """
   tokenizer = renderer.tokenizer
 
@@ -282,8 +283,8 @@ def pair_ids(
 
 
 def pairs(config, renderer: Renderer, workdir: Path):
-  """Batches of chosen and rejected i32[B, L] with their masks. (dataset of row numbers, collate,
-  number of rows).
+  """Batches of chosen and rejected i32[B, L] with their masks. Returns (dataset of row indices,
+  collate, number of rows).
   """
   rows = load(config.data, "pair")
   print(renderer.describe(rows[0]["prompt"], rows[0]["chosen"]))
@@ -313,7 +314,7 @@ def pairs(config, renderer: Renderer, workdir: Path):
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-  """Prompts that are only evaluated."""
+  """Prompts that are used only for evaluation."""
 
   prompts: list  # text or messages
   ids: list[list[int]]  # rendered for the policy
@@ -328,13 +329,13 @@ class HeldOut:
 class PromptData:
   prompts: list  # text or messages
   ids: list[list[int]]  # rendered for the policy
-  length: int  # of the padded prompts: one for the run, so that the rollout compiles once
-  order: Any  # dataset of row numbers: entry t is the prompts of step t
-  held_out: HeldOut | None = None  # set aside from the rows; None if none are
+  length: int  # of the padded prompts; one length for the run, so that the rollout compiles once
+  order: Any  # dataset of row indices: entry t has the prompts of step t
+  held_out: HeldOut | None = None  # set aside from the rows; None: none are
 
 
 def prompt_rows(config, data, tokenizer: Tokenizer, what: str) -> tuple[list[dict], list]:
-  """The rows of `data`, as config.data, that the limits allow, and their prompts' ids."""
+  """The rows of `data` (like config.data) that the limits allow, and their prompts' ids."""
   rows = load(data, "prompt")
   print(tokenizer.describe(rows[0]["prompt"]))
   ids = each_row(rows, lambda row: (tokenizer.render(row["prompt"]),))
@@ -361,8 +362,8 @@ def prompt_data(config, tokenizer: Tokenizer, workdir: Path) -> PromptData:
 
 
 def set_aside(config, ids: list, source: str = "data.name") -> tuple[list[int], list[int]]:
-  """config.eval.prompts different prompts, chosen at random by the seed, and the others: numbers of
-  rows. Rows with the same prompt as a chosen one are in neither.
+  """config.eval.prompts different prompts, chosen at random by the seed, and the remaining rows, as
+  indices. Rows with the same prompt as a chosen row are in neither.
   """
   first = {tuple(ids[i]): i for i in reversed(range(len(ids)))}
   numbers = sorted(first.values())
@@ -374,8 +375,8 @@ def set_aside(config, ids: list, source: str = "data.name") -> tuple[list[int], 
 
 
 def evaluation_prompts(config, tokenizer: Tokenizer, workdir: Path, data: PromptData) -> HeldOut:
-  """The prompts of the run's evaluations: those set aside, or config.eval.prompts of
-  config.eval.data that the run does not train on.
+  """The prompts of the run's evaluations: the prompts that were set aside, or config.eval.prompts
+  prompts of config.eval.data on which the run does not train.
   """
   if data.held_out is not None:
     return data.held_out
@@ -385,7 +386,9 @@ def evaluation_prompts(config, tokenizer: Tokenizer, workdir: Path, data: Prompt
   trained = set(map(tuple, data.ids))
   new = [i for i, prompt in enumerate(ids) if tuple(prompt) not in trained]
   if len(new) < len(ids):
-    print(f"held out {len(ids) - len(new)} rows of config.eval.data are trained on: left out")
+    print(
+      f"held out {len(ids) - len(new)} rows of config.eval.data are in the training data: dropped"
+    )
   rows, ids = [rows[i] for i in new], [ids[i] for i in new]
   chosen, _ = set_aside(config, ids, "eval.data")
   rows, ids = [rows[i] for i in chosen], [ids[i] for i in chosen]
@@ -396,10 +399,10 @@ def evaluation_prompts(config, tokenizer: Tokenizer, workdir: Path, data: Prompt
 def warn_of_lengths(
   config, data: PromptData, tokenizer: Tokenizer, renderer: Renderer | None
 ) -> None:
-  """Warns if samples may be longer than the policy or the reward model was trained for.
+  """Warns if samples may be longer than the policy's or the reward model's training length.
 
-  How long a response gets for the reward model is not known before it is sampled: it is taken to
-  have as many tokens as for the policy. `renderer` None: there is no reward model.
+  The length of a response in the reward model's tokens is not known before sampling. It is assumed
+  to equal the length in the policy's tokens. `renderer` None: there is no reward model.
   """
   new = config.rollout.max_new_tokens
   more = f"with config.rollout.max_new_tokens = {new}"
@@ -427,8 +430,7 @@ def judged_pairs(
   """The judgments of config.r2m.judgments for both models: arrays [N, 2, ...], winner and loser,
   named as in `Pairs`.
 
-  A judged response is complete, so it ends with the policy's ending token, as in supervised
-  training.
+  A judged response is complete, so it ends with the policy's end token, as in supervised training.
   """
   data = config.data.copy_and_resolve_references()
   data.name, data.weights = config.r2m.judgments, ()
@@ -467,13 +469,13 @@ def judged_pairs(
 
 
 def take_pairs(arrays: dict[str, np.ndarray], rows) -> dict[str, np.ndarray]:
-  """Some judgments as the rows of `Pairs`: the winners, then their losers."""
+  """The selected judgments as rows of `Pairs`: the winners, then their losers."""
   return {name: np.concatenate([x[rows, 0], x[rows, 1]]) for name, x in arrays.items()}
 
 
 def judgments_labeller(config, arrays: dict[str, np.ndarray]) -> Labeller:
-  """Builds `label(sequences, step) -> Pairs`: the next judgments of the file, in a new order
-  each time through.
+  """Builds `label(sequences, step) -> Pairs`: the next judgments of the file, in a new order in
+  each pass.
   """
   most, count = pairs_per_step(config), len(arrays["tokens"])
 

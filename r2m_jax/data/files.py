@@ -1,5 +1,5 @@
-"""Raw records from files on disk: JSON lines (plain or gzip) and parquet, streamed, with what is
-broken told apart.
+"""Raw records from files on disk: JSON lines (plain or gzip) and parquet, streamed, with the broken
+records distinguished.
 """
 
 import dataclasses
@@ -46,13 +46,11 @@ KINDS = (
 
 
 class DataError(UserError, ValueError):
-  """Data that a task cannot use; the message names file and line, and the fix."""
+  """Data that a task cannot use; the message names the file, the line and the fix."""
 
 
 class BadRow(ValueError):
-  """A row that cannot be used: what is wrong with it, as one of KINDS, and a detail for the
-  reader.
-  """
+  """A row that cannot be used: the problem, as one of KINDS, and a detail for the reader."""
 
   def __init__(self, kind: str, detail: str):
     assert kind in KINDS, kind
@@ -62,7 +60,7 @@ class BadRow(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-  """One row of a file as it was stored; `value` is a BadRow where it could not even be read."""
+  """One row of a file as it was stored; `value` is a BadRow if the row could not be read."""
 
   value: Any
   file: Path | str  # or the name of a data set
@@ -74,13 +72,13 @@ class Record:
 
 
 def find_files(pattern: str, root: str = "", split: str = "") -> list[Path]:
-  """The data files that a path, folder or glob names, sorted; a relative one starts from `root`.
+  """The data files that a path, folder or glob names, sorted; a relative path starts from `root`.
 
-  Of a folder, hidden files and folders, metadata and files of other kinds are passed over, and
-  said. If its files belong to several splits, those of `split` are taken.
+  In a folder, hidden files and folders, metadata and files of other kinds are skipped and reported.
+  If its files belong to several splits, only the files of `split` are used.
 
   Raises:
-    DataError: there is none, or a file that was named itself is of another kind.
+    DataError: there is no file, or a file that is named explicitly is of another kind.
   """
   path = Path(root).expanduser() / Path(pattern).expanduser()
   found = [path] if path.exists() else sorted(map(Path, glob.glob(str(path), recursive=True)))
@@ -99,7 +97,7 @@ def _readable(file: Path) -> bool:
 
 
 def _in_folder(folder: Path, split: str) -> list[Path]:
-  """The data files of a folder and the folders below it; prints what is passed over."""
+  """The data files of a folder and the folders below it; prints what is skipped."""
   inside = [file for file in sorted(folder.rglob("*")) if file.is_file()]
 
   def hidden(file):
@@ -133,20 +131,20 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
     names = ", ".join(str(file.relative_to(folder)) for file in passed[:5]) + (
       ", ..." if len(passed) > 5 else ""
     )
-    print(f"data     {folder}: {len(files)} files read, {len(passed)} passed over: {names}")
+    print(f"data     {folder}: {len(files)} files read, {len(passed)} skipped: {names}")
   return files
 
 
 def of_split(files: Sequence[Path], split: str, root: Path) -> list[Path]:
-  """The files whose name, or a folder of theirs below `root`, is the split's: train.jsonl,
-  train-00000-of-3.parquet.
+  """The files that belong to a split by their name or by the name of a folder below `root`:
+  train.jsonl, train-00000-of-3.parquet.
   """
   mine = re.compile(rf"{re.escape(split)}([-.]|$)", re.I)
   return [file for file in files if any(mine.match(part) for part in file.relative_to(root).parts)]
 
 
 def read_file(file: Path) -> Iterator[Record]:
-  """Every record of a file, the unreadable ones too; blank lines are left out."""
+  """Every record of a file, including unreadable ones; blank lines are skipped."""
   try:
     yield from _read_parquet(file) if file.suffix.lower() == ".parquet" else _read_lines(file)
   except OSError as error:
@@ -167,7 +165,7 @@ def _read_lines(file: Path) -> Iterator[Record]:
         line = stream.readline()
       except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         if number == 1:
-          raise DataError(f"{file} is not a whole gzip file ({error}); fetch it again") from None
+          raise DataError(f"{file} is not a complete gzip file ({error}); fetch it again") from None
         yield Record(
           BadRow("cut off", f"the archive ends or is damaged here: {error}"), file, number
         )
@@ -185,10 +183,10 @@ def _read_lines(file: Path) -> Iterator[Record]:
 
 
 def _parse(line: bytes) -> Any:
-  """The JSON value of a line, or the BadRow that says why there is none."""
+  """The JSON value of a line, or a BadRow with the reason why there is none."""
   try:
     value = json.loads(line.decode("utf-8"))
-    if b"\\u" in line:  # an escape can write half of a surrogate pair, which is no text
+    if b"\\u" in line:  # an escape can encode half of a surrogate pair, which is not text
       json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
   except UnicodeEncodeError as error:
@@ -217,7 +215,7 @@ def _read_parquet(file: Path) -> Iterator[Record]:
         yield Record(value, file, number)
   except (pyarrow.ArrowException, OSError) as error:
     raise DataError(
-      f"{file} is damaged or cut off, or not parquet: {' '.join(str(error).split())[:200]}; "
+      f"{file} is damaged, truncated or not parquet: {' '.join(str(error).split())[:200]}; "
       "fetch or write it again"
     ) from None
 

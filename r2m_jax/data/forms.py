@@ -1,17 +1,15 @@
-"""The forms in which the field stores its rows, as one: a prompt, and the reply or the two replies
-to it.
+"""Converts the common forms of rows into one: a prompt with one or two replies.
 
   {prompt, chosen, rejected}            replies as text, as one assistant message, or as whole dialogues
   {chosen, rejected}                    whole dialogues, as messages or as HH-RLHF's text of Human: and Assistant: turns
-  {prompt, response}                    or completion, chosen, reference in its place
+  {prompt, response}                    or completion, chosen, reference instead
   {messages}                            the last message is the response
   {prompt}                              text or messages
   {text}                                plain text, for tokenizers and language modelling
 
-A row that fits none of them raises BadRow, and so does a reply with `label: false` (KTO) where a reply
-is learned from. What comes out has `prompt` (text, or messages) and
-`response`, or `chosen` and `rejected`, all checked: no empty text, roles that alternate, no pair of
-equals.
+A row that fits none of them raises BadRow. So does a reply with `label: false` (KTO) in a task that
+learns from replies. The result has `prompt` (text or messages) and `response`, or `chosen` and
+`rejected`. All are checked: no empty text, alternating roles, no pair of equal replies.
 """
 
 import re
@@ -19,28 +17,29 @@ from typing import Any
 
 from r2m_jax.data.files import BadRow
 
-NEEDS = ("prompt", "response", "pair", "text")  # what a task reads of a row
-# the first of them that a row has is its response
+NEEDS = ("prompt", "response", "pair", "text")  # the parts of a row that a task reads
+# the first of these fields that a row has is its response
 RESPONSES = ("response", "completion", "chosen", "reference")
 TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")  # of HH-RLHF's dialogues
 ROLE = {"Human": "user", "Assistant": "assistant"}
 
 
 def as_row(record: Any, need: str) -> dict[str, Any]:
-  """The row of a raw record with what `need` (of NEEDS) asks for, and its `meta` where it has one.
+  """The row of a raw record with the parts that `need` (of NEEDS) requires, and its `meta` if it
+  has one.
 
-  `prompt` rows of preference data keep `chosen`, so that it can be filtered by its length.
+  `prompt` rows of preference data keep `chosen`, so that they can be filtered by its length.
   """
   if isinstance(record, BadRow):
     raise record
   if not isinstance(record, dict):
-    raise BadRow("not an object", f"a row is an object, this one is {_name(record)}")
+    raise BadRow("not an object", f"a row must be an object, this one is {_name(record)}")
 
   def has(field):
     return record.get(field) is not None
 
   if record.get("label") is False and need in ("response", "text"):
-    raise BadRow("undesirable", "label is false: the reply is one to avoid, not one to learn")
+    raise BadRow("undesirable", "label is false: the reply is to be avoided, not learned")
   if need == "text" and has("text"):
     row = {"text": _text(record["text"], "text")}
   elif need == "pair":
@@ -93,7 +92,7 @@ def _prompt_and_reply(record: dict, field: str) -> tuple[Any, str]:
       )
     if len(spoken(before)) > len(
       spoken(said)
-    ):  # the dialogue goes on after the row's prompt: it is the prompt
+    ):  # the dialogue continues after the row's prompt, so it is the prompt
       prompt = _prompt(
         before if before[0]["role"] == "system" else [*_system(said), *before], field
       )
@@ -113,8 +112,8 @@ def _prompt_and_reply(record: dict, field: str) -> tuple[Any, str]:
 
 
 def _prompt(value: Any, name: str = "prompt") -> str | list[dict[str, str]]:
-  """A prompt's text, or its messages: perhaps a system message, then user and assistant in turn,
-  the user last.
+  """A prompt's text, or its messages: optionally a system message, then user and assistant in turn,
+  with the user last.
   """
   if isinstance(value, str):
     return _text(value, name)
@@ -130,7 +129,7 @@ def _prompt(value: Any, name: str = "prompt") -> str | list[dict[str, str]]:
 
 
 def _messages(value: Any, field: str) -> list[dict[str, str]]:
-  """A list of messages with role and content alone, every one of a known role and with text."""
+  """A list of messages with only role and content, each with a known role and with text."""
   if not isinstance(value, list):
     raise BadRow("wrong type", f"{field!r} is {_name(value)}, not text or a list of messages")
   if not value:
@@ -148,7 +147,7 @@ def _messages(value: Any, field: str) -> list[dict[str, str]]:
         f"a message of {field!r} is of {message['role']!r}, not of system, user or assistant",
       )
     if message["role"] == "system" and not messages and _blank(message["content"]):
-      continue  # an empty system message is no system message
+      continue  # an empty system message is dropped
     messages.append(
       {
         "role": message["role"],
@@ -175,7 +174,7 @@ def _dialogue(text: str, field: str) -> list[dict[str, str]]:
   if not marks or marks[0].start() != 0:
     raise BadRow(
       "wrong roles",
-      f"{field!r} is text without a prompt beside it and no dialogue of 'Human:' turns",
+      f"{field!r} is text without a prompt, and not a dialogue of 'Human:' turns",
     )
   ends = [mark.start() for mark in marks[1:]] + [len(text)]
   return [

@@ -1,5 +1,5 @@
-"""Rows of `task=generate` and `task=score`: every row is used or the file is refused, with the
-row named.
+"""Rows of `task=generate` and `task=score`: every row is used, or the file is refused with a
+message that names the row.
 """
 
 import json
@@ -14,15 +14,16 @@ from r2m_jax.data.files import BadRow, DataError, read_file
 def read_rows(path: str, fields: tuple[str, ...], hint: str = "") -> list[dict[str, Any]]:
   """All rows of a file that `files.read_file` reads, checked.
 
-  `prompt` may be text or a list of messages, every other field in `fields` is text. `truncated` is
-  true or false if a row has it. A row may have `turns`, the user's messages of a conversation, in
-  place of `prompt`, which then is the first of them.
+  `prompt` may be text or a list of messages; every other field in `fields` is text. `truncated`, if
+  a row has it, is true or false. Instead of `prompt`, a row may have `turns`, the user's messages
+  of a conversation; the first turn is then the prompt.
 
   Args:
-    hint: what else a refusal of a field advises.
+    hint: additional advice in messages about a field.
 
   Raises:
-    DataError: there is no such file, or a row is broken, lacks a field or has one of another type.
+    DataError: there is no such file, or a row is broken, lacks a field or has a field of the wrong
+      type.
   """
   file, wanted = pathlib.Path(path).expanduser(), ", ".join(fields)
   if not path or not file.is_file():
@@ -61,7 +62,7 @@ def read_rows(path: str, fields: tuple[str, ...], hint: str = "") -> list[dict[s
 
 
 def with_first_turn(row: dict[str, Any], where: str) -> dict[str, Any]:
-  """A row of a conversation with its first turn as the prompt."""
+  """A conversation's row with its first turn as the prompt."""
   turns = row["turns"]
   good = isinstance(turns, list) and all(isinstance(turn, str) and turn.strip() for turn in turns)
   if not good or not turns:
@@ -74,7 +75,7 @@ def first_message(turns: list[str]) -> list[dict[str, str]]:
 
 
 def turns_of(row: dict[str, Any]) -> list[str]:
-  """The user's messages if a row is a conversation, whose prompt is the first of them; else []."""
+  """The user's messages if a row is a conversation (the first is its prompt), otherwise []."""
   turns = row.get("turns")
   if not isinstance(turns, list) or not turns or row["prompt"] != first_message(turns):
     return []
@@ -82,8 +83,8 @@ def turns_of(row: dict[str, Any]) -> list[str]:
 
 
 def check_output(path: str, field: str) -> None:
-  """Raises DataError if `write_rows` could not write there: asked before the work, so that
-  nothing made is lost.
+  """Raises DataError if `write_rows` could not write there. It is called before the work, so that
+  no result is lost.
   """
   file = pathlib.Path(path).expanduser()
   if not path or file.is_dir():
@@ -101,7 +102,7 @@ def check_output(path: str, field: str) -> None:
 
 
 def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> pathlib.Path:
-  """Writes rows through a file beside it, so that a reader sees all of them or none.
+  """Writes rows atomically, so that a reader sees all of them or none.
 
   Raises:
     ValueError: a number is not finite, which JSON cannot hold.

@@ -1,6 +1,4 @@
-"""All rows of `config.data.name`, whatever each of its names is: files, a hub dataset, a TFDS
-dataset.
-"""
+"""All rows of `config.data.name`. Each of its names is files, a hub dataset or a TFDS dataset."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,16 +9,16 @@ from r2m_jax.data.jsonl import DataError
 
 
 def load(data, need: str) -> list[dict[str, Any]]:
-  """All good rows of `data.name` in the form that `need` (forms.NEEDS) asks for; prints what was
+  """All good rows of `data.name` in the form that `need` (forms.NEEDS) requires; prints what was
   read.
 
-  Every row also has `where` ("file:line") and `part`: which of the comma-separated names it is
-  from, from 0.
+  Every row also has `where` ("file:line") and `part`, the index of its comma-separated name, from
+  0.
 
   Args:
     data: config.data: name, root, split, tfds_dir, max_bad_share.
 
-  Raises DataError where a file cannot be read, holds no rows, or too many bad ones.
+  Raises DataError if a file cannot be read, or has no rows or too many bad rows.
   """
   if not data.name:
     raise DataError(

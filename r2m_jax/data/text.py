@@ -1,9 +1,9 @@
 """Text to token ids and back: tokenizers, chat templates, and the one renderer of reward-model
 input.
 
-Everything here runs on the host. Reward training, RL and evaluation all turn (prompt, response)
-into reward-model tokens by `Renderer.ids`; its `contract` is stored with a reward model and
-compared when one is loaded.
+Everything here runs on the host. Reward training, RL and evaluation all use `Renderer.ids` to turn
+(prompt, response) into reward-model tokens. Its `contract` is stored with a reward model and
+compared when the model is loaded.
 """
 
 import contextlib
@@ -26,31 +26,31 @@ from r2m_jax.parallel.errors import UserError
 from r2m_jax.types import Prompts, Sequences
 
 JOINER = " "  # between prompt and response, for a reward model without a chat template
-SHORTEST = 16  # tokens; padded lengths are this, times a power of two or 1.5 times one
+SHORTEST = 16  # tokens; padded lengths are this times a power of two, or 1.5 times that
 CONTRACT_FORMAT = 1
-POLICY = "policy"  # of a saved contract: how the policy's prompts were rendered, if a head reads it
-# Put before a template, it hides the function by which some templates write today's date.
+POLICY = "policy"  # key of a contract: how the policy's prompts were rendered, if a head reads it
+# Put before a template, it hides the function with which some templates write today's date.
 NO_DATE = "{% macro strftime_now(format) %}a day{% endmacro %}"
 
-MARK = "answerhere"  # stands for a text, where a template's own is looked for
+MARK = "answerhere"  # a placeholder for a text, to find what the template itself adds
 DATE_FORMAT = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 
 Prompt = str | list[dict[str, str]]  # text, or messages [{"role": ..., "content": ...}]
 
 
 class TextError(UserError, ValueError):
-  """A text that cannot become tokens as it is; the message says which, and the fix."""
+  """A text that cannot be turned into tokens; the message names the text and the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-  """What a user changes about the chat template of a model.
+  """A user's changes to the chat template of a model.
 
   Attributes:
     args: variables of the template, such as enable_thinking=False; JSON types only.
-    system: a system message in front of messages that have none; "": none.
-    file: a file with the template to use in place of the folder's; "": the folder's own.
-    section: of the config that these come from, for messages.
+    system: a system message for messages that have none; "": none.
+    file: a file with the template that replaces the folder's; "": the folder's own.
+    section: the config section of these settings, for messages.
   """
 
   args: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
@@ -70,13 +70,13 @@ class Chat:
 
   @property
   def contract(self) -> dict[str, Any]:
-    """What is set, as JSON can hold it. A template of the user's own lies in an export's folder."""
+    """The settings as JSON. The user's own template is stored in an export's folder."""
     given = {"chat_template_args": dict(self.args), "system_prompt": self.system}
     return {name: value for name, value in given.items() if value}
 
   def check(self, template: str, source: str) -> None:
-    """Raises TextError if there is no template that these could change; warns of arguments whose
-    names the template does not hold, which it would ignore.
+    """Raises TextError if there is no template to change. Warns of arguments whose names do not
+    occur in the template, because they have no effect.
     """
     given = [
       f"config.{self.section}.{name}"
@@ -99,22 +99,22 @@ class Chat:
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-  """A Hugging Face tokenizer with what its model's folder says about ending and padding."""
+  """A Hugging Face tokenizer with the end and pad ids of its model's folder."""
 
   hf: Any
   source: str
   eos_ids: tuple[int, ...]  # any of these ends a response
   end_id: (
     int | None
-  )  # what a finished response ends with: the chat template's end-of-turn, else the tokenizer's eos
-  pad_id: int  # may equal an eos id: masks come from lengths
-  vocab_size: int | None = None  # of the model beside it, where one is
+  )  # the end of a finished response: the chat template's end-of-turn, or else the tokenizer's eos
+  pad_id: int  # may equal an eos id, because masks come from lengths
+  vocab_size: int | None = None  # of the model in the same folder, if there is one
   date: str = ""  # YYYY-MM-DD, the day that chat templates write; "": today
   suffix: tuple[
     int, ...
-  ] = ()  # what the tokenizer adds behind every text by itself, such as an EOS
-  max_positions: int | None = None  # max_position_embeddings of the model beside it, in tokens
-  chat: Chat = Chat()  # its template file is that of `hf` already
+  ] = ()  # ids that the tokenizer itself appends to every text, such as an EOS
+  max_positions: int | None = None  # max_position_embeddings of the model, in tokens
+  chat: Chat = Chat()  # its template file is already in `hf`
 
   @property
   def has_template(self) -> bool:
@@ -122,8 +122,8 @@ class Tokenizer:
 
   @functools.cached_property
   def opening(self) -> str:
-    """What the generation prompt ends with from its `<think>` on: "<think>\\n" if an answer starts
-    within its reasoning, a whole block if it has none, "" without the tag.
+    """The end of the generation prompt from `<think>` on: "<think>\\n" if an answer starts within
+    its reasoning, an empty block if it has none, "" without the tag.
     """
     if not self.has_template:
       return ""
@@ -133,16 +133,17 @@ class Tokenizer:
 
   @functools.cached_property
   def drops_reasoning(self) -> bool:
-    """Whether the chat template leaves the reasoning of the last answer out of a dialogue."""
+    """Whether the chat template removes the reasoning of the last answer from a dialogue."""
     answer = f"{thinking.OPEN}\n{MARK}\n{thinking.CLOSE}\n\nb"
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}]
     return self.has_template and MARK not in self._text(self._chat(turns))
 
   def encode(self, text: str, *, special: bool = True) -> list[int]:
-    """Ids of a text; `special` adds what the tokenizer adds in front by itself, such as a BOS.
+    """Ids of a text. With `special` they begin with the ids that the tokenizer itself prepends,
+    such as a BOS.
 
-    What it adds behind is left out: whether a text is finished is not the tokenizer's to say. See
-      `suffix`.
+    Ids that the tokenizer appends (`suffix`) are removed, because the tokenizer does not know
+    whether a text is finished.
     """
     ids = list(self.hf(text, add_special_tokens=special)["input_ids"])
     added = special and self.suffix and tuple(ids[-len(self.suffix) :]) == self.suffix
@@ -153,31 +154,32 @@ class Tokenizer:
     return self.hf.decode([int(i) for i in ids], skip_special_tokens=True)
 
   def beginning(self, text: str, length: int) -> tuple[str, bool]:
-    """(the text's first `length` tokens as text, whether more followed)."""
+    """(the text's first `length` tokens as text, whether the text is longer)."""
     ids = self.encode(text, special=False)
     return (self.decode(ids[:length]), True) if len(ids) > length else (text, False)
 
   def render(self, prompt: Prompt) -> list[int]:
-    """Ids of a prompt: text as it is, messages by the model's own chat template up to where the
-    assistant answers.
+    """Ids of a prompt: text verbatim, messages by the model's own chat template up to the
+    assistant's answer.
     """
     if not isinstance(prompt, str):
       ids = self._template(self._chat(prompt), add_generation_prompt=True)
     elif self.chat.system:
       raise TextError(
-        f"config.{self.chat.section}.system_prompt needs prompts of messages, and {prompt[:80]!r} is "
-        'text, which is taken as it is; give [{"role": "user", "content": ...}]'
+        f"config.{self.chat.section}.system_prompt needs prompts of messages, and "
+        f"{prompt[:80]!r} is text, which is used verbatim; give "
+        '[{"role": "user", "content": ...}]'
       )
     else:
       ids = self.encode(prompt)
     return self._checked(ids, prompt)
 
   def written(self, prompt: Prompt) -> list[bool]:
-    """Of each token of `render(prompt)`, whether it holds text of the prompt: False on special
-    tokens and on what the chat template adds, such as roles and a system prompt of its own.
+    """For each token of `render(prompt)`, whether it is text of the prompt: False on special tokens
+    and on what the chat template adds, such as roles and its own system prompt.
     """
     ids, special = self.render(prompt), set(self.hf.all_special_ids)
-    if isinstance(prompt, str) or not self.hf.is_fast:  # only fast ones know where a token stood
+    if isinstance(prompt, str) or not self.hf.is_fast:  # only fast ones know a token's position
       return [i not in special for i in ids]
     spans = self._spans(self._chat(prompt))
     if spans is None:
@@ -187,8 +189,8 @@ class Tokenizer:
     return [any(a < end and b > start for start, end in spans) for a, b in places]
 
   def _spans(self, messages: list[dict]) -> list[tuple[int, int]] | None:
-    """Where the text of each message begins and ends in the rendered prompt; None if the template
-    changes the texts. What stands between them is what it renders around marks in their place.
+    """The start and end of each message's text in the rendered prompt; None if the template changes
+    the texts. They are found by rendering placeholders instead of the texts.
     """
     marks = [f"{MARK}{i}{MARK}" for i in range(len(messages))]
     marked = [message | {"content": mark} for message, mark in zip(messages, marks)]
@@ -206,16 +208,16 @@ class Tokenizer:
     return None
 
   def answer(self, prompt: Prompt, response: str) -> list[int]:
-    """Ids of a response from a row of data, as it follows `render(prompt)`; no end-of-turn.
+    """Ids of a response from a row of data that follows `render(prompt)`; no end-of-turn.
 
-    After messages, each tag of its reasoning comes once; see `thinking.continuation`.
+    After messages, each reasoning tag appears once; see `thinking.continuation`.
     """
     text = isinstance(prompt, str)
     joined = response if text else thinking.continuation(self.opening, response)
     return self.encode(joined, special=False)
 
   def sampled(self, prompt: Prompt, response: str) -> list[int]:
-    """Ids of a text that a policy sampled after `render(prompt)`, as `whole` gives it."""
+    """Ids of a text that a policy sampled after `render(prompt)`, in the form of `whole`."""
     text = isinstance(prompt, str)
     joined = response if text else thinking.after_opening(self.opening, response)
     return self.encode(joined, special=False)
@@ -226,8 +228,8 @@ class Tokenizer:
     return self.opening + text if opens else text
 
   def dialogue(self, prompt: Prompt, response: str, *, truncated: bool) -> list[int]:
-    """Ids of prompt and response by the chat template; a truncated response has no end-of-turn
-    after it.
+    """Ids of prompt and response by the chat template; there is no end-of-turn after a truncated
+    response.
     """
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     messages = self._chat(turns)
@@ -236,12 +238,12 @@ class Tokenizer:
       return self._checked(self._template(answered, add_generation_prompt=False), messages)
     ids = None
     if response.strip() and not thinking.is_unclosed(response):
-      with contextlib.suppress(ValueError):  # of a template that drops or moves reasoning
+      with contextlib.suppress(ValueError):  # the template drops or moves reasoning
         ids = self._template(answered, continue_final_message=True)
     return self._checked(ids or self._unfinished(messages, response), messages)
 
   def _unfinished(self, messages: list[dict], response: str) -> list[int]:
-    """Ids of a truncated response behind the generation prompt, as it was sampled."""
+    """Ids of a truncated response after the generation prompt, as it was sampled."""
     text = self._text(messages, add_generation_prompt=True)
     # a response with reasoning has the tags that a generation prompt may end with
     if thinking.OPEN in response or (response and thinking.is_open(self.opening)):
@@ -255,7 +257,7 @@ class Tokenizer:
     return self._checked(self.encode(prompt + JOINER + response), prompt)
 
   def _chat(self, messages) -> list[dict]:
-    """The messages, checked, with the user's own system message if they have none."""
+    """The checked messages, with the user's own system message if they have none."""
     messages = check_messages(messages)
     own = self.chat.system and messages[0]["role"] != "system"
     return [{"role": "system", "content": self.chat.system}, *messages] if own else messages
@@ -273,7 +275,7 @@ class Tokenizer:
       kwargs["chat_template"] = dated(self.hf.get_chat_template(), self.date)
     try:
       return self.hf.apply_chat_template(messages, tokenize=False, **self.chat.args, **kwargs)
-    except TemplateError as error:  # such as a template that knows no system role
+    except TemplateError as error:  # such as a template without a system role
       shown = json.dumps(messages, ensure_ascii=False)[:120]
       raise TextError(
         f"the chat template of {self.source} refuses {shown}: {error}; change the messages"
@@ -312,12 +314,11 @@ class Tokenizer:
     return ids
 
   def warn_beyond(self, lengths: Sequence[int], what: str, fix: str) -> None:
-    """Warns on stderr if rows of these lengths, in tokens, are longer than the model can be
-    expected to read.
+    """Warns on stderr if rows of these lengths, in tokens, are longer than the model supports.
 
     Args:
-      what: what the rows are, with the fields that make them long.
-      fix: how to make them shorter.
+      what: name of the rows, with the fields that determine their length.
+      fix: how to shorten them.
     """
     limit = self.max_positions
     if limit is None or not len(lengths) or max(lengths) <= limit:
@@ -325,14 +326,14 @@ class Tokenizer:
     print(
       f"warning: {sum(n > limit for n in lengths)} of {len(lengths)} {what} are longer than "
       f"max_position_embeddings = {limit} in the config.json of {self.source}, the longest "
-      f"{max(lengths)} tokens: the model was not trained on positions beyond it, so what it "
-      f"computes there may be worthless; {fix}, or use a model with more positions",
+      f"{max(lengths)} tokens: the model was not trained on positions beyond it, so its outputs "
+      f"there may be meaningless; {fix}, or use a model with more positions",
       file=sys.stderr,
     )
 
   def describe(self, prompt: Prompt) -> str:
-    """What a user should look at once: one rendered prompt with its special tokens, and the ids
-    that matter.
+    """Text for the user to check: one rendered prompt with its special tokens, and the important
+    ids.
     """
     ids = self.render(prompt)
 
@@ -341,8 +342,8 @@ class Tokenizer:
 
     bos = "none" if self.hf.bos_token_id is None else name(self.hf.bos_token_id)
     as_it_is = (
-      "\nnote     prompts of text are taken as they are, without the chat template; for a model that "
-      'answers in chats give {"prompt": [{"role": "user", "content": ...}]}'
+      "\nnote     prompts of text are used verbatim, without the chat template; for a chat model "
+      'give {"prompt": [{"role": "user", "content": ...}]}'
     )
     return (
       f"tokens   {self.source}: bos {bos}, ends at "
@@ -364,16 +365,16 @@ def load_tokenizer(
   """The tokenizer in a model's folder, with the eos ids of the generation config, the tokenizer and
   the template.
 
-  `vocab_size` of the model: a text with an id beyond it is refused when it is rendered. `date`,
-  `max_positions` and `chat` as in Tokenizer. `base`: the folder of the model, if `folder` holds only
-  adapters of it.
+  `vocab_size` belongs to the model: a text with an id beyond it is refused when it is rendered.
+  `date`, `max_positions` and `chat` are as in Tokenizer. `base` is the folder of the model, if
+  `folder` holds only its adapters.
   """
   import transformers
 
   folder = pathlib.Path(folder)
   try:
     hf = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-  except Exception as error:  # noqa: BLE001  its files are parsed by Rust and Python code that raises all kinds
+  except Exception as error:  # noqa: BLE001  its parsers raise errors of all kinds
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
     raise TextError(
       f"{folder} holds no tokenizer that transformers reads (tokenizer.json): {reason}; copy its "
@@ -390,12 +391,12 @@ def load_tokenizer(
   if beyond := [i for i in eos_ids if vocab_size is not None and i >= vocab_size]:
     raise TextError(
       f"{folder}: end-of-sequence ids {beyond} lie beyond the model's {vocab_size} ids, so they "
-      "are another model's; "
-      "put the model's own into generation_config.json and tokenizer_config.json"
+      "belong to another model; put the model's own into generation_config.json and "
+      "tokenizer_config.json"
     )
   end = end if end is not None else next(iter([*own, *eos_ids]), None)
 
-  # masks come from lengths, so any id that the embedding holds may fill a row
+  # masks come from lengths, so any id within the embedding may pad a row
   def fits(i):
     return i is not None and (vocab_size is None or i < vocab_size)
 
@@ -415,7 +416,7 @@ def load_tokenizer(
 
 
 def _suffix(hf) -> tuple[int, ...]:
-  """The ids that a tokenizer adds behind a text by itself."""
+  """The ids that a tokenizer itself appends to a text."""
   bare, whole = (
     tuple(hf("a", add_special_tokens=special)["input_ids"]) for special in (False, True)
   )
@@ -428,8 +429,8 @@ def _suffix(hf) -> tuple[int, ...]:
 def save_tokenizer(
   core, folder: str | pathlib.Path, *, end: str, pad: str, special: Sequence[str], template: str
 ) -> None:
-  """Writes a `tokenizers.Tokenizer` as transformers reads it: `end` is its eos, `special` its
-  other special tokens.
+  """Writes a `tokenizers.Tokenizer` in the form that transformers reads: `end` is its eos,
+  `special` its other special tokens.
   """
   import transformers
 
@@ -440,7 +441,7 @@ def save_tokenizer(
 
 
 def _model_eos_ids(folder: pathlib.Path) -> list[int]:
-  """eos_token_id of generation_config.json, or of config.json where that does not say."""
+  """eos_token_id of generation_config.json, or of config.json if the former has none."""
   for name in ("generation_config.json", "config.json"):
     file = folder / name
     try:
@@ -460,8 +461,8 @@ def _model_eos_ids(folder: pathlib.Path) -> list[int]:
 
 
 def _end_of_turn(hf, chat: Chat) -> int | None:
-  """The special token that the chat template puts after an assistant's answer; None where there
-  is none.
+  """The special token that the chat template puts after an assistant's answer; None if there is
+  none.
   """
   if not hf.chat_template:
     return None
@@ -477,11 +478,11 @@ def _end_of_turn(hf, chat: Chat) -> int | None:
     TypeError,
     ValueError,
     AttributeError,
-  ) as error:  # the last three of what is no template
+  ) as error:  # the last three for a text that is not a template
     source = chat.file or hf.name_or_path
     raise TextError(
-      f"the chat template of {source} cannot render a question and its answer: {error}; "
-      "mend it in chat_template.jinja (or tokenizer_config.json), or take it out"
+      f"the chat template of {source} cannot render a question and its answer: {error}; fix it "
+      "in chat_template.jinja (or tokenizer_config.json), or remove it"
     ) from None
   after = (
     hf(text[text.rindex(mark) + len(mark) :], add_special_tokens=False)["input_ids"]
@@ -496,11 +497,11 @@ def _end_of_turn(hf, chat: Chat) -> int | None:
 
 
 def dated(template: str, date: str) -> str:
-  """The chat template with `date`, YYYY-MM-DD, in place of today: a run must render tomorrow what
-  it renders today.
+  """The chat template with `date`, YYYY-MM-DD, instead of today, because a run must render the same
+  text tomorrow.
 
-  Templates write a day by strftime_now(format), which transformers defines and lets nobody replace
-  but the template.
+  Templates write a date with strftime_now(format), which transformers defines and which only the
+  template can override.
   """
   day, formats = (
     datetime.datetime.fromisoformat(date),
@@ -515,7 +516,7 @@ def dated(template: str, date: str) -> str:
 
 
 def check_messages(messages) -> list[dict[str, str]]:
-  """The messages, or a TextError that says what a prompt must look like."""
+  """The messages, or a TextError that describes the required form."""
   good = isinstance(messages, list) and messages
   if not good or not all(
     isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in messages
@@ -532,7 +533,9 @@ def check_messages(messages) -> list[dict[str, str]]:
 
 
 def bucket(length: int) -> int:
-  """The padded length for `length` tokens: few distinct ones, so that few programs are compiled."""
+  """The padded length for `length` tokens. There are few distinct ones, so that few programs are
+  compiled.
+  """
   size = SHORTEST
   while size < length:
     size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3  # 16, 24, 32, 48, 64, 96, ...
@@ -557,18 +560,18 @@ def pad_left(
 
 
 def as_prompts(rows: Sequence[Sequence[int]], pad_id: int, *, length: int = 0) -> Prompts:
-  """Rendered prompts as `Prompts`, numbered from 0 (example_id i32[N]), padded as by `pad_left`."""
+  """Rendered prompts as `Prompts`, numbered from 0 (example_id i32[N]), padded like `pad_left`."""
   tokens, mask = pad_left(rows, pad_id, length)
   return Prompts(tokens=tokens, mask=mask, example_id=np.arange(len(rows), dtype=np.int32))
 
 
 def responses_of(sequences: Sequences, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-  """(text, truncated) of every row: the sampled text without the token that ended it."""
+  """(text, truncated) of every row: the sampled text without its end token."""
   mask, ended = np.asarray(sequences.response_mask), np.asarray(sequences.has_eos)
   tokens = np.asarray(sequences.tokens)[:, -mask.shape[1] :]
   lengths = (
     mask.sum(1) - ended
-  )  # the ending token may be an ordinary one: it is left out by its place
+  )  # the end token may be an ordinary one, so it is removed by its position
   return [(tokenizer.decode(row[:n]), not end) for row, n, end in zip(tokens, lengths, ended)]
 
 
@@ -577,19 +580,17 @@ def responses_of(sequences: Sequences, tokenizer: Tokenizer) -> list[tuple[str, 
 
 @dataclasses.dataclass(frozen=True)
 class Renderer:
-  """(prompt, response) -> the reward model's tokens, in reward training, RL and evaluation alike.
+  """(prompt, response) -> the reward model's tokens, in reward training, RL and evaluation.
 
-  With a chat template the dialogue is rendered by it, a text prompt as one user message. Without
-  one the text is prompt + " " + response, and what the tokenizer adds behind a text by itself.
-  Nothing is appended that was not sampled: a truncated response has no end-of-turn, and nothing
-  behind it. Reasoning that begins without `<think>`, since the policy's prompt had it, gets the tag.
+  A chat template renders the dialogue, with a text prompt as one user message. Without a template
+  the text is prompt + " " + response, with the ids that the tokenizer itself appends. Nothing is
+  appended to a truncated response: neither an end-of-turn nor anything else. Reasoning that begins
+  without `<think>`, because the policy's prompt had it, gets the tag.
   """
 
   tokenizer: Tokenizer
-  max_length: int = (
-    0  # tokens; longer inputs lose their beginning, since the score is read at the end. 0: no limit
-  )
-  strip_thinking: bool = False  # leave reasoning out of the response; see `thinking`
+  max_length: int = 0  # tokens; longer inputs lose their beginning. 0: no limit
+  strip_thinking: bool = False  # remove reasoning from the response; see `thinking`
 
   def ids(self, prompt: Prompt, response: str, *, truncated: bool = False) -> list[int]:
     tokenizer = self.tokenizer
@@ -602,7 +603,7 @@ class Renderer:
     return ids[-self.max_length :] if self.max_length else ids
 
   def describe(self, prompt: Prompt, response: str, truncated: bool = False) -> str:
-    """One rendered input of the reward model with its special tokens, for a user to look at."""
+    """One rendered input of the reward model with its special tokens, for the user to check."""
     tokenizer = self.tokenizer
     ids = self.ids(prompt, response, truncated=truncated)
     rule = "its chat template" if tokenizer.has_template else "prompt + ' ' + response"
@@ -622,7 +623,9 @@ class Renderer:
 
   @property
   def contract(self) -> dict[str, Any]:
-    """What must not change between the training of a reward model and its use. JSON types only."""
+    """The settings that must not change between the training of a reward model and its use. JSON
+    types only.
+    """
     tokenizer = self.tokenizer
     template = tokenizer.hf.get_chat_template() if tokenizer.has_template else ""
     undated = dataclasses.replace(tokenizer, hf=copy.copy(tokenizer.hf), date="")
@@ -649,7 +652,7 @@ class Renderer:
     }
 
   def require(self, saved: dict[str, Any], where) -> None:
-    """Raises TextError where a reward model was made with another contract than this renderer's."""
+    """Raises TextError if a reward model was trained with another contract than this renderer's."""
     now = self.contract
     changed = [
       f"{key}: {saved.get(key)!r} then, {now.get(key)!r} now"
@@ -667,8 +670,8 @@ class Renderer:
 
 
 def each_row(rows: Sequence[dict], f: Callable[[dict], Any], file: str = "") -> list:
-  """[f(row)]. A TextError says which row: its number in `file`, or without one what the row has
-  as `where`.
+  """[f(row)]. A TextError names the row by its number in `file`, or by its `where` if there is no
+  file.
   """
   results = []
   for number, row in enumerate(rows, 1):

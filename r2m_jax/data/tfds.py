@@ -5,9 +5,8 @@ TensorFlow.
   tfds:hh_rlhf, tfds:hh_rlhf/helpful_base, ...      Bai et al. 2022
   tfds:tldr                                         Stiennon et al. 2020: posts with their authors' summaries
 
-A data set is prepared when it is first read: from the files of config.data.root where one is given,
-which may have any of the forms of data/forms.py, else from the hub. Afterwards it is read from
-config.data.tfds_dir alone.
+A data set is prepared when it is first read: from the files of config.data.root if it is given, in
+any form of data/forms.py, and otherwise from the hub. Afterwards only config.data.tfds_dir is read.
 """
 
 import dataclasses
@@ -25,7 +24,7 @@ from r2m_jax.parallel import hosts
 
 NAME = re.compile(
   r"\w+(/\w[\w.-]*)?(:\d+\.\d+\.\d+)?"
-)  # no path, no address, no code from elsewhere
+)  # not a path, not an address, no foreign code
 
 
 @dataclasses.dataclass
@@ -36,16 +35,16 @@ class Source(tfds.core.BuilderConfig):
   splits: tuple[tuple[str, str], ...] = (
     ("train", "train"),
     ("test", "test"),
-  )  # ours, and the files' own
+  )  # split name of ours, and of the files
 
 
 class Rows(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """Rows of data.forms as a TFDS data set.
 
   Args of `tfds.builder(name, ...)`: root: folder of local files to prepare from, "" for the hub. A
-    file belongs to the split that its name or a folder
-      above it begins with; where no file names a split, all are "train".
-    max_bad_share: of the rows that are read; more are an error.
+  file belongs to the split with which its name, or the name of a folder above it, begins. If no
+  file names a split, all are "train".
+    max_bad_share: largest share of bad rows; more are an error.
   """
 
   VERSION = tfds.core.Version("1.0.0")
@@ -137,8 +136,8 @@ BUILDERS = {"ultrafeedback_binarized": UltrafeedbackBinarized, "hh_rlhf": HhRlhf
 
 
 def records(name: str, data) -> Iterator[Record]:
-  """The rows of `tfds:name`, prepared first where they are not yet; another TFDS data set must be
-  prepared already.
+  """The rows of `tfds:name`, which is prepared first if necessary. Other TFDS data sets must
+  already be prepared.
 
   Args:
     data: config.data: root, split, tfds_dir, max_bad_share.
@@ -159,13 +158,13 @@ def records(name: str, data) -> Iterator[Record]:
       hosts.on_first(lambda: builder.download_and_prepare(download_config=downloads))
       builder.download_and_prepare(
         download_config=downloads
-      )  # there already, or a disk of this host's own
+      )  # already there, or a disk of this host
     else:
       builder = tfds.builder(name, file_format="array_record", **kwargs)
     source = builder.as_data_source(split=split)
   except DataError:
     raise
-  except Exception as error:  # noqa: BLE001  TFDS raises many kinds: each is a mistake of the name, split or folder
+  except Exception as error:  # noqa: BLE001  many kinds, for a wrong name, split or folder
     reason = " ".join(str(error).split())[:300]
     raise DataError(
       f"tfds:{name}, split {split!r}, cannot be read: {reason}; correct the name or "
@@ -178,18 +177,17 @@ def records(name: str, data) -> Iterator[Record]:
   for number in range(count):
     try:
       value = _plain(source[number])
-    except Exception as error:  # noqa: BLE001  a file that is cut, flipped or gone; each comes as an error of its own
+    except Exception as error:  # noqa: BLE001  damaged files raise errors of several kinds
       raise unreadable(name, split, builder.data_dir, error) from None
     yield Record(value, f"tfds:{name}/{split}", number + 1)
 
 
 def unreadable(name: str, split: str, folder, error: Exception) -> DataError:
-  """What to say of a prepared data set whose files are not what was written."""
+  """The message for a prepared data set whose files are damaged."""
   reason = " ".join(str(error).split())[:300]
   return DataError(
-    f"tfds:{name}, split {split!r}, cannot be read: {reason}; its files lie in {folder}: bring "
-    "them back from a copy, "
-    "or delete that folder and it is prepared again"
+    f"tfds:{name}, split {split!r}, cannot be read: {reason}; its files are in {folder}: bring "
+    "them back from a copy, or delete that folder and it is prepared again"
   )
 
 

@@ -1,9 +1,9 @@
-"""Reasoning between `<think>` and `</think>`: what of a text it is, and the seam between a
-generation prompt and an answer.
+"""Reasoning between `<think>` and `</think>`: which part of a text it is, and how an answer
+continues a generation prompt.
 
 A chat template may end a prompt with `<think>`, so that the answer starts within its reasoning, or
-with an empty block, so that it has none. The text of an answer may carry its opening tag or not.
-The functions here see to it that each tag comes once.
+with an empty block, so that it has none. The text of an answer may or may not have its opening tag.
+The functions here ensure that each tag appears once.
 """
 
 import re
@@ -13,7 +13,7 @@ BLOCK = re.compile(f"{OPEN}.*?({CLOSE}|\\Z)", re.S)  # an unclosed block reaches
 
 
 def opened(text: str) -> str:
-  """The text with the opening tag that it lacks if its first tag is a closing one."""
+  """The text, with an opening tag added if its first tag is a closing one."""
   before, close, _ = text.partition(CLOSE)
   return f"{OPEN}\n{text}" if close and OPEN not in before else text
 
@@ -21,9 +21,9 @@ def opened(text: str) -> str:
 def without_reasoning(text: str) -> str:
   """The text without its reasoning, and without the white space that followed it.
 
-  Reasoning is every block between the tags, what precedes a closing tag that nothing opened, and
-  what follows an opening tag that nothing closes. The last is all there is of a response that the
-  length limit cut off while it reasoned: "" is left of it.
+  Reasoning is every block between the tags, the text before an unopened closing tag, and the text
+  after an unclosed opening tag. A response that was cut off during its reasoning has only the last
+  kind, so its result is "".
   """
   answer = text
   while OPEN in answer or CLOSE in answer:
@@ -45,13 +45,13 @@ def continuation(opening: str, answer: str) -> str:
   """An answer from a row of data as it continues a generation prompt.
 
   Args:
-    opening: what the generation prompt ends with from `<think>` on; see `Tokenizer.opening`.
+    opening: the end of the generation prompt from `<think>` on; see `Tokenizer.opening`.
     answer: with or without reasoning, with or without the opening tag.
 
   Returns:
-    If the prompt has opened the tag: the answer without its own one, or a closing tag and then an
-    answer that has no reasoning. If the prompt holds a whole, empty block: the answer without its
-    reasoning. Else the answer, with an opening tag if it has only the closing one.
+    If the prompt has an open tag: the answer without its own opening tag, or a closing tag followed
+    by an answer that has no reasoning. If the prompt has an empty block: the answer without its
+    reasoning. Otherwise: the answer, with an opening tag if it has only the closing one.
   """
   if not opening:
     return opened(answer)
@@ -62,7 +62,7 @@ def continuation(opening: str, answer: str) -> str:
 
 
 def after_opening(opening: str, answer: str) -> str:
-  """The answer without the opening tag that a generation prompt has already."""
+  """The answer without the opening tag that the generation prompt already has."""
   if not is_open(opening):
     return answer
   for tag in (opening, OPEN):

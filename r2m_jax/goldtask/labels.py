@@ -12,12 +12,12 @@ STREAM_LABELS = 5
 
 
 def gold_labeller(config) -> Labeller:
-  """Builds `label(sequences, step) -> Pairs`, a function of the samples, the seed and the step
-  alone.
+  """Builds `label(sequences, step) -> Pairs`, a function of only the samples, the seed and the
+  step.
 
-  As many pairs as the budget allows at this step: two random samples of one random prompt each,
-  blind to what the reward model thinks of them. A pair whose gold rewards tie counts against the
-  budget and says nothing.
+  It labels as many pairs as the budget allows at this step. A pair has two random samples of one
+  random prompt, chosen independently of the reward model. A pair with equal gold rewards counts
+  against the budget and gives no label.
   """
   K, most = config.rollout.group_size, pairs_per_step(config)
 
@@ -25,7 +25,7 @@ def gold_labeller(config) -> Labeller:
     rng = np.random.default_rng([config.seed, STREAM_LABELS, step])
     groups = rng.permutation(np.arange(most) % config.rollout.prompts)
     a, b = np.stack([g * K + rng.choice(K, 2, replace=False) for g in groups]).T
-    gold = goldtask.gold(sequences).gold
+    gold = goldtask.gold(sequences, config.gold.formula).gold
     rows = np.where(gold[a] >= gold[b], [a, b], [b, a]).reshape(-1)  # winners, then losers
     weight = (np.arange(most) < pairs_at(config, step)) & (gold[a] != gold[b])
     tokens, mask = sequences.tokens[rows], sequences.token_mask[rows]

@@ -1,8 +1,8 @@
 """The notes task: real English with a gold reward that is a formula on text.
 
 A prompt shows a short note of named values and asks for one or two sentences that use only some of
-them, the facts. The other values are distractors. Gold counts what such a reply has and lacks; see
-`gold`. docs/lab.md, "The third task", has worked examples.
+them, the facts. The other values are distractors. Gold counts what such a reply contains and lacks;
+see `gold`. docs/lab.md, "The third task", has worked examples.
 
 Host only (NumPy): gold never enters a training program.
 """
@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+
+from r2m_jax.goldtask import formula as own
 
 # A value of a note is one word, a time or a number. No two lexicons share a word.
 LEXICONS = {
@@ -79,7 +81,7 @@ LEXICONS = {key: tuple(words.split()) for key, words in LEXICONS.items()}
 KEYS = tuple(LEXICONS)
 UNIT = {"price": " euros"}  # shown after the value
 
-# What asks for the reply; {keys} are the names of the facts. None has the name of a key in it.
+# Instructions; {keys} are the names of the facts. No instruction contains the name of a key.
 INSTRUCTIONS = (
   "Write one or two sentences for a friend that use only these facts: {keys}.",
   "Tell a friend in one or two sentences about {keys} and nothing else.",
@@ -106,7 +108,7 @@ FIRST_PERSON = {"i", "i'm", "i'll", "i've", "i'd"}
 
 
 class Note(NamedTuple):
-  """What a prompt holds: name -> value, in the order of the note."""
+  """The contents of a prompt: name -> value, in the order of the note."""
 
   facts: dict[str, str]
   distractors: dict[str, str]
@@ -117,24 +119,24 @@ class Note(NamedTuple):
 
 
 class GoldParts(NamedTuple):
-  """What gold counts in one reply."""
+  """The parts of gold for one reply."""
 
   gold: float
   coverage: float  # share of the facts that are named
   distractors: int  # distinct distractors that are named
-  invented: int  # distinct names, numbers and lexicon words that the prompt does not hold
+  invented: int  # distinct names, numbers and lexicon words that are not in the prompt
   repeats: int  # 3-grams of words that occurred before
-  outside: int  # words too many or too few
+  outside: int  # number of words above or below the allowed range
   extra: int  # sentences beyond two
   marks: int  # marks of lists and markup
-  ended: bool  # whether it ends as a sentence does
+  ended: bool  # whether it ends like a sentence
 
 
 # ---- words ----
 
 
 def forms(value: str) -> set[str]:
-  """The words that count as a value: itself and its plural, in lower case."""
+  """The words that count as a value: the value and its plural, in lower case."""
   word = value.lower()
   return {word} if word[0].isdigit() else {word, f"{word}s", f"{word}es"}
 
@@ -196,7 +198,7 @@ def invented_in(reply: str, prompt: str, note: Note) -> set[str]:
 
 
 def bare_list(reply: str) -> int:
-  """How many values beyond two stand in a row with nothing but commas between them."""
+  """The number of values beyond two in a row, with only commas between them."""
   row, extra, last = 0, 0, 0
   for match in WORD.finditer(reply):
     word = match.group().lower()
@@ -215,7 +217,7 @@ def bare_list(reply: str) -> int:
 
 def marks_in(reply: str) -> int:
   """Marks of lists and markup: list lines, labels such as "guest:", runs of markup characters, and
-  values that stand in a bare list.
+  values in a bare list.
   """
   text = LIST_LINE.sub("", reply)
   inside = len(LABEL.findall(text)) + len(MARKUP.findall(text))
@@ -228,11 +230,11 @@ def gold_parts(prompt: str, reply: str, truncated: bool = False) -> GoldParts:
     4 coverage - 0.8 distractors - 0.8 invented - 0.3 repeats - 0.15 outside - 0.5 extra
     - min(2, 0.4 marks) + 0.5 ended - truncated
 
-  A value is named if the word occurs, in any case, also as a plural. `outside` counts words below
-  facts + 2 and above 4 facts + 8. The best reply has 4.5.
+  A value is named if the word occurs, in upper or lower case, also as a plural. `outside` counts
+  words below facts + 2 and above 4 facts + 8. The best reply has 4.5.
 
   Args:
-    truncated: the reply was cut off at the longest length.
+    truncated: whether the reply was cut off at the length limit.
   """
   note, reply = read_prompt(prompt), reply.strip()
   text = LIST_LINE.sub("", reply)
@@ -264,10 +266,23 @@ def gold_parts(prompt: str, reply: str, truncated: bool = False) -> GoldParts:
   )
 
 
-def gold(rows: Iterable[dict]) -> np.ndarray:
+def all_parts(rows: Iterable[dict], formula: str = "") -> list[GoldParts]:
+  """`gold_parts` of rows with prompt, response and truncated.
+
+  Args:
+    formula: config.gold.formula, the file of a formula that takes the place of this one.
+  """
+  texts = [(row["prompt"], row["response"], row.get("truncated", False)) for row in rows]
+  parts = [gold_parts(*text) for text in texts]
+  if not formula:
+    return parts
+  values = own.values(formula, ((prompt, reply, not cut) for prompt, reply, cut in texts))
+  return [part._replace(gold=float(value)) for part, value in zip(parts, values)]
+
+
+def gold(rows: Iterable[dict], formula: str = "") -> np.ndarray:
   """The gold reward of rows with prompt, response and truncated, f64[N]."""
-  parts = [gold_parts(r["prompt"], r["response"], r.get("truncated", False)) for r in rows]
-  return np.array([part.gold for part in parts], float)
+  return np.array([part.gold for part in all_parts(rows, formula)], float)
 
 
 # ---- prompts ----
@@ -294,7 +309,7 @@ def draw_note(rng: np.random.Generator, split: str) -> Note:
 
 
 def write_prompt(rng: np.random.Generator, note: Note) -> str:
-  """The note and one of the instructions; values and names in an order of their own."""
+  """The note and one of the instructions; the names in the instruction are in a separate order."""
   items = {**note.facts, **note.distractors}
   keys = [list(items)[i] for i in rng.permutation(len(items))]
   shown = "; ".join(f"{key}: {items[key]}{UNIT.get(key, '')}" for key in keys)
@@ -305,7 +320,7 @@ def write_prompt(rng: np.random.Generator, note: Note) -> str:
 
 
 def prompts(seed: int, stream: int, count: int, split: str = TRAIN) -> list[str]:
-  """`count` different prompts, a function of the arguments alone."""
+  """`count` different prompts, a function of only the arguments."""
   rng = np.random.default_rng([seed, stream, 23])
   found: dict[str, None] = {}
   while len(found) < count:
@@ -367,7 +382,7 @@ def demonstrations(seed: int, stream: int, count: int) -> list[dict]:
 
 
 def write_reply(rng: np.random.Generator, items: list[tuple[str, str]]) -> str:
-  """What a writer makes of some named values."""
+  """A writer's reply with the given values."""
   end = "" if rng.uniform() < 0.1 else "."
   if rng.uniform() < 0.1:
     return ", ".join(f"{value}{UNIT.get(key, '')}" for key, value in items) + end

@@ -1,4 +1,4 @@
-"""RL on the gold-reward task: prompts, the step, which arms share a program, and what gold says."""
+"""RL on the gold-reward task: prompts, the step, which arms share a program, and gold metrics."""
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,10 @@ from r2m_jax.types import Prompts, TrainState
 
 
 def shared_arm(config) -> Arm | None:
-  """config.variant as an arm of r2m's program: to compile takes longer than many a run of this
-  task, and r2m's reward costs next to nothing. None where it has a program of its own, as all have
-  with labels, which not all can use."""
+  """config.variant as an arm of r2m's program, because compiling takes longer than many runs of
+  this task and r2m's reward costs almost nothing. None if the variant needs its own program. With
+  labels every variant does, because not all variants can use labels.
+  """
   return None if config.r2m.labels == "preference" else arm_of(config.variant)
 
 
@@ -40,7 +41,7 @@ def make_gold_step(config, built: Build, layout):
   """Builds `step(state, prompts, arm)`: `make_step` for the gold-reward task, with None for
   variants without an `Arm`.
 
-  Every process gives all prompts, as host arrays, and feeds its own.
+  Every process passes all prompts, as host arrays, and uses its own.
   """
 
   def own(prompts):
@@ -60,7 +61,7 @@ def make_gold_step(config, built: Build, layout):
 
 def make_arm_step(defs: Defs, config, mesh):
   """Builds `step(state, prompts, arm) -> (state, output)`, not yet jitted: the step of any `Arm` if
-  config.variant is r2m, and of config.variant itself with None.
+  config.variant is r2m, or of config.variant itself if arm is None.
   """
   rollout = make_rollout(defs, config, mesh, (goldtask.EOS,), goldtask.PAD)
 
@@ -72,8 +73,8 @@ def make_arm_step(defs: Defs, config, mesh):
 
 
 def reward_of(defs: Defs, arm: Arm | None) -> Reward | None:
-  """An arm's reward in r2m's program, while that is traced; None, the variant's own, without an
-  arm.
+  """The reward of an arm in r2m's program, for use during tracing. Without an arm it is None, which
+  means the variant's own reward.
   """
   if arm is None:
     return None
@@ -89,11 +90,9 @@ def reward_of(defs: Defs, arm: Arm | None) -> Reward | None:
   return Reward(score, keep)
 
 
-def gold_metrics(out, group_size: int) -> dict[str, float]:
-  """What the gold reward says of a step's samples, measured on the host; nothing of it reaches
-  training.
-  """
-  parts, judged = goldtask.gold(out.sequences), out.judged
+def gold_metrics(out, group_size: int, formula: str = "") -> dict[str, float]:
+  """Gold metrics of a step's samples, computed on the host. They never enter training."""
+  parts, judged = goldtask.gold(out.sequences, formula), out.judged
   found = against_gold(parts.gold, judged.scores, group_size)
   found |= against_frozen(parts.gold, judged.scores, judged.scores_frozen, group_size)
   return found | {
@@ -105,14 +104,14 @@ def gold_metrics(out, group_size: int) -> dict[str, float]:
 
 
 def against_gold(gold: np.ndarray, used: np.ndarray, group_size: int) -> dict[str, float | None]:
-  """Mean gold of a step's samples, and how the reward that trained on them agrees with it within a
-  prompt.
+  """Mean gold of a step's samples, and its agreement within prompts with the reward that trained on
+  them.
 
-  gold, used: [B] each, the samples of a prompt beside each other.
+  gold, used: [B] each, with the samples of a prompt next to each other.
   """
   gold, used = (np.asarray(x, float).reshape(-1, group_size) for x in (gold, used))
   rows = np.arange(len(gold))
-  # of the pair that the reward update would label
+  # gap in gold of the pair that the reward update would label
   gap = gold[rows, used.argmax(-1)] - gold[rows, used.argmin(-1)]
   centred_gold, centred_used = (x - x.mean(-1, keepdims=True) for x in (gold, used))
   norm = np.sqrt((centred_gold**2).sum() * (centred_used**2).sum())
@@ -126,15 +125,15 @@ def against_gold(gold: np.ndarray, used: np.ndarray, group_size: int) -> dict[st
 def against_frozen(
   gold: np.ndarray, used: np.ndarray, frozen: np.ndarray, group_size: int
 ) -> dict[str, float | None]:
-  """How far the reward that trained on a step's samples has come from the frozen one.
+  """How far the reward that trained on a step's samples has moved from the frozen one.
 
-  gold, used, frozen: [B] each, the samples of a prompt beside each other.
+  gold, used, frozen: [B] each, with the samples of a prompt next to each other.
   """
   gold, used, frozen = (np.asarray(x, float).reshape(-1, group_size) for x in (gold, used, frozen))
   u, f = (x - x.mean(-1, keepdims=True) for x in (used, frozen))
   uu, ff, uf = (u * u).sum(), (f * f).sum(), (u * f).sum()
   rows, best, worst = np.arange(len(gold)), used.argmax(-1), used.argmin(-1)
-  # of the frozen reward, on the pairs that the used one would label
+  # whether the frozen reward orders the used reward's pairs as gold does
   agrees = np.sign(gold[rows, best] - gold[rows, worst]) * np.sign(
     frozen[rows, best] - frozen[rows, worst]
   )

@@ -1,4 +1,4 @@
-"""What comes before RL on the gold-reward task: supervised start, noisy preferences, the proxy
+"""The stages before RL on the gold-reward task: the supervised policy, noisy preferences, the proxy
 reward model.
 """
 
@@ -22,7 +22,7 @@ from r2m_jax.run.fit import Job, do, epochs_of_rows, reward_loss, sft_loss, warm
 from r2m_jax.run.metrics import Metrics
 from r2m_jax.types import Prompts, Sequences
 
-# of prompts; stream 0 is the demonstrations', 5 that of labels.STREAM_LABELS
+# streams of prompts; stream 0 is for demonstrations, 5 is labels.STREAM_LABELS
 STREAM_PAIRS, STREAM_HELDOUT, STREAM_RL, STREAM_TABLE = range(1, 5)
 STREAM_PROBE, STREAM_BEST, STREAM_ANALYSE, STREAM_EVALUATION = range(6, 10)
 CHUNK = 64  # prompts sampled at a time
@@ -30,8 +30,8 @@ CHUNK = 64  # prompts sampled at a time
 
 @functools.cache
 def sampler(policy_def, mesh, *, group_size: int, max_new_tokens: int, temperature: float):
-  """Builds the jitted `draw(policy, prompts, key) -> Sequences`; one program for all that sample
-  alike.
+  """Builds the jitted `draw(policy, prompts, key) -> Sequences`; one program for all calls with the
+  same settings.
   """
 
   @jit_on(mesh)
@@ -65,7 +65,7 @@ def sample(
     temperature=rollout.temperature,
   )
   count = len(prompts.tokens)
-  if count % CHUNK:  # one shape, one compile: the last chunk is filled up with the first rows
+  if count % CHUNK:  # one shape means one compilation: the last chunk is padded with the first rows
     prompts = jax.tree.map(
       lambda x: np.concatenate([x, np.resize(x, (-count % CHUNK, *x.shape[1:]))]), prompts
     )
@@ -77,7 +77,7 @@ def sample(
 
 
 def sft_job(config, built: Build) -> Job:
-  """The policy, from nothing, on imperfect demonstrations."""
+  """The fit of the policy, from random weights, on imperfect demonstrations."""
   settings = config.sft
   notes, responses, lengths = goldtask.demonstrations(
     config.seed, settings.examples, config.rollout.max_new_tokens
@@ -107,9 +107,10 @@ def fit_sft(config, built: Build, workdir: Path):
 
 
 def reward_job(config, built: Build, policy) -> Job:
-  """The proxy reward model {"backbone", "phi"} on noisy preferences over the policy's own samples.
+  """The fit of the proxy reward model {"backbone", "phi"} on noisy preferences over the policy's
+  own samples.
 
-  An ensemble's heads see each pair with a weight of their own (the Bayesian bootstrap).
+  Each head of an ensemble has its own weights of the pairs (the Bayesian bootstrap).
   """
   start = init_reward_model(config, built, policy, jax.random.key(config.seed))
   train = noisy_preferences(config, built, policy)
@@ -117,7 +118,7 @@ def reward_job(config, built: Build, policy) -> Job:
 
 
 def golden_job(config, built: Build, policy, reward) -> Job:
-  """The proxy, trained on by golden pairs of the same prompts as RL: the paper's "pretrained
+  """Further training of the proxy on golden pairs of the prompts of RL: the paper's "pretrained
   RM".
   """
   settings = config.reward
@@ -132,8 +133,8 @@ def golden_job(config, built: Build, policy, reward) -> Job:
 
 
 def fit_reward(config, built: Build, workdir: Path, policy, job: Job | None = None):
-  """Does a job on pairs, `reward_job` by default; returns the reward model at scale, see
-  `standardise`.
+  """Runs a job on pairs, `reward_job` by default; returns the standardised reward model
+  (`standardise`).
   """
   job = job or reward_job(config, built, policy)
   model, found = standardise(config, built, policy, do(job, built, workdir))
@@ -148,13 +149,13 @@ def fit_reward(config, built: Build, workdir: Path, policy, job: Job | None = No
 
 
 def fit_golden(config, built: Build, workdir: Path, policy, reward):
-  """Does `golden_job`; returns the reward model at scale."""
+  """Runs `golden_job`; returns the standardised reward model."""
   return fit_reward(config, built, workdir, policy, golden_job(config, built, policy, reward))
 
 
 def noisy_preferences(config, built: Build, policy) -> dict[str, np.ndarray]:
-  """What the proxy learns from: see `preferences`, and a_wins bool[N], as a noisy labeller has
-  it.
+  """The proxy's training data: `preferences` with a_wins bool[N], the choices of a noisy
+  labeller.
   """
   settings = config.reward
   prompts = goldtask.prompts(config.seed, STREAM_PAIRS, 0, settings.pairs)
@@ -166,10 +167,12 @@ def noisy_preferences(config, built: Build, policy) -> dict[str, np.ndarray]:
 
 
 def contrast_pairs(train: dict[str, np.ndarray], shift: int) -> dict[str, np.ndarray]:
-  """Each pair's preferred response against that of the pair `shift` further on, both under the
-  first pair's prompt. The first of the two wins: it was written for this prompt.
+  """Each pair's preferred response against the preferred response of the pair `shift` positions
+  later, both under the first pair's prompt. The first response wins, because it was written for
+  this prompt.
 
-  Pairs as of `noisy_preferences`; every prompt is `goldtask.PROMPT_LENGTH` tokens long.
+  The pairs have the form of `noisy_preferences`; every prompt is `goldtask.PROMPT_LENGTH` tokens
+  long.
   """
   rows = np.arange(len(train["tokens"]))
   better = np.where(train["a_wins"], 0, 1)
@@ -186,7 +189,8 @@ def contrast_pairs(train: dict[str, np.ndarray], shift: int) -> dict[str, np.nda
 
 def with_contrast(train: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
   """`train` and `count` contrast pairs for each of its pairs, as in RRM (arXiv 2409.13156). Their
-  labels are true for free, and they teach the reward model to read the prompt."""
+  labels are correct without labelling, and they teach the reward model to read the prompt.
+  """
   if not count:
     return train
   parts = [train, *(contrast_pairs(train, shift) for shift in range(1, count + 1))]
@@ -230,7 +234,7 @@ def pairs_job(stage: str, config, built: Build, start, train: dict[str, np.ndarr
 
 def standardise(config, built: Build, policy, model) -> tuple[dict, dict[str, float]]:
   """Centres and scales each head of a fitted reward model to mean 0 and standard deviation 1 on
-  held-out samples of the same policy, so that arms and seeds start on one scale.
+  held-out samples of the same policy, so that arms and seeds start with the same scale.
 
   Returns the model and {"heldout_accuracy": against clean gold labels, "gold_of_sft": mean gold of
   those samples}.
@@ -260,7 +264,9 @@ def standardise(config, built: Build, policy, model) -> tuple[dict, dict[str, fl
 
 @functools.cache
 def scorer(backbone_def, phi_def, mesh):
-  """Builds the jitted `members(model, tokens, mask) -> f32[B, M]`: what each head says of rows."""
+  """Builds the jitted `members(model, tokens, mask) -> f32[B, M]`: each head's score of each
+  row.
+  """
 
   @jit_on(mesh)
   def members(model, tokens, mask):
@@ -271,8 +277,9 @@ def scorer(backbone_def, phi_def, mesh):
 
 
 def head_job(config, built: Build, policy, reward, head) -> Job:
-  """A warm start: cross-attention and phi, `head`, on the proxy's own preferences with the
-  supervised policy's states, at omega's floor."""
+  """The fit of a warm start: cross-attention and phi, `head`, on the proxy's own preferences with
+  the supervised policy's states, at omega's floor.
+  """
   settings, train = config.reward, noisy_preferences(config, built, policy)
   steps = config.r2m.warm_epochs * (settings.pairs // settings.batch_size)
 
@@ -303,5 +310,5 @@ def preferences(
   return {
     "tokens": pair(sequences.tokens),
     "mask": pair(sequences.token_mask),
-    "gold": pair(goldtask.gold(sequences).gold),
+    "gold": pair(goldtask.gold(sequences, config.gold.formula).gold),
   }

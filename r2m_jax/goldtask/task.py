@@ -1,12 +1,11 @@
 """A small task with a known gold reward, on which a policy games its reward model within minutes on
-one CPU.
+a CPU.
 
-A prompt is a note: facts (animals) mixed with chatter (food). A good response names the note's
-facts, once each, and
-stops: no chatter, no facts that the note does not hold (hallucinations), no filler words, no
-repeats. The gold reward knows all this; a reward model fitted on few noisy preferences learns
-"fewer fillers, less chatter" quickly and "only facts of this note" badly, which is what the policy
-then exploits.
+A prompt is a note: facts (animals) mixed with chatter (food). A good response names each of the
+note's facts once and stops. It has no chatter, no facts that are not in the note (hallucinations),
+no filler words and no repeats. The gold reward measures all this. A reward model that is fitted to
+few noisy preferences learns "fewer fillers, less chatter" quickly and "only facts of this note"
+badly. The policy then exploits this weakness.
 
 Host only (NumPy): gold never enters the training program.
 """
@@ -15,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from r2m_jax.goldtask import formula as own
 from r2m_jax.types import Prompts, Sequences
 
 PAD, BOS, EOS, SEP = 0, 1, 2, 3
@@ -37,19 +37,19 @@ assert len(WORDS) == VOCAB_SIZE
 
 
 class GoldParts(NamedTuple):
-  """What the gold reward counts, float64[B] each."""
+  """The parts of the gold reward, float64[B] each."""
 
   gold: np.ndarray
   coverage: np.ndarray  # share of the note's facts that the response names
-  hallucinated: np.ndarray  # distinct facts named that the note does not hold
+  hallucinated: np.ndarray  # distinct named facts that are not in the note
   chatter: np.ndarray  # distinct chatter words
   repeats: np.ndarray
   filler: np.ndarray
-  length: np.ndarray  # tokens, the ending token not counted
-  truncated: np.ndarray  # 1 where the response never ended
+  length: np.ndarray  # tokens, without the end token
+  truncated: np.ndarray  # 1 if the response never ended
 
 
-def gold(sequences: Sequences) -> GoldParts:
+def gold(sequences: Sequences, formula: str = "") -> GoldParts:
   """The gold reward of every row, and its parts.
 
     4 coverage - 0.8 chatter - 0.6 hallucinated - 0.3 repeats - 0.25 filler - 0.2 max(0, length - 8)
@@ -57,12 +57,18 @@ def gold(sequences: Sequences) -> GoldParts:
 
   chatter and hallucinated count distinct words; repeats counts words (facts or chatter) beyond
   their first use.
+
+  Args:
+    formula: config.gold.formula, the file of a formula that takes the place of this one.
+
+  Raises:
+    FormulaError: that formula fails on a row.
   """
   tokens, mask = np.asarray(sequences.tokens), np.asarray(sequences.response_mask)
   has_eos = np.asarray(sequences.has_eos)
   prompt, response = tokens[:, : -mask.shape[1]], tokens[:, -mask.shape[1] :]
   word_mask = mask.copy()
-  word_mask[np.arange(len(mask)), mask.sum(1) - 1] &= ~has_eos  # the ending token is no word
+  word_mask[np.arange(len(mask)), mask.sum(1) - 1] &= ~has_eos  # the end token is not a word
   count = np.zeros((len(tokens), VOCAB_SIZE))
   np.add.at(count, (np.nonzero(word_mask)[0], response[word_mask]), 1)
   in_note = np.zeros((len(tokens), VOCAB_SIZE), bool)
@@ -85,13 +91,17 @@ def gold(sequences: Sequences) -> GoldParts:
     - 0.2 * np.maximum(0, length - 8)
     - 1.0 * ~has_eos
   )
+  if formula:
+    prompt_mask = np.asarray(sequences.token_mask)[:, : prompt.shape[1]] & (prompt > SEP)
+    texts = zip(map(render, prompt, prompt_mask), map(render, response, word_mask), has_eos)
+    value = own.values(formula, ((p, r, bool(ended)) for p, r, ended in texts))
   parts = (value, coverage, hallucinated, distinct_chatter, repeats, fillers, length, ~has_eos)
   return GoldParts(*(np.asarray(p, np.float64) for p in parts))
 
 
 def prompts(seed: int, stream: int, index: int, count: int) -> Prompts:
-  """`count` notes, a function of (seed, stream, index) alone: BOS, 12 distinct shuffled words (3
-  to 6 facts), SEP.
+  """`count` notes, a function of only (seed, stream, index): BOS, 12 distinct shuffled words (3 to
+  6 facts), SEP.
   """
   rng = np.random.default_rng([seed, stream, index])
   tokens = np.empty((count, PROMPT_LENGTH), np.int32)
@@ -113,11 +123,11 @@ def demonstrations(
   seed: int, count: int, max_length: int
 ) -> tuple[Prompts, np.ndarray, np.ndarray]:
   """Imperfect human-like responses: prompts, tokens i32[count, max_length], lengths i32[count]
-  (ending token counted).
+  (including the end token).
 
   Each demonstrator has a quality q ~ U(0, 1): a fact is named with probability 0.25 + 0.5 q, a
-  chatter word with 0.12, one fact from anywhere with 0.15; fillers come before a word with 0.25 and
-  a repeat after it with 0.08.
+  chatter word with 0.12, and one arbitrary fact with 0.15. A filler precedes a word with
+  probability 0.25, and a repeat follows it with 0.08.
   """
   notes = prompts(seed, 0, 0, count)
   rng = np.random.default_rng([seed, 1])
@@ -143,8 +153,8 @@ def demonstrations(
 def noisy_choice(
   gold_a: np.ndarray, gold_b: np.ndarray, seed: int, *, temperature: float, flip: float
 ) -> np.ndarray:
-  """A noisy labeller: bool[N], True where it prefers a. P(a) = sigmoid((a - b) / temperature),
-  then flips a share.
+  """A noisy labeller: bool[N], True if it prefers a. P(a) = sigmoid((a - b) / temperature), then
+  flips a share.
   """
   rng = np.random.default_rng([seed, 2])
   prefers_a = rng.uniform(size=gold_a.size) < 1 / (1 + np.exp(-(gold_a - gold_b) / temperature))
@@ -152,5 +162,5 @@ def noisy_choice(
 
 
 def render(tokens: np.ndarray, mask: np.ndarray) -> str:
-  """Token ids as words; masked columns are left out."""
+  """Token ids as words; masked columns are omitted."""
   return " ".join(WORDS[t] for t, keep in zip(tokens, mask) if keep)

@@ -1,4 +1,4 @@
-"""A PEFT folder read: what its adapters make of each weight of the base below them.
+"""Reads a PEFT folder and merges its adapters into the weights of the base.
 
 W + s B A                          LoRA, s = alpha / rank (arXiv 2106.09685)
 W + s B A                          rsLoRA, s = alpha / sqrt(rank) (arXiv 2312.03732)
@@ -18,14 +18,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# leaf of a tensor's name -> field of LowRank; the second is how peft spells it within a model
+# leaf of a tensor's name -> field of LowRank; the second is peft's spelling within a model
 LEAVES = {
   "lora_A.weight": "down",
   "lora_B.weight": "up",
   "lora_magnitude_vector": "magnitude",
   "lora_magnitude_vector.weight": "magnitude",
 }
-# field of adapter_config.json -> the values that need no code here
+# field of adapter_config.json -> the supported values
 PLAIN: dict[str, tuple] = {
   "peft_type": ("LORA",),
   "bias": ("none", None),
@@ -63,23 +63,22 @@ class Adapter:
   """A PEFT folder."""
 
   folder: pathlib.Path
-  base: str  # folder or hub name of the model below
+  base: str  # folder or hub name of the base model
   revision: str  # branch, tag or commit of a hub name; "": main
   low: Mapping[str, LowRank]  # name of a weight of the base -> its adapter
-  whole: Mapping[str, np.ndarray]  # name of a weight -> what replaces it (modules_to_save)
+  whole: Mapping[str, np.ndarray]  # name of a weight -> its replacement (modules_to_save)
 
   def refuse(self, reason: str) -> NoReturn:
     refuse(self.folder, reason)
 
   def renamed(self, rename: Callable[[str], str | None]) -> "Adapter":
-    """With `rename(name)` for each weight's name, or its own where that gives None."""
+    """A copy with `rename(name)` as each weight's name, or the old name if that is None."""
     low = {rename(name) or name: x for name, x in self.low.items()}
     whole = {rename(name) or name: x for name, x in self.whole.items()}
     return dataclasses.replace(self, low=low, whole=whole)
 
   def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises ValueError unless the base, whose weights have these shapes, has a place for every
-    adapter."""
+    """Raises ValueError unless every adapter fits a weight of the base, whose shapes are given."""
     if absent := sorted(self.low.keys() - shapes.keys()):
       self.refuse(f"with adapters of {absent[0]}, which its base {self.base} does not have")
     for name, low in self.low.items():
@@ -99,18 +98,22 @@ def refuse(folder: pathlib.Path, reason: str) -> NoReturn:
 
 
 def is_adapter(folder: pathlib.Path) -> bool:
-  """Whether a folder holds adapters and no model."""
+  """Whether a folder has adapters and no model."""
   return (folder / CONFIG).exists() and not (folder / "config.json").exists()
 
 
 def base_of(folder: pathlib.Path) -> tuple[str, str]:
-  """The model below a PEFT folder: its folder or hub name, and its branch, tag or commit ("": main)."""
+  """The base model of a PEFT folder: its folder or hub name, and its branch, tag or commit ("":
+  main).
+  """
   config = _config(folder)
   return config["base_model_name_or_path"], config.get("revision") or ""
 
 
 def read_adapter(folder: pathlib.Path) -> Adapter:
-  """The adapters in a PEFT folder. Raises ValueError for what is none, or of another kind."""
+  """The adapters in a PEFT folder. Raises ValueError if they are missing or of an unsupported
+  kind.
+  """
   config = _config(folder)
   try:
     tensors = load_file(folder / WEIGHTS)
@@ -131,7 +134,7 @@ def read_adapter(folder: pathlib.Path) -> Adapter:
     if leaf:
       parts.setdefault(f"{module}.weight", {})[leaf] = x
     elif "lora_" in own:
-      refuse(folder, f"with {name}, which is no adapter of a linear layer")
+      refuse(folder, f"with {name}, which is not an adapter of a linear layer")
     else:
       whole[own] = x
   scale = _scales(config)
@@ -147,7 +150,7 @@ def read_adapter(folder: pathlib.Path) -> Adapter:
 
 
 def _config(folder: pathlib.Path) -> dict[str, Any]:
-  """adapter_config.json, if what it describes can be merged."""
+  """adapter_config.json, checked to be mergeable."""
   try:
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
   except (ValueError, RecursionError) as error:
@@ -161,7 +164,7 @@ def _config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _scales(config: Mapping[str, Any]) -> Callable[[str, int], float]:
-  """Builds `scale(module, rank)`: s of the adapter of a module of the base."""
+  """Builds `scale(module, rank)`: s of the adapter of a base module."""
   patterns = config.get("alpha_pattern") or {}
 
   def scale(module: str, rank: int) -> float:

@@ -1,4 +1,6 @@
-"""The model card of an exported folder: what was trained, on what, how, and the run's figures."""
+"""The model card of an exported folder: what was trained, on which data and how, and the run's
+figures.
+"""
 
 import contextlib
 import math
@@ -65,7 +67,7 @@ model = AutoPeftModelForCausalLM.from_pretrained(FOLDER)""",
 }
 
 
-# of the last RL row, those that say what the model became; "eval/..." is added
+# of the last RL row, the metrics that describe the model; "eval/..." is added
 EVALUATED = ("reward/gold", "reward/frozen", "reward/used", "kl", "length", "loss", "accuracy")
 PIPELINES = {"reward": "text-classification", "r2m_reward": "text-classification"}
 CITATION = """The method is that of
@@ -96,10 +98,10 @@ def write_card(
   """README.md in `folder`.
 
   Args:
-    kind: of USE.
-    bases: the folders or hub names that training started from, the model's own first.
+    kind: a key of USE.
+    bases: the folders or hub names from which training started, the model's own first.
     rule: how a reward model's input is rendered.
-    base_folder: the local folder of the model's own base, whose card may name its license.
+    base_folder: the local folder of the model's own base, whose card may name a license.
   """
   hub = [base for base in bases if not Path(base).expanduser().is_dir()]
   commits = _commits(workdir)
@@ -143,21 +145,23 @@ def write_card(
 
 
 def _commits(workdir: Path) -> dict[str, str]:
-  """hub name -> the commit that the run uses."""
+  """hub name -> the commit used by the run."""
   path = Path(workdir) / HUB
   found = read_json(path) if path.exists() else {}
   return {entry["name"]: entry["commit"] for entry in found.values()}
 
 
 def _named(base: str, from_hub: bool, commits: dict[str, str]) -> str:
-  """A base as the text names it: never a path of this machine."""
+  """The name of a base in the text; never a local path."""
   if not from_hub:
     return Path(base).name
   return f"{base} (commit {commits[base]})" if base in commits else base
 
 
 def _license(config, base_folder: Path | None) -> dict[str, str]:
-  """license, and license_name and license_link if there are any: the config's, or the base's."""
+  """license, and license_name and license_link if they exist, from the config or the base's
+  card.
+  """
   if config.export.license:
     return {"license": config.export.license}
   card = base_folder and Path(base_folder) / "README.md"
@@ -165,7 +169,7 @@ def _license(config, base_folder: Path | None) -> dict[str, str]:
     return {}
   try:
     data = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict()
-  except Exception:  # noqa: BLE001  a card of somebody else's that is no card: it names none
+  except Exception:  # noqa: BLE001  an invalid card names no license
     return {}
   wanted = ("license", "license_name", "license_link")
   return {name: data[name] for name in wanted if isinstance(data.get(name), str)}
@@ -177,8 +181,8 @@ def _front_matter(
   """The card's YAML, as the hub defines it. Its library checks the values.
 
   Args:
-    hub: the hub names of the bases. Only these may stand here: the hub refuses a card whose
-      base_model it cannot find.
+    hub: the hub names of the bases. Only these are allowed here, because the hub refuses a card
+      with an unknown base_model.
   """
   names = [name for name in config.data.name.split(",") if name]
   datasets = [name.removeprefix("hf:") for name in names if name.startswith("hf:")]
@@ -204,7 +208,7 @@ def _results(
 ) -> list[EvalResult]:
   """The figures of the last logged step in the form of the hub's evaluation table.
 
-  They are of the prompts that were trained on, unless their name begins with "eval/".
+  They are from the training prompts, unless their name begins with "eval/".
   """
   rows = _rows(config, workdir)
   last = rows[-1] if rows else {}
@@ -225,7 +229,7 @@ def _results(
 
 
 def _versions() -> list[str]:
-  """A line for each library: r2m_jax, and what a reader may need to make the model again."""
+  """A line for each library that is needed to reproduce the model: r2m_jax and its dependencies."""
   found = {"r2m_jax": __version__}
   for name in VERSIONS:
     with contextlib.suppress(metadata.PackageNotFoundError):
@@ -234,7 +238,7 @@ def _versions() -> list[str]:
 
 
 def _training(config, names: list[str]) -> list[str]:
-  """A line for each thing that made the model what it is: start, data, seed and settings."""
+  """A line for each input of the training: start, data, seed and settings."""
   sources = [
     name if ":" in name else Path(name).name for name in config.data.name.split(",") if name
   ]
@@ -269,7 +273,7 @@ def _figures(config, workdir: Path) -> list[str]:
 
 
 def _rows(config, workdir: Path) -> list[dict]:
-  """The logged rows of what trained the model, without what only the clock says."""
+  """The logged rows of the model's training, without metrics of the clock."""
   task = config.task
   rows = [row for row in read_metrics(workdir) if row["stage"] == ("rl" if task == "r2m" else task)]
   rows = [row for row in rows if task != "r2m" or row["arm"] == config.variant]

@@ -1,5 +1,5 @@
-"""Hugging Face folders out: at the end of a run from folders, and from any checkpoint;
-tasks/export.py.
+"""Writes Hugging Face folders: at the end of a run from folders, and from any checkpoint
+(tasks/export.py).
 """
 
 import contextlib
@@ -41,16 +41,14 @@ HEAD_MODULE = Path(__file__).with_name("r2m_head.py")  # PyTorch; copied, never 
 
 
 class PushError(UserError, RuntimeError):
-  """The hub did not take a model."""
+  """The hub did not accept a model."""
 
   status = 1
 
 
 @contextlib.contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-  """A folder to fill; it takes the place of `out` once it is complete. An older model there is
-  replaced.
-  """
+  """A folder to fill, which becomes `out` when it is complete. An older model there is replaced."""
   out = Path(out).expanduser().absolute()
   models = ("config.json", "adapter_config.json")
   if out.exists() and any(out.iterdir()) and not any((out / name).exists() for name in models):
@@ -72,7 +70,7 @@ def replace(out: Path, part: Path, old: Path) -> None:
 
 
 def write_template(folder: Path, tokenizer: Tokenizer) -> None:
-  """The user's own chat template, where transformers looks for it first."""
+  """Writes the user's own chat template to the place where transformers looks first."""
   if tokenizer.chat.file:
     (folder / "chat_template.jinja").write_text(tokenizer.hf.chat_template, encoding="utf-8")
 
@@ -80,7 +78,7 @@ def write_template(folder: Path, tokenizer: Tokenizer) -> None:
 def write_policy(
   out: Path, config, policy: Policy, state: nnx.State, workdir: Path, *, base=None
 ) -> None:
-  """The policy with its tokenizer, generation config and card.
+  """Writes the policy with its tokenizer, generation config and card.
 
   Args:
     state: its weights, or the adapters of config.lora on top of `base`: merged, or a PEFT folder.
@@ -125,12 +123,12 @@ def write_reward(
   policy=None,
   chat=None,
 ):
-  """The reward model: a sequence classifier, its contract and, for R2M, the head with its PyTorch
-  module.
+  """Writes the reward model: a sequence classifier, its contract and, for R2M, the head with its
+  PyTorch module.
 
   Args:
-    phi: the score head that the classifier gets. For R2M that of the frozen reward model; the head
-      has its own.
+    phi: the classifier's score head. For R2M it is the frozen reward model's; the R2M head has its
+      own.
     head: (HeadConfig, state) of an R2M reward model.
     policy: folder of the policy whose hidden states the head reads.
     chat: `Chat.contract` of that policy.
@@ -174,8 +172,9 @@ def write_reward(
 def write_run(
   out: Path, config, policy: Policy, reward: RewardModel | None, state, workdir: Path
 ) -> None:
-  """Policy and reward model of a TrainState. A variant without feedback has a plain classifier
-  as its reward model. `reward` None: the rewards came from outside, and there is none.
+  """Writes the policy and the reward model of a TrainState. A variant without feedback has a plain
+  classifier as its reward model. `reward` None: the rewards came from outside, so there is no
+  reward model.
   """
   write_policy(out / "policy", config, policy, state.policy, workdir, base=state.ref)
   if reward is None:
@@ -203,14 +202,16 @@ def write_run(
     phi = trained["phi"]
   adapters_alone = (
     lora_of(config) is not None and config.lora.export == "peft"
-  )  # which our loader does not read
+  )  # our loader does not read it
   args = dict(head=head, policy=None if adapters_alone else out / "policy")
   args["chat"] = policy.tokenizer.chat.contract
   write_reward(out / "reward", config, reward, state.reward_backbone, phi, workdir, **args)
 
 
 def finish(config, out: Path, what: str, gap) -> None:
-  """Says how far transformers is from ours on the written folder, and uploads it where asked to."""
+  """Prints how far transformers' results differ from ours on the written folder, and uploads it if
+  requested.
+  """
   if not hosts.first():
     return
   print(f"export   {what} in {out}")
@@ -232,11 +233,11 @@ def push(folder: Path, name: str, settings) -> None:
   """Uploads a folder to the Hugging Face hub; the hub's own login is used.
 
   Args:
-    settings: config.export: `private`, `revision` and `pull_request`. The latter changes a model
-      that exists, perhaps of somebody else, and makes none.
+    settings: config.export: `private`, `revision` and `pull_request`. A pull request changes an
+      existing model, perhaps another user's, and creates none.
 
   Raises:
-    PushError: the hub refused it or cannot be reached. The folder stays as it is.
+    PushError: the hub refused it or cannot be reached. The folder is not changed.
   """
   import huggingface_hub
 
@@ -254,7 +255,7 @@ def push(folder: Path, name: str, settings) -> None:
   except Exception as error:  # noqa: BLE001  its versions raise errors of three HTTP libraries
     reason = redact(" ".join(str(error).split()))
     raise PushError(
-      f"config.export.push_to: {name} was not uploaded: {reason}. {folder} is complete; repair that "
+      f"config.export.push_to: {name} was not uploaded: {reason}. {folder} is complete; fix this "
       "and export it again with --config.task=export, or run: hf upload"
     ) from None
   print(f"hub      {folder} is now {getattr(done, 'pr_url', None) or name}")

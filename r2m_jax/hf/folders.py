@@ -1,11 +1,11 @@
-"""Hugging Face folders as whole things: model, tokenizer, renderer contract and, for R2M, the head
-that reads a policy.
+"""Complete Hugging Face folders: model, tokenizer, renderer contract and, for R2M, the head that
+reads a policy.
 
-A reward model is a sequence classifier. Beside it may lie
+A reward model is a sequence classifier. Its folder may also contain
 
   r2m_renderer.json      the contract of its input (text.Renderer), compared on loading
   r2m_head.json          an R2M reward model: sizes, feedback layer and omega of its head ...
-  r2m_head.safetensors   ... and cross-attention and phi, linears as [out, in]
+  r2m_head.safetensors   ... and cross-attention and phi, linear layers as [out, in]
 """
 
 import dataclasses
@@ -48,18 +48,18 @@ HEAD_FORMAT = 1
 
 
 class FolderError(UserError, ValueError):
-  """A folder that a task cannot use; the message says what it is and what would do."""
+  """A folder that a task cannot use; the message describes it and names the fix."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadConfig:
-  """Everything about an R2M head that is not a weight."""
+  """The properties of an R2M head other than its weights."""
 
   policy_hidden_size: int
   reward_hidden_size: int
   attention_dim: int
   num_heads: int
-  feedback_layer: int  # -1: what the policy's language-model head reads
+  feedback_layer: int  # -1: the input of the policy's language-model head
   omega: float  # weight on the reward model's own embedding (eq. 4) at the step of the export
   format: int = HEAD_FORMAT
 
@@ -73,7 +73,7 @@ class Policy:
   graphdef: Any
   state: nnx.State
   tokenizer: Tokenizer
-  adapter: Adapter | None = None  # that training starts from, on top of `state`
+  adapter: Adapter | None = None  # from which training starts, on top of `state`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +84,8 @@ class RewardModel:
   arch: ArchConfig
   graphdef: Any  # of the backbone
   state: nnx.State
-  phi: (
-    nnx.State | None
-  )  # the score head [Dr, 1] with a bias; None where a language model was asked for
-  has_bias: bool  # whether the folder's score head had one
+  phi: nnx.State | None  # the score head [Dr, 1] with a bias; None for a language model
+  has_bias: bool  # whether the folder's score head has a bias
   renderer: Renderer
   head: tuple[HeadConfig, nnx.State] | None
   policy_chat: dict[str, Any]  # `Chat.contract` of the policy that the head reads; {}: no changes
@@ -96,7 +94,7 @@ class RewardModel:
 
 
 def mesh_of(config) -> Mesh:
-  """The config's mesh; one that does not fit the devices is a mistake of the config."""
+  """The config's mesh; raises ConfigError if it does not fit the devices."""
   try:
     return sharding.make_mesh(tuple(config.mesh))
   except ValueError as error:
@@ -114,8 +112,8 @@ def load_policy(
   """The language model and tokenizer of a folder or hub name, in the config's dtypes.
 
   Args:
-    workdir: of a run, which keeps the commit of a hub name that it began with; see `pinned`.
-    training: apply config.policy.adapters; else the adapters of a PEFT folder are merged.
+    workdir: of a run, which keeps the commit of a hub name with which it began; see `pinned`.
+    training: apply config.policy.adapters; otherwise the adapters of a PEFT folder are merged.
   """
   adapter = adapter_of(source, config, workdir) if training else None
   folder, model = _load(source, "policy.path", config, mesh, workdir, merge=adapter is None)
@@ -134,12 +132,12 @@ def load_policy(
 
 
 def adapter_of(source: str, config, workdir: pathlib.Path | None) -> Adapter | None:
-  """The adapters that training starts from; None if there are none, or they are to be merged."""
+  """The adapters from which training starts; None if there are none, or if they will be merged."""
   try:
     folder = pinned(source, "policy.path", config, workdir)
     adapter = read_adapter(folder) if source and is_adapter(folder) else None
   except (ValueError, OSError):
-    return None  # `_load` says what is wrong
+    return None  # `_load` reports the problem
   if adapter is None:
     return None
   if config.policy.adapters == "trained":
@@ -167,13 +165,13 @@ def load_reward(
   workdir: pathlib.Path | None = None,
   field: str = "reward.path",
 ) -> RewardModel:
-  """The reward model of a folder or hub name; refused where its contract is not this tokenizer's
-  and config's.
+  """The reward model of a folder or hub name; refused if its contract does not match this tokenizer
+  and config.
 
   Args:
     from_policy: accept a language model without a score head, as the start of a reward model.
     workdir: as for `load_policy`.
-    field: of the config, which gives the source.
+    field: of the config, which names the source.
   """
   folder, model = _load(source, field, config, mesh, workdir, lm_head=False)
   if model.score is None and not from_policy:
@@ -207,8 +205,8 @@ def load_reward(
 def _renderer(
   folder: pathlib.Path, arch: ArchConfig, config, saved: dict[str, Any], *, own: bool
 ) -> Renderer:
-  """How a reward model reads: as config.reward and its contract, `saved`, say. One that is not the
-  run's `own`, a gold reward model, reads by its contract alone.
+  """The renderer of a reward model, from config.reward and its contract, `saved`. A model that is
+  not the run's `own` (a gold reward model) is rendered only by its contract.
   """
   given = config.reward
   if own:
@@ -224,7 +222,7 @@ def _renderer(
 
 
 def chat_of(config, section: str, saved: dict[str, Any] | None = None) -> Chat:
-  """What config.policy or config.reward, the `section`, changes about a chat template.
+  """The changes to a chat template in config.policy or config.reward, the `section`.
 
   Args:
     saved: the contract of a reward model, whose system prompt and arguments are used if the config
@@ -241,8 +239,8 @@ def chat_of(config, section: str, saved: dict[str, Any] | None = None) -> Chat:
 
 
 def revision_of(source: str, field: str, config) -> str:
-  """The revision that the config asks for of a model that is loaded as `field`; "" if it is none
-  of the config's. A reward model may start from the policy's folder.
+  """The config's revision of a model that is loaded as `field`; "" if the model is not named in the
+  config. A reward model may start from the policy's folder.
   """
   for section in (field.split(".")[0], "policy"):
     if config[section].get("path") == source:
@@ -251,10 +249,11 @@ def revision_of(source: str, field: str, config) -> str:
 
 
 def pinned(source: str, field: str, config, workdir: pathlib.Path | None) -> pathlib.Path:
-  """The local folder of a model. A hub name is the commit that the run in `workdir` began with.
+  """The local folder of a model. For a hub name it is the commit with which the run in `workdir`
+  began.
 
-  The commit lies in WORKDIR/hub.json, so that a branch that moves changes no run. It holds for one
-  name and revision; another revision in the config is looked up again.
+  The commit is stored in WORKDIR/hub.json, so that a moving branch changes no run. It applies to
+  one name and revision; another revision in the config is looked up again.
   """
   revision = revision_of(source, field, config)
   if workdir is None or pathlib.Path(source).expanduser().is_dir():
@@ -293,13 +292,13 @@ def _load(
 
 
 def label_of(source: str, field: str, config) -> str | None:
-  """config.reward.label of the run's own reward model, None of any other."""
+  """config.reward.label for the run's own reward model, None for any other."""
   own = field == "reward.path" and source == (config.reward.path or config.policy.path)
   return config.reward.label if own else None
 
 
 def label_names(folder: pathlib.Path, count: int) -> list[str]:
-  """What config.json calls a classifier's outputs; their numbers if it does not."""
+  """The names of a classifier's outputs in config.json, or else their numbers."""
   names = read_object(model_folder(folder) / "config.json").get("id2label")
   names = names if isinstance(names, dict) else {}
   return [str(names.get(str(i), i)) for i in range(count)]
@@ -308,12 +307,12 @@ def label_names(folder: pathlib.Path, count: int) -> list[str]:
 def one_label(
   score: Score, folder: pathlib.Path, wanted: str | None, source: str, field: str
 ) -> Score:
-  """The score head of the label `wanted`, or of a weighted sum of several; "" or None: of the only
-  one.
+  """The score head of the label `wanted`, or of a weighted sum of several labels; "" or None: of
+  the only label.
 
   Args:
     wanted: config.reward.label; None if it does not apply to this model.
-    source: of the config's `field`, which gave the folder.
+    source: the value of the config's `field`, which named the folder.
   """
   count = score.kernel.shape[1]
   if not wanted and count == 1:
@@ -335,7 +334,7 @@ def one_label(
       weights[numbers[name.strip()]] += float(weight)
     except (ValueError, KeyError):
       raise FolderError(
-        f"config.reward.label is {wanted!r}: {part!r} is none of the labels of {source}; give some of "
+        f"config.reward.label is {wanted!r}: {part!r} is not a label of {source}; give some of "
         f"{', '.join(labels)}, with or without a weight such as {labels[0]}:0.5"
       ) from None
   if not np.isfinite(weights).all() or not weights.any():
@@ -349,7 +348,7 @@ def one_label(
 
 
 def with_tokenizer(folder: pathlib.Path) -> pathlib.Path:
-  """The folder, or the base below a PEFT folder that has no tokenizer of its own."""
+  """The folder, or the base of a PEFT folder that has no tokenizer."""
   return folder if list(folder.glob("tokenizer*")) else model_folder(folder)
 
 
@@ -359,7 +358,7 @@ def _tokenizer(folder: pathlib.Path, arch: ArchConfig, config, chat: Chat) -> To
 
 
 def reward_start(reward: RewardModel, mesh):
-  """The state {"backbone", "phi"} that task=reward starts from; a new score head is zero."""
+  """The state {"backbone", "phi"} from which task=reward starts; a new score head is zero."""
   phi = reward.phi
   if phi is None:
     phi = nnx.state(
@@ -373,8 +372,8 @@ def reward_start(reward: RewardModel, mesh):
 
 
 def phi_state(score: Score) -> nnx.State:
-  """A classifier's score head as the state of phi: at least float32, with a bias (zero where
-  there was none).
+  """A classifier's score head as the state of phi: at least float32, with a bias (zero if there was
+  none).
   """
   wide = jnp.promote_types(score.kernel.dtype, jnp.float32)
   kernel = score.kernel.astype(wide)
@@ -390,7 +389,7 @@ def phi_score(phi: nnx.State, rte: jax.Array) -> jax.Array:
 
 
 def score_of(phi: nnx.State, *, bias: bool) -> Score:
-  """phi as a classifier's score head; without `bias` it is left out (transformers' classifiers
+  """phi as a classifier's score head. Without `bias` the bias is omitted (transformers' classifiers
   have none).
   """
   return Score(phi["kernel"][...], phi["bias"][...] if bias else None)
@@ -421,7 +420,7 @@ def abstract_head(config: HeadConfig, param_dtype=jnp.float32) -> RewardHead:
 
 
 def load_head(folder: pathlib.Path) -> tuple[HeadConfig, nnx.State] | None:
-  """The R2M head in a folder, None where it holds none."""
+  """The R2M head in a folder; None if there is none."""
   if not (folder / HEAD_CONFIG).exists():
     if (folder / HEAD_WEIGHTS).exists():
       raise FolderError(f"{folder} holds {HEAD_WEIGHTS} without {HEAD_CONFIG}; copy it again")
@@ -452,7 +451,7 @@ def load_head(folder: pathlib.Path) -> tuple[HeadConfig, nnx.State] | None:
     tensors = load_file(folder / HEAD_WEIGHTS)
   except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
     raise FolderError(
-      f"{folder / HEAD_WEIGHTS} is not a whole safetensors file: {error}; copy it again"
+      f"{folder / HEAD_WEIGHTS} is not a complete safetensors file: {error}; copy it again"
     ) from None
   head = abstract_head(config)
 
@@ -472,7 +471,7 @@ def load_head(folder: pathlib.Path) -> tuple[HeadConfig, nnx.State] | None:
 
 
 def head_tensors(head: nnx.State) -> dict[str, np.ndarray]:
-  """The head's weights by name, linears as [out, in], float32. All processes must ask."""
+  """The head's weights by name, linear layers as [out, in], float32. All processes must call it."""
   tensors = {}
   for path, x in jax.tree_util.tree_flatten_with_path(head)[0]:
     module, leaf = sharding.path_name(path).split("/")

@@ -1,7 +1,7 @@
-"""How far an exported folder is from what transformers makes of it. The only file that runs torch,
-where it is there.
+"""Compares an exported folder with transformers. This is the only file that runs torch, if it is
+installed.
 
-Torch is no dependency: without it every function here returns None, and an export goes on.
+Torch is not a dependency: without it every function here returns None, and an export continues.
 """
 
 import importlib.util
@@ -19,26 +19,26 @@ from r2m_jax.hf.weights import SCORE_ACTIVATION, Score, load_pretrained
 from r2m_jax.models.reward import read_rte
 from r2m_jax.run.identities import WARN, measure_rounding
 
-BOUND = 1e-4  # what is promised in float32 of logits and scores of a small model
-# tokens of the compared rows, padded on the left in ours, one at a time in theirs
+BOUND = 1e-4  # the bound in float32 for logits and scores of a small model
+# tokens of the compared rows: ours padded on the left, theirs one row at a time
 LENGTHS = (17, 11, 5, 1)
 
 
 class Gap(NamedTuple):
-  """How far numbers are from those of transformers, and how far rounding may move them.
+  """The difference between our numbers and transformers', and how much of it rounding explains.
 
   A logit is a sum over the width of the model, after all its layers. Large logits of a deep model
-  therefore differ by more between two programs than `BOUND`. Only if they do, the rounding of this
-  model is measured.
+  therefore differ between two programs by more than `BOUND`. Only in that case, the rounding of
+  this model is measured.
   """
 
   value: float  # max |difference|
   bound: float  # BOUND, or if that is exceeded WARN times the measured rounding
   size: float  # the largest |number|
-  rounding: float | None = None  # how far rounding alone moves a number; None: not measured
+  rounding: float | None = None  # how far rounding by itself moves a number; None: not measured
 
   def describe(self, name: str) -> str:
-    """The line that an export prints; `name` is that of the numbers, such as "logit"."""
+    """The line that an export prints; `name` is the name of the numbers, such as "logit"."""
     holds = self.value <= self.bound
     text = (
       f"max |{name} - that of transformers| {self.value:.1e}, {'within' if holds else 'ABOVE'} "
@@ -46,8 +46,8 @@ class Gap(NamedTuple):
     )
     if self.rounding is not None:
       text += (
-        f": rounding alone moves a {name} of this model by up to {self.rounding:.1e}, and the "
-        f"largest is {self.size:.3g}"
+        f": rounding by itself moves a {name} of this model by up to {self.rounding:.1e}, and "
+        f"the largest is {self.size:.3g}"
       )
     if not holds:
       text += (
@@ -64,8 +64,8 @@ def gap_of(
   """The gap between two lists of numbers, row by row.
 
   Args:
-    compute, weights, tokens, mask: as for `measure_rounding`: what gave `got`, to be computed again
-      if it is further than BOUND from `want`. Its numbers are [B, ...] or [B, L, ...].
+    compute, weights, tokens, mask: as for `measure_rounding`: they computed `got`, and are used
+      again if it is further than BOUND from `want`. Their result is [B, ...] or [B, L, ...].
   """
   value = float(max(np.abs(g - w).max() for g, w in zip(got, want)))
   size = float(max(np.abs(w).max() for w in want))
@@ -124,8 +124,8 @@ def policy_gap(folder: pathlib.Path) -> Gap | None:
 
 
 def classifier(folder: pathlib.Path, **like):
-  """AutoModelForSequenceClassification of a folder, or only the backbone if transformers has no such
-  class: for Granite, and for a score head of two layers.
+  """AutoModelForSequenceClassification of a folder, or only the backbone if transformers has no
+  such class: for Granite, and for a two-layer score head.
   """
   import transformers
 
@@ -152,7 +152,7 @@ def reward_gap(folder: pathlib.Path, policy_folder: pathlib.Path | None = None) 
 
   like = dict(dtype=torch.float32, trust_remote_code=False)
   theirs = classifier(folder, **like).eval()
-  theirs.config.pad_token_id = None  # with a pad id it would look for the last token that is not it
+  theirs.config.pad_token_id = None  # with a pad id it would look for the last other token
   ours, head = load_pretrained(folder), load_head(folder)
   rows = random_rows(ours.arch.vocab_size)
   if head is not None:
@@ -164,7 +164,7 @@ def reward_gap(folder: pathlib.Path, policy_folder: pathlib.Path | None = None) 
     rte = read_rte(nnx.merge(ours.graphdef, state), tokens, mask)
     return phi_score(phi, rte)[:, None]
 
-  weights = ours.state, phi_state(Score(ours.score.kernel, None))  # theirs has no bias
+  weights = ours.state, phi_state(Score(ours.score.kernel, None))  # their head has no bias
   tokens, mask = padded(rows)
   with jax.default_matmul_precision("highest"):
     got = np.asarray(scores(weights, tokens, mask))

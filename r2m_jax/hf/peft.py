@@ -1,5 +1,5 @@
-"""Adapters that are trained, out to a PEFT folder as the library `peft` loads it, and back in.
-`hf.adapters` reads such folders to merge them.
+"""Writes trained adapters as a PEFT folder that the library `peft` loads, and reads them for
+further training. `hf.adapters` reads such folders to merge them.
 """
 
 import json
@@ -25,14 +25,14 @@ def save_peft(
   base: str,
   revision: str = "",
 ) -> None:
-  """Writes the adapters of a causal language model. With several processes all must call; the first
-  one writes.
+  """Writes the adapters of a causal language model. With several processes all must call it; the
+  first one writes.
 
-  A linear that is fused on disk (such as Phi's qkv_proj) gets one adapter of the ranks of its parts
-  together: their A stacked, their B in the rows that belong to each part.
+  A linear layer that is fused on disk (such as Phi's qkv_proj) gets one adapter whose rank is the
+  sum of its parts' ranks: their A stacked, and their B in the rows of each part.
 
   Args:
-    base: folder or hub name of the model they sit on.
+    base: folder or hub name of the base model.
     revision: commit of a hub name.
   """
   found = {
@@ -74,7 +74,9 @@ def save_peft(
 def adapter_config(
   lora: LoraConfig, base: str, revision: str, targets: list[str], ranks: dict[str, int]
 ) -> dict:
-  """adapter_config.json of PEFT. `ranks`: of the linears whose adapters have another one."""
+  """adapter_config.json of PEFT. `ranks`: of the linear layers whose adapters have a different
+  rank.
+  """
   return {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -93,11 +95,12 @@ def adapter_config(
 
 
 def load_peft(adapter: Adapter, arch: ArchConfig, lora: LoraConfig, fresh: nnx.State) -> nnx.State:
-  """The adapters of a PEFT folder as those of a model, to train on.
+  """The adapters of a PEFT folder as a model's adapters, for further training.
 
   Args:
-    adapter: that `check_trainable` has passed.
-    fresh: new adapters of `lora`, which stay where the folder has none: they change nothing.
+    adapter: accepted by `check_trainable`.
+    fresh: new adapters of `lora`, which are kept where the folder has none, because they change
+      nothing.
   """
 
   def put(path, x):

@@ -1,8 +1,8 @@
 """The head of an R2M reward model in PyTorch: its score from a policy's hidden states (arXiv
 2601.22664, eqs. 3 and 4).
 
-This file is copied as it is into an exported reward model's folder, next to r2m_head.json and
-r2m_head.safetensors; it needs torch and safetensors, and nothing of r2m_jax. In that folder:
+This file is copied unchanged into an exported reward model's folder, next to r2m_head.json and
+r2m_head.safetensors. It needs torch and safetensors, and nothing from r2m_jax. In that folder:
 
   from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
   import r2m_head
@@ -12,10 +12,10 @@ r2m_head.safetensors; it needs torch and safetensors, and nothing of r2m_jax. In
   policy = AutoModelForCausalLM.from_pretrained("the policy it was trained with")
   r2m_head.score(head, reward_model, reward_ids, policy, policy_ids)          # both long[1, length], unpadded
 
-`reward_ids` are prompt and response as r2m_renderer.json says: by the reward tokenizer's chat
-template, else the text prompt + " " + response. `policy_ids` are prompt and response in the
-policy's own tokens, with the token that ended the response. The two need not align: the head reads
-one sequence with a single query from the other.
+`reward_ids` are prompt and response, rendered as described in r2m_renderer.json: by the reward
+tokenizer's chat template, or as the text prompt + " " + response. `policy_ids` are prompt and
+response in the policy's own tokens, with the response's end token. The two need not align: a single
+query from one sequence reads the other.
 """
 
 import json
@@ -34,7 +34,7 @@ ACTIVATIONS = {
 
 
 class R2MHead(torch.nn.Module):
-  """r = phi((1 - w) H_hat + w H_last), with H_hat what H_last reads from the policy's hidden
+  """r = phi((1 - w) H_hat + w H_last), where H_hat is what H_last reads from the policy's hidden
   states by attention.
   """
 
@@ -59,7 +59,9 @@ class R2MHead(torch.nn.Module):
 
   @classmethod
   def from_folder(cls, folder) -> "R2MHead":
-    """Reads r2m_head.json and r2m_head.safetensors. In float32, ready for inference."""
+    """Reads r2m_head.json and r2m_head.safetensors. The result is in float32, ready for
+    inference.
+    """
     folder = pathlib.Path(folder)
     head = cls(json.loads((folder / "r2m_head.json").read_text(encoding="utf-8")))
     head.load_state_dict(load_file(folder / "r2m_head.safetensors"))
@@ -73,9 +75,9 @@ class R2MHead(torch.nn.Module):
 
     rte [B, Dr]: H_last, the reward backbone's last hidden state (after its final norm) at the last
       real token, through `first`.
-    hidden [B, S, Dp]: the policy's hidden states over prompt and response; see `feedback`.
-    mask bool[B, S]: True on real tokens, prompt and response alike.
-    omega: the weight w on the reward model's own embedding; None takes that of the export.
+    hidden [B, S, Dp]: the policy's hidden states over prompt and response; see `feedback`. mask
+    bool[B, S]: True on real tokens of both prompt and response. omega: the weight w on the reward
+    model's own embedding; None: its value at the export.
     """
     omega = self.omega if omega is None else omega
 
@@ -94,8 +96,8 @@ class R2MHead(torch.nn.Module):
 
 
 def first_layer(folder) -> torch.nn.Module:
-  """What stands before the last layer of a reward model's score head of two layers: a linear layer
-  and its activation. Of a head of one layer it changes nothing.
+  """The first layer of a reward model's two-layer score head: a linear layer and its activation.
+  For a head of one layer it is the identity.
   """
   folder = pathlib.Path(folder)
   activation = json.loads((folder / "config.json").read_text(encoding="utf-8")).get(

@@ -1,9 +1,9 @@
-"""Hugging Face folders in and out: safetensors straight onto the shards of a `Transformer`'s state,
-and back.
+"""Reads Hugging Face folders, from safetensors directly onto the shards of a `Transformer`'s state,
+and writes them.
 
-Only safetensors and JSON are read, nothing is unpickled. On disk every layer is a tensor of its own
-and linears are [out, in]; here layers are stacked and kernels are [in, out]. One table per naming
-scheme connects the two.
+Only safetensors and JSON are read, and nothing is unpickled. On disk every layer has its own
+tensors and linear layers are [out, in]; here layers are stacked and kernels are [in, out]. One
+table per naming scheme connects the two.
 """
 
 import contextlib
@@ -35,12 +35,13 @@ from r2m_jax.parallel.errors import UserError
 from r2m_jax.run.progress import doing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-DTYPES = ("F64", "F32", "F16", "BF16")  # of tensors on disk, as safetensors names them
-HUB = "hub.json"  # of a workdir: field -> the hub name, the revision asked for, and its commit
+DTYPES = ("F64", "F32", "F16", "BF16")  # of tensors on disk, by safetensors' names
+HUB = "hub.json"  # in a workdir: field -> the hub name, the requested revision, and its commit
 CARD = "README.md"  # the model card
 ADAPTER_FILES = (adapters.CONFIG, adapters.WEIGHTS)
 SCORE = "score"  # the score head of a sequence classifier
-# what is between the two layers of a score head: a field of config.json, or known of these classes
+# the activation between the two layers of a score head: a field of config.json, or known for these
+# classes
 SCORE_ACTIVATION = "score_activation"
 ACTIVATION_OF = {"Qwen2ForRewardModel": "relu"}
 TOKENIZER_FILES = (
@@ -52,20 +53,20 @@ TOKENIZER_FILES = (
   "chat_template*",
   "generation_config.json",
 )
-# Left over by older exports; constants that the code computes.
+# Left in older exports: constants that the code computes.
 IGNORED = re.compile(r"rotary_emb\.inv_freq$|attention\.(bias|masked_bias)$")
 
 
 class Fused(NamedTuple):
-  """One of several linears of one input whose outputs lie in one tensor."""
+  """One of several linear layers with the same input, whose outputs are in one tensor."""
 
   name: str
-  parts: tuple[str, ...]  # the linears in it, of `widths`
+  parts: tuple[str, ...]  # the linear layers in it, keys of `widths`
   part: int
-  by_head: bool = False  # [heads, parts, head_dim] (GPT-NeoX); else one part after another
+  by_head: bool = False  # [heads, parts, head_dim] (GPT-NeoX); otherwise one part after another
 
 
-# Our module -> theirs, {} standing for the layer. Kernels, embeddings and scales are `weight`
+# Our module -> theirs, with {} for the layer. Kernels, embeddings and scales are named `weight`
 # there, biases `bias`.
 LLAMA_NAMES = {
   "embed": "model.embed_tokens",
@@ -127,11 +128,11 @@ NAMES = {
   "olmo2": OLMO_NAMES,
   "olmo3": OLMO_NAMES,
   "phi3": PHI_NAMES,
-}  # the others: LLAMA_NAMES
+}  # all others: LLAMA_NAMES
 
 
-# How a folder with more than a language model (arch.TOWERS) begins the language model's tensors,
-# and how a language model's own folder does. Its other tensors are not read.
+# Prefixes of the language model's tensors in a folder with more than a language model
+# (arch.TOWERS), and in a language model's own folder. Other tensors are not read.
 TOWER_PREFIXES = {
   "language_model.model.": "model.",
   "model.language_model.": "model.",
@@ -142,7 +143,7 @@ TOWER_PREFIXES = {
 
 
 class Score(NamedTuple):
-  """The linear head of a sequence classifier; of a head of two layers the last one."""
+  """The linear head of a sequence classifier, or the last layer of a two-layer head."""
 
   kernel: jax.Array  # [D, labels]
   bias: jax.Array | None  # [labels]
@@ -158,8 +159,8 @@ class Pretrained(NamedTuple):
 
 
 class PretrainedError(UserError, ValueError):
-  """A folder that does not hold the model it describes; the message names file, tensor and
-  shapes.
+  """A folder does not hold the model that it describes; the message names the file, the tensor and
+  the shapes.
   """
 
 
@@ -175,14 +176,14 @@ def name_of(arch: ArchConfig, path: str) -> tuple[str, Fused | None]:
 
 
 def widths(arch: ArchConfig) -> dict[str, int]:
-  """The outputs of the linears that a `Fused` may hold."""
+  """The numbers of outputs of the linear layers that a `Fused` may contain."""
   query, key = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
   wide = arch.intermediate_size
   return {"q": query, "k": key, "v": key, "gate": wide, "up": wide}
 
 
 def rows_of(arch: ArchConfig, fused: Fused) -> np.ndarray:
-  """i64[n]: the rows of the fused tensor that are this linear's, in its own order."""
+  """i64[n]: the rows of the fused tensor that belong to this linear layer, in its own order."""
   sizes = [widths(arch)[part] for part in fused.parts]
   rows = np.arange(sum(sizes))
   if fused.by_head:
@@ -191,11 +192,11 @@ def rows_of(arch: ArchConfig, fused: Fused) -> np.ndarray:
 
 
 def fused_rows(arch: ArchConfig, fused: Fused) -> int:
-  """How many rows the fused tensor has."""
+  """The number of rows of the fused tensor."""
   return sum(widths(arch)[part] for part in fused.parts)
 
 
-# ---- in ----
+# ---- reading ----
 
 
 def load_pretrained(
@@ -212,14 +213,14 @@ def load_pretrained(
   """Reads a causal language model or a sequence classifier.
 
   Args:
-    source: a folder, or a name on the Hugging Face hub. Of a PEFT folder it is the base that the
-      folder names, with the adapters merged into it.
-    mesh: lays each parameter out by `sharding.RULES`; each shard is read from disk alone. None: the
-      default device.
+    source: a folder, or a name on the Hugging Face hub. For a PEFT folder, the base that it names
+      is read and the adapters are merged into it.
+    mesh: distributes each parameter by `sharding.RULES`; each shard is read from disk separately.
+      None: the default device.
     dtype, param_dtype, remat, attention: as for `Transformer`.
-    lm_head: None keeps what the folder has; False leaves the vocabulary head out (a reward model
-      from a policy).
-    merge: False leaves the adapters of a PEFT folder out, and reads its base.
+    lm_head: None: as in the folder; False: without the vocabulary head (a reward model from a
+      policy).
+    merge: False: read only the base of a PEFT folder, without its adapters.
   """
   arch, files = open_folder(fetch(source), merge)
   score_name = f"{files.score}.weight"
@@ -235,7 +236,7 @@ def load_pretrained(
   files.check({path: shape for path, shape in flat}, arch)
 
   total = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
-  # of several processes each reads its shards alone
+  # each process reads only its own shards
   with doing(f"loading weights of {files.folder.name}", total // jax.process_count()) as bar:
 
     def place(path, x):
@@ -257,7 +258,7 @@ def load_pretrained(
 
 
 def open_folder(folder: pathlib.Path, merge: bool) -> tuple[ArchConfig, "Files"]:
-  """The architecture in a folder and its files; of a PEFT folder those of its base, with the
+  """The architecture in a folder and its files. For a PEFT folder they are the base's, with the
   adapters if `merge`.
   """
   base = model_folder(folder)
@@ -272,7 +273,7 @@ def open_folder(folder: pathlib.Path, merge: bool) -> tuple[ArchConfig, "Files"]
 
 
 def model_folder(folder: pathlib.Path) -> pathlib.Path:
-  """The folder with a model's config.json: itself, or the base below a PEFT folder."""
+  """The folder with a model's config.json: itself, or the base of a PEFT folder."""
   if not is_adapter(folder):
     return folder
   try:
@@ -285,7 +286,7 @@ def model_folder(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _read_score(files: "Files", mesh: Mesh | None, param_dtype) -> Score:
-  """The score head of a classifier, whole on every device."""
+  """The score head of a classifier, replicated on every device."""
   layout = default_sharding() if mesh is None else NamedSharding(mesh, P())
 
   def put(x):
@@ -300,8 +301,8 @@ def _read_score(files: "Files", mesh: Mesh | None, param_dtype) -> Score:
 
 
 def fetch(source: str | pathlib.Path, revision: str = "") -> pathlib.Path:
-  """The local folder of a model; a hub name is downloaded first, and nothing but safetensors,
-  JSON, tokenizer and model card.
+  """The local folder of a model; a hub name is downloaded first: only safetensors, JSON, tokenizer
+  and model card.
 
   Args:
     revision: branch, tag or commit of a hub name; "": its main branch.
@@ -323,7 +324,7 @@ def fetch(source: str | pathlib.Path, revision: str = "") -> pathlib.Path:
     reason = " ".join(str(error).split())
     at = f" at revision {revision}" if revision else ""
     raise FileNotFoundError(
-      f"{source}{at} is neither a folder nor a model that the hub gives: {reason}"
+      f"{source}{at} is neither a folder nor a model on the hub: {reason}"
     ) from error
   return pathlib.Path(found)
 
@@ -345,9 +346,7 @@ def read_json(file: pathlib.Path) -> dict[str, Any]:
 
 
 def read_arch(file: pathlib.Path) -> ArchConfig:
-  """The architecture in a config.json, with a value of a wrong type told as a mistake of the
-  file.
-  """
+  """The architecture in a config.json, with an error about the file if a value has a wrong type."""
   try:
     return ArchConfig.from_hf(read_json(file))
   except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
@@ -376,12 +375,12 @@ def header(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
       return {key: tuple(x.get_shape()) for key, x in slices.items()}
   except (SafetensorError, OSError) as error:
     raise PretrainedError(
-      f"{file} is not a whole safetensors file: {error}; copy it again"
+      f"{file} is not a complete safetensors file: {error}; copy it again"
     ) from None
 
 
 class Memo:
-  """Calls `f` once per index: devices that hold the same shard share one read."""
+  """Calls `f` once for each index, so that devices with the same shard share one read."""
 
   def __init__(self, f):
     self.f, self.seen = f, {}
@@ -394,8 +393,8 @@ class Memo:
 
 
 def aligned(shape, dtype) -> np.ndarray:
-  """An empty array that starts at a multiple of 64 bytes: JAX on a CPU then takes it as it is,
-  without a copy.
+  """An empty array that starts at a multiple of 64 bytes: JAX on a CPU then uses it without a
+  copy.
   """
   size = math.prod(shape) * np.dtype(dtype).itemsize
   raw = np.empty(size + 64, np.uint8)
@@ -406,15 +405,15 @@ def aligned(shape, dtype) -> np.ndarray:
 class Files:
   """The safetensors files of a folder, read slice by slice.
 
-  A file is mapped for one read only: a mapping that stayed would hold every page it has read, the
-  model a second time.
+  A file is mapped for a single read. A permanent mapping would keep every page that was read, and
+  so a second copy of the model.
   """
 
   def __init__(self, folder: pathlib.Path, *, tower: bool = False):
     """
-    tower: read the language model's tensors alone, by the names of its own folder.
+    tower: read only the language model's tensors, under the names in its own folder.
     """
-    if (folder / WEIGHTS).exists():  # transformers prefers it to an index too
+    if (folder / WEIGHTS).exists():  # as in transformers, it takes precedence over an index
       self.where = dict.fromkeys(header(folder / WEIGHTS), WEIGHTS)
     elif (folder / INDEX).exists():
       self.where = read_json(folder / INDEX).get("weight_map")
@@ -426,9 +425,8 @@ class Files:
         )
     elif list(folder.glob("pytorch_model*.bin")):
       raise PretrainedError(
-        f"{folder} holds only pytorch_model*.bin, which is unpickled on reading and so is refused "
-        "here; convert it "
-        "where you trust it: "
+        f"{folder} holds only pytorch_model*.bin, which would have to be unpickled and is "
+        "refused here; if you trust it, convert it: "
         "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
       )
     else:
@@ -459,13 +457,13 @@ class Files:
     self.stored = {name: theirs for name, theirs in stored.items() if name}  # name -> on disk
     self.where = {name: self.where[theirs] for name, theirs in self.stored.items()}
     self.shapes = {name: shapes[self.where[name]][at] for name, at in self.stored.items()}
-    self.score = SCORE  # the linear layer of the score head, or the last one; `with_score_layers`
+    self.score = SCORE  # the score head's only or last linear layer; `with_score_layers`
     self.whole: Mapping[str, np.ndarray] = {}  # of an adapter, as `low`; see `adapt`
     self.low: Mapping[str, LowRank] = {}
 
   def _require_once(self, shapes: dict[str, dict]) -> None:
-    """Raises if two files hold the same tensor: transformers then takes the last file's, the index
-    may name the first.
+    """Raises an error if two files hold the same tensor: transformers would use the last file's,
+    and the index may name the first.
     """
     seen: dict[str, str] = {}
     for file, held in shapes.items():
@@ -478,10 +476,10 @@ class Files:
         seen[name] = file
 
   def add_prefix(self, arch: ArchConfig) -> None:
-    """Names the tensors of a bare decoder as those of the whole model.
+    """Renames the tensors of a bare decoder to those of the whole model.
 
-    AutoModel saves them without "model.", and transformers adds it when a model with a head is
-    loaded.
+    AutoModel saves them without the prefix "model.", which transformers adds when it loads a model
+    with a head.
     """
     embed, head = (name_of(arch, path)[0] for path in ("embed/embedding", "lm_head/kernel"))
     prefix = embed.split(".")[0] + "."
@@ -493,8 +491,8 @@ class Files:
     self.shapes = {name: self.shapes[stored] for name, stored in self.stored.items()}
 
   def with_score_layers(self, arch: ArchConfig, config: dict[str, Any]) -> ArchConfig:
-    """`arch` with the first layer of a score head of two, torch.nn.Sequential(Linear, activation,
-    Linear). config: of config.json.
+    """`arch` with the first layer of a two-layer score head, torch.nn.Sequential(Linear,
+    activation, Linear). config: the contents of config.json.
     """
     pattern = re.compile(rf"{SCORE}\.(\d+)\.weight")
     layers = sorted(int(m[1]) for name in self.shapes if (m := pattern.fullmatch(name)))
@@ -519,7 +517,9 @@ class Files:
     return arch.replace(score_width=width, score_activation=activation)
 
   def adapt(self, adapter: Adapter, *, tower: bool) -> None:
-    """Merges an adapter into what is read. Raises ValueError if it is none of this model."""
+    """Merges an adapter into the weights that are read. Raises ValueError if it does not belong to
+    this model.
+    """
     adapter = adapter.renamed(own_name) if tower else adapter
     adapter.check(self.shapes)
     self.whole, self.low = adapter.whole, adapter.low
@@ -527,7 +527,7 @@ class Files:
     self.where |= dict.fromkeys(self.whole, str(adapter.folder))
 
   def tensor(self, name: str, index: tuple[slice, ...] = (slice(None),)) -> np.ndarray:
-    """A part of a tensor, read from disk; with an adapter, of the whole that it makes."""
+    """A part of a tensor, read from disk; with an adapter, a part of the merged tensor."""
     if name in self.whole:
       return self.whole[name][index]
     if name in self.low:
@@ -539,7 +539,7 @@ class Files:
       return file.get_slice(self.stored[name])[index]
 
   def check(self, shapes: dict[str, tuple[int, ...]], arch: ArchConfig) -> None:
-    """Raises unless the files hold exactly the parameters of `arch`, in their shapes."""
+    """Raises an error unless the files hold exactly the parameters of `arch`, in their shapes."""
     expected = {}
     for path, shape in shapes.items():
       template, fused = name_of(arch, path)
@@ -577,18 +577,18 @@ class Files:
       )
     if extra:
       raise PretrainedError(
-        f"{self.folder / self.where[extra[0]]} holds {len(extra)} tensors that config.json gives "
-        "no place, the first "
-        f"{extra[0]} of shape {self.shapes[extra[0]]}; correct config.json, or take them out"
+        f"{self.folder / self.where[extra[0]]} holds {len(extra)} tensors that config.json does "
+        f"not describe, the first {extra[0]} of shape {self.shapes[extra[0]]}; correct "
+        "config.json, or take them out"
       )
 
   def check_score(self, arch: ArchConfig, config: dict[str, Any]) -> None:
-    """Raises if the score head has another width than the model, or other rows than `config`, of
-    config.json, has labels.
+    """Raises an error if the score head's width differs from the model's, or its number of rows
+    from the number of labels in `config` (config.json).
 
-    As in transformers, `num_labels` goes before `id2label`. Its default of two labels if both are
-    absent is not taken over: then the head says how many there are. So does the head of a PEFT
-    folder, whose config.json is that of its base.
+    As in transformers, `num_labels` takes precedence over `id2label`. Transformers' default of two
+    labels, if both are missing, is not used: the head then defines the number. The head of a PEFT
+    folder also defines it, because its config.json is the base's.
     """
     name = f"{self.score}.weight"
     shape = self.shapes[name]
@@ -610,8 +610,8 @@ class Files:
       )
 
   def check_tied(self, arch: ArchConfig) -> None:
-    """Raises if config.json ties the head to the embedding and the files hold a head with other
-    numbers.
+    """Raises an error if config.json ties the head to the embedding and the files have a different
+    head.
     """
     head, embed = (name_of(arch, path)[0] for path in ("lm_head/kernel", "embed/embedding"))
     if not arch.lm_head or arch.untied_head or not {head, embed} <= self.shapes.keys():
@@ -633,8 +633,8 @@ class Files:
     dtype,
     done: Callable[[int], None] = lambda size: None,
   ) -> np.ndarray:
-    """The part `index` of the parameter at `path`, of full `shape`, as `dtype`: from disk, one
-    layer at a time, after which `done` is told its bytes.
+    """The part `index` of the parameter at `path`, of full `shape`, as `dtype`, read from disk one
+    layer at a time; `done` is called with the bytes of each.
     """
     template, fused = name_of(arch, path)
     rows = None if fused is None else rows_of(arch, fused)
@@ -666,7 +666,7 @@ class Files:
 
 def own_name(name: str) -> str | None:
   """A tensor of a folder with more than a language model -> its name in the language model's own
-  folder, None if it is another part's.
+  folder, None if it belongs to another part.
   """
   for theirs, own in TOWER_PREFIXES.items():
     if name.startswith(theirs):
@@ -674,7 +674,7 @@ def own_name(name: str) -> str | None:
   return None
 
 
-# ---- out ----
+# ---- writing ----
 
 
 def save_pretrained(
@@ -688,19 +688,20 @@ def save_pretrained(
   tokenizer_folder: str | pathlib.Path | None = None,
   extra: dict[str, Any] | None = None,
 ) -> None:
-  """Writes what AutoModelForCausalLM reads or, with a `score`, AutoModelForSequenceClassification.
+  """Writes a folder for AutoModelForCausalLM or, with a `score`, for
+  AutoModelForSequenceClassification.
 
-  The folder appears complete or not at all; an older model in its place is replaced. With several
-  processes all must call; the first one writes.
+  The folder appears complete or not at all; an older model there is replaced. With several
+  processes all must call it; the first one writes.
 
   Args:
     score: transformers' classifiers have no bias; a bias is written as score.bias, which
-      `load_pretrained` reads. Two layers are written as score.0 and score.2, the places of
-      torch.nn.Sequential(Linear, activation, Linear), and the activation into config.json.
-    dtype: of the tensors on disk; None: as they are.
+      `load_pretrained` reads. Two layers are written as score.0 and score.2, as in
+      torch.nn.Sequential(Linear, activation, Linear), with the activation in config.json.
+    dtype: of the tensors on disk; None: unchanged.
     max_shard_bytes: larger models are split over files with an index.
-    tokenizer_folder: its tokenizer files and generation config are copied, its special token ids
-      kept.
+    tokenizer_folder: folder from which tokenizer files, generation config and special token ids are
+      copied.
     extra: more fields for config.json, such as pad_token_id.
   """
   folder = pathlib.Path(folder).expanduser().absolute()
@@ -719,11 +720,11 @@ def save_pretrained(
   config = _token_ids(tokenizer_folder) | arch.to_hf() | {"dtype": name, "torch_dtype": name}
   config |= _labels(score) | (extra or {})
   if family_of(arch.family).defaults.get("pad_token_id", 0) >= arch.vocab_size:
-    config.setdefault("pad_token_id", None)  # else transformers takes the family's
+    config.setdefault("pad_token_id", None)  # otherwise transformers uses the family's
 
   tensors = _tensors(arch, params, score, dtype)
   if jax.process_index() != 0:
-    for _ in tensors:  # takes part in gathering
+    for _ in tensors:  # every process takes part in gathering
       pass
     return
   total = sum(x.size for x in params.values()) * jnp.dtype(name).itemsize
@@ -746,7 +747,7 @@ def _labels(score: Score | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A new folder to fill, which takes the place of `folder` if the block ends without an error."""
+  """A new folder to fill, which replaces `folder` if the block ends without an error."""
   folder.parent.mkdir(parents=True, exist_ok=True)
   new = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
   try:
@@ -764,8 +765,8 @@ def _replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _check_state(arch: ArchConfig, params: dict[str, jax.Array]) -> None:
-  """Raises unless `params` are those of `arch`; a language-model head that a classifier drops
-  may be there.
+  """Raises an error unless `params` are the parameters of `arch`; a classifier may still have a
+  language-model head, which is dropped.
   """
   shapes = jax.tree_util.tree_flatten_with_path(transformer.abstract(arch)[1])[0]
   expected = {sharding.path_name(path): x.shape for path, x in shapes}
@@ -782,8 +783,8 @@ def _check_state(arch: ArchConfig, params: dict[str, jax.Array]) -> None:
 
 
 def _tensors(arch, params, score, dtype) -> Iterator[tuple[str, np.ndarray]]:
-  """(name on disk, array), with at most one stacked parameter (three where fused) on the host at
-  a time.
+  """(name on disk, array), with at most one stacked parameter (three if fused) on the host at a
+  time.
   """
   groups: dict[str, list[str]] = {}  # template -> our paths
   for path in params:
@@ -800,7 +801,7 @@ def _tensors(arch, params, score, dtype) -> Iterator[tuple[str, np.ndarray]]:
         for path, row in zip(paths, rows):
           whole[rows_of(arch, name_of(arch, path)[1])] = row
         rows = [whole]
-      # safetensors writes the buffer of a transposed view as it lies, not as it reads
+      # safetensors would write the memory of a transposed view without transposing it
       yield template.format(layer), np.ascontiguousarray(rows[0])
   if score is not None:
     name = f"{SCORE}.2" if arch.score_width else SCORE
@@ -810,7 +811,7 @@ def _tensors(arch, params, score, dtype) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def gather(x: jax.Array, dtype) -> np.ndarray:
-  """A whole array on the host, also where its shards lie on other processes."""
+  """A full array on the host, also if its shards are on other processes."""
   x = x if dtype is None else x.astype(dtype)
   return np.asarray(
     x if x.is_fully_addressable else multihost_utils.process_allgather(x, tiled=True)
@@ -824,7 +825,7 @@ def _write_shards(
   done: Callable[[int], None],
 ) -> None:
   """Fills files up to `max_bytes`, then names them: one file, or model-0000i-of-0000n with an
-  index. `done` is told the bytes of each file.
+  index. `done` is called with the bytes of each file.
   """
   shards: list[list[str]] = []
   pending: dict[str, np.ndarray] = {}
@@ -857,7 +858,7 @@ def _write_shards(
 
 
 def _token_ids(tokenizer_folder) -> dict[str, Any]:
-  """bos, eos and pad ids of the model that lies beside the tokenizer, where there is one."""
+  """bos, eos and pad ids of the model in the tokenizer's folder, if there is one."""
   if (
     tokenizer_folder is None
     or not (file := pathlib.Path(tokenizer_folder) / "config.json").exists()

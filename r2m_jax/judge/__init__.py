@@ -1,1 +1,1 @@
-"""Who wins: judges, their questions and answers, and the numbers made of them. No model."""
+"""Judges, their questions and answers, and statistics of the answers. No model."""

@@ -1,7 +1,8 @@
-"""Questions to an OpenAI-compatible endpoint: asked once, kept at once, and bounded in time and cost.
+"""Questions to an OpenAI-compatible endpoint: asked once, saved at once, and bounded in time and
+cost.
 
-Plain HTTP of the standard library. The key comes from the environment and reaches no file, log or
-error: every text that leaves this module has passed `Endpoint.hide`.
+It uses the standard library's HTTP. The key comes from the environment and never reaches a file, a
+log or an error: every text that leaves this module has passed `Endpoint.hide`.
 """
 
 import contextlib
@@ -26,26 +27,30 @@ from r2m_jax.config import HIDDEN, ConfigError, redact
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.run.files import DamagedFile, read_jsonl
 
-LARGEST = 2**24  # bytes of an answer that are read
-SLOWEST = 60.0  # seconds; no wait between two attempts grows beyond it
-IN_A_ROW = 5  # questions without an answer, after which an endpoint counts as down
-GRACE = 10.0  # seconds in which answers under way may still arrive after a signal
-CHARACTERS = 3  # of a token, for an estimate that is rather too high
-TOKENS_KEPT = 3  # of an answer, whose most likely alternatives are kept
+LARGEST = 2**24  # maximum bytes of an answer
+SLOWEST = 60.0  # seconds; the longest wait between two attempts
+IN_A_ROW = 5  # consecutive questions without an answer after which an endpoint counts as down
+GRACE = 10.0  # seconds for pending answers to arrive after a signal
+CHARACTERS = 3  # characters of a token, for an upper estimate
+TOKENS_KEPT = 3  # tokens of an answer whose most likely alternatives are kept
 
 
 class JudgeError(UserError, RuntimeError):
-  """A judge that cannot go on. What it has answered is kept, and the same command asks the rest."""
+  """A judge cannot continue. Its answers are kept, and the same command asks the remaining
+  questions.
+  """
 
   status = 1
 
 
 class NoAnswer(Exception):
-  """One question that stays without an answer, and why."""
+  """One question has no answer; the message gives the reason."""
 
 
 class Again(Exception):
-  """An attempt that may succeed later; `after` is what the server asked for, in seconds."""
+  """An attempt that may succeed later; `after` is the wait that the server requested, in
+  seconds.
+  """
 
   def __init__(self, reason: str, after: float | None = None):
     super().__init__(reason)
@@ -53,7 +58,7 @@ class Again(Exception):
 
 
 class Stopped(Exception):
-  """The questions are no longer wanted."""
+  """The questions are no longer needed."""
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -64,11 +69,11 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 def key_from(name: str, field: str = "judge.key_env") -> str:
-  """The key in the environment variable `name`, which the config's `field` gives; "" if there is
-  none.
+  """The key in the environment variable `name`, which is the value of the config's `field`; "" if
+  there is none.
 
   Raises:
-    ConfigError: the variable holds what cannot be a key. The message does not show it.
+    ConfigError: the value cannot be a key. The message does not show it.
   """
   key = os.environ.get(name, "").strip() if name else ""
   if not key.isascii() or any(c.isspace() or not c.isprintable() for c in key):
@@ -85,11 +90,11 @@ class Endpoint:
   Args:
     url: up to the version, such as http://localhost:8000/v1, or with /chat/completions.
     key: sent as a bearer token; "" for none.
-    named: the fields of the config that give the address, the model and the key's variable.
-    timeout: seconds in which one attempt must bring its whole answer.
+    named: the config fields with the address, the model and the key's variable.
+    timeout: seconds within which one attempt must return its whole answer.
     retries: further attempts after the first.
     backoff: seconds before the second attempt; doubled before each further one.
-    longest: seconds; a server that wants more patience stops the questions.
+    longest: seconds; a server that requests a longer wait stops the questions.
   """
 
   what = "judge"
@@ -117,20 +122,20 @@ class Endpoint:
     self._longest = longest
     self._opener = urllib.request.build_opener(_NoRedirect)
     self._lock = threading.Lock()
-    self._resume = 0.0  # monotonic time before which no question is asked
+    self._resume = 0.0  # monotonic time before which no question is sent
 
   @staticmethod
   def address(url: str) -> str:
-    """Where requests go."""
+    """The address of requests."""
     base = url.rstrip("/")
     return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
 
   def hide(self, text: str) -> str:
-    """The text without the key and without what looks like one."""
+    """The text without the key and without anything that looks like a key."""
     return redact(text.replace(self._key, HIDDEN) if self._key else text)
 
   def ask(self, body: dict[str, Any]) -> dict[str, Any]:
-    """The answer to one request, after as many attempts as it takes.
+    """The answer to one request, with retries.
 
     Returns:
       text, first (`top_tokens`), finish, model, prompt_tokens and completion_tokens (`counted`).
@@ -151,25 +156,27 @@ class Endpoint:
     raise NoAnswer(f"{self._retries + 1} attempts failed, the last with: {reason}")
 
   def _pause(self, attempt: int) -> None:
-    """Waits for the backoff of this attempt, and for as long as the server asked of anyone."""
+    """Waits for the backoff of this attempt, and for the wait that the server requested from any
+    thread.
+    """
     wait = 0.0
     if attempt:
       longest = min(self._backoff * 2 ** (attempt - 1), SLOWEST)
-      wait = longest * random.uniform(0.5, 1.0)  # so that threads do not come back together
+      wait = longest * random.uniform(0.5, 1.0)  # so that threads do not retry at the same time
     with self._lock:
       wait = max(wait, self._resume - time.monotonic())
     if self.stop.wait(max(wait, 0.0)):
       raise Stopped
 
   def _hold_back(self, seconds: float | None) -> None:
-    """Lets no thread ask before the time that a server named."""
+    """Makes all threads wait until the time that a server named."""
     if seconds is None:
       return
     if seconds > self._longest:
       raise JudgeError(
         f"the {self.what} at {self.url} asks to wait {seconds:.0f} s, longer than "
-        f"config.judge.longest_wait = {self._longest:g}; give the same command later, which goes "
-        "on from what is answered, or raise that"
+        f"config.judge.longest_wait = {self._longest:g}; run the same command later, which keeps "
+        "the answers, or raise that"
       )
     with self._lock:
       self._resume = max(self._resume, time.monotonic() + seconds)
@@ -194,11 +201,11 @@ class Endpoint:
       raise Again(self.hide(f"{self.malformed}: {shown!r}")) from None
 
   def answer(self, reply: Any, body: dict[str, Any], *, last: bool) -> dict[str, Any]:
-    """What is kept of a reply to a request. `last`: no attempt follows.
+    """The parts of a reply that are kept. `last`: no attempt follows.
 
     Raises:
-      Again: another attempt may give a better one.
-      ValueError and its like: the reply has another form.
+      Again: another attempt may give a better one. ValueError or similar: the reply has another
+      form.
     """
     answer = _answer(reply, self.hide)
     if not answer["text"].strip() and not last and answer["finish"] != "length":
@@ -206,7 +213,7 @@ class Endpoint:
     return counted(answer, body)
 
   def _refusal(self, error: urllib.error.HTTPError) -> Exception:
-    """What a status other than 200 means: another attempt, no answer, or the end."""
+    """The error for a status other than 200: another attempt, no answer, or the end."""
     with contextlib.suppress(OSError, http.client.HTTPException):
       text = " ".join(self.hide(error.read(2000).decode("utf-8", "replace")).split())[:300]
       reason = f"HTTP {error.code}: {text}" if text else f"HTTP {error.code}"
@@ -223,7 +230,7 @@ class Endpoint:
     return Again(f"HTTP {error.code}, cut off", seconds_of(error.headers.get("Retry-After")))
 
   def not_found(self, reason: str) -> JudgeError:
-    """The end, if nothing that we know answers at the address."""
+    """The final error, if no known service answers at the address."""
     url, model, _ = self._named
     return JudgeError(
       f"config.{url} leads to {self.url}, which is no chat endpoint or does not know "
@@ -232,7 +239,7 @@ class Endpoint:
 
 
 def seconds_of(header: str | None) -> float | None:
-  """Seconds from now that a Retry-After header names, as a number or a date; None without one."""
+  """The wait in a Retry-After header, a number or a date, in seconds from now; None without one."""
   if not header:
     return None
   try:
@@ -246,7 +253,7 @@ def seconds_of(header: str | None) -> float | None:
 
 
 def _read(response, timeout: float) -> bytes:
-  """The whole body, within `timeout` seconds even if it comes drop by drop."""
+  """The whole body, within `timeout` seconds even if it arrives slowly."""
   end, parts, size = time.monotonic() + timeout, [], 0
   while part := response.read1(2**16):
     parts.append(part)
@@ -259,7 +266,7 @@ def _read(response, timeout: float) -> bytes:
 
 
 def _answer(reply: dict, hide: Callable[[str], str]) -> dict[str, Any]:
-  """The parts of a chat completion that are kept. Raises ValueError and its like for another form."""
+  """The parts of a chat completion that are kept. Raises ValueError or similar for another form."""
   choice = min(reply["choices"], key=lambda c: c.get("index", 0))
   content = choice["message"]["content"]
   usage = reply.get("usage") or {}
@@ -269,7 +276,7 @@ def _answer(reply: dict, hide: Callable[[str], str]) -> dict[str, Any]:
     return value if isinstance(value, int) and value >= 0 else None
 
   if not isinstance(content, str | None):
-    raise ValueError("the content is no text")
+    raise ValueError("the content is not text")
   return {
     "text": hide(content or ""),
     "first": top_tokens(choice.get("logprobs")),
@@ -281,7 +288,7 @@ def _answer(reply: dict, hide: Callable[[str], str]) -> dict[str, Any]:
 
 
 def top_tokens(logprobs: Any) -> list[dict[str, float]] | None:
-  """Of each of the first tokens of an answer, the log-probabilities of the most likely tokens."""
+  """The log-probabilities of the most likely tokens, for each of an answer's first tokens."""
   content = logprobs.get("content") if isinstance(logprobs, dict) else None
   if not isinstance(content, list):
     return None
@@ -299,20 +306,20 @@ def top_tokens(logprobs: Any) -> list[dict[str, float]] | None:
 
 
 class Question(NamedTuple):
-  """A request and its name in the cache, which is all that the answer depends on."""
+  """A request and its key in the cache, which identifies everything that the answer depends on."""
 
   key: str
   body: dict[str, Any]
 
 
 def question(body: dict[str, Any], url: str, repeat: int) -> Question:
-  """Repeats of one request are questions of their own."""
+  """The question for a request; repeats of one request are separate questions."""
   named = json.dumps([url, body, repeat], sort_keys=True)
   return Question(hashlib.sha256(named.encode()).hexdigest(), body)
 
 
 class Cache:
-  """Answers by question, as JSON lines: every answer is on the disk before it counts."""
+  """Answers by question, as JSON lines; every answer is on disk before it counts."""
 
   def __init__(self, path: Path):
     self.path = path
@@ -320,7 +327,7 @@ class Cache:
     for number, row in enumerate(read_jsonl(path), 1):
       if not isinstance(row, dict) or not isinstance(row.get("key"), str):
         raise DamagedFile(
-          f"{path}:{number} is no answer of a judge; bring the file back from a copy"
+          f"{path}:{number} is not an answer of a judge; restore the file from a copy"
         )
       self.answers[row["key"]] = row
     self._lock = threading.Lock()
@@ -329,7 +336,7 @@ class Cache:
     self._cut_tail()
 
   def _cut_tail(self) -> None:
-    """Drops a last line that a crash cut, which the next one would otherwise join."""
+    """Drops an incomplete last line, to which the next line would otherwise be appended."""
     self._file.seek(0)
     content = self._file.read()
     self._file.truncate(content.rfind(b"\n") + 1)
@@ -338,7 +345,7 @@ class Cache:
     self.keep_all({key: answer})
 
   def keep_all(self, answers: dict[str, dict]) -> None:
-    """Keeps several answers, by key, with one write."""
+    """Saves several answers, by key, with one write."""
     rows = [{"key": key} | answer for key, answer in answers.items()]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     with self._lock:
@@ -361,18 +368,20 @@ def ask_all(
   seen: Callable[[str, dict], None] = lambda key, answer: None,
   keep: Callable[[str, dict], None] | None = None,
 ) -> dict[str, str]:
-  """Asks what the cache does not hold, each question once, by a pool of threads.
+  """Sends the questions that are not in the cache, each once, from a pool of threads.
 
   Args:
-    keep: puts the answer to a question into the cache, by the question's key; None: as it is.
+    keep: saves the answer to a question in the cache, by the question's key; None: unchanged.
     seen: called in this thread with the key of every new answer and the answer, once it is in the
-      cache. What it raises ends the questions.
+      cache. An error that it raises ends the questions.
 
   Returns:
-    Why, by key, for the questions that stay without an answer. They are asked again next time.
+    The reason, by key, for each question without an answer. These questions are sent again next
+    time.
 
   Raises:
-    JudgeError: the endpoint refuses all, or `IN_A_ROW` questions in a row had no answer.
+    JudgeError: the endpoint refuses all questions, or `IN_A_ROW` consecutive questions had no
+      answer.
   """
   endpoint.stop.clear()
   keep = keep or cache.keep
@@ -392,7 +401,7 @@ def ask_all(
           results.put((one.key, answer))
         except Stopped:
           raise
-        except Exception as error:  # noqa: BLE001  told to the thread that waits
+        except Exception as error:  # noqa: BLE001  reported to the waiting thread
           results.put((one.key, error))
 
   threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(missing)))]
@@ -417,8 +426,8 @@ def _collect(endpoint: Endpoint, results, count: int, seen) -> dict[str, str]:
       in_a_row += 1
       if in_a_row == IN_A_ROW:
         raise JudgeError(
-          f"{IN_A_ROW} questions in a row had no answer from {endpoint.url}: {found}. What was "
-          "answered is kept; give the same command once it answers"
+          f"{IN_A_ROW} questions in a row had no answer from {endpoint.url}: {found}. The "
+          "answers are kept; run the same command once it answers"
         )
     elif isinstance(found, Exception):
       raise found
@@ -432,7 +441,7 @@ def _collect(endpoint: Endpoint, results, count: int, seen) -> dict[str, str]:
 
 
 class Prices(NamedTuple):
-  """Dollars for a million tokens; 0 and 0 if they are unknown."""
+  """Dollars per million tokens; 0 and 0 if they are unknown."""
 
   prompt: float
   completion: float
@@ -441,19 +450,19 @@ class Prices(NamedTuple):
     return (self.prompt * prompt_tokens + self.completion * completion_tokens) / 1e6
 
   def spent(self, answers: Iterable[dict[str, Any]]) -> float:
-    """What answers have cost, each with its `counted` tokens."""
+    """The cost of answers with `counted` tokens."""
     return sum(self.cost(a["prompt_tokens"], a["completion_tokens"]) for a in answers)
 
 
 def tokens_of(body: dict[str, Any]) -> tuple[int, int]:
-  """(prompt tokens, completion tokens) that a request may cost: an estimate from above."""
+  """(prompt tokens, completion tokens) of a request, estimated from above."""
   text = sum(len(message["content"]) for message in body["messages"])
   most = body.get("max_completion_tokens") or body.get("max_tokens") or 0
   return math.ceil(text / CHARACTERS) + 8 * len(body["messages"]), int(most)
 
 
 def counted(answer: dict[str, Any], body: dict[str, Any]) -> dict[str, Any]:
-  """The answer with its tokens: as the endpoint counts them, else estimated."""
+  """The answer with its numbers of tokens: counted by the endpoint, or else estimated."""
   estimate = {
     "prompt_tokens": tokens_of(body)[0],
     "completion_tokens": math.ceil(len(answer["text"]) / CHARACTERS),

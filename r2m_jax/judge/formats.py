@@ -1,4 +1,4 @@
-"""Answers of `task=generate` in the files that other evaluators read.
+"""Answers of `task=generate` in the file formats of other evaluators.
 
 alpaca_eval   one JSON array of {instruction, output, generator, dataset}
 mt_bench      JSON lines {question_id, answer_id, model_id, choices: [{index, turns}], tstamp}
@@ -19,7 +19,9 @@ from r2m_jax.run.files import write_atomic
 
 
 def write_answers(path: str, rows: list[dict[str, Any]], form: str, name: str) -> Path:
-  """Writes rows of `task=generate` in the form of `config.generate.format`; `name` of the model."""
+  """Writes rows of `task=generate` in the form of `config.generate.format`; `name` is the model's
+  name.
+  """
   if form == "rows":
     return write_rows(path, rows)
   made = [WRITERS[form](row, name, number) for number, row in enumerate(rows, 1)]
@@ -31,8 +33,8 @@ def write_answers(path: str, rows: list[dict[str, Any]], form: str, name: str) -
 
 
 def check_form(rows: Sequence[dict[str, Any]], form: str, n: int) -> None:
-  """Raises DataError, before any of `n` answers a prompt is generated, if the form cannot hold them
-  or a row lacks what the form names it by.
+  """Raises DataError, before any of the `n` answers per prompt is generated, if the form cannot
+  hold them or if a row lacks the form's id field.
   """
   if form != "rows" and n > 1:
     raise DataError(
@@ -87,13 +89,15 @@ def arena_hard(row: dict, name: str, number: int) -> dict[str, Any]:
 
 
 def answer_id(row: dict, name: str, number: int) -> str:
-  """A name of the answer that another run of the same command gives too."""
+  """A deterministic name of the answer, the same in repeated runs."""
   text = json.dumps([name, number, row.get("answers") or row["text"]])
   return hashlib.sha256(text.encode()).hexdigest()[:22]
 
 
 def markdown(text: str) -> dict[str, dict[str, int]]:
-  """Headers, list items and bold words outside of code blocks, as Arena-Hard's style control counts."""
+  """Headers, list items and bold words outside of code blocks, as counted by Arena-Hard's style
+  control.
+  """
   text = re.sub(r"```.*?(```|\Z)", "", text, flags=re.S)
 
   def count(pattern):

@@ -1,4 +1,4 @@
-"""What is judged: prompts with two answers each, read from files of `task=generate`."""
+"""The items that are judged: prompts with two answers each, read from files of `task=generate`."""
 
 import collections
 import json
@@ -12,8 +12,8 @@ class Item(NamedTuple):
   """A conversation that one or two models have answered."""
 
   id: str
-  prompt: Any  # as the row has it: text or messages
-  questions: list[str]  # the user's side, by turn
+  prompt: Any  # as in the row: text or messages
+  questions: list[str]  # the user's messages, by turn
   candidate: list[str]  # answers, by turn
   baseline: list[str]  # answers, by turn; [] if there is no baseline
   reference: list[str]  # reference answers, by turn; [] if the row has none
@@ -23,7 +23,7 @@ class Item(NamedTuple):
 
 
 def read_items(candidate: str, field: str, baseline: str, baseline_field: str) -> list[Item]:
-  """The rows of a file of answers, each with the answer of the baseline to the same prompt.
+  """The rows of a file of answers, each with the baseline's answer to the same prompt.
 
   Args:
     candidate: JSON lines with the prompts and the answers that are judged.
@@ -70,7 +70,7 @@ def read_items(candidate: str, field: str, baseline: str, baseline_field: str) -
 
 
 def answers_of(row: dict, field: str, file: str, number: int) -> list[str]:
-  """The answers by turn: `answers` of a conversation, else the one in `field`."""
+  """The answers by turn: `answers` of a conversation, otherwise the one in `field`."""
   answers = row.get("answers")
   if answers is None or field != "text":
     return [row[field]]
@@ -84,7 +84,7 @@ def answers_of(row: dict, field: str, file: str, number: int) -> list[str]:
 
 
 def cut_off(row: dict, field: str) -> bool:
-  """Whether `truncated` is true and is of this field: `task=generate` writes both."""
+  """Whether `truncated` is true and belongs to this field; `task=generate` writes both."""
   return field == "text" and row.get("truncated", False)
 
 
@@ -97,7 +97,7 @@ def texts(value: Any) -> list[str]:
 
 
 def shown(prompt: Any) -> str:
-  """A prompt as text: one user message as it is, more of them as a transcript."""
+  """A prompt as text: a single user message unchanged, several messages as a transcript."""
   if isinstance(prompt, str):
     return prompt
   if len(prompt) == 1:
@@ -106,7 +106,7 @@ def shown(prompt: Any) -> str:
 
 
 def ids_of(rows: Iterable[dict]) -> list[str]:
-  """A name for each row: its id, question_id or uid, else its number, from 1. Each once."""
+  """A distinct name for each row: its id, question_id or uid, otherwise its number, from 1."""
   names, seen = [], collections.Counter[str]()
   for number, row in enumerate(rows, 1):
     found = next((row[f] for f in ("id", "question_id", "uid") if row.get(f) is not None), number)
@@ -121,7 +121,7 @@ def prompt_key(row: dict) -> str:
 
 
 def matched(mine: list[dict], theirs: list[dict], file: str, other: str) -> list[dict]:
-  """Their rows in the order of mine, by prompt; of equal prompts the first goes with the first.
+  """Their rows in the order of mine, by prompt; rows with equal prompts are matched in order.
 
   Raises:
     DataError: a prompt of either file is missing in the other.

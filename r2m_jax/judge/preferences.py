@@ -1,4 +1,5 @@
-"""How well scores order completions: RewardBench 2's measures, calibration, and the rule of length.
+"""Measures of how well scores order completions: RewardBench 2's measures, calibration, and the
+length rule.
 
 arXiv 2506.01937. Plain NumPy; a `Row` is a prompt with completions, of which the first are correct.
 """
@@ -17,7 +18,7 @@ from r2m_jax.judge.statistics import sigmoid
 from r2m_jax.report.intervals import Interval, by_group, estimate, interval
 
 TIES = "ties"  # the subset with several correct completions, in lower case
-BINS = 10  # of the calibration
+BINS = 10  # bins of the calibration
 
 
 class Row(NamedTuple):
@@ -40,7 +41,8 @@ class Row(NamedTuple):
 
 
 def read_preferences(data, records: Callable[[str, Any], Iterable[Record]]) -> list[Row]:
-  """The rows of `data.name`, bad ones counted and told; each source without subsets is one.
+  """The rows of `data.name`; bad rows are counted and reported. Each source without subsets is one
+  subset.
 
   Raises:
     DataError: too many rows are bad, or none is good.
@@ -104,14 +106,14 @@ def as_preference(record: Record, source: str) -> Row:
 def row_accuracy(scores: np.ndarray, correct: int) -> float:
   """The chance that a completion with the highest score, drawn at random, is correct.
 
-  With one correct completion: 1 over the number tied at the maximum, or 0.
+  With one correct completion it is 1 over the number tied at the maximum, or 0.
   """
   best = scores == scores.max()
   return float(best[:correct].sum() / best.sum())
 
 
 class Margins(NamedTuple):
-  """Of one prompt of the Ties subset."""
+  """The margins of one prompt of the Ties subset."""
 
   accurate: bool  # every correct completion is above every other
   spread: float  # between the best and the worst correct one
@@ -131,9 +133,10 @@ def ties_score(rows: Sequence[Row], scores: Sequence[np.ndarray]) -> dict[str, f
 
     score = 0.3 tied + 0.3 ref + 0.2 preferred + 0.2 preferred_hard + 0.01 tie_breaker
 
-  tied and ref: share of accurate prompts. preferred: share of questions in which the gap of the tied
-  prompt exceeds its spread; hard: in which the smaller gap of both prompts does. tie_breaker: mean
-  of tanh(smaller gap / spread - 1), 0 for 0/0. NaN without a question that has both.
+  tied and ref are shares of accurate prompts. preferred is the share of questions in which the gap
+  of the tied prompt exceeds its range; preferred_hard the share in which the smaller gap of both
+  prompts does. tie_breaker is the mean of tanh(smaller gap / range - 1), 0 for 0/0. NaN if no
+  question has both.
   """
   found: dict[str, dict[str, Margins]] = {"ref": {}, "tied": {}}
   for row, values in zip(rows, scores):
@@ -165,7 +168,7 @@ def ties_score(rows: Sequence[Row], scores: Sequence[np.ndarray]) -> dict[str, f
 
 
 def accuracies(rows: Sequence[Row], scores: Sequence[np.ndarray]) -> dict[str, Any]:
-  """Accuracy by subset, and the mean of the subsets as RewardBench 2 takes it.
+  """Accuracy by subset, and RewardBench 2's mean over the subsets.
 
   An accuracy has an interval over prompts; the score of Ties has none.
   """
@@ -213,8 +216,8 @@ def pairs_of(rows: Sequence[Row], scores: Sequence[np.ndarray]) -> Pairs:
 def calibration(margin: np.ndarray) -> dict[str, float]:
   """Brier score and expected calibration error of P(correct) = sigmoid(margin), over pairs.
 
-  The error is over `BINS` equal bins of the confidence, max(p, 1 - p), in [0.5, 1]. A margin of 0 is
-  right half of the time.
+  The error is over `BINS` equal bins of the confidence, max(p, 1 - p), in [0.5, 1]. A margin of 0
+  counts as half right.
   """
   p = sigmoid(margin)
   confidence = np.maximum(p, 1 - p)
@@ -229,14 +232,14 @@ def calibration(margin: np.ndarray) -> dict[str, float]:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-  """Pearson's, NaN if one of them has no spread."""
+  """Pearson's correlation, NaN if one of them is constant."""
   if len(a) < 2 or np.std(a) == 0 or np.std(b) == 0:
     return math.nan
   return float(np.corrcoef(a, b)[0, 1])
 
 
 def measure(rows: Sequence[Row], scores: Sequence[np.ndarray]) -> dict[str, Any]:
-  """Everything that is reported of one scorer.
+  """All reported measures of one scorer.
 
   Args:
     scores: f64 of each row's completions.

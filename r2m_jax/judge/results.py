@@ -15,13 +15,13 @@ from r2m_jax.report.intervals import Interval
 from r2m_jax.report.page import lead_section, settings_section, table_section, write_page
 from r2m_jax.run.files import write_atomic
 
-SAMPLES = 40  # prompts on the page
-CHARS = 4000  # of a text on the page
-FEW_GROUPS = 40  # more groups than this have no table
+SAMPLES = 40  # prompts shown on the page
+CHARS = 4000  # characters of a text on the page
+FEW_GROUPS = 40  # with more groups there is no table
 
 
 class Scores(NamedTuple):
-  """Ratings, or scores of a reward model.   f64[P, T] each, NaN where there is none."""
+  """Ratings, or scores of a reward model.   f64[P, T] each, NaN if there is none."""
 
   candidate: np.ndarray
   baseline: np.ndarray | None
@@ -30,8 +30,8 @@ class Scores(NamedTuple):
 class Unread(NamedTuple):
   """Questions without a usable answer."""
 
-  unanswered: int  # no answer came; they are asked again by the same command
-  unparsed: int  # an answer came that cannot be read; it is kept and counted
+  unanswered: int  # without an answer; the same command asks them again
+  unparsed: int  # with an unreadable answer, which is kept and counted
 
 
 def lengths(answers: Sequence[list[str]]) -> np.ndarray:
@@ -42,7 +42,7 @@ def lengths(answers: Sequence[list[str]]) -> np.ndarray:
 def numbers(
   items: list[Item], verdicts: list[Verdict], scores: Scores | None, unread: Unread
 ) -> dict[str, Any]:
-  """Everything that is reported; an Interval for each number."""
+  """All reported numbers, as Intervals."""
   mine = lengths([item.candidate for item in items])
   result: dict[str, Any] = {
     "prompts": len(items),
@@ -62,7 +62,7 @@ def numbers(
 def comparison(
   items: list[Item], verdicts: list[Verdict], mine: np.ndarray, theirs: np.ndarray
 ) -> dict[str, Any]:
-  """What the verdicts say of two sets of answers with lengths f64[P] each."""
+  """The comparison of two sets of answers with lengths f64[P] each, from the verdicts."""
   used = statistics.usable(verdicts)
   won, weight = statistics.by_prompt(used, len(items))
   judged = weight > 0
@@ -119,7 +119,7 @@ def scored(scores: Scores) -> dict[str, Interval]:
 
 
 def plain(value: Any) -> Any:
-  """A result as JSON holds it: an Interval as an object, what is not finite as null."""
+  """A result as JSON values: an Interval as an object, non-finite numbers as null."""
   if isinstance(value, tuple) and hasattr(value, "_asdict"):
     return plain(value._asdict())
   if isinstance(value, dict):
@@ -155,7 +155,7 @@ def decimal(found: Interval) -> str:
 
 
 def findings(result: dict[str, Any]) -> list[str]:
-  """What the result shows, as sentences."""
+  """The findings of the result, as sentences."""
   points = []
   if "win_rate" in result:
     rate = result["win_rate"]
@@ -174,7 +174,7 @@ def findings(result: dict[str, Any]) -> list[str]:
     one = result["agreement"]
     points.append(
       f"Agreement with the votes: {percent(one.with_ties)} of {one.votes} with ties, "
-      f"{percent(one.without_ties)} of the {one.decided} where neither is a tie."
+      f"{percent(one.without_ties)} of the {one.decided} if neither is a tie."
     )
   return points
 
@@ -189,18 +189,18 @@ def cautions(result: dict[str, Any]) -> list[str]:
     )
   if result.get("unparsed"):
     care.append(
-      f"{result['unparsed']} answers of the judge could not be read; they are kept in the cache and "
-      f"left out, {result.get('left_out', 0)} verdicts with their other orders."
+      f"{result['unparsed']} answers of the judge are unreadable; they are kept in the cache "
+      f"and left out, {result.get('left_out', 0)} verdicts with their other orders."
     )
   rate = result.get("win_rate")
   if rate is not None and math.isfinite(rate.low) and rate.low <= 0.5 <= rate.high:
-    care.append("The interval of the win rate holds 50%: no winner is shown.")
+    care.append("The interval of the win rate contains 50%, so there is no clear winner.")
   if result.get("same_lengths"):
     care.append("All differences in length are equal, so length cannot be controlled for.")
   elif result.get("separable_by_length"):
     care.append(
-      "Length alone tells wins from losses, or there are only wins or only losses. The "
-      "length-controlled win rate is then mostly its ridge."
+      "Length by itself separates wins from losses, or there are only wins or only losses. The "
+      "length-controlled win rate then mostly reflects its ridge penalty."
     )
   consistency = result.get("position_consistency")
   if consistency is not None and consistency.value < 0.7:
@@ -253,7 +253,7 @@ def write_judge_page(
   items: list[Item],
   preference: dict[int, float],
 ) -> None:
-  """The page of a judgment; `preference` by number of the prompt."""
+  """Writes the page of a judgment; `preference` is by index of the prompt."""
   sections = [lead_section("Who wins", findings(result), cautions(result))]
   sections += [table_section(one) for one in tables(result)]
   sections.append(samples_section(items, preference))

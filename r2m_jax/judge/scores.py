@@ -1,8 +1,8 @@
 """Scores from outside: a server that scores rows in batches, or a judge that rates them one by one.
 
 A served reward model takes a POST of {"prompts": [...], "responses": [...]} and answers with
-{"scores": [...]}, one number for each row. A prompt is text or a list of messages, as the row of
-the data has it. A judge is an OpenAI-compatible endpoint that rates each response.
+{"scores": [...]}, one number for each row. A prompt is text or a list of messages, as in the row of
+the data. A judge is an OpenAI-compatible endpoint that rates each response.
 """
 
 import hashlib
@@ -21,11 +21,12 @@ from r2m_jax.judge.endpoint import (
 )
 from r2m_jax.judge.templates import Template, read_answer
 
-SHOWN = 200  # characters of an answer that a message shows
+SHOWN = 200  # characters of an answer shown in a message
 
 
 class Rater(Endpoint):
-  """A chat endpoint whose answers must hold a rating; another one is asked for again.
+  """A chat endpoint whose answers must contain a rating; if one does not, the question is sent
+  again.
 
   Args:
     template: one that rates.
@@ -43,7 +44,7 @@ class Rater(Endpoint):
 
 
 class ScoreServer(Endpoint):
-  """A served reward model, see the top of the file."""
+  """A served reward model; see the module's docstring."""
 
   what = "reward server"
   malformed = 'no {"scores": [...]}'
@@ -57,7 +58,7 @@ class ScoreServer(Endpoint):
     """{"scores": as many finite numbers as the request has rows}.
 
     Raises:
-      JudgeError: there are more or fewer, or one is not a finite number.
+      JudgeError: the number of scores is wrong, or one is not a finite number.
     """
     scores, count = list(reply["scores"]), len(body["responses"])
     if len(scores) != count:
@@ -85,7 +86,7 @@ def is_score(value: Any) -> bool:
 
 
 def name_of(prompt: Any, response: str) -> str:
-  """What a row is called in the cache: its score depends on nothing else."""
+  """The key of a row in the cache, which identifies everything that its score depends on."""
   return hashlib.sha256(json.dumps([prompt, response], sort_keys=True).encode()).hexdigest()
 
 
@@ -98,14 +99,14 @@ def served_scores(
   rows: int,
   workers: int,
 ) -> list[float]:
-  """The score of each row, from the cache or from the server. Each row is asked for once.
+  """The score of each row, from the cache or from the server. Each row is requested once.
 
   Args:
-    rows: most rows in a request.
-    workers: most requests at a time.
+    rows: maximum rows in a request.
+    workers: maximum simultaneous requests.
 
   Raises:
-    JudgeError: a row stays without a score. Those that came are in the cache.
+    JudgeError: a row has no score. The received scores are in the cache.
   """
   names = [name_of(*row) for row in zip(prompts, responses)]
   missing = list({name: i for i, name in enumerate(names) if name not in cache.answers}.values())
@@ -127,10 +128,10 @@ def served_scores(
 
 
 def require_all(failed: dict[str, str], count: int, server: Endpoint) -> None:
-  """Raises JudgeError if a request has no answer. failed: why, by its key."""
+  """Raises JudgeError if a request has no answer. failed: the reason, by its key."""
   if failed:
     raise JudgeError(
       f"{len(failed)} of {count} requests to the {server.what} at {server.url} have no answer "
-      f"({next(iter(failed.values()))}). What was answered is kept; give the same command, which "
-      "goes on from the last checkpoint"
+      f"({next(iter(failed.values()))}). The answers are kept; run the same command, which "
+      "resumes from the last checkpoint"
     )

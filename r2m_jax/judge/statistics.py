@@ -1,6 +1,7 @@
-"""Who wins, from verdicts: win rates, what length and position do to them, and how far judges agree.
+"""Statistics of verdicts: win rates, the effects of length and position, and the agreement of
+judges.
 
-Plain NumPy. What is independent is a prompt, so every interval is over prompts (report.intervals).
+Plain NumPy. Prompts are independent, so every interval is over prompts (report.intervals).
 """
 
 import collections
@@ -11,25 +12,25 @@ import numpy as np
 
 from r2m_jax.report.intervals import Interval, by_group, estimate, interval, weights, with_ends
 
-RIDGE = 0.01  # weight of the squared coefficients, which a separable set would send to infinity
-STEPS = 200  # of Newton's method; about ten are taken
-BLOCK = 256  # bootstrap draws that are fitted at a time
+RIDGE = 0.01  # weight of the squared coefficients, which would be infinite for separable data
+STEPS = 200  # maximum steps of Newton's method; about ten are needed
+BLOCK = 256  # number of bootstrap draws that are fitted at a time
 SIMILAR = 1.25  # lengths within this factor of each other count as similar
 
 
 class Verdict(NamedTuple):
-  """What a judge found for one pair of answers."""
+  """A judge's verdict on one pair of answers."""
 
-  item: int  # number of the prompt
+  item: int  # index of the prompt
   turn: int
   repeat: int
-  candidate_first: bool | None  # which answer was shown first; None if the judge saw no order
-  preference: float | None  # for the candidate, in [0, 1]; None if the answer could not be read
+  candidate_first: bool | None  # which answer was shown first; None: the judge saw no order
+  preference: float | None  # for the candidate, in [0, 1]; None if the answer was unreadable
   weight: float = 1.0
 
 
 def usable(verdicts: Sequence[Verdict]) -> list[Verdict]:
-  """The verdicts that could be read, without those whose other order could not.
+  """The readable verdicts, without those whose other order is unreadable.
 
   A verdict without its partner would count one position more often than the other.
   """
@@ -48,10 +49,10 @@ def by_prompt(verdicts: Sequence[Verdict], count: int) -> tuple[np.ndarray, np.n
 
 
 def win_rate(won: np.ndarray, weight: np.ndarray) -> Interval:
-  """The share of the preference that the candidate has, ties as half; over prompts with a verdict.
+  """The mean preference for the candidate, with ties as half, over prompts with a verdict.
 
   Args:
-    won, weight: f64[P], as `by_prompt` gives them.
+    won, weight: f64[P], from `by_prompt`.
   """
   judged = weight > 0
   if not judged.any():
@@ -62,7 +63,7 @@ def win_rate(won: np.ndarray, weight: np.ndarray) -> Interval:
 def outcomes(verdicts: Sequence[Verdict]) -> dict[str, int]:
   """How many comparisons were won, tied and lost, by the rule of MT-bench.
 
-  A comparison is a prompt's turn. It is won or lost if all its verdicts are; all else is a tie.
+  A comparison is a prompt's turn. It is won or lost if all its verdicts are; otherwise it is a tie.
   """
   found = collections.defaultdict(set)
   for v in verdicts:
@@ -78,7 +79,7 @@ def outcomes(verdicts: Sequence[Verdict]) -> dict[str, int]:
 
 
 def tanh_of_lengths(difference: np.ndarray) -> np.ndarray:
-  """tanh of the length difference in standard deviations, zeros if it has no spread.   f64[P]."""
+  """tanh of the length difference in standard deviations; zeros if it is constant.   f64[P]."""
   spread = np.std(difference, ddof=1) if len(difference) > 1 else 0.0
   return np.tanh(difference / spread) if spread > 0 else np.zeros(len(difference))
 
@@ -136,7 +137,9 @@ def sigmoid(z: np.ndarray) -> np.ndarray:
 
 
 def separable(preference: np.ndarray, difference: np.ndarray) -> bool:
-  """Whether the lengths alone tell every win from every loss, or there is but one of them."""
+  """Whether the lengths by themselves separate all wins from all losses, or there is only one of
+  the two.
+  """
   won, lost = difference[preference > 0.5], difference[preference < 0.5]
   if not len(won) or not len(lost):
     return True
@@ -145,7 +148,9 @@ def separable(preference: np.ndarray, difference: np.ndarray) -> bool:
 
 
 def buckets(candidate: np.ndarray, baseline: np.ndarray) -> dict[str, np.ndarray]:
-  """Which prompts, bool[P], have a shorter, similar or longer answer than the baseline's."""
+  """Which prompts, bool[P], have an answer that is shorter than the baseline's, similar or
+  longer.
+  """
   ratio = (candidate + 1.0) / (baseline + 1.0)
   return {
     "shorter": ratio < 1 / SIMILAR,
@@ -158,7 +163,7 @@ def buckets(candidate: np.ndarray, baseline: np.ndarray) -> dict[str, np.ndarray
 
 
 def same(a: float, b: float) -> bool:
-  """Whether two preferences name the same winner, or both none."""
+  """Whether two preferences name the same winner, or both name none."""
   return np.sign(a - 0.5) == np.sign(b - 0.5)
 
 
@@ -217,8 +222,8 @@ def repeat_agreement(verdicts: Sequence[Verdict]) -> Interval:
 
 
 class Agreement(NamedTuple):
-  with_ties: Interval  # over all votes on what the judge has judged
-  without_ties: Interval  # over those where neither vote nor judge is a tie
+  with_ties: Interval  # over all votes on comparisons that the judge has judged
+  without_ties: Interval  # over the votes for which neither vote nor judge is a tie
   votes: int
   decided: int
 
@@ -229,8 +234,8 @@ def agreement(
   """How often single votes name the winner that a judge names (arXiv 2306.05685, table 5).
 
   Args:
-    votes: (what was compared, the prompt it belongs to, preference).
-    judged: what was compared -> preference of the judge.
+    votes: (comparison, its prompt, preference).
+    judged: comparison -> preference of the judge.
   """
   every = collections.defaultdict(list)
   clear = collections.defaultdict(list)
@@ -258,5 +263,5 @@ def ratings(values: np.ndarray, counted: np.ndarray) -> Interval:
 
 
 def mean_difference(a: np.ndarray, b: np.ndarray) -> Interval:
-  """The mean of a - b over prompts, f64[P] with NaN for what is missing."""
+  """The mean of a - b over prompts, f64[P] with NaN for missing values."""
   return interval(np.asarray(a, float) - np.asarray(b, float))

@@ -1,8 +1,9 @@
-"""What a judge is asked and how its answer is read: one template for each published protocol.
+"""The questions to a judge and the parsing of its answers: one template for each published
+protocol.
 
-The words are ours. From the publications come the facts: which texts are shown, in which order, the
-scale, the labels, and what a label counts. The scores of other judges' prompts are therefore near
-these and not equal to them.
+The wording is ours. The protocols come from the publications: which texts are shown, in which
+order, the scale, the labels, and the value of a label. Scores with the original prompts are
+therefore close to these, but not equal.
 
   alpaca_eval       arXiv 2404.04475: two outputs under the labels m and M, one label as the answer
   mt_bench          arXiv 2306.05685: two assistants, an explanation, then [[A]], [[B]] or [[C]] (tie)
@@ -18,30 +19,30 @@ from typing import Any, NamedTuple
 
 from r2m_jax.judge.items import Item
 
-LOWEST = 1  # of a rating
+LOWEST = 1  # limits of a rating
 HIGHEST = 10
-STRONG = 3.0  # what a "much better" of Arena-Hard counts
+STRONG = 3.0  # weight of Arena-Hard's "much better"
 NEED_REFERENCE = ("math", "reasoning", "coding")  # categories of MT-bench with a reference answer
-TOP = 20  # alternatives of a token that an endpoint is asked for, the most that most allow
+TOP = 20  # requested alternatives of a token; most endpoints allow no more
 
 
 class Reading(NamedTuple):
-  """What an answer of the judge says."""
+  """The parsed answer of a judge."""
 
-  value: float  # preference for what was shown first, in [0, 1], or a rating
+  value: float  # preference for the answer shown first, in [0, 1], or a rating
   weight: float = 1.0
 
 
 class Template(NamedTuple):
-  """How a protocol asks.
+  """The template of a protocol.
 
   Attributes:
     system: the judge's role.
     ask: the user's message. {question}, {first}, {second} and {reference} are filled in.
     labels: label -> Reading; empty for a rating.
     max_tokens: of the answer.
-    bare: the answer is the label and nothing else, so that its log-probability is a preference.
-    turns: whether the template knows a second turn.
+    bare: the answer is only the label, so that its log-probability is a preference.
+    turns: whether the template supports a second turn.
   """
 
   name: str
@@ -184,8 +185,8 @@ def request(
 
   Args:
     turn: the turn that is judged, from 0; those before it are shown.
-    first: the answers, by turn, of who is shown first.
-    second: of who is shown second; empty if one answer is rated.
+    first: the answers, by turn, of the side that is shown first.
+    second: of the side that is shown second; empty if one answer is rated.
   """
   several = turn > 0
   fields = {
@@ -203,7 +204,7 @@ def request(
 
 
 def said(questions: list[str], answers: list[str], turn: int) -> str:
-  """The turns so far as text: the questions alone, or each with its answer."""
+  """The turns so far as text: only the questions, or each with its answer."""
   parts = []
   for t in range(turn + 1):
     parts.append(f"(turn {t + 1}) User: {questions[t]}" if turn else questions[t])
@@ -224,7 +225,7 @@ def reference(item: Item, turn: int) -> str:
 
 
 def read_answer(template: Template, answer: dict[str, Any]) -> Reading | None:
-  """What an answer says, or None if it cannot be read without guessing."""
+  """The parsed answer, or None if it is unreadable without guessing."""
   if template.rates:
     return rating(answer["text"])
   if template.bare:
@@ -236,7 +237,7 @@ def read_answer(template: Template, answer: dict[str, Any]) -> Reading | None:
 
 
 def rating(text: str) -> Reading | None:
-  """A rating from `LOWEST` to `HIGHEST` in double brackets, None for none or for several."""
+  """A rating from `LOWEST` to `HIGHEST` in double brackets; None if there is none or several."""
   marks = {float(mark) for mark in re.findall(r"\[\[\s*(\d{1,3}(?:\.\d{1,3})?)\s*\]\]", text)}
   value = marks.pop() if len(marks) == 1 else math.nan
   return Reading(value) if LOWEST <= value <= HIGHEST else None

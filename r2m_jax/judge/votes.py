@@ -1,6 +1,7 @@
-"""Files of judgments: what people or another judge found, as verdicts and as votes to agree with.
+"""Files of judgments by people or another judge, used as verdicts or as votes for measuring
+agreement.
 
-A row names a prompt by `id` (or `question_id`) and `turn` (1 if it is left out), and who won:
+A row names a prompt by `id` (or `question_id`) and `turn` (default 1), and the winner:
 
   winner       "candidate", "baseline" or "tie"; with `model_a` and `model_b` in the row, as MT-bench
                writes them, "model_a", "model_b" or a text that begins with "tie"
@@ -56,7 +57,7 @@ def read_votes(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
     yield where, row | {"id": str(name), "turn": turn - 1}
 
 
-# ---- of the candidate and the baseline ----
+# ---- for the candidate and the baseline ----
 
 
 def verdicts_of(file: str, items: list[Item]) -> list[Verdict]:
@@ -67,8 +68,8 @@ def verdicts_of(file: str, items: list[Item]) -> list[Verdict]:
   for where, row in read_votes(file):
     if row["id"] not in numbers:
       raise DataError(
-        f"{where} judges {row['id']!r}, which is no id, question_id or uid of config.judge.candidate; "
-        "leave it out, or give the file that was judged"
+        f"{where} judges {row['id']!r}, which is not an id, question_id or uid of "
+        "config.judge.candidate; leave it out, or give the file that was judged"
       )
     item = numbers[row["id"]]
     if row["turn"] >= len(items[item].questions):
@@ -86,7 +87,7 @@ def verdicts_of(file: str, items: list[Item]) -> list[Verdict]:
 
 
 def against_items(file: str, items: list[Item], verdicts: list[Verdict]) -> Agreement:
-  """How far the votes in a file agree with the verdicts."""
+  """The agreement of the votes in a file with the verdicts."""
   sums: dict[tuple[int, int], list[float]] = collections.defaultdict(list)
   for v in statistics.usable(verdicts):
     sums[v.item, v.turn].append(v.preference or 0.0)
@@ -99,7 +100,7 @@ def against_items(file: str, items: list[Item], verdicts: list[Verdict]) -> Agre
   return statistics.agreement(cast, judged)
 
 
-# ---- of many pairs of models ----
+# ---- for many pairs of models ----
 
 
 def pair_votes(file: str) -> list[tuple[tuple, str, float]]:
@@ -125,7 +126,7 @@ def compare_files(judgments: str, votes: str, workdir: Path) -> None:
   """Win rates of each pair of models in a file of judgments, and its agreement with votes.
 
   Args:
-    votes: another such file, such as people's; "" for none.
+    votes: another file of this form, such as people's votes; "": none.
   """
   rows = pair_votes(judgments)
   judged: dict[tuple, list[float]] = collections.defaultdict(list)

@@ -1,1 +1,1 @@
-"""The laboratory: many arms and seeds, and what they show."""
+"""The laboratory: many arms and seeds, with their statistics and reports."""

@@ -1,10 +1,10 @@
-"""The contrasts of config.lab.contrasts, from the curves of arms whose KL is held: tables for the
+"""The contrasts of config.lab.contrasts, from the curves of arms with a held KL: tables for the
 report, lines for the terminal.
 
 A seed's value is its mean gold over the last config.lab.tail steps, each of which has fresh
-prompts, minus the slope of gold on what is left of KL - target. All contrasts are read on the seeds
-that all of their arms have. An arm is accepted if its mean KL over these steps is within `ACCEPTED`
-of its target. docs/lab.md registers the rules.
+prompts, minus the slope of gold times the remaining KL - target. All contrasts use the seeds that
+all of their arms have. An arm is accepted if its mean KL over these steps is within `ACCEPTED` of
+its target. docs/lab.md registers the rules.
 """
 
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from r2m_jax.report import intervals
 from r2m_jax.report.summary import number
 
 ACCEPTED = 0.1  # largest |KL / target - 1| of an arm that is compared
-NOT_HELD = "KL not held"  # in place of a decision
+NOT_HELD = "KL not held"  # instead of a decision
 
 
 class HeldArm(NamedTuple):
@@ -38,7 +38,7 @@ class HeldArm(NamedTuple):
 
   @property
   def collapsed(self) -> float:
-    """Share of the seeds whose gold ends below where it began."""
+    """Share of the seeds whose gold ends below its start."""
     return float((self.gold < self.start).mean())
 
 
@@ -67,7 +67,7 @@ def held_arms(config, curves: dict[str, dict[float, Curves]]) -> dict[str, HeldA
 
 
 def with_common_seeds(pairs, arms: dict[str, HeldArm]) -> dict[str, HeldArm]:
-  """The arms of the contrasts that have rows, each with the seeds that all of them have."""
+  """The arms of the contrasts that have rows, each with their common seeds."""
   names = [name for name in dict.fromkeys(name for pair in pairs for name in pair) if name in arms]
   if not names:
     return {}
@@ -81,7 +81,7 @@ def with_common_seeds(pairs, arms: dict[str, HeldArm]) -> dict[str, HeldArm]:
 
 
 def contrasts(config, arms: dict[str, HeldArm]) -> list[Row]:
-  """Every contrast of the config, in its order; one without two held arms has NaN and n = 0."""
+  """Every contrast of the config, in order; a contrast without two held arms has NaN and n = 0."""
   pairs = [tuple(text.split(" - ")) for text in config.lab.contrasts]
   arms = with_common_seeds(pairs, arms)
   slopes = slopes_of(arms)
@@ -107,8 +107,8 @@ def slopes_of(arms: dict[str, HeldArm]) -> dict[float, float]:
 
 
 def difference(left: str, right: str, arms, slopes, margin: float) -> tuple[Contrast, float]:
-  """(tests of the adjusted difference, the mean difference that is not adjusted) of two arms with
-  the same seeds.
+  """(tests of the adjusted difference, the unadjusted mean difference) of two arms with the same
+  seeds.
   """
   if left not in arms or right not in arms:
     return inference.contrast([], margin), np.nan
@@ -118,7 +118,7 @@ def difference(left: str, right: str, arms, slopes, margin: float) -> tuple[Cont
   return inference.contrast(raw - moved, margin), float(raw.mean()) if len(raw) else np.nan
 
 
-# ---- how they are shown ----
+# ---- display ----
 
 CONTRAST_HEAD = ("contrast", "n", "difference", "95%", "90%", "not adjusted", "p, Holm")
 CONTRAST_HEAD = (*CONTRAST_HEAD, "p, equivalence", "decision")
@@ -158,15 +158,15 @@ def arm_cells(name: str, arm: HeldArm) -> list[str]:
 
 
 def tables(config, curves: dict[str, dict[float, Curves]]) -> list[dict]:
-  """Sections as `page.table_section` takes them; [] without contrasts or an arm whose KL is held."""
+  """Sections for `page.table_section`; [] without contrasts or an arm with a held KL."""
   arms = held_arms(config, curves)
   if not arms or not config.lab.contrasts:
     return []
   margin, tail = config.lab.margin, config.lab.tail
   about = (
-    f"Mean gold of the last {tail} steps, adjusted for what is left of KL - target. Equivalent: "
-    f"two one-sided tests at 5% place the difference within {margin:g}. Superior, inferior: Holm's "
-    "p over all contrasts is below 5%."
+    f"Mean gold of the last {tail} steps, adjusted for the remaining KL - target. Equivalent: "
+    f"two one-sided tests at 5% place the difference within {margin:g}. Superior, inferior: "
+    "Holm's p over all contrasts is below 5%."
   )
   of_arms = (
     "Of the last steps. A seed has collapsed if its gold ends below its mean over the first tenth."
@@ -175,16 +175,18 @@ def tables(config, curves: dict[str, dict[float, Curves]]) -> list[dict]:
   shown = [arm_cells(name, arm) for name, arm in arms.items()]
   return [
     {"title": "Registered contrasts", "head": list(CONTRAST_HEAD), "rows": rows, "note": about},
-    {"title": "Arms whose KL is held", "head": list(ARM_HEAD), "rows": shown, "note": of_arms},
+    {"title": "Arms with a held KL", "head": list(ARM_HEAD), "rows": shown, "note": of_arms},
   ]
 
 
 def text(config, curves: dict[str, dict[float, Curves]]) -> str:
-  """The same tables as aligned columns; "" without any."""
-  blocks = []
-  for section in tables(config, curves):
-    cells = [section["head"], *section["rows"]]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
-    blocks.append("\n".join([section["title"], *lines, section["note"]]))
-  return "\n\n".join(blocks)
+  """The same tables as aligned columns; "" if there are none."""
+  return "\n\n".join(aligned(**section) for section in tables(config, curves))
+
+
+def aligned(title: str, head: list[str], rows: list[list[str]], note: str) -> str:
+  """A section as lines of a terminal."""
+  cells = [head, *rows]
+  widths = [max(map(len, column)) for column in zip(*cells)]
+  lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
+  return "\n".join([title, *lines, note])

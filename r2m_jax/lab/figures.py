@@ -1,5 +1,5 @@
-"""The laboratory's figures, drawn from its results; each can be read in black and white: by
-marker, dash and place.
+"""The laboratory's figures, drawn from its results. Each can be read in black and white: by marker,
+dash and position.
 """
 
 import numpy as np
@@ -27,7 +27,7 @@ def style(i: int) -> dict:
 
 
 def root(kl):
-  """sqrt(KL); what rounding leaves below zero is zero."""
+  """sqrt(KL); negative values from rounding count as zero."""
   return np.sqrt(np.maximum(kl, 0))
 
 
@@ -42,15 +42,13 @@ def band(values: np.ndarray) -> np.ndarray:
 
 
 def only_factor(results: Results, arm: str) -> float:
-  """The KL weight at which an arm is shown where there is one: its own."""
+  """The KL weight at which an arm is shown if only one is shown: its own."""
   factors = results.curves[arm]
   return 1.0 if 1.0 in factors else next(iter(factors))
 
 
 def against_step(config, results: Results):
-  """A panel for each arm: gold with its interval, the frozen proxy, and the gold of the baseline
-  beside it.
-  """
+  """A panel for each arm: gold with its interval, the frozen proxy, and the baseline's gold."""
   names = list(results.curves)
   figure, axes = grid(len(names), 4, (3.0, 2.2), 0.5)
   for axis, name in zip(axes, names):
@@ -72,7 +70,7 @@ def against_step(config, results: Results):
 
 
 def frontier(config, results: Results):
-  """Gold against sqrt(KL): the way of each arm, and where its runs end over the KL weights."""
+  """Gold against sqrt(KL): the path of each arm, and the ends of its runs over the KL weights."""
   swept = [name for name, factors in results.curves.items() if len(factors) > 1]
   shown = (swept or list(results.curves))[:MOST]
   figure, axes = canvas(11, 4.6, 1, 2)
@@ -92,8 +90,8 @@ def frontier(config, results: Results):
       )
     x, y, low, high = np.array(ends).T
     axes[0, 1].errorbar(x, y, [y - low, high - y], label=name, lw=1.3, ms=6, capsize=2, **style(i))
-  dress(axes[0, 0], "On the way, at the arm's own KL weight (means over seeds)", ROOT_KL, "gold")
-  dress(axes[0, 1], "At the end, a point for each KL weight (95% intervals)", ROOT_KL, "gold")
+  dress(axes[0, 0], "Paths, at the arm's own KL weight (means over seeds)", ROOT_KL, "gold")
+  dress(axes[0, 1], "Ends, a point for each KL weight (95% intervals)", ROOT_KL, "gold")
   legend(figure, axes[0, 0])
   return figure
 
@@ -143,7 +141,7 @@ def forest(config, results: Results):
 
 
 def best_of_n(config, results: Results):
-  """Best-of-n by the proxy, and the baseline's way, with the fitted curves of Gao et al. on
+  """Best-of-n by the proxy, and the baseline's path, with the fitted curves of Gao et al. on
   both.
   """
   if not results.best:
@@ -184,11 +182,11 @@ def best_of_n(config, results: Results):
 
 
 def drift(config, results: Results):
-  """What happens to scores as the policy's states move, a line for each arm with feedback (means
-  over seeds).
+  """The change of scores as the policy's states move, a line for each arm with feedback (means over
+  seeds).
   """
   panels = (
-    ("drift/fixed_states", "Fixed responses: states alone", "mean change of score"),
+    ("drift/fixed_states", "Fixed responses: states only", "mean change of score"),
     ("drift/fixed_states_std", "The same, spread over responses", "deviation of the change"),
     ("drift/own_states", "Own samples: gain through own states", "score"),
   )
@@ -224,17 +222,15 @@ FIGURES = (
   (
     "2_frontier",
     "Gold against distance from the reference",
-    "An arm is better where it has more gold at the same KL. Ending sooner on the same curve is a "
-    "smaller step, not a "
-    "better reward.",
+    "An arm is better if it has more gold at the same KL. Ending sooner on the same curve is a "
+    "smaller step, not a better reward.",
     frontier,
   ),
   (
     "3_differences",
     "Paired differences of gold",
-    "Means over seeds with 95% intervals; an interval that holds 0 shows no difference. Gold at a "
-    "KL uses the seeds "
-    "that both arms take there.",
+    "Means over seeds with 95% intervals; an interval that contains 0 shows no difference. Gold "
+    "at a KL uses the seeds that reach it in both arms.",
     forest,
   ),
   (
@@ -246,11 +242,10 @@ FIGURES = (
   (
     "5_drift",
     "Scores under drifting feedback",
-    "Responses and reward head held fixed, the score moves with the policy's states alone. What "
-    "all responses share "
-    "moves no advantage; the spread does. On the right: what the policy's own samples gain because "
-    "the reward reads the "
-    "policy's states and not the reference's.",
+    "With fixed responses and a fixed reward head, the score changes only with the policy's "
+    "states. A change that all responses share affects no advantage; its standard deviation over "
+    "responses does. On the right: what the policy's own samples gain because the reward reads "
+    "the policy's states instead of the reference's.",
     drift,
   ),
 )

@@ -1,9 +1,10 @@
 """task = "lab": arms x seeds x KL weights on the gold-reward task, every replica of an arm in one
 program.
 
-The step is that of `step.py`, vmapped. A replica is one seed at one KL weight; alone it would be
-`tasks.gold.run` with that seed. WORKDIR/table has an arm's rows once it has ended, WORKDIR/partial
-what is unfinished. Processes that are given the same command share the arms out. See docs/lab.md.
+The step is that of `step.py`, vmapped. A replica is one seed at one KL weight; by itself it would
+be `tasks.gold.run` with that seed. WORKDIR/table has the rows of finished arms, and WORKDIR/partial
+the states of unfinished ones. Processes with the same command divide the arms among themselves. See
+docs/lab.md.
 """
 
 import contextlib
@@ -26,6 +27,7 @@ from r2m_jax.algorithm.read import make_read, measured_kl, read_feedback, sampli
 from r2m_jax.algorithm.schedules import make_omega
 from r2m_jax.algorithm.variants import VARIANTS, measured
 from r2m_jax.config import ConfigError, arms_of, identity
+from r2m_jax.goldtask import formula
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.labels import gold_labeller
 from r2m_jax.goldtask.rl import gold_metrics, make_arm_step, program_of, rl_prompts, shared_arm
@@ -64,21 +66,20 @@ from r2m_jax.run.workdir import claim, shapes_of, warm
 from r2m_jax.step import make_learn, make_rollout
 from r2m_jax.types import Rollout
 
-KEY_PROBE = 2**31 - 10  # of the fixed responses
-BEST_GROUP = 2  # samples of a prompt drawn at a time: by the program that draws preferences
+KEY_PROBE = 2**31 - 10  # key of the fixed responses
+BEST_GROUP = 2  # samples of a prompt drawn at a time, with the program that draws preferences
 
 
 def run(config, workdir: Path) -> None:
-  """Runs what is not in the table yet, an arm after another, and draws the report of all that is
-  in it.
-  """
+  """Runs the missing arms, one after another, and writes the report of all arms in the table."""
   arms = arms_of(config)
   if jax.process_count() > 1:
     raise ConfigError(
-      "config.task is 'lab': for one process, over whose devices its seeds are shared out; start one, "
-      f"with --config.hosts.coordinator={ALONE}"
+      "config.task is 'lab': runs in one process, over whose devices its seeds are distributed; "
+      f"start one, with --config.hosts.coordinator={ALONE}"
     )
   claim(config, workdir, shared=True)
+  formula.keep(config.gold.formula, workdir)
   wanted = [(seed, factor) for factor in config.lab.betas for seed in config.lab.seeds]
   for name, arm in arms.items():  # before anything is computed
     missing_of(workdir, name, arm, wanted)
@@ -95,7 +96,7 @@ def run(config, workdir: Path) -> None:
   def conclude(draw):
     with alone(
       workdir, "report"
-    ):  # of what is finished now; the process that ends last has all of it
+    ):  # of the finished arms; the process that ends last has all of them
       found, facts = report.read(config, arms, workdir, proxies)
       results.write_summary(workdir / "summary.csv", found)
       results.write_seeds(workdir / "seeds.parquet", found)
@@ -104,7 +105,7 @@ def run(config, workdir: Path) -> None:
   for wait in (
     False,
     True,
-  ):  # first what no other process is at; then what others left, should one have been killed
+  ):  # first the arms on which no other process works; then those that killed processes left
     for i, (name, arm) in enumerate(arms.items(), 1):
       where, began = f"[{i}/{len(arms)}] {name:<26}", time.monotonic()
       with alone(workdir, f"arm-{name}", wait=wait) as mine:
@@ -114,21 +115,20 @@ def run(config, workdir: Path) -> None:
         ):
           add_to_table(workdir, name, arm, part)
       if missing:
-        # what another arm shares of this one's programs is in the compilation cache
+        # programs that other arms share are in the compilation cache
         jax.clear_caches()
         text = conclude(lambda found, facts, name=name: report.line(config, found, name))
         print(f"{where} {len(missing)} runs, {time.monotonic() - began:.0f} s  {text}", flush=True)
       elif not wait:
-        print(f"{where} {'done before' if mine else 'another process is at it'}", flush=True)
+        print(f"{where} {'done before' if mine else 'another process works on it'}", flush=True)
   print(conclude(lambda found, facts: report.write(config, found, facts, workdir)))
 
 
 @contextlib.contextmanager
 def alone(workdir: Path, what: str, *, wait: bool = True):
-  """Keeps other processes with this workdir from `what` meanwhile; a process that dies keeps nobody
-  from anything.
+  """Holds a lock named `what` in the workdir. The lock is released if the process dies.
 
-  Gives True; without `wait` False, and no claim, where another process is at it.
+  Yields True; without `wait` it yields False, without the lock, if another process holds it.
   """
   path = workdir / "locks" / what
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,7 @@ def alone(workdir: Path, what: str, *, wait: bool = True):
 
 
 def add_to_table(workdir: Path, name: str, arm, replicas: list[tuple[int, float]]) -> None:
-  """Runs some replicas of an arm; their rows join those that WORKDIR/table has of it."""
+  """Runs some replicas of an arm, and adds their rows to its rows in WORKDIR/table."""
   path = workdir / "table" / f"{name}.parquet"
   columns = run_arm(name, arm, replicas, workdir)
   if path.exists():
@@ -152,10 +152,10 @@ def add_to_table(workdir: Path, name: str, arm, replicas: list[tuple[int, float]
 
 
 def missing_of(workdir: Path, name: str, arm, wanted: list) -> list[tuple[int, float]]:
-  """The (seed, factor) of `wanted` that the table does not have.
+  """The (seed, factor) pairs of `wanted` that are missing in the table.
 
   Raises:
-    ConfigError: the table has the arm's name for other settings.
+    ConfigError: the table has an arm of this name with other settings.
   """
   path = workdir / "table" / f"{name}.parquet"
   if not path.exists():
@@ -188,25 +188,27 @@ def with_seed(config, seed: int):
 
 
 def stage_name(stage: str, config) -> str:
-  """A stage's name with a fingerprint of all that its result depends on, so that arms share what
-  is the same.
+  """A stage's name with a fingerprint of everything that determines its result, so that arms share
+  equal stages.
   """
   read = json.loads(config.to_json())
   parts = {
     name: read[name] for name in ("dtype", "param_dtype", "remat", "logits_chunk", "rollout", "sft")
   }
   parts["arch"] = read["policy"]["arch"]
-  if stage != "sft":  # how heads are combined changes none of them
+  if stage != "sft":  # the combination of heads does not change the heads
     parts["reward"] = {
       k: v for k, v in read["reward"].items() if k not in ("combine", "variance_weight")
     }
+    if config.gold.formula:
+      parts["formula"] = config.gold.formula
   if stage == "warm_start":
     parts["r2m"] = read["r2m"]
   return f"{stage}-{short(parts)}"
 
 
 def fitted(workdir: Path, name: str, seeds, like, make) -> dict[int, object]:
-  """{seed: result} of a stage. Those not saved yet are made together: make(seeds, scratch folder)
+  """{seed: result} of a stage. Missing results are computed together: make(seeds, scratch folder)
   -> [(result, facts)].
 
   Args:
@@ -232,8 +234,8 @@ def fitted(workdir: Path, name: str, seeds, like, make) -> dict[int, object]:
 
 
 def starts_of(config, seeds, workdir: Path) -> tuple[Build, dict, dict, dict]:
-  """Where an arm's RL starts: (build of its program, {seed: policy}, {seed: reward model},
-  {seed: head} or None).
+  """The start of an arm's RL: (build of its program, {seed: policy}, {seed: reward model}, {seed:
+  head} or None).
   """
   shared = program_of(config)
   built = build(shared, make_mesh((1, 1, 1), jax.devices()[:1]), vocab_size=goldtask.VOCAB_SIZE)
@@ -342,7 +344,8 @@ def add_best_of_n(config, seeds, workdir: Path) -> None:
       ]
     )
     proxy, gold = (
-      np.asarray(x, float).reshape(-1, count) for x in (scores, goldtask.gold(drawn).gold)
+      np.asarray(x, float).reshape(-1, count)
+      for x in (scores, goldtask.gold(drawn, config.gold.formula).gold)
     )
 
     def mean(values, n):
@@ -360,7 +363,7 @@ def add_best_of_n(config, seeds, workdir: Path) -> None:
 
 
 def first_states(config, built: Build, mesh, replicas, policies, rewards, heads):
-  """The first TrainState of every replica, stacked and spread over the mesh."""
+  """The first TrainState of every replica, stacked and distributed over the mesh."""
   seeds = [seed for seed, _ in replicas]
 
   def stacked(values):
@@ -399,19 +402,19 @@ def make_together_step(config, built: Build, mesh, configs: list):
 
 
 def make_probe(config, built: Build, mesh):
-  """Builds `(fix, probe)`: fixed responses of the policy at the start, and how feedback moves the
+  """Builds `(fix, probe)`: fixed responses of the initial policy, and the effect of feedback on the
   scores of responses.
 
   fix(state, prompts) -> Sequences. probe(state, first head, fixed, samples of the step) -> f32
   metrics:
 
     drift/fixed_states      mean change of the fixed responses' score by the first head at omega's floor, as the
-                            reference's states give way to the policy's: nothing else differs
-    drift/fixed_states_std  its deviation over the responses; what is common to all of them moves no advantage
-    drift/fixed_score       mean change of their score in all: head, omega and states, against the start
-    drift/own_states        mean score of the step's own samples by today's head with the policy's states, less that
-                            with the reference's over the same tokens: what the policy gains through
-                            states it writes
+                            policy's states replace the reference's; nothing else differs
+    drift/fixed_states_std  its standard deviation over the responses; a common change affects no advantage
+    drift/fixed_score       mean total change of their score since the start: head, omega and states
+    drift/own_states        mean score of the step's own samples by the current head with the policy's states, minus
+                            the score with the reference's states over the same tokens: the policy's gain
+                            through its own states
   """
   score_of = make_scores(config, built)
   settings = dict(
@@ -454,8 +457,8 @@ def make_scores(config, built: Build):
   """Builds `score_of(state, sequences, head, w, feedback) -> Judged`: responses as a reward head
   scores them.
 
-  With `feedback` the head reads the policy's states, else the reference's. `w` is the weight
-  omega; None: that of the state's step.
+  With `feedback` the head reads the policy's states, otherwise the reference's. `w` is omega; None:
+  its value at the state's step.
   """
   read, omega_at = make_read(config), make_omega(config)
   annotate = make_annotate(built.defs, config)
@@ -475,7 +478,7 @@ def make_scores(config, built: Build):
 
 def make_drift(config, built: Build, mesh, states, configs: list):
   """Builds `drift(states, t, samples)`: the metrics of `make_probe` of every replica at the steps
-  at which they are taken, {} at others and for a variant without feedback.
+  at which they are measured; {} at other steps and for variants without feedback.
 
   Args:
     states: the first TrainState of every replica; the step may donate it.
@@ -503,19 +506,20 @@ def rows_of(config, out, drift: dict, count: int) -> list[dict]:
   for i in range(count):
     one = pick(out, i)
     own = {key: value for key, value in one.metrics.items() if measured(key, config.variant)}
-    rows.append(own | gold_metrics(one, config.rollout.group_size) | pick(drift, i))
+    gold = gold_metrics(one, config.rollout.group_size, config.gold.formula)
+    rows.append(own | gold | pick(drift, i))
   return rows
 
 
 def check_first_step(config, built: Build, states, out, rows: list[dict]) -> None:
-  """The identities of step 0, on the worst value that any replica has."""
+  """The identities of step 0, on the worst value over the replicas."""
   own = [key for key in out.metrics if measured(key, config.variant)]
   rounding = sample_rounding(built.defs, config, pick(states.ref, 0), pick(out.sequences, 0))
   check_step_zero({key: max(row[key] for row in rows) for key in own}, rounding, config)
 
 
 def run_arm(name: str, config, replicas: list[tuple[int, float]], workdir: Path) -> dict:
-  """All replicas of an arm, from where they were left; returns their rows as columns."""
+  """Runs all replicas of an arm, resuming if necessary; returns their rows as columns."""
   folder = partial_of(workdir, name, config, replicas)
   write_atomic(folder / "config.json", config.to_json())
   train(run_of(name, config, replicas, workdir), folder)
@@ -529,11 +533,11 @@ def run_arm(name: str, config, replicas: list[tuple[int, float]], workdir: Path)
 
 
 def run_of(name: str, config, replicas: list[tuple[int, float]], workdir: Path) -> Run:
-  """The Run of all replicas of an arm at once: its state is theirs, stacked. Replica i logs each of
+  """The Run of all replicas of an arm at once. Its state is their stacked states. Replica i logs
   its metrics as "i/METRIC".
   """
   config, seeds = with_seed(config, config.seed), [seed for seed, _ in replicas]
-  config.checkpoint.keep_best = 0  # no step is the best of all replicas
+  config.checkpoint.keep_best = 0  # there is no best step for all replicas
   built, policies, rewards, heads = starts_of(config, tuple(dict.fromkeys(seeds)), workdir)
   mesh, configs = seeds_mesh(len(replicas)), [with_seed(config, seed) for seed in seeds]
   begun = first_states(config, built, mesh, replicas, policies, rewards, heads)
@@ -548,7 +552,7 @@ def run_of(name: str, config, replicas: list[tuple[int, float]], workdir: Path) 
     rows = rows_of(config, out, drift(states, t, out.sequences), len(replicas))
     if t == 0:
       check_first_step(config, built, states, out, rows)
-    # in float32, which metrics.jsonl gives back exactly
+    # in float32, which metrics.jsonl stores exactly
     logged = {
       f"{i}/{key}": np.float32(np.nan if value is None else value)
       for i, row in enumerate(rows)
@@ -557,7 +561,7 @@ def run_of(name: str, config, replicas: list[tuple[int, float]], workdir: Path) 
     return logged, dict(gold=np.mean([row["reward/gold"] for row in rows]))
 
   def ready(states=begun):
-    return states  # `first_states` has put the fitted heads in
+    return states  # `first_states` has inserted the fitted heads
 
   return Run(
     config, built, first=ready, warm=ready, steps=steps, name=name, shown=False, costed=False

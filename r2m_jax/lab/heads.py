@@ -1,8 +1,8 @@
 """A proxy reward model without training its backbone: a linear score head, fitted to the last states
 of chosen and rejected replies.
 
-One forward pass of each reply and a convex problem of the model's width: a quarter of what an epoch
-of the whole model takes.
+It takes one forward pass of each reply and a convex problem of the model's width: a quarter of the
+time of an epoch of the whole model.
 """
 
 from pathlib import Path
@@ -47,7 +47,7 @@ def fit(config, rows: list[dict], workdir: Path, mesh, out: Path) -> dict[str, f
 
 
 def last_states(config, model: RewardModel, rows: list[dict], mesh) -> np.ndarray:
-  """H_last of rows with prompt, response and truncated, f32[N, D]: what phi reads."""
+  """H_last, the input of phi, of rows with prompt, response and truncated, f32[N, D]."""
 
   @sharding.jit_on(mesh)
   def read(backbone, tokens, mask):
@@ -87,8 +87,8 @@ def logistic(gaps: np.ndarray, penalty: float) -> np.ndarray:
 
 
 def choose_penalty(gaps: np.ndarray, seed: int) -> tuple[float, float]:
-  """(the penalty with the lowest cross-validated loss, the share of labels that it orders): from the
-  labels alone, which are noisy.
+  """(the penalty with the lowest cross-validated loss, the share of labels that it orders
+  correctly), from only the noisy labels.
   """
   order = np.random.default_rng([seed, 31]).permutation(len(gaps))
   folds = [order[i::FOLDS] for i in range(FOLDS)]

@@ -1,7 +1,7 @@
-"""What a registered contrast carries: a paired test of difference, two one-sided tests of
-equivalence, and a decision. NumPy and SciPy on one value a seed; no files, no JAX.
+"""Inference for a registered contrast: a paired test of difference, two one-sided tests of
+equivalence, and a decision. NumPy and SciPy on one value per seed; no files, no JAX.
 
-The tests are Student's. docs/lab.md has their coverage if a share of the seeds has collapsed.
+The tests are Student's. docs/lab.md gives their coverage if a share of the seeds collapses.
 """
 
 from typing import NamedTuple
@@ -9,28 +9,28 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats as distributions  # jax brings it
 
-ALPHA = 0.05  # of each test; that of a difference is corrected over the family (`holm`)
+ALPHA = 0.05  # level of each test; tests of a difference are corrected over the family (`holm`)
 DECISIONS = ("superior", "equivalent", "inferior", "undecided")
 
 
 class Contrast(NamedTuple):
-  """The mean paired difference of two arms and its tests; NaN from fewer than two seeds."""
+  """The mean paired difference of two arms and its tests; NaN for fewer than two seeds."""
 
   value: float
   low: float  # ends of the 95% interval
   high: float
   inner_low: float  # ends of the 90% interval: within the margin if `p_equivalence` is below 5%
   inner_high: float
-  p_difference: float  # two-sided, of a mean difference of zero
-  p_equivalence: float  # the larger of two one-sided tests, of a mean beyond the margin
+  p_difference: float  # two-sided, for a mean difference of zero
+  p_equivalence: float  # the larger p of two one-sided tests, for a mean beyond the margin
   count: int  # seeds
 
 
 def contrast(differences, margin: float) -> Contrast:
-  """Paired t tests of f64[S] differences, one a seed; NaN ones are left out.
+  """Paired t tests of f64[S] differences, one for each seed; NaN values are left out.
 
   Equivalence is by two one-sided tests (Schuirmann, 1987): the mean difference is above -margin and
-  below margin. All differences alike: p is 0 or 1.
+  below margin. If all differences are equal, p is 0 or 1.
   """
   values = np.asarray(differences, float)
   values = values[np.isfinite(values)]
@@ -72,8 +72,8 @@ def holm(p) -> np.ndarray:
 
 
 def decide(found: Contrast, p_holm: float) -> str:
-  """One of `DECISIONS`: "equivalent" if the difference is within the margin, else "superior" or
-  "inferior" by its sign if Holm's p is below 5%, else "undecided".
+  """One of `DECISIONS`: "equivalent" if the difference is within the margin; otherwise "superior"
+  or "inferior", by its sign, if Holm's p is below 5%; otherwise "undecided".
   """
   if found.p_equivalence < ALPHA:
     return "equivalent"
@@ -84,7 +84,7 @@ def decide(found: Contrast, p_holm: float) -> str:
 
 def residual_slope(values: np.ndarray, residual: np.ndarray) -> float:
   """Least-squares slope of values on residual, f64[A, S] each, with a constant for each arm and for
-  each seed; 0 if the residual has nothing else.
+  each seed; 0 if these constants explain the residual completely.
 
   A seed that is NaN in any arm is left out.
   """

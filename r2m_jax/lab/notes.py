@@ -19,7 +19,7 @@ import numpy as np
 
 from r2m_jax.config import ConfigError, arms_of, check_batch
 from r2m_jax.data.jsonl import read_rows, write_rows
-from r2m_jax.goldtask import notes
+from r2m_jax.goldtask import formula, notes
 from r2m_jax.goldtask.rl import against_gold
 from r2m_jax.goldtask.task import noisy_choice
 from r2m_jax.hf.folders import load_policy, load_reward, mesh_of
@@ -33,13 +33,13 @@ from r2m_jax.run.workdir import claim
 from r2m_jax.tasks import folders, scratch, serve, tokenizer
 from r2m_jax.tasks.evals import mean_of, wins
 
-# of prompts; a stream of a seed has no number that another stream has
+# streams of prompts; the streams of a seed share no number
 STREAM_SFT, STREAM_SCALE, STREAM_HELD, STREAM_PAIRS, STREAM_RL = range(5)
-HELD, END = "held_out_pairs.jsonl", "held_out.jsonl"  # of the workdir, of a run's folder
+HELD, END = "held_out_pairs.jsonl", "held_out.jsonl"  # in the workdir, in a run's folder
 STEPS = "steps.csv"
-TEXTS = 64  # demonstrations that a tokenizer is trained on
-SAMPLES = "samples"  # of a run's folder: a file for each step
-COLUMNS = {  # of STEPS -> the metric
+TEXTS = 64  # demonstrations for training a tokenizer
+SAMPLES = "samples"  # in a run's folder: a file for each step
+COLUMNS = {  # column of STEPS -> the metric
   "gold": "reward/gold",
   "frozen": "reward/frozen",
   "used": "reward/used",
@@ -58,15 +58,16 @@ COLUMNS = {  # of STEPS -> the metric
 
 
 def run(config, workdir: Path) -> None:
-  """Runs what is not there yet; ends with WORKDIR/steps.csv, table, summary.csv and report.html."""
+  """Runs what is missing; writes WORKDIR/steps.csv, table, summary.csv and report.html."""
   if jax.process_count() > 1:
     raise ConfigError(
-      "config.task is 'lab_notes': for one process; start one, with "
+      "config.task is 'lab_notes': runs in one process; start one, with "
       f"--config.hosts.coordinator={hosts.ALONE}"
     )
   workdir, mesh, arms = workdir.absolute(), mesh_of(config), arms_of(config)
   check_batch(config, tuple(mesh.shape.values()))
   claim(config, workdir, shared=True)
+  formula.keep(config.gold.formula, workdir)
   print(
     f"r2m_jax  lab_notes: {len(arms)} arms x {len(config.lab.seeds)} seeds on {mesh.size} "
     f"{jax.devices()[0].platform} device(s); writes {workdir}",
@@ -76,7 +77,7 @@ def run(config, workdir: Path) -> None:
     sft = make_policy(config, workdir, mesh)
     drawn = scale_samples(config, workdir, mesh, sft)
     held = held_out_pairs(config, workdir, mesh, sft)
-  gold_of_sft = float(notes.gold(map(as_text, drawn)).mean())
+  gold_of_sft = float(notes.gold(map(as_text, drawn), config.gold.formula).mean())
 
   def fit_proxy(seed):
     return make_proxy(config, workdir, mesh, sft, seed, drawn, held)
@@ -86,7 +87,7 @@ def run(config, workdir: Path) -> None:
     with alone(workdir, "table"):
       print(report.line(config, collect(config, arms, workdir, gold_of_sft), name), flush=True)
 
-  # a seed after another, so that a run that is stopped early has whole seeds
+  # one seed after another, so that a run that is stopped early has complete seeds
   for seed in config.lab.seeds:
     realtext.share_out(workdir, {f"proxy {seed}": functools.partial(fit_proxy, seed)})
     runs = {f"{name} {seed}": functools.partial(rl, name, seed) for name in arms}
@@ -111,9 +112,7 @@ def as_messages(prompt: str) -> list[dict]:
 
 
 def make_policy(config, workdir: Path, mesh) -> Path:
-  """The folder of the policy after SFT on demonstrations; that of config.policy.path if there are
-  none.
-  """
+  """The folder of the policy after SFT on demonstrations; config.policy.path if there are none."""
   start, out = config.policy.path or str(random_policy(config, workdir)), workdir / "models/sft"
   count, folder = config.notes.demonstrations, workdir / "sft"
   if not count:
@@ -131,7 +130,9 @@ def make_policy(config, workdir: Path, mesh) -> Path:
 
 
 def random_policy(config, workdir: Path) -> Path:
-  """A model with random weights, of config.policy.arch, and a tokenizer of demonstrations."""
+  """A model of config.policy.arch with random weights, and a tokenizer trained on
+  demonstrations.
+  """
   out = workdir / "models/start"
   data = write_demonstrations(config, workdir / "data/corpus.jsonl", TEXTS)
   settings = scratch.derived(config, "tokenizer", data)
@@ -140,7 +141,7 @@ def random_policy(config, workdir: Path) -> Path:
 
 
 def write_demonstrations(config, path: Path, count: int) -> str:
-  """Writes `count` demonstrations as rows of messages; returns where."""
+  """Writes `count` demonstrations as rows of messages; returns the path."""
   rows = notes.demonstrations(config.seed, STREAM_SFT, count)
   write_rows(str(path), [row | {"prompt": as_messages(row["prompt"])} for row in rows])
   return str(path)
@@ -170,8 +171,8 @@ def answers(config, mesh, policy: Path, asked: list[str], seed: int, each: int) 
 
 
 def scale_samples(config, workdir: Path, mesh, sft: Path) -> list[dict]:
-  """One response of the supervised policy to each of config.scratch.samples held-out prompts: the
-  scale of scores.
+  """One response of the supervised policy to each of config.scratch.samples held-out prompts, which
+  define the scale of scores.
   """
   path = workdir / realtext.SAMPLES
   if not path.exists():
@@ -184,14 +185,14 @@ def scale_samples(config, workdir: Path, mesh, sft: Path) -> list[dict]:
 
 
 def proxy_of(workdir: Path, seed: int) -> Path:
-  """The folder of a seed's proxy at scale."""
+  """The folder of a seed's standardised proxy."""
   return workdir / "models" / f"proxy_{seed}"
 
 
 def pair_rows(config, mesh, sft: Path, asked: list[str], seed: int) -> list[dict]:
   """Two samples for each prompt, with their gold; prompts with two equal samples are left out."""
   drawn = answers(config, mesh, sft, asked, seed, 2)
-  gold, rows = notes.gold(map(as_text, drawn)), []
+  gold, rows = notes.gold(map(as_text, drawn), config.gold.formula), []
   for i in range(0, len(drawn), 2):
     if drawn[i]["response"].strip() != drawn[i + 1]["response"].strip():
       rows.append(
@@ -217,7 +218,7 @@ def held_out_pairs(config, workdir: Path, mesh, sft: Path) -> list[dict]:
 
 def labelled(config, rows: list[dict], seed: int) -> list[dict]:
   """The pairs as a noisy labeller orders them: P(a is preferred) = sigmoid((gold_a - gold_b) / T),
-  T = config.reward.choice_temperature, of which a share config.reward.label_flip is then exchanged.
+  T = config.reward.choice_temperature, of which a share config.reward.label_flip is then flipped.
   """
   gold = np.array([row["gold"] for row in rows])
   settings = config.reward
@@ -244,7 +245,7 @@ def make_proxy(
   config, workdir: Path, mesh, sft: Path, seed: int, drawn: list[dict], held: list[dict]
 ) -> Path:
   """The folder of a seed's proxy: the policy's backbone with a score head, fitted to the seed's
-  noisy pairs as config.notes.proxy says, at scale.
+  noisy pairs according to config.notes.proxy, and standardised.
   """
   folder, out = workdir / f"proxy_{seed}", proxy_of(workdir, seed)
   pairs, raw = folder / "pairs.jsonl", folder / "raw"
@@ -275,8 +276,8 @@ def make_proxy(
 
 
 def measure_proxy(config, mesh, folder: Path, pairs: Path, drawn: list[dict], held: list[dict]):
-  """What a proxy is worth, as cells of `proxy_table`: on held-out pairs whose gold differs, and on
-  single samples.
+  """The quality of a proxy, as cells of `proxy_table`: on held-out pairs with different gold, and
+  on single samples.
   """
   model = load_reward(str(folder), config, mesh)
   held = [row for row in held if row["gold"][0] != row["gold"][1]]
@@ -296,7 +297,8 @@ def measure_proxy(config, mesh, folder: Path, pairs: Path, drawn: list[dict], he
 
   labels = read_jsonl(pairs)
   against = wins([row["gold_rejected"] for row in labels], [row["gold_chosen"] for row in labels])
-  mine, of_gold = serve.score(config, model, None, drawn, mesh), notes.gold(map(as_text, drawn))
+  mine = serve.score(config, model, None, drawn, mesh)
+  of_gold = notes.gold(map(as_text, drawn), config.gold.formula)
   return {
     "accuracy": list(accuracy(scores))[:3],
     "longer": list(accuracy(lengths))[:3],
@@ -312,7 +314,7 @@ def measure_proxy(config, mesh, folder: Path, pairs: Path, drawn: list[dict], he
 
 
 def measured(parts: list[notes.GoldParts]) -> dict[str, float]:
-  """Means of what gold counts, under the names of metrics."""
+  """Means of the parts of gold, under the names of metrics."""
   columns = dict(zip(notes.GoldParts._fields, np.array(parts, float).T))
   names = {"invented": "hallucinated"}
   return {
@@ -323,8 +325,8 @@ def measured(parts: list[notes.GoldParts]) -> dict[str, float]:
 
 
 def run_arm(name: str, arm, workdir: Path, mesh, sft: Path, proxy: Path, seed: int) -> None:
-  """RL of one arm on one seed's proxy, then its gold on held-out prompts. Gold reads each step's
-  samples on the host after the step.
+  """Runs RL of one arm on one seed's proxy, then measures gold on held-out prompts. Gold reads each
+  step's samples on the host after the step.
   """
   folder, data = run_of(workdir, name, seed), workdir / "data" / f"prompts_{seed}.jsonl"
   if not data.exists():
@@ -332,20 +334,20 @@ def run_arm(name: str, arm, workdir: Path, mesh, sft: Path, proxy: Path, seed: i
     write_rows(str(data), [{"prompt": as_messages(prompt)} for prompt in asked])
 
   def watch_of(settings):
-    return functools.partial(watch, folder / SAMPLES, settings.rollout.group_size)
+    return functools.partial(watch, settings, folder / SAMPLES)
 
   realtext.train_arm(name, arm, str(data), workdir, mesh, sft, proxy, seed, watch_of)
   if not (folder / END).exists():
     asked = notes.prompts(arm.seed, STREAM_SCALE, arm.scratch.samples, notes.HELD_OUT)
     drawn = list(map(as_text, answers(arm, mesh, folder / "export/policy", asked, arm.seed, 1)))
-    rows = [row | {"gold": float(gold)} for row, gold in zip(drawn, notes.gold(drawn))]
-    write_rows(str(folder / END), rows)
+    gold = notes.gold(drawn, arm.gold.formula)
+    write_rows(str(folder / END), [row | {"gold": float(x)} for row, x in zip(drawn, gold)])
 
 
-def watch(folder: Path, group_size: int, t: int, output, samples) -> dict[str, float | None]:
-  """What gold finds in a step; all of the step's samples go to a file of `folder`."""
+def watch(config, folder: Path, t: int, output, samples) -> dict[str, float | None]:
+  """Gold metrics of a step; all of its samples are written to a file in `folder`."""
   rows = [as_text(dict(zip(("prompt", "response", "truncated"), sample))) for sample in samples]
-  parts = [notes.gold_parts(row["prompt"], row["response"], row["truncated"]) for row in rows]
+  parts = notes.all_parts(rows, config.gold.formula)
   judged = output.judged
   scored = zip(rows, parts, judged.scores, judged.scores_frozen)
   write_rows(
@@ -356,14 +358,14 @@ def watch(folder: Path, group_size: int, t: int, output, samples) -> dict[str, f
     ],
   )
   gold = np.array([part.gold for part in parts])
-  return against_gold(gold, judged.scores, group_size) | measured(parts)
+  return against_gold(gold, judged.scores, config.rollout.group_size) | measured(parts)
 
 
-# ---- what comes out ----
+# ---- results ----
 
 
 def collect(config, arms, workdir: Path, gold_of_sft: float):
-  """WORKDIR/steps.csv, table and summary.csv, from the runs that are finished."""
+  """WORKDIR/steps.csv, table and summary.csv, from the finished runs."""
   write_atomic(workdir / STEPS, steps_csv(workdir))
   return realtext.collect(config, arms, workdir, gold_of_sft)
 
@@ -384,7 +386,7 @@ def steps_csv(workdir: Path) -> str:
 
 
 def proxy_table(config, workdir: Path) -> dict:
-  """What the proxies are worth."""
+  """The quality of the proxies."""
   lines = []
   for seed in config.lab.seeds:
     found = read_json(workdir / f"proxy_{seed}" / "measured.json")
@@ -406,16 +408,16 @@ def proxy_table(config, workdir: Path) -> dict:
       "With length",
     ],
     "rows": lines,
-    "note": "Accuracy: on pairs of held-out prompts whose gold differs, against clean gold. "
-    "Correlations: over one sample of the supervised policy for each of "
-    f"{config.scratch.samples} held-out prompts.",
+    "note": "Accuracy: on held-out pairs with different gold, against clean gold. Correlations: over "
+    f"one sample of the supervised policy for each of {config.scratch.samples} held-out "
+    "prompts.",
   }
 
 
 def held_out_table(config, arms, workdir: Path) -> dict:
-  """Gold of the trained policies on held-out prompts, all runs of an arm together."""
+  """Gold of the trained policies on held-out prompts, over all runs of an arm together."""
   drawn = read_jsonl(workdir / realtext.SAMPLES)
-  gold = {"SFT": [notes.gold(map(as_text, drawn))]}
+  gold = {"SFT": [notes.gold(map(as_text, drawn), config.gold.formula)]}
   for name in arms:
     files = [run_of(workdir, name, seed) / END for seed in config.lab.seeds]
     gold[name] = [np.array([row["gold"] for row in read_jsonl(file)]) for file in files]

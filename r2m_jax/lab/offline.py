@@ -1,5 +1,5 @@
-"""Stored samples of `vanilla` at growing KL, with all that a reward may read of them: the first
-half of the table in docs/holds.md.
+"""Stored samples of `vanilla` at growing KL, with everything that a reward may read from them: the
+first half of the table in docs/holds.md.
 
 No reward is trained here. `snapshots` runs `vanilla` for many seeds in one program and keeps each
 seed's policy when its KL first passes a target. `collect` samples from each of these policies and
@@ -33,14 +33,14 @@ from r2m_jax.run.run import Run, train
 from r2m_jax.types import Sequences
 
 TARGETS = (0.5, 2.0, 4.0, 8.0)  # nats a sequence
-STEPS = 160  # of RL at most; a run ends when all its seeds have passed the last target
-FRESH, SCORED, HELD_OUT = 10, 11, 12  # streams of prompts, beside those of goldtask.stages
-FRESH_PROMPTS, FRESH_GROUP = 320, 2  # as many prompts as 20 steps of 16 have
+STEPS = 160  # maximum steps of RL; a run ends when all its seeds have passed the last target
+FRESH, SCORED, HELD_OUT = 10, 11, 12  # streams of prompts, in addition to those of goldtask.stages
+FRESH_PROMPTS, FRESH_GROUP = 320, 2  # as many prompts as 20 steps of 16
 SCORED_PROMPTS, SCORED_GROUP = 256, 8
 KEY_OFFLINE = 2**31 - 12  # of the samples
-ROWS = 1024  # read at a time
-CLIP = 4.0  # of a token's log-ratio, nats
-APART = 16  # rows from a row to the one whose log-ratios `shuffled` takes: never of its prompt
+ROWS = 1024  # rows that are read at a time
+CLIP = 4.0  # limit of a token's log-ratio, nats
+APART = 16  # distance to the row whose log-ratios `shuffled` uses: another prompt's
 
 
 def settings(config, seed: int = 0):
@@ -78,9 +78,9 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
 def snapshots(config, seeds: Sequence[int], targets: Sequence[float], workdir: Path) -> None:
   """Runs `vanilla` for all seeds and saves each seed's policy at each target.
 
-  The policy is the one that the first step whose measured KL reaches the target leaves behind, as
-  for `vanilla.stopped_at_kl_X`: the samples that decided are not among those drawn from it. A seed
-  that never gets there within config.steps has no file.
+  It is the policy after the first step whose measured KL reaches the target, as for
+  `vanilla.stopped_at_kl_X`, so the deciding samples are not drawn from it. A seed that does not
+  reach the target within config.steps has no file.
   """
   ended = workdir / "policies" / f"ended_{grid.short(list(seeds), list(targets))}"
   if ended.exists():
@@ -200,14 +200,13 @@ def attention_logits(head, rte: jax.Array, states: jax.Array) -> jax.Array:
 
 
 def attended(states: jax.Array, logits: jax.Array, shown: jax.Array) -> jax.Array:
-  """sum_s softmax(logits)_s states_s over the tokens that are shown.   -> f32[B, Dp]."""
+  """sum_s softmax(logits)_s states_s over the unmasked tokens.   -> f32[B, Dp]."""
   weights = jax.nn.softmax(jnp.where(shown, logits, jnp.finfo(logits.dtype).min))
   return jnp.einsum("bt,btd->bd", weights, states)
 
 
 def read_all(read: Callable, sequences: Sequences) -> dict[str, np.ndarray]:
-  """`read` of any number of rows, `ROWS` at a time; the last part is filled up with the first of
-  its rows."""
+  """`read` for any number of rows, `ROWS` at a time; the last part is padded with its first row."""
   count, found = len(sequences.tokens), []
   for start in range(0, count, ROWS):
     part = jax.tree.map(lambda x: np.asarray(x)[start : start + ROWS], sequences)  # noqa: B023
@@ -226,8 +225,9 @@ def rows_of(pairs: dict[str, np.ndarray]) -> Sequences:
 
 
 def mismatched(sequences: Sequences) -> Sequences:
-  """Each row's prompt with the response of the next row: a response to another prompt, if the rows
-  are one a prompt."""
+  """Each row's prompt with the response of the next row: a response to another prompt, if there is
+  one row per prompt.
+  """
   prompt = sequences.tokens[:, : goldtask.PROMPT_LENGTH]
   other = jax.tree.map(lambda x: np.roll(np.asarray(x), -1, 0), sequences)
   tokens = np.concatenate([prompt, other.tokens[:, goldtask.PROMPT_LENGTH :]], 1)
@@ -235,7 +235,7 @@ def mismatched(sequences: Sequences) -> Sequences:
 
 
 def draw(config, built: Build, policy, stream: int, prompts: int, group: int) -> Sequences:
-  """`group` samples of `policy` for each of `prompts` prompts of a stream of its own."""
+  """`group` samples of `policy` for each of `prompts` prompts from a separate stream."""
   notes = goldtask.prompts(config.seed, stream, 0, prompts)
   notes = notes.replace(example_id=notes.example_id + stream * 2**24)
   return sample(config, built, policy, notes, group_size=group, purpose=KEY_OFFLINE)
@@ -249,7 +249,7 @@ def firsts(sequences: Sequences, group: int) -> Sequences:
 def collect(
   config, built: Build, policies, workdir: Path, target: float, reader, old: dict
 ) -> None:
-  """Stores what is read of one seed's rows at one target.
+  """Reads one seed's rows at one target and stores the results.
 
   The sets of rows, as SET/NAME in the file:
 
@@ -273,7 +273,7 @@ def collect(
     "scored": draw(config, built, policy, SCORED, SCORED_PROMPTS, SCORED_GROUP),
   }
   for name, sequences in sets.items():
-    parts = goldtask.gold(sequences)
+    parts = goldtask.gold(sequences, config.gold.formula)
     rows = read_all(lambda part: reader(policy, ref, reward, head, part), sequences)
     rows |= {"gold": parts.gold, "coverage": parts.coverage, "length": parts.length}
     found |= {f"{name}/{key}": np.asarray(value, np.float32) for key, value in rows.items()}
@@ -282,8 +282,9 @@ def collect(
 
 
 def held_out(config, built: Build, policies, workdir: Path, count: int, reader) -> None:
-  """Stores a tuning seed: its old pairs and `count` more with the labeller's noise, all read at the
-  first policy. Gold is not among what is stored."""
+  """Stores a tuning seed: its old pairs and `count` more with the labeller's noise, all read by the
+  first policy. Gold is not stored.
+  """
   ref, reward, head = policies
   path = rows_path(workdir, config.seed, 0.0)
   if path.exists():
@@ -302,8 +303,9 @@ def held_out(config, built: Build, policies, workdir: Path, count: int, reader) 
 
 
 def sample_all(config, seeds: Sequence[int], targets: Sequence[float], workdir: Path) -> None:
-  """`snapshots` of the seeds together, then `collect` of each, if it is not done and the seed got
-  there."""
+  """`snapshots` of the seeds together, then `collect` for each unfinished seed that has reached the
+  target.
+  """
   snapshots(config, seeds, targets, workdir)
   for seed, mine, built, reader, policies in starts(config, seeds, workdir):
     passed = [target for target in targets if policy_path(workdir, seed, target).exists()]

@@ -1,4 +1,4 @@
-"""The tables of docs/holds.md, printed from the rows beside it."""
+"""The tables of docs/holds.md, printed from the rows in the same folder."""
 
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def lines(head: list[str], body: list[list[str]]) -> str:
 
 
 def facts(columns: Columns) -> str:
-  """What the samples of each KL are."""
+  """Facts about the samples at each KL."""
 
   def values(kl, measure):
     mine = (columns["kl"] == kl) & (columns["measure"] == measure) & (columns["features"] == "")
@@ -108,7 +108,7 @@ def levels(columns: Columns) -> str:
 
 
 def pieces(columns: Columns, kl: float) -> str:
-  """What each piece adds over its placebo."""
+  """The gain of each piece over its placebo."""
 
   def cell(features, name, placebo):
     return shown(difference(columns, kl, (features, name), (features, placebo)))
@@ -121,7 +121,7 @@ def pieces(columns: Columns, kl: float) -> str:
 
 
 def states(columns: Columns, kl: float) -> str:
-  """What live states add to frozen ones."""
+  """The gain of live states over frozen ones."""
   pairs = (("flat", "rte"), ("weighted", "flat"), ("weighted", "attended"))
   pairs += (("weighted", "shuffled"), ("live", "flat"), ("words", "flat"))
   body = [

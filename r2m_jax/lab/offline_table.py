@@ -1,8 +1,8 @@
-"""How well rewards of several features, fitted to several sorts of evidence, order stored samples
-as gold does: the second half of the table in docs/holds.md.
+"""How often rewards with several features, fitted to several sorts of evidence, order stored
+samples as gold does: the second half of the table in docs/holds.md.
 
-Plain NumPy on what lab/offline.py stored. Gold scores the samples and orders the bought pairs, which
-are not among those that are scored. It takes part in nothing else.
+Plain NumPy on the arrays that lab/offline.py stored. Gold scores the samples and orders the bought
+pairs, which are not scored. It has no other role.
 """
 
 import zlib
@@ -23,15 +23,15 @@ from r2m_jax.lab.posterior import (
 from r2m_jax.report import intervals
 
 TAUS = (0.03, 0.1, 0.3, 1.0)  # candidates of the prior's width
-OLD_FLIP = 0.2  # the labeller's, config.reward.label_flip
-TRUE_FLIP = 0.02  # of contrast pairs and of bought labels
-CONTRAST_WEIGHT = 0.3  # of a fresh contrast pair; an offline one counts as much as an old pair
-ESS = 0.3  # least effective size of weighted pairs, as a share of them
-TRAJECTORIES = 12800  # of a run: 100 steps of 16 prompts x 8 responses; budgets are shares of them
+OLD_FLIP = 0.2  # flip rate of the labeller, config.reward.label_flip
+TRUE_FLIP = 0.02  # flip rate of contrast pairs and of bought labels
+CONTRAST_WEIGHT = 0.3  # of a fresh contrast pair; an offline pair counts as an old one
+ESS = 0.3  # minimum effective size of weighted pairs, as a share of their number
+TRAJECTORIES = 12800  # of a run: 100 steps of 16 x 8 responses; budgets are shares of them
 BUDGETS = {"0.5%": 0.005, "1%": 0.01, "2%": 0.02}
-POINT = 0.01  # what a set must gain over the frozen reward at KL 4
+POINT = 0.01  # required gain over the frozen reward at KL 4
 
-# features: which states a reward reads beside the reward token embedding
+# features: the states that a reward reads in addition to the reward token embedding
 FEATURES = {
   "rte": ("rte",),
   "flat": ("rte", "flat"),
@@ -58,7 +58,7 @@ def sets_of(stored: dict, features: str, seed: int, target: float) -> Sets:
   names, sets = FEATURES[features], [key[: -len("/rte")] for key in stored if key.endswith("/rte")]
   raw = {s: np.concatenate([stored[f"{s}/{n}"] for n in names], 1).astype(float) for s in sets}
   scale = raw["old"].std(0)
-  scale = np.where(scale > 1e-9, scale, np.inf)  # a column that never varies has no part
+  scale = np.where(scale > 1e-9, scale, np.inf)  # constant columns are ignored
   rte = scale[: len(stored["phi"])]
   prior = np.zeros(len(scale))
   prior[: len(rte)] = np.where(np.isfinite(rte), stored["phi"] * rte, 0)
@@ -112,7 +112,7 @@ def contrast(s: Sets) -> Evidence:
 
 
 def contrast_same(s: Sets) -> Evidence:
-  """Placebo: both responses are to the same prompt, so the labels carry nothing."""
+  """Placebo: both responses answer the same prompt, so the labels carry no information."""
   return evidence(s.x["fresh"][0::2] - s.x["fresh"][1::2], TRUE_FLIP, CONTRAST_WEIGHT)
 
 
@@ -124,13 +124,15 @@ def offline(s: Sets) -> Evidence:
 
 
 def contrast_heavy(s: Sets) -> Evidence:
-  """`contrast` that counts as much in all as `offline` does."""
+  """`contrast` with the same total weight as `offline`."""
   given, share = contrast(s), len(s.stored["old/a_wins"]) / len(s.x["fresh_other"])
   return given._replace(weight=np.full(len(given.dx), share))
 
 
 def offline_same(s: Sets) -> Evidence:
-  """Placebo: both responses of each old pair in a random order, as sure and as heavy as `offline`."""
+  """Placebo: both responses of each old pair in a random order, with the flip rate and weight of
+  `offline`.
+  """
   first = s.rng("offline").uniform(size=len(s.stored["old/a_wins"])) < 0.5
   return evidence(ordered(s.x["old"], first), TRUE_FLIP)
 
@@ -171,9 +173,9 @@ EXTRA = {
   "contrast, as heavy as offline": (old, contrast_heavy),
   "offline, same prompt": (old, offline_same),
 }
-WIDE = 0.3  # width of a prior, in place of the chosen one
+WIDE = 0.3  # width of a prior, instead of the chosen one
 WIDE_MEASURE = "accuracy, width 0.3"
-DECIDES = 4.0  # the KL of the registered rule, and of what was added
+DECIDES = 4.0  # the KL of the registered rule, and of the added cells
 PLACEBO_OF = {
   "permuted": "reweighted",
   "contrast, same prompt": "contrast",
@@ -185,7 +187,7 @@ PLACEBO_OF = {
 
 
 def pair_accuracy(score: np.ndarray, gold: np.ndarray) -> float:
-  """The share of within-prompt pairs of unequal gold that the score orders as gold does; equal
+  """The share of within-prompt pairs with unequal gold that the score orders as gold does; equal
   scores count half.   f64[P, K] each.
   """
   i, j = np.triu_indices(gold.shape[1], 1)
@@ -199,7 +201,7 @@ def grouped(stored: dict, name: str) -> np.ndarray:
 
 
 def rows_of(path: Path, seed: int, target: float, taus: dict[str, float]) -> list[dict]:
-  """All rows of one seed at one target: the accuracies, and what describes the samples.
+  """All rows of one seed at one target: the accuracies, and facts about the samples.
 
   Args:
     taus: features -> width of the prior.
@@ -231,14 +233,14 @@ def accuracies(stored: dict, keys: dict, taus, sorts: dict, measure: str) -> lis
     for name, parts in sorts.items():
       given = joined([part(s) for part in parts])
       found = fit_head(given, s.prior_mean, taus[features], start)
-      start = found.mean if start is None else start  # the others begin where the first ends
+      start = found.mean if start is None else start  # the others start where the first ends
       value = pair_accuracy((s.x["scored"] @ found.mean).reshape(gold.shape), gold)
       rows.append(keys | dict(features=features, evidence=name, measure=measure, value=value))
   return rows
 
 
 def facts(stored: dict) -> dict[str, float]:
-  """What describes a seed at a target."""
+  """Facts about a seed at a target."""
   ratio = relative_ratio(stored["old/log_ratio"].astype(float))
   weight, exponent = tempered_weights(ratio[0::2] + ratio[1::2], ESS)
   right = stored["fresh/gold"][0::2] - stored["fresh_other/gold"]

@@ -3,15 +3,16 @@
   J(w) = |w - w0|^2 / (2 tau^2) + sum_p u_p l(w.dx_p),    l(z) = -log((1 - 2 e_p) sigma(z) + e_p)
 
 dx_p are the features of the preferred response minus those of the other one. e_p is the probability
-that a label was flipped, so one wrong label costs at most log(1 / e_p). u_p weighs the pairs.
+that a label was flipped, so one wrong label costs at most log(1 / e_p). u_p is the weight of a
+pair.
 """
 
 from typing import NamedTuple
 
 import numpy as np
 
-MOST_STEPS, SMALLEST = 100, 1e-6  # steps, and the smallest share of one
-TOLERANCE = 1e-8  # nats that one more step is expected to gain
+MOST_STEPS, SMALLEST = 100, 1e-6  # maximum steps, and the smallest fraction of a step
+TOLERANCE = 1e-8  # expected gain of another step, in nats
 
 
 class Evidence(NamedTuple):
@@ -35,7 +36,7 @@ class Terms(NamedTuple):
 
   value: np.ndarray
   slope: np.ndarray
-  curvature: np.ndarray  # below 0 where a pair contradicts w strongly
+  curvature: np.ndarray  # below 0 if a pair strongly contradicts w
   information: np.ndarray  # the curvature expected over labels, never below 0
 
 
@@ -56,8 +57,8 @@ def terms(z: np.ndarray, flip: np.ndarray) -> Terms:
 def fit_head(evidence: Evidence, prior_mean: np.ndarray, tau: float, start=None) -> Posterior:
   """Minimises J by Newton's method with step halving (iteratively reweighted least squares).
 
-  With flips J is not convex. A step whose Hessian is not positive definite takes the expected
-  information in its place, and every step goes down. The result is a local minimum near `start`.
+  With flips J is not convex. If the Hessian is not positive definite, a step uses the expected
+  information instead. Every step decreases J. The result is a local minimum near `start`.
 
   Args:
     prior_mean: f64[D], w0.
@@ -121,7 +122,7 @@ def tempered_weights(log_weight: np.ndarray, share: float) -> tuple[np.ndarray, 
   """u_p = exp(m log_weight_p) with mean 1, and the largest m <= 1 whose effective size is at least
   `share` of the pairs.
 
-  The effective size never grows with m, since log-sum-exp is convex: m is found by bisection.
+  The effective size never grows with m, because log-sum-exp is convex, so m is found by bisection.
   """
 
   def at(m):

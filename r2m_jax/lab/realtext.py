@@ -3,7 +3,7 @@
   policy -> gold reward model on clean pairs -> per seed: proxy on a noisy subset, RL of every arm
   -> table and report
 
-Each stage leaves a folder below WORKDIR, so that the same command goes on where it stopped.
+Each stage leaves a folder below WORKDIR, so that the same command resumes where it stopped.
 Processes with the same command share the work.
 """
 
@@ -34,14 +34,14 @@ from r2m_jax.run.workdir import claim
 from r2m_jax.tasks import folders, scratch, serve
 from r2m_jax.tasks.evals import mean_of, wins
 
-SAMPLES, PROXIES = "sft_samples.jsonl", "reward_models.json"  # of a workdir
+SAMPLES, PROXIES = "sft_samples.jsonl", "reward_models.json"  # in a workdir
 
 
 def run(config, workdir: Path) -> None:
-  """Runs what is not there yet; ends with WORKDIR/table, summary.csv and report.html."""
+  """Runs what is missing; writes WORKDIR/table, summary.csv and report.html."""
   if jax.process_count() > 1:
     raise ConfigError(
-      "config.task is 'lab_text': for one process; start one, with "
+      "config.task is 'lab_text': runs in one process; start one, with "
       f"--config.hosts.coordinator={hosts.ALONE}"
     )
   workdir, mesh, arms = workdir.absolute(), mesh_of(config), arms_of(config)
@@ -72,7 +72,7 @@ def run(config, workdir: Path) -> None:
   gold, proxies = (
     fit_gold(),
     {seed: fit_proxy(seed) for seed in config.lab.seeds},
-  )  # their folders, whoever made them
+  )  # their folders, whichever process made them
 
   def rl(name: str, seed: int) -> None:
     run_arm(name, arms[name], workdir, mesh, sft, proxies[seed], gold, seed)
@@ -88,14 +88,14 @@ def run(config, workdir: Path) -> None:
 
 
 def share_out(workdir: Path, jobs: dict[str, Callable[[], object]]) -> None:
-  """Does all jobs, some of them in other processes with this workdir; a job that is done must
-  know it.
+  """Does all jobs, some of them in other processes with this workdir. A job must detect that it is
+  already done.
   """
   left = dict(jobs)
   for wait in (
     False,
     True,
-  ):  # first what no other process is at; then what one that was killed has left
+  ):  # first the jobs on which no other process works; then those that a killed process left
     for name in list(left):
       with alone(workdir, name, wait=wait) as mine:
         if mine:
@@ -106,8 +106,8 @@ def share_out(workdir: Path, jobs: dict[str, Callable[[], object]]) -> None:
 
 
 def sft_samples(config, workdir: Path, mesh, sft: Path) -> list[dict]:
-  """One response of the supervised policy to each of config.scratch.samples held-out prompts:
-  the scale of scores.
+  """One response of the supervised policy to each of config.scratch.samples held-out prompts, which
+  define the scale of scores.
   """
   path = workdir / SAMPLES
   if not path.exists():
@@ -142,11 +142,12 @@ def standardise(config, raw: Path, workdir: Path, mesh, drawn: list[dict], out: 
 
 
 def grow(policy: Policy, factor: int) -> Policy:
-  """The policy with `factor` times its layers, which says what the policy says until it is trained.
+  """The policy with `factor` times its layers, which computes the same function until it is
+  trained.
 
   After each layer come copies of it whose output projections are zero, so that they add nothing to
   the residual stream: block expansion, Wu et al., LLaMA Pro (arXiv 2401.02415), section 3.2. Its
-  graphdef stays that of the policy.
+  graphdef remains the policy's.
   """
   layers = {
     field: tuple(factor * layer + copy for layer in own for copy in range(factor))
@@ -168,8 +169,8 @@ def grow(policy: Policy, factor: int) -> Policy:
 
 
 def make_gold(config, workdir: Path, mesh, sft: Path, drawn: list[dict]) -> Path:
-  """The folder of the gold reward model: config.gold.path or one grown from the policy and
-  fitted, at scale.
+  """The folder of the gold reward model: config.gold.path, or a model grown from the policy and
+  fitted; standardised.
   """
   folder, grown, raw, out = (
     workdir / "gold",
@@ -199,7 +200,7 @@ def make_gold(config, workdir: Path, mesh, sft: Path, drawn: list[dict]) -> Path
 
 
 def noisy_subset(config, rows: list[dict], seed: int) -> list[dict]:
-  """config.reward.pairs of the pairs, chosen and rejected exchanged in exactly the share
+  """config.reward.pairs of the pairs, with chosen and rejected exchanged in exactly a share
   config.reward.label_flip.
   """
   datasets.enough(len(rows), "reward.pairs", config.reward.pairs, "scratch.pairs")
@@ -222,8 +223,8 @@ def noisy_subset(config, rows: list[dict], seed: int) -> list[dict]:
 
 
 def make_proxy(config, workdir: Path, mesh, sft: Path, seed: int, drawn: list[dict]) -> Path:
-  """The folder of a seed's proxy: from the policy's backbone, on the seed's noisy subset of the
-  pairs, at scale.
+  """The folder of a seed's proxy: from the policy's backbone, fitted to the seed's noisy subset of
+  the pairs, and standardised.
   """
   folder, pairs = workdir / f"proxy_{seed}", workdir / f"proxy_{seed}" / "pairs.jsonl"
   raw, out = folder / "raw", workdir / "models" / f"proxy_{seed}"
@@ -257,8 +258,8 @@ def run_of(workdir: Path, name: str, seed: int) -> Path:
 def run_arm(
   name: str, arm, workdir: Path, mesh, sft: Path, proxy: Path, gold: Path, seed: int
 ) -> None:
-  """RL of one arm on one seed's proxy. The gold reward model reads each step's samples after the
-  step.
+  """Runs RL of one arm on one seed's proxy. The gold reward model reads each step's samples after
+  the step.
   """
 
   def watch_of(settings):
@@ -285,11 +286,11 @@ def train_arm(
   seed: int,
   watch_of: Callable[[Any], folders.Watch],
 ) -> None:
-  """RL of one arm from the policy `sft` on the reward model `proxy`, as a stage.
+  """Runs RL of one arm from the policy `sft` on the reward model `proxy`, as a stage.
 
   Args:
     prompts: data of the run, as config.data.name.
-    watch_of: the config of the run -> what measures each of its steps.
+    watch_of: the config of the run -> the function that measures each step.
   """
   folder = run_of(workdir, name, seed)
   settings = scratch.derived(
@@ -307,7 +308,7 @@ def collect(config, arms, workdir: Path, sft_gold: float = 0.0) -> results.Resul
   """WORKDIR/table and summary.csv from the metrics of the finished runs.
 
   Args:
-    sft_gold: mean gold of the supervised policy; a gold reward model at scale has 0 there.
+    sft_gold: mean gold of the supervised policy; it is 0 for a standardised gold reward model.
   """
   for name, arm in arms.items():
     found = {}
@@ -333,14 +334,14 @@ def collect(config, arms, workdir: Path, sft_gold: float = 0.0) -> results.Resul
   return found
 
 
-# ---- what the reward models are worth ----
+# ---- quality of the reward models ----
 
 
 class Held(NamedTuple):
-  """What every reward model is measured on, and what the gold reward model says of it."""
+  """The data on which every reward model is measured, with their gold scores."""
 
   rows: list[dict]  # the clean pairs of all validation sets together
-  prompts: list  # of the rows; some are in several sets
+  prompts: list  # groups of the rows; some rows are in several sets
   of_gold: np.ndarray  # scores of chosen and rejected, f32[N, 2]
   drawn: list[dict]  # samples of the supervised policy
   on_samples: np.ndarray  # the gold score of each sample
@@ -427,5 +428,5 @@ def measure_proxy(config, mesh, proxy: RewardModel, held: Held) -> tuple[dict, l
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
-  """Pearson's; 0 if either does not vary."""
+  """Pearson's correlation; 0 if either is constant."""
   return float(np.corrcoef(a, b)[0, 1]) if min(np.std(a), np.std(b)) > 0 else 0.0

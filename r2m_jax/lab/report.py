@@ -1,6 +1,4 @@
-"""The laboratory's page: figures and tables from the results, and a line for each arm as it
-ends.
-"""
+"""The laboratory's page: figures and tables from the results, and a line for each finished arm."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +15,7 @@ from r2m_jax.run.files import read_json, write_atomic
 
 
 def span(found: intervals.Interval | None, digits: int = 2) -> str:
-  """ "0.83 [0.70, 0.95]"; the count where not every seed has the number is added by the caller."""
+  """ "0.83 [0.70, 0.95]"; the caller adds the count if not every seed has the number."""
   if found is None or not np.isfinite(found.value):
     return "–"
   if not np.isfinite(found.low):
@@ -28,7 +26,7 @@ def span(found: intervals.Interval | None, digits: int = 2) -> str:
 
 
 def line(config, found: Results, name: str) -> str:
-  """What an arm did, as it is printed when it has ended."""
+  """The results of an arm, printed when it has ended."""
   factor = figures.only_factor(found, name)
   parts = [
     f"gold {span(find(found, name, 'start', factor))}",
@@ -51,17 +49,15 @@ def notes(config, found: Results) -> list[str]:
 
     said.append(
       f"{base}: gold starts at {span(of('start'))}, peaks at {span(of('peak'))} and ends at "
-      f"{span(of('final'))}; from "
-      f"peak to end it loses {span(of('lost'))} while the frozen proxy rises by "
-      f"{span(of('frozen_rise'))}. A peak is a "
-      "maximum, so noise alone gives a small loss."
+      f"{span(of('final'))}; from peak to end it loses {span(of('lost'))} while the frozen proxy "
+      f"rises by {span(of('frozen_rise'))}. A peak is a maximum, so noise by itself gives a "
+      "small loss."
     )
     for kind, formula in (("bon", "d(a - b d)"), ("rl", "d(a - b log d)")):
       fit = found.fits[base, factor][kind]
       said.append(
-        f"{base}, gold less that of the supervised policy = {formula}, d = sqrt(KL): a "
-        f"{span(fit.a)}, "
-        f"b {span(fit.b)}, turns at d = {span(fit.turn)}, R² {fit.r2:.2f}."
+        f"{base}, gold minus the supervised policy's gold = {formula}, d = sqrt(KL): a "
+        f"{span(fit.a)}, b {span(fit.b)}, turns at d = {span(fit.turn)}, R² {fit.r2:.2f}."
       )
     for target in config.lab.stops:
       name = stop_name(config, target)
@@ -78,13 +74,13 @@ def notes(config, found: Results) -> list[str]:
         for measure in gold_measures(config)
         if measure != "peak"
       ]
-      said.append(f"{name} less its control {other}: " + ", ".join(parts) + ".")
+      said.append(f"{name} minus its control {other}: " + ", ".join(parts) + ".")
   return said
 
 
 def tables(config, found: Results, facts: dict[int, dict]) -> list[dict]:
-  """Sections of numbers, as page.table_section takes them; no seed in `facts`: none about the
-  reward models.
+  """Sections of numbers for page.table_section; without seeds in `facts`, none about the reward
+  models.
   """
   sections = contrasts.tables(config, found.curves)
   sections += gold_tables(config, found)
@@ -127,7 +123,7 @@ def gold_tables(config, found: Results) -> list[dict]:
 
   sections = []
   for measure, title in (
-    ("final", "Gold in the end"),
+    ("final", "Gold at the end"),
     ("peak", "Gold at its peak"),
     ("area", "Mean gold of all steps"),
     *((at_kl("gold", kl), f"Gold at KL {kl:g}") for kl in lab.kls),
@@ -139,7 +135,7 @@ def gold_tables(config, found: Results) -> list[dict]:
     ]
     note = (
       "Means over seeds with 95% intervals; differences are paired by seed, with the arm of the "
-      "same suffix where there is one. n: seeds that have the number, where not all do."
+      "same suffix if there is one. n: the number of seeds that have the value, if not all do."
     )
     sections.append(_table(title, ["arm", "mean", *(f"less {lead}" for lead in leads)], rows, note))
   return sections
@@ -163,14 +159,14 @@ def same_weight_table(config, found: Results) -> list[dict]:
   if not rows:
     return []
   kls = [f"gold at KL {kl:g}" for kl in config.lab.kls]
-  note = f"Paired differences from {lead} at the very same KL weight, wherever both were run at it."
+  note = f"Paired differences from {lead} at the same KL weight, if both were run at it."
   return [
     _table("At one KL weight", ["arm", "KL weight", "less", "final", "area", *kls], rows, note)
   ]
 
 
 def behaviour_table(found: Results) -> dict:
-  """What the policy of each arm does in the end."""
+  """The behaviour of each arm's policy at the end."""
   show = (
     "kl_final",
     "frozen_final",
@@ -189,17 +185,17 @@ def behaviour_table(found: Results) -> dict:
     for key in found.values
   ]
   return _table(
-    "What the policy does in the end",
+    "What the policy does at the end",
     ["arm", *(name.removesuffix("_final").replace("_", " ") for name in show)],
     rows,
     "Correlation (used reward and gold within a prompt) and disagreement (share of the pairs "
-    "that the reward labels against gold; 0.5 is chance): means of the second half of the "
-    "steps. A high gold with a length near 1 is collapse, not alignment.",
+    "that the reward labels against gold; 0.5 is chance) are means over the second half of the "
+    "steps. High gold with a length near 1 is collapse, not alignment.",
   )
 
 
 def checks_table(found: Results) -> list[dict]:
-  """Manipulation checks that need no checkpoint; [] for tables of runs that did not log them."""
+  """Manipulation checks that need no checkpoint; [] for runs that did not log them."""
   show = ("growth", "frozen_corr", "pair_disagreement", "frozen_disagreement")
   rows = [
     [_label(key), *(span(find(found, key[0], name, key[1]), 3) for name in show)]
@@ -214,9 +210,9 @@ def checks_table(found: Results) -> list[dict]:
       "Manipulation checks",
       [*head, "self-labels against gold", "the same pairs by the frozen reward"],
       rows,
-      "Within prompts, means of the second half of the steps. An arm tests its own reward only as "
-      "far as this has left the frozen one. `task=analyse` of a run of one seed measures attention, "
-      "dose and states.",
+      "Within prompts, means over the second half of the steps. An arm tests its own reward only "
+      "to the extent that it differs from the frozen one. `task=analyse` of a run of one seed "
+      "measures attention, dose and states.",
     )
   ]
 
@@ -237,7 +233,7 @@ def drift_table(found: Results) -> list[dict]:
       "Scores under drifting feedback",
       [*head, "own samples: gain through own states"],
       rows,
-      "Means of the second half of the steps; the proxy's deviation at the start is 1.",
+      "Means over the second half of the steps; the proxy's standard deviation at the start is 1.",
     )
   ]
 
@@ -258,13 +254,13 @@ def turnover_table(found: Results) -> dict:
     "Turn-over",
     ["arm", *squared, *logarithm, "R²", "R², log"],
     rows,
-    "Gold less that of the supervised policy, d = sqrt(KL); over all steps of all seeds, "
+    "Gold minus the supervised policy's gold, d = sqrt(KL); over all steps of all seeds, with "
     "intervals over seeds. –: no peak in more than 2.5% of the resamples.",
   )
 
 
 def choice_table(config, found: Results) -> list[dict]:
-  """The candidates of each arm and the one that is taken; [] if there are none."""
+  """The candidates of each arm and the chosen one; [] if there are none."""
   chosen = results.choose(config, found)
   if not chosen:
     return []
@@ -293,7 +289,7 @@ def best_table(found: Results) -> list[dict]:
 
 
 def reward_table(facts: dict[int, dict]) -> list[dict]:
-  """What fitting the proxy of each seed found; [] without facts."""
+  """The results of fitting each seed's proxy; [] without facts."""
   if not facts:
     return []
   rows = [
@@ -334,7 +330,7 @@ def seeds_text(found: Results) -> str:
 
 
 def finite(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """(steps, values) of a curve f64[T], those that are finite."""
+  """(steps, values) of the finite values of a curve f64[T]."""
   steps = np.flatnonzero(np.isfinite(values))
   return steps, values[steps]
 
@@ -343,7 +339,7 @@ def write(
   config, found: Results, facts: dict[int, dict], workdir: Path, *, more: Sequence[dict] = ()
 ) -> str:
   """Draws WORKDIR/figures and WORKDIR/report.html, with `more` tables, and writes seeds.txt;
-  returns what to print.
+  returns the text to print.
   """
   sections = [page.lead_section("What the table shows", notes(config, found))]
   for name, heading, caption, draw in figures.FIGURES:
@@ -378,9 +374,7 @@ def write(
 
 
 def read(config, arms, workdir: Path, folder: Path) -> tuple[Results, dict[int, dict]]:
-  """The results so far, and what fitting the proxy found for each seed; `folder` has the fitted
-  proxies.
-  """
+  """The results so far, and the facts of each seed's fitted proxy; `folder` has the proxies."""
   manifests = {
     int(path.parts[-3].removeprefix("seed_")): path for path in folder.glob(f"seed_*/0/{MANIFEST}")
   }

@@ -1,9 +1,9 @@
-"""From the laboratory's table to summary numbers: one value a seed for each measure, then means and
+"""Summary numbers from the laboratory's table: one value per seed for each measure, then means and
 paired differences.
 
-A row of summary.csv is a measure of an arm at one KL weight, with its 95% interval over seeds;
-where `against` names another arm it is the mean difference over the seeds that both have, at the
-settings chosen for each; "ARM at BETA" is that arm at the very KL weight of the row.
+A row of summary.csv is a measure of an arm at one KL weight, with its 95% interval over seeds. If
+`against` names another arm, it is the mean difference over the seeds that both have, at the
+settings chosen for each. "ARM at BETA" is that arm at the KL weight of the row.
 """
 
 import csv
@@ -21,7 +21,7 @@ from r2m_jax.report.summary import window_of
 from r2m_jax.run.files import write_atomic
 
 FIELDS = ("arm", "beta", "factor", "measure", "against", "value", "low", "high", "seeds")
-# measure -> metric whose last window it is
+# measure -> metric of which it is the last window
 FINAL = {
   "final": "reward/gold",
   "frozen_final": "reward/frozen",
@@ -51,15 +51,15 @@ LATE = {
 
 
 class Results(NamedTuple):
-  """All that is finished."""
+  """All finished results."""
 
   curves: dict[str, dict[float, Curves]]  # arm -> factor of the KL weight -> curves
   values: dict[tuple[str, float], dict[str, np.ndarray]]  # (arm, factor) -> measure -> f64[S]
   fits: dict[tuple[str, float], dict[str, stats.Fit]]  # -> kind of curve -> fit
-  best: dict[str, np.ndarray]  # columns of best_of_n.parquet; {} where there is none
+  best: dict[str, np.ndarray]  # columns of best_of_n.parquet; {} if it does not exist
   rows: list[dict]
   found: dict[tuple, intervals.Interval]  # (arm, factor, measure, against) -> the numbers of a row
-  sft_gold: dict[int, float]  # of each seed's supervised policy
+  sft_gold: dict[int, float]  # gold of each seed's supervised policy
 
 
 def gold_measures(config) -> list[str]:
@@ -72,8 +72,8 @@ def at_kl(name: str, target: float) -> str:
 
 
 def at_weight(arm: str, beta: float) -> str:
-  """`against` of a row that compares with `arm` at the same KL weight, whatever the settings
-  chosen for either.
+  """`against` of a row that compares with `arm` at the same KL weight, whatever their chosen
+  settings.
   """
   return f"{arm} at {beta:g}"
 
@@ -110,7 +110,7 @@ def measures(config, curves: Curves) -> dict[str, np.ndarray]:
 
 
 def stopped_measures(config, curves: Curves, target: float) -> dict[str, np.ndarray]:
-  """What early stopping at a KL keeps of a run."""
+  """The measures of a run that is stopped early at a KL."""
   kl = curves.metrics["kl"]
   has = [(name, key) for name, key in FINAL.items() if key in curves.metrics]
   found = {name: stats.stopped(kl, curves.metrics[key], target)[0] for name, key in has}
@@ -118,8 +118,8 @@ def stopped_measures(config, curves: Curves, target: float) -> dict[str, np.ndar
 
 
 def rival(name: str, lead: str, known) -> str | None:
-  """The arm that `name` is paired with: LEAD with the same suffix where that is known, else
-  LEAD; None: nobody.
+  """The arm with which `name` is paired: LEAD with the same suffix if it exists, otherwise LEAD;
+  None: no arm.
   """
   suffix = name.partition(".")[2]
   return next(
@@ -134,8 +134,8 @@ def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Resul
   """Reads the table.
 
   Args:
-    arms: names, in the order in which they are shown.
-    sft_gold: gold of each seed's supervised policy on held-out prompts, where the fitted curves
+    arms: names, in display order.
+    sft_gold: gold of each seed's supervised policy on held-out prompts, at which the fitted curves
       start.
   """
   curves = read_arms(Path(workdir), arms)
@@ -161,7 +161,7 @@ def results_of(config, arms, workdir: Path, sft_gold: dict[int, float]) -> Resul
 
 def values_of(config, curves: dict[str, dict[float, Curves]], sft_gold: dict[int, float]):
   """(measures, fits, curves) of every arm at every KL weight by `Key`; the baseline stopped early
-  counts as arms of their own, without a fit.
+  counts as separate arms, without a fit.
   """
   values: dict[Key, dict[str, np.ndarray]] = {}
   fits: dict[Key, dict[str, stats.Fit]] = {}
@@ -179,7 +179,7 @@ def values_of(config, curves: dict[str, dict[float, Curves]], sft_gold: dict[int
 
 
 def row_of(key: Key, beta: float, measure: str, against: str, x) -> dict:
-  """A row of summary.csv; `x` is an Interval or like one."""
+  """A row of summary.csv; `x` is an Interval or similar."""
   return dict(zip(FIELDS, (key[0], beta, key[1], measure, against, *x)))
 
 
@@ -198,7 +198,7 @@ def own_rows(key: Key, curves: Curves, found: dict[str, np.ndarray], fits: dict)
 
 
 def difference_rows(config, key: Key, curves, values, of: dict[Key, Curves]) -> list[dict]:
-  """The rows of an arm less those that it is paired with, over the seeds that both have."""
+  """The rows of an arm minus the arms with which it is paired, over their common seeds."""
   rows, mine = [], of[key]
   for lead in dict.fromkeys((config.lab.baseline, config.lab.control)):
     for against, other in paired_with(config, key, lead, curves, values, of).items():
@@ -213,8 +213,8 @@ def difference_rows(config, key: Key, curves, values, of: dict[Key, Curves]) -> 
 
 
 def paired_with(config, key: Key, lead: str, curves, values, of: dict[Key, Curves]) -> dict:
-  """`against` -> key of the arms that an arm is paired with for the sake of `lead`; a key may be
-  of no arm.
+  """`against` -> key of the arms with which an arm is paired because of `lead`; the arm of a key
+  may not exist.
   """
   name = rival(key[0], lead, curves)
   others = {name: (name, key[1] if (name, key[1]) in values else 1.0)}
@@ -224,14 +224,14 @@ def paired_with(config, key: Key, lead: str, curves, values, of: dict[Key, Curve
     if k[0] == name and np.isclose(of[k].beta, of[key].beta)
   }
   if key == ("r2m", 1.0) and lead == config.lab.baseline:
-    # the method less each ablation, placebo and control
+    # the method minus each ablation, placebo and control
     names = [variant for variant in VARIANTS if variant not in ("r2m", config.lab.control)]
     others |= {variant: (variant, 1.0) for variant in names}
   return others
 
 
 def read_best(path: Path) -> dict[str, np.ndarray]:
-  """Columns of best_of_n.parquet, f64[seeds, n] each; {} where there is none."""
+  """Columns of best_of_n.parquet, f64[seeds, n] each; {} if it does not exist."""
   if not path.exists():
     return {}
   best = read_table(path)[0]
@@ -261,14 +261,14 @@ def write_summary(path: Path, results: Results) -> None:
 
 
 def write_seeds(path: Path, results: Results) -> None:
-  """Every measure of every seed as parquet, from which the rows of summary.csv can be made again.
+  """Writes every measure of every seed as parquet, from which summary.csv can be recomputed.
 
-  One row for each arm, KL weight and seed, one column for each measure, NaN where it has none.
+  One row for each arm, KL weight and seed, one column for each measure, NaN if it has none.
   """
   names = list(dict.fromkeys(name for found in results.values.values() for name in found))
   columns: dict[str, list] = {name: [] for name in ("arm", "beta", "factor", "seed", *names)}
   for (arm, factor), found in results.values.items():
-    # early stopping has the seeds of the arm that was stopped
+    # early stopping has the seeds of the stopped arm
     curves = results.curves.get(arm) or results.curves[arm.partition(".")[0]]
     beta, seeds = curves[factor].beta, curves[factor].seeds
     for i, seed in enumerate(seeds):
@@ -282,7 +282,7 @@ def write_seeds(path: Path, results: Results) -> None:
 def find(
   results: Results, arm: str, measure: str, factor: float = 1.0, against: str = ""
 ) -> intervals.Interval | None:
-  """The interval of a row; None where there is none."""
+  """The interval of a row; None if there is none."""
   return results.found.get((arm, factor, measure, against))
 
 
@@ -290,13 +290,12 @@ CANDIDATE = ".candidate_"
 
 
 def choose(config, results: Results) -> dict[str, str]:
-  """Of the candidates of each arm, named ARM.candidate_N, the one that the protocol takes; gold is
-  not read.
+  """The candidate of each arm (named ARM.candidate_N) that the protocol chooses; gold is not read.
 
-  A candidate is out if an update was skipped or its final length is below half of that at the
-  start. Of the rest the one with the highest frozen proxy where the KL reaches the first of
-  config.lab.kls, if all seeds of all of them get there, else with the highest final frozen proxy;
-  on a tie the first. An arm without a candidate left is not in it.
+  A candidate is rejected if an update was skipped or if its final length is below half its initial
+  length. Among the others, the one with the highest frozen proxy at the first of config.lab.kls is
+  chosen, if all seeds of all candidates reach this KL; otherwise the one with the highest final
+  frozen proxy. On a tie it is the first. An arm without a remaining candidate is not in the result.
   """
   chosen, target = {}, at_kl("frozen", config.lab.kls[0])
   names = [name for name in results.curves if CANDIDATE in name]

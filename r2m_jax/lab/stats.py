@@ -1,8 +1,8 @@
 """The laboratory's statistics: plain NumPy on arrays of shape [seeds, steps], no files, no JAX.
 
-Intervals are over seeds, since a seed is what is independent: each has its own supervised policy,
+Intervals are over seeds, because seeds are independent: each has its own supervised policy,
 preferences, reward model, prompts and samples. A value that a seed does not have is NaN; it is left
-out and the count says so.
+out, which the count shows.
 """
 
 from typing import NamedTuple
@@ -12,23 +12,23 @@ import numpy as np
 from r2m_jax.report.intervals import GROUP_RESAMPLES, Interval, ends, resampled
 from r2m_jax.report.summary import value_at, window_means, window_of
 
-# ---- what a curve of gold does ----
+# ---- curves of gold ----
 
 
 class Outline(NamedTuple):
-  """Of each seed, f64[S]; means over windows of a tenth of the steps, as in
+  """The outline of each seed's curve, f64[S]; means over windows of a tenth of the steps, as in
   summary.summary_table.
   """
 
   start: np.ndarray  # first window
   peak: np.ndarray  # highest window
-  peak_step: np.ndarray  # the middle of it
+  peak_step: np.ndarray  # the middle of the highest window
   final: np.ndarray  # last window
   area: np.ndarray  # mean over all steps
 
 
 def outline(gold: np.ndarray) -> Outline:
-  """Of f64[S, T]."""
+  """The `Outline` of f64[S, T]."""
   means = np.stack([window_means(row) for row in gold])
   width = window_of(gold.shape[1])
   return Outline(
@@ -37,8 +37,8 @@ def outline(gold: np.ndarray) -> Outline:
 
 
 def matched(kl: np.ndarray, values: np.ndarray, target: float) -> np.ndarray:
-  """`values` where each seed's KL first reaches the target, nats; NaN where it never does.
-  f64[S, T] -> f64[S].
+  """`values` at the point at which each seed's KL first reaches the target, nats; NaN if it never
+  does. f64[S, T] -> f64[S].
   """
   found = [value_at(*pair, target) for pair in zip(kl, values)]
   return np.array([np.nan if value is None else value for value in found])
@@ -47,8 +47,9 @@ def matched(kl: np.ndarray, values: np.ndarray, target: float) -> np.ndarray:
 def stopped(kl: np.ndarray, values: np.ndarray, target: float) -> tuple[np.ndarray, np.ndarray]:
   """Early stopping: a run ends after its first step whose measured KL is at the target or above.
 
-  The policy that is kept draws the next step's samples, so its value is read there: those samples had no part in the
-  decision. A run that is never stopped keeps its last step.   f64[S, T] -> (value f64[S], step i64[S]).
+  The policy that is kept draws the next step's samples, so its value is read there; these samples
+  did not influence the decision. A run that is never stopped keeps its last step.   f64[S, T] ->
+  (value f64[S], step i64[S]).
   """
   over, last = kl >= target, kl.shape[1] - 1
   step = np.where(over.any(1), np.minimum(over.argmax(1) + 1, last), last)
@@ -66,7 +67,7 @@ KINDS = {
 class Fit(NamedTuple):
   a: Interval
   b: Interval
-  turn: Interval  # sqrt(KL) at which the fitted curve peaks; NaN where it never does
+  turn: Interval  # sqrt(KL) at which the fitted curve peaks; NaN if it never does
   r2: float
 
 
@@ -74,8 +75,8 @@ def fit_turnover(kl: np.ndarray, gain: np.ndarray, kind: str, seed: int = 0) -> 
   """Least squares of gain = d (a - b f(d)) over all points of all seeds, with intervals over seeds.
 
   Args:
-    kl: f64[S, T], nats; points at 0 say nothing and are left out.
-    gain: f64[S, T], gold less that of the policy at the start.
+    kl: f64[S, T], nats; points at 0 carry no information and are left out.
+    gain: f64[S, T], gold minus the initial policy's gold.
     kind: "bon", f(d) = d, or "rl", f(d) = log d.
   """
   products, targets, squares = [], [], []
@@ -94,7 +95,7 @@ def fit_turnover(kl: np.ndarray, gain: np.ndarray, kind: str, seed: int = 0) -> 
     numerators = r * right[..., 0] - q * right[..., 1], p * right[..., 1] - q * right[..., 0]
     with np.errstate(
       divide="ignore", invalid="ignore"
-    ):  # all points at one KL: nothing to fit, NaN
+    ):  # if all points have one KL, there is nothing to fit: NaN
       return np.stack(numerators, -1) / (p * r - q * q)[..., None]
 
   best = solve(np.ones(len(kl)))
@@ -115,8 +116,8 @@ def fit_turnover(kl: np.ndarray, gain: np.ndarray, kind: str, seed: int = 0) -> 
 
 
 def turn(a, b, kind: str) -> np.ndarray:
-  """sqrt(KL) of the peak of d (a - b f(d)): a / 2b, or exp(a / b - 1); NaN where the curve has
-  none. Of arrays too.
+  """sqrt(KL) of the peak of d (a - b f(d)): a / 2b, or exp(a / b - 1); NaN if the curve has none.
+  Also for arrays.
   """
   ratio = np.divide(a, b, out=np.full(np.shape(b), np.nan), where=np.greater(b, 0))
   if kind == "bon":
@@ -129,11 +130,11 @@ def turn(a, b, kind: str) -> np.ndarray:
 
 def best_of(proxy: np.ndarray, values: np.ndarray, n: int) -> float:
   """Expected value of the response with the highest proxy among n of N drawn without replacement:
-  unbiased for n fresh samples, from every subset of the N at once.
+  an unbiased estimate for n fresh samples, from all subsets of the N.
 
     sum_i C(i - 1, n - 1) / C(N, n) * value_(i), i = 1 .. N in ascending order of the proxy
 
-  Among responses that tie, each is as likely to be taken.   f64[N], f64[N], 1 <= n <= N.
+  Tied responses are equally likely to be chosen.   f64[N], f64[N], 1 <= n <= N.
   """
   order = np.argsort(proxy, kind="stable")
   proxy, values, count = np.asarray(proxy)[order], np.asarray(values, float)[order], len(proxy)

@@ -1,5 +1,5 @@
-"""The laboratory's table: parquet with one row per arm, seed, KL weight and step, from which all
-else is computed.
+"""The laboratory's table: parquet with one row per arm, seed, KL weight and step, from which
+everything else is computed.
 
 `WORKDIR/table/<arm>.parquet` holds a finished arm; the names of its columns are those of
 metrics.jsonl. A metric that a row does not have is NaN.
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from r2m_jax.run.files import write_atomic
 
 KEYS = ("arm", "seed", "factor", "beta", "step")
-IDENTITY = b"r2m_jax.identity"  # of the config that the rows are of
+IDENTITY = b"r2m_jax.identity"  # of the rows' config
 
 
 class Curves(NamedTuple):
@@ -36,7 +36,7 @@ def write_table(path: Path, columns: dict, identity: str = "") -> None:
 
 
 def read_table(path: Path) -> tuple[dict[str, np.ndarray], str]:
-  """Columns by name, and the identity that they were written with."""
+  """Columns by name, and the identity with which they were written."""
   table = pq.read_table(path)
   columns = {name: table[name].to_numpy(zero_copy_only=False) for name in table.column_names}
   return columns, (table.schema.metadata or {}).get(IDENTITY, b"").decode()
@@ -63,7 +63,7 @@ def arm_columns(
 
 
 def joined(first: dict, second: dict) -> dict:
-  """Rows of both; a column that one of them lacks is NaN there."""
+  """The rows of both tables; a column that one of them lacks is NaN there."""
   sizes = [len(next(iter(columns.values()))) for columns in (first, second)]
 
   def part(columns, name, size):
@@ -77,7 +77,7 @@ def joined(first: dict, second: dict) -> dict:
 
 
 def curves_of(columns: dict) -> dict[float, Curves]:
-  """The curves of one arm's columns by factor of its KL weight."""
+  """The curves of one arm's columns, by factor of its KL weight."""
   found = {}
   for factor in np.unique(columns["factor"]):
     mine = np.flatnonzero(columns["factor"] == factor)
@@ -90,7 +90,7 @@ def curves_of(columns: dict) -> dict[float, Curves]:
 
 
 def read_arms(workdir: Path, names) -> dict[str, dict[float, Curves]]:
-  """name -> factor -> curves of every arm in the table, those of `names` first and in their
+  """name -> factor -> curves of every arm in the table, the arms in `names` first and in their
   order.
   """
   paths = {

@@ -1,1 +1,1 @@
-"""Transformer, reward model and critic, and what runs them: generation and log-probabilities."""
+"""Transformer, reward model and critic, with sampling and log-probabilities."""

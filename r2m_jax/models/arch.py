@@ -1,5 +1,5 @@
-"""What a decoder looks like: one frozen, hashable description, and how Hugging Face's
-config.json spells it.
+"""The architecture of a decoder: one frozen, hashable description, and its translation from and to
+Hugging Face's config.json.
 """
 
 import dataclasses
@@ -9,25 +9,31 @@ from typing import Any, NamedTuple
 from r2m_jax.models import rope
 from r2m_jax.models.rope import RopeScaling
 
-SCORE_FIELDS = ("score_width", "score_activation")  # of a score head of two layers, ours alone
-CLASSIFIERS = ("ForSequenceClassification", "ForRewardModel")  # how classes with a score head end
+SCORE_FIELDS = (
+  "score_width",
+  "score_activation",
+)  # of a two-layer score head; our own
+CLASSIFIERS = (
+  "ForSequenceClassification",
+  "ForRewardModel",
+)  # class name endings
 SCORE_ACTIVATIONS = ("relu", "silu", "gelu", "tanh")  # between two layers of a score head
-MOST_LAYERS = 10_000  # a number far beyond any model is a damaged file
+MOST_LAYERS = 10_000  # a number far beyond any model means a damaged file
 
 
 def whole(value) -> int:
-  """A whole number as it is, anything else as 0."""
+  """The value if it is a whole number, otherwise 0."""
   return value if isinstance(value, int) and not isinstance(value, bool) else 0
 
 
 class LayerKind(NamedTuple):
-  """What a layer reads besides its input."""
+  """Properties in which layers may differ."""
 
   slides: bool  # whether it has the sliding window
   unrotated: bool  # whether it has no positions (NoPE)
 
 
-FOLLOWS_OTHERS: Any = None  # given for a field, `FOLLOWS` has its value
+FOLLOWS_OTHERS: Any = None  # stands for a value that `FOLLOWS` computes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +54,7 @@ class ArchConfig:
   norm_offset: float = 0.0  # Gemma stores w and multiplies by 1 + w
   qk_norm: bool = False  # norm each head's query and key before the rotation (Qwen3, Gemma 3)
   qk_norm_joint: bool = False  # qk_norm over all heads together (OLMo 2, 3)
-  pre_norms: bool = True  # norm what attention and MLP read; not in OLMo 2 and 3
+  pre_norms: bool = True  # norm the inputs of attention and MLP; not in OLMo 2 and 3
   # norm again after attention and MLP, before the residual sum (Gemma 2, 3, OLMo 2, 3)
   post_norms: bool = False
   # MLP and linears
@@ -58,13 +64,13 @@ class ArchConfig:
   out_bias: bool = False
   mlp_bias: bool = False
   parallel_residual: bool = False  # x + attn(norm(x)) + mlp(norm'(x)) (GPT-NeoX)
-  residual_scale: float = 1.0  # what attention and MLP add is multiplied by it (Granite)
+  residual_scale: float = 1.0  # multiplies the outputs of attention and MLP (Granite)
   # embeddings and head
   tie_embeddings: bool = False
   lm_head: bool = True  # False: a reward model's backbone, no vocabulary head
   # a reward model's score head of two layers: the width between them; 0: the head has one layer
   score_width: int = 0
-  score_activation: str = "relu"  # between the two: one of SCORE_ACTIVATIONS
+  score_activation: str = "relu"  # between the two layers: one of SCORE_ACTIVATIONS
   embed_scale: float = 1.0  # Gemma: sqrt(hidden_size)
   logit_divisor: float = 1.0  # Granite: logits are divided by it
   final_softcap: float | None = None  # c * tanh(logits / c)
@@ -81,7 +87,7 @@ class ArchConfig:
   # Gemma 3, OLMo 3: sliding layers' own theta, without rope_scaling
   rope_local_theta: float | None = None
   unrotated_layers: tuple[int, ...] = ()  # 0-based; their queries and keys have no positions
-  max_positions: int = 2048  # what the model was trained for, tokens; longer rows get a warning
+  max_positions: int = 2048  # tokens for which the model was trained; longer rows get a warning
 
   def __post_init__(self):
     if whole(self.num_layers) > MOST_LAYERS:
@@ -184,7 +190,7 @@ class ArchConfig:
 
   @property
   def rotary_dim(self) -> int:
-    """How many leading numbers of each head are rotated."""
+    """The number of leading elements of each head that are rotated."""
     return int(self.head_dim * self.rotary_fraction)
 
   @property
@@ -200,17 +206,17 @@ class ArchConfig:
 
   @property
   def embedding_size(self) -> int:
-    """Dr, the width of what the last layer of a score head reads."""
+    """Dr, the width of the input of a score head's last layer."""
     return self.score_width or self.hidden_size
 
   @property
   def untied_head(self) -> bool:
-    """Whether the model has an `lm_head` of its own."""
+    """Whether the model has a separate `lm_head`."""
     return self.lm_head and not self.tie_embeddings
 
   def replace(self, **changes) -> "ArchConfig":
-    """A changed copy. Fields at the value that follows from others (head_dim, query_scale, ...)
-    follow again.
+    """A changed copy. Fields that have the value derived from other fields (head_dim, query_scale,
+    ...) are derived again.
     """
     again = {
       field: None for field, follow in FOLLOWS.items() if getattr(self, field) == follow(self)
@@ -221,9 +227,9 @@ class ArchConfig:
   def from_hf(cls, config: Mapping[str, Any]) -> "ArchConfig":
     """The architecture that a config.json describes, in the spelling of transformers 4 or 5.
 
-    Of a folder with more than a language model, such as `gemma3`, it is the language model's.
-    `lm_head` is False where `architectures` names a sequence classifier. Raises ValueError for a
-    model_type, a field or a rope type that is not supported.
+    If a folder has more than a language model, such as `gemma3`, the result describes the language
+    model. `lm_head` is False if `architectures` names a sequence classifier. Raises ValueError for
+    a model_type, a field or a rope type that is not supported.
     """
     config = text_config(config)
     family = family_of(config.get("model_type"))
@@ -268,8 +274,8 @@ class ArchConfig:
     )
 
   def _class_of(self, family: "Family") -> str:
-    """The class in config.json. None of transformers has a score head of two layers: its sequence
-    classifiers would make up one layer.
+    """The class in config.json. No class of transformers has a score head of two layers; its
+    sequence classifiers would initialise a new layer.
     """
     if self.lm_head:
       return family.causal
@@ -278,7 +284,7 @@ class ArchConfig:
     )
 
   def to_hf(self) -> dict[str, Any]:
-    """The config.json of this architecture, in both spellings. Raises where its family cannot
+    """The config.json of this architecture, in both spellings. Raises an error if its family cannot
     express it.
     """
     family = family_of(self.family)
@@ -302,7 +308,7 @@ class ArchConfig:
     return config
 
 
-# Fields that may be None, and what they then are.
+# Fields that may be None, and the values that they then have.
 FOLLOWS = {
   "num_kv_heads": lambda arch: arch.num_heads,
   "head_dim": lambda arch: arch.hidden_size // max(arch.num_heads, 1),
@@ -347,7 +353,7 @@ class Family:
   causal: str  # class with a language-model head
   classifier: str  # class with a score head
   fields: Mapping[str, str]  # ArchConfig field -> config.json field, beyond FIELDS
-  defaults: Mapping[str, Any]  # config.json fields that a file may leave out
+  defaults: Mapping[str, Any]  # config.json fields that a file may omit
   fixed: Mapping[str, Any] = dataclasses.field(
     default_factory=dict
   )  # ArchConfig fields, the same in every member
@@ -355,14 +361,14 @@ class Family:
   # ArchConfig -> further fields of config.json: the inverse of `derived`
   restored: Callable[[ArchConfig], dict] = lambda arch: {}
   slides: Callable[[dict, int], bool] | None = (
-    None  # whether a layer slides, where layer_types does not say
+    None  # whether a layer slides, if layer_types is missing
   )
   activation: str = "hidden_act"
-  nested_rope: bool = False  # whether sliding layers have a rotation of their own
+  nested_rope: bool = False  # whether sliding layers have a separate rotation
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-  """config.json, or of a folder with more than a language model the language model's part."""
+  """config.json, or its language-model part if the folder has more than a language model."""
   if config.get("model_type") not in TOWERS:
     return config
   outer = ("architectures", "quantization_config", "tie_word_embeddings")
@@ -429,11 +435,11 @@ def _granite_hybrid(config: dict) -> dict:
 def _granite_hybrid_restored(arch: ArchConfig) -> dict:
   return {
     "layer_types": ["attention"] * arch.num_layers,
-    "intermediate_size": arch.intermediate_size,  # of experts, of which there are none
+    "intermediate_size": arch.intermediate_size,  # of the experts, which do not exist
     "num_local_experts": 0,
     "num_experts_per_tok": 0,
     "position_embedding_type": None if arch.unrotated_layers else "rope",
-    "mamba_n_heads": 1,  # of no layer; transformers checks that it divides the width
+    "mamba_n_heads": 1,  # used by no layer; transformers checks that it divides the width
   }
 
 
@@ -651,7 +657,8 @@ FAMILIES = {
 }
 
 
-# model_type of a folder that holds more than a language model -> what its text_config may leave out
+# model_type of a folder that holds more than a language model -> fields that its text_config may
+# omit
 TOWERS: dict[str, dict[str, Any]] = {
   "gemma3": {
     "model_type": "gemma3_text",
@@ -692,7 +699,7 @@ def _read_sliding(config: dict, family: Family) -> dict[str, Any]:
 
 
 def _write_sliding(arch: ArchConfig, family: Family) -> dict[str, Any]:
-  """sliding_window, and layer_types where the family has them."""
+  """sliding_window, and layer_types if the family has them."""
   if family.slides is None:
     return {}
   config: dict[str, Any] = {"sliding_window": arch.sliding_window}

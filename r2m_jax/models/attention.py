@@ -1,11 +1,11 @@
-"""Attention in plain XLA, and the choice among the implementations.
+"""Attention in plain XLA, and the choice of an implementation.
 
-`attend` is the reference: any dtype, any mask, the logits [B, H, L, S] in memory. A pass over whole
-rows can also run by `dot_product`, or on TPUs by `kernels.splash`. Both compute the same, except at
-padding: there the states differ, and nothing reads them. Decoding runs by `attend` too, or on a
-GPU in bfloat16 by `kernels.slots`.
+`attend` is the reference: any dtype, any mask, with the logits [B, H, L, S] in memory. A pass over
+whole rows can also use `dot_product`, or `kernels.splash` on TPUs. Both give the same results,
+except at padding, where nothing reads the states. Decoding uses `attend`, or `kernels.slots` on a
+GPU in bfloat16.
 
-Rows that begin alike, the responses to one prompt, can share that beginning: see `Shared`.
+Rows with the same beginning, such as the responses to one prompt, can share it: see `Shared`.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,10 @@ ATTENTION = ("auto", "xla", "dot_product", "splash")
 
 
 class Shared(NamedTuple):
-  """Rows in runs of `copies` neighbours whose first `length` columns are the same, padding
-  included: one prompt and its responses. A run is one line: its prompt once, then the rest of each
-  row. G runs, N = length + copies * rest."""
+  """Rows in runs of `copies` neighbours whose first `length` columns are equal, padding included:
+  one prompt and its responses. Each run becomes one line: its prompt once, then the rest of each
+  row. There are G runs, and N = length + copies * rest.
+  """
 
   length: int
   copies: int
@@ -44,7 +45,7 @@ class Shared(NamedTuple):
     return jnp.concatenate([jnp.repeat(prompt, self.copies, 0), rest], 1)
 
   def masks(self, visible: jax.Array) -> "SharedMask":
-    """bool[B, 1, L, L] of the rows -> what a prompt's and what a response's tokens see."""
+    """bool[B, 1, L, L] of the rows -> the masks of prompt tokens and of response tokens."""
     return SharedMask(
       visible[:: self.copies, :, : self.length, : self.length], visible[:, :, self.length :]
     )
@@ -58,8 +59,8 @@ class SharedMask(NamedTuple):
 
 
 def attend_shared(attend: Callable, q, k, v, seen: SharedMask) -> jax.Array:
-  """`attend(q, k, v, mask)` of runs packed by `Shared`: the prompts among themselves, then the
-  responses over both.
+  """`attend(q, k, v, mask)` for runs packed by `Shared`: first the prompts attend to themselves,
+  then the responses to both.
 
   q [G, H, N, Dh], k and v [G, KV, N, Dh] -> [G, H, N, Dh].
   """
@@ -83,24 +84,25 @@ def attend_shared(attend: Callable, q, k, v, seen: SharedMask) -> jax.Array:
 
 
 def choose(how: str, platform: str, arch: ArchConfig, dtype) -> str:
-  """The implementation that config.attention stands for: "xla", "dot_product", "cudnn", "splash" or
+  """The implementation that config.attention selects: "xla", "dot_product", "cudnn", "splash" or
   "interpreted".
 
-  "auto" is splash on a TPU, cuDNN's on a GPU and XLA on a CPU, and XLA where the model is not for
-  them. "interpreted" is the splash kernel without a TPU, slow, for tests.
+  "auto" selects splash on a TPU, cuDNN on a GPU and XLA on a CPU, and XLA for models that these
+  kernels do not support. "interpreted" is the splash kernel without a TPU; it is slow and meant for
+  tests.
 
   Args:
-    platform: of the devices it will run on, "cpu", "tpu" or "gpu".
+    platform: of the devices, "cpu", "tpu" or "gpu".
     dtype: of the computation.
 
-  Raises ValueError with the reason where what is asked for cannot be.
+  Raises ValueError with the reason if the requested kernel cannot run.
   """
   if how not in ATTENTION:
     raise ValueError(
       f"config.attention is {how!r}: choose one of {', '.join(map(repr, ATTENTION))}"
     )
   dtype = jnp.dtype(dtype)
-  # what cuDNN has kernels for
+  # dtypes for which cuDNN has kernels
   fast = dtype == jnp.bfloat16 and arch.head_dim % 8 == 0 and arch.head_dim <= 128
   why_not = {}
   if dtype == jnp.float64:
@@ -118,13 +120,13 @@ def choose(how: str, platform: str, arch: ArchConfig, dtype) -> str:
 
 
 def attend(q, k, v, mask, *, scale: float, cap: float | None, prompt: tuple = ()) -> jax.Array:
-  """softmax(cap(scale q k^T)) v, the softmax in at least float32; a query that may see nothing
+  """softmax(cap(scale q k^T)) v, with the softmax in at least float32. A query that may see nothing
   gives a finite mean.
 
   q [B, H, L, Dh], k and v [B, KV, S, Dh], mask bool[B, 1, L, S] -> [B, H, L, Dh]. Query head h
   reads key head h // (H / KV). Keys and values of `prompt` [n, KV, Sp, Dh], or (), come before k
-  and v, in common to B / n neighbouring rows, whose queries are multiplied with them together; the
-  mask is then over Sp + S.
+  and v and are shared by B / n neighbouring rows, whose queries are multiplied with them together.
+  The mask is then over Sp + S.
   """
   batch, heads, length, dim = q.shape
   wide = jnp.promote_types(q.dtype, jnp.float32)
@@ -146,15 +148,15 @@ def attend(q, k, v, mask, *, scale: float, cap: float | None, prompt: tuple = ()
 
 
 def as_runs(x: jax.Array, runs: int) -> jax.Array:
-  """[B, heads, N, ...] -> [runs, heads, B / runs * N, ...]: those of neighbouring rows together,
-  by head.
+  """[B, heads, N, ...] -> [runs, heads, B / runs * N, ...]: with neighbouring rows together, by
+  head.
   """
   x = x.reshape(runs, -1, *x.shape[1:]).swapaxes(1, 2)
   return x.reshape(runs, x.shape[1], -1, *x.shape[4:])
 
 
 def from_runs(x: jax.Array, rows: int) -> jax.Array:
-  """The inverse of `as_runs` for so many rows."""
+  """The inverse of `as_runs` for this number of rows."""
   x = x.reshape(*x.shape[:2], rows // len(x), -1, *x.shape[3:]).swapaxes(1, 2)
   return lay(x.reshape(rows, *x.shape[2:]), ROWS, "tensor")
 
@@ -162,11 +164,11 @@ def from_runs(x: jax.Array, rows: int) -> jax.Array:
 def dot_product(
   q, k, v, mask, *, scale: float, implementation: Literal["xla", "cudnn"]
 ) -> jax.Array:
-  """`attend` without a cap by `jax.nn.dot_product_attention`, "xla" or "cudnn"; the latter in
-  bfloat16 or float16.
+  """`attend` without a cap, by `jax.nn.dot_product_attention`: "xla", or "cudnn" in bfloat16 or
+  float16.
   """
   length = q.shape[2]
-  # cuDNN's backward pass wants even lengths
+  # cuDNN's backward pass needs even lengths
   odd = [x.shape[2] % 2 if implementation == "cudnn" else 0 for x in (q, k, v)]
   q, k, v = (
     jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, n), (0, 0), (0, 0))) for x, n in zip((q, k, v), odd)

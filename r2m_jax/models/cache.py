@@ -1,6 +1,6 @@
-"""The KV cache of a pass: one array for all layers, as a scan over the layers writes it.
+"""The KV cache of a pass: one array for all layers, which a scan over the layers writes.
 
-N layers, S key slots, KV key heads, Dh numbers a head. Decoding has caches of its own; see
+N layers, S key slots, KV key heads, Dh numbers a head. Decoding uses other caches; see
 `models.decode`.
 """
 
@@ -24,17 +24,17 @@ class Cache(struct.PyTreeNode):
   mask: jax.Array  # bool[B, S]   True where a real token was written
 
   def written(self, mask: jax.Array, slot: int | jax.Array) -> "Cache":
-    """With mask bool[B, L] in the slots from `slot` on: what is about to be written there."""
+    """A copy with mask bool[B, L] in the slots from `slot` on, which are about to be written."""
     return self.replace(mask=jax.lax.dynamic_update_slice_in_dim(self.mask, mask, slot, 1))
 
   def grown(self, slots: int) -> "Cache":
-    """With empty slots behind its own, `slots` in all."""
+    """A copy with empty slots at the end, `slots` in total."""
     more = slots - self.mask.shape[1]
     k, v = padded(self.k, more, -2), padded(self.v, more, -2)
     return self.replace(k=k, v=v, mask=padded_mask(self.mask, more))
 
   def repeated(self, repeat: Callable) -> "Cache":
-    """`repeat(x, axis)` of everything, along the rows."""
+    """A copy with `repeat(x, axis)` applied to every array, along the rows."""
     k, v = lay_cache(repeat(self.k, 1)), lay_cache(repeat(self.v, 1))
     return self.replace(k=k, v=v, mask=lay_rows(repeat(self.mask, 0)))
 
@@ -45,8 +45,8 @@ class Cache(struct.PyTreeNode):
 
 
 def lay_cache(x: jax.Array) -> jax.Array:
-  """Keys or values [..., B, KV, S, Dh] over the mesh: rows over data and fsdp, heads over tensor
-  if they split.
+  """Keys or values [..., B, KV, S, Dh], distributed over the mesh: rows over data and fsdp, heads
+  over tensor if they divide.
   """
   return lay(x, *[None] * (x.ndim - 4), ROWS, "tensor")
 
@@ -66,6 +66,6 @@ def _pad(x: jax.Array, more: int, axis: int) -> jax.Array:
 
 
 def write(all_: jax.Array, new: jax.Array, *at) -> jax.Array:
-  """`all_` with `new` at these indices, in place if nothing else reads `all_`."""
-  starts = [jnp.asarray(i, jnp.int32) for i in at]  # one type, under x64 too
+  """`all_` with `new` at these indices; in place if nothing else reads `all_`."""
+  starts = [jnp.asarray(i, jnp.int32) for i in at]  # one dtype, also under x64
   return lay_cache(jax.lax.dynamic_update_slice(all_, new.astype(all_.dtype), starts))

@@ -1,5 +1,5 @@
-"""The critic of PPO: a backbone of its own and a linear head that says what return a state leads
-to.
+"""The critic of PPO: a separate backbone and a linear head that predicts the return from a
+state.
 """
 
 import jax
@@ -20,7 +20,7 @@ def read_values(
 ) -> jax.Array:
   """V(s_t) before each response token, from the state that predicts it: at least f32[B, T].
 
-  shared, share: as of `Transformer.__call__`.
+  shared, share: as in `Transformer.__call__`.
   """
   hidden = backbone(sequences.tokens, sequences.token_mask, shared=shared, share=share).hidden
   hidden = at_least_f32(predicts_response(hidden, sequences.response_mask.shape[1]))

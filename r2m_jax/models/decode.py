@@ -1,9 +1,10 @@
-"""How a model decodes: token after token over a cache, in a loop.
+"""Decoding: token after token over a cache, in a loop.
 
-A loop over tokens that reads stacked arrays copies a layer's slice, weights and cache, before each
-product. A `Decoder` reads every layer's weights and cache from arrays of their own, in place. The
-price is one extra copy of the layers' weights, and compiling every layer separately. A TPU's
-compiler reads the slices in place, so there a `ScannedDecoder` runs the model as it is.
+If a loop over tokens reads stacked arrays, it copies a layer's slice of the weights and the cache
+before each matmul. A `Decoder` has separate arrays for each layer's weights and cache, and reads
+them in place. The price is one extra copy of the layers' weights, and compiling every layer
+separately. A TPU's compiler reads the slices in place, so a `ScannedDecoder` runs the model
+unchanged there.
 """
 
 import functools
@@ -35,17 +36,19 @@ from r2m_jax.parallel.sharding import lay_rows, mesh_around, path_name
 
 
 class LayerCache(struct.PyTreeNode):
-  """Keys and values by slot, an array a layer. All rows write the same slot."""
+  """Keys and values by slot, in one array for each layer. All rows write the same slot."""
 
   k: tuple[jax.Array, ...]  # of a layer [B, KV, S, Dh]; if `turned`, [B, KV, Dh, S]
   v: tuple[jax.Array, ...]  # of a layer [B, KV, S, Dh]
   mask: jax.Array  # bool[B, S]   True where a real token was written, slots of `prompt` included
-  prompt: tuple = ()  # (k, v) of the slots before, in common to runs of rows; see `shared`
-  turned: bool = struct.field(pytree_node=False, default=False)  # for a product with queries
+  prompt: tuple = ()  # (k, v) of the slots before, shared by runs of rows; see `shared`
+  turned: bool = struct.field(
+    pytree_node=False, default=False
+  )  # transposed for the matmul with queries
 
   @classmethod
   def of(cls, cache: Cache, turned: bool) -> "LayerCache":
-    """The layers of a prefilled cache. Keys `turned` are for `attend`, others for
+    """The layers of a prefilled cache. Keys are `turned` (transposed) for `attend`, and not for
     `attend_slots`.
     """
     k = (k.swapaxes(-1, -2) if turned else k for k in cache.k)
@@ -53,11 +56,11 @@ class LayerCache(struct.PyTreeNode):
 
   @property
   def key_slots(self) -> int:
-    """The axis of k that is slots; of v it is -2."""
+    """The slot axis of k; the slot axis of v is -2."""
     return -1 if self.turned else -2
 
   def shared(self, copies: int) -> "LayerCache":
-    """For `copies` rows in place of each, which keep what is there in common."""
+    """A cache for `copies` rows instead of each row, which share the present slots."""
 
     def none(x, axis):
       return lay_cache(jnp.repeat(jax.lax.slice_in_dim(x, 0, 0, axis=axis), copies, 0))
@@ -68,7 +71,7 @@ class LayerCache(struct.PyTreeNode):
     return self.replace(k=k, v=v, mask=mask, prompt=(self.k, self.v))
 
   def repeated(self, repeat: Callable) -> "LayerCache":
-    """`repeat(x, axis)` of everything, along the rows."""
+    """A copy with `repeat(x, axis)` applied to every array, along the rows."""
     k = tuple(lay_cache(repeat(x, 0)) for x in self.k)
     v = tuple(lay_cache(repeat(x, 0)) for x in self.v)
     return self.replace(k=k, v=v, mask=lay_rows(repeat(self.mask, 0)))
@@ -89,19 +92,20 @@ class LayerCache(struct.PyTreeNode):
     return self.replace(k=k, v=v, mask=lay_rows(take_shares(self.mask, order)), prompt=())
 
   def grown(self, slots: int) -> "LayerCache":
-    """With empty slots behind its own, `slots` in all."""
+    """A copy with empty slots at the end, `slots` in total."""
     more = slots - self.mask.shape[1]
     k = tuple(padded(x, more, self.key_slots) for x in self.k)
     v = tuple(padded(x, more, -2) for x in self.v)
     return self.replace(k=k, v=v, mask=padded_mask(self.mask, more))
 
   def written(self, mask: jax.Array, slot: jax.Array) -> "LayerCache":
-    """With mask bool[B, 1] in `slot`: what is about to be written there."""
+    """A copy with mask bool[B, 1] in `slot`, which is about to be written."""
     return self.replace(mask=jax.lax.dynamic_update_slice_in_dim(self.mask, mask, slot, 1))
 
   def store(self, layer: int, slot: jax.Array, k: jax.Array, v: jax.Array):
-    """Writes a token's k and v [B, KV, 1, Dh]: (keys and values to attend over, those of the
-    prompt before them or (), the layer's new (k, v)). `attend_slots` writes for itself.
+    """Writes a token's k and v [B, KV, 1, Dh] and returns (keys and values to attend over, the
+    prompt's keys and values before them or (), the layer's new (k, v)). `attend_slots` writes by
+    itself.
     """
     keys, values = self.k[layer], self.v[layer]
     prompt = tuple(x[layer] for x in self.prompt)
@@ -117,8 +121,9 @@ class LayerCache(struct.PyTreeNode):
 
 
 class Columns:
-  """A linear of columns, W^T x: [in, N] -> [out, N]. For a few rows it takes XLA on CPU 4 to 15%
-  less time than x W, for which all of the weights are packed first."""
+  """A linear layer on columns, W^T x: [in, N] -> [out, N]. For few rows XLA on CPU needs 4 to 15%
+  less time for it than for x W, because it repacks all weights for x W.
+  """
 
   def __init__(self, linear: nnx.Linear):
     self.kernel = linear.kernel[...].T
@@ -130,7 +135,7 @@ class Columns:
 
 
 def join(*linears: nnx.Linear) -> nnx.Linear:
-  """One linear with the columns of all of these, which read the same input."""
+  """One linear layer with the columns of all the given ones, which read the same input."""
   one = nnx.clone(linears[0])
   one.kernel = nnx.Param(jnp.concatenate([linear.kernel[...] for linear in linears], 1))
   biases = [linear.bias[...] for linear in linears if linear.bias is not None]
@@ -140,7 +145,7 @@ def join(*linears: nnx.Linear) -> nnx.Linear:
 
 
 class JoinedAttention:
-  """An `Attention` that multiplies with q, k and v in one product."""
+  """An `Attention` that computes q, k and v in one matmul."""
 
   def __init__(self, attention: Attention):
     linears = (attention.q, attention.k, attention.v)
@@ -154,7 +159,7 @@ class JoinedAttention:
 
 
 class JoinedMLP:
-  """An `MLP` with a gate that multiplies with gate and up in one product."""
+  """An `MLP` with a gate that computes gate and up in one matmul."""
 
   def __init__(self, mlp: MLP):
     self.mlp = mlp
@@ -178,11 +183,11 @@ class ColumnsMLP:
     """[B, L, D] -> [B, L, D]."""
     wide = jnp.split(self.wide(as_rows(x).T), 2 if self.mlp.gated else 1)
     y = self.down(self.mlp.inside(*wide))
-    return jax.lax.optimization_barrier(y).T.reshape(x.shape)  # else XLA makes it x W again
+    return jax.lax.optimization_barrier(y).T.reshape(x.shape)  # otherwise XLA rewrites it as x W
 
 
 def joined(block: Block, in_columns: bool) -> Callable:
-  """The block with one product for linears of one input."""
+  """The block with one matmul for linear layers of one input."""
   attn = JoinedAttention(block.attn)
   mlp: Callable = block.mlp
   if in_columns:
@@ -193,7 +198,7 @@ def joined(block: Block, in_columns: bool) -> Callable:
 
 
 class ScannedDecoder:
-  """A model that decodes as it is, by a scan over its layers."""
+  """A model that decodes unchanged, by a scan over its layers."""
 
   grows = False  # whether its cache should grow in stages
 
@@ -212,20 +217,20 @@ class ScannedDecoder:
 
 
 class Decoder:
-  """A model with an array a layer for each parameter, in the compute dtype, and for its cache.
+  """A model with separate arrays for each layer's parameters, in the compute dtype, and cache.
 
-  On a single device linears of one input are joined, since a few rows take a GPU as long as a
-  launch. On a CPU few rows go through the MLP as `Columns`.
+  On a single device, linear layers of one input are joined, because with few rows a GPU is bound by
+  launches. On a CPU, few rows go through the MLP as `Columns`.
   """
 
   def __init__(self, model: Transformer, slots: int):
-    """slots: the most that its cache will have."""
+    """slots: the maximum size of its cache."""
     check_length(model.arch, slots)
     self.model = model
     self.in_slots = model.decodes_in_slots
     self.grows = not self.in_slots  # whether its cache should grow in stages
     stacked, blocks = layers_of(model)
-    # cos and sin of all positions are made once: XLA on CPU would make those of a token again in
+    # cos and sin of all positions are computed once: XLA on CPU would recompute those of a token in
     # each head of each layer
     self.rotations: dict[LayerKind, tuple[jax.Array, jax.Array]] = {}
     if not self.in_slots:
@@ -236,19 +241,19 @@ class Decoder:
       self.layers = [joined(block, model.decodes_in_columns) for block in blocks]
 
   def cache(self, prefilled: Cache, repeat: Callable, copies: int | None) -> LayerCache:
-    """The cache to decode with, from that of the prompts.
+    """The cache for decoding, from the prompts' cache.
 
     Args:
-      repeat: repeat(x, axis) makes the rows to decode of the prompts' rows.
-      copies: how many rows each prompt has if they are neighbours on one device. They then share
-        its keys and values. None: each row gets a copy.
+      repeat: repeat(x, axis) turns the prompts' rows into the rows to decode.
+      copies: the number of rows of each prompt, if they are neighbours on one device. They then
+        share the prompt's keys and values. None: each row gets a copy.
     """
     cache = LayerCache.of(prefilled, turned=not self.in_slots)
     return cache.repeated(repeat) if copies is None else cache.shared(copies)
 
   def __call__(self, tokens, live, cache: LayerCache, slot) -> tuple[jax.Array, LayerCache]:
-    """One token a row: tokens i32[B, 1], live bool[B, 1] (False if the row has ended), slot i32[],
-    where they are written -> (hidden [B, D] that the language-model head reads, cache).
+    """One token a row: tokens i32[B, 1], live bool[B, 1] (False if the row has ended), slot i32[]
+    to write -> (hidden [B, D] that the language-model head reads, cache).
     """
     cache = cache.written(live, slot)
     tables, kinds = self._tables(cache, slot)
@@ -267,8 +272,8 @@ class Decoder:
     return self.model.final_norm(x)[:, 0], cache.replace(k=k, v=v)
 
   def _tables(self, cache: LayerCache, slot) -> tuple[Any, Any]:
-    """What layers read besides x, as of `Transformer`; a `Slots` takes the mask's place for
-    `attend_slots`.
+    """What layers read in addition to x, as in `Transformer`; for `attend_slots` a `Slots` replaces
+    the mask.
     """
     visible = Visible.of(cache.mask, slot, 1)
 
@@ -310,5 +315,5 @@ def has_adapters(stacked: nnx.State) -> bool:
 
 
 def decoder_of(model: Transformer, slots: int) -> Decoder | ScannedDecoder:
-  """What decodes with this model, up to so many slots of cache: prompt and response."""
+  """The decoder for this model, with at most this number of cache slots for prompt and response."""
   return Decoder(model, slots) if model.decodes_apart else ScannedDecoder(model)

@@ -17,18 +17,17 @@ from r2m_jax.parallel.rows import map_rows, shards_of, take_shares
 from r2m_jax.parallel.sharding import ROWS, lay, lay_rows, row_shards
 from r2m_jax.types import Prompts, Sequences
 
-GROUPED = 2048  # entries; from here on a vocabulary is drawn from in two parts
+GROUPED = 2048  # entries; larger vocabularies are drawn from in two parts
 STAGES = 4  # parts of a response, between which the cache grows
-SHORTEST = 32  # tokens of such a part, at least
+SHORTEST = 32  # minimum tokens of such a part
 
 
 def sample_keys(
   key: jax.Array, step: jax.Array, example_id: jax.Array, group_size: int
 ) -> jax.Array:
-  """One key per trajectory, a function of (run key, step, prompt id, sample index) and of nothing
-  else.
+  """One key per trajectory, a function of only (run key, step, prompt id, sample index).
 
-  So any row can be drawn again alone, on any mesh and in any batch.   i32[P] -> key[B].
+  So any row can be recomputed by itself, on any mesh and in any batch.   i32[P] -> key[B].
   """
   prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), example_id)
   fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
@@ -45,10 +44,10 @@ def sample_token(
 ) -> jax.Array:
   """Draws from softmax(logits), truncated, with one key per row.
 
-  Noise for every entry of a large vocabulary costs as much as its logits. There a group of entries
-  is drawn first, by the sum of its probabilities, and then one of its entries: the same
-  distribution from 64 + V / 64 random numbers. Group g of 64 is entries g, g + 64, ..., so that a
-  head that is split over devices is split alike in every group.
+  Noise for every entry of a large vocabulary costs as much as its logits. For large vocabularies a
+  group of entries is therefore drawn first, by the sum of its probabilities, and then one of its
+  entries. The distribution is the same, from 64 + V / 64 random numbers. Group g of 64 has the
+  entries g, g + 64, ..., so that a head that is split over devices is split equally in every group.
 
   key[B], [B, V] -> i32[B].
   """
@@ -70,7 +69,7 @@ def sample_token(
 def gumbel_argmax(keys: jax.Array, logits: jax.Array) -> jax.Array:
   """A draw from softmax(logits): the largest of logits + Gumbel noise.   key[B], [B, N] -> i32[B].
 
-  The noise is float32 whatever the model's dtype, so that float64 tests draw the same tokens.
+  The noise is always float32, so that float64 tests draw the same tokens.
   """
   noise = jax.vmap(lambda k: jax.random.gumbel(k, logits.shape[-1:], jnp.float32))(keys)
   return (logits + noise).argmax(-1).astype(jnp.int32)
@@ -88,8 +87,10 @@ def loops(tokens: jax.Array, t: jax.Array, length: int) -> jax.Array:
 
 
 def stages(max_new_tokens: int, growing: bool = True) -> list[tuple[int, int]]:
-  """(first token, end) of each loop that decodes tokens 1 .. T - 1. In each the cache has the slots
-  that its tokens need, where attention reads all there are. `growing` False: one loop."""
+  """(first token, end) of each loop that decodes tokens 1 .. T - 1. Attention reads all slots, so
+  in each loop the cache has only the slots that its tokens need. If `growing` is False, there is
+  only one loop.
+  """
   count = max(1, min(STAGES, max_new_tokens // SHORTEST)) if growing else 1
   ends = [max_new_tokens * (i + 1) // count for i in range(count)]
   return list(zip([1, *ends], ends))
@@ -114,24 +115,25 @@ def generate(
 ) -> Sequences:
   """Samples `group_size` responses for each prompt.
 
-  Each prompt is prefilled once; its samples read its cache, on a TPU and beside greedy rows a copy
-  each. The loop stops when all rows have ended.
+  Each prompt is prefilled once, and its samples read its cache. On a TPU, and together with greedy
+  rows, each sample has a copy. The loop stops when all rows have ended.
 
   Args:
     key: the run's key; see `sample_keys`.
     step: i32[], the step the samples belong to.
-    max_new_tokens: T. A row without an end-of-sequence token by then is cut off (`has_eos` False).
+    max_new_tokens: T. A row without an end-of-sequence token within T tokens is cut off (`has_eos`
+      False).
     temperature: 0 is greedy.
-    eos_ids: any of these ends a row; the ending token belongs to the response.
-    pad_id: fills finished rows. Masks never look at it, so it may equal an end-of-sequence id.
-    truncation: which tokens may be drawn; the log-probabilities of the update use the same.
+    eos_ids: any of these ends a row; the end token belongs to the response.
+    pad_id: fills finished rows. Masks do not depend on it, so it may equal an end-of-sequence id.
+    truncation: which tokens may be drawn; log-probabilities in the update use the same rule.
     repetition_stop: N: a row whose last N tokens repeat the N before them is cut off there; 0:
       never.
-    greedy_rows: P more rows follow, the most likely token at each step for each prompt.
-    waves: sample the prompts in that many equal groups one after another, so that the cache of one
-      group exists at a time. The tokens are the same.
-    halvings: how often decoding goes on with half of the rows, once at most half are unfinished. The
-      tokens are the same.
+    greedy_rows: P more rows follow, one greedy response to each prompt.
+    waves: number of equal groups of prompts that are sampled one after another, so that only one
+      group's cache exists at a time. The tokens are the same.
+    halvings: how often decoding continues with half of the rows once at most half are unfinished.
+      The tokens are the same.
   """
   how = Sampler(
     key=key,
@@ -152,8 +154,8 @@ def generate(
 
 
 def in_waves(draw: Callable, prompts: Prompts, group_size: int, waves: int) -> Sequences:
-  """`draw(prompts)` in `waves` groups of prompts, in the order of one call: the samples of all
-  prompts, then their greedy rows.
+  """`draw(prompts)` in `waves` groups of prompts. The order is that of a single call: the samples
+  of all prompts, then their greedy rows.
   """
 
   def wave(prompts):
@@ -177,7 +179,7 @@ def in_waves(draw: Callable, prompts: Prompts, group_size: int, waves: int) -> S
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """What `generate` samples by; see its arguments."""
+  """The settings of `generate`; see its arguments."""
 
   key: jax.Array
   step: jax.Array
@@ -192,18 +194,20 @@ class Sampler:
   halvings: int
 
   def repeat(self, x: jax.Array, axis: int = 0) -> jax.Array:
-    """The rows to decode of the prompts' rows along `axis`: K of each, then the greedy rows."""
+    """The rows to decode, from the prompts' rows along `axis`: K copies of each, then the greedy
+    rows.
+    """
     samples = jnp.repeat(x, self.group_size, axis)
     return jnp.concatenate([samples, x], axis) if self.greedy_rows else samples
 
   def copies(self, prompts: int) -> int | None:
-    """How many rows each prompt has if they are neighbours on one device, else None."""
+    """The number of rows of each prompt if they are neighbours on one device, otherwise None."""
     in_runs = not self.greedy_rows and prompts % row_shards() == 0
     return self.group_size if in_runs else None
 
   def sizes(self, rows: int) -> list[int]:
-    """How many rows are decoded together, first all of them, then half as many each time; each
-    device has its share. Greedy rows stay with the others, since they have no keys.
+    """How many rows are decoded together: first all, then half as many each time, with an equal
+    share on each device. Rows are not halved if there are greedy rows, which have no keys.
     """
     sizes = [rows]
     while (
@@ -213,8 +217,9 @@ class Sampler:
     return sizes
 
   def draw(self, model: Transformer, keys: jax.Array, t, hidden, stopped):
-    """Token t of each row from what the head reads, hidden [B, D]: (token i32[B], `pad_id` in
-    rows that have stopped; bool[B], whether it ends its row). keys: of the rows to sample.
+    """Draws token t of each row from the head's input, hidden [B, D]. Returns (token i32[B],
+    `pad_id` in rows that have stopped; bool[B], whether it ends its row). keys: one for each
+    sampled row.
     """
     logits = lay(model.logits(hidden, self.temperature or 1.0), ROWS, "tensor")
     sampled = logits[: len(keys)]
@@ -230,7 +235,7 @@ class Sampler:
 
   @property
   def stops_loops(self) -> bool:
-    """Whether rows that repeat themselves are cut off; a loop must fit into the response."""
+    """Whether repeating rows are cut off; a loop must fit into the response."""
     return 0 < 2 * self.repetition_stop <= self.max_new_tokens
 
 
@@ -238,7 +243,7 @@ RESULTS = ("tokens", "stopped", "has_eos", "lengths")
 
 
 class Decoding(NamedTuple):
-  """The rows while they are decoded."""
+  """The state of the rows during decoding."""
 
   t: jax.Array  # i32[]; the next token to decode
   tokens: jax.Array  # i32[B, T]
@@ -249,12 +254,12 @@ class Decoding(NamedTuple):
   lengths: jax.Array  # i32[B]
 
   def taken(self, order: jax.Array) -> "Decoding":
-    """The rows of `unfinished_first`, as rows of their own."""
+    """The rows of `unfinished_first`, as a smaller state."""
     mine = {name: take_shares(getattr(self, name), order) for name in (*RESULTS, "last")}
     return self._replace(cache=self.cache.taken(order), **mine)
 
   def with_results(self, order: jax.Array, part: "Decoding") -> "Decoding":
-    """With what became of the rows of `taken`; the cache stays as it is."""
+    """A copy with the results of the rows of `taken`; the cache does not change."""
 
     def put(x, new):
       shards = x.reshape(len(order), -1, *x.shape[1:])
@@ -290,7 +295,7 @@ def sample(model: Transformer, prompts: Prompts, how: Sampler) -> Sequences:
 
 
 def first_tokens(hidden: jax.Array, cache: Any, how: Sampler, draw: Callable) -> Decoding:
-  """The rows with their first token, which a prefill's hidden [B, D] predicts."""
+  """The rows with their first token, which is drawn from the prefill's hidden [B, D]."""
   count = hidden.shape[0]
   token, has_eos = draw(0, hidden, jnp.zeros(count, bool))
   tokens = jnp.full((count, how.max_new_tokens), how.pad_id, jnp.int32).at[:, 0].set(token)
@@ -309,7 +314,8 @@ def decode(
   """The rows with tokens 1 .. T - 1, until all have stopped; draw(keys, t, hidden, stopped) ->
   (token, whether it ends its row).
 
-  Once at most half of the rows are unfinished, these go on without the others, see `Sampler.sizes`.
+  Once at most half of the rows are unfinished, they continue without the others; see
+  `Sampler.sizes`.
   """
 
   def one_token(keys, rows: Decoding) -> Decoding:
@@ -325,7 +331,7 @@ def decode(
     return Decoding(t + 1, tokens, token, cache, stopped, rows.has_eos | ends, lengths)
 
   def until(end: int, enough: int, keys, rows: Decoding) -> Decoding:
-    """Tokens before `end`, while more than `enough` rows of some device are unfinished."""
+    """Decodes tokens before `end` while some device has more than `enough` unfinished rows."""
 
     def goes_on(rows: Decoding):
       return (rows.t < end) & (unfinished(rows.stopped) > enough)
@@ -333,7 +339,7 @@ def decode(
     return jax.lax.while_loop(goes_on, functools.partial(one_token, keys), rows)
 
   def finish(keys, rows: Decoding, sizes: list[int]) -> Decoding:
-    """The rest of the tokens, by ever fewer rows: sizes[0] of them now."""
+    """Decodes the remaining tokens with fewer and fewer rows, starting with sizes[0]."""
     rows = until(how.max_new_tokens, enough_of(sizes), keys, rows)
     return go_on_with_half(keys, rows, sizes[1:])
 
@@ -351,8 +357,8 @@ def decode(
 
 
 def decoded_places(lengths: np.ndarray, limit: int, halvings: int) -> int:
-  """How many tokens `generate` computes for rows of these lengths i32[B] on one device, the first
-  ones included: of every row that is still decoded, finished or not.
+  """The number of tokens that `generate` computes for rows of these lengths i32[B] on one device,
+  including first tokens: every row that is still decoded counts, finished or not.
   """
   size, places = len(lengths), len(lengths)
   for t in range(1, limit):
@@ -366,20 +372,20 @@ def decoded_places(lengths: np.ndarray, limit: int, halvings: int) -> int:
 
 
 def enough_of(sizes: list[int]) -> int:
-  """Of sizes[0] rows, how many unfinished ones a device may have left for the next of the `sizes`;
-  0 if there is none.
+  """How many of a device's rows may be unfinished when decoding switches from sizes[0] to the next
+  of the `sizes`; 0 if there is none.
   """
   return sizes[1] // row_shards() if len(sizes) > 1 else 0
 
 
 def unfinished(stopped: jax.Array) -> jax.Array:
-  """bool[B] -> i32[], the most rows of a device that have not stopped."""
+  """bool[B] -> i32[], the largest number of unfinished rows on a device."""
   return (~stopped).reshape(shards_of(len(stopped)), -1).sum(1).max()
 
 
 def unfinished_first(stopped: jax.Array, size: int) -> jax.Array:
-  """The rows that go on, `size` in all: of each device the unfinished ones and then others, in
-  their order.   bool[B] -> i32[S, size / S], counted on the device.
+  """The `size` rows that continue: on each device the unfinished rows and then others, in their
+  order.   bool[B] -> i32[S, size / S], counted on the device.
   """
   shards = row_shards()
   order = jnp.argsort(stopped.reshape(shards, -1), 1, stable=True)

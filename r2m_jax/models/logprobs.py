@@ -1,11 +1,11 @@
 """Log-probabilities, entropies and exact KLs of tokens, without ever holding the logits of all of
 them.
 
-The vocabulary head is by far the widest layer: [B, T, V] is larger than anything else of a step.
-Here a part of the vocabulary is multiplied at a time, by all tokens, and the sums over the
-vocabulary are carried along; the backward pass makes the same logits again. The parts are
-interleaved (part i of n is entries i, i + n, ...), so that a head that is split over devices is
-split alike in every part, and no part leaves its device.
+The vocabulary head is by far the widest layer: [B, T, V] is larger than anything else in a step.
+Here one block of the vocabulary is multiplied at a time, for all tokens, and the sums over the
+vocabulary are carried along. The backward pass recomputes the same logits. The blocks are
+interleaved (block i of n has the entries i, i + n, ...), so that a head that is split over devices
+is split equally in every block, and no block leaves its device.
 """
 
 import functools
@@ -24,7 +24,7 @@ LANES = 128  # numbers in a row of a matrix unit's tile
 
 
 def softcap(x: jax.Array, cap: float | None) -> jax.Array:
-  """cap * tanh(x / cap), or x where cap is None."""
+  """cap * tanh(x / cap), or x if cap is None."""
   return x if cap is None else cap * jnp.tanh(x / cap)
 
 
@@ -44,8 +44,8 @@ class Head:
 
 @struct.dataclass
 class TokenStats:
-  """Of the distribution each token was drawn from, at the rollout temperature. All [B, T], at
-  least float32.
+  """Statistics of the distribution from which each token was drawn, at the rollout temperature. All
+  are [B, T], at least float32.
   """
 
   logprobs: jax.Array
@@ -60,16 +60,17 @@ LogitsOf = Head | Callable[[jax.Array], jax.Array]
 def tempered(head: LogitsOf, hidden: jax.Array, temperature: float) -> jax.Array:
   """hidden [..., D] -> logits / temperature [..., V], at least float32."""
   if isinstance(head, Head) and head.cap is None and hidden.dtype == at_least_f32(hidden).dtype:
-    # D numbers a token to divide, not V, and as many in the gradient
+    # divides D numbers a token instead of V, here and in the gradient
     return head(hidden / temperature)
   return at_least_f32(head(hidden)) / temperature
 
 
 @jax.custom_vjp
 def own_logprob(logits: jax.Array, index: jax.Array) -> jax.Array:
-  """Of log softmax(logits [..., V]) the entry at i32[...] -> [...]. Its gradient 1_index - p is
-  written at once, where that of a softmax and a gather is scattered into zeros, summed, scaled and
-  added."""
+  """The entry of log softmax(logits [..., V]) at i32[...] -> [...]. Its gradient 1_index - p is
+  written in one pass. The gradient of a softmax and a gather would be scattered into zeros, summed,
+  scaled and added.
+  """
   return _own_logprob(logits, index)[0]
 
 
@@ -79,7 +80,7 @@ def _own_logprob(logits, index):
 
 
 def _own_logprob_backward(saved, gradient):
-  # else XLA makes the ones beforehand, for all updates of a scan
+  # otherwise XLA hoists the ones out of the scan over updates
   logp, index = jax.lax.optimization_barrier(saved)
   gradient = gradient[..., None]
   own = jnp.arange(logp.shape[-1]) == index[..., None]
@@ -102,37 +103,37 @@ def token_stats(
   mask: jax.Array | None = None,
   share: float = 1.0,
 ) -> TokenStats:
-  """Log-probability and entropy of each token, and the exact KL to a reference where one is given.
+  """Log-probability and entropy of each token, and the exact KL to a reference if one is given.
 
-  The one function behind old, new and reference log-probabilities: called with the same weights it
-  gives the same numbers, which is what makes the importance ratio 1 before the first update.
+  Old, new and reference log-probabilities all come from this function. With the same weights it
+  gives the same numbers, so the importance ratio is exactly 1 before the first update.
 
   Args:
     head: a `Head`, or any function hidden [..., D] -> logits [..., V].
-    hidden: [B, T, D], what the language-model head reads to predict each token.
+    hidden: [B, T, D], the language-model head's inputs that predict each token.
     tokens: i32[B, T].
     temperature: divides the logits, as in sampling.
-    truncation: as in sampling; probabilities are those among the kept tokens. The given token is
-      always one of them, so that a policy that has moved since the sampling has a finite
-      log-probability for it.
+    truncation: as in sampling; probabilities are normalised over the kept tokens. The given token
+      is always kept, so that a policy that has changed since sampling has a finite log-probability
+      for it.
     ref: the reference's head and its hidden [B, T, Dref]; it is normalised over the same kept
       tokens. With a `Head` in parts no gradient flows to it.
-    support: head and hidden of the model whose distribution decides which tokens are kept; None:
-      this one.
-    chunk: logits of each row that exist at a time, and are made again in the backward pass; 0: all
-      T * V of them. A `Head` is taken in parts of chunk / T vocabulary entries. Where sampling is
-      truncated, which entries are kept depends on all of them, and a function cannot be split:
-      chunk / V tokens of each row, at least one, then go at a time, over the whole vocabulary.
-    mask: bool[B, T], True on the tokens that are asked for; read if `share` is below 1.
-    share: at most that share of the mask is True, and no more tokens are computed; the others get
-      zeros.
+    support: head and hidden of the model whose distribution defines the kept tokens; None: this
+      model.
+    chunk: logits of each row that are held at a time, and recomputed in the backward pass; 0: all T
+      * V. A `Head` is processed in blocks of chunk / T vocabulary entries. If sampling is
+      truncated, the kept entries depend on the whole vocabulary, and a function cannot be split. In
+      these cases chunk / V tokens of each row (at least one) are processed at a time.
+    mask: bool[B, T], True on the requested tokens; used if `share` is below 1.
+    share: an upper limit for the share of True in the mask. Only this share of the tokens is
+      computed; the other tokens get zeros.
   """
   if share < 1:
     whole = functools.partial(token_stats, head, temperature=temperature, chunk=chunk)
     return packed_stats(whole, mask, share, hidden, tokens, ref, support, truncation)
   check(hidden, "B T D")
   check(tokens, "B T", jnp.integer)
-  other = ref or support  # the reference is never read together with another model's support
+  other = ref or support  # a reference and another model's support are never combined
   if ref is not None and support is not None:
     raise ValueError("token_stats takes a reference or another model's support, not both")
   length = tokens.shape[1]
@@ -154,8 +155,8 @@ def token_stats(
 def packed_stats(
   stats: Callable, mask, share, hidden, tokens, ref, support, truncation
 ) -> TokenStats:
-  """`stats`, which is `token_stats`, of the packed tokens, put back in their rows."""
-  assert mask is not None, "a share of the tokens is asked for: `mask` says which"
+  """`stats` (`token_stats`) of the packed tokens, scattered back to their rows."""
+  assert mask is not None, "only a share of the tokens is requested: `mask` defines which"
   packing = Packing.of(mask, share)
   found = stats(
     packing.pack(hidden),
@@ -198,7 +199,7 @@ def whole_stats(
 
 
 def in_slices(slice_stats: Callable, chunk: int, *xs: jax.Array) -> TokenStats:
-  """`slice_stats(*xs)` of arrays [B, T, ...] for `chunk` tokens of each row at a time, made again
+  """`slice_stats(*xs)` of arrays [B, T, ...] for `chunk` tokens of each row at a time, recomputed
   in the backward pass.
   """
   length = xs[0].shape[1]
@@ -214,8 +215,8 @@ def in_slices(slice_stats: Callable, chunk: int, *xs: jax.Array) -> TokenStats:
 
 
 class Sums(NamedTuple):
-  """What is carried over the parts of a vocabulary. [B, T] each; l are the policy's logits, r
-  the reference's.
+  """Sums that are carried over the blocks of a vocabulary, [B, T] each. l are the policy's logits,
+  r the reference's.
   """
 
   top: jax.Array  # the largest l so far
@@ -230,7 +231,7 @@ class Sums(NamedTuple):
 def stats_in_parts(
   head: Head, hidden, tokens, ref, *, temperature: float, parts: int
 ) -> TokenStats:
-  """`token_stats` of the whole distribution in about `parts` parts of the vocabulary."""
+  """`token_stats` of the whole distribution in about `parts` blocks of the vocabulary."""
   mesh = mesh_around()
   shards = 1 if mesh is None else mesh.shape["tensor"]
   split = vocabulary_parts(head.kernel.shape[1], parts, shards)
@@ -243,13 +244,13 @@ def stats_in_parts(
 
 
 def vocabulary_parts(vocab: int, parts: int, shards: int) -> tuple[int, int]:
-  """(how many, entries of each): about `parts` that hold the vocabulary, each split alike over
-  `shards` devices.
+  """(number, entries of each): about `parts` blocks that hold the vocabulary, each split equally
+  over `shards` devices.
 
-  Matrix units want rows of whole `LANES`: with 64 parts of 2,374 entries in place of 38 of 4,096
-  all of learning took an H200 a fifth longer. Of narrow parts it is a number that divides the
-  vocabulary, which needs no filling, where there is one within a factor of two; there nearly always
-  is.
+  Matrix units need rows of whole `LANES`: with 64 blocks of 2,374 entries instead of 38 of 4,096,
+  learning on an H200 took a fifth longer. If the blocks are narrow, the number of blocks divides
+  the vocabulary if such a number exists within a factor of two, so that no padding is needed. It
+  nearly always exists.
   """
   parts, lanes = min(parts, vocab), LANES * shards
   if vocab > 4 * lanes * parts:
@@ -262,8 +263,8 @@ def vocabulary_parts(vocab: int, parts: int, shards: int) -> tuple[int, int]:
 
 
 def _split_vocab(kernel, parts):
-  """[D, V] -> [number, D, width]: of n parts, part i has the entries i, i + n, ...; zeros fill
-  up the last ones.
+  """[D, V] -> [number, D, width]: block i of n has the entries i, i + n, ...; zeros pad the last
+  blocks.
   """
   (depth, vocab), (parts, width) = kernel.shape, parts
   kernel = jnp.pad(kernel, ((0, 0), (0, parts * width - vocab)))
@@ -271,7 +272,7 @@ def _split_vocab(kernel, parts):
 
 
 def _part_logits(hidden, kernel, cap, temperature):
-  """[B, T, D], [D, v] -> [B, T, v]. The kernel's rows are gathered here, a part at a time."""
+  """[B, T, D], [D, v] -> [B, T, v]. The kernel's rows are gathered here, one block at a time."""
   return _of_product(Head(lay(kernel, None, "tensor"))(hidden), cap, temperature)
 
 
@@ -280,8 +281,8 @@ def _of_product(product, cap, temperature):
 
 
 def _entries(i, parts, vocab, tokens):
-  """Of part i: (bool[v] whether an entry is one and no filling, bool[B, T, v] where each token
-  is).
+  """For block i: (bool[v], whether an entry is real and not padding; bool[B, T, v], the position of
+  each token).
   """
   entry = i + parts[0] * jnp.arange(parts[1])
   return entry < vocab, entry == tokens[..., None]
@@ -331,8 +332,8 @@ def _stats_forward(static, hidden, kernel, tokens, ref_hidden, ref_kernel):
 
 
 def _stats_backward(static, saved, gradients):
-  """With p = softmax(l), d l of each: log p: 1_token - p; entropy: -p (l - E l); KL: p (l - r -
-  E(l - r)).
+  """With p = softmax(l), the gradients in l are: log p: 1_token - p; entropy: -p (l - E l); KL: p
+  (l - r - E(l - r)).
   """
   cap, ref_cap, temperature, parts = static
   hidden, kernel, tokens, ref_hidden, ref_kernel, lse, mean, apart = saved
@@ -350,7 +351,7 @@ def _stats_backward(static, saved, gradients):
     if ref_kernel is not None:
       r = _part_logits(ref_hidden, ref_kernel, ref_cap, temperature)
       to_l += to_kl * p * (l - r - apart[..., None])
-    # products of narrow numbers, summed wide, as in the layers' own gradients
+    # products in the narrow dtype, summed in the wide one, as in the layers' own gradients
     (to_product,), rows = pull(to_l.astype(l.dtype)), hidden.reshape(-1, hidden.shape[-1])
     to_product = to_product.astype(hidden.dtype).reshape(len(rows), -1)
     to_hidden = jnp.matmul(to_product, kernel.T, preferred_element_type=total.dtype).reshape(

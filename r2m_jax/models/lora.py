@@ -1,13 +1,14 @@
-"""Low-rank adapters on the linears of the blocks, by qwix: y = x W + (alpha / rank) x A B.
+"""Low-rank adapters on the linear layers of the blocks, by qwix: y = x W + (alpha / rank) x A B.
 
-qwix finds the linears by running a module and keeps A and B beside each kernel. Run over the whole
-model it cannot serve: the layers are stacked and scanned, so what it attaches while tracing one
-layer has no layer axis (jax: "tuple index out of range" in scan). It is applied to one block inside
-the constructor that stacks them, which gives layers/attn/q/kernel_lora_a [N, in, rank] and
-kernel_lora_b [N, rank, out]. The vocabulary head lies outside the blocks and has none.
+qwix finds the linear layers by running a module, and stores A and B next to each kernel. It cannot
+be run over the whole model: the layers are stacked and scanned, so the arrays that it attaches
+while tracing one layer have no layer axis (jax: "tuple index out of range" in scan). It is
+therefore applied to one block inside the constructor that stacks the blocks, which gives
+layers/attn/q/kernel_lora_a [N, in, rank] and kernel_lora_b [N, rank, out]. The vocabulary head is
+outside the blocks and has no adapters.
 
-A model with adapters is two states: the adapters, which are trained, and the base, which is also
-the reference.
+A model with adapters consists of two states: the adapters, which are trained, and the base, which
+is also the reference.
 """
 
 import dataclasses
@@ -37,7 +38,7 @@ class LoraConfig:
     return self.alpha / self.rank
 
   def linears(self, arch: ArchConfig) -> list[str]:
-    """The linears of `arch` that get adapters; raises ValueError where there are none."""
+    """The linear layers of `arch` that get adapters; raises ValueError if there are none."""
     own = [name for name in LINEARS if name != "mlp/gate" or arch.gated_mlp]
     found = [name for name in own if re.fullmatch(self.targets, name)]
     if not found:
@@ -89,8 +90,8 @@ def init(
 
 
 def merged(adapters: nnx.State, base: nnx.State, lora: LoraConfig) -> nnx.State:
-  """W + (alpha / rank) A B in every adapted kernel: a plain Transformer's state, beside `base`,
-  which stays.
+  """W + (alpha / rank) A B in every adapted kernel: the state of a plain Transformer. `base` is not
+  changed.
   """
   found = {
     sharding.path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(adapters)[0]

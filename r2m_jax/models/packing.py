@@ -1,12 +1,12 @@
-"""Only tokens that exist are multiplied with weights.
+"""Packing: only real tokens are multiplied with weights.
 
 Rows and lines are padded to one width, and much of that is padding: a response may have any length
 up to the limit. Everything that reads one token at a time (linears, norms, the vocabulary head) can
-read the real tokens of all rows end to end. Attention alone needs the rows, so queries, keys and
-values are spread out for it and its result is packed again.
+read the real tokens of all rows end to end. Only attention needs the rows, so queries, keys and
+values are unpacked for it and its result is packed again.
 
-The packed array has the same number of rows, each of them narrower, so it lies over a mesh as the
-rows do. Its tokens do not belong to the row that they lie in.
+The packed array has the same number of narrower rows, so it is distributed over a mesh in the same
+way. Its tokens do not belong to the row in which they are stored.
 """
 
 import math
@@ -20,28 +20,30 @@ from r2m_jax.parallel.sharding import lay_leading
 
 
 def packed_width(width: int, share: float) -> int:
-  """Columns of a packed array that has a `share` of the columns of a padded one."""
+  """The number of columns of a packed array with a `share` of a padded array's columns."""
   return max(1, math.ceil(share * width))
 
 
 @struct.dataclass
 class Packing:
-  """Where the real tokens of padded rows [R, W] are in packed rows [R, w], and the other way round.
+  """The positions of the real tokens of padded rows [R, W] in packed rows [R, w], and the inverse.
 
-  The rows of each of S devices are packed for themselves. Indices count the tokens of a device.
+  The rows of each of S devices are packed separately. Indices count the tokens of a device.
   """
 
-  place: jax.Array  # i32[S, R / S * w], the padded place of each packed one
-  live: jax.Array  # bool[S, R / S * w], whether a token is there
-  slot: jax.Array  # i32[S, R / S * W], the packed place of each padded one
+  place: jax.Array  # i32[S, R / S * w], the padded place of each packed place
+  live: jax.Array  # bool[S, R / S * w], whether it holds a token
+  slot: jax.Array  # i32[S, R / S * W], the packed place of each padded place
   real: jax.Array  # bool[S, R / S * W]
-  lost: jax.Array  # bool[S, R / S * W], real tokens for which there was no place
+  lost: jax.Array  # bool[S, R / S * W], real tokens that did not fit
   shape: tuple[int, int] = struct.field(pytree_node=False)  # (R, W)
   width: int = struct.field(pytree_node=False)  # w
 
   @classmethod
   def of(cls, mask: jax.Array, share: float) -> "Packing":
-    """Of rows with mask bool[R, W], True on real tokens, for a `share` of their places."""
+    """The packing of rows with mask bool[R, W], True on real tokens, into a `share` of their
+    places.
+    """
     rows, width = mask.shape
     packed = packed_width(width, share)
     shards = shards_of(rows)
@@ -61,8 +63,9 @@ class Packing:
     return lay_leading(packed.reshape(self.shape[0], self.width, *x.shape[2:]))
 
   def unpack(self, x: jax.Array) -> jax.Array:
-    """[R, w, ...] -> [R, W, ...], zero at padding. A number for which there was no place is NaN, so
-    that an update with it is skipped."""
+    """[R, w, ...] -> [R, W, ...], zero at padding. Tokens that did not fit become NaN, so that the
+    update is skipped.
+    """
     x = self._by_device(x)
     spread = select(x, self.slot, self.real, self.place, self.live)
     lost = self.lost.reshape(*self.lost.shape, *(1,) * (x.ndim - 2))
@@ -77,8 +80,8 @@ class Packing:
 def select(x, index, real, inverse, inverse_real) -> jax.Array:
   """x [S, A, ...] at index i32[S, C] -> [S, C, ...], zero if not `real` bool[S, C].
 
-  `inverse` i32[S, A] and `inverse_real` undo it: the gradient is a selection by them, where that of
-  a gather would be a scatter.
+  `inverse` i32[S, A] and `inverse_real` are the inverse selection. The gradient is a selection by
+  the inverse, whereas the gradient of a gather is a scatter.
   """
   return _select(x, index, real)
 

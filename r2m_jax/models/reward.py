@@ -2,8 +2,8 @@
 cross-attention -> score.
 
 Equation numbers are those of R2M (arXiv 2601.22664). The backbone is a `Transformer` like the
-policy's; it may be another family, another size and another tokenizer, since nothing requires its
-tokens to align with the policy's.
+policy's; it may have another family, size and tokenizer, because its tokens need not align with the
+policy's.
 """
 
 import jax
@@ -29,20 +29,20 @@ def read_reward_states(
   shared: Shared | None = None,
   share: float = 1.0,
 ) -> tuple[jax.Array, jax.Array]:
-  """The backbone's one pass: (reward token embedding H_last, last-layer states over all tokens).
+  """The backbone's single pass: (reward token embedding H_last, last-layer states over all tokens).
 
-  H_last is the last-layer state at the last real token or, if the score head has two layers, what
-  its first layer makes of it.
+  H_last is the last-layer state at the last real token or, if the score head has two layers, the
+  output of its first layer for that state.
 
   Args:
     tokens: i32[B, L] in the reward model's own vocabulary.
     mask: bool[B, L], True on real tokens.
-    keep: False leaves the states over all tokens out: they are as large as all the policy feedback.
-    shared: which rows begin alike, if any.
-    share: as of `Transformer.__call__`.
+    keep: False: leave out the states over all tokens, which are as large as the policy feedback.
+    shared: which rows have the same beginning, if any.
+    share: as in `Transformer.__call__`.
 
   Returns:
-    At least float32 [B, Dr], and [B, L, Dr], or [B, L, 0] where they are not kept.
+    At least float32 [B, Dr], and [B, L, Dr], or [B, L, 0] if they are not kept.
   """
   hidden = backbone(tokens, mask, shared=shared, share=share).hidden
   rte = backbone.embedding(last_token(hidden, mask))
@@ -58,10 +58,10 @@ def member_scores(phi: nnx.Linear, h: jax.Array) -> jax.Array:
   """r = phi(h) of each of the M heads that phi holds (one, unless it is an ensemble).   f32[B, Dr] -> f32[B, M].
 
   No gradient reaches the bias: Bradley-Terry and the group entropy do not change when all rewards
-  shift, so its true gradient is zero, and Adam would turn the rounding noise around that zero into
-  full-sized steps.
+  shift, so the true gradient of the bias is zero. Adam would turn the rounding noise around zero
+  into full-sized steps.
   """
-  assert phi.bias is not None  # score heads are made with one
+  assert phi.bias is not None  # score heads are created with a bias
   return h @ phi.kernel[...] + jax.lax.stop_gradient(phi.bias[...])
 
 
@@ -102,8 +102,8 @@ class RewardHead(nnx.Module):
   def attention_weights(self, rte: jax.Array, h: jax.Array, mask: jax.Array) -> jax.Array:
     """softmax(q k^T / sqrt(d)) of eq. 3, one query per trajectory.
 
-    With a single query, q (h W_k)^T is (q W_k^T) h^T: keys [B, S, d] are never made, nor values in
-    `cross_attend`.
+    With a single query, q (h W_k)^T = (q W_k^T) h^T, so keys [B, S, d] are never computed, and
+    neither are values in `cross_attend`.
 
     Args:
       rte: f32[B, Dr].

@@ -1,5 +1,5 @@
-"""Rotary positions: how their frequencies are stretched beyond the pretraining length, and how
-Hugging Face's config.json spells it, in rope_parameters (transformers 5) and in older fields.
+"""Rotary positions: how frequencies are scaled beyond the pretraining length, and how Hugging
+Face's config.json describes this, in rope_parameters (transformers 5) and in older fields.
 """
 
 import dataclasses
@@ -12,14 +12,14 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-  """How rotary frequencies are stretched beyond the pretraining length.
+  """How rotary frequencies are scaled beyond the pretraining length.
 
-  kind "linear": every frequency / factor (arXiv 2306.15595).
-  kind "llama3": long wavelengths / factor, short ones kept, smooth between (Llama 3.1).
-  kind "yarn": as llama3, between two numbers of turns over the pretraining length (arXiv
+  kind "linear": every frequency / factor (arXiv 2306.15595). kind "llama3": long wavelengths /
+  factor, short ones unchanged, smooth in between (Llama 3.1). kind "yarn": like llama3, between two
+  numbers of turns over the pretraining length (arXiv
     2309.00071).
-  kind "longrope": every frequency / a factor of its own (arXiv 2402.13753). Up to the pretraining
-    length these are the short factors. The long factors beyond it are kept and not used.
+  kind "longrope": every frequency has its own factor (arXiv 2402.13753). Up to the pretraining
+  length the short factors apply. The long factors, for longer texts, are stored and not used.
   """
 
   kind: str
@@ -27,11 +27,11 @@ class RopeScaling:
   low_freq_factor: float = 1.0  # llama3 only
   high_freq_factor: float = 4.0  # llama3 only
   original_length: int = 8192  # all but linear: the pretraining length in tokens
-  beta_fast: float = 32.0  # yarn only: turns from which on a frequency is kept
-  beta_slow: float = 1.0  # yarn only: turns below which a frequency is divided by the factor
-  truncate: bool = True  # yarn only: the ramp between the two begins and ends at whole pairs
+  beta_fast: float = 32.0  # yarn only: number of turns above which a frequency is unchanged
+  beta_slow: float = 1.0  # yarn only: turns below which a frequency is divided by it
+  truncate: bool = True  # yarn only: the ramp between the two starts and ends at whole pairs
   magnitude: float = 1.0  # yarn and longrope: cosines and sines are multiplied by it
-  query_growth: float = 0.0  # yarn only: queries grow beyond the pretraining length (Ministral 3)
+  query_growth: float = 0.0  # yarn only: scales queries beyond the pretraining length (Ministral 3)
   short_factors: tuple[float, ...] = ()  # longrope only: one for each rotated pair
   long_factors: tuple[float, ...] = ()  # longrope only
 
@@ -63,14 +63,14 @@ class RopeScaling:
 
   @property
   def longest(self) -> int | None:
-    """The most tokens that are rotated as the model was trained; None: any number."""
+    """The maximum number of tokens for which the rotation is supported; None: any number."""
     limited = self.kind == "longrope" or self.query_growth
     return self.original_length if limited else None
 
 
 def frequencies(dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-  """Radians a token for each rotated pair: theta^(-2i/dim), stretched as `scaling` says.
-  float64[dim / 2].
+  """Radians per token for each rotated pair: theta^(-2i/dim), scaled by `scaling`. float64[dim /
+  2].
   """
   freq = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
   return freq if scaling is None else KINDS[scaling.kind](freq, theta, scaling)
@@ -88,7 +88,7 @@ def _llama3(freq, theta, scaling):
 
 
 def _yarn(freq, theta, scaling):
-  def pair(turns):  # the pair, not whole, that turns so often over the pretraining length
+  def pair(turns):  # the (fractional) pair that makes this many turns over the pretraining length
     return len(freq) * math.log(scaling.original_length / (turns * 2 * math.pi), theta)
 
   first, last = pair(scaling.beta_fast), pair(scaling.beta_slow)
@@ -116,8 +116,8 @@ RANGES = {
   "yarn": ("beta_fast", "beta_slow", "the paper uses 32 and 1"),
 }
 
-# RopeScaling field -> its name in config.json, for the kinds that have it. A name that is left out
-# has the value of transformers; see `_scaling_of`.
+# RopeScaling field -> its name in config.json, for the kinds that have it. If a name is missing,
+# transformers' value applies; see `_scaling_of`.
 LENGTH = {"original_length": "original_max_position_embeddings"}
 NAMES: dict[str, dict[str, str]] = {
   "linear": {"factor": "factor"},
@@ -151,11 +151,11 @@ def _kind(rope: Mapping) -> str:
 
 
 def agree(given: Mapping[str, Any], new: dict, *, partial: bool) -> None:
-  """Raises ValueError if rope_parameters and the older spelling beside it say different things.
+  """Raises ValueError if rope_parameters and the older fields disagree.
 
   Args:
-    given: config.json as it is, without defaults.
-    partial: whether the family's rotation may cover a part of a head.
+    given: the unchanged config.json, without defaults.
+    partial: whether the family may rotate only a part of a head.
   """
   old = given.get("rope_scaling") or {}
   both = {name for names in NAMES.values() for name in names.values()} & old.keys() & new.keys()
@@ -189,7 +189,9 @@ def agree(given: Mapping[str, Any], new: dict, *, partial: bool) -> None:
 
 
 def spelling(defaults: Mapping[str, Any]) -> tuple[str, str | None]:
-  """What a family with these defaults calls theta and the fraction of a head that is rotated."""
+  """The names that a family with these defaults uses for theta and for the rotated fraction of a
+  head.
+  """
   theta = "rotary_emb_base" if "rotary_emb_base" in defaults else "rope_theta"
   parts = [name for name in ("rotary_pct", "partial_rotary_factor") if name in defaults]
   return theta, parts[0] if parts else None
@@ -198,14 +200,14 @@ def spelling(defaults: Mapping[str, Any]) -> tuple[str, str | None]:
 def read(
   config: dict, given: Mapping[str, Any], defaults: Mapping[str, Any], nested: bool
 ) -> dict[str, Any]:
-  """The four rotary fields of ArchConfig from rope_parameters (transformers 5), else from the
-  older spelling.
+  """The four rotary fields of ArchConfig from rope_parameters (transformers 5), or else from the
+  older fields.
 
   Args:
     config: config.json with the family's defaults.
-    given: config.json as it is.
+    given: the unchanged config.json.
     defaults: of the family.
-    nested: whether sliding layers have a theta of their own.
+    nested: whether sliding layers have a separate theta.
   """
   theta, part = spelling(defaults)
   new = config.get("rope_parameters") or {}
@@ -235,11 +237,12 @@ def read(
 
 
 def _scaling_of(rope: dict, config: dict) -> RopeScaling | None:
-  """The scaling of a rope_scaling or rope_parameters, with transformers' values for what it leaves
-  out."""
+  """The scaling of a rope_scaling or rope_parameters, with transformers' values for missing
+  fields.
+  """
   kind = _kind(rope)
   if config["model_type"] == "phi3" and kind in ("su", "yarn"):
-    kind = "longrope"  # as older files of this family call it
+    kind = "longrope"  # the name in older files of this family
   if kind == "default":
     return None
   if kind not in KINDS:
@@ -286,7 +289,7 @@ def write(arch, defaults: Mapping[str, Any], nested: bool) -> dict[str, Any]:
   kind: dict[str, Any] = {"rope_type": "default"}
   if scaling is not None:
     kind = {"rope_type": scaling.kind}
-    unused = {"truncate": True, "query_growth": 0.0}  # are left out, as files have them seldom
+    unused = {"truncate": True, "query_growth": 0.0}  # omitted, because files seldom have them
     for ours, name in NAMES[scaling.kind].items():
       value = getattr(scaling, ours)
       if ours not in unused or value != unused[ours]:

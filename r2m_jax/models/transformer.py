@@ -1,14 +1,14 @@
 """One decoder for every supported family: stacked blocks under a scan, a KV cache, feedback from
 any layer.
 
-What an `ArchConfig` says is decided while tracing; the compiled program holds only what the family
+The `ArchConfig` is evaluated during tracing, so the compiled program contains only what the family
 needs. Parameters:
 
   embed/embedding [V, D]           layers/attn_norm/scale [N, D]      final_norm/scale [D]
   layers/attn/{q,k,v,o}/kernel     layers/mlp_norm/scale [N, D]       lm_head/kernel [D, V]  (absent when tied)
   layers/mlp/{gate,up,down}/kernel [N, in, out]
 
-and, where the family has them, `bias` beside any kernel or layer-norm scale,
+and, if the family has them, `bias` next to any kernel or layer-norm scale,
 layers/attn/{q_norm,k_norm}/scale and layers/{attn_post_norm,mlp_post_norm}/scale. OLMo has no
 layers/{attn_norm,mlp_norm}. N layers, S key slots, H query heads, KV key heads, Dh numbers a head.
 """
@@ -62,7 +62,7 @@ REMAT: dict[str, Callable[[Callable], Callable]] = {
 
 @struct.dataclass
 class Output:
-  """What a forward pass gives."""
+  """The results of a forward pass."""
 
   hidden: jax.Array  # [B, L, D]    after the final norm: what the language-model head reads
   feedback: jax.Array  # [B, L, D]  `hidden`, or the residual stream after `feedback_layer`
@@ -70,17 +70,19 @@ class Output:
 
 
 def lay_states(x: jax.Array) -> jax.Array:
-  """The residual stream [B, L, D] over the mesh.
+  """The residual stream [B, L, D], distributed over the mesh.
 
-  Rows over data and fsdp: a pass over many tokens brings the weights of one layer at a time to the
-  rows. While decoding
-  a row is one token and smaller than the weights: these stay, and fsdp splits D as it splits them.
+  Rows are split over data and fsdp: a pass over many tokens moves the weights of one layer at a
+  time to the rows. During decoding a row is a single token and smaller than the weights. The
+  weights then stay in place, and fsdp splits D in the same way as the weights.
   """
   return lay_rows(x) if x.shape[1] > 1 else lay(x, "data", None, "fsdp")
 
 
 def at_least_float32(dtype) -> jnp.dtype:
-  """Where bfloat16 would not do: norms, softmax, rotations, logits. float64 stays float64."""
+  """For values that need more than bfloat16: norms, softmax, rotations, logits. float64 stays
+  float64.
+  """
   return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -107,8 +109,8 @@ class Norm(nnx.Module):
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates the leading 2R numbers of each head. x [B, heads, L, Dh], cos and sin [B, 1, L, R],
-  at least float32.
+  """Rotates the leading 2R elements of each head. x [B, heads, L, Dh], cos and sin [B, 1, L, R], at
+  least float32.
   """
   r = cos.shape[-1]
   a, b, rest = x[..., :r].astype(cos.dtype), x[..., r : 2 * r].astype(cos.dtype), x[..., 2 * r :]
@@ -117,12 +119,12 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 class Table(NamedTuple):
-  """What attention reads besides the tokens."""
+  """What attention reads in addition to the tokens."""
 
   cos: jax.Array  # [B, 1, L, R]
   sin: jax.Array
-  seen: Any  # mask bool[B, 1, L, S], or what stands for it: SharedMask, Seen, Slots
-  packing: Packing | None = None  # of the tokens that come in; attention itself reads padded rows
+  seen: Any  # mask bool[B, 1, L, S], or a SharedMask, Seen or Slots that represents it
+  packing: Packing | None = None  # of the input tokens; attention itself reads padded rows
 
 
 class Attention(nnx.Module):
@@ -142,8 +144,9 @@ class Attention(nnx.Module):
       self.k_norm = Norm(own[1], arch, param_dtype=param_dtype, kind="rms")
 
   def __call__(self, x, table, store):
-    """x [B, L, D]; the `Table` of this layer; store(k, v) -> (keys and values to attend over, those
-    of the prompt before them or (), cache)."""
+    """x [B, L, D]; the `Table` of this layer; store(k, v) -> (keys and values to attend over, the
+    prompt's keys and values before them or (), cache).
+    """
     rows = as_rows(x)
     return self.attend((self.q(rows), self.k(rows), self.v(rows)), x.shape, table, store)
 
@@ -215,7 +218,7 @@ class MLP(nnx.Module):
     return self.down(self.inside(*wide)).reshape(x.shape)
 
   def inside(self, first: jax.Array, *up: jax.Array) -> jax.Array:
-    """What `down` reads: act(gate) * up, or act(up) if the MLP has no gate and `first` is up."""
+    """The input of `down`: act(gate) * up, or act(up) if the MLP has no gate and `first` is up."""
     activated = ACTIVATIONS[self.activation](first)
     return activated * up[0] if up else activated
 
@@ -241,7 +244,7 @@ class Block(nnx.Module):
     return self.around(self.attn, self.mlp, x, table, store)
 
   def around(self, attn: Callable, mlp: Callable, x, table, store):
-    """`__call__` with `attn` and `mlp` in place of the block's own."""
+    """`__call__` with `attn` and `mlp` instead of the block's own modules."""
     y, cache = attn(self.attn_norm(x), table, store)
     if self.arch.parallel_residual:
       return x + y + mlp(self.mlp_norm(x)), cache
@@ -251,7 +254,7 @@ class Block(nnx.Module):
 
 
 def same(x: jax.Array) -> jax.Array:
-  """The norm of a family that has none at this place."""
+  """Replaces the norm in families that have none at this place."""
   return x
 
 
@@ -261,20 +264,21 @@ def scaled(x: jax.Array, scale: float) -> jax.Array:
 
 
 def as_rows(x: jax.Array) -> jax.Array:
-  """[..., D] -> [N, D]: a linear's gradient is then one plain product. Over two leading axes XLA on
-  CPU first transposes the widest operand, which took a quarter of an update."""
+  """[..., D] -> [N, D]: the gradient of a linear layer is then one plain matmul. With two leading
+  axes, XLA on CPU first transposes the widest operand, which took a quarter of an update.
+  """
   return x.reshape(-1, x.shape[-1])
 
 
 def splits_in_runs(shared: Shared | None, rows: int) -> bool:
-  """Whether what runs of rows share can be computed once: there are such runs, and each lies on
-  one device of the mesh.
+  """Whether the part that runs of rows share can be computed once: there are such runs, and each is
+  on one device of the mesh.
   """
   return shared is not None and shared.copies > 1 and rows % (shared.copies * row_shards()) == 0
 
 
 class Visible(NamedTuple):
-  """Which keys the tokens of a call see: those of real tokens up to themselves."""
+  """Which keys the tokens of a call see: the real tokens up to themselves."""
 
   seen: jax.Array  # bool[B, L, S]
   here: jax.Array  # i32[B, L]   position of each token
@@ -298,9 +302,9 @@ class Visible(NamedTuple):
 
 
 def by_kind(arch: ArchConfig, table: Callable[[LayerKind], tuple]) -> tuple[Any, jax.Array | None]:
-  """What `table(kind)` gives for the kinds of layer that the model has.
+  """The results of `table(kind)` for the model's kinds of layers.
 
-  If all layers are of one kind: (its table, None). Else (the tables stacked, in the order of
+  If all layers are of one kind: (its table, None). Otherwise: (the tables stacked, in the order of
   `arch.kinds`; i32[N], the kind of each layer).
   """
   tables = [table(kind) for kind in arch.kinds]
@@ -311,17 +315,19 @@ def by_kind(arch: ArchConfig, table: Callable[[LayerKind], tuple]) -> tuple[Any,
 
 
 def residual_init(arch: ArchConfig):
-  """1/sqrt(fan_in), divided by sqrt(2N): the sum of 2N branches starts with the variance of one."""
+  """1/sqrt(fan_in), divided by sqrt(2N): the sum of 2N branches then has the initial variance of
+  one branch.
+  """
   return nnx.initializers.variance_scaling(
     1.0 / (2 * arch.num_layers), "fan_in", "truncated_normal"
   )
 
 
 class Transformer(nnx.Module):
-  """A decoder as `arch` describes it. `dtype` computes (None: whatever the parameters are in),
-  `param_dtype` stores.
+  """The decoder that `arch` describes. `dtype` is the dtype of the computation (None: the
+  parameters' dtype), `param_dtype` the dtype of stored parameters.
 
-  `attention` is what `models.attention.choose` chooses by, (config.attention, platform).
+  `attention` is (config.attention, platform), the arguments of `models.attention.choose`.
   `adapt(block, rngs)` may add parameters to a block before the layers are stacked; see models.lora.
   """
 
@@ -339,7 +345,7 @@ class Transformer(nnx.Module):
     if remat not in REMAT:
       raise ValueError(f"{remat=} is unknown; use one of {sorted(REMAT)}")
     self.arch, self.dtype, self.remat = arch, dtype, remat
-    # how `models.decode` runs it
+    # how `models.decode` runs the model
     self.decodes_apart = attention[1] != "tpu"
     self.decodes_in_columns = attention[1] == "cpu"
     self.attention = choose(*attention, arch, param_dtype if dtype is None else dtype)
@@ -385,14 +391,14 @@ class Transformer(nnx.Module):
     """tokens i32[B, L], mask bool[B, L] -> Output.
 
     A token's position is the number of real tokens before it, so padding on either side changes
-    nothing. With a cache, tokens go to slots cache_index .. cache_index + L - 1 and see every real
-    token in a slot up to their own (prefill: pass the Python int 0, and no empty slot is read).
-    `feedback_layer` -1 taps `hidden`; i >= 0, or negative from the end, taps the residual stream
-    after layer i. `shared` says which rows begin alike: what they share is computed once, where
-    there is no cache, the kernel takes masks and the runs split over the mesh. Same results.
-    `share` below 1: at most that share of the places (of `lines_of`) holds a real token, and no more
-    than that are computed. Same results at real tokens, zeros at padding; NaN if the real tokens
-    are more.
+    nothing. With a cache, tokens are written to slots cache_index .. cache_index + L - 1 and see
+    every real token in slots up to their own. (For a prefill pass the Python int 0; then no empty
+    slot is read.) `feedback_layer` -1 returns `hidden`; i >= 0, or negative from the end, returns
+    the residual stream after layer i. `shared` defines which rows have the same beginning. The
+    beginning is computed once if there is no cache, the kernel supports masks and the runs divide
+    over the mesh. The results are the same. `share` below 1 is an upper limit for the share of
+    places (of `lines_of`) that hold a real token, and only this share is computed. The results are
+    the same at real tokens and zero at padding; they are NaN if there are more real tokens.
     """
     arch, length = self.arch, tokens.shape[1]
     if not -arch.num_layers <= feedback_layer < arch.num_layers:
@@ -405,7 +411,7 @@ class Transformer(nnx.Module):
       )
     tap = None if feedback_layer == -1 else feedback_layer % arch.num_layers
     slot = 0 if cache_index is None else cache_index
-    fresh = isinstance(slot, int) and slot == 0  # attend over the tokens of this call alone
+    fresh = isinstance(slot, int) and slot == 0  # attend only over the tokens of this call
     if cache is not None:
       cache = cache.written(mask, slot)
     keys = mask if fresh or cache is None else cache.mask  # bool[B, S]
@@ -435,12 +441,12 @@ class Transformer(nnx.Module):
     return self.attention in ("splash", "interpreted") and length >= BLOCK
 
   def lines_of(self, shared: Shared | None, rows: int, length: int) -> Shared | None:
-    """`shared` if a pass over so many whole rows of this length computes what they share once."""
+    """`shared` if a pass over this many whole rows of this length computes the shared part once."""
     apart = self._in_blocks(length) or not splits_in_runs(shared, rows)
     return None if apart else shared
 
   def _scan(self, x, kv, tables, kinds, slot, fresh, tap, packing):
-    """All layers, one after another: (x, kv, x after layer `tap` or None).
+    """Runs all layers, one after another: (x, kv, x after layer `tap` or None).
 
     x [B, L, D]; kv (keys, values) of a cache or None; tables and kinds of `_tables`; slot i32[];
     `fresh`: attend over the tokens of this call instead of the cache; packing: of x, or None.
@@ -471,17 +477,18 @@ class Transformer(nnx.Module):
     return carry
 
   def embedded(self, tokens: jax.Array) -> jax.Array:
-    """i32[B, L] -> [B, L, D], scaled as the family does. Devices that share the embedding's columns
-    look up their own and exchange rows for them: the embedding itself does not move."""
+    """i32[B, L] -> [B, L, D], with the family's scale. Devices that split the embedding's columns
+    look up their own columns and exchange the results, so the embedding itself does not move.
+    """
     x = jnp.take(self.embed.embedding[...], lay(tokens, "data"), axis=0).astype(self.compute_dtype)
     x = lay_states(lay(x, "data", None, "fsdp"))
     return scaled(x, self.arch.embed_scale)
 
   def _tables(self, keys, slot, length, in_blocks, shared):
-    """What layers read besides x, for each kind of layer the model has; see `by_kind`.
+    """What layers read in addition to x, for each of the model's kinds of layers; see `by_kind`.
 
-    keys bool[B, S] -> (`Table`, kinds). With `in_blocks` a `Seen` takes the mask's place, with
-    `shared` a `SharedMask` (and rotations of the lines' positions).
+    keys bool[B, S] -> (`Table`, kinds). With `in_blocks` a `Seen` replaces the mask; with `shared`
+    a `SharedMask` does, and the rotations are for the positions of the lines.
     """
     check_length(self.arch, keys.shape[1])
     visible = Visible.of(keys, slot, length)
@@ -520,8 +527,8 @@ class Transformer(nnx.Module):
     return Cache(k=empty(), v=empty(), mask=lay_rows(jnp.zeros((batch, length), bool)))
 
   def unembedding(self) -> jax.Array:
-    """The vocabulary head as one array [D, V], in the compute dtype. `logit_divisor` is in it,
-    `final_softcap` is not.
+    """The vocabulary head as one array [D, V], in the compute dtype. It includes `logit_divisor`
+    but not `final_softcap`.
     """
     if not self.arch.lm_head:
       raise ValueError(
@@ -532,8 +539,9 @@ class Transformer(nnx.Module):
     return scaled(kernel, 1 / self.arch.logit_divisor).astype(self.compute_dtype)
 
   def embedding(self, state: jax.Array) -> jax.Array:
-    """[..., D] last-layer states -> what the last layer of a score head reads, at least float32:
-    the states, or what the first layer of a score head of two makes of them. [..., Dr]
+    """[..., D] last-layer states -> [..., Dr], the input of a score head's last layer, at least
+    float32: the states themselves, or the output of the first layer if the score head has two
+    layers.
     """
     state = at_least_f32(state)
     if not self.arch.score_width:
@@ -542,7 +550,7 @@ class Transformer(nnx.Module):
 
   @property
   def head(self) -> Head:
-    """What predicts tokens from `Output.hidden`, soft-capped where the family does."""
+    """The head that predicts tokens from `Output.hidden`, with the family's soft cap."""
     return Head(self.unembedding(), self.arch.final_softcap)
 
   def logits(self, hidden: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -551,7 +559,7 @@ class Transformer(nnx.Module):
 
 
 def check_length(arch: ArchConfig, length: int) -> None:
-  """Raises TooLong if the model's rotation is not defined here for so many tokens."""
+  """Raises TooLong if the model's rotation does not support this number of tokens."""
   scaling = arch.rope_scaling
   if scaling is None or scaling.longest is None or length <= scaling.longest:
     return
@@ -563,7 +571,7 @@ def check_length(arch: ArchConfig, length: int) -> None:
 
 
 class TooLong(UserError, ValueError):
-  """More tokens than a model's rotation is defined for."""
+  """There are more tokens than a model's rotation supports."""
 
 
 def init(arch: ArchConfig, key: jax.Array, **kwargs) -> tuple[Any, nnx.State]:
@@ -575,5 +583,7 @@ def init(arch: ArchConfig, key: jax.Array, **kwargs) -> tuple[Any, nnx.State]:
 
 
 def abstract(arch: ArchConfig, **kwargs) -> tuple[Any, nnx.State]:
-  """(graphdef, state of ShapeDtypeStructs): the shape of a Transformer, nothing allocated."""
+  """(graphdef, state of ShapeDtypeStructs): the shape of a Transformer, without allocating
+  anything.
+  """
   return nnx.split(nnx.eval_shape(lambda: Transformer(arch, rngs=nnx.Rngs(0), **kwargs)))

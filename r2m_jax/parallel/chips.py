@@ -1,8 +1,8 @@
-"""What a chip can do, from its maker's public specification, and the slices that are rented out.
+"""The specification of each chip, from its vendor's public documents, and the available slices.
 
 TPUs: the system architecture pages of Google Cloud's TPU documentation (v4, v5e, v5p, v6e). GPUs:
 NVIDIA's data sheets of A100 SXM4 80GB, H100 SXM5 and H200 SXM5, dense bfloat16, with NVLink inside
-a server. Rates are peaks: times that follow from them are the least that a step can take.
+a server. Rates are peaks, so times computed from them are lower bounds of a step's time.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ class Chip:
   memory: float  # bytes that a program may use
   memory_rate: float  # bytes/s to and from its memory
   link_rate: float  # bytes/s out of the chip, over all its links together
-  slices: tuple[str, ...] = ()  # smallest first; none: any number of chips
+  slices: tuple[str, ...] = ()  # smallest first; (): any number of chips
   options: tuple[tuple[str, str], ...] = ()  # of the topology, for jax.experimental.topologies
 
 
 SQUARE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBE = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8")
-# memory of a TPU: what its compiler gives a program, a little less than the chip has (32, 16, 95,
-# 32 GiB on the sheets)
+# memory of a TPU: what its compiler allows a program, slightly less than the chip's memory (32, 16,
+# 95, 32 GiB)
 TPUS = (
   Chip("v4", 275e12, 30.75 * GIB, 1228e9, 300e9, CUBE, (("chip_config_name", "megacore"),)),
   Chip("v5e", 197e12, 15.75 * GIB, 819e9, 200e9, SQUARE),
@@ -39,7 +39,7 @@ GPUS = (
   Chip("h100", 989e12, 0.95 * 79 * GIB, 3350e9, 450e9),
   Chip("h200", 989e12, 0.95 * 140 * GIB, 4800e9, 450e9),
 )
-# a host's processor, only so that a plan for it can be compared with what a run on it takes
+# a host's processor, only to compare a plan for it with a real run
 CPU = Chip("cpu", 4e11, math.inf, 40e9, 10e9)
 
 
@@ -56,12 +56,12 @@ class Topology:
 
   @property
   def compiles(self) -> bool:
-    """Whether there is a compiler for it here; else its plan is counted, not compiled."""
+    """Whether we have a compiler for it; otherwise its plan is counted, not compiled."""
     return self.platform != "gpu"
 
 
 def peak_flops(device_kind: str) -> float:
-  """bfloat16 FLOP/s of a device by the name that JAX gives its kind; 0.0 if it is not in the table.
+  """bfloat16 FLOP/s of a device, by JAX's name of its kind; 0.0 if it is not in the table.
 
   A JAX device is a whole chip of every TPU here: v4 and v5p run their two cores as one.
   """
@@ -72,7 +72,7 @@ def peak_flops(device_kind: str) -> float:
 
 
 def parse_topology(name: str) -> Topology:
-  """`v5p:2x2x4`, `gpu:h100x8` or `cpu:8`. Raises ValueError that lists what there is."""
+  """`v5p:2x2x4`, `gpu:h100x8` or `cpu:8`. Raises ValueError with the valid names."""
   for chip in TPUS:
     if match := re.fullmatch(rf"{chip.name}:(\d+(?:x\d+)+)", name):
       sizes = [int(size) for size in match[1].split("x")]

@@ -1,11 +1,11 @@
-"""The errors that whoever runs the program can mend."""
+"""Errors that the user of the program can fix."""
 
 
 class UserError(Exception):
-  """Something outside the program is wrong; the message names it and the fix.
+  """Something outside the program is wrong; the message names the problem and the fix.
 
-  `status` is the exit status of the program: 2 if the command cannot run as it was given, 1 if a
-  run needs somebody to look after it.
+  `status` is the exit status of the program: 2 if the command cannot run as given, 1 if a run needs
+  attention.
   """
 
   status = 2

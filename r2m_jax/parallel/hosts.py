@@ -1,9 +1,8 @@
-"""Several processes as one program: how they find each other, share rows and values, and what ends
-them.
+"""Several processes as one program: how they find each other, share rows and values, and end.
 
 Every process runs the same program on its own devices and holds its own rows of a batch. Only the
-first one (number 0) writes, prints and reports. One process alone passes through every function
-here at no cost.
+first process (number 0) writes, prints and reports. With a single process every function here is
+free.
 """
 
 import contextlib
@@ -31,17 +30,17 @@ from jax.sharding import NamedSharding
 
 from r2m_jax.parallel.errors import UserError
 
-# exit status where another process was lost, that of "resume me": the same command goes on
+# exit status if another process was lost, the same as "resume me": the same command resumes
 LOST = 75
-ALONE = "none"  # config.hosts.coordinator of a process that looks for no others
-PATIENCE = 20.0  # seconds that a shared disk has to show what another machine wrote
-# what the runtime says of a process that is gone, and what others, such as orbax, make of it
+ALONE = "none"  # config.hosts.coordinator of a process that runs by itself
+PATIENCE = 20.0  # seconds within which a shared disk must show what another machine wrote
+# the runtime's messages about a lost process, and those of libraries such as orbax
 GONE = re.compile(
   r"Gloo|[Bb]arrier|[Hh]eartbeat|coordination service|UNAVAILABLE|DEADLINE_EXCEEDED"
 )
 CUT = re.compile(
   r"ncclRemote|connection (closed|reset|refused)|socket closed|broken pipe", re.I
-)  # the runtime alone
+)  # only the runtime
 
 
 class HostsError(UserError, ValueError):
@@ -49,18 +48,20 @@ class HostsError(UserError, ValueError):
 
 
 class Elsewhere(RuntimeError):
-  """The first process met an error in what it does for all, and says it itself."""
+  """The first process met an error in work that it does for all processes, and reports it
+  itself.
+  """
 
 
 # ---- beginning and end ----
 
 
 def addresses(settings, environ=os.environ) -> tuple[str, int, int] | None:
-  """(coordinator, processes, process) as config.hosts or the environment gives them; None:
-  detected, or alone.
+  """(coordinator, processes, process) as config.hosts or the environment gives them; None: detected
+  from the cluster, or a single process.
 
   Raises:
-    HostsError: for a value that cannot be, named as it was given.
+    HostsError: a value is invalid; the message shows it as it was given.
   """
   given = {}
   for field, variable, none in (
@@ -96,9 +97,7 @@ def addresses(settings, environ=os.environ) -> tuple[str, int, int] | None:
       f"{name} is {address!r}: give HOST:PORT of process 0, such as 10.0.0.1:1234, or {ALONE!r}"
     )
   if processes < 1:
-    raise HostsError(
-      f"{given['processes'][1]} is {processes}: say how many processes there are in all"
-    )
+    raise HostsError(f"{given['processes'][1]} is {processes}: give the total number of processes")
   if not 0 <= process < processes:
     raise HostsError(
       f"{given['process'][1]} is {process}: each of the {processes} processes has its own number "
@@ -110,14 +109,14 @@ def addresses(settings, environ=os.environ) -> tuple[str, int, int] | None:
 
 @contextlib.contextmanager
 def together(settings) -> Iterator[None]:
-  """Joins the other processes of the run, where there are any, for the length of the block.
+  """Joins the other processes of the run, if there are any, for the duration of the block.
 
-  In the block only the first process prints to stdout. A process that is lost ends the others with
-  status `LOST` within config.hosts.heartbeat_timeout seconds, and one that ends with an error
-  within config.hosts.end_timeout.
+  In the block only the first process prints to stdout. If a process is lost, the others end with
+  status `LOST` within config.hosts.heartbeat_timeout seconds. If a process ends with an error, they
+  end within config.hosts.end_timeout.
 
   Raises:
-    HostsError: the others did not come.
+    HostsError: the other processes did not join.
   """
   with contextlib.ExitStack() as stack:
     on_abort = stack.enter_context(_last_words())
@@ -152,18 +151,18 @@ def together(settings) -> Iterator[None]:
     finally:
       late = threading.Timer(
         settings.end_timeout + 10, os._exit, [status]
-      )  # whatever holds the others up
+      )  # whatever delays the others
       late.start()
       with contextlib.suppress(
         RuntimeError
-      ):  # another one left without a word: nothing more to wait for
+      ):  # another process left without a message: there is nothing to wait for
         jax.distributed.shutdown()
       late.cancel()
 
 
 def _join(settings) -> bool:
-  """Starts jax.distributed where there are several processes. Touches no device before all are
-  there.
+  """Starts jax.distributed if there are several processes. Touches no device before all have
+  joined.
   """
   if settings.coordinator == ALONE:
     return False
@@ -177,11 +176,11 @@ def _join(settings) -> bool:
   )
   jax.config.update(
     "jax_enable_preemption_service", False
-  )  # it would take SIGTERM from loop.signals_end_the_run
+  )  # otherwise it would take SIGTERM away from loop.signals_end_the_run
   try:
     if given is None:
       with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a cluster that is none
+        warnings.simplefilter("ignore")  # from something that is not a cluster
         jax.distributed.initialize(**limits)
     elif given[1] > 1:
       jax.distributed.initialize(*given, cluster_detection_method="deactivate", **limits)
@@ -213,16 +212,16 @@ def _missing(settings) -> str:
 def _lost(how: str) -> str:
   return (
     f"error: process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()} "
-    "ends, because another "
-    f"process was lost: {how}. Its own output says why. The same command on every host goes on "
-    "from what is saved."
+    f"ends, because another process was lost: {how}. Its own output says why. The same command "
+    "on every host resumes from the last checkpoint."
   )
 
 
 @contextlib.contextmanager
 def _last_words() -> Iterator[Callable[[str, int], None]]:
-  """JAX aborts a process whose peers are gone or never come. In here such an abort says what was
-  set as (words, status) with the function that this gives."""
+  """JAX aborts a process whose peers are lost or never join. Inside this context, such an abort
+  prints the (words, status) that were set with the function it yields.
+  """
   words, status = b"", LOST
 
   @ctypes.CFUNCTYPE(None, ctypes.c_int)
@@ -245,8 +244,8 @@ def _last_words() -> Iterator[Callable[[str, int], None]]:
 
 
 def end_if_lost(error: BaseException | None) -> None:
-  """Ends the program with status `LOST` where an error, or what caused it, is that another
-  process is gone.
+  """Ends the program with status `LOST` if an error, or its cause, is the loss of another
+  process.
   """
   while error is not None and jax.process_count() > 1:
     of_runtime = isinstance(error, jax.errors.JaxRuntimeError)
@@ -256,7 +255,7 @@ def end_if_lost(error: BaseException | None) -> None:
         file=sys.stderr,
         flush=True,
       )
-      os._exit(LOST)  # not sys.exit, which would wait for the one that is gone
+      os._exit(LOST)  # not sys.exit, which would wait for the lost process
     error = error.__cause__ or error.__context__
 
 
@@ -269,7 +268,7 @@ def first() -> bool:
 
 
 def any_of(flag: bool) -> bool:
-  """Whether `flag` is true in any process. All must ask."""
+  """Whether `flag` is true in any process. All processes must call it."""
   if jax.process_count() == 1:
     return bool(flag)
   return bool(multihost_utils.process_allgather(np.asarray(bool(flag))).any())
@@ -283,19 +282,21 @@ def largest(number: int) -> int:
 
 
 def total(number: int) -> int:
-  """The sum of every process's `number`. All must ask."""
+  """The sum of every process's `number`. All processes must call it."""
   if jax.process_count() == 1:
     return number
   return int(multihost_utils.process_allgather(np.int32(number)).sum())
 
 
 def from_first(value: Any) -> Any:
-  """The first process's `value` in every process; JSON. The others' is not read."""
+  """The first process's `value`, as JSON, in every process. The values of the others are
+  ignored.
+  """
   if jax.process_count() == 1:
     return value
   data = json.dumps(value).encode() if first() else b""
   size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-  padded = np.zeros(1 << max(size - 1, 255).bit_length(), np.uint8)  # few sizes, few programs
+  padded = np.zeros(1 << max(size - 1, 255).bit_length(), np.uint8)  # few sizes mean few programs
   padded[: len(data)] = np.frombuffer(data, np.uint8)
   return json.loads(
     np.asarray(multihost_utils.broadcast_one_to_all(padded))[:size].astype(np.uint8).tobytes()
@@ -303,10 +304,11 @@ def from_first(value: Any) -> Any:
 
 
 def on_first(f: Callable[[], Any]) -> Any:
-  """Runs `f` in the first process alone and gives its result, JSON, to all. An error ends them all.
+  """Runs `f` only in the first process and returns its result, as JSON, in all. An error ends all
+  processes.
 
   Raises:
-    Elsewhere: in the others, where f raised; the first raises what f did.
+    Elsewhere: in the other processes, if f raised an error. The first process raises f's error.
   """
   if jax.process_count() == 1:
     return f()
@@ -333,7 +335,7 @@ def on_first(f: Callable[[], Any]) -> Any:
 
 
 def meet() -> None:
-  """Returns when every process has come here."""
+  """Returns when every process has reached this point."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices("r2m_jax")
 
@@ -350,7 +352,9 @@ def require_same(value: Any, what: str) -> None:
 
 
 def require_shared(folder: Path, what: str = "--workdir") -> None:
-  """Raises HostsError unless every process sees what the first one writes into `folder`."""
+  """Raises HostsError unless every process sees a file that the first process writes into
+  `folder`.
+  """
   if jax.process_count() == 1:
     return
   name = from_first(f".shared.{secrets.token_hex(8)}")
@@ -374,8 +378,8 @@ def require_shared(folder: Path, what: str = "--workdir") -> None:
 
 
 def rows_of(layout: NamedSharding, rows: int) -> np.ndarray:
-  """Numbers of the rows of a batch, of `rows` in all, that lie on this process's devices;
-  ascending.
+  """Indices of the rows of a batch of `rows` that are on this process's devices, in ascending
+  order.
   """
   if jax.process_count() == 1:
     return np.arange(rows)
@@ -384,14 +388,14 @@ def rows_of(layout: NamedSharding, rows: int) -> np.ndarray:
 
 
 def take(tree, layout: NamedSharding):
-  """This process's rows of host arrays that every process has whole."""
+  """This process's rows of host arrays that every process has in full."""
   if jax.process_count() == 1:
     return tree
   return jax.tree.map(lambda x: x[rows_of(layout, len(x))], tree)
 
 
 def place(tree, layout: NamedSharding):
-  """Host arrays as batches on the devices of `layout`; each process gives its own rows
+  """Puts host arrays as batches on the devices of `layout`; each process passes its own rows
   (`rows_of`), in their order.
   """
   if jax.process_count() == 1:
@@ -414,14 +418,16 @@ def place(tree, layout: NamedSharding):
 
 
 def _copies(layout: NamedSharding) -> int:
-  """How many devices hold the same rows."""
+  """The number of devices that hold the same rows."""
   split = layout.spec[0] if len(layout.spec) else None
   axes = () if split is None else (split,) if isinstance(split, str) else split
   return layout.num_devices // int(np.prod([layout.mesh.shape[axis] for axis in axes], dtype=int))
 
 
 def put(tree, layouts):
-  """Host arrays that every process has whole, laid out as `layouts` says."""
+  """Puts host arrays that every process has in full on the devices, with the shardings
+  `layouts`.
+  """
   if jax.process_count() == 1:
     return jax.device_put(tree, layouts)
 
@@ -432,7 +438,7 @@ def put(tree, layouts):
 
 
 def local(tree):
-  """The rows of batches on devices that lie on this process's, as host arrays."""
+  """This process's rows of batches on devices, as host arrays."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
 
@@ -444,7 +450,7 @@ def local(tree):
 
 
 def fetch(tree):
-  """Whole arrays on every host. All processes must ask for the same."""
+  """Full arrays on every host. All processes must request the same arrays."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
 

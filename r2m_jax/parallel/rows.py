@@ -1,10 +1,10 @@
-"""Rows of a batch in minibatches, micro-batches and parts, such that no row leaves the device that
-holds it.
+"""Splits the rows of a batch into minibatches, micro-batches and parts, such that no row leaves its
+device.
 
-Rows are split over devices in blocks. So whatever takes some rows of all takes a share of every
-block: a part is neighbouring rows of every device, so that responses to one prompt stay together,
-and a minibatch is one row of every run of M neighbours. Which rows are in a part depends on the
-mesh, so what is computed in parts may not depend on that; which are in a minibatch does not.
+Rows are split over devices in blocks, so any subset of rows takes an equal share from every block.
+A part has neighbouring rows of every device, so that responses to one prompt stay together. A
+minibatch has one row of every run of M neighbours. The rows in a part depend on the mesh, so
+results must not depend on the parts. The rows in a minibatch do not depend on the mesh.
 """
 
 import math
@@ -27,20 +27,20 @@ def dealt(group: int, minibatches: int) -> int:
 
 
 def neighbours(group: int, rows: int) -> int:
-  """How many of `group` neighbouring rows are surely neighbours in a part of so many rows in
-  all, see `scan_rows`.
+  """How many of `group` neighbouring rows are always neighbours in a part of this many rows; see
+  `scan_rows`.
   """
   shards = row_shards()
   return math.gcd(group, rows // shards if rows % shards == 0 else rows)
 
 
 def shards_of(rows: int) -> int:
-  """Over how many devices so many rows are split: one if they do not split evenly."""
+  """The number of devices over which this many rows are split; 1 if they do not split evenly."""
   return row_shards() if rows % row_shards() == 0 else 1
 
 
 def blocks_of(rows: int, parts: int) -> tuple[int, int]:
-  """(devices, rows of each in a part): how `scan_rows` splits so many rows."""
+  """(devices, rows of each device in a part): how `scan_rows` splits this many rows."""
   shards = row_shards() if rows % (row_shards() * parts) == 0 else 1
   return shards, rows // (shards * parts)
 
@@ -54,9 +54,9 @@ def parts_of_rows(rows: int, parts: int) -> int:
 def scan_rows(f: Callable, carry, parts: int, *trees):
   """`jax.lax.scan` of f(carry, *part) -> (carry, out) over `parts` parts of the rows of `trees`.
 
-  Every leaf of `trees` and of out has rows as its leading axis; a part has as many neighbouring
-  ones of each device. Returns (carry, outs of all rows, in their order), written into place one
-  part after another.
+  Every leaf of `trees` and of out has rows as its leading axis; a part has the same number of
+  neighbouring rows of each device. Returns (carry, outs of all rows, in their order); the outs are
+  written in place, one part after another.
   """
   rows = len(jax.tree.leaves(trees)[0])
   shards, each = blocks_of(rows, parts)
@@ -88,11 +88,11 @@ def scan_rows(f: Callable, carry, parts: int, *trees):
 
 
 def map_rows(f: Callable, parts: int, *trees):
-  """f(*trees) over parts of the rows, one after another: its temporaries exist for one part at a
-  time.
+  """f(*trees) over parts of the rows, one after another, so that temporaries exist for only one
+  part at a time.
 
-  Every leaf of the arguments and of the result has the rows as its leading axis. Where the rows do
-  not split into `parts` equal ones over the mesh, it is the next larger number into which they do.
+  Every leaf of the arguments and of the result has the rows as its leading axis. If the rows do not
+  split into `parts` equal parts over the mesh, the next larger number that works is used.
   """
   parts = parts_of_rows(len(jax.tree.leaves(trees)[0]), parts)
   if parts == 1:
@@ -103,7 +103,7 @@ def map_rows(f: Callable, parts: int, *trees):
 def deal_orders(key: jax.Array, rows: int, minibatches: int) -> jax.Array:
   """Deals every run of `minibatches` neighbouring rows out at random, one to each minibatch.
 
-  So the responses to one prompt are spread over the minibatches evenly.
+  So the responses to one prompt are distributed evenly over the minibatches.
 
   Returns:
     i32[minibatches, rows / minibatches]: which row of each run belongs to a minibatch.
@@ -121,9 +121,9 @@ def take_rows(tree, order: jax.Array, minibatches: int):
 
 
 def take_shares(x: jax.Array, order: jax.Array, axis: int = 0) -> jax.Array:
-  """Some rows of each device, rows being an axis of x.   [..., B, ...] -> [..., S * n, ...].
+  """Some rows of each device, along the row axis of x.   [..., B, ...] -> [..., S * n, ...].
 
-  order: i32[S, n], which rows, counted on each of S devices.
+  order: i32[S, n], the rows to take, counted on each of S devices.
   """
   shards, count = order.shape
   x = jnp.moveaxis(x, axis, 0)

@@ -1,7 +1,7 @@
-"""Meshes and one table that says how every parameter is laid out over them.
+"""Meshes, and one table of how every parameter is distributed over them.
 
 Axes: `data` splits the batch, `fsdp` splits the batch and the parameters, `tensor` splits the
-parameters' other side. One device is a 1 x 1 x 1 mesh; the same code runs on a pod.
+  parameters along another axis. One device is a 1 x 1 x 1 mesh; the same code runs on a pod.
 """
 
 import functools
@@ -15,12 +15,12 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # what an axis of rows is split over
+ROWS = ("data", "fsdp")  # the mesh axes over which rows are split
 BATCH = P(ROWS)
 LARGE = 2**20  # elements; a parameter this large must match a rule
 
 # (path pattern, spec of the trailing axes). Leading axes that a spec does not name (the layer axis)
-# stay whole.
+# are not split.
 RULES = (
   (r"embed/embedding$", P("tensor", "fsdp")),
   (r"(attn/(q|k|v)|mlp/(gate|up))/kernel$", P("fsdp", "tensor")),
@@ -36,7 +36,7 @@ RULES = (
 
 
 def mesh_shape(sizes: tuple[int, ...], num_devices: int) -> tuple[int, int, int]:
-  """Fills in a single -1. Raises ValueError where the sizes cannot cover the devices."""
+  """Fills in a single -1. Raises ValueError if the sizes cannot cover the devices."""
   if len(sizes) != 3 or sum(s == -1 for s in sizes) > 1 or any(s < 1 and s != -1 for s in sizes):
     raise ValueError(
       f"config.mesh is {sizes}; give three sizes for {AXES}, at most one of them -1, such as (-1, "
@@ -70,7 +70,7 @@ def make_mesh(sizes: tuple[int, ...], devices=None) -> Mesh:
     return jax.make_mesh(shape, AXES, devices=devices, **kwargs)
   except (
     NotImplementedError
-  ):  # such as (1, 8, 2) on a 4 x 4 torus: an axis of the mesh takes part of one of the torus
+  ):  # such as (1, 8, 2) on a 4 x 4 torus: an axis of the mesh covers part of an axis of the torus
     split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return Mesh(split, AXES, **kwargs)
 
@@ -82,7 +82,9 @@ def path_name(path) -> str:
 
 
 def fitted(shape: tuple[int, ...], spec, mesh) -> P:
-  """The spec without what does not divide its dimension: that is left whole."""
+  """The spec without mesh axes that do not divide their dimension; those dimensions are not
+  split.
+  """
 
   def size(axes):
     return int(np.prod([mesh.shape[a] for a in (axes if isinstance(axes, tuple) else (axes,))]))
@@ -91,7 +93,8 @@ def fitted(shape: tuple[int, ...], spec, mesh) -> P:
 
 
 def spec_for(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-  """The PartitionSpec of one parameter. An axis that does not divide its dimension is left whole.
+  """The PartitionSpec of one parameter. A mesh axis that does not divide its dimension does not
+  split it.
 
   Raises ValueError for a parameter of at least 2**20 elements that no rule matches.
   """
@@ -113,9 +116,9 @@ def shardings(tree, mesh: Mesh):
 
 
 def on_mesh(mesh: Mesh, f: Callable) -> Callable:
-  """f, traced with `mesh` around it: what `lay`, `lay_rows` and `lay_parameters` inside it refer
-  to. One device needs
-  none: so it can be mapped over a mesh of another kind."""
+  """f, traced inside `mesh`, to which `lay`, `lay_rows` and `lay_parameters` in f refer. A single
+  device needs no mesh, so f can then be mapped over another kind of mesh.
+  """
   if mesh.size == 1:
     return f
 
@@ -128,37 +131,37 @@ def on_mesh(mesh: Mesh, f: Callable) -> Callable:
 
 
 def jit_on(mesh: Mesh) -> Callable[[Callable], Callable]:
-  """`jax.jit` of `on_mesh`, as a decorator: for whatever runs a model."""
+  """`jax.jit` of `on_mesh`, as a decorator, for functions that run a model."""
   return lambda f: jax.jit(on_mesh(mesh, f))
 
 
 def mesh_around():
-  """The mesh of `on_mesh`; None where there is none of ours, or where it is a single device."""
+  """The mesh of `on_mesh`; None if there is none, or if it has a single device."""
   mesh = jax.sharding.get_abstract_mesh()
   return None if mesh.size == 1 or "data" not in mesh.shape else mesh
 
 
 def row_shards() -> int:
-  """Over how many devices `lay_rows` splits rows."""
+  """The number of devices over which `lay_rows` splits rows."""
   mesh = mesh_around()
   return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def lay(x: jax.Array, *spec) -> jax.Array:
-  """x with its leading axes split over the mesh's as `spec` says, the others whole. Without a
-  mesh around: x.
+  """x with its leading axes split over the mesh's axes in `spec`, and the others not split. Without
+  a mesh: x.
   """
   mesh = mesh_around()
   return x if mesh is None else jax.lax.with_sharding_constraint(x, fitted(x.shape, spec, mesh))
 
 
 def lay_rows(x: jax.Array) -> jax.Array:
-  """x with its leading axis, rows, over data and fsdp."""
+  """x with its leading axis, the rows, split over data and fsdp."""
   return lay(x, ROWS)
 
 
 def lay_leading(x: jax.Array) -> jax.Array:
-  """As `lay_rows`, with the other axes as they come."""
+  """Like `lay_rows`, without constraints on the other axes."""
   mesh = mesh_around()
   if mesh is None:
     return x
@@ -167,7 +170,9 @@ def lay_leading(x: jax.Array) -> jax.Array:
 
 
 def lay_parameters(tree):
-  """A tree of parameters, or of their gradients or moments, as the table above says."""
+  """A tree of parameters, or of their gradients or moments, with the shardings of the table
+  above.
+  """
   mesh = mesh_around()
   if mesh is None:
     return tree

@@ -1,9 +1,10 @@
-"""What a compiled program sends over the links: collectives of its HLO, each as often as its loops
-run it.
+"""The bytes that a compiled program sends over the links: the collectives in its HLO, times the
+iterations of their loops.
 
 A compiler's own cost analysis counts the body of a loop once. Here the trip count of every `while`
-is read from its condition (a comparison of the counter with a constant), so that a scan over layers
-counts them all and the decoding loop its full length: a run whose rows all end earlier sends less.
+is read from its condition (a comparison of the counter with a constant). So a scan over layers
+counts all layers, and the decoding loop counts its full length. A run whose rows all end earlier
+sends less.
 """
 
 import collections
@@ -44,13 +45,13 @@ CALLS = re.compile(
 def collective_bytes(text: str) -> dict[str, float]:
   """Bytes that one chip sends in one run of the program, by kind of collective.
 
-  By the ring algorithms, over n chips of a group: all-gather (n - 1) / n of the gathered array,
-  reduce-scatter the same of the array before, all-reduce twice that, all-to-all (n - 1) / n of its
-  array, collective-permute its array.
+  By the ring algorithms, over n chips of a group: all-gather sends (n - 1) / n of the gathered
+  array, reduce-scatter the same share of its input, all-reduce twice that, all-to-all (n - 1) / n
+  of its array, and collective-permute its array.
 
-  Pieces of one asynchronous collective in several fusions have one channel and are counted once: as
-  often as the rarest of them runs, since what lies between its start and its end may be a loop.
-  Raises ValueError where a loop's length cannot be read.
+  The parts of one asynchronous collective in several fusions have one channel and are counted once,
+  as often as the rarest part runs, because there may be a loop between its start and its end.
+  Raises ValueError if a loop's length cannot be read.
   """
   computations, entry = parse(text)
   times = executions(computations, entry)
@@ -73,7 +74,7 @@ def collective_bytes(text: str) -> dict[str, float]:
 
 
 def parse(text: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
-  """({computation: [(instruction, what it is)]}, the entry's name) of HLO text."""
+  """({computation: [(instruction, its definition)]}, the entry's name) of HLO text."""
   computations, entry, current = {}, "", None
   for line in text.splitlines():
     if head := HEAD.match(line):
@@ -88,7 +89,7 @@ def parse(text: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
 
 def executions(computations, entry: str) -> dict[str, int]:
   """How often each computation runs."""
-  callers = collections.defaultdict(list)  # computation -> [(caller, times a run of it)]
+  callers = collections.defaultdict(list)  # computation -> [(caller, calls per run of the caller)]
   for name, lines in computations.items():
     for _, rest in lines:
       loop = re.search(r"(?:^|[ }\])])while\(", rest)
@@ -108,7 +109,7 @@ def executions(computations, entry: str) -> dict[str, int]:
 
 
 def trip_count(computations, loop: str) -> int:
-  """How often a `while` runs its body, at most."""
+  """The maximum number of iterations of a `while`."""
   if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop):
     return int(known[1])
   condition = re.search(r"condition=%?([\w.\-]+)", loop)[1]
@@ -125,7 +126,7 @@ def trip_count(computations, loop: str) -> int:
       if any("direction=L" in r or "direction=G" in r for r in inner.values()):
         compared = re.match(
           r"()", ""
-        )  # the comparison is inside, its constant among the fusion's operands or inside
+        )  # the comparison is inside; its constant is an operand of the fusion, or inside
         constants |= {
           n: int(v[1])
           for n, r in inner.items()
@@ -146,8 +147,9 @@ def trip_count(computations, loop: str) -> int:
 
 
 def counter_step(computations, loop: str, counter: str) -> int:
-  """What a loop adds to its counter, which the condition reads as `counter`: 1 unless the body
-  plainly says more, as that of an unrolled loop does."""
+  """The increment of a loop's counter, which the condition reads as `counter`: 1, unless the body
+  clearly has a larger one, as in an unrolled loop.
+  """
   index = re.search(r"get-tuple-element\(.*index=(\d+)", counter)
   body = re.search(r"body=%?([\w.\-]+)", loop)
   lines = computations.get(body[1], []) if body else []
@@ -165,7 +167,7 @@ def counter_step(computations, loop: str, counter: str) -> int:
 
 
 def sent_bytes(kind: str, rest: str, at: int, scattered: bool = False) -> tuple[float, str]:
-  """(bytes that a chip sends for one collective, its kind); at: where its operation's name is in
+  """(bytes that a chip sends for one collective, its kind). at: position of the operation's name in
   `rest`.
   """
   size = sum(
@@ -173,7 +175,7 @@ def sent_bytes(kind: str, rest: str, at: int, scattered: bool = False) -> tuple[
     for t, dims in SHAPE.findall(rest[:at])
   )
   if f"{kind}-start(" in rest and kind in ("all-gather", "collective-permute"):
-    # the result of a start holds operand and result: the larger is the gathered array
+    # the result of a start holds the operand and the result; the larger is the gathered array
     size = max(
       BYTES[t] * math.prod(int(n) for n in dims.split(",") if n)
       for t, dims in SHAPE.findall(rest[:at])
@@ -190,7 +192,9 @@ def sent_bytes(kind: str, rest: str, at: int, scattered: bool = False) -> tuple[
 
 
 def group_size(rest: str) -> int:
-  """Chips in a group of a collective, from any of HLO's three ways to write `replica_groups`."""
+  """The number of chips in a group of a collective, from any of HLO's three forms of
+  `replica_groups`.
+  """
   if mesh := re.search(r"replica_groups=(?:@?\w*\s*)?mesh\[([^\]]*)\]\s*\{([^}]*)\}", rest):
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh[1])}
     return math.prod(sizes[name] for name in re.findall(r"'([^']+)'", mesh[2]))

@@ -1,4 +1,4 @@
-"""What would make a run fit: each knob's effect on bytes per chip, by the counted memory
+"""How to make a run fit: each knob's effect on bytes per chip, by the counted memory
 (`memory.estimate`).
 """
 
@@ -18,7 +18,7 @@ def changed(config, changes: dict):
 
 
 def candidates(config, sizes: Sizes, layout: Layout) -> list[tuple[str, dict]]:
-  """(how it is given, {field: value}) of settings that may make a run smaller."""
+  """(command-line form, {field: value}) of settings that may reduce a run's memory."""
   rows = sizes.prompts * config.rollout.group_size // (layout.shards * config.ppo.minibatches)
   prompts = sizes.prompts // layout.shards
   found = []
@@ -40,7 +40,9 @@ def candidates(config, sizes: Sizes, layout: Layout) -> list[tuple[str, dict]]:
 
 
 def suggestions(config, sizes: Sizes, layout: Layout, platform: str) -> list[tuple[str, float]]:
-  """(knob, GiB per chip that it saves at the peak), the most first; more chips are among them."""
+  """(knob, GiB per chip saved at the peak), the largest saving first; more chips are one of the
+  options.
+  """
   shapes = memory.state_shapes(config, sizes)
 
   def kinds(config, shapes, layout):
@@ -52,7 +54,7 @@ def suggestions(config, sizes: Sizes, layout: Layout, platform: str) -> list[tup
   now, saved = peak(config, shapes, layout), []
   everything: dict = {}
   for name, changes in candidates(config, sizes, layout):
-    everything |= changes  # of one field the last, which saves most
+    everything |= changes  # for one field the last option, which saves most
     other = changed(config, changes)
     own = (
       memory.state_shapes(other, sizes)

@@ -1,9 +1,9 @@
-"""What packing and halvings leave of a step's padded places, from a distribution of lengths.
+"""The share of a step's padded places that remains with packing and halvings, for a distribution of
+lengths.
 
-How long responses are is known only from a run. `config.plan.lengths` stands for it: lengths as
-shares of the limit, each as likely as the others. A few steps are drawn with a fixed seed, and the
-rules of the step are applied to them: `algorithm.packed` for learning, `models.generate` for
-decoding.
+The lengths of responses are known only from a run. `config.plan.lengths` replaces them: lengths as
+shares of the limit, all equally likely. A few steps are drawn with a fixed seed, and the rules of
+the step are applied to them: `algorithm.packed` for learning, `models.generate` for decoding.
 """
 
 from typing import NamedTuple
@@ -18,16 +18,16 @@ STEPS = 32  # drawn
 
 
 class Work(NamedTuple):
-  """Means over steps. The default is a step whose responses are all as long as they may be."""
+  """Means over steps. The default is a step whose responses all have the maximum length."""
 
-  share: float = 1.0  # of the padded places that learning computes
+  share: float = 1.0  # share of the padded places that learning computes
   longest: float = 1.0  # tokens until the last row has ended, as a share of the limit
-  alive: float = 1.0  # of the rows that are decoded, until then
+  alive: float = 1.0  # share of the rows that are decoded, until then
 
 
 def expected(config, sizes: Sizes, shards: int, parts: int, copies: int) -> Work:
-  """The work of a step if its rows are packed in `parts` on each of `shards` devices, `copies` of
-  them after their prompt. Prompts are as long as they may be.
+  """The work of a step if its rows are packed in `parts` on each of `shards` devices, with `copies`
+  rows after each prompt. Prompts have the maximum length.
   """
   if not config.plan.lengths:
     return Work()
@@ -46,7 +46,7 @@ def expected(config, sizes: Sizes, shards: int, parts: int, copies: int) -> Work
 
 
 def learned(config, sizes: Sizes, lengths: np.ndarray, blocks: int, copies: int) -> float:
-  """The share of config.packing that the fullest of `blocks` of rows needs."""
+  """The share of config.packing that the fullest of the `blocks` of rows needs."""
   blocks = blocks if len(lengths) % blocks == 0 else 1
   prompts, response = sizes.prompt_length / copies, sizes.response_length
   full = lengths.reshape(blocks, -1).mean(1).max()

@@ -1,8 +1,8 @@
-"""Bytes per chip before anything is compiled: the state exactly, temporaries as the sum of what
-must live together.
+"""Bytes per chip without compilation: the state exactly, temporaries as the sum of the arrays that
+must be live together.
 
-The compiler decides what really lives together; `tests/plan/test_plan.py` and docs/plan.md say how
-far off the sum was.
+The compiler decides what is actually live together; `tests/plan/test_plan.py` and docs/plan.md show
+the error of the sum.
 """
 
 import math
@@ -28,7 +28,7 @@ from r2m_jax.run import build
 
 
 def state_shapes(config, sizes: Sizes) -> list[tuple[str, str, tuple[int, ...], int]]:
-  """(kind, parameter's name, shape, bytes of a number) of every array of the TrainState."""
+  """(kind, parameter's name, shape, bytes per element) of every array of the TrainState."""
   mesh = sharding.make_mesh((1, 1, 1))
   built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
   state, rows = abstract_state(config, built), []
@@ -50,7 +50,7 @@ def state_on(shapes, layout: Layout) -> dict[str, int]:
 
 
 def cache_bytes(config, sizes: Sizes, layout: Layout, platform: str) -> float:
-  """Keys and values of one wave on a chip."""
+  """Bytes of one wave's keys and values on a chip."""
   arch, width = sizes.arch, jnp.dtype(config.dtype).itemsize
   heads = arch.num_kv_heads / (layout.tensor if arch.num_kv_heads % layout.tensor == 0 else 1)
   slots = cache_slots(config, sizes, platform) / layout.shards / config.rollout.waves
@@ -58,7 +58,7 @@ def cache_bytes(config, sizes: Sizes, layout: Layout, platform: str) -> float:
 
 
 def feedback_bytes(config, sizes: Sizes, layout: Layout) -> float:
-  """Hidden states that live from the first read to the reward update: h, and h' beside it."""
+  """Bytes of the hidden states that live from the first read to the reward update: h and h'."""
   if not reads_feedback(config):
     return 0.0
   length, dim = fed_states(config, sizes)
@@ -67,8 +67,9 @@ def feedback_bytes(config, sizes: Sizes, layout: Layout) -> float:
 
 
 def rollout_temporaries(config, sizes: Sizes, layout: Layout, platform: str) -> float:
-  """Beside the cache: prefill's own cache, logits with the noise added to them, and gathered
-  weights; where layers decode apart (`models.decode`), a copy of theirs."""
+  """Bytes in addition to the cache: the prefill's cache, logits with their noise, and gathered
+  weights. If layers decode separately (`models.decode`), a copy of their weights too.
+  """
   arch, width = sizes.arch, jnp.dtype(config.dtype).itemsize
   rows = sizes.rows / layout.shards / config.rollout.waves
   logits = 3 * rows * arch.vocab_size * 4 / layout.tensor
@@ -87,23 +88,23 @@ def rollout_temporaries(config, sizes: Sizes, layout: Layout, platform: str) -> 
 
 
 def kept_bytes(config, arch, length: int, fused: bool, platform: str) -> float:
-  """What a layer keeps of a token for the backward pass."""
+  """Bytes that a layer keeps per token for the backward pass."""
   width, hidden, wide = jnp.dtype(config.dtype).itemsize, arch.hidden_size, arch.intermediate_size
   squares = arch.num_heads * length * 3 * (not fused)
   if (
     platform == "gpu" and config.remat == "none"
   ):  # each norm's input and result in float32, five steps of the MLP
     return width * (8 * hidden + 5 * wide + squares) + 4 * 4 * hidden
-  # the residual stream, then those that a gradient needs
+  # the residual stream, then the arrays that a gradient needs
   products = 4 * hidden + (1 + arch.gated_mlp) * wide
   kept = {"none": 10 * hidden + 4 * wide + squares, "full": hidden, "dots": products}[config.remat]
-  # elsewhere twice: what the forward loop writes is laid out anew for the backward loop
+  # elsewhere twice: the forward loop's arrays are laid out again for the backward loop
   return (1 if platform == "gpu" else 2) * width * kept
 
 
 def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool, platform: str) -> float:
-  """Beside feedback: the gradient with the policy's backward pass, or a reward pass, or the
-  head's update.
+  """Bytes in addition to feedback: the gradient with the policy's backward pass, or a reward pass,
+  or the head's update.
   """
   arch = sizes.arch
   width = jnp.dtype(config.dtype).itemsize
@@ -111,7 +112,7 @@ def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool, platfor
   tensor, parts = layout.tensor, config.ppo.minibatches * config.ppo.accumulation
   own_rows = sizes.rows / layout.shards
   rows = max(1.0, own_rows / parts)
-  # bytes: the sum in float32 and one micro-batch's own
+  # bytes: the sum in float32, and the gradient of one micro-batch
   held = 4 + stored if config.ppo.accumulation > 1 else stored
   gradient = trained_numbers(config, arch) / (layout.fsdp * tensor) * held
 
@@ -127,7 +128,7 @@ def learn_temporaries(config, sizes: Sizes, layout: Layout, fused: bool, platfor
   logits = (
     4 * rows * (min(config.logits_chunk, every) if config.logits_chunk else every) * 4 / tensor
   )
-  # laid out by parts, and its gradient
+  # laid out in blocks, and its gradient
   table = vocabulary(arch) * (width + 4) / (tensor * layout.fsdp)
   backward = kept + table + max(layer(arch, sizes.length, True), logits)
   reward = layer(sizes.reward_arch, sizes.reward_length, False)

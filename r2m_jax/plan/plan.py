@@ -15,21 +15,21 @@ from r2m_jax.plan.sizes import Sizes, sizes_of
 from r2m_jax.plan.work import ROLLOUT, Layout, phases_of
 from r2m_jax.run.files import write_atomic
 
-ROOM = 0.9  # of a chip's memory, by the count
+ROOM = 0.9  # share of a chip's memory, by the count
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What was found for one topology. Bytes are those of one chip."""
+  """The plan for one topology. Bytes are per chip."""
 
   topology: str
   mesh: tuple[int, int, int]
-  compiled: bool  # or counted alone
+  compiled: bool  # False: only counted
   fits: bool
   memory: dict[str, dict[str, float]]  # {program: {kind: bytes}}
   collectives: dict[str, dict[str, float]]  # {program: {kind: bytes sent by a chip}}
   seconds: dict[str, float]  # least time of each program
-  refused: str = ""  # what the compiler said where it would not even compile the program
+  refused: str = ""  # the compiler's message if it refused to compile the program
 
   @property
   def peak(self) -> float:
@@ -37,11 +37,11 @@ class Plan:
 
 
 def run(config, workdir: pathlib.Path) -> bool:
-  """Prints the plan, writes WORKDIR/plan.json and plan.txt; whether the run fits."""
+  """Prints the plan, writes WORKDIR/plan.json and plan.txt; returns whether the run fits."""
   for number in (
     signal.SIGINT,
     signal.SIGTERM,
-  ):  # a compiler cannot be asked to stop; what it had finished is kept
+  ):  # a compiler cannot be interrupted; finished results are kept
     signal.signal(number, signal.SIG_DFL)
   lines: list[str] = []
 
@@ -100,7 +100,7 @@ def describe(config, sizes: Sizes) -> str:
 
 
 def layouts(config, sizes: Sizes, chips: int) -> list[Layout]:
-  """The meshes over so many chips on which the run's rows split and its heads divide."""
+  """The meshes over this number of chips on which the run's rows and heads divide."""
   given = tuple(config.mesh)
   if -1 not in given and given[0] * given[1] * given[2] == chips:
     return [Layout(*given)]
@@ -120,11 +120,11 @@ def layouts(config, sizes: Sizes, chips: int) -> list[Layout]:
 
 
 def layout_for(config, sizes: Sizes, topology: Topology, shapes=None) -> Layout:
-  """The fastest of those that fit by the count with a tenth to spare, else the one that needs
-  least.
+  """The fastest mesh among those that fit by the count with a tenth to spare, or else the one that
+  needs least memory.
 
-  The count is not exact, and copies of the weights along data are only for where there is room.
-  Raises ConfigError where none splits.
+  The count is not exact, and copies of the weights along data need spare memory. Raises ConfigError
+  if no mesh divides the run.
   """
   found = layouts(config, sizes, topology.count)
   if not found:
@@ -146,14 +146,14 @@ def layout_for(config, sizes: Sizes, topology: Topology, shapes=None) -> Layout:
 
 
 def counted_peak(config, sizes: Sizes, shapes, layout: Layout, topology: Topology) -> float:
-  """Bytes per chip by the count, of the program that needs more."""
+  """Counted bytes per chip, for the program that needs more."""
   return max(
     map(report.total, memory.estimate(config, sizes, shapes, layout, topology.platform).values())
   )
 
 
 def expected_links(config, sizes: Sizes, topology: Topology, layout: Layout) -> dict[str, float]:
-  """{program: bytes out of a chip} by the count."""
+  """Counted {program: bytes out of a chip}."""
   links = {"rollout": 0.0, "learn": 0.0}
   for phase in phases_of(config, sizes, layout, topology.platform):
     links["rollout" if phase.name in ROLLOUT else "learn"] += phase.links
@@ -174,7 +174,7 @@ def expected_seconds(config, sizes: Sizes, topology: Topology, layout: Layout) -
 
 
 def make_plan(config, sizes: Sizes, topology: Topology, layout: Layout) -> Plan:
-  """Compiles both programs, or counts them where there is no compiler."""
+  """Compiles both programs, or counts them if there is no compiler."""
   mesh_sizes = layout.data, layout.fsdp, layout.tensor
   phases = phases_of(config, sizes, layout, topology.platform)
   shapes = memory.state_shapes(config, sizes)
@@ -205,8 +205,8 @@ def make_plan(config, sizes: Sizes, topology: Topology, layout: Layout) -> Plan:
 
 
 def by_kind(result: dict, counted: dict[str, float], shapes, layout: Layout) -> dict[str, float]:
-  """Bytes of one program on a chip: the state by kind, of the compiler's temporaries what has a
-  name, and the rest.
+  """Bytes of one program on a chip: the state by kind, the identified temporaries of the compiler,
+  and the rest.
   """
   state = {kind: float(size) for kind, size in memory.state_on(shapes, layout).items()}
   rest = sum(result[part] for part in ("arguments", "temporaries", "results", "code")) - sum(
@@ -258,7 +258,7 @@ def show(config, sizes: Sizes, topology: Topology, plan: Plan) -> list[str]:
 
 
 def share(config, sizes: Sizes, topology: Topology, plan: Plan) -> list[str]:
-  """What the variant costs beside config.plan.compare."""
+  """The cost of the variant compared with config.plan.compare."""
   base, layout = config.plan.compare, Layout(*plan.mesh)
   plain_config = knobs.changed(config, {"variant": base})
   plain = make_plan(plain_config, sizes, topology, layout)
@@ -302,8 +302,8 @@ def verdict(config, sizes: Sizes, topology: Topology, plan: Plan) -> list[str]:
 
 
 def find_smallest(config, sizes: Sizes, say) -> list[Plan]:
-  """For each generation the smallest slice that fits by the count, compiled; where that was
-  wrong, the next larger.
+  """For each generation, compiles the smallest slice that fits by the count; if it does not fit,
+  the next larger one.
   """
   shapes, found = memory.state_shapes(config, sizes), []
   say("")
@@ -323,8 +323,8 @@ def find_smallest(config, sizes: Sizes, say) -> list[Plan]:
         break
       why = plan.refused or f"it needs {report.gib(plan.peak)} of {report.gib(chip.memory)} GiB"
       say(
-        f"  {topology.name}: the count said {report.gib(counted)} GiB, the compiler says no: "
-        f"{why}; going on"
+        f"  {topology.name}: the count gave {report.gib(counted)} GiB, the compiler refused "
+        f"it: {why}; going on"
       )
     if best is None:
       say(f"  {chip.name:4} no slice up to {chip.slices[-1]} fits")

@@ -2,8 +2,8 @@
 kind is needed.
 
 The two programs are those of a run from folders (tasks.folders.make_two_part_step): sampling, and
-everything after it. What lies on a chip while one of them runs is the whole TrainState, the
-program's other arguments, its temporaries and those results that do not take an argument's place.
+everything after it. While one of them runs, a chip holds the whole TrainState, the program's other
+arguments, its temporaries, and the results that do not reuse an argument's memory.
 """
 
 import hashlib
@@ -37,9 +37,9 @@ from r2m_jax.run.files import write_atomic
 from r2m_jax.step import make_learn_at, make_rollout
 from r2m_jax.types import Pairs, Prompts, Rollout, Rows, Sequences
 
-# of the cache's files; another number where what is read from a compiled program changes
+# version of the cache's files; it changes with the facts that are read from a compiled program
 KEPT_FORMAT = "2"
-STATE_KINDS = {  # of TrainState's fields; a step's number and key weigh nothing
+STATE_KINDS = {  # fields of TrainState; the step number and key have no size
   "policy": "parameters",
   "policy_opt": "optimizer",
   "critic": "parameters",
@@ -54,14 +54,14 @@ STATE_KINDS = {  # of TrainState's fields; a step's number and key weigh nothing
 
 
 def prepare_environment(topology: Topology) -> None:
-  """Everything on the host's processor, with as many devices as a CPU topology asks for. Before
-  jax looks for any.
+  """Makes jax use the host's processor, with as many devices as a CPU topology needs, before jax
+  looks for devices.
   """
   os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
   os.environ |= {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_STDERR_LOG_LEVEL": "3",
-  }  # plans beside plans: no chip is held
+  }  # several plans may run at once, because no chip is held
   if topology.chip.name == "cpu" and "host_platform_device_count" not in os.environ.get(
     "XLA_FLAGS", ""
   ):
@@ -71,13 +71,13 @@ def prepare_environment(topology: Topology) -> None:
 
 
 def devices_of(topology: Topology) -> list:
-  """The devices to compile for. Raises ConfigError where there is no compiler for them."""
+  """The devices to compile for. Raises ConfigError if there is no compiler for them."""
   if topology.chip.name == "cpu":
     found = jax.devices("cpu")
     if len(found) < topology.count:
       raise ConfigError(
         f"config.plan.topology is {topology.name!r}: this process has {len(found)} CPU devices; "
-        f"choose cpu:{len(found)} at most, or take xla_force_host_platform_device_count out of "
+        f"choose cpu:{len(found)} at most, or remove xla_force_host_platform_device_count from "
         "XLA_FLAGS"
       )
     return found[: topology.count]
@@ -96,7 +96,7 @@ def devices_of(topology: Topology) -> list:
           platform="tpu", topology_name=topology.name, **dict(topology.chip.options)
         ).devices
       )
-  except Exception as error:  # of several kinds, by the compiler's own library
+  except Exception as error:  # of several kinds, from the compiler's own library
     raise ConfigError(
       f"config.plan.topology is {topology.name!r}: {str(error).splitlines()[0][:200]}; choose "
       "another slice"
@@ -104,7 +104,7 @@ def devices_of(topology: Topology) -> list:
 
 
 class quiet:
-  """Leaves out what the compiler's library writes straight to standard error while it starts."""
+  """Hides what the compiler's library writes directly to standard error at its start."""
 
   def __enter__(self):
     sys.stderr.flush()
@@ -200,17 +200,17 @@ def bytes_on_chip(tree) -> int:
 def compile_program(
   which: str, config, sizes: Sizes, topology: Topology, mesh: Mesh
 ) -> dict[str, Any]:
-  """What the compiler says of "rollout" or "learn" on a mesh of the topology's devices, as plain
+  """The compiler's facts about "rollout" or "learn" on a mesh of the topology's devices, as plain
   numbers.
 
-  What it said before of the same program (the same StableHLO), topology and compiler is read from
-  the user's cache.
+  Earlier results for the same program (the same StableHLO), topology and compiler are read from the
+  user's cache.
 
   Returns:
-    Bytes on a chip: `arguments` (all, the state among them), `temporaries`, `results` (those in
-    memory of their own), `code`; `collectives`, bytes that a chip sends by kind; `seconds` it took;
-    and `exceeded`, what the compiler said
-    where the program alone needs more memory than the chip has: only the first two are known then.
+    Bytes on a chip: `arguments` (all, including the state), `temporaries`, `results` (in separate
+    memory), `code`; `collectives`, bytes that a chip sends by kind; `seconds` of compilation; and
+    `exceeded`, the compiler's message if the program by itself needs more memory than the chip has.
+    In that case only the first two are known.
   """
   jitted, given = program_of(which, config, sizes, mesh)
   lowered = jitted.trace(*given).lower(lowering_platforms=(topology.platform,))
@@ -235,7 +235,7 @@ def compile_program(
 
 def program_of(which: str, config, sizes: Sizes, mesh: Mesh) -> tuple[Any, tuple]:
   """(jitted function, abstract arguments) of "rollout" or "learn" on a mesh; learning computes all
-  places, as it does if every response is as long as may be.
+  places, as if every response had the maximum length.
   """
   built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
   state = abstract_state(config, built)
@@ -255,7 +255,8 @@ def program_of(which: str, config, sizes: Sizes, mesh: Mesh) -> tuple[Any, tuple
 
 
 def told_by_compiler(lowered, resident: int) -> dict[str, Any]:
-  """Compiles a lowered program: what `compile_program` returns but `arguments` and `seconds`.
+  """Compiles a lowered program; returns the result of `compile_program` without `arguments` and
+  `seconds`.
 
   Args:
     resident: bytes of the arguments on a chip.
@@ -301,9 +302,7 @@ def kept_at(program: str, topology: Topology) -> pathlib.Path:
 
 
 def refused_temporaries(message: str, arguments: int) -> float:
-  """The temporaries that a compiler's refusal tells of; it names them, or all that the program
-  would use.
-  """
+  """The temporaries in a compiler's refusal, which names them or the program's total memory."""
   units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
   def size(found):
@@ -316,7 +315,7 @@ def refused_temporaries(message: str, arguments: int) -> float:
 
 
 class progress:
-  """A line on standard error that says what is being compiled and for how long."""
+  """Shows a line on standard error with the program that is being compiled and the elapsed time."""
 
   def __init__(self, what: str):
     self.what, self.done = what, threading.Event()

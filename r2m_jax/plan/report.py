@@ -43,8 +43,8 @@ def total(kinds: dict[str, float]) -> float:
 def times(
   phases: list[Phase], collectives: dict[str, float], topology: Topology
 ) -> dict[str, tuple[float, str]]:
-  """{program: (least seconds, what binds it)}: its phases one after another, its links at the
-  same time.
+  """{program: (least seconds, the limiting resource)}: phases run one after another, and links at
+  the same time.
   """
   result = {}
   for program in ("rollout", "learn"):
@@ -96,7 +96,7 @@ def link_lines(collectives: dict[str, dict[str, float]], topology: Topology) -> 
 def share_lines(
   ours: dict[str, float], plain: dict[str, float], variant: str, base: str
 ) -> list[str]:
-  """What a variant costs beside another, of each quantity."""
+  """The cost of a variant compared with another, for each quantity."""
   rows = [("", base, variant, "more")]
   for name, value in ours.items():
     show = gib if name.startswith("GiB") else lambda x: f"{x / 1e15:.3f}"

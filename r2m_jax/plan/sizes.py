@@ -1,5 +1,5 @@
-"""The run in numbers: architectures, rows and lengths. What everything else here is computed
-from.
+"""The sizes of a run: architectures, rows and lengths, from which everything else here is
+computed.
 """
 
 import dataclasses
@@ -17,7 +17,9 @@ from r2m_jax.models.arch import ArchConfig
 def shape(
   model_type: str, vocab: int, hidden: int, layers: int, heads: int, wide: int, **more
 ) -> ArchConfig:
-  """The architecture of a config.json with these sizes and fields; the others are the family's."""
+  """The architecture of a config.json with these sizes and fields; other fields have the family's
+  defaults.
+  """
   return ArchConfig.from_hf(
     dict(
       model_type=model_type,
@@ -85,13 +87,13 @@ ARCHS = {
   "smollm3-3b": shape(
     "smollm3", 128256, 2048, 36, 16, 11008, rope_theta=5e6, max_position_embeddings=65536
   ),
-  # without the factors of its longrope, which cost nothing
+  # without its longrope factors, which cost nothing
   "phi4-mini": shape(
     "phi3", 200064, 3072, 32, 24, 8192, num_key_value_heads=8, partial_rotary_factor=0.75, **TIED
   ),
   "pythia-2.8b": shape("gpt_neox", 50304, 2560, 32, 32, 10240),
 }
-# Skywork-Reward-V2 are classifiers of the shapes of their bases.
+# Skywork-Reward-V2 models are classifiers with the shapes of their bases.
 ARCHS |= {
   f"skywork-v2-{base}": ARCHS[base]
   for base in (
@@ -103,7 +105,7 @@ ARCHS |= {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-  """One step of a run. B rows, of which P are greedy if those are the baseline."""
+  """One step of a run with B rows, P of which are greedy if greedy responses are the baseline."""
 
   arch: ArchConfig  # of the policy
   reward_arch: ArchConfig
@@ -120,7 +122,7 @@ class Sizes:
 
 
 def sizes_of(config) -> Sizes:
-  """The sizes of a config's step. Raises ConfigError where an architecture is not known here."""
+  """The sizes of a config's step. Raises ConfigError if an architecture is not known here."""
   if config.policy.path or config.plan.policy:
     arch = arch_of(config.policy.path, config.plan.policy, "policy")
   else:
@@ -161,7 +163,7 @@ def sizes_of(config) -> Sizes:
 
 
 def arch_of(path: str, name: str, which: str) -> ArchConfig:
-  """What the config.json of a local folder says, else the shape called `name`."""
+  """The architecture in a local folder's config.json, or else the shape called `name`."""
   file = pathlib.Path(path).expanduser() / "config.json"
   if path and file.is_file():
     try:
@@ -191,5 +193,5 @@ def fed_states(config, sizes: Sizes) -> tuple[int, int]:
 
 
 def baseline_of(config) -> str:
-  """What the config's estimator compares a reward with; see `advantages.Estimator`."""
+  """The baseline of the config's estimator; see `advantages.Estimator`."""
   return ESTIMATORS[config.algorithm].baseline

@@ -1,11 +1,11 @@
 """FLOPs and bytes that a step moves, phase by phase, counted from the shapes.
 
-A multiply-add is two FLOPs. Matrix products alone are counted, with what the program really
-computes: attention over the full square of positions (masks hide, they do not save) unless a kernel
-leaves masked blocks out, a prompt once for those of its responses that go through together,
-recomputation in the backward pass, decoding over every slot of the cache unless a kernel reads what
-is there. Rows are as long as they may be unless `config.plan.lengths` gives their lengths.
-`tests/plan/test_plan.py` holds these sums against the products in the program's own jaxpr.
+A multiply-add is two FLOPs. Only matmuls are counted, but everything that the program computes:
+attention over the full square of positions (masks save nothing) unless a kernel skips masked
+blocks, a prompt once for the responses that pass through together, recomputation in the backward
+pass, and decoding over every slot of the cache unless a kernel reads only the used ones. Rows have
+the maximum length unless `config.plan.lengths` gives their lengths. `tests/plan/test_plan.py`
+compares these sums with the matmuls in the program's own jaxpr.
 """
 
 import dataclasses
@@ -34,14 +34,14 @@ class Phase:
   links: float  # bytes out of one chip, as expected; a compiled plan counts the real ones
 
   def seconds(self, chip, chips: int) -> tuple[float, str]:
-    """The least time and what it is bound by, links left out."""
+    """The least time and the limiting resource, without links."""
     compute, memory = self.flops / chips / chip.flops, self.moved / chip.memory_rate
     return max((compute, "compute"), (memory, "memory"))
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """The mesh in numbers."""
+  """The sizes of the mesh."""
 
   data: int
   fsdp: int
@@ -57,32 +57,32 @@ class Layout:
 
 
 def layer_weights(arch: ArchConfig) -> int:
-  """Numbers in the matrices of one layer."""
+  """Number of elements in the matrices of one layer."""
   heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
   attention = arch.hidden_size * (heads + 2 * kv) + heads * arch.hidden_size
   return attention + (3 if arch.gated_mlp else 2) * arch.hidden_size * arch.intermediate_size
 
 
 def vocabulary(arch: ArchConfig) -> int:
-  """Numbers in the matrix that gives logits."""
+  """Number of elements in the matrix that computes logits."""
   return arch.hidden_size * arch.vocab_size
 
 
 def fused_attention(config, arch: ArchConfig, platform: str) -> bool:
-  """Whether passes over whole rows use a kernel that keeps no squares of logits and leaves out
-  what causality masks.
+  """Whether passes over whole rows use a kernel that stores no square of logits and skips causally
+  masked blocks.
   """
   return choose(config.attention, platform, arch, config.dtype) in ("splash", "cudnn")
 
 
 def in_slots(config, arch: ArchConfig, platform: str) -> bool:
-  """Whether decoding reads of the cache what a row sees and no more."""
+  """Whether decoding reads only the slots of the cache that a row sees."""
   return slots_fit(choose(config.attention, platform, arch, config.dtype), arch)
 
 
 def cache_slots(config, sizes: Sizes, platform: str) -> int:
-  """Slots of the cache of all rows at the end of a rollout; those of a prompt once where its
-  rows share them.
+  """Slots of the cache of all rows at the end of a rollout; a prompt's slots count once if its rows
+  share them.
   """
   if platform == "tpu" or baseline_of(config) == "greedy":
     return sizes.rows * sizes.length
@@ -92,8 +92,8 @@ def cache_slots(config, sizes: Sizes, platform: str) -> int:
 def blocks_flops(
   arch: ArchConfig, rows: float, length: int, keys: float, share: float = 1.0
 ) -> float:
-  """One forward pass through all layers, no logits. A `share` of the tokens is multiplied with
-  weights; every one of them with so many `keys`.
+  """One forward pass through all layers, without logits. A `share` of the tokens is multiplied with
+  weights, and every token with this number of `keys`.
   """
   squares = 4 * keys * arch.num_heads * arch.head_dim
   return rows * length * arch.num_layers * (2 * layer_weights(arch) * share + squares)
@@ -104,8 +104,8 @@ def logits_flops(arch: ArchConfig, positions: float) -> float:
 
 
 def head_flops(config, sizes: Sizes) -> float:
-  """One forward pass of cross-attention and phi over all rows (eqs. 3 and 4), whose keys and
-  values are never made.
+  """One forward pass of cross-attention and phi over all rows (eqs. 3 and 4), whose keys and values
+  are never computed.
   """
   rows, reward, width = sizes.rows, sizes.reward_arch.hidden_size, config.r2m.attention_dim
   phi = 2 * rows * reward * config.reward.ensemble
@@ -116,7 +116,7 @@ def head_flops(config, sizes: Sizes) -> float:
 
 
 def trained_numbers(config, arch: ArchConfig) -> int:
-  """Numbers that have a gradient; those of adapters are next to nothing."""
+  """Number of elements with a gradient; adapters are negligible."""
   tables = 2 if arch.untied_head else 1
   return (
     0 if config.lora.rank else arch.num_layers * layer_weights(arch) + vocabulary(arch) * tables
@@ -143,7 +143,7 @@ def phases_of(
 
 
 def update_tokens(config, sizes: Sizes, layout: Layout, platform: str) -> float:
-  """Most tokens of a micro-batch that go through the policy's layers on a chip."""
+  """The maximum tokens of a micro-batch in the policy's layers on a chip."""
   count = _Count(config, sizes, layout, platform, Work())
   spans = count.spans(sizes.arch, count.trained_rows(), sizes.length, count.trained_group)
   return sum(rows * length for rows, length, _ in spans) / count.parts / layout.shards
@@ -158,16 +158,18 @@ class _Count:
     }
     self.in_slots = in_slots(config, sizes.arch, platform)
     self.slots = cache_slots(config, sizes, platform)
-    self.width = jnp.dtype(config.dtype).itemsize  # bytes of a number in the computation
+    self.width = jnp.dtype(config.dtype).itemsize  # bytes per element in the computation
     self.stored = jnp.dtype(config.param_dtype).itemsize  # bytes of a parameter
     self.again = int(
       config.remat == "full"
-    )  # passes through whole layers that the backward pass makes once more
+    )  # passes through whole layers that the backward pass recomputes
     copies = self.copies(sizes.arch, sizes.rows, sizes.length, self.group)
     self.work = work or expected(config, sizes, layout.shards, self.parts, copies)
 
   def copies(self, arch: ArchConfig, rows: int, length: int, group: int) -> int:
-    """How many of `group` neighbours with one prompt go through the layers with it once."""
+    """How many of `group` neighbours with one prompt share one pass of the prompt through the
+    layers.
+    """
     if self.attention[arch] == "splash" and self.kernel(arch, length):
       return 1
     of_device, left = divmod(rows, self.parts * self.layout.shards)
@@ -176,9 +178,9 @@ class _Count:
   def spans(
     self, arch: ArchConfig, rows: int, length: int, group: int = 1
   ) -> list[tuple[float, int, float]]:
-    """(rows, tokens of each, keys that these are multiplied with) of a pass over whole rows,
-    `group` neighbours with one prompt. A kernel that leaves out masked blocks takes half the
-    square."""
+    """(rows, tokens of each, keys with which they are multiplied) of a pass over whole rows, with
+    `group` neighbours per prompt. A kernel that skips masked blocks computes half the square.
+    """
     fused = self.kernel(arch, length)
 
     def own(length):
@@ -196,8 +198,8 @@ class _Count:
     return sum(blocks_flops(arch, *span, share) for span in self.spans(arch, rows, length, group))
 
   def squares_again(self, arch: ArchConfig, rows: int, length: int) -> float:
-    """FLOPs of attention that the backward pass of an update makes once more where products with
-    weights are kept.
+    """FLOPs of attention that the backward pass of an update recomputes if matmuls with weights are
+    kept.
     """
     if self.config.remat != "dots":
       return 0.0
@@ -210,8 +212,8 @@ class _Count:
     return self.attention[arch] == "cudnn" or self.attention[arch] == "splash" and length >= BLOCK
 
   def pass_bytes(self, arch: ArchConfig, spans, parts: int, share: float = 1.0) -> float:
-    """Memory traffic of one forward pass on a chip: weights once a part, every product's input
-    and output once, for a `share` of the tokens.
+    """Memory traffic of one forward pass on a chip: weights once for each part, every matmul's
+    input and output once, for a `share` of the tokens.
     """
     tensor = self.layout.tensor
     heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
@@ -231,13 +233,13 @@ class _Count:
     return weights + moved * arch.num_layers / self.layout.shards / tensor
 
   def logit_bytes(self, arch: ArchConfig, positions: int, parts: int) -> float:
-    """Unembedding once a part, and float32 logits written and read once."""
+    """The unembedding once for each part, and float32 logits written and read once."""
     return (
       parts * vocabulary(arch) * self.width + 8 * arch.vocab_size * positions / self.layout.shards
     ) / self.layout.tensor
 
   def gathered(self, arch: ArchConfig, passes: float, logits: bool = True) -> float:
-    """Bytes out of a chip for gathering all weights over fsdp so many times."""
+    """Bytes out of a chip for gathering all weights over fsdp this many times."""
     numbers = arch.num_layers * layer_weights(arch) + vocabulary(arch) * logits
     return (
       passes
@@ -249,7 +251,7 @@ class _Count:
     )
 
   def reduced(self, arch: ArchConfig, spans, passes: float) -> float:
-    """Bytes out of a chip for adding partial sums over `tensor`, twice a layer."""
+    """Bytes out of a chip for adding partial sums over `tensor`, twice per layer."""
     tensor = self.layout.tensor
     tokens = sum(rows * length for rows, length, _ in spans) / self.layout.shards
     return (
@@ -270,14 +272,14 @@ class _Count:
 
   @property
   def group(self) -> int:
-    """Neighbouring rows of one prompt in passes without a gradient; none beside the greedy rows
-    of a greedy baseline.
+    """Number of neighbouring rows with one prompt in passes without a gradient; 1 if there are
+    greedy rows.
     """
     return self.config.rollout.group_size if self.trained_rows() == self.sizes.rows else 1
 
   @property
   def trained_group(self) -> int:
-    """The same in updates."""
+    """The same for updates."""
     return dealt(self.config.rollout.group_size, self.config.ppo.minibatches)
 
   def prefill(self) -> Phase:
@@ -296,8 +298,8 @@ class _Count:
     s, arch, waves = self.sizes, self.sizes.arch, self.config.rollout.waves
     tokens = s.response_length * self.work.longest - 1  # the first one comes with the prefill
     rows = s.rows * self.work.alive
-    # on the average of all tokens half of the response is there; only a kernel leaves the other
-    # half alone
+    # averaged over all tokens, half of the response is there; only a kernel skips the other half
+    # alone
     unread = s.response_length * (1 - self.work.longest / 2) if self.in_slots else 0
     cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * self.width / self.layout.chips
     cache *= (self.slots - s.rows * unread) * self.work.alive
@@ -312,8 +314,8 @@ class _Count:
     )
 
   def decode_links(self) -> float:
-    """Bytes out of a chip for one token of every row: weights stay, sums over fsdp and tensor
-    are completed.
+    """Bytes out of a chip for one token of every row: weights stay in place, and sums over fsdp and
+    tensor are completed.
     """
     arch, layout = self.sizes.arch, self.layout
     rows, fsdp, tensor = self.sizes.rows / layout.data, layout.fsdp, layout.tensor
@@ -352,7 +354,7 @@ class _Count:
     )
 
   def trained_rows(self) -> int:
-    """Rows of the update: without the greedy ones."""
+    """Rows of the update, without the greedy ones."""
     return self.sizes.prompts * self.config.rollout.group_size
 
   def policy_update(self) -> Phase:
@@ -361,14 +363,14 @@ class _Count:
     chunked = 0 < config.logits_chunk < s.response_length * arch.vocab_size
     share = self.work.share
     positions = rows * s.response_length * share
-    # forward, twice as much backward, and once more what the backward pass computes again: all but
-    # a layer's last sums
+    # forward, twice as much backward, and once what the backward pass recomputes: all but a layer's
+    # last sums
     last = (
       2
       * arch.hidden_size
       * (arch.intermediate_size + arch.parallel_residual * arch.num_heads * arch.head_dim)
     )
-    # frozen weights have no gradient; products of the adapters are left out
+    # frozen weights have no gradient; matmuls of the adapters are not counted
     backward = 1 if config.lora.rank else 2
     spans = self.spans(arch, rows, s.length, self.trained_group)
     layers = self.blocks(arch, rows, s.length, self.trained_group) * (1 + backward + self.again)
@@ -379,7 +381,7 @@ class _Count:
     if kl_estimator(config, arch.vocab_size) == "exact":
       logits += logits_flops(arch, positions) * (
         1 + chunked
-      )  # of the reference, which has no gradient
+      )  # of the reference, without a gradient
     numbers = trained_numbers(config, arch)
     own = numbers / (self.layout.fsdp * self.layout.tensor)
     moment = jnp.dtype(config.policy.moment_dtype).itemsize
@@ -408,10 +410,10 @@ class _Count:
     )
 
   def critic(self) -> Phase:
-    """PPO's: one pass for the old values, epochs of updates."""
+    """PPO's critic: one pass for the old values, then epochs of updates."""
     s, config, rows, share = self.sizes, self.config, self.trained_rows(), self.work.share
     arch = s.reward_arch if config.critic.init == "reward" else s.arch
-    groups = {config.rollout.group_size: 1}  # of the neighbours with one prompt: passes
+    groups = {config.rollout.group_size: 1}  # for neighbours with one prompt
     groups[self.trained_group] = groups.get(self.trained_group, 0) + config.ppo.epochs * (
       3 + self.again
     )
@@ -429,15 +431,15 @@ class _Count:
     )
 
   def reward_head(self) -> Phase:
-    """Annotation, and the update on refreshed feedback: forward, and backward to weights and to
-    what they multiply.
+    """Annotation, and the update on refreshed feedback: forward, and backward to the weights and to
+    their inputs.
     """
     config, s = self.config, self.sizes
     passes = 1 + (3 if VARIANTS[config.variant].trained else 0)
     tokens = s.rows * s.length / self.layout.shards
     width = config.r2m.attention_dim
     fed = reads_feedback(config)
-    # h is read for the logits and again for the sum, and once more each in the backward pass
+    # h is read for the logits and for the sum, and again for each in the backward pass
     moved = (
       (2 + 2 * VARIANTS[config.variant].trained) * tokens * s.arch.hidden_size * self.width * fed
     )

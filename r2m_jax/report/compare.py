@@ -36,7 +36,7 @@ DRAWN = {"kl"} | {panel[0] for *_, panels in FIGURES for panel in panels}
 class Arm(NamedTuple):
   """One arm of one run."""
 
-  name: str  # of the folder, and of the arm if the run has several
+  name: str  # of the folder, with the arm's name if the run has several arms
   arm: str
   config: dict
   rows: list[dict]  # of metrics.jsonl
@@ -45,7 +45,7 @@ class Arm(NamedTuple):
 
 
 class Line(NamedTuple):
-  """What is one line of the figures: an arm of runs that differ only in their seed."""
+  """One line of the figures: an arm of runs that differ only in their seed."""
 
   name: str
   arms: list[Arm]  # one for each seed
@@ -71,7 +71,7 @@ def arms_in(workdirs: Sequence[Path]) -> list[Arm]:
 
 
 def folder_names(workdirs: Sequence[Path]) -> list[str]:
-  """The shortest ends of the paths that tell them apart."""
+  """The shortest distinct ends of the paths."""
   parts = [workdir.resolve().parts for workdir in workdirs]
   depth = 1
   while len({each[-depth:] for each in parts}) < len(parts) and depth < max(map(len, parts)):
@@ -80,8 +80,8 @@ def folder_names(workdirs: Sequence[Path]) -> list[str]:
 
 
 def lines_of(arms: list[Arm]) -> list[Line]:
-  """Arms whose settings differ only in their seeds, together; another start of one seed is a line
-  of its own.
+  """Groups arms whose settings differ only in their seeds; a second run with the same seed is a
+  separate line.
   """
   groups: list[list[Arm]] = []
   for arm in arms:
@@ -96,12 +96,12 @@ def lines_of(arms: list[Arm]) -> list[Line]:
 
 
 def settings_of(arm: Arm) -> dict:
-  """What is computed, without the seed."""
+  """The settings that affect the result, without the seed."""
   return {name: value for name, value in fixed(arm.config).items() if name != "seed"}
 
 
 def name_of(group: list[Arm]) -> str:
-  """The name of the first run, and how many other seeds there are."""
+  """The name of the first run, and the number of other seeds."""
   others = len(group) - 1
   if not others:
     return group[0].name
@@ -112,7 +112,9 @@ def name_of(group: list[Arm]) -> str:
 
 
 def rows_of(line: Line) -> list[dict]:
-  """The rows of a line: of its run, or means over its seeds with the ends of their interval."""
+  """The rows of a line: its run's rows, or means over its seeds with the ends of their
+  intervals.
+  """
   if len(line.arms) == 1:
     return [row | {"arm": line.name} for row in line.arms[0].rows]
   several = [{(row["stage"], row["step"]): row for row in arm.rows} for arm in line.arms]
@@ -121,8 +123,8 @@ def rows_of(line: Line) -> list[dict]:
 
 
 def mean_row(rows: list[dict], name: str) -> dict:
-  """The mean over seeds of every metric that a figure draws and all rows have, and as NAME_low and
-  NAME_high the ends of its 95% interval.
+  """The mean over seeds of every drawn metric that all rows have, with NAME_low and NAME_high as
+  the ends of its 95% interval.
   """
   first = rows[0]
   stage = "" if first["stage"] == "rl" else f"{first['stage']}/"
@@ -170,18 +172,18 @@ def cautions(lines: list[Line]) -> list[str]:
   texts = []
   if any(len(line.arms) == 1 for line in lines):
     texts.append(
-      "Lines of one seed: a difference between two of them may be a difference of seeds."
+      "Some lines have one seed: a difference between two of them may come from the seeds."
     )
   if any(1 < len(line.arms) < 5 for line in lines):
-    texts.append("Intervals over fewer than five seeds assume that seeds are Normal.")
+    texts.append("Intervals over fewer than five seeds assume a Normal distribution over seeds.")
   tasks = {arm.config.get("task") for arm in all_arms(lines)}
   if len(tasks) > 1:
-    texts.append(f"The runs are of different tasks: {', '.join(sorted(map(str, tasks)))}.")
+    texts.append(f"The runs have different tasks: {', '.join(sorted(map(str, tasks)))}.")
   return texts
 
 
 def numbers_section(lines: list[Line], entries: list[dict], styles) -> dict:
-  """Final numbers, a row for each line; of several seeds a mean with its interval."""
+  """Final numbers, a row for each line; for several seeds a mean with its interval."""
   by_name = {entry["arm"]: entry for entry in entries}
   matched = entries[0]["matched_kl"] if entries else None
   names = [name for name in NUMBERS if any(entry.get(name) is not None for entry in entries)]
@@ -192,7 +194,7 @@ def numbers_section(lines: list[Line], entries: list[dict], styles) -> dict:
   for line in lines:
     mine = [by_name[arm.name] for arm in line.arms if arm.name in by_name]
     steps = max((entry["last_step"] + 1 for entry in mine), default=0)
-    cells = [_over_seeds([entry[name] for entry in mine], NUMBERS[name][1]) for name in names]
+    cells = [over_seeds([entry[name] for entry in mine], NUMBERS[name][1]) for name in names]
     table.append([key_of(line.name, styles), str(len(line.arms)), str(steps), *cells])
   return page.table_section(
     {
@@ -205,7 +207,7 @@ def numbers_section(lines: list[Line], entries: list[dict], styles) -> dict:
   )
 
 
-def _over_seeds(values, digits):
+def over_seeds(values, digits):
   """A number, or a mean with its interval; "–" if a seed has none."""
   if not values or None in values:
     return "–"
@@ -255,7 +257,7 @@ def texts(lines: list[Line], styles) -> list[dict]:
   """The same prompts side by side, at the steps that all lines have."""
   sections = []
   several = any(len(line.arms) > 1 for line in lines)
-  note = f"{UNEDITED} Of several seeds, the first." if several else UNEDITED
+  note = f"{UNEDITED} If there are several seeds, the first is shown." if several else UNEDITED
   for kind, title, name, at in (
     ("evaluated", "The same held-out prompts at each evaluation", "evaluations", "at"),
     ("samples", "The same prompts before and after", "before-and-after", "at-sample"),

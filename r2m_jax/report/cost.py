@@ -1,4 +1,4 @@
-"""What a run took, and what should be looked at: time of each phase, memory, alarms."""
+"""The cost of a run and its alarms: time of each phase, memory, problems."""
 
 import math
 
@@ -13,7 +13,7 @@ from r2m_jax.report.summary import (
   series,
 )
 
-# metric -> the phase as the report names it. The first four are parts of a step, the others are
+# metric -> name of the phase in the report. The first four are parts of a step, the others are
 # between two steps.
 PHASES = {
   "seconds/data": "Taking prompts",
@@ -36,7 +36,7 @@ MEMORY = {
 
 
 def time_of_phases(rows: list[dict], arm: str) -> dict[str, float]:
-  """Phase -> mean seconds a step over the logged steps of an arm after its first, which compiles.
+  """Phase -> mean seconds per step, over an arm's logged steps without the first, which compiles.
 
   {} if the rows have no times.
   """
@@ -51,7 +51,7 @@ def time_of_phases(rows: list[dict], arm: str) -> dict[str, float]:
 
 
 def time_table(rows: list[dict]) -> dict | None:
-  """Seconds and share of each phase, a column for each arm; None if no step has its time."""
+  """Seconds and share of each phase, a column for each arm; None if no step has times."""
   times = {arm: found for arm in arms_of(rows) if (found := time_of_phases(rows, arm))}
   if not times:
     return None
@@ -65,7 +65,7 @@ def time_table(rows: list[dict]) -> dict | None:
     "title": "Time of a step",
     "head": ["Phase", *(arm or "run" for arm in times)],
     "rows": lines,
-    "note": "Mean seconds a logged step, without the first step of an arm, which compiles.",
+    "note": "Mean seconds per logged step, without the first step of an arm, which compiles.",
   }
 
 
@@ -78,7 +78,7 @@ def _part(found: dict[str, float], label: str):
 
 
 def stage_table(rows: list[dict]) -> dict | None:
-  """Seconds of each stage and arm, speed and memory; None without rows."""
+  """Seconds of each stage and arm, speed and memory; None if there are no rows."""
   lines = []
   for stage, arm in dict.fromkeys((row["stage"], row["arm"]) for row in rows):
     if stage == "eval":
@@ -96,7 +96,7 @@ def stage_table(rows: list[dict]) -> dict | None:
     "title": "Stages, speed and memory",
     "head": [head[at] for at in kept],
     "rows": [[line[at] for at in kept] for line in lines],
-    "note": "Time is over all starts of the run. Speed is a mean over logged steps.",
+    "note": "Times cover all starts of the run. Speed is a mean over logged steps.",
   }
 
 
@@ -122,7 +122,7 @@ def alarms(rows: list[dict]) -> list[str]:
 
 
 def troubles(rows: list[dict]) -> list[str]:
-  """A sentence for each alarm: over-optimisation, skipped updates, spikes, values not finite."""
+  """A sentence for each alarm: over-optimisation, skipped updates, spikes, non-finite values."""
   texts = [f"{line}." for line in alarms(rows)]
   for stage, arm in dict.fromkeys((row["stage"], row["arm"]) for row in rows):
     mine = [row for row in rows if (row["stage"], row["arm"]) == (stage, arm)]

@@ -1,6 +1,7 @@
-"""Figures of reports: what a run's report draws, and what the laboratory and the analysis draw with.
+"""Figures of reports: those of a run's report, and the parts shared with the laboratory and the
+analysis.
 
-A figure is drawn on axes of `grid` or `canvas` and becomes a PNG by `rendered`.
+A figure is drawn on axes from `grid` or `canvas`; `rendered` turns it into a PNG.
 """
 
 import io
@@ -10,7 +11,7 @@ import numpy as np
 
 from r2m_jax.report.summary import series, window_means
 
-# Okabe and Ito's colourblind-safe colours, less the yellow; arms past the seventh repeat them
+# Okabe and Ito's colourblind-safe colours, without the yellow; more than seven arms repeat them
 # dashed.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#767676")
 OWN_COLOUR = {
@@ -18,19 +19,20 @@ OWN_COLOUR = {
   "vanilla": "#767676",
   "scaled": "#E69F00",
   "r2m": "#0072B2",
-}  # alike in every report
+}  # the same in every report
 
 # (file, title, x, caption, panels); a panel is (metric, title, y label, reference line or None).
-# The metrics of the stages before RL carry the stage's name here: sft/loss.
+# Metrics of the stages before RL have the stage's name as a prefix here: sft/loss.
 STEP, ROOT_KL = "step", "sqrt(KL from the reference)  [√nat]"
 FIGURES = (
   (
     "1_rewards",
     "Rewards over the steps",
     STEP,
-    "Over-optimisation is gold, if it is measured, falling while the frozen proxy still rises. Dots "
-    "mark each arm's gold peak. The used reward is what the policy is trained on; if it moves or is "
-    "scaled it is not comparable across arms. All are means over each step's own training samples.",
+    "Over-optimisation is gold, if it is measured, falling while the frozen proxy still rises. "
+    "Dots mark each arm's gold peak. The used reward trains the policy; if it changes or is "
+    "scaled, it is not comparable across arms. All values are means over each step's own "
+    "training samples.",
     (
       ("reward/gold", "Gold reward", "gold", None),
       ("reward/frozen", "Frozen proxy", "proxy", None),
@@ -41,8 +43,8 @@ FIGURES = (
     "7_evaluations",
     "Held-out evaluations",
     STEP,
-    "Means over the same prompts at each evaluation, sampled with the same random numbers; bands are 95% "
-    "intervals over prompts. Neither gold nor anything else here is trained on.",
+    "Means over the same prompts at each evaluation, sampled with the same random numbers; bands "
+    "are 95% intervals over prompts. Nothing here is used for training.",
     (
       ("eval/gold", "Gold reward", "gold", None),
       ("eval/frozen", "Frozen proxy", "proxy", None),
@@ -68,7 +70,7 @@ FIGURES = (
     "3_behaviour",
     "What the policy does",
     STEP,
-    "A reward gained by collapsing to very short, very long or repeated text is no gain.",
+    "A higher reward from very short, very long or repeated text is not an improvement.",
     (
       ("length", "Response length", "tokens", None),
       ("entropy", "Entropy", "nats a token", None),
@@ -81,9 +83,9 @@ FIGURES = (
     "4_reward_head",
     "The reward model during RL",
     STEP,
-    "Pairs are labelled by the reward itself. Disagreement is the share of them whose order "
-    "contradicts gold (dotted: "
-    "chance). The correlation is that of used reward and gold among responses to one prompt.",
+    "Pairs are labelled by the reward itself. Disagreement is the share of pairs whose order "
+    "contradicts gold (dotted: chance). The correlation is between used reward and gold among "
+    "responses to one prompt.",
     (
       ("r2m/omega", "Weight ω on the own embedding", "weight", None),
       ("r2m/bt", "Bradley-Terry loss", "nats", None),
@@ -120,7 +122,7 @@ FIGURES = (
 )
 
 
-CELL = (4.2, 2.9)  # a panel's inches; with DPI whole pixels, so that a figure cuts exactly
+CELL = (4.2, 2.9)  # a panel's inches; whole pixels at DPI, so that a figure can be cut exactly
 DPI = 150
 
 
@@ -136,17 +138,17 @@ def canvas(wide: float, tall: float, rows: int = 1, columns: int = 1):
 
 
 def shape_of(count: int, most: int) -> tuple[int, int]:
-  """(rows, columns) of `count` panels, at most `most` beside each other."""
+  """(rows, columns) of `count` panels, at most `most` in a row."""
   columns = min(most, count)
   return -(-count // columns), columns
 
 
 def grid(count: int, most: int, cell: tuple[float, float], more: float = 0.0):
-  """(figure, `count` axes), row by row, at most `most` beside each other.
+  """(figure, `count` axes), row by row, at most `most` in a row.
 
   Args:
     cell: inches of a panel, width and height.
-    more: inches of height besides the panels, for a legend.
+    more: additional inches of height, for a legend.
   """
   rows, columns = shape_of(count, most)
   figure, axes = canvas(cell[0] * columns, cell[1] * rows + more, rows, columns)
@@ -156,7 +158,7 @@ def grid(count: int, most: int, cell: tuple[float, float], more: float = 0.0):
 
 
 def legend(figure, axis, columns: int = 4, *, place: str = "lower"):
-  """Of one axis, outside of all panels: "lower" or "upper"."""
+  """A legend of one axis, outside of all panels: "lower" or "upper"."""
   figure.legend(
     *axis.get_legend_handles_labels(),
     loc=f"outside {place} center",
@@ -177,7 +179,7 @@ def image_of(figure):
 
 
 def png(image) -> bytes:
-  """A Pillow image with few colours."""
+  """A Pillow image as PNG with few colours."""
   data = io.BytesIO()
   image.quantize(128).save(data, "png")
   return data.getvalue()
@@ -204,14 +206,14 @@ def style_of(arms):
 
 
 def key_of(arm, styles):
-  """What shows which line of a figure is an arm's: its name, line and colour."""
+  """The key of an arm in a figure: its name, line and colour."""
   colour, dashes = styles.get(arm, (COLOURS[0], "-"))
   line = {"-": "solid", "--": "dashed", ":": "dotted"}[dashes]
   return {"name": arm or "run", "line": line, "colour": colour}
 
 
 def described(rows, x, panels):
-  """A sentence for each panel that `draw_figure` draws, for readers who do not see it."""
+  """A sentence for each panel of `draw_figure`, for readers who cannot see it."""
   sentences = []
   for metric, title, label, _ in panels:
     if not len(series(rows, metric)[0]):
@@ -227,8 +229,8 @@ def described(rows, x, panels):
 
 
 def draw_figure(rows, x, panels, styles, matched_kl=None):
-  """Returns (png of the figure, [png of each panel]); panels that no row has are left out, none
-  left gives None.
+  """Returns (PNG of the figure, [PNG of each panel]). Panels without data are omitted; None if no
+  panel has data.
   """
   from matplotlib.figure import Figure
 
@@ -251,7 +253,7 @@ def draw_figure(rows, x, panels, styles, matched_kl=None):
       top + CELL[1] - 0.52,
       CELL[0] - 0.80,
       CELL[1] - 0.86,
-    )  # x, y of the lower left from the top
+    )  # x, y of the lower left corner, from the top
     axes = figure.add_axes((box[0] / wide, 1 - box[1] / tall, box[2] / wide, box[3] / tall))
     _draw_panel(axes, rows, arms, x, panel, styles, matched_kl)
     boxes.append([round(v * DPI) for v in (left, top, left + CELL[0], top + CELL[1])])
@@ -308,15 +310,15 @@ def _draw_panel(axes, rows, arms, x, panel, styles, matched_kl):
 
 
 def draw_band(axes, rows, metric, colour):
-  """The interval of a metric that is logged with its ends."""
+  """Draws the interval of a metric whose ends are logged."""
   steps, low, high = series(rows, f"{metric}_low", f"{metric}_high")
   if len(steps):
-    smooth = map(window_means, (steps, low, high))  # as the line in it
+    smooth = map(window_means, (steps, low, high))  # like the line inside it
     axes.fill_between(*smooth, color=colour, alpha=0.15, lw=0)
 
 
 def dress(axes, title, x, label):
-  """A panel's title, labels, grid and spines."""
+  """Draws a panel's title, labels, grid and spines."""
   axes.set_title(title, fontsize=11, loc="left", fontweight="bold", color="#222")
   axes.set_xlabel(x, fontsize=9.5, color="#444")
   axes.set_ylabel(label, fontsize=9.5, color="#444")
@@ -325,7 +327,7 @@ def dress(axes, title, x, label):
   for axis in (
     axes.xaxis,
     axes.yaxis,
-  ):  # no common factor above the axes, where the title is; + 0.0: no -0
+  ):  # no common factor above the axes, at the title; + 0.0: no -0
     axis.set_major_formatter(lambda value, _: f"{round(value, 10) + 0.0:.4g}")
   axes.grid(color="#e6e8eb", lw=0.8)
   axes.set_axisbelow(True)

@@ -1,8 +1,8 @@
-"""95% intervals: the one rule for all numbers that a report shows. Plain NumPy: no files, no JAX.
+"""95% intervals: the same rule for all numbers of a report. Plain NumPy: no files, no JAX.
 
-What is independent is resampled: seeds, or groups of rows such as the responses to one prompt. The
+Independent units are resampled: seeds, or groups of rows such as the responses to one prompt. The
 ends of an interval are quantiles of the bootstrap distribution, widened for few values (`levels`).
-Below `FEW` values the interval of a mean is Student's.
+With fewer than `FEW` values the interval of a mean is Student's.
 """
 
 import functools
@@ -14,9 +14,9 @@ from scipy import stats as distributions  # jax brings it
 
 LEVEL = 0.95
 RESAMPLES = 10_000
-GROUP_RESAMPLES = 2000  # of statistics over groups of rows, of which there may be thousands
-# values; a bootstrap stays within the values, and the range of three holds their mean in 75% of all
-# cases
+GROUP_RESAMPLES = 2000  # for statistics over groups of rows, of which there may be thousands
+# values; a bootstrap stays within the values, and the range of three values contains the mean in
+# 75% of cases
 FEW = 5
 NORMAL = float(distributions.norm.ppf((1 + LEVEL) / 2))  # standard errors of a half interval, 1.96
 
@@ -33,7 +33,7 @@ def resampled(count: int, seed: int = 0, draws: int = RESAMPLES) -> np.ndarray:
   """Bootstrap draws as weights: how often each of `count` values is in each resample.   ->
   f64[draws, count].
 
-  Fewer draws are the first of more.
+  The first draws do not depend on `draws`.
   """
   drawn = np.random.default_rng(seed).integers(0, count, (draws, count))
   place = drawn + np.arange(draws)[:, None] * count
@@ -41,11 +41,11 @@ def resampled(count: int, seed: int = 0, draws: int = RESAMPLES) -> np.ndarray:
 
 
 def levels(count: int) -> tuple[float, float]:
-  """Quantiles of the bootstrap distribution that are the ends of a 95% interval.
+  """The quantiles of the bootstrap distribution that are the ends of a 95% interval.
 
   With few values the plain percentile interval is too short. The levels are widened so that for
-  Normal data it has the length of the t interval: Hesterberg, What Teachers Should Know About the
-  Bootstrap (2015), section 5.2.
+  Normal data it has the same length as the t interval: Hesterberg, What Teachers Should Know About
+  the Bootstrap (2015), section 5.2.
   """
   tail = (1 - LEVEL) / 2
   widened = distributions.norm.cdf(
@@ -57,7 +57,7 @@ def levels(count: int) -> tuple[float, float]:
 def ends(values, count: int) -> tuple[float, float]:
   """Ends of the interval of bootstrapped values f64[R], each over `count` independent values.
 
-  NaN from fewer than two, or if more than the tail of the bootstrapped values is NaN.
+  NaN for fewer than two values, or if more bootstrapped values than the tail are NaN.
   """
   values = np.asarray(values, float)
   if count < 2 or np.isnan(values).mean() > (1 - LEVEL) / 2:
@@ -72,7 +72,8 @@ def ends(values, count: int) -> tuple[float, float]:
 def bounds(values: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
   """The ends of the 95% interval of the mean over the first axis of f64[S, ...], S >= 2.
 
-  By a bootstrap from `FEW` values on, Student's below, as of Normal ones.
+  A bootstrap interval from `FEW` values on; with fewer, Student's interval, which assumes Normal
+  values.
   """
   count = len(values)
   if count < FEW:
@@ -84,8 +85,8 @@ def bounds(values: np.ndarray, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def interval(values, seed: int = 0) -> Interval:
-  """The mean of f64[S] values, one a seed, with its 95% interval (`bounds`); NaN for its ends
-  from fewer than two.
+  """The mean of f64[S] values, one for each seed, with its 95% interval (`bounds`); its ends are
+  NaN for fewer than two values.
   """
   values = np.asarray(values, float)
   values = values[np.isfinite(values)]
@@ -104,14 +105,14 @@ def paired(values, baseline, seed: int = 0) -> Interval:
 
 
 def weights(count: int, seed: int = 0) -> np.ndarray:
-  """How often each of `count` groups is in each resample; row 0 has each once.   -> f64[1 +
+  """How often each of `count` groups is in each resample; row 0 has each group once.   -> f64[1 +
   GROUP_RESAMPLES, count].
   """
   return np.concatenate([np.ones((1, count)), resampled(count, seed, GROUP_RESAMPLES)])
 
 
 def with_ends(values: np.ndarray, count: int) -> Interval:
-  """The first of f64[1 + GROUP_RESAMPLES] values, with the interval that the others give over
+  """The first of f64[1 + GROUP_RESAMPLES] values, with the interval from the other values, over
   `count` groups.
   """
   return Interval(float(values[0]), *ends(values[1:], count), count)
@@ -125,12 +126,12 @@ def estimate(statistic: Callable[..., np.ndarray], *parts: np.ndarray, seed: int
 
   Args:
     statistic: maps sums f64[R, ...], one for each of `parts`, to f64[R].
-    parts: f64[P, ...] each, what a group adds.
+    parts: f64[P, ...] each, the contributions of the groups.
   """
   drawn = weights(len(parts[0]), seed)
   with np.errstate(
     divide="ignore", invalid="ignore"
-  ):  # a resample without any such row: NaN, and `ends` counts it
+  ):  # a resample without such rows gives NaN, which `ends` counts
     return with_ends(statistic(*(np.tensordot(drawn, part, 1) for part in parts)), len(parts[0]))
 
 
@@ -144,7 +145,7 @@ def by_group(group: np.ndarray, values: np.ndarray) -> np.ndarray:
 def group_mean(
   values: np.ndarray, group: np.ndarray, counted: np.ndarray | None = None, seed: int = 0
 ) -> Interval:
-  """The mean of f64[N] values over all rows, or over those that are `counted`, bool[N].
+  """The mean of f64[N] values over all rows, or over the `counted` rows, bool[N].
 
   The interval is over the groups i64[N] of the rows, numbered from 0.
   """

@@ -1,9 +1,9 @@
-"""The report of a run: metrics.jsonl and samples.jsonl as figures/*.png and one self-contained
-report.html, which template.html makes of sections.
+"""The report of a run: metrics.jsonl and samples.jsonl become figures/*.png and one self-contained
+report.html, which template.html builds from sections.
 
 A section is a dict whose `kind` is a macro of the template: "lead", "points", "table", "figure",
-"samples", "slider", "strip" or "settings". Its `tab` is the part of the page that it stands in. All text in
-it is plain: the template escapes it.
+"samples", "slider", "strip" or "settings". Its `tab` is the part of the page that contains it. All
+its text is plain, and the template escapes it.
 """
 
 import base64
@@ -47,7 +47,7 @@ from r2m_jax.run.metrics import ROW_KEYS, read_metrics
 __all__ = ["format_summary", "summary_table", "write_report"]
 
 REPLAYED = 4  # samples of task=replay that a report shows
-FIRST_TAB = "Findings"  # of sections that name none
+FIRST_TAB = "Findings"  # of sections without a tab
 
 
 def write_report(workdir, *, title, notes=(), tables=(), config=None):
@@ -68,8 +68,9 @@ def write_report(workdir, *, title, notes=(), tables=(), config=None):
   )
   sections = _findings(rows, table, styles, notes) + [table_section(one) for one in tables]
   if config is not None:
-    sections.append(_what_was_run(config))
-  sections += _curves(workdir, rows, table, styles)
+    sections.append(what_was_run(config))
+  matched = table[0]["matched_kl"] if table else None
+  sections += curves(workdir, rows, matched, styles)
   sections += text_sections(samples, evaluated, styles)
   sections += replayed_sections(workdir)
   sections += [
@@ -83,7 +84,7 @@ def write_report(workdir, *, title, notes=(), tables=(), config=None):
 
 
 def _findings(rows, table, styles, notes):
-  """What the run shows, its alarms and its numbers."""
+  """The run's findings, alarms and numbers."""
   sections = [_headline(table, notes, alarms(rows))]
   if found := troubles(rows):
     sections.append(points_section("Alarms", found, alarm=True))
@@ -94,10 +95,10 @@ def _findings(rows, table, styles, notes):
   return sections
 
 
-def _what_was_run(config):
+def what_was_run(config):
   """The settings that are not at their defaults."""
   head = ["Setting", "This run", "Default"]
-  note = "Every other setting is at its default; docs/config.md says what each does."
+  note = "Every other setting has its default; docs/config.md describes each."
   title = "Settings that differ from the default"
   return table_section(
     {"title": title, "head": head, "rows": changed(config), "note": note, "words": True},
@@ -105,13 +106,12 @@ def _what_was_run(config):
   )
 
 
-def _curves(workdir, rows, table, styles):
+def curves(workdir, rows, matched, styles, note=""):
   """A section for each figure that the rows have data for; also writes it to WORKDIR/figures.
 
-  The first one, of the rewards, belongs to what the run shows.
+  The first figure, of the rewards, is part of the findings. note: a sentence for every caption.
   """
   named = [row if row["stage"] == "rl" else with_stage(row) for row in rows]
-  matched = table[0]["matched_kl"] if table else None
   sections = []
   for name, heading, x, caption, panels in FIGURES:
     drawn = draw_figure(named, x, panels, styles, matched)
@@ -120,18 +120,21 @@ def _curves(workdir, rows, table, styles):
       keys = [key_of(arm, styles) for arm in arms_with(named, panels)]
       alts = described(named, x, panels)
       tab = "Curves" if sections else FIRST_TAB
-      sections.append(figure_section(heading, caption, drawn[1], keys, alts=alts, tab=tab))
+      text = f"{caption} {note}".strip()
+      sections.append(figure_section(heading, text, drawn[1], keys, alts=alts, tab=tab))
   return sections
 
 
 def replayed_sections(workdir):
-  """What the reward read of each sample that task=replay made again, REPLAYED at most."""
+  """The attention of each sample that task=replay recomputed, at most REPLAYED."""
   files = sorted((workdir / "replay").glob("*.json"))[:REPLAYED]
   return [section for file in files if (section := attention_section(read_json(file)))]
 
 
 def text_sections(samples, evaluated, styles):
-  """Text of the run: each evaluation, samples, and where reward and gold disagree most."""
+  """Texts of the run: each evaluation, samples, and the responses on which reward and gold disagree
+  most.
+  """
   sections = []
   if evaluated:
     sections.append(evaluation_slider(evaluated, styles))
@@ -157,7 +160,7 @@ def _template():
 def write_page(path, *, title, heading, about, sections):
   """Writes a self-contained page of sections under a heading and a line about it; returns its path.
 
-  Sections that name a `tab` are shown under it, the others under the first one.
+  Sections with a `tab` are shown in it, the others in the first tab.
   """
   names = dict.fromkeys(section.get("tab") or FIRST_TAB for section in sections)
   tabs = [
@@ -184,7 +187,7 @@ def table_section(table, *, tab=""):
 def figure_section(title, caption, images, keys=(), *, whole=False, alts=(), tab=""):
   """PNG images, with `keys` to the arms if there are several.
 
-  whole: at full width. alts: a sentence for each image, for readers who do not see it.
+  whole: at full width. alts: a sentence for each image, for readers who cannot see it.
   """
   return {
     "kind": "figure",
@@ -204,12 +207,12 @@ def lead_section(title, points, care=()):
 
 
 def points_section(title, points, *, alarm=False, tab=""):
-  """A list of sentences; `alarm`: marked as something to look at."""
+  """A list of sentences; `alarm`: highlighted as an alarm."""
   return {"kind": "points", "tab": tab, "title": title, "points": points, "alarm": alarm}
 
 
 def settings_section(config):
-  """The configuration as JSON, folded away."""
+  """The configuration as JSON, collapsed."""
   shown = config.to_dict() if hasattr(config, "to_dict") else config
   text = json.dumps(shown, indent=2, default=str)
   return {"kind": "settings", "tab": "What was run", "text": text}
@@ -221,7 +224,7 @@ def with_stage(row):
 
 
 def describe(rows):
-  """What was run, from the rows alone."""
+  """A summary of what was run, only from the rows."""
   if not rows:
     return "Nothing was logged yet."
   texts = []
@@ -256,7 +259,7 @@ def _headline(table, notes, alarms):
   if cases:
     care.insert(
       1,
-      "scaled is the control for the shrinking of the reward by ω: where r2m does not beat it, the "
+      "scaled is the control for the shrinking of the reward by ω: if r2m does not beat it, the "
       "effect is not due to the policy feedback.",
     )
   return lead_section("What this run shows", points, care)
@@ -286,10 +289,9 @@ def _summary(table, styles):
   note = (
     (
       f"Each number is a mean over {' or '.join(map(str, windows))} logged steps. Gain is peak "
-      "minus start, and its "
-      "lost share is (peak - end) / gain, given if the gain exceeds four standard errors of "
-      "step noise. The "
-      "peak is the largest of many means, so noise alone puts it a little high."
+      "minus start, and its lost share is (peak - end) / gain, given if the gain exceeds four "
+      "standard errors of step noise. The peak is the largest of many means, so noise by itself "
+      "raises it slightly."
     )
     if gold
     else ""

@@ -7,13 +7,13 @@ import numpy as np
 from r2m_jax.report.figures import key_of
 from r2m_jax.report.summary import number
 
-MAX_PROMPTS, MAX_CHARS = 40, 4000  # of a section; of a text
-MAX_TEXT = 1_000_000  # bytes of all texts of a section, so that a page stays below 5 MB
-WORST = 8  # disagreements shown of each kind
-FEWEST = 8  # rows below which a score has no scale
+MAX_PROMPTS, MAX_CHARS = 40, 4000  # per section; per text
+MAX_TEXT = 1_000_000  # bytes of all texts in a section, so that a page stays below 5 MB
+WORST = 8  # number of disagreements shown of each kind
+FEWEST = 8  # with fewer rows a score has no scale
 ORDER = {"before": -1, "after": math.inf}  # of `when`; a number is a step
-UNEDITED = "Model text as it was sampled, unedited."
-SAME_NUMBERS = "Model text as it was sampled, unedited, with the same random numbers at each step."
+UNEDITED = "Unedited model text."
+SAME_NUMBERS = "Unedited model text, sampled with the same random numbers at each step."
 
 
 def when_name(when) -> str:
@@ -22,13 +22,13 @@ def when_name(when) -> str:
 
 
 def cut(text: str) -> str:
-  """At most MAX_CHARS characters of a text, and how many are left out."""
+  """At most MAX_CHARS characters of a text, and the number of characters cut off."""
   more = f" … ({len(text) - MAX_CHARS} more characters)" if len(text) > MAX_CHARS else ""
   return text[:MAX_CHARS] + more
 
 
 def as_float(value):
-  """A score of a row; a non-finite one is a string there."""
+  """A score of a row, in which a non-finite number is a string."""
   return float(value) if value is not None else None
 
 
@@ -47,8 +47,8 @@ def within_limits(blocks, size_of) -> list:
 
 
 def evaluation_slider(samples, styles):
-  """Each held-out prompt with its response at the first evaluation beside those at another step,
-  which a slider chooses.
+  """Each held-out prompt with its response at the first evaluation, next to the responses at
+  another step, which a slider selects.
   """
   steps = sorted({row["step"] for row in samples})
   first = {row["prompt"]: row for row in reversed(samples) if row["step"] == steps[0]}
@@ -65,12 +65,12 @@ def evaluation_slider(samples, styles):
 def slider(
   samples, whens, styles, *, title, note=UNEDITED, first=None, name="evaluations", at="at"
 ):
-  """Responses to the same prompts, a column for each arm, at a step that a slider chooses.
+  """Responses to the same prompts, a column for each arm, at a step that a slider selects.
 
   Args:
     samples: rows with arm, prompt, when, response and scores.
     whens: the positions of the slider.
-    first: prompt -> row that stays beside the chosen step; None: none.
+    first: prompt -> row that is always shown next to the selected step; None: none.
     name, at: ids of the section and of its slider in the page.
   """
   arms = list(dict.fromkeys(row["arm"] for row in samples))
@@ -104,7 +104,7 @@ def slider(
 
 
 def _response(row):
-  """A response, and a line of what was measured of it."""
+  """A response, and a line with its measurements."""
   if row is None:
     return {"text": "(no response at this step)", "facts": ""}
   facts = [
@@ -121,7 +121,9 @@ def _response(row):
 
 
 def samples_section(samples, styles):
-  """Every prompt with its responses: before, at steps in between, after; one row a response."""
+  """Every prompt with its responses: before, at steps in between, and after; one row for each
+  response.
+  """
   prompts = list(dict.fromkeys(row["prompt"] for row in samples))
   scores = {
     name: key
@@ -149,7 +151,7 @@ def samples_section(samples, styles):
 
 
 def _sample(row, scores, styles):
-  """A response as the template shows it. `scores`: name in the page -> name in the row."""
+  """A response in the template's form. `scores`: name in the page -> name in the row."""
   when, length = row["when"], row.get("length")
   cut_off = " (cut)" if row.get("truncated") else ""
   return {
@@ -162,7 +164,9 @@ def _sample(row, scores, styles):
 
 
 def _merge_before(rows):
-  """Arms start from one policy: if all have the same sample before, it is one row, of no arm."""
+  """Arms start from the same policy: if all have the same sample before RL, it becomes one row
+  without an arm.
+  """
   before = [row | {"arm": ""} for row in rows if row["when"] == "before"]
   same = len(before) > 1 and all(row == before[0] for row in before)
   return before[:1] + [row for row in rows if row["when"] != "before"] if same else rows
@@ -172,11 +176,11 @@ def _merge_before(rows):
 
 
 def worst_disagreements(rows, judged: str, by: str) -> list[tuple[float, dict]]:
-  """(difference of standard scores, row) of the rows that `judged` rates above `by` the most.
+  """(difference of standard scores, row) of the rows that `judged` rates furthest above `by`.
 
-  A standard score is (x - mean) / standard deviation over the rows that have both scores. Only
-  rows with a positive difference are returned, the largest first, each text once, WORST at most; []
-  from fewer than FEWEST rows, or if a score is the same in all.
+  A standard score is (x - mean) / standard deviation over the rows that have both scores. Only rows
+  with a positive difference are returned, the largest first, each text once, at most WORST; [] for
+  fewer than FEWEST rows, or if a score is the same in all rows.
   """
   rows = [row for row in rows if row.get(judged) is not None and row.get(by) is not None]
   scores = np.array([[float(row[judged]), float(row[by])] for row in rows]).reshape(-1, 2)
@@ -194,10 +198,11 @@ def worst_disagreements(rows, judged: str, by: str) -> list[tuple[float, dict]]:
 
 
 def disagreements_section(samples, evaluated, styles):
-  """The responses that the reward rates highest against gold, else against the frozen reward.
+  """The responses that the reward rates furthest above gold, or above the frozen reward if there is
+  no gold.
 
-  The rows are the samples of training with their used reward, and those of evaluations with their
-  frozen proxy. None if no row has two scores that differ.
+  The rows are training samples with their used reward, and evaluation samples with their frozen
+  proxy. None if no row has two different scores.
   """
   trained = [row for row in samples if row["when"] != "before"]
   for rows, judged, by in (
@@ -254,8 +259,8 @@ def attention_section(replayed: dict, *, tab: str = "Samples") -> dict | None:
     "kind": "strip",
     "tab": tab,
     "title": f"What the reward reads: {where}",
-    "note": "Weight of each hidden state of the policy in the cross-attention of the reward, a mean "
-    "over heads. Most weight: "
+    "note": "Weight of each hidden state of the policy in the cross-attention of the reward, averaged "
+    "over heads. Largest weights:  "
     + ", ".join(f"{word['text']} {word['weight']}" for word in most)
     + f". Reward {number(as_float(replayed['reward']))}, frozen {number(as_float(replayed['frozen']))}.",
     "parts": [("Prompt", words[:start]), ("Response", words[start:])],

@@ -5,11 +5,11 @@ import json
 from r2m_jax.config import is_dict
 from r2m_jax.knobs import KNOBS, Knob, walk
 
-ABSENT = "–"  # of a setting that one of the configs does not have
+ABSENT = "–"  # shown for a setting that one of the configs does not have
 
 
 def as_dict(config) -> dict:
-  """A ConfigDict, or a dict, as config.json holds it."""
+  """A ConfigDict or dict in the form of config.json."""
   nested = config.to_dict() if hasattr(config, "to_dict") else config
   return json.loads(json.dumps(nested, default=str))
 
@@ -41,7 +41,7 @@ def changed(config) -> list[list[str]]:
 
 
 def differing(configs: list) -> list[list[str]]:
-  """[field, value in each config] of each setting that is not the same in all."""
+  """[field, value in each config] of each setting that differs between configs."""
   several = [flat(as_dict(config)) for config in configs]
   fields = dict.fromkeys(field for one in several for field in one)
   rows = []
@@ -53,7 +53,7 @@ def differing(configs: list) -> list[list[str]]:
 
 
 def shown(value) -> str:
-  """A value of config.json as one gives it on the command line."""
+  """A value of config.json in command-line form."""
   if isinstance(value, list):
     inner = ", ".join(map(repr, value))
     return f"({inner},)" if len(value) == 1 else f"({inner})"

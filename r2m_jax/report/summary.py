@@ -1,8 +1,7 @@
-"""What the RL rows of metrics.jsonl show, as numbers and as sentences computed from them; no files,
-no figures.
+"""The findings of the RL rows of metrics.jsonl, as numbers and as sentences; no files, no figures.
 
 A mean is over a window of a tenth of an arm's rows. `se` is the standard error of such a mean from
-step-to-step noise alone: it says nothing of how another seed would differ.
+step-to-step noise only; it does not cover differences between seeds.
 """
 
 import math
@@ -10,7 +9,7 @@ import math
 import numpy as np
 
 MIN_ROWS = 10  # fewer rows than this give no verdict
-SURE = 4  # standard errors that a rise or a fall must exceed: the peak is a maximum of many means
+SURE = 4  # standard errors that a rise or a fall must exceed: a peak is a maximum of many means
 
 
 # ---- numbers ----
@@ -22,8 +21,8 @@ def arms_of(rows):
 
 
 def series(rows, *names):
-  """[steps, values of the first name, ...] over the rows that have all names finite; a repeated
-  step counts last.
+  """[steps, values of the first name, ...] over the rows in which all names are finite; for a
+  repeated step the last row counts.
   """
   finite = [row for row in rows if all(math.isfinite(row.get(name, math.nan)) for name in names)]
   by_step = {row["step"]: [row[name] for name in names] for row in finite}
@@ -47,8 +46,8 @@ def window_means(values):
 
 
 def standard_error(values):
-  """Of one window mean: the step noise, from successive differences so that a trend does not count,
-  over sqrt(window).
+  """The standard error of one window mean: the step noise over sqrt(window). The noise comes from
+  successive differences, so that a trend does not count.
 
   se^2 = mean((x_t - x_{t-1})^2) / 2 / window
   """
@@ -60,18 +59,16 @@ def standard_error(values):
 
 
 def summary_table(rows):
-  """One dict an arm from the RL rows of metrics.jsonl (read_metrics); None where the rows do not
-  have it.
+  """One dict for each arm, from the RL rows of metrics.jsonl (read_metrics). Values that the rows
+  do not have are None.
 
   start, last: mean of the first and the last window; peak: the largest window mean, at peak_step
-  (the window's middle); gain = peak - start; loss = peak - last; lost_share = loss / gain, None
-  where the gain is within 4 se of zero.
-  rows: how many had gold, or how many there are where none had.
-  evaluated: whether gold and the frozen proxy are those of held-out evaluations. So it is if the
-  steps themselves have no gold and the evaluations do.
-  X_start, X_last, X_se for X in frozen, kl, length, truncated: the first and last window means and
-  their error.
-  gold_at_kl: gold where the arm first reaches matched_kl, the largest KL that every arm reaches.
+  (the window's middle); gain = peak - start; loss = peak - last; lost_share = loss / gain, None if
+  the gain is within 4 se of zero. rows: number of rows with gold, or of all rows if none has gold.
+  evaluated: whether gold and the frozen proxy come from held-out evaluations. They do if only the
+  evaluations have gold. X_start, X_last, X_se for X in frozen, kl,
+  length, truncated: the first and last window means and their error. gold_at_kl: gold where the arm
+  first reaches matched_kl, the largest KL that every arm reaches.
   """
   table = [
     _summarise(
@@ -120,8 +117,8 @@ def _summarise(arm, rows, evaluated):
 
 
 def rise_and_fall(gold, frozen):
-  """What gold did in one run and the frozen proxy with it: the part of a summary_table entry that
-  `over_optimised` reads.
+  """The rise and fall of gold in one run, with the frozen proxy: the part of a summary_table entry
+  that `over_optimised` reads.
 
   Args:
     gold, frozen: (steps f64[T], values f64[T]) each, finite and in order of the steps.
@@ -129,7 +126,7 @@ def rise_and_fall(gold, frozen):
   Returns:
     start, peak, peak_step, last, gain, loss, lost_share, se, window, frozen_start, frozen_last and
     frozen_se as in `summary_table`; frozen_peak is the mean of the frozen proxy over the window of
-    the gold peak. None where there are no values.
+    the gold peak. None if there are no values.
   """
   keys = ("start", "peak", "peak_step", "last", "gain", "loss", "lost_share", "se", "window")
   entry = dict.fromkeys(keys) | {"frozen_peak": None} | _first_and_last("frozen", frozen[1])
@@ -170,14 +167,15 @@ def gold_fell(entry):
 
 
 def over_optimised(entry):
-  """Whether a run over-optimised its reward: the one criterion of all reports.
+  """Whether a run over-optimised its reward: the criterion of all reports.
 
-  Gold ended below its peak, and the frozen proxy ended above what it was at that peak (means over
+  Gold ended below its peak, and the frozen proxy ended above its value at that peak (means over
   windows; the proxy's over the steps of the gold peak). Each difference must exceed `SURE` of its
-  standard errors of step noise. A fall of gold without a rise of the proxy is not over-optimisation.
+  standard errors of step noise. A fall of gold without a rise of the proxy is not
+  over-optimisation.
 
   Args:
-    entry: of `rise_and_fall` or `summary_table`, of a run with gold.
+    entry: from `rise_and_fall` or `summary_table`, for a run with gold.
   """
   if entry["frozen_peak"] is None or not gold_fell(entry):
     return False
@@ -188,14 +186,16 @@ def over_optimised(entry):
 
 
 def evaluations(rows, arm):
-  """The rows of an arm's evaluations, in order of their steps; a repeated step counts last."""
+  """The rows of an arm's evaluations, in order of their steps; for a repeated step the last row
+  counts.
+  """
   mine = {row["step"]: row for row in rows if row["stage"] == "eval" and row["arm"] == arm}
   return [mine[step] for step in sorted(mine)]
 
 
 def alarm(rows):
-  """Step since which gold has fallen and the frozen proxy has risen, by `over_optimised`; None if
-  that is not so, or if fewer than `MIN_ROWS` evaluations have gold.
+  """The step since which gold has fallen and the frozen proxy has risen, by `over_optimised`; None
+  if there is no such step, or if fewer than `MIN_ROWS` evaluations have gold.
 
   Args:
     rows: of the evaluations of one arm.
@@ -208,8 +208,8 @@ def alarm(rows):
 
 
 def first_alarm(rows):
-  """(step at which the alarm was first raised, step since which it says that gold has fallen); None
-  if it never was.
+  """(step at which the alarm was first raised, step since which gold has fallen); None if it never
+  was.
   """
   for count in range(MIN_ROWS, len(rows) + 1):
     since = alarm(rows[:count])
@@ -232,7 +232,7 @@ def with_interval(row, name, scale=1.0, digits=2):
 
 
 def evaluation_line(arm, step, row):
-  """What an evaluation found, in a line for the terminal."""
+  """The results of an evaluation, in a line for the terminal."""
   parts = [f"{name} {with_interval(row, name)}" for name in ("gold", "frozen", "kl") if name in row]
   parts += [f"length {number(row['length'], 1)}", f"cut {row['truncated']:.0%}"]
   parts += [f"repetition {row['repetition']:.0%}"]
@@ -280,7 +280,7 @@ def number(value, digits=2):
 
 
 def verdict(entry):
-  """One of the five above, of an entry of `summary_table`."""
+  """The verdict on an entry of `summary_table`: one of the five above."""
   if entry["rows"] < MIN_ROWS:
     return TOO_FEW
   if entry["start"] is None:
@@ -291,7 +291,7 @@ def verdict(entry):
 
 
 def finding(entry):
-  """What an arm's gold and frozen proxy did, in a sentence."""
+  """A sentence on an arm's gold and frozen proxy."""
   arm, n, found = entry["arm"] or "the run", number, verdict(entry)
   proxy = f"the frozen proxy went from {n(entry['frozen_start'])} to {n(entry['frozen_last'])}"
   if found == TOO_FEW:
@@ -299,9 +299,8 @@ def finding(entry):
     return f"{arm}: {entry['rows']} {what} are too few for a verdict."
   if found == NO_GOLD:
     return (
-      f"In {arm} {proxy}, at a KL of {n(entry['kl_last'], 1)} in the end. No gold reward was "
-      "measured, and the "
-      "proxy alone cannot tell improvement from over-optimisation."
+      f"In {arm} {proxy}, at a KL of {n(entry['kl_last'], 1)} at the end. No gold reward was "
+      "measured, and the proxy by itself cannot distinguish improvement from over-optimisation."
     )
   rose, peak = (
     entry["gain"] > SURE * entry["se"],
@@ -322,13 +321,15 @@ def finding(entry):
     proxy = f"rose from {n(entry['frozen_peak'])} at that peak to {n(entry['frozen_last'])}"
     return f"{gold} while the frozen proxy {proxy}: over-optimisation."
   if entry["frozen_peak"] is None:
-    return f"{gold}; no frozen proxy was logged beside it."
+    return f"{gold}; no frozen proxy was logged with it."
   proxy = f"went from {n(entry['frozen_peak'])} at that peak to {n(entry['frozen_last'])}"
   return f"{gold}, but the frozen proxy {proxy}: a fall without a rise of the proxy is not over-optimisation."
 
 
 def findings(table):
-  """A sentence an arm up to four arms; past that the first arm's, and the arms of each verdict."""
+  """A sentence for each arm, up to four arms; with more, the first arm's sentence and the arms of
+  each verdict.
+  """
   if len(table) <= 4:
     return [finding(entry) for entry in table]
   groups = {}
@@ -347,7 +348,7 @@ def cautions(table):
   texts = [
     "One seed: differences between arms are anecdotes, not evidence."
     if len(table) > 1
-    else "One seed: another may end elsewhere."
+    else "One seed: another seed may give another result."
   ]
   for entry in table:
     arm, before, after = entry["arm"] or "the run", entry["length_start"], entry["length_last"]
@@ -376,10 +377,10 @@ def cautions(table):
 
 
 def control_case(table):
-  """What `scaled` says of every r2m arm: [(short, sentence)].
+  """The comparison of every r2m arm with `scaled`: [(short, sentence)].
 
-  Scaled shrinks the frozen reward by the same omega and reads no feedback, so only what r2m has
-  beyond scaled can be due to the feedback.
+  scaled shrinks the frozen reward by the same omega and reads no feedback, so only an advantage of
+  r2m over scaled can be due to the feedback.
   """
   control = next(
     (entry for entry in table if entry["arm"] == "scaled" and entry["start"] is not None), None
@@ -394,9 +395,9 @@ def _against(entry, control):
   arm = entry["arm"]
   if control is None:
     return (
-      f"{arm} has no scaled arm beside it",
-      f"No scaled arm was run beside {arm}: a gain over vanilla cannot be told from the shrinking "
-      "by ω.",
+      f"{arm} has no scaled arm to compare with",
+      f"No scaled arm was run with {arm}: a gain over vanilla cannot be distinguished from the "
+      "shrinking by ω.",
     )
   if min(entry["rows"], control["rows"]) < MIN_ROWS:
     return (
@@ -411,16 +412,19 @@ def _against(entry, control):
     text += f", and {at_kl:+.2f} at the matched KL of {number(entry['matched_kl'], 1)}"
   if final <= noise and at_kl is not None and at_kl > noise:
     short = f"{arm} is above scaled at equal KL, not at the end"
-    reading = "it went further from the reference and lost gold there."
+    reading = "it moved further from the reference and lost gold there."
   elif final <= noise:
     short = f"{arm} {'ends below' if final < -noise else 'does not beat'} scaled"
-    reading = "what it gains over vanilla, if anything, is not due to the policy feedback."
+    reading = "any gain over vanilla is not due to the policy feedback."
   elif at_kl is not None and at_kl <= noise:
     short = f"{arm} beats scaled at the end, not at equal KL"
-    reading = "it may only have moved less far from the reference."
+    reading = "it may only have moved less from the reference."
   else:
     short = f"{arm} beats scaled"
-    reading = "the shrinking by ω does not explain that. It takes more seeds to call it an effect of the feedback."
+    reading = (
+      "the shrinking by ω does not explain that. More seeds are needed to attribute it to the "
+      "feedback."
+    )
   return (
     f"{short} ({final:+.2f} at the end)",
     f"{text} (step noise ±{number(noise)}). Here {short}: {reading}",
@@ -428,8 +432,8 @@ def _against(entry, control):
 
 
 def format_summary(table, max_lines=6):
-  """The closing lines of a run on a terminal: aligned columns, one arm a line, then what the
-  control says.
+  """The closing lines of a run on a terminal: aligned columns, one line for each arm, then the
+  comparison with the control.
   """
   if not table:
     return "no RL steps were logged"

@@ -1,4 +1,4 @@
-"""From a config to the static definitions, the mesh and the run's first TrainState."""
+"""Builds the static definitions, the mesh and the run's first TrainState from a config."""
 
 import dataclasses
 from collections.abc import Callable
@@ -19,19 +19,19 @@ from r2m_jax.models.reward import RewardHead
 from r2m_jax.parallel import sharding
 from r2m_jax.types import TrainState
 
-# what a random key is for; folded in where an RL step folds in its number
+# purposes of a random key; folded in where an RL step folds in its number
 KEY_INIT, KEY_PAIRS, KEY_TABLE, KEY_HEAD = range(2**31 - 4, 2**31)
 
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-  """What a config makes before any weight exists."""
+  """The parts of a run that exist before any weight."""
 
   mesh: Mesh
   arch: ArchConfig  # of the policy
   reward_arch: ArchConfig  # of the reward model's backbone
   defs: Defs
-  rows: NamedSharding  # of arrays whose leading axis is the batch
+  rows: NamedSharding  # of arrays with the batch as their leading axis
   lora: adapters.LoraConfig | None = None  # of the policy's adapters
 
 
@@ -43,8 +43,8 @@ def build(
   arch: ArchConfig | None = None,
   reward_arch: ArchConfig | None = None,
 ) -> Build:
-  """Allocates nothing. The architectures are those given, or the config's with `vocab_size` for
-  both models.
+  """Builds the `Build` without allocating anything. The architectures are the given ones, or the
+  config's with `vocab_size` for both models.
   """
   arch = arch or ArchConfig(vocab_size=vocab_size, **config.policy.arch)
   reward_arch = reward_arch or arch.replace(lm_head=False)
@@ -80,7 +80,7 @@ def build(
 
 
 def lora_of(config) -> adapters.LoraConfig | None:
-  """The config's adapters, None where they are off."""
+  """The config's adapters; None if they are off."""
   settings = config.lora
   return (
     adapters.LoraConfig(settings.rank, settings.alpha, settings.targets) if settings.rank else None
@@ -88,7 +88,7 @@ def lora_of(config) -> adapters.LoraConfig | None:
 
 
 def make_head(config, arch: ArchConfig, reward_arch: ArchConfig, key: jax.Array) -> RewardHead:
-  """Cross-attention and phi. At least float32, whatever the models run in: scores are."""
+  """Cross-attention and phi. At least float32, whatever the models' dtype, because scores are."""
   own = config.variant != "" and VARIANTS[config.variant].width == "reward"
   return RewardHead(
     reward_arch.hidden_size if own else arch.hidden_size,
@@ -103,7 +103,9 @@ def make_head(config, arch: ArchConfig, reward_arch: ArchConfig, key: jax.Array)
 
 
 def make_value_head(config, arch: ArchConfig) -> nnx.Linear:
-  """The critic's linear head, of zeros: before training every state is worth nothing."""
+  """The critic's linear head, initialised with zeros: before training, every state has the value
+  0.
+  """
   zeros = nnx.initializers.zeros
   dtype = jnp.promote_types(config.param_dtype, jnp.float32)
   return nnx.Linear(arch.hidden_size, 1, kernel_init=zeros, param_dtype=dtype, rngs=nnx.Rngs(0))
@@ -116,7 +118,7 @@ def model_kwargs(config, mesh: Mesh) -> dict:
 
 
 def abstract(make, mesh: Mesh, *args):
-  """Shapes, dtypes and shardings of what `make(*args)` gives; nothing is computed."""
+  """Shapes, dtypes and shardings of the result of `make(*args)`, without computing it."""
   tree = jax.eval_shape(make, *args)
 
   def as_struct(x, layout):
@@ -126,17 +128,16 @@ def abstract(make, mesh: Mesh, *args):
 
 
 def place(make, mesh: Mesh, *args, donate: tuple[int, ...] = ()):
-  """Runs `make(*args)` as one program whose results lie on their shards, each in a buffer of its
-  own.
+  """Runs `make(*args)` as one program whose results are on their shards, each in a separate buffer.
 
-  The arguments at the positions `donate` must not be used again: their memory becomes the result's.
+  The arguments at the positions `donate` must not be used again: the result reuses their memory.
   """
   layout = sharding.shardings(jax.eval_shape(make, *args), mesh)
   return jax.jit(make, out_shardings=layout, donate_argnums=donate)(*args)
 
 
 def init_policy(config, built: Build, key: jax.Array):
-  """Random weights of the policy, made on their shards."""
+  """Random weights of the policy, created on their shards."""
   return place(
     lambda key: transformer.init(built.arch, key, **model_kwargs(config, built.mesh))[1],
     built.mesh,
@@ -163,8 +164,9 @@ def without_lm_head(policy) -> nnx.State:
 
 def init_critic(config, built: Build, policy, reward_backbone, phi):
   """The critic {"backbone", "head"}: the policy's weights and a head of zeros, or the reward model
-  with the mean of phi's heads, so that the critic starts with what the reward model would say of
-  each prefix."""
+  with the mean of phi's heads, so that the critic starts with the reward model's score of each
+  prefix.
+  """
   from_reward = config.critic.init == "reward"
   head = nnx.state(make_value_head(config, built.reward_arch if from_reward else built.arch))
   if from_reward:
@@ -230,16 +232,16 @@ def initial_state(
   donate: bool = False,
   make: Callable | None = None,
 ) -> TrainState:
-  """The run's first TrainState, laid over the mesh. Every part is a buffer of its own: the step
-  donates them all.
+  """The run's first TrainState, distributed over the mesh. Every part is a separate buffer, because
+  the step donates all of them.
 
   Args:
-    policy: state of the starting policy; the reference is a copy of it. With adapters it is the
-      reference itself, and the adapters alone are the policy's state.
-    reward_backbone, phi: state of the fitted reward model; phi also stays as the frozen score head.
-      None and None if the rewards come from outside.
-    donate: the arguments must not be used again; a copy less at the start.
-    make: of `make_first_state`, where several states are to be made by one compiled program.
+    policy: state of the starting policy; the reference is a copy. With adapters it is the reference
+      itself, and the policy's state is only the adapters.
+    reward_backbone, phi: state of the fitted reward model; phi is also kept as the frozen score
+      head. None and None if the rewards come from outside.
+    donate: the arguments must not be used again. This saves one copy at the start.
+    make: from `make_first_state`, if one compiled program is to create several states.
   """
   make = make or make_first_state(config, built)
   given = (policy, reward_backbone, phi)

@@ -1,10 +1,10 @@
-"""Orbax checkpoints of the whole run: atomic, in the background, sharded, every file checked before
-it is read.
+"""Orbax checkpoints of the whole run: atomic, in the background, sharded, and checked before they
+are read.
 
-A checkpoint is a folder named by its step. Orbax fills it under another name and renames it once it
-is complete; before that, a manifest with the SHA-256 of every file is written into it. A folder
-without one, or whose files differ from it, is damaged: it is reported, moved to `damaged/`, and the
-one before is used.
+A checkpoint is a folder named by its step. Orbax writes it under another name and renames it when
+it is complete. Before that, a manifest with the SHA-256 of every file is written into it. If a
+folder has no manifest, or if its files differ from the manifest, it is damaged. It is then reported
+and moved to `damaged/`, and the checkpoint before it is used.
 """
 
 import contextlib
@@ -31,7 +31,9 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 class CheckpointError(UserError, RuntimeError):
-  """A checkpoint cannot be written or read; the message says which, why and what to do."""
+  """A checkpoint cannot be written or read; the message names the checkpoint, the reason and the
+  fix.
+  """
 
   status = 1
 
@@ -51,7 +53,7 @@ class Checkpoints(ocp.CheckpointManager):
   ):
     self.folder, self.background = Path(folder).absolute(), background
     self.facts = {}  # of the save in progress
-    self.sound = set()  # steps whose files are those of their manifest
+    self.sound = set()  # steps whose files match their manifest
     rules = [keep.LatestN(last)]
     if every:
       rules.append(keep.EveryNSteps(every))
@@ -76,15 +78,15 @@ class Checkpoints(ocp.CheckpointManager):
       super().__init__(self.folder, options=options)
 
   def _sign(self) -> None:
-    """All files are written and none is at its final place yet."""
+    """Writes the manifest when all files are written and not yet at their final place."""
     if hosts.first():
       folder = self.folder / f"{self.facts['step']}{UNFINISHED}"
       write_atomic(folder / MANIFEST, json.dumps(self.facts | {"files": digests(folder)}, indent=1))
 
 
 def open_checkpoints(folder, settings=None, *, last: int = 2) -> Checkpoints:
-  """The checkpoints in `folder`, which is made where there is none. settings: config.checkpoint,
-  or keep the `last`.
+  """The checkpoints in `folder`, which is created if it does not exist. settings:
+  config.checkpoint; None: keep the `last` ones.
   """
   if settings is None:
     return Checkpoints(folder, last=last)
@@ -106,13 +108,13 @@ def save(
   value: float | None = None,
   facts: dict | None = None,
 ) -> None:
-  """Starts a save, or makes it where the checkpoints are not kept in the background.
+  """Starts a save, or completes it if saves are not in the background.
 
-  The tree may be donated to the next step at once: it is copied first. An error of the save before
-  is raised here.
+  The tree is copied first, so it may be donated to the next step at once. An error of the previous
+  save is raised here.
 
   Args:
-    value: what `keep_best` compares.
+    value: the value that `keep_best` compares.
     facts: JSON written into the manifest: fingerprints of config and data, "cursor" of a data
       pipeline.
   """
@@ -129,14 +131,14 @@ def save(
 
 
 def wait(checkpoints: Checkpoints) -> None:
-  """Returns when the last save has reached its place; raises CheckpointError where it could not."""
+  """Returns when the last save is complete; raises CheckpointError if it failed."""
   with told(f"{checkpoints.folder} could not take a checkpoint"):
     checkpoints.wait_until_finished()
 
 
 def newest(checkpoints: Checkpoints) -> int | None:
-  """Step of the newest sound checkpoint, None where there is none. Damaged ones are reported and
-  set aside.
+  """Step of the newest intact checkpoint; None if there is none. Damaged ones are reported and set
+  aside.
   """
   wait(checkpoints)
   if hosts.first():
@@ -152,7 +154,7 @@ def newest(checkpoints: Checkpoints) -> int | None:
         "before is used"
       )
       set_aside(checkpoints.folder / str(step))
-  hosts.meet()  # the others wait until the first has looked
+  hosts.meet()  # the others wait until the first process has checked
   checkpoints.reload()
   step = checkpoints.latest_step()
   if step is not None:
@@ -161,12 +163,12 @@ def newest(checkpoints: Checkpoints) -> int | None:
 
 
 def restore(checkpoints: Checkpoints, like, step: int | None = None):
-  """Restores the newest sound checkpoint (or `step`) into the shapes, dtypes and shardings of
+  """Restores the newest intact checkpoint (or `step`) into the shapes, dtypes and shardings of
   `like`.
 
   Args:
-    like: a tree of arrays or of jax.ShapeDtypeStruct with shardings; it may lie on another mesh
-      than the one saved. A leaf `...` (`left_out`) is not read and comes back as `...`.
+    like: a tree of arrays or of jax.ShapeDtypeStruct with shardings; its mesh may differ from the
+      saved one. A leaf `...` (`left_out`) is not read and is returned as `...`.
   """
   step = newest(checkpoints) if step is None else step
   folder = checkpoints.folder / str(step)
@@ -179,25 +181,23 @@ def restore(checkpoints: Checkpoints, like, step: int | None = None):
   with told(f"{folder} does not fit this run", "give it the config and the version that wrote it"):
     if not partial:
       return checkpoints.restore(step, args=ocp.args.StandardRestore(abstract))
-    reader = ocp.PyTreeCheckpointer()  # the manager itself reads whole checkpoints alone
+    reader = ocp.PyTreeCheckpointer()  # the manager itself can only read whole checkpoints
     args = ocp.checkpoint_utils.construct_restore_args(abstract)
     return reader.restore(folder / "default", ocp.args.PyTreeRestore(abstract, args))
 
 
 def left_out(tree):
-  """The tree with every leaf `...`: a part that `restore` is not to read."""
+  """The tree with every leaf replaced by `...`: a part that `restore` does not read."""
   return jax.tree.map(lambda _: ..., tree)
 
 
 def facts_of(checkpoints: Checkpoints, step: int) -> dict:
-  """What `save` was given as facts."""
+  """The facts that were passed to `save`."""
   return read_json(checkpoints.folder / str(step) / MANIFEST)
 
 
 def require(checkpoints: Checkpoints, step: int, **facts: str) -> None:
-  """Raises CheckpointError where `save` was given other facts than these, such as models=, a
-  fingerprint.
-  """
+  """Raises CheckpointError if `save` was given other facts, such as another fingerprint models=."""
   saved = facts_of(checkpoints, step)
   for what, here in facts.items():
     if saved.get(what, here) != here:
@@ -210,9 +210,7 @@ def require(checkpoints: Checkpoints, step: int, **facts: str) -> None:
 
 @contextlib.contextmanager
 def finished(checkpoints: Checkpoints):
-  """Ends with the last save in its place, whatever ended the block; the block's own error goes
-  first.
-  """
+  """Completes the last save, however the block ends; an error of the block takes precedence."""
   try:
     yield
   except BaseException:
@@ -226,8 +224,8 @@ def finished(checkpoints: Checkpoints):
 
 
 def fingerprint(tree) -> str:
-  """SHA-256 over a checksum of every array: the same on every mesh, and nothing is gathered. Not
-  against forgery.
+  """SHA-256 over a checksum of every array: the same on every mesh, without gathering anything. It
+  does not protect against forgery.
   """
   found = [
     (jax.tree_util.keystr(path), x.shape, str(x.dtype), _checksum(x))
@@ -239,7 +237,7 @@ def fingerprint(tree) -> str:
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
   """u32[]: sums of integers do not depend on their order. Each element's bits are mixed with its
-  place.
+  position.
   """
   bits = jax.lax.bitcast_convert_type(
     x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
@@ -271,7 +269,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def damage(folder: Path) -> str | None:
-  """What is wrong with a checkpoint's files; None where they are what was written."""
+  """What is wrong with a checkpoint's files; None if they match the manifest."""
   try:
     want = read_json(folder / MANIFEST)["files"]
     got = digests(folder)
@@ -292,7 +290,7 @@ def damage(folder: Path) -> str | None:
 
 
 def set_aside(folder: Path) -> None:
-  """Moves a damaged checkpoint out of the way, for someone to look at."""
+  """Moves a damaged checkpoint out of the way, for inspection."""
   place = folder.parent / "damaged"
   place.mkdir(exist_ok=True)
   number = sum(path.name.split(".")[0] == folder.name for path in place.iterdir())
@@ -302,13 +300,14 @@ def set_aside(folder: Path) -> None:
 @contextlib.contextmanager
 def told(
   what: str,
-  fix: str = "free or repair the disk, then give the same command: it goes on from what is saved",
+  fix: str = "free space or repair the disk, then run the same command: it resumes from the last "
+  "checkpoint",
 ):
-  """Turns an error of orbax or of the disk into one line that says what to do."""
+  """Turns an error of orbax or of the disk into one line with the fix."""
   try:
     yield
-  except Exception as error:  # noqa: BLE001  a full disk comes as an OSError, ValueError, RuntimeError, ...
+  except Exception as error:  # noqa: BLE001  a full disk raises several kinds
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if isinstance(error, KeyError):  # its text is the key alone
+    if isinstance(error, KeyError):  # its text is only the key
       reason = f"KeyError: {reason}"
     raise CheckpointError(f"{what}: {reason[:400]}; {fix}") from error

@@ -1,6 +1,4 @@
-"""The command line: its flags, its help, and each mistake on it told in one line with exit
-status 2.
-"""
+"""The command line: its flags, its help, and one-line reports of mistakes, with exit status 2."""
 
 import ast
 import difflib
@@ -39,13 +37,13 @@ CONFIG is a name of this list or the path of a Python file with a function get_c
 colon is passed to that function: --config=quickstart:test is the quickstart at its smallest size.
 {configs}
 
-TASK is what the config sets unless you name another:
+The config sets TASK, unless you name another one:
 {tasks}
 """
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parser. --help lists configs and tasks. A mistake on the command line is told in one
+  """absl's parser. --help lists configs and tasks. A mistake on the command line is reported in one
   line with exit status 2.
   """
   if {"--help", "-help", "-h"} & set(argv[1:]):
@@ -54,11 +52,11 @@ def parse_flags(argv: list[str]) -> list[str]:
   argv = with_config_paths(argv)
   try:
     rest = flags.FLAGS(argv)
-    CONFIG.value.task  # a config file that could not be read is noticed on first use
+    CONFIG.value.task  # an unreadable config file is noticed on first use
   except Exception as error:
     reason = command_line_mistake(argv, error)
     if reason is None:
-      raise  # by the config file's own code: the traceback says where
+      raise  # raised by the config file's own code: the traceback shows where
     stop(reason)
   if section := section_given(argv, CONFIG.value):
     stop(section)
@@ -68,13 +66,13 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def help_text() -> str:
-  """What `r2m --help` prints."""
+  """The output of `r2m --help`."""
   configs, tasks = table(named_configs()), table(TASKS)
   return HELP.format(version=r2m_jax.__version__, configs=configs, tasks=tasks)
 
 
 def table(rows: dict[str, str]) -> str:
-  """A line, or more if they are long, for each name and what it stands for."""
+  """A line for each name with its meaning, wrapped if it is long."""
   width = max(map(len, rows))
   lines = []
   for name, about in rows.items():
@@ -95,7 +93,7 @@ def named_configs() -> dict[str, str]:
 
 
 def with_config_paths(argv: list[str]) -> list[str]:
-  """`argv` with the path of the config in place of its name; a path is left as it is."""
+  """`argv` with the name of the config replaced by its path; a path is not changed."""
   given = list(argv)
   for at, word in enumerate(given):
     if re.match(r"--?config=", word):
@@ -107,7 +105,9 @@ def with_config_paths(argv: list[str]) -> list[str]:
 
 
 def config_path(value: str) -> str:
-  """The path of a config that is given by its name, with what follows a colon; else `value`."""
+  """The path of a config that is given by its name, with any text after a colon; otherwise
+  `value`.
+  """
   name, colon, words = value.partition(":")
   if name in named_configs() and not Path(name).is_file():
     return f"{CONFIGS / name}.py{colon}{words}"
@@ -115,7 +115,7 @@ def config_path(value: str) -> str:
 
 
 def no_such_config(value: str) -> str:
-  """The refusal of a config that is neither a name nor a file."""
+  """The message for a config that is neither a name nor a file."""
   path = Path(value.partition(":")[0])
   names = list(named_configs())
   if re.fullmatch(r"\w+", str(path)):
@@ -129,9 +129,7 @@ def no_such_config(value: str) -> str:
 
 
 def section_given(argv: list[str], config) -> str | None:
-  """The refusal of --config.SECTION={...}, which would take the place of all that the section
-  has.
-  """
+  """The message for --config.SECTION={...}, which would replace the whole section."""
   for field in re.findall(r"^--?config\.([^=\n]*)", "\n".join(argv), re.M):
     if not is_dict(field) and isinstance(
       functools.reduce(lambda section, name: section[name], field.split("."), config), ConfigDict
@@ -141,8 +139,8 @@ def section_given(argv: list[str], config) -> str | None:
 
 
 def command_line_mistake(argv: list[str], error: Exception) -> str | None:
-  """What on the command line made absl raise `error`, in the words of the config; None where
-  nothing there did.
+  """The mistake on the command line that made absl raise `error`, in terms of the config; None if
+  there is none.
   """
   given = "\n".join(argv)
   for name, example in (("config", "quickstart"), ("workdir", "runs/mine")):
@@ -160,9 +158,7 @@ def command_line_mistake(argv: list[str], error: Exception) -> str | None:
     if "has no attribute 'get_config'" not in str(missing):
       raise
     return f"--config is {path}: the file has no function get_config"
-  except (
-    ValueError
-  ) as refused:  # by get_config; absl puts its traceback into the message, the reason comes last
+  except ValueError as refused:  # by get_config; absl adds a traceback, reason last
     return str(refused).strip().splitlines()[-1].removeprefix("ValueError: ")
   wrong = re.match(r"flag --config\.([^=]+)=(.*?): ", str(error), re.S)
   if wrong:

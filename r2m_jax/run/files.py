@@ -1,4 +1,4 @@
-"""Files of a workdir: written whole, and read with an error that says what is damaged."""
+"""Files of a workdir: written atomically, and read with an error that names the damage."""
 
 import contextlib
 import json
@@ -20,20 +20,20 @@ def write_atomic(path, data):
   try:
     temp.write_bytes(data.encode("utf-8") if isinstance(data, str) else data)
     os.replace(temp, path)
-  except OSError:  # a full disk: what was there stays, and the part takes no room
+  except OSError:  # on a full disk the old file stays, and the partial file is removed
     with contextlib.suppress(OSError):
       temp.unlink()
     raise
 
 
 class DamagedFile(UserError, ValueError):
-  """A file of a workdir that is not what a run writes; the message says which and what to do."""
+  """A file of a workdir is damaged; the message names the file and the fix."""
 
   status = 1
 
 
 def read_json(path):
-  """The object in a JSON file of a workdir. Raises DamagedFile where there is none in it."""
+  """The object in a JSON file of a workdir. Raises DamagedFile if it holds no object."""
   try:
     found = json.loads(Path(path).read_text(encoding="utf-8"))
   except (ValueError, RecursionError) as error:
@@ -49,13 +49,13 @@ def read_json(path):
 
 
 def read_jsonl(path):
-  """The rows of a JSON-lines file; [] where there is none. A last line cut by a crash is left
-  out.
+  """The rows of a JSON-lines file; [] if it does not exist. A last line that a crash cut off is
+  dropped.
   """
   path = Path(path)
   if not path.exists():
     return []
-  lines = path.read_bytes().split(b"\n")  # bytes: a cut may fall inside a character
+  lines = path.read_bytes().split(b"\n")  # bytes, because the cut may be inside a character
   rows = []
   for number, line in enumerate(lines, 1):
     if not line.strip():
@@ -63,7 +63,7 @@ def read_jsonl(path):
     try:
       rows.append(json.loads(line))
     except ValueError as error:
-      if number == len(lines):  # no newline after it: the write was cut
+      if number == len(lines):  # no newline after it: the write was interrupted
         break
       raise DamagedFile(
         f"{path}:{number} is not JSON: {line[:80]!r}; take the line out, or bring the file back "
@@ -73,7 +73,9 @@ def read_jsonl(path):
 
 
 def plain(value):
-  """A value JSON can hold: array scalars become Python's, non-finite floats strings."""
+  """A value that JSON can represent: array scalars become Python numbers, non-finite floats become
+  strings.
+  """
   value = value.item() if hasattr(value, "item") else value
   if isinstance(value, float) and not math.isfinite(value):
     return str(value)  # "nan", "inf" or "-inf"

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning and Bradley-Terry reward fitting, on the same parts as the RL step."""
+"""Supervised fine-tuning and Bradley-Terry reward fitting, with the same parts as the RL step."""
 
 import itertools
 import time
@@ -28,13 +28,13 @@ from r2m_jax.run.metrics import Metrics
 from r2m_jax.run.progress import doing, progress
 
 LOG_EVERY = 10  # updates; a fetch waits for the device
-# times its budget at which a stage is cut short: the machine is slower than when it was measured
+# multiple of its budget at which a stage ends, in case the machine has become slower
 LATE = 1.25
-PROBED = 32  # batches whose shapes say how long an update takes on average
-SKIPPED_SHARE = 0.5  # of the updates of a fit; if more are skipped, nothing was learned
-BAD_ROWS = 3  # logged rows in a row with every update skipped, then the fit stops
+PROBED = 32  # batches whose shapes determine the average time of an update
+SKIPPED_SHARE = 0.5  # share of a fit's updates; if more are skipped, nothing was learned
+BAD_ROWS = 3  # consecutive logged rows with every update skipped, after which the fit stops
 SAVE_SECONDS = 300  # between saves of an unfinished fit
-PARTIAL = "partial"  # folder of these
+PARTIAL = "partial"  # their folder
 
 
 def sft_loss(graphdef, *, chunk: int = 0) -> Callable:
@@ -62,7 +62,7 @@ def reward_loss(backbone_def, phi_def, *, sum_to_zero: float = 0.0) -> Callable:
   L], and for an ensemble a weight f32[B, M] of each pair for each head of phi.
 
   Args:
-    sum_to_zero: weight of the squared mean score of the batch, which keeps scores from growing
+    sum_to_zero: weight of the squared mean score of the batch, which keeps all scores from growing
       together.
   """
 
@@ -76,7 +76,7 @@ def reward_loss(backbone_def, phi_def, *, sum_to_zero: float = 0.0) -> Callable:
     if sum_to_zero:
       loss += sum_to_zero * (scores.mean(0) ** 2).mean()
     chosen, rejected = jnp.split(combine(scores), 2)
-    # a tie is half right: a model that scores all alike is at 0.5, not at 0 or 1
+    # a tie counts half: a model with equal scores for all has 0.5, not 0 or 1
     accuracy = jnp.where(chosen == rejected, 0.5, (chosen > rejected).astype(chosen.dtype)).mean()
     return loss, {"accuracy": accuracy}
 
@@ -92,7 +92,7 @@ def head_loss(defs: Defs, score: Callable, *, layer: int, omega: float) -> Calla
     layer: of the policy whose states are read.
     omega: weight of the reward model's own embedding (eq. 4).
 
-  A batch is a `types.Pairs` as a dict, frozen is {"policy", "backbone"}: neither moves.
+  A batch is a `types.Pairs` as a dict. frozen is {"policy", "backbone"}, which do not change.
   """
 
   def loss(head, batch, frozen):
@@ -127,13 +127,13 @@ def fit(
 ):
   """Minimises loss_fn over `total` batches as stage `stage`; returns the state, which is donated.
 
-  Every process gives its own rows of a batch. What a signal or the clock makes it save lies in
-  WORKDIR/partial, from where it resumes, until the stage is done.
+  Every process passes its own rows of a batch. On a signal and at intervals the fit saves into
+  WORKDIR/partial, from which it resumes until the stage is done.
 
   Args:
     frozen: a tree of arrays that loss_fn(state, batch, frozen) reads: the base below adapters.
-    budget: seconds from the first update on, 0 for none. The fit ends after `LATE` times that.
-    settings: the section of the config that `tx` is made of; its learning rate is logged.
+    budget: seconds from the first update on; 0: none. The fit ends after `LATE` times the budget.
+    settings: the config section from which `tx` is made; its learning rate is logged.
   """
   extra, mesh = () if frozen is None else (frozen,), jax.tree.leaves(state_shardings)[0].mesh
   opt_shardings = shardings(jax.eval_shape(tx.init, state), mesh)
@@ -141,7 +141,7 @@ def fit(
   opt, saved = jax.jit(tx.init, out_shardings=opt_shardings)(state), time.monotonic()
   partial = checkpoint.open_checkpoints(workdir / PARTIAL / stage, last=1)
   facts = {} if frozen is None else {"models": checkpoint.fingerprint(frozen)}
-  start, state, opt = resumed(partial, f"{stage}: goes on from update", total, facts, state, opt)
+  start, state, opt = resumed(partial, f"{stage}: resumes at update", total, facts, state, opt)
   batches = Timed(itertools.islice(batches, start, total))
   with (
     loop.at_hand() as asked,
@@ -154,7 +154,7 @@ def fit(
       state, opt, metrics = update(state, opt, hosts.place(batch, batch_sharding), *extra)
       bar.dispatched(metrics)
       rows.count(metrics, batch)
-      # the processes agree only at updates whose device is waited for
+      # the processes agree only at updates for which they wait for the device
       turn = jax.process_count() == 1 or i % LOG_EVERY == 0
       late = turn and hosts.any_of(rows.late())
       if i % LOG_EVERY == 0 or i == total - 1 or late:
@@ -173,8 +173,8 @@ def fit(
 
 
 def resumed(partial: checkpoint.Checkpoints, words: str, total: int, facts: dict, state, opt):
-  """(updates done, state, optimizer's state) of an unfinished fit, printed after `words`; or what
-  was given, and 0 updates.
+  """(updates done, state, optimizer's state) of an unfinished fit, which is printed after `words`;
+  otherwise 0 updates and the given states.
   """
   start = checkpoint.newest(partial) or 0
   if start:
@@ -203,14 +203,14 @@ def make_update(
 
 
 def cut_short(stage: str, done: int, total: int, budget: float) -> str:
-  """What is printed of a fit that the clock ends."""
+  """The message for a fit that ends at its time limit."""
   return (
     f"{stage}: ends after {done} of {total} updates, at {LATE} times its budget of {budget:g} s"
   )
 
 
 class Rows:
-  """The logged rows of a fit, and what is counted from one to the next.
+  """The logged rows of a fit, and the counts between two rows.
 
   `data/wait` is the share of the time since the row before that was spent waiting for batches.
   """
@@ -224,7 +224,7 @@ class Rows:
     self.bad = 0  # rows in a row with every update skipped
     self.skipped = 0.0  # updates since the last row; on the device until the next one
     self.since = 0
-    self.done = 0  # updates in all
+    self.done = 0  # all updates
     self.void = 0.0  # of these, skipped
 
   def count(self, metrics: dict, batch: dict) -> None:
@@ -239,7 +239,8 @@ class Rows:
     return bool(self.budget and self.began and elapsed > LATE * self.budget)
 
   def write(self, i: int, metrics: dict, opt) -> dict[str, float]:
-    """Waits for update i and logs it; returns what the bar shows. `opt`: the optimizer's state.
+    """Waits for update i and logs it; returns the values for the progress bar. `opt`: the
+    optimizer's state.
 
     Raises:
       Diverged: every update since `BAD_ROWS` rows was skipped.
@@ -263,14 +264,14 @@ class Rows:
     """Raises Diverged if more than `SKIPPED_SHARE` of the updates were skipped."""
     if self.void > SKIPPED_SHARE * self.done:
       raise loop.Diverged(
-        f"{self.stage}: {self.void:.0f} of {self.done} updates were skipped, since a loss or a "
-        f"gradient was not finite; nothing was exported. Lower {self.stage}'s lr, or look for NaN "
-        "in the model's weights: task=generate and task=score refuse a model that has them"
+        f"{self.stage}: {self.void:.0f} of {self.done} updates were skipped because a loss or a "
+        f"gradient was not finite; nothing was exported. Lower {self.stage}'s lr, or look for "
+        "NaN in the model's weights: task=generate and task=score refuse a model that has them"
       )
 
 
 class Timed:
-  """An iterator that knows which share of the time was spent waiting for it."""
+  """An iterator that measures the share of the time spent waiting for it."""
 
   def __init__(self, items: Iterable):
     self._items, self._waited, self._since = iter(items), 0.0, time.perf_counter()
@@ -286,7 +287,7 @@ class Timed:
       self._waited += time.perf_counter() - began
 
   def waiting_share(self) -> float:
-    """Of the time since the last call, or since the beginning."""
+    """The share of the time since the last call, or since the beginning."""
     now = time.perf_counter()
     share = self._waited / max(now - self._since, 1e-9)
     self._waited, self._since = 0.0, now
@@ -296,11 +297,11 @@ class Timed:
 def steps_within(
   seconds: float, loss_fn: Callable, state, batches: Iterable[dict], *, batch_sharding, frozen=None
 ) -> int:
-  """How many updates of `fit` take about `seconds`, from gradients of a few batches timed here;
+  """The number of updates of `fit` that take about `seconds`; times gradients of a few batches and
   prints the rate.
 
-  Each shape among the first `PROBED` batches is timed once compiled, and counts as often as it
-  comes there. Compiling comes on top of the budget.
+  Each shape among the first `PROBED` batches is timed after compilation, weighted by how often it
+  occurs there. Compilation is not part of the budget.
   """
   began, extra = time.perf_counter(), () if frozen is None else (frozen,)
   grads = jit_on(batch_sharding.mesh)(jax.grad(loss_fn, has_aux=True))
@@ -327,7 +328,7 @@ def steps_within(
 
 
 class Job(NamedTuple):
-  """One fit, as `fit` needs it; `start` is used up."""
+  """The arguments of one `fit`; `start` is donated."""
 
   stage: str
   loss: Callable
@@ -336,11 +337,11 @@ class Job(NamedTuple):
   batches: Iterable[dict]
   total: int  # updates
   frozen: Any = None
-  settings: Any = None  # the section of the config that tx is made of
+  settings: Any = None  # the config section from which tx is made
 
 
 def do(job: Job, built: Build, workdir: Path):
-  """The state that a job ends with."""
+  """Runs a job and returns its final state."""
   return fit(
     job.loss,
     job.start,
@@ -374,8 +375,8 @@ def warm_job(
 
 
 def epochs_of_rows(seed: int, count: int, batch_size: int, steps: int):
-  """Row indices of `steps` batches: every row once an epoch, in new orders; what does not fill a
-  batch is left.
+  """Row indices of `steps` batches: every row once per epoch, in a new order each time. Rows that
+  do not fill a batch are dropped.
   """
   rng, order = np.random.default_rng([seed, 3]), np.empty(0, int)
   for _ in range(steps):

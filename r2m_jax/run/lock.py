@@ -1,4 +1,6 @@
-"""A workdir belongs to one run at a time: a lock that the system lifts when its process ends."""
+"""A workdir is used by one run at a time: a lock that the operating system releases when the
+process ends.
+"""
 
 import errno
 import fcntl
@@ -14,14 +16,14 @@ from r2m_jax.config import ConfigError
 
 LOCK = ".lock"
 
-_held: dict[Path, IO] = {}  # by path; closing any file of a path would lift this process's lock
+_held: dict[Path, IO] = {}  # by path; closing any file of a path releases its lock
 
 
 def take(workdir: Path, *, shared: bool = False) -> None:
   """Keeps other runs out of `workdir` until this process ends, and creates the workdir.
 
   Args:
-    shared: other processes may hold the workdir too, if they also ask for a shared lock.
+    shared: other processes may hold the workdir too, if they also use a shared lock.
 
   Raises:
     ConfigError: a process of another run holds it; the message names host, process and time.
@@ -57,12 +59,12 @@ def _is_at(file: IO, path: Path) -> bool:
 
 
 def _holder(file: IO) -> str:
-  """The process that a lock file names."""
+  """The process named in a lock file."""
   file.seek(0)
   try:
     found = json.loads(file.read())
     return f"process {found['pid']} on {found['host']}, since {found['start']}"
-  except (ValueError, KeyError, TypeError):  # it has locked the file and not yet written its name
+  except (ValueError, KeyError, TypeError):  # it has locked the file but not yet written its name
     return "another process"
 
 

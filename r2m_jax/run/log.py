@@ -1,4 +1,4 @@
-"""WORKDIR/log.txt: what the first process of a run prints, over all starts of the run."""
+"""WORKDIR/log.txt: the output of a run's first process, over all starts."""
 
 import os
 import socket
@@ -15,11 +15,13 @@ _file = None
 
 
 class Tee:
-  """A stream whose whole lines go to the log too. All else is the stream's own."""
+  """A stream whose complete lines are also written to the log. Everything else is delegated to the
+  stream.
+  """
 
   def __init__(self, stream):
     self._stream = stream
-    self._line = ""  # not ended yet
+    self._line = ""  # not yet complete
 
   def write(self, text: str) -> int:
     *lines, self._line = (self._line + text).split("\n")
@@ -33,13 +35,13 @@ class Tee:
 
 
 def last_state(line: str) -> str:
-  """What a terminal shows of a line that carriage returns started again, such as a progress bar."""
+  """What a terminal finally shows of a line with carriage returns, such as a progress bar."""
   end = "\r" if line.endswith("\r") else ""
   return line.rstrip("\r").rpartition("\r")[2] + end
 
 
 def tee() -> None:
-  """From here on stdout and stderr are kept for the log that `begin` opens."""
+  """From now on, stdout and stderr are kept for the log that `begin` opens."""
   global _before
   _before = []
   sys.stdout, sys.stderr = Tee(sys.stdout), Tee(sys.stderr)
@@ -60,7 +62,9 @@ def begin(workdir: Path) -> None:
 
 
 def add(lines: list[str]) -> None:
-  """Adds lines, without secrets. A log that cannot be written ends with a note on the terminal."""
+  """Adds lines, without secrets. If the log cannot be written, it ends with a note on the
+  terminal.
+  """
   global _file
   if _before is not None:
     _before.extend(lines)
@@ -71,4 +75,4 @@ def add(lines: list[str]) -> None:
     _file.flush()
   except (OSError, ValueError) as error:
     _file = None  # first: the note is printed through a Tee
-    print(f"{LOG} ends here: {error}; the run goes on", file=sys.stderr)
+    print(f"{LOG} ends here: {error}; the run continues", file=sys.stderr)

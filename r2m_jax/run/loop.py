@@ -1,8 +1,8 @@
-"""The loop around a step: what is logged and saved, when it stops, and how the same command goes on
-afterwards.
+"""The loop around a step: what is logged and saved, when it stops, and how the same command
+resumes.
 
-SIGTERM and SIGINT let the step at hand finish, save, and end the program with exit status 75
-(EX_TEMPFAIL), "resume me"; a second signal ends it at once. README and docs/resume.md say what each
+On SIGTERM or SIGINT the current step finishes, the run saves, and the program ends with exit status
+75 (EX_TEMPFAIL), "resume me". A second signal ends it at once. docs/resume.md describes what each
 fault leaves behind.
 """
 
@@ -26,34 +26,34 @@ from r2m_jax.run.checkpoint import CheckpointError, Checkpoints
 from r2m_jax.run.files import plain, read_jsonl, write_atomic
 from r2m_jax.run.metrics import EVAL, Metrics
 
-RESUME = 75  # exit status of a run that was asked to stop and has saved everything
+RESUME = 75  # exit status of a run that a signal stopped after it has saved everything
 SAMPLES_KEPT = "skipped.jsonl"
 
 
 class Interrupted(BaseException):
-  """A signal asked the run to stop. All is saved: the same command goes on.
+  """A signal stopped the run. Everything is saved, and the same command resumes.
 
-  It is no `Exception`, as KeyboardInterrupt is none: it may be raised within any library's call, and
-  what explains that library's errors must let it pass.
+  Like KeyboardInterrupt, it is not an `Exception`: it may be raised within any library's call, and
+  handlers of that library's errors must not catch it.
   """
 
 
 class Diverged(UserError, RuntimeError):
-  """Too many steps in a row had an update skipped for numbers that are not finite."""
+  """Too many consecutive steps had an update skipped because of non-finite numbers."""
 
   status = 1
 
 
 # ---- signals ----
 
-_received: list[int] = []  # the first signal, where one came
-_at_hand = False  # something is being done that is worth finishing
+_received: list[int] = []  # the first signal, if one came
+_at_hand = False  # some work is being done that should be finished
 
 
 @contextlib.contextmanager
 def signals_end_the_run() -> Iterator[None]:
-  """In here the first SIGTERM or SIGINT raises Interrupted, as soon as the work `at_hand` is
-  done; the second kills.
+  """Inside this context, the first SIGTERM or SIGINT raises Interrupted as soon as the work
+  `at_hand` is done; the second kills the process.
   """
 
   def received(number, frame):
@@ -63,8 +63,11 @@ def signals_end_the_run() -> Iterator[None]:
     _received.append(number)
     if not _at_hand:
       raise Interrupted(signal.Signals(number).name)
-    note = f"\n{signal.Signals(number).name}: finishing the step at hand, then saving; a second signal stops at once\n"
-    os.write(2, note.encode())  # not print: it may be in the middle of one
+    note = (
+      f"\n{signal.Signals(number).name}: finishing the current step, then saving; a second "
+      "signal stops at once\n"
+    )
+    os.write(2, note.encode())  # not print, because the signal may interrupt a print
 
   before = {each: signal.signal(each, received) for each in (signal.SIGTERM, signal.SIGINT)}
   try:
@@ -77,8 +80,8 @@ def signals_end_the_run() -> Iterator[None]:
 
 @contextlib.contextmanager
 def at_hand() -> Iterator[Callable[[], bool]]:
-  """Holds signals back. Gives `asked()`, whether one came to any process; raises Interrupted at
-  the end if so.
+  """Defers signals. Yields `asked()`, whether any process got a signal; raises Interrupted at the
+  end if one did.
   """
   global _at_hand
   stopping = False
@@ -99,18 +102,18 @@ def at_hand() -> Iterator[Callable[[], bool]]:
     )
 
 
-# ---- what is saved, and where a run goes on ----
+# ---- saving and resuming ----
 
 
 class Seen(NamedTuple):
-  """What a watch has seen of a state."""
+  """The result of a watch for one state."""
 
   values: dict[str, float] = {}  # of an evaluation, by their names in its row; {} if there was none
-  stop: str = ""  # why the run ends here; "" if it does not
+  stop: str = ""  # the reason why the run ends here; "": it does not
 
 
-# (state, its step, metrics of the step that led to it, or None for the state that a start begins
-# with) -> what is seen. It may read the state and must not change it.
+# (state, its step, metrics of the step before it, or None for the first state of a start) -> Seen.
+# It may read the state and must not change it.
 Watch = Callable[..., Seen]
 
 
@@ -127,13 +130,15 @@ def log_seen(log: Metrics, step: int, seen: Seen) -> None:
 
 
 def is_due(config, step: int, seen: Seen) -> bool:
-  """Whether the state of this step is saved: at an interval, and if it may be among the best."""
+  """Whether the state of this step is saved: at an interval, or because it may be among the
+  best.
+  """
   evaluated = bool(config.checkpoint.keep_best and seen.values)
   return evaluated or step % config.log.checkpoint_every == 0
 
 
 def value_of(metric: str, metrics: dict, seen: Seen):
-  """The value of `best_metric` at a step, None if it has none."""
+  """The value of `best_metric` at a step; None if there is none."""
   stage, _, name = metric.partition("/")
   return seen.values.get(name) if stage == EVAL else metrics.get(metric)
 
@@ -154,17 +159,18 @@ def warn_of_best(config) -> None:
   best = best_metric(config)
   if config.checkpoint.keep_best and best in ("reward/used", "reward/frozen", "eval/frozen"):
     print(
-      f"warning: config.checkpoint.keep_best goes by {best}, the reward that this run optimises, so "
-      "it keeps what games that reward most. Name eval/gold in config.checkpoint.best_metric: "
-      "config.eval.every and, from folders, config.eval.gold.path measure it",
+      f"warning: config.checkpoint.keep_best uses {best}, the reward that this run optimises, so "
+      "it keeps the checkpoint that games this reward most. Name eval/gold in "
+      "config.checkpoint.best_metric: config.eval.every and, from folders, "
+      "config.eval.gold.path measure it",
       file=sys.stderr,
     )
 
 
 def require_best(config, metrics: dict) -> None:
-  """Raises ConfigError if the best checkpoints are kept by a metric that there is not."""
+  """Raises ConfigError if the best checkpoints are kept by a metric that does not exist."""
   best = best_metric(config)
-  if best.startswith(f"{EVAL}/"):  # `check_evaluation` knows whether it is measured
+  if best.startswith(f"{EVAL}/"):  # `check_evaluation` checks whether it is measured
     return
   if config.checkpoint.keep_best and best not in metrics:
     names = ", ".join(sorted(metrics))
@@ -172,7 +178,7 @@ def require_best(config, metrics: dict) -> None:
 
 
 def require_workdir(workdir: Path) -> None:
-  """Raises CheckpointError if the workdir was deleted while the run goes on."""
+  """Raises CheckpointError if the workdir was deleted during the run."""
   if not (workdir / "config.json").exists():
     raise CheckpointError(
       f"{workdir} has vanished: bring it back, or start again with another --workdir"
@@ -182,13 +188,13 @@ def require_workdir(workdir: Path) -> None:
 def resume(
   config, checkpoints: Checkpoints, state, *, data: str = "", models: str = "", name: str = ""
 ):
-  """The state of the newest sound checkpoint and its step; `state` and 0 if there is none.
+  """The state of the newest intact checkpoint and its step; `state` and 0 if there is none.
 
   Args:
     data: fingerprint of the rows behind the prompts.
     models: fingerprint of the frozen models: the reference (with adapters, their base) and the
       reward model.
-    name: of the run, for what is printed; "" is config.variant.
+    name: of the run, for messages; "": config.variant.
 
   Raises:
     CheckpointError: the checkpoint is of another config, of other rows or of other frozen models.
@@ -199,29 +205,29 @@ def resume(
   if not config.checkpoint.fork_from:
     checkpoint.require(checkpoints, step, config=identity(config), data=data, models=models)
   state = checkpoint.restore(checkpoints, state, step)
-  print(f"{name or config.variant}: goes on from step {step} of {config.steps}", flush=True)
+  print(f"{name or config.variant}: resumes at step {step} of {config.steps}", flush=True)
   return state, step
 
 
 def models_of(state) -> str:
-  """Fingerprint of what a run only reads: the reference (with adapters, their base) and the
+  """Fingerprint of the frozen models of a run: the reference (with adapters, their base) and the
   reward model.
   """
   return checkpoint.fingerprint((state.ref, state.reward_backbone, state.reward_frozen))
 
 
 def fingerprint(rows) -> str:
-  """SHA-256 of anything JSON can hold."""
+  """SHA-256 of any JSON value."""
   return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
 
 
-# ---- numbers that are not finite ----
+# ---- non-finite numbers ----
 
 
 class Guard:
-  """Counts the steps with a skipped update, keeps their rows, and stops a run that learns nothing.
+  """Counts the steps with a skipped update, saves their rows, and stops a run that learns nothing.
 
-  Metrics without "skipped" are of several seeds, of which none stops the others.
+  Metrics without "skipped" belong to several seeds, which do not stop each other.
   """
 
   def __init__(self, config, workdir: Path, checkpoints: Checkpoints):
@@ -258,8 +264,9 @@ class Guard:
 
 
 def keep_rows(workdir: Path, arm: str, step: int, out, example_id) -> None:
-  """Saves the rows of a step whose update was skipped, for task=replay: those with a score that is
-  not finite, or all of them where every score is."""
+  """Saves the rows of a step whose update was skipped, for task=replay: rows with a non-finite
+  score, or all rows if every score is finite.
+  """
   sequences, scores, frozen = out.sequences, out.judged.scores, out.judged.scores_frozen
   K, width = len(scores) // len(example_id), sequences.response_mask.shape[1]
   bad = ~(np.isfinite(scores) & np.isfinite(frozen))
@@ -282,7 +289,7 @@ def keep_rows(workdir: Path, arm: str, step: int, out, example_id) -> None:
 
 
 def report(workdir: Path, checkpoints: Checkpoints, steps: list[int], metrics: dict) -> str:
-  """What a person needs to know about a run that went wrong."""
+  """The report of a run that diverged, for its user."""
   wrong = [name for name, value in metrics.items() if value is not None and not np.isfinite(value)]
   return (
     f"steps {steps[0]} to {steps[-1]} each had an update skipped because a loss, gradient or "

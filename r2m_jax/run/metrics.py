@@ -1,8 +1,8 @@
-"""What a run leaves behind while it trains: metrics.jsonl, samples.jsonl, and scalars in trackers.
+"""The files of a run during training: metrics.jsonl, samples.jsonl, and scalars in trackers.
 
 A row of metrics.jsonl is {"stage", "arm", "step", "seconds", **scalars}, one JSON object a line.
-This file knows no model and no config. Of the processes of a run the first alone writes: here, not
-where something is written.
+This file knows no model and no config. Only process 0 writes. That is decided here, so callers need
+not check.
 """
 
 import json
@@ -17,19 +17,19 @@ from r2m_jax.run.files import DamagedFile, plain, read_jsonl, write_atomic
 from r2m_jax.run.trackers import TRACKERS, Tracked, wanted
 
 ROW_KEYS = ("stage", "arm", "step", "seconds")
-# What depends on the clock or the machine: the same run again has other values. A name that ends
-# with a slash stands for all that begin with it.
+# Keys that depend on the clock or the machine, so that repeated runs differ in them. A name that
+# ends with a slash stands for all keys that begin with it.
 CLOCKED = ("seconds", "data/wait", "seconds/", "speed/", "memory/")
-EVAL = "eval"  # stage of the rows that evaluations of an RL run make
+EVAL = "eval"  # stage of the rows of an RL run's evaluations
 _NONFINITE = {
   "nan": math.nan,
   "inf": math.inf,
   "-inf": -math.inf,
-}  # JSON has no such numbers: kept as strings
+}  # JSON has no such numbers, so they are stored as strings
 
 
 def without_clock(row: dict) -> dict:
-  """A row without what `CLOCKED` lists: the same for each run of one config."""
+  """A row without the keys in `CLOCKED`, which is the same for every run of one config."""
   ends = tuple(name for name in CLOCKED if name.endswith("/"))
   return {k: v for k, v in row.items() if k not in CLOCKED and not k.startswith(ends)}
 
@@ -47,7 +47,7 @@ def read_metrics(workdir):
 
 
 def _rows(workdir):
-  """The rows of metrics.jsonl as they are stored, each with the types that `Metrics` writes."""
+  """The rows of metrics.jsonl as stored, checked for the types that `Metrics` writes."""
   path = Path(workdir) / "metrics.jsonl"
 
   def number(x):
@@ -72,9 +72,9 @@ def _dump(row):
 
 
 def truncate(workdir, stage, arm, from_step):
-  """Drops the rows of this stage and arm with step >= from_step, and a cut last line.
+  """Drops the rows of this stage and arm with step >= from_step, and an incomplete last line.
 
-  Returns the seconds that the last row left had, so that a resumed stage counts on from there.
+  Returns the seconds of the last remaining row, from which a resumed stage continues to count.
   """
   path = Path(workdir) / "metrics.jsonl"
   rows = _rows(workdir)
@@ -86,11 +86,11 @@ def truncate(workdir, stage, arm, from_step):
 
 
 def append_samples(workdir, rows):
-  """Adds rows to samples.jsonl; they replace earlier ones of the same (arm, when, prompt), so a
-  rerun lists each once.
+  """Adds rows to samples.jsonl; they replace earlier ones of the same (arm, when, prompt), so that
+  a rerun lists each of them once.
 
   Keys: arm, when ("before", "after" or a step), prompt, response, reward, frozen, gold, length,
-  truncated. A key that the run does not have (gold, outside the laboratory) is left out.
+  truncated. Keys that the run does not have (such as gold, outside the laboratory) are omitted.
   """
   path = Path(workdir) / "samples.jsonl"
   rows = [{key: plain(value) for key, value in row.items()} for row in rows]
@@ -106,8 +106,8 @@ class Metrics:
   """The log of one stage of one arm: metrics.jsonl, and the same scalars in the trackers that the
   workdir's config names in `log.to`.
 
-  from_step is 0 for a fresh start, or the step a resumed run does next: older rows at or past it
-  are dropped, so every step appears once. `also` names a second stage whose rows are logged here.
+  from_step is 0 for a new run, or the next step of a resumed run. Earlier rows at or after it are
+  dropped, so every step appears once. `also` names a second stage whose rows are logged here.
   """
 
   def __init__(self, workdir, stage, arm="", *, from_step, also=""):
@@ -127,9 +127,10 @@ class Metrics:
     self._tell("start", run)
 
   def log(self, step, scalars, stage=""):
-    """Writes one row. scalars: name -> number or 0-d array; a None is left out.
+    """Writes one row. scalars: name -> number or 0-d array; None values are omitted.
 
-    stage: of the row if it is not the log's own. In TensorBoard its scalars are named STAGE/NAME.
+    stage: of the row, if it differs from the log's stage. In TensorBoard its scalars are named
+      STAGE/NAME.
     """
     if not self.enabled:
       return
@@ -163,16 +164,16 @@ class Metrics:
     self.close("failed" if failed else "finished" if kind is None else "stopped")
 
   def _tell(self, what, *args):
-    """Calls start, log or finish of every tracker. Trackers are a convenience: the first failure
-    of one warns and ends it, and training goes on.
+    """Calls start, log or finish of every tracker. Trackers are a convenience: at its first failure
+    a tracker prints a warning and ends, and training continues.
     """
     for name, tracker in list(self._trackers.items()):
       try:
         getattr(tracker, what)(*args)
-      except Exception as error:  # noqa: BLE001  whatever it is, training must not stop for it
+      except Exception as error:  # noqa: BLE001  no error of a tracker may stop training
         del self._trackers[name]
         warnings.warn(
           f"{TRACKERS[name][0]} is off for {self.stage} {self.arm}: {redact(repr(error))}; "
-          "metrics.jsonl goes on",
+          "metrics.jsonl is still written",
           stacklevel=3,
         )

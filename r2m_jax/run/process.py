@@ -1,4 +1,4 @@
-"""The process of a run before the run: memory, threads, streams, JAX, and how it ends."""
+"""The process around a run: memory, threads, streams, JAX, and how the process ends."""
 
 import contextlib
 import ctypes
@@ -21,7 +21,7 @@ from r2m_jax.parallel import hosts
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.run import log
 
-# of OSError: those of the machine, which somebody can mend
+# of OSError: errors of the machine, which the user can fix
 DISK = (
   errno.ENOSPC,
   errno.EDQUOT,
@@ -38,18 +38,23 @@ DISK = (
 def set_up() -> None:
   """Streams, memory, threads and logging, before JAX starts."""
   sys.excepthook, sys.unraisablehook = show_traceback, show_unraisable
-  for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a sample must not end a run
+  for stream in (
+    sys.stdout,
+    sys.stderr,
+  ):  # a terminal that cannot show a sample must not end a run
     stream.reconfigure(errors="backslashreplace")
   log.tee()
   keep_freed_memory()
   spare_threads()
   logging.set_verbosity(
     logging.FATAL
-  )  # checkpointing is chatty otherwise; its errors are raised, and told in one line
+  )  # otherwise checkpointing logs much; its errors are raised, and reported in one line
 
 
 def set_up_jax(config) -> None:
-  """Platform, width of floats, compilation cache and number of CPU devices. Touches no device."""
+  """Sets the platform, float width, compilation cache and number of CPU devices. Touches no
+  device.
+  """
   import jax
 
   leave_absent_tpu_alone()
@@ -58,13 +63,13 @@ def set_up_jax(config) -> None:
   jax.config.update("jax_compilation_cache_dir", compilation_cache())
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
   if config.task == "lab" and "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    # seeds side by side, a core each
+    # seeds in parallel, one core each
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 
 
 def compilation_cache() -> str | None:
-  """The folder of JAX's compiled programs, created here: under the home folder if
-  JAX_COMPILATION_CACHE_DIR names no other.
+  """The folder of JAX's compiled programs, created here: under the home folder unless
+  JAX_COMPILATION_CACHE_DIR names another one.
 
   None, with a warning, if it cannot be written or there is no home folder. JAX then compiles again
   at each start.
@@ -77,7 +82,7 @@ def compilation_cache() -> str | None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
       return str(folder)
-  except (OSError, RuntimeError) as error:  # the latter: there is no home folder
+  except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
     print(
       f"warning: compiled programs cannot be kept ({error}), so each start compiles again; set "
       "JAX_COMPILATION_CACHE_DIR to a folder that can be written",
@@ -87,8 +92,8 @@ def compilation_cache() -> str | None:
 
 
 def leave_absent_tpu_alone() -> None:
-  """Has JAX not look for a TPU where libtpu is installed and no TPU is: it would print alarms,
-  and may wait for one.
+  """Stops JAX from looking for a TPU if libtpu is installed but there is no TPU. Otherwise JAX
+  would print errors, and might wait for one.
   """
   import jax
 
@@ -104,8 +109,8 @@ def leave_absent_tpu_alone() -> None:
 
 
 def require_platform() -> None:
-  """Raises ConfigError if JAX finds no device, for instance since JAX_PLATFORMS names one that
-  is not there.
+  """Raises ConfigError if JAX finds no device, for instance because JAX_PLATFORMS names a missing
+  one.
   """
   import jax
 
@@ -114,7 +119,7 @@ def require_platform() -> None:
   except (
     RuntimeError,
     AssertionError,
-  ) as error:  # the latter of a platform that jax has no plugin for
+  ) as error:  # the latter for a platform without a jax plugin
     wanted, reason = os.environ.get("JAX_PLATFORMS", ""), " ".join(str(error).split())[:300]
     given = f" with JAX_PLATFORMS={wanted}" if wanted else ""
     raise ConfigError(
@@ -124,7 +129,8 @@ def require_platform() -> None:
 
 
 def agreed(config, workdir: Path):
-  """The config of the task, with its date, once all processes are seen to have been given the same.
+  """The config of the task, with its date, after checking that all processes were given the same
+  one.
 
   Raises:
     HostsError: the processes were given different configs or workdirs.
@@ -147,7 +153,7 @@ def agreed(config, workdir: Path):
 
 
 def keep_freed_memory() -> None:
-  """Tells glibc not to hand freed memory back at once, which costs small CPU runs most of their
+  """Tells glibc not to return freed memory at once. Otherwise small CPU runs spend most of their
   time in the kernel.
   """
   if sys.platform == "linux":
@@ -156,15 +162,15 @@ def keep_freed_memory() -> None:
       libc.mallopt(-4, 0)  # M_MMAP_MAX
       libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
     except (OSError, AttributeError):
-      pass  # another C library: slower, not wrong
+      pass  # with another C library it is slower, but correct
 
 
 def spare_threads() -> None:
-  """Has XLA keep more threads than there are virtual CPU devices, before it starts any.
+  """Makes XLA keep more threads than there are virtual CPU devices, before it starts any.
 
-  A device that waits for the others keeps a thread, and there is one for each: where some wait in
-  one collective and some in another, none is left to bring the rest, and all wait until XLA ends
-  the process.
+  A device that waits for the others keeps a thread, and by default there is one thread for each
+  device. If some devices wait in one collective and some in another, no thread is left for the
+  others, and all wait until XLA ends the process.
   """
   devices = re.search(
     r"xla_force_host_platform_device_count=(\d+)", os.environ.get("XLA_FLAGS", "")
@@ -178,7 +184,7 @@ def spare_threads() -> None:
 
 @contextlib.contextmanager
 def mistakes_end_it() -> Iterator[None]:
-  """In here a UserError ends the program with its message and its exit status."""
+  """Inside this context, a UserError ends the program with its message and its exit status."""
   try:
     yield
   except UserError as error:
@@ -187,8 +193,8 @@ def mistakes_end_it() -> Iterator[None]:
 
 @contextlib.contextmanager
 def trouble_ends_it(workdir: Path) -> Iterator[None]:
-  """In here a signal, a UserError or a fault of the machine ends the program with one line and an
-  exit status.
+  """Inside this context, a signal, a UserError or a fault of the machine ends the program with one
+  line and an exit status.
   """
   from r2m_jax.run import loop
 
@@ -198,42 +204,42 @@ def trouble_ends_it(workdir: Path) -> Iterator[None]:
         with loop.signals_end_the_run():
           yield
       except UserError as error:
-        if error.status == 1:  # of a run under way: a lost process may be the cause
+        if error.status == 1:  # of a running run; a lost process may be the cause
           hosts.end_if_lost(error)
         raise
   except hosts.Elsewhere:
     sys.exit(1)
   except loop.Interrupted as signal:
-    print(f"stopped by {signal}: the same command goes on from what is saved", file=sys.stderr)
+    print(
+      f"stopped by {signal}: the same command resumes from the last checkpoint", file=sys.stderr
+    )
     sys.exit(loop.RESUME)
   except OSError as error:
     if error.errno not in DISK:
       raise
     stop(
-      f"{error}; repair that, then give the same command: it goes on from what is saved in "
+      f"{error}; repair that, then run the same command: it resumes from what is saved in "
       f"{workdir}",
       status=1,
     )
 
 
 def stop(reason, status: int = 2) -> NoReturn:
-  """Ends the program: status 2 for a command that cannot run, 1 for a run that somebody must
-  look after.
-  """
+  """Ends the program: status 2 for a command that cannot run, 1 for a run that needs attention."""
   print(redact(f"error: {reason}"), file=sys.stderr)
   sys.exit(status)
 
 
 def show_traceback(kind, error, trace) -> None:
-  """Python's own, without secrets: for mistakes of the program, which nobody foresaw."""
+  """Python's own traceback, without secrets, for unexpected errors of the program."""
   print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def show_unraisable(unraisable) -> None:
-  """Python's own, but for the writes of a failed save, which end after all that waited for them
-  has gone.
+  """Python's own hook, except for writes of a failed save that end after nothing waits for them any
+  more.
   """
   if (
     str(unraisable.exc_value) != "Event loop is closed"
-  ):  # the save's own error is raised, and told in one line
+  ):  # the save's own error is raised, and reported in one line
     show_traceback(type(unraisable.exc_value), unraisable.exc_value, unraisable.exc_traceback)

@@ -1,9 +1,9 @@
-"""How far a job is: a live line on a terminal, plain lines now and then anywhere else.
+"""The progress of a job: a live line on a terminal, and occasional plain lines elsewhere.
 
-Only what is finished counts. JAX hands work to a device and returns at once, so `Progress.dispatched`
-waits for the step before the one just handed over: the device always has a next step, and the
-count is true. Until two steps are finished there is no rate. The line then says what is going on and
-for how long, also while XLA compiles, which a small thread sees to.
+Only finished steps count. JAX dispatches work to a device and returns at once, so
+`Progress.dispatched` waits for the step before the one just dispatched. The device always has a
+next step, and the count is correct. There is no rate until two steps are finished. Until then the
+line shows the current activity and its duration; a small thread updates it while XLA compiles.
 """
 
 import contextlib
@@ -18,20 +18,20 @@ from tqdm import tqdm
 from r2m_jax.parallel import hosts
 
 TICK = 1.0  # seconds between two looks at the clock
-# seconds of waiting at which a line is printed without a terminal, then every PATIENCE
+# seconds of waiting after which a line is printed without a terminal, then every PATIENCE
 WAITS = (10, 30, 60, 120, 300)
 PATIENCE = 300
 LAYOUT = "{desc} {percentage:3.0f}%|{bar:16}| {n_fmt}/{total_fmt}{postfix}"
 
 
 class Live:
-  """Something that takes a while. A subclass says what there is to see of it.
+  """An activity that takes a while. A subclass defines what is shown.
 
   Args:
-    label: what it is.
+    label: its name.
     enabled: whether to show anything; only the first process does.
     out: a stream; None: stderr.
-    clock: gives seconds. With one given, no thread runs and `tick` is called by hand.
+    clock: returns seconds. If it is given, no thread runs and `tick` must be called by hand.
   """
 
   def __init__(self, label: str, *, enabled: bool = True, out=None, clock=None):
@@ -59,19 +59,19 @@ class Live:
     raise NotImplementedError
 
   def draw(self) -> None:
-    """Shows the state of things on the bar."""
+    """Shows the state on the bar."""
     raise NotImplementedError
 
   def line(self) -> str:
-    """The state of things as a line."""
+    """The state as a line."""
     raise NotImplementedError
 
   def seconds(self) -> float:
-    """Since it began."""
+    """Seconds since the beginning."""
     return self._clock() - self.began
 
   def tick(self) -> None:
-    """Shows the state of things if it is time to."""
+    """Shows the state if it is time to."""
     with self._lock, self._alive():
       if self._bar is not None:
         self.draw()
@@ -80,7 +80,7 @@ class Live:
         self._print()
 
   def _patience(self) -> float:
-    """Seconds from the last line to the next if nothing happens."""
+    """Seconds until the next line if nothing happens."""
     waits = (0, *WAITS)
     return waits[self._waits + 1] - waits[self._waits] if self._waits < len(WAITS) else PATIENCE
 
@@ -90,7 +90,9 @@ class Live:
 
   @contextlib.contextmanager
   def _alive(self) -> Iterator[None]:
-    """In here the terminal or the pipe may turn out to be gone: a run does not stop for that."""
+    """Inside this context, errors of a lost terminal or pipe are ignored, so that the run does not
+    stop.
+    """
     try:
       yield
     except (OSError, ValueError):
@@ -116,31 +118,31 @@ class Live:
 
 
 class Progress(Live):
-  """Steps of a job.
+  """The progress of a job's steps.
 
   Args:
     total: steps in all.
-    initial: of these, done before.
+    initial: number of steps done before.
     unit: the name of a step.
-    doing: what is going on before the first step is dispatched.
+    doing: the activity before the first step is dispatched.
   """
 
   def __init__(self, total, label, initial=0, *, unit="step", doing="compiling", **kwargs):
     self.total, self.n, self.unit, self.doing = total, initial, unit, doing
     self._initial = initial
-    self._first = None  # (n, seconds) when the first step was finished: it compiled
-    self._last = None  # the same of the last one
-    self._waiting = None  # what a dispatched step gives
+    self._first = None  # (n, seconds) when the first step, which compiles, was finished
+    self._last = None  # the same for the last step
+    self._waiting = None  # results of a dispatched step
     self._values = {}
     self._paced = False  # whether a line with a rate was printed
     super().__init__(label, **kwargs)
     self._tenths = self._tenth()
 
   def dispatched(self, result=None) -> None:
-    """A step is compiled and on its way. Waits for the one before it, which then counts.
+    """Notes that a step was dispatched. Waits for the step before it, which then counts.
 
     Args:
-      result: arrays that the step gives, and does not donate; None: it will be counted by `update`.
+      result: arrays that the step returns and does not donate; None: `update` will count it.
     """
     self.doing = f"first {self.unit}"
     before, self._waiting = self._waiting, result
@@ -149,14 +151,14 @@ class Progress(Live):
       self.update()
 
   def settle(self, **live) -> None:
-    """Waits for the step that was dispatched last, which then counts."""
+    """Waits for the last dispatched step, which then counts."""
     before, self._waiting = self._waiting, None
     if before is not None:
       jax.block_until_ready(before)
       self.update(**live)
 
   def update(self, n=1, **live) -> None:
-    """n more steps are finished; live values are shown beside the speed."""
+    """Notes that n more steps are finished; live values are shown next to the speed."""
     with self._lock, self._alive():
       self.n += n
       self._last = (self.n, self.seconds())
@@ -174,7 +176,7 @@ class Progress(Live):
         self._print()
 
   def pace(self) -> str:
-    """Speed and time left, from finished steps after the first; "" before there are two."""
+    """Speed and remaining time, from finished steps after the first; "" until two are finished."""
     if not self._first or self._last[0] == self._first[0]:
       return ""
     done, seconds = self._last[0] - self._first[0], max(self._last[1] - self._first[1], 1e-9)
@@ -184,7 +186,7 @@ class Progress(Live):
     return f"{rate}, {left} left"
 
   def state(self) -> str:
-    """The speed, or what is going on until there is one, and the live values."""
+    """The speed, or the current activity until there is a speed, and the live values."""
     going = self.doing if self._first is None else f"second {self.unit}"
     if self.n >= self.total:
       going = "done"
@@ -220,10 +222,11 @@ class Progress(Live):
 
 
 class Doing(Live):
-  """One thing that takes a while, such as loading weights; nothing stays of it on a terminal.
+  """A single activity that takes a while, such as loading weights. Its line disappears from a
+  terminal.
 
   Args:
-    total: bytes that there are to do; 0: it has no size.
+    total: total bytes; 0: the activity has no size.
   """
 
   def __init__(self, label: str, total: int = 0, **kwargs):
@@ -231,7 +234,7 @@ class Doing(Live):
     super().__init__(label, **kwargs)
 
   def add(self, done: int) -> None:
-    """So many bytes more are done."""
+    """Notes that this many more bytes are done."""
     self.n += done
 
   def line(self) -> str:

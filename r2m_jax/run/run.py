@@ -18,17 +18,17 @@ PROFILE = "profile"  # folder of a trace
 
 
 class Steps(NamedTuple):
-  """What the loop calls, made once for the state that it goes on from."""
+  """The functions that the loop calls, made once for the state from which it continues."""
 
-  batches: Iterator[tuple]  # what `step` is given, a tuple for each step; it begins with Prompts
-  # (state, *batch) -> (state, StepOutput, *seen); the state is donated, `seen` is the task's own
+  batches: Iterator[tuple]  # tuples of `step`'s arguments after the state; Prompts first
+  # (state, *batch) -> (state, StepOutput, *seen); the state is donated, `seen` belongs to the task
   step: Callable
   # (step number, state, StepOutput on the host, batch, *seen) -> (metrics, values for the bar)
   measure: Callable
 
 
 class Texts(NamedTuple):
-  """How a person reads a step, for task=replay."""
+  """How to show a step to a reader, for task=replay."""
 
   # (StepOutput on the host, *seen) -> tokens i32[B, L] that the reward model read, and their mask
   read: Callable
@@ -38,22 +38,23 @@ class Texts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-  """What tells one run of an arm from another. Each part is called when it is needed.
+  """The parts of a run that differ between tasks and arms. Each function is called when it is
+  needed.
 
   config: of the arm, config.variant.
   built: of the program that runs it.
-  first: () -> the TrainState of step 0, before a warm start. It may use up the models' weights.
+  first: () -> the TrainState of step 0, before a warm start. It may donate the models' weights.
   warm: (that state) -> the state with a fitted reward head, for arms that start from one.
-  steps: (the state to go on from) -> its Steps.
+  steps: (the state to continue from) -> its Steps.
   samples: (state, "before" or "after") -> rows of samples.jsonl; None if `measure` writes them.
   texts: None if the run cannot be replayed.
-  end: (the last state) -> None; what is made of it.
-  watch: sees the state at the start and after each step, see `loop.Watch`: evaluates it, and may end
-    the run early. Its values make rows of stage "eval".
+  end: (the last state) -> None; called at the end, for example to export.
+  watch: sees the state at the start and after each step, see `loop.Watch`. It evaluates the state,
+    and may end the run early. Its values become rows of stage "eval".
   data: fingerprint of the rows behind the prompts.
-  name: what the run is called where it is shown; "" is config.variant.
+  name: the displayed name of the run; "": config.variant.
   shown: whether its progress is printed if there is no terminal.
-  costed: whether it logs what each step cost; see `speed.Cost`.
+  costed: whether it logs the cost of each step; see `speed.Cost`.
   """
 
   config: Any
@@ -75,12 +76,12 @@ def train(run: Run, workdir: Path):
   """Trains to config.steps or until `run.watch` ends it, from the newest checkpoint if there is one;
   returns the last state.
 
-  Every step is logged and saved as config.log and config.checkpoint say. The state is a TrainState,
-  or those of several seeds, stacked.
+  Steps are logged and saved according to config.log and config.checkpoint. The state is a
+  TrainState, or the stacked states of several seeds.
 
   Raises:
-    CheckpointError: the checkpoint is of another config, other rows or other frozen models, or a
-      save failed, now or in the background.
+    CheckpointError: the checkpoint belongs to another config, other rows or other frozen models, or
+      a save failed.
     Interrupted: a signal came; the step is finished and saved.
     Diverged: config.guard.max_skipped steps in a row had a skipped update, or more than half did.
   """
@@ -94,7 +95,7 @@ def train(run: Run, workdir: Path):
     checkpoint.finished(checkpoints),
     profiled(config.log.profile, workdir / PROFILE) as profile,
   ):
-    # it may read rows that `Metrics` drops and this loop repeats
+    # before `Metrics`, which drops rows of steps that are repeated; the watch may read them
     seen = run.watch(state, start, None)
     with (
       Metrics(workdir, "rl", config.variant, from_step=start, also=EVAL) as log,
@@ -133,7 +134,7 @@ def train(run: Run, workdir: Path):
 
 
 def opened(run: Run, workdir: Path):
-  """(the state to go on from, its step, the checkpoints, facts of the run for them)."""
+  """(the state to continue from, its step, the checkpoints, the run's facts for checkpoints)."""
   config, name = run.config, run.name or run.config.variant
   loop.warn_of_best(config)
   folder = workdir / "checkpoints" / config.variant
@@ -154,7 +155,7 @@ def warmed(run: Run, state):
 
 
 def ended(run: Run, state):
-  """The last state, after what is made of it."""
+  """The last state, after `run.end`."""
   if run.end:
     run.end(state)
   return state
@@ -168,6 +169,6 @@ def bar_of(run: Run, start: int):
 
 
 def no_cost(state, out, seconds) -> dict[str, float]:
-  """In place of `speed.Cost`: nothing is logged of what a step cost."""
+  """Replaces `speed.Cost` if the cost of a step is not logged."""
   del state, out, seconds
   return {}

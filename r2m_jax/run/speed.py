@@ -1,8 +1,8 @@
-"""What a step or an update costs: learning rates, seconds of each phase, tokens a second, padding,
+"""The cost of a step or an update: learning rates, seconds of each phase, tokens a second, padding,
 memory, and model FLOPs utilisation.
 
-Everything here is read on the host from what the step returns anyway. docs/metrics.md defines
-every scalar. Those that depend on the clock or the machine are listed in `metrics.CLOCKED`.
+Everything is computed on the host from the step's normal outputs. docs/metrics.md defines every
+scalar. `metrics.CLOCKED` lists those that depend on the clock or the machine.
 """
 
 import contextlib
@@ -30,7 +30,9 @@ _seconds: dict[str, float] = {}  # of each phase since the last row
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-  """Adds the seconds spent in here to `seconds/NAME` of the next row, and names them in a profile."""
+  """Adds the seconds spent inside this context to `seconds/NAME` of the next row, and names them in
+  a profile.
+  """
   began = time.perf_counter()
   try:
     with jax.profiler.TraceAnnotation(name):
@@ -48,11 +50,12 @@ def take_seconds() -> dict[str, float]:
 
 @contextlib.contextmanager
 def profiled(window: tuple[int, ...], folder: Path) -> Iterator[Callable[[int], None]]:
-  """Gives `at(step)`, to be called before each step: it traces the steps of the window to `folder`.
+  """Yields `at(step)`, which must be called before each step. It traces the steps of the window to
+  `folder`.
 
   Args:
-    window: (first step, number of steps), or () for no trace. A window that begins before the
-      first step of this start traces what is left of it.
+    window: (first step, number of steps), or () for no trace. If a window begins before the first
+      step of this start, its remaining steps are traced.
   """
   tracing = False
 
@@ -89,9 +92,9 @@ def rate_table(settings, updates: int) -> np.ndarray:
 
 
 def last_rate(table: np.ndarray, opt) -> float:
-  """The learning rate of the last update that was made; of the first one if none was made yet.
+  """The learning rate of the last update, or of the first one if there was none yet.
 
-  Skipped updates do not advance the schedule, so the count is the optimizer's own.
+  Skipped updates do not advance the schedule, so the optimizer's own count is used.
   """
   return float(table[np.clip(int(opt.count) - 1, 0, len(table) - 1)])
 
@@ -117,11 +120,11 @@ def peak_memory() -> dict[str, float]:
 
 
 class Cost:
-  """The scalars of what an RL step cost, from its output on the host."""
+  """The cost of an RL step as scalars, from its output on the host."""
 
   def __init__(self, config, state: TrainState):
-    """state: any state of the run; its shapes alone are read."""
-    _seconds.clear()  # what came before belongs to no step
+    """state: any state of the run; only its shapes are read."""
+    _seconds.clear()  # earlier seconds belong to no step
     updates = config.steps * config.ppo.epochs * config.ppo.minibatches
     self.config = config
     self.rates = {"policy": rate_table(config.policy, updates)}
@@ -132,7 +135,7 @@ class Cost:
     peak = config.log.peak_flops or peak_flops(jax.devices()[0].device_kind)
     self.peak = peak * len(state.step.sharding.device_set)
     self.policy = matrices(state.ref)
-    has_reward = state.reward_backbone is not None  # else rewards come from outside
+    has_reward = state.reward_backbone is not None  # otherwise rewards come from outside
     self.reward = matrices(state.reward_backbone) if has_reward else (0, 0)
     self.critic = (0, 0) if state.critic is None else matrices(state.critic["backbone"])
 
@@ -149,18 +152,18 @@ class Cost:
     return {**found, "seconds/save": 0.0, "seconds/eval": 0.0, **seconds, **peak_memory()}
 
   def flops(self, tokens: int, sampled: int) -> float:
-    """Model FLOPs of a step: products with weights on real tokens, nothing of them made twice.
+    """Model FLOPs of a step: matmuls with weights on real tokens, without recomputation.
 
-    A multiply-add is two FLOPs. A forward pass has 2 a weight and token, a backward pass 4, or 2
-    if only adapters are trained. Attention's products of queries and keys, and the reward head,
-    are left out.
+    A multiply-add is two FLOPs. A forward pass has 2 FLOPs per weight and token, a backward pass 4,
+    or 2 if only adapters are trained. Attention's matmuls of queries and keys, and the reward head,
+    are not counted.
 
     Args:
-      tokens: of prompts and responses of all rows.
-      sampled: of these, of responses; only they have logits.
+      tokens: number of tokens in the prompts and responses of all rows.
+      sampled: number of response tokens among them; only they have logits.
     """
     config, (layers, head) = self.config, self.policy
-    prompts = (tokens - sampled) / config.rollout.group_size  # read once for all their responses
+    prompts = (tokens - sampled) / config.rollout.group_size  # computed once for all responses
     rollout = 2 * (layers * (prompts + sampled) + head * sampled)
     forward = 2 * (layers * tokens + head * sampled)
     backward = forward if config.lora.rank else 2 * forward
@@ -170,9 +173,11 @@ class Cost:
 
 
 def matrices(model) -> tuple[int, int]:
-  """Numbers in the weight matrices of a Transformer's layers, and in the matrix that gives logits.
+  """Number of elements in the weight matrices of a Transformer's layers, and in the matrix that
+  computes logits.
 
-  The latter is the embedding if there is no other; for a model without logits it is not used.
+  The latter is the embedding if there is no separate head; for a model without logits it is not
+  used.
   """
   sizes = {
     sharding.path_name(path): x.size for path, x in jax.tree_util.tree_flatten_with_path(model)[0]
@@ -182,15 +187,16 @@ def matrices(model) -> tuple[int, int]:
 
 
 def count_tokens(sequences: Sequences) -> tuple[int, int]:
-  """Real tokens of all rows, and of these the sampled ones."""
+  """Numbers of real tokens of all rows, and of the sampled ones among them."""
   return int(sequences.token_mask.sum()), int(sequences.response_mask.sum())
 
 
 def shares_real(rollout, out: StepOutput) -> dict[str, float]:
-  """Which share of the computed positions holds a token that counts.
+  """The shares of the computed positions that hold a real token.
 
-  `real/rollout`: of the decoded ones, see `decoded_places`, with all rows on one device.
-  `real/learn`: of those that the policy's passes compute, a prompt once for its responses.
+  `real/rollout`: share of the decoded positions, see `decoded_places`, with all rows on one device.
+  `real/learn`: share of the positions that the policy's passes compute, with a prompt counted once
+  for its responses.
 
   Args:
     rollout: config.rollout.
@@ -209,29 +215,31 @@ def shares_real(rollout, out: StepOutput) -> dict[str, float]:
 
 
 class FitCost:
-  """The scalars of what the updates of a fit cost, from one logged row to the next."""
+  """The cost of a fit's updates between two logged rows, as scalars."""
 
   def __init__(self, settings=None, updates: int = 0):
-    """settings: the section of the fit's optimizer, for `updates` in all; None: its rate is not
-    known.
+    """settings: the config section of the fit's optimizer, for `updates` updates; None: its
+    learning rate is not known.
     """
     self.rates = None if settings is None else rate_table(settings, updates)
     self.since = time.perf_counter()
     self.updates = self.tokens = self.positions = 0
 
   def count(self, batch: dict) -> None:
-    """Adds an update's batch: this process's rows, arrays of the host."""
+    """Adds an update's batch: this process's rows, as host arrays."""
     masks = [batch[name] for name in batch if name.endswith("mask") and name != "response_mask"]
     self.updates += 1
     self.tokens += sum(int(mask.sum()) for mask in masks)
     self.positions += sum(mask.size for mask in masks)
 
   def take(self, opt) -> dict[str, float]:
-    """The scalars since the last call. All processes must ask; `opt` is the optimizer's state."""
+    """The scalars since the last call. All processes must call it; `opt` is the optimizer's
+    state.
+    """
     now, tokens = time.perf_counter(), hosts.total(self.tokens)
     took, positions = now - self.since, hosts.total(self.positions)
     found = {"seconds/update": took / self.updates, **peak_memory()}
-    if positions:  # a batch of something else than tokens has no masks
+    if positions:  # a batch without tokens has no masks
       found |= {"speed/tokens": tokens / took, "real/learn": tokens / positions}
     if self.rates is not None:
       found["lr"] = last_rate(self.rates, opt)

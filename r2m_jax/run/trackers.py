@@ -1,7 +1,8 @@
-"""Where the scalars of metrics.jsonl go besides: TensorBoard, Weights & Biases, Trackio, MLflow.
+"""Trackers that also get the scalars of metrics.jsonl: TensorBoard, Weights & Biases, Trackio,
+MLflow.
 
-Each stage of each arm is a run of its own in a tracker. A library is imported when its tracker
-starts. Whatever a tracker raises is told once by `metrics.Metrics` and never stops training.
+Each stage of each arm is a separate run in a tracker. A library is imported when its tracker
+starts. `metrics.Metrics` reports a tracker's first error once; errors never stop training.
 """
 
 import json
@@ -13,12 +14,12 @@ from typing import NamedTuple, Protocol
 
 from r2m_jax.run.files import read_json, write_atomic
 
-IDS = "trackers.json"  # of a workdir: tracker -> stage -> its run there
+IDS = "trackers.json"  # in a workdir: tracker -> stage -> its run there
 PROJECT = "r2m_jax"
 
 
 class Tracked(NamedTuple):
-  """One stage of one arm, as a tracker is told of it."""
+  """One stage of one arm, as passed to a tracker."""
 
   stage: str  # such as "sft" or, with an arm, "rl-r2m"
   workdir: Path
@@ -36,7 +37,7 @@ class Tracked(NamedTuple):
 
 class Tracker(Protocol):
   def start(self, run: Tracked) -> None:
-    """Begins a run, or goes on with the one that this workdir and stage had before."""
+    """Starts a run, or continues the earlier run of this workdir and stage."""
 
   def log(self, step: int, scalars: dict[str, float]) -> None:
     """Writes the scalars of a step."""
@@ -53,7 +54,7 @@ def wanted(workdir: Path) -> tuple[dict, tuple[str, ...]]:
 
 
 def kept(run: Tracked, tracker: str, make) -> str:
-  """What `make()` gave the first time for this workdir, tracker and stage."""
+  """The first result of `make()` for this workdir, tracker and stage."""
   path = run.workdir / IDS
   ids = read_json(path) if path.exists() else {}
   mine = ids.setdefault(tracker, {})
@@ -79,7 +80,7 @@ class TensorBoard:
     folder = run.workdir / "tensorboard" / run.stage
     folder.mkdir(parents=True, exist_ok=True)
     self.events = EventsWriter(str(folder / "events"), filename_suffix=f".{run.from_step}")
-    # A session's start makes TensorBoard forget what earlier files hold at or past this step.
+    # A session start makes TensorBoard drop earlier data at or after this step.
     begin = SessionLog(status=SessionLog.START)
     self.events.write_event(Event(step=run.from_step, wall_time=time.time(), session_log=begin))
     self.events.flush()
@@ -99,16 +100,16 @@ class TensorBoard:
 
 
 class Wandb:
-  """A run of Weights & Biases; its files lie in WORKDIR/wandb.
+  """A run of Weights & Biases; its files are in WORKDIR/wandb.
 
-  WANDB_MODE=offline needs no network, WANDB_PROJECT names the project. A step that the run has
-  already is left out by wandb itself.
+  WANDB_MODE=offline needs no network, WANDB_PROJECT names the project. wandb itself ignores steps
+  that the run already has.
   """
 
   def start(self, run: Tracked) -> None:
     import wandb
 
-    # what a run prints may hold anything: log.txt, without secrets, is its place
+    # the output of a run may contain anything; it belongs into log.txt, without secrets
     settings = wandb.Settings(console="off", login_timeout=30)
     self.run = wandb.init(
       project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -152,12 +153,12 @@ class Trackio:
 
 
 class Mlflow:
-  """A run of MLflow, at MLFLOW_TRACKING_URI; if it is not set, in WORKDIR/mlflow.db."""
+  """A run of MLflow, at MLFLOW_TRACKING_URI, or in WORKDIR/mlflow.db if that is not set."""
 
   STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
   def start(self, run: Tracked) -> None:
-    # a server that does not answer must not hold training up for long
+    # a server that does not answer must not delay training for long
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     from mlflow import MlflowClient
@@ -168,7 +169,7 @@ class Mlflow:
     self.client.update_run(self.id, status="RUNNING")
 
   def create(self, run: Tracked) -> str:
-    """Makes the run and gives it the config as parameters."""
+    """Creates the run with the config as its parameters."""
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
     found = self.client.get_experiment_by_name(name)
     experiment = found.experiment_id if found else self.client.create_experiment(name)
@@ -199,7 +200,7 @@ def flat(config: dict, prefix: str = "") -> list[tuple[str, str]]:
   return found
 
 
-# as config.log.to names them -> how a warning names them, and the tracker
+# name in config.log.to -> name in warnings, and the tracker
 TRACKERS: dict[str, tuple[str, type]] = {
   "tensorboard": ("TensorBoard", TensorBoard),
   "wandb": ("wandb", Wandb),

@@ -1,6 +1,4 @@
-"""The workdir of a run: whose config it holds, what a fork takes over, and stages that are done
-once.
-"""
+"""The workdir of a run: its config, what a fork copies, and stages that are done once."""
 
 import datetime
 import json
@@ -11,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from r2m_jax.config import ConfigError, difference, fixed
+from r2m_jax.config import ConfigError, defaults, difference, fixed, flat
 from r2m_jax.parallel import hosts
 from r2m_jax.run import checkpoint, lock, log
 from r2m_jax.run.files import read_json, write_atomic
@@ -24,7 +22,7 @@ class Entry(NamedTuple):
   name: str  # <...> stands for any text
   what: str
   writer: str
-  forked: bool = False  # whether a fork takes it over; what is found again from the rows is not
+  forked: bool = False  # whether a fork copies it; facts that are found again are not
 
 
 LAYOUT = (
@@ -42,6 +40,7 @@ LAYOUT = (
   Entry("profile/", "an xprof trace of the steps in log.profile", "RL"),
   Entry("stages/", "a folder for each finished stage: its result", "every run", True),
   Entry("checkpoints/", "a folder for each arm: its TrainState, by step", "RL", True),
+  Entry("seeds/", "the workdir of each further seed", "runs with config.seeds"),
   Entry("partial/", "the state of an unfinished fit or arm", "fits, task=lab"),
   Entry("data_<stage>.json", "rows and SHA-256 of each data file of a stage", "runs on text"),
   Entry("r2m_renderer.json", "how the reward model's text is rendered", "runs from folders", True),
@@ -54,11 +53,11 @@ LAYOUT = (
   Entry("analysis/", "tables and figures of the analysis", "task=analyse"),
   Entry("compare.html", "several runs on one page", "task=compare"),
   Entry("label_answers.jsonl", "answers of the judge at r2m.judge_url", "runs from folders"),
-  Entry("judge.json", "who wins, with judge, date and template", "task=judge"),
+  Entry("judge.json", "the result, with judge, date and template", "task=judge"),
   Entry("judge.html", "the same as a page", "task=judge"),
   Entry("judgments.jsonl", "every verdict", "task=judge"),
   Entry(
-    "answers.jsonl", "every answer of the judge; what is in it is not asked again", "task=judge"
+    "answers.jsonl", "every answer of the judge; these questions are not sent again", "task=judge"
   ),
   Entry("candidate.jsonl", "answers that were generated first", "task=judge"),
   Entry("candidate.json", "how they were generated", "task=judge"),
@@ -80,6 +79,7 @@ LAYOUT = (
   Entry("best_of_n.parquet", "best-of-n sampling", "task=lab"),
   Entry("seeds.txt", "the statistics as printed", "task=lab, lab_text, lab_notes"),
   Entry("locks/", "which process works on what", "task=lab, lab_text, lab_notes"),
+  Entry("gold_formula.py", "the gold reward of config.gold.formula", "gold tasks"),
   Entry("gold/", "workdir of the gold reward model", "task=lab_text"),
   Entry("proxy_<seed>/", "workdir of a seed's proxy reward model", "task=lab_text, lab_notes"),
   Entry("runs/", "workdirs of the RL runs, by arm and seed", "task=lab_text, lab_notes"),
@@ -92,12 +92,13 @@ LAYOUT = (
   Entry("policies/", "each seed's policy at its KL targets", "benchmarks.offline"),
   Entry("rows/", "samples of these policies, and what their rewards read", "benchmarks.offline"),
 )
-AT_START = ("config.json", lock.LOCK, log.LOG)  # what `claim` itself leaves
+SEEDS = "seeds"  # of a workdir: the workdirs of further seeds
+AT_START = ("config.json", lock.LOCK, log.LOG)  # files that `claim` itself writes
 FOUND_AGAIN = (
   "r2m_renderer.json",
   "hub.json",
   "data_*.json",
-)  # of models and rows, before any work
+)  # facts of models and rows, found before any work
 TAKEN_OVER = tuple(entry.name for entry in LAYOUT if entry.forked)
 
 
@@ -116,7 +117,7 @@ def shapes_of(tree):
 
 
 def warm(state, head):
-  """The run's first state with a fitted head in place of the random one."""
+  """The run's first state, with a fitted head instead of the random one."""
   average = None if state.reward_average is None else jax.tree.map(jnp.copy, head)
   return state.replace(reward_head=head, reward_average=average)
 
@@ -130,12 +131,13 @@ def with_variant(config, variant: str):
 def claim(config, workdir: Path, *, shared: bool = False) -> None:
   """Locks the workdir, records the config in it and starts its log.txt.
 
-  A new workdir with config.checkpoint.fork_from first takes over what that run has saved, and says
-  what differs. With several processes the first one does it, and all must see the workdir.
+  With config.checkpoint.fork_from, a new workdir first gets a copy of what that run has saved, and
+  the differences are printed. With several processes the first one does this, and all must see the
+  workdir.
 
   Args:
-    shared: other processes may claim it as shared at the same time; they agree by other means on
-      who does what.
+    shared: other processes may also claim it as shared at the same time. They divide the work by
+      other means.
 
   Raises:
     ConfigError: the workdir has been used by another config, is in use by another run, or cannot
@@ -146,12 +148,12 @@ def claim(config, workdir: Path, *, shared: bool = False) -> None:
 
 
 def claim_alone(config, workdir: Path, shared: bool) -> None:
-  """What the first process does of `claim`."""
+  """The part of `claim` that only the first process does."""
   path = workdir / "config.json"
   new = json.loads(config.to_json())
   old = Path(config.checkpoint.fork_from).expanduser() if config.checkpoint.fork_from else None
   try:
-    # a shared workdir may belong to a process that has only just begun
+    # a shared workdir may belong to a process that has just started
     begun = path.exists() and (shared or is_begun(workdir))
     if begun:
       require_same_config(path, new)
@@ -174,15 +176,15 @@ def claim_alone(config, workdir: Path, shared: bool) -> None:
 
 
 def is_begun(workdir: Path) -> bool:
-  """Whether a run has left any work in its workdir. One that was refused at its start has not: it
-  may be corrected and started again.
+  """Whether a run has left any work in its workdir. A run that was refused at its start has not, so
+  it may be corrected and started again.
   """
   facts = {path for pattern in FOUND_AGAIN for path in workdir.glob(pattern)}
   return any(path.name not in AT_START and path not in facts for path in workdir.iterdir())
 
 
 def require_same_config(path: Path, new: dict) -> None:
-  """Raises ConfigError with what differs, if a workdir's config.json is of another run."""
+  """Raises ConfigError with the differences if a workdir's config.json belongs to another run."""
   if changed := fixed_difference(path, new):
     workdir = path.parent
     raise ConfigError(
@@ -193,8 +195,8 @@ def require_same_config(path: Path, new: dict) -> None:
 
 
 def with_date(config, workdir: Path):
-  """The config with `data.date`: as given, else of the run in the workdir or of the one it
-  forks, else today.
+  """The config with `data.date`: the given date, or the date of the run in the workdir or of the
+  run that it forks, or today.
   """
   if config.data.date:
     return config
@@ -215,15 +217,18 @@ def today() -> str:
 
 
 def fixed_difference(path: Path, new: dict) -> list[str]:
-  """What differs between a config.json and this config, of the settings that say what is
-  computed.
+  """The differences between a config.json and this config, among settings that affect the result.
+
+  An earlier version may have saved config.json without some settings. They then had what is now
+  their default, because a new setting by default does what was done before.
   """
-  saved = read_json(path)
-  return difference(fixed(saved), fixed(new))
+  saved, given = flat(fixed(read_json(path))), flat(fixed(new))
+  usual = {name: value for name, value in defaults().items() if name in given}
+  return difference(usual | saved, given)
 
 
 def require_new(old: Path, workdir: Path) -> None:
-  """Raises ConfigError if `old` is no run, or `workdir` no place for a fork of it."""
+  """Raises ConfigError if `old` is not a run, or if `workdir` cannot hold a fork of it."""
   if not (old / "config.json").is_file():
     raise ConfigError(
       f"config.checkpoint.fork_from is {str(old)!r}: there is no config.json, so no run to start "
@@ -238,7 +243,7 @@ def require_new(old: Path, workdir: Path) -> None:
 
 
 def take_over(old: Path, workdir: Path, new: dict) -> None:
-  """Copies stages, the newest sound checkpoint of each arm, metrics and samples of another run,
+  """Copies stages, the newest intact checkpoint of each arm, metrics and samples of another run,
   which is only read.
   """
   workdir.mkdir(parents=True, exist_ok=True)
@@ -253,7 +258,7 @@ def take_over(old: Path, workdir: Path, new: dict) -> None:
 
 
 def take_newest(old: Path, new: Path) -> None:
-  """Copies the newest sound checkpoint of every folder in `old`."""
+  """Copies the newest intact checkpoint of every folder in `old`."""
   for folder in sorted(old.glob("*")):
     steps = sorted(
       (int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True
@@ -264,13 +269,13 @@ def take_newest(old: Path, new: Path) -> None:
 
 
 def stage(workdir: Path, name: str, like, make, *, frozen=None):
-  """The result of a stage: read from the workdir where it was saved before, else made and saved.
+  """The result of a stage: read from the workdir if it was saved before, otherwise made and saved.
 
   Args:
     like: shapes, dtypes and shardings of the result.
     make: () -> the result.
-    frozen: a tree of arrays that the result only works with, such as the base of adapters; held to
-      what it was.
+    frozen: a tree of arrays that the result depends on, such as the base of adapters; it must not
+      have changed.
   """
   checkpoints = checkpoint.open_checkpoints(workdir / "stages" / name, last=1)
   facts = {} if frozen is None else {"models": checkpoint.fingerprint(frozen)}
@@ -287,7 +292,7 @@ def stage(workdir: Path, name: str, like, make, *, frozen=None):
 
 
 def saved(workdir: Path, name: str, like, make=None, *, frozen=None):
-  """The result of a stage that was done, of a run that is only read: nothing is made or set aside.
+  """The result of a finished stage of a run that is only read: nothing is made or set aside.
 
   The arguments are those of `stage`.
 

@@ -3,7 +3,8 @@
   r2m --config=default --workdir=runs/compared --config.task=compare \\
       --config.compare.runs="('runs/a', 'runs/b')"
 
-Writes WORKDIR/compare.html. The runs are only read, and may still be training.
+Writes WORKDIR/compare.html. A run with several seeds is one curve with its interval. The runs are only
+read, and may still be training.
 """
 
 import os
@@ -12,16 +13,16 @@ from pathlib import Path
 from r2m_jax.config import ConfigError
 from r2m_jax.parallel import hosts
 from r2m_jax.report import compare
-from r2m_jax.run.workdir import claim
+from r2m_jax.run.workdir import SEEDS, claim
 
 
 def run(config, workdir: Path) -> None:
   """Writes the page and prints where it is.
 
   Raises:
-    ConfigError: a folder of config.compare.runs is no run, or is named twice.
+    ConfigError: a folder of config.compare.runs is not a run, or is named twice.
   """
-  workdirs = runs_of(config)
+  workdirs = [each for folder in runs_of(config) for each in with_seeds(folder)]
   claim(config, workdir)
 
   def write() -> None:
@@ -29,6 +30,12 @@ def run(config, workdir: Path) -> None:
     print(f"compared {', '.join(map(str, workdirs))}\nreport   {path}")
 
   hosts.on_first(write)
+
+
+def with_seeds(workdir: Path) -> list[Path]:
+  """A run's workdir and those of its further seeds that have logged a row."""
+  further = sorted(workdir.glob(f"{SEEDS}/*"), key=lambda folder: int(folder.name))
+  return [workdir, *(folder for folder in further if (folder / "metrics.jsonl").is_file())]
 
 
 def runs_of(config) -> list[Path]:

@@ -29,8 +29,8 @@ class Mean(NamedTuple):
 
 
 def mean_of(values: Sequence[float], groups: Sequence[Hashable], seed: int = 0) -> Mean:
-  """The mean of f64[N] values, with an interval over groups (`intervals.group_mean`): rows of one
-  prompt are not independent. NaN for its ends from one group.
+  """The mean of f64[N] values, with an interval over groups (`intervals.group_mean`), because rows
+  of one prompt are not independent. The ends are NaN if there is one group.
   """
   values = np.asarray(values, float)
   numbers = {group: i for i, group in enumerate(dict.fromkeys(groups))}
@@ -40,7 +40,7 @@ def mean_of(values: Sequence[float], groups: Sequence[Hashable], seed: int = 0) 
 
 
 def wins(chosen: Sequence[float], rejected: Sequence[float]) -> np.ndarray:
-  """1 where the chosen scores higher, 0 where lower, 0.5 for a tie.   -> f64[N]."""
+  """1 if the chosen response scores higher, 0 if lower, 0.5 for a tie.   -> f64[N]."""
   return (np.sign(np.subtract(chosen, rejected, dtype=float)) + 1) / 2
 
 
@@ -71,8 +71,8 @@ def response_logprobs(
 
 
 def perplexity(logprobs: Sequence[np.ndarray], groups: Sequence[Hashable]) -> Mean:
-  """exp of the mean negative log-likelihood of a token, over all tokens; the interval is over
-  groups of rows.
+  """exp of the mean negative log-likelihood over all tokens; the interval is over groups of
+  rows.
   """
   nll = mean_of(
     -np.concatenate(logprobs), [group for group, row in zip(groups, logprobs) for _ in row]

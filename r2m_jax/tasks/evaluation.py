@@ -1,8 +1,9 @@
-"""An evaluation: one sample for each of a run's held-out prompts, and what is measured of them.
+"""An evaluation: one sample for each of a run's held-out prompts, and measurements of these
+samples.
 
-Every evaluation of a run draws with the same keys, which depend on the seed and the prompt alone.
-So it takes nothing from the run's state and leaves nothing in it, and the noise that two
-evaluations share cancels in their difference. docs/evaluate.md defines each number.
+Every evaluation of a run draws with the same keys, which depend only on the seed and the prompt. So
+it does not change the run's state, and the noise that two evaluations share cancels in their
+difference. docs/evaluate.md defines each number.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,23 +32,23 @@ from r2m_jax.tasks.serve import batch_size, spread
 from r2m_jax.types import Prompts, Sequences, TrainState
 
 KEY_EVALUATION = 2**31 - 5  # folded into the run's key where an RL step folds in its number
-NGRAM = 4  # tokens, of the repetition
+NGRAM = 4  # tokens of a repeated n-gram
 
 
 class Evaluation(NamedTuple):
-  values: dict[str, float]  # means and the ends of their intervals, of one row of metrics.jsonl
+  values: dict[str, float]  # means and the ends of their intervals, for one row of metrics.jsonl
   samples: list[dict]  # rows of eval_samples.jsonl without arm and step
 
 
 Evaluate = Callable[[TrainState], Evaluation]
 
 
-# ---- what runs on the devices ----
+# ---- on the devices ----
 
 
 def exact_kl(config, policy: Transformer, ref: Transformer, sequences: Sequences) -> jax.Array:
-  """KL(policy || reference) of every row, nats: that of each token's whole distribution, summed
-  over the response. At least f32[B].
+  """KL(policy || reference) of every row, in nats: the exact KL of each token's distribution,
+  summed over the response. At least f32[B].
   """
   T = sequences.response_mask.shape[1]
   hidden, ref_hidden = (
@@ -61,8 +62,8 @@ def exact_kl(config, policy: Transformer, ref: Transformer, sequences: Sequences
 
 
 def make_draw(config, built: Build, eos_ids: Sequence[int], pad_id: int):
-  """Builds `draw(state, prompts) -> (Sequences, KL f32[P])` on the host: one sample a prompt, drawn
-  as in training, for `Prompts` on the host of any number.
+  """Builds `draw(state, prompts) -> (Sequences, KL f32[P])` on the host: one sample for each
+  prompt, drawn as in training, for any number of `Prompts` on the host.
   """
   defs, key = built.defs, jax.random.fold_in(jax.random.key(config.seed), KEY_EVALUATION)
   rollout = config.rollout
@@ -93,7 +94,7 @@ def make_draw(config, built: Build, eos_ids: Sequence[int], pad_id: int):
 
 
 def make_score(config, mesh, backbone_def, head: Callable):
-  """Builds `score(backbone, phi, tokens, mask) -> f32[N]` on the host, of any number of rows; head
+  """Builds `score(backbone, phi, tokens, mask) -> f32[N]` on the host, for any number of rows; head
   maps (phi, rte f32[B, D]) to f32[B].
   """
 
@@ -108,9 +109,7 @@ def make_score(config, mesh, backbone_def, head: Callable):
 
 
 def make_frozen(config, built: Build):
-  """Builds `frozen(state, tokens, mask) -> f32[N]`: the score of the reward model as it was before
-  RL.
-  """
+  """Builds `frozen(state, tokens, mask) -> f32[N]`: the score of the reward model before RL."""
   defs = built.defs
   together = dict(how=config.reward.combine, variance_weight=config.reward.variance_weight)
 
@@ -126,8 +125,9 @@ def make_frozen(config, built: Build):
 
 
 def in_batches(config, mesh, program: Callable, rows: Any):
-  """`program` of host arrays [N, ...], config.eval.batch_size rows at a time; its results [N, ...]
-  on the host. The last batch is filled up by repeating its rows, so that there is one shape.
+  """Runs `program` on host arrays [N, ...], config.eval.batch_size rows at a time; returns the
+  results [N, ...] on the host. The last batch is padded by repeating its rows, so that there is one
+  shape.
   """
   count = len(jax.tree.leaves(rows)[0])
   size, parts = batch_size(config, config.eval, count, mesh), []
@@ -138,11 +138,11 @@ def in_batches(config, mesh, program: Callable, rows: Any):
   return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
-# ---- what is made of it ----
+# ---- measurements ----
 
 
 def repetition(tokens: Sequence[int]) -> float:
-  """The share of a response's 4-grams that occurred before in it; 0 for fewer than four tokens.
+  """The share of a response's 4-grams that occur earlier in it; 0 for fewer than four tokens.
 
   seq-rep-4 of Welleck et al., Neural Text Generation with Unlikelihood Training (arXiv 1908.04319).
   """
@@ -158,7 +158,7 @@ def responses_in(sequences: Sequences) -> list[list[int]]:
 
 
 def columns_of(sequences: Sequences, kl: np.ndarray, scores: dict) -> dict[str, np.ndarray]:
-  """What is measured of every row, f64[N] each, by name. scores: those of "frozen" and "gold"."""
+  """The measurements of every row, f64[N] each, by name. scores: "frozen" and "gold"."""
   measured = {
     "kl": kl,
     "length": sequences.response_mask.sum(-1),
@@ -193,14 +193,14 @@ def evaluation(
   return Evaluation(means(columns), [sample(i) for i in shown])
 
 
-# ---- of a run from folders ----
+# ---- for runs from folders ----
 
 
 def load_gold(config, mesh) -> RewardModel | None:
-  """The reward model in config.eval.gold.path, None if none is named.
+  """The reward model in config.eval.gold.path; None if none is named.
 
   Raises:
-    FolderError: it is no reward model, or one that reads a policy.
+    FolderError: it is not a reward model, or it reads a policy.
   """
   path = config.eval.gold.path
   if not path:
@@ -208,8 +208,8 @@ def load_gold(config, mesh) -> RewardModel | None:
   gold = load_reward(path, config, mesh, field="eval.gold.path")
   if gold.head is not None:
     raise FolderError(
-      f"config.eval.gold.path is {path}: an R2M reward model, which reads a policy and was trained "
-      "with it; give a reward model that reads text alone"
+      f"config.eval.gold.path is {path}: an R2M reward model, which reads a policy and was "
+      "trained with it; give a reward model that reads only text"
     )
   return gold
 
@@ -219,13 +219,13 @@ Measure = Callable[[TrainState, Sequence[tuple[Prompt, str, bool]]], np.ndarray]
 
 
 def rendered(by: Renderer, rows: Sequence[tuple[Prompt, str, bool]]):
-  """Tokens i32[N, L] and mask bool[N, L] of what a reward model reads."""
+  """Tokens i32[N, L] and mask bool[N, L] of a reward model's input."""
   ids = [by.ids(prompt, text, truncated=cut) for prompt, text, cut in rows]
   return pad_left(ids, by.tokenizer.pad_id)
 
 
 def make_proxy(config, built: Build, reward: Renderer | OutsideReward) -> Measure:
-  """Builds the `Measure` of the reward that the run optimises, as it was before RL."""
+  """Builds the `Measure` of the run's reward as it was before RL."""
   if isinstance(reward, OutsideReward):
     return lambda state, rows: reward.scores(rows)
   frozen = make_frozen(config, built)

@@ -4,8 +4,7 @@
     --config.export.checkpoint=RUN --config.export.out=OUT
 
 RUN is a run's workdir, WORKDIR/checkpoints/<arm>, WORKDIR/checkpoints/<arm>/<step> or
-WORKDIR/stages/<stage>. OUT then holds policy and reward, or the one of them that the checkpoint
-has.
+WORKDIR/stages/<stage>. OUT then holds policy and reward, or only the one that the checkpoint has.
 """
 
 from pathlib import Path
@@ -28,7 +27,7 @@ from r2m_jax.run import checkpoint
 from r2m_jax.run.build import abstract, build, init_adapters, make_first_state
 from r2m_jax.run.files import read_json
 
-BUDGETS = "budgets.json"  # of a workdir: the steps that each budget of seconds gave
+BUDGETS = "budgets.json"  # in a workdir: the number of steps that each time budget gave
 
 
 def run(config, workdir: Path | None = None) -> None:
@@ -42,9 +41,9 @@ def run(config, workdir: Path | None = None) -> None:
   print(f"export   {'/'.join(stage)} of {workdir}{'' if step is None else f', step {step}'}")
   if not (config.policy.path or config.reward.path):
     raise FolderError(
-      f"{workdir} is a run of the gold-reward task, whose words have no tokenizer: only runs that "
-      "started from "
-      "config.policy.path or config.reward.path are exported; name one of these"
+      f"{workdir} is a run of the gold-reward task, whose words have no tokenizer: only runs "
+      "that started from config.policy.path or config.reward.path can be exported; name one of "
+      "these"
     )
   manager = checkpoint.open_checkpoints(workdir.joinpath(*stage))
   if checkpoint.newest(manager) is None or step not in (None, *manager.all_steps()):
@@ -76,20 +75,20 @@ def run(config, workdir: Path | None = None) -> None:
 def export_run(
   config, workdir: Path, out: Path, mesh, manager, at: int, reward: RewardModel | None
 ) -> None:
-  """Policy and reward model, if there is one, of a checkpoint of RL, at step `at`."""
+  """Exports the policy and the reward model, if there is one, of an RL checkpoint at step `at`."""
   policy = load_policy(config.policy.path, config, mesh, workdir=workdir, training=True)
   reward_arch = None if reward is None else reward.arch
   built = build(config, mesh, arch=policy.arch, reward_arch=reward_arch)
   of_reward = (None, None) if reward is None else (reward.state, reward.phi)
   starts = policy.state, *of_reward
   if not config.checkpoint.fork_from:
-    checkpoint.require(manager, at, models=checkpoint.fingerprint(starts))  # as loop.models_of
+    checkpoint.require(manager, at, models=checkpoint.fingerprint(starts))  # as in loop.models_of
   state = checkpoint.restore(manager, exported_parts(config, built, *starts), at)
   write_run(out, config, policy, reward, state, workdir)
 
 
 def export_policy(config, workdir: Path, out: Path, mesh, manager, at: int) -> None:
-  """The policy of a checkpoint of supervised training, at step `at`."""
+  """Exports the policy of a checkpoint of supervised training at step `at`."""
   policy = load_policy(config.policy.path, config, mesh, workdir=workdir, training=True)
   config.task = "sft"
   built, like = build(config, mesh, arch=policy.arch), policy.state
@@ -103,7 +102,7 @@ def export_policy(config, workdir: Path, out: Path, mesh, manager, at: int) -> N
 def export_reward(
   config, workdir: Path, out: Path, mesh, manager, at: int, reward: RewardModel
 ) -> None:
-  """The reward model of a checkpoint of task=reward, at step `at`."""
+  """Exports the reward model of a checkpoint of task=reward at step `at`."""
   built = build(config, mesh, arch=reward.arch, reward_arch=reward.arch)
   like = reward_start(reward, mesh)
   if built.lora:
@@ -117,7 +116,8 @@ def export_reward(
 
 
 def exported_parts(config, built, policy, reward_backbone, phi):
-  """The TrainState of a run as shapes, dtypes and shardings; what no folder holds is left out.
+  """The TrainState of a run as shapes, dtypes and shardings, without the parts that are not
+  exported.
 
   Optimizer moments and the critic are `...`: `checkpoint.restore` neither reads nor allocates them.
   """
@@ -128,8 +128,8 @@ def exported_parts(config, built, policy, reward_backbone, phi):
 
 
 def find_checkpoint(path: Path) -> tuple[Path, tuple[str, str], int | None]:
-  """(workdir, ("checkpoints", arm) or ("stages", name), step or None for the newest) of what a
-  user points at.
+  """(workdir, ("checkpoints", arm) or ("stages", name), step or None for the newest) of a path
+  given by the user.
   """
   for workdir in (path, *path.parents):
     if (workdir / "metrics.jsonl").exists() and (workdir / "config.json").exists():
@@ -146,11 +146,11 @@ def find_checkpoint(path: Path) -> tuple[Path, tuple[str, str], int | None]:
     for p in workdir.glob(f"{kind}/*")
   )
   stages = [stage for stage in found if stage[: len(parts)] == parts[:2]]
-  if not parts or len(parts) == 1:  # a workdir: its RL checkpoint, else its last stage
+  if not parts or len(parts) == 1:  # a workdir: its RL checkpoint, or else its last stage
     stages = [stage for stage in stages if stage[0] == "checkpoints"] or stages
   if len(stages) != 1:
     names = ", ".join(str(workdir.joinpath(*stage)) for stage in found) or "nothing"
-    raise FolderError(f"config.export.checkpoint is {path}: point at one of {names}")
+    raise FolderError(f"config.export.checkpoint is {path}: give one of {names}")
   step = parts[2] if len(parts) > 2 else None
   if step is not None and not step.isdecimal():
     raise FolderError(
@@ -161,14 +161,15 @@ def find_checkpoint(path: Path) -> tuple[Path, tuple[str, str], int | None]:
 
 
 def run_config(config, workdir: Path, *, mine: tuple[str, ...]):
-  """The config of the run in `workdir`, with the steps that its budget gave, and this call's
-  sections `mine`.
+  """The config of the run in `workdir`, with the number of steps that its budget gave, and this
+  call's sections `mine`.
   """
   saved = read_json(workdir / "config.json")
   result = config.copy_and_resolve_references()
   try:
     for section, name in (field.split(".") for field in DICTS):
-      result[section][name] = saved[section].get(name, {})  # whole: `update` adds no name
+      # replaced as a whole, because `update` adds no names
+      result[section][name] = saved[section].get(name, {})
     result.update({key: value for key, value in saved.items() if key not in mine})
   except (KeyError, TypeError, AttributeError) as error:
     raise FolderError(

@@ -1,9 +1,10 @@
-"""Runs that start from Hugging Face folders and end with them: task = sft, reward and r2m.
+"""Runs from Hugging Face folders to Hugging Face folders: task = sft, reward and r2m.
 
-Policy and reward model may be of different families, sizes and tokenizers. A step is then two
-programs, and the host re-renders the responses for the reward model in between: step = learn ∘
-rollout, with the code of the fused step. If config.reward.input allows it and the two models render
-alike, the reward model reads the policy's own tokens, and a step is the fused one.
+Policy and reward model may have different families, sizes and tokenizers. A step then has two
+programs, step = learn ∘ rollout, with the code of the fused step. Between them the host renders the
+responses for the reward model. If both models render alike, config.reward.input can let the reward
+model read the policy's own tokens. The host then renders nothing, and with one share of packing a
+step is the fused one.
 """
 
 import dataclasses
@@ -96,11 +97,11 @@ Watch = Callable[[int, StepOutput, list[tuple[Any, str, bool]]], dict[str, float
 
 
 def run(config, workdir: Path, rewards: Function | None = None) -> None:
-  """`config.task` from the folders config.policy.path and config.reward.path; ends in
+  """Runs `config.task` from the folders config.policy.path and config.reward.path; writes
   WORKDIR/export.
 
   Args:
-    rewards: of task=r2m, scores the samples in place of a reward model; see `runs`.
+    rewards: in task=r2m, scores the samples instead of a reward model; see `runs`.
   """
   if config.task not in ("sft", "reward", "r2m"):
     raise ConfigError(
@@ -119,13 +120,13 @@ def run(config, workdir: Path, rewards: Function | None = None) -> None:
 
 
 def budgeted(workdir: Path, stage: str, seconds: float, measure) -> int:
-  """The steps that a budget of seconds gives, measured once in a workdir."""
+  """The number of steps for a time budget, measured once in a workdir."""
   path = workdir / export_task.BUDGETS
   saved = hosts.on_first(lambda: read_json(path) if path.exists() else {})
   if stage not in saved:
     saved[stage] = hosts.from_first(
       measure(seconds)
-    )  # every process has measured, each on its own clock
+    )  # every process has measured with its own clock
     write_atomic(path, json.dumps(saved))
   return saved[stage]
 
@@ -142,12 +143,12 @@ def fit_stage(
   dataset,
   collate,
 ):
-  """`fit` from `start` as the stage `name`, cached; for `steps` updates, or what settings.budget
-  seconds give.
+  """`fit` from `start` as the stage `name`, cached, for `steps` updates or for settings.budget
+  seconds.
   """
   own = dataset.map(
     lambda rows: hosts.take(rows, built.rows)
-  )  # one order, however many processes share the rows
+  )  # the same order for any number of processes
 
   def batches():
     return Stream(own, collate)
@@ -180,7 +181,7 @@ def fit_stage(
 
 
 def build_lora(config, mesh, **archs) -> Build:
-  """`build`, with a pattern that matches no linear told as a mistake of the config."""
+  """`build`; a pattern that matches no linear layer is a ConfigError."""
   try:
     return build(config, mesh, **archs)
   except ValueError as error:
@@ -188,7 +189,7 @@ def build_lora(config, mesh, **archs) -> Build:
 
 
 def start_adapters(built: Build, policy: Policy, fresh):
-  """The adapters that training starts from: fresh ones, or a PEFT folder's."""
+  """The adapters from which training starts: new ones, or a PEFT folder's."""
   if policy.adapter is None:
     return fresh
   assert built.lora is not None  # load_policy requires it
@@ -199,12 +200,12 @@ def start_adapters(built: Build, policy: Policy, fresh):
 
 
 def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None = None) -> None:
-  """Negative log-likelihood of the responses, or of whole packed dialogues; ends with the policy in
-  `out`.
+  """Minimises the negative log-likelihood of the responses, or of whole packed dialogues; writes
+  the policy to `out`.
 
   Args:
     name: of the stage, in metrics and on disk.
-    out: WORKDIR/export/policy where not given.
+    out: None: WORKDIR/export/policy.
   """
   settings = config.sft
   policy = load_policy(config.policy.path, config, mesh, workdir=workdir, training=True)
@@ -230,16 +231,16 @@ def run_sft(config, workdir: Path, mesh, *, name: str = "sft", out: Path | None 
 
 
 def run_reward(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
-  """Bradley-Terry on pairs, from a reward model or from a policy without a score head; ends with
-  it in `out`.
+  """Fits Bradley-Terry on pairs, from a reward model or from a policy without a score head; writes
+  the reward model to `out`.
   """
   settings = config.reward
   source = config.reward.path or config.policy.path
   reward = load_reward(source, config, mesh, from_policy=True, workdir=workdir)
   if reward.head is not None:
     raise FolderError(
-      f"{reward.folder} is an R2M reward model; task=reward trains one that reads no policy; "
-      "give a reward model without a head, or a policy"
+      f"{reward.folder} is an R2M reward model, and task=reward trains models that read no "
+      "policy; give a reward model without a head, or a policy"
     )
   hold_contract(workdir, reward.renderer)
   dataset, collate, count = pairs(config, reward.renderer, workdir)
@@ -265,7 +266,7 @@ def run_reward(config, workdir: Path, mesh, *, out: Path | None = None) -> None:
 
 
 def hold_contract(workdir: Path, renderer: Renderer) -> None:
-  """The renderer's contract lies with the run's checkpoints; a run that goes on with another one
+  """Stores the renderer's contract with the run's checkpoints; a resumed run with another contract
   is refused.
   """
   path = workdir / RENDERER
@@ -296,16 +297,16 @@ def runs(
   watch: Watch | None = None,
   rewards: Function | None = None,
 ) -> Iterator[Run]:
-  """RL on prompts: a Run of config.variant (ends in `out`, or WORKDIR/export) or of each of
-  config.arms (in a folder of it).
+  """RL on prompts: a Run of config.variant (exported to `out`, or WORKDIR/export) or of each of
+  config.arms (exported to a folder in it).
 
   Args:
-    stage: gives the result of a stage: `workdir.stage`, which makes what is missing, or
+    stage: returns the result of a stage: `workdir.stage`, which computes missing ones, or
       `workdir.saved`, which only reads.
     watch: (step number, the step's output on the host, its samples as (prompt, response,
-      truncated)) -> more metrics for its row. Nothing it gives reaches training.
-    rewards: (prompts, responses) -> a finite score for each, in place of a reward model. It is not
-      part of the config: a run that resumes must be given the same one.
+      truncated)) -> more metrics for its row. They never reach training.
+    rewards: (prompts, responses) -> a finite score for each, instead of a reward model. It is not
+      part of the config, so a resumed run must pass the same function.
   """
   policy, reward = load_models(config, workdir, mesh, rewards)
   built = build_run(config, mesh, policy, reward)
@@ -347,14 +348,16 @@ def build_run(config, mesh, policy: Policy, reward: Reward) -> Build:
 
 
 def renderer_of(reward: Reward) -> Renderer | None:
-  """How the reward model reads; None if there is none."""
+  """The reward model's renderer; None if there is no reward model."""
   return reward.renderer if isinstance(reward, RewardModel) else None
 
 
 def load_models(
   config, workdir: Path, mesh, rewards: Function | None = None
 ) -> tuple[Policy, Reward]:
-  """Policy and reward of RL; refused if the config asks for what they do not have."""
+  """The policy and the reward of RL; raises an error if the config requires something that they do
+  not have.
+  """
   if rewards is not None:
     check_function(config)
   if config.policy.path and (rewards is not None or config.reward.url):
@@ -376,9 +379,8 @@ def load_models(
   has_critic = ESTIMATORS[config.algorithm].baseline == "critic"
   if has_critic and config.critic.init == "reward" and not same_tokens:
     raise ConfigError(
-      "config.critic.init is 'reward': the critic reads the policy's tokens, and this reward model "
-      "has a tokenizer of "
-      "its own; use 'policy'"
+      "config.critic.init is 'reward': the critic reads the policy's tokens, and this reward "
+      "model has its own tokenizer; use 'policy'"
     )
   if has_critic and config.critic.init == "reward" and reward.arch.score_width:
     raise ConfigError(
@@ -416,7 +418,7 @@ def as_it_reads(config, policy: Policy, reward: Reward, data: PromptData) -> Rew
 
 
 def check_feedback_layer(config, policy: Policy) -> None:
-  """The policy has the layer whose states are fed back."""
+  """Raises ConfigError unless the policy has the layer whose states are fed back."""
   layers = policy.arch.num_layers
   if not -layers <= config.r2m.feedback_layer < layers:
     raise ConfigError(
@@ -428,7 +430,7 @@ def check_feedback_layer(config, policy: Policy) -> None:
 def follow_of(
   config, policy: Policy, reward: Reward, data: PromptData, mesh, workdir: Path
 ) -> Callable[..., Follow]:
-  """Builds `follow(arm's config, its Build)`: what evaluates an arm and may end it early."""
+  """Builds `follow(arm's config, its Build)`: the evaluation of an arm, which may end it early."""
   check_evaluation(config)
   if not config.eval.every:
     return lambda arm, built: Follow(arm, workdir)
@@ -449,8 +451,8 @@ def follow_of(
 def rl_steps_within(
   seconds: float, config, built: Build, policy: Policy, reward: Reward, data, workdir: Path
 ) -> int:
-  """How many RL steps take about `seconds`, compiling apart, from three steps timed here; prints
-  the rate.
+  """The number of RL steps that take about `seconds`, without compilation; times three steps and
+  prints the rate.
   """
   state, times = start_state(config, built, policy, reward, donate=False), []
   labeller = labeller_of(config, policy, reward, data, workdir)
@@ -477,8 +479,8 @@ def rl_steps_within(
 def labeller_of(
   config, policy: Policy, reward: Reward, data: PromptData, workdir: Path
 ) -> Labeller | None:
-  """What orders the pairs of the reward update if the run asks for real labels: a judge, or the
-  file of judgments.
+  """The labeller of the reward update's pairs, if the run uses real labels: a judge, or the file of
+  judgments.
   """
   if not uses_labels(config):
     return None
@@ -584,7 +586,7 @@ def make_two_part_step(config, built: Build, policy: Policy, reward: Reward, lay
   """Builds `step(state, prompts, texts) -> (state, output, reward-model text of row 0)`; the state
   is donated.
 
-  `texts` are the prompts as the rows give them, for the reward model's own rendering.
+  `texts` are the prompts as in the rows, for the reward model's own rendering.
   """
   K, tokenizer, read_rows = config.rollout.group_size, policy.tokenizer, make_read_rows(reward)
   outside = isinstance(reward, OutsideReward)
@@ -595,8 +597,8 @@ def make_two_part_step(config, built: Build, policy: Policy, reward: Reward, lay
   learn, labelled = make_learn_shares(config, built, layout), uses_labels(config)
 
   def answered(sequences, texts):
-    """(prompt, answer, whether it was cut off) of this process's rows; `texts` has every row's. A
-    reward from outside is asked for all rows at once.
+    """(prompt, answer, whether it was cut off) of this process's rows; `texts` has those of all
+    rows. A reward from outside is called once for all rows.
     """
     count = len(sequences.tokens)
     mine = range(count) if outside else hosts.rows_of(built.rows, count).tolist()
@@ -624,8 +626,8 @@ def make_two_part_step(config, built: Build, policy: Policy, reward: Reward, lay
 
 
 def make_read_rows(reward: Reward) -> Callable[[list[tuple[Any, str, bool]]], Rows | Given]:
-  """Builds `read_rows(rows)`: what the step is given of rows (prompt, answer, whether it was cut
-  off), tokens for the reward model or scores.
+  """Builds `read_rows(rows)`: from rows (prompt, answer, whether it was cut off) to the step's
+  arguments: tokens for the reward model, or scores.
   """
   if isinstance(reward, OutsideReward):
     return lambda rows: Given(reward.scores(rows))
@@ -653,7 +655,7 @@ def run_of(
   follow: Follow,
   watch: Watch | None = None,
 ) -> Run:
-  """The Run of config.variant, from the folders' models; ends with the export of both models."""
+  """The Run of config.variant, from the folders' models; it exports both models at the end."""
 
   def first():
     return start_state(config, built, policy, reward, donate=donate)
@@ -670,7 +672,7 @@ def run_of(
     labeller = labeller_of(config, policy, reward, data, workdir)
     layout = sharding.shardings(state, built.mesh)
     step = make_folder_step(config, built, policy, reward, layout, labeller)
-    # a step takes one batch: the saved step is where the data goes on
+    # a step takes one batch, so the data resumes at the saved step
     order = Timed(Stream(data.order, start=int(state.step)))
     return Steps(map(batch, order), step, functools.partial(measure, order))
 
@@ -720,7 +722,7 @@ def tokens_read(reward: RewardModel, output: StepOutput) -> tuple[np.ndarray, np
 
 
 def texts_of(policy: Policy, reward: RewardModel) -> Texts:
-  """How a person reads a step of a run from folders."""
+  """How to show a step of a run from folders to a reader."""
 
   def read(out, seen):
     return reward.renderer.batch(seen) if reward.ending is None else tokens_read(reward, out)
@@ -744,7 +746,7 @@ def texts_of(policy: Policy, reward: RewardModel) -> Texts:
 def warm_start(
   config, built: Build, workdir: Path, state, arrays: dict[str, np.ndarray], stage: Callable
 ):
-  """The state with a head that was first fitted to the judgments; see `fit.head_loss`."""
+  """The state with a head that was fitted to the judgments; see `fit.head_loss`."""
   count, size = len(arrays["tokens"]), config.reward.batch_size
   enough(count, "reward.batch_size", size, "r2m.judgments")
   total = config.r2m.warm_epochs * (count // size)
@@ -758,8 +760,8 @@ def warm_start(
 
 
 def start_state(config, built: Build, policy: Policy, reward: Reward, *, donate: bool):
-  """The run's first TrainState; an R2M reward model goes on with its own head. `donate` uses the
-  weights up.
+  """The run's first TrainState; an R2M reward model keeps its own head. `donate`: the weights are
+  donated.
   """
   in_folder = isinstance(reward, RewardModel)
   starts = (reward.state, reward.phi) if in_folder else (None, None)

@@ -1,7 +1,7 @@
-"""What follows the steps of a run: its evaluations, their alarm, and when it ends early.
+"""Evaluations during a run: their alarm, and when the run ends early.
 
-Nothing of it reaches training. All that is decided here is a function of the config and of the rows
-of metrics.jsonl up to a step, so a resumed run decides as the unbroken one does.
+Nothing here reaches training. All decisions are functions of the config and of the rows of
+metrics.jsonl up to a step, so a resumed run makes the same decisions as an uninterrupted one.
 """
 
 import json
@@ -22,15 +22,15 @@ SAMPLES = "eval_samples.jsonl"
 
 
 class NotFinite(UserError, ValueError):
-  """An evaluation measures nothing, because of the models that it was given."""
+  """An evaluation has no finite result because of the models."""
 
 
 class Watch:
   """The `loop.Watch` of one arm: evaluates every config.eval.every steps, before the first step and
-  after the last, and ends the run as config.stop says.
+  after the last, and ends the run according to config.stop.
 
   Args:
-    evaluate: None: nothing is evaluated.
+    evaluate: None: there are no evaluations.
   """
 
   def __init__(self, config, workdir: Path, evaluate: Evaluate | None = None):
@@ -46,8 +46,8 @@ class Watch:
     return self.end(step, values, stop)
 
   def begin(self, state: TrainState, step: int) -> Seen:
-    """Takes up what earlier starts have logged, up to `step`; evaluates the state if they have
-    not.
+    """Reads what earlier starts logged up to `step`; evaluates the state if they have not done
+    so.
     """
     logged = hosts.on_first(self.logged)
     self.rows = [row for row in logged[EVAL] if row["step"] <= step]
@@ -65,7 +65,7 @@ class Watch:
     return self.end(step, values, stop)
 
   def logged(self) -> dict[str, list[dict]]:
-    """This arm's rows of metrics.jsonl by stage, without what tells rows apart but the step."""
+    """This arm's rows of metrics.jsonl by stage, with the step as the only key of the row."""
     rows: dict[str, list[dict]] = {"rl": [], EVAL: []}
     for row in read_metrics(self.workdir):
       if row["stage"] in rows and row["arm"] == self.config.variant:
@@ -78,11 +78,13 @@ class Watch:
     return self.evaluate is not None and (step % every == 0 or step == self.config.steps)
 
   def values_at(self, state: TrainState, step: int, *, due: bool) -> dict[str, float]:
-    """What the state's evaluation finds, printed and with its samples written; {} if not due."""
+    """Evaluates the state, prints the results and writes the samples; {} if no evaluation is
+    due.
+    """
     if not due or self.evaluate is None:
       return {}
     arm, found = self.config.variant, self.evaluate(state)
-    # to the digits of metrics.jsonl, from which a resumed run decides
+    # rounded as in metrics.jsonl, from which a resumed run decides
     values = {name: float(plain(value)) for name, value in found.values.items()}
     self.rows.append({"step": step, **values})
     print(evaluation_line(arm, step, values))
@@ -93,7 +95,9 @@ class Watch:
     return values
 
   def write(self, samples: list[dict], step: int) -> None:
-    """Adds this step's samples to eval_samples.jsonl, in place of the arm's from this step on."""
+    """Adds this step's samples to eval_samples.jsonl, and drops the arm's samples from this step
+    on.
+    """
     path, arm = self.workdir / SAMPLES, self.config.variant
     samples = [{"arm": arm, "step": step, **row} for row in samples]
     kept = [row for row in read_jsonl(path) if row["arm"] != arm or row["step"] < step]
@@ -108,14 +112,16 @@ class Watch:
     return Seen(values, stop)
 
   def kl_reached(self, kl: float, step: int) -> str:
-    """Why the run ends if the step before `step` measured this KL; "" if it does not."""
+    """The reason why the run ends if the step before `step` measured this KL; "" if it does not
+    end.
+    """
     limit = self.config.stop.kl
     if not 0 < limit <= kl:
       return ""
     return f"at step {step - 1} the KL was {kl:.3g}, and config.stop.kl is {limit:g}"
 
   def out_of_patience(self) -> str:
-    """Why the run ends after the evaluations so far; "" if it does not."""
+    """The reason why the run ends after the evaluations so far; "" if it does not end."""
     patience, metric = self.config.stop.patience, best_metric(self.config)
     if not patience or self.evaluate is None:
       return ""
@@ -129,7 +135,7 @@ class Watch:
 
 
 def require_finite(values: dict[str, float]) -> None:
-  """Raises NotFinite if the evaluation with which a start begins has a number that is not finite."""
+  """Raises NotFinite if the first evaluation of a start has a non-finite number."""
   wrong = [name for name, value in values.items() if not math.isfinite(value)]
   if wrong:
     raise NotFinite(
@@ -140,8 +146,8 @@ def require_finite(values: dict[str, float]) -> None:
 
 
 def best_so_far(rows: list[dict], name: str, config) -> tuple[dict, int]:
-  """The first row with the best finite value, and how many rows follow it. Without such a value the
-  first row counts.
+  """The first row with the best finite value, and the number of rows after it. Without such a
+  value, the first row is used.
   """
   sign = 1 if config.checkpoint.best_mode == "max" else -1
 

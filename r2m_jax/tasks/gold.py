@@ -1,5 +1,5 @@
-"""The run: stages one after another (sft, reward, RL arms), each logged, saved, and skipped
-where done before.
+"""A run of the gold-reward task: stages one after another (sft, reward, RL arms). Each is logged
+and saved, and skipped if it was done before.
 """
 
 import functools
@@ -10,12 +10,14 @@ from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from r2m_jax.algorithm.annotate import make_annotate
 from r2m_jax.algorithm.read import make_read, measured_kl, sampling
 from r2m_jax.algorithm.schedules import make_omega
 from r2m_jax.algorithm.variants import VARIANTS, measured
 from r2m_jax.config import check_batch
+from r2m_jax.goldtask import formula
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.goldtask.rl import (
   gold_metrics,
@@ -36,6 +38,7 @@ from r2m_jax.goldtask.stages import (
 from r2m_jax.hf.folders import mesh_of
 from r2m_jax.models.generate import generate
 from r2m_jax.parallel import hosts, sharding
+from r2m_jax.report import seeds
 from r2m_jax.report.page import format_summary, summary_table, write_report
 from r2m_jax.run.build import (
   KEY_TABLE,
@@ -51,7 +54,7 @@ from r2m_jax.run.fit import do
 from r2m_jax.run.identities import check_model, check_step_zero, sample_rounding
 from r2m_jax.run.metrics import read_metrics
 from r2m_jax.run.run import Run, Steps, Texts, train
-from r2m_jax.run.workdir import claim, shapes_of, stage, warm, with_variant
+from r2m_jax.run.workdir import SEEDS, claim, shapes_of, stage, warm, with_variant
 from r2m_jax.tasks.evaluation import (
   Evaluate,
   Evaluation,
@@ -68,33 +71,65 @@ def run(config, workdir: Path) -> None:
   """Runs the pipeline up to `config.task` and writes the report."""
   mesh = begin(config, workdir)
   if config.task == "r2m":
-    for each in runs(config, workdir, mesh):
-      train(each, workdir)
+    for one, folder in seeds_of(config, workdir):
+      if folder != workdir:
+        claim(one, folder)
+        print(f"r2m_jax  seed {one.seed}; writes {folder}")
+      for each in runs(one, folder, mesh):
+        train(each, folder)
   else:
     fitted(config, workdir, mesh, stage)
-  title = f"R2M: {config.task}, {config.algorithm}, seed {config.seed}"
-  hosts.on_first(lambda: conclude(workdir, title, f"figures  {workdir / 'figures'}"))
+  hosts.on_first(lambda: report(config, workdir))
+
+
+def seeds_of(config, workdir: Path) -> list[tuple[ConfigDict, Path]]:
+  """(config, workdir) of each seed: the first in `workdir`, the others in WORKDIR/seeds/SEED."""
+  found = [(config, workdir)]
+  for seed in range(config.seed + 1, config.seed + config.seeds):
+    one = config.copy_and_resolve_references()
+    one.seed, one.seeds = seed, 1
+    if old := config.checkpoint.fork_from:
+      fork = Path(old).expanduser() / SEEDS / str(seed)
+      one.checkpoint.fork_from = str(fork) if fork.exists() else ""
+    found.append((one, workdir / SEEDS / str(seed)))
+  return found
+
+
+def report(config, workdir: Path) -> None:
+  """Writes the report of a run; prints the summary and the paths of the files."""
+  title, seed = f"R2M: {config.task}, {config.algorithm}", config.seed
+  figures = f"figures  {workdir / 'figures'}"
+  folders = [folder for _, folder in seeds_of(config, workdir)]
+  if config.task != "r2m" or len(folders) == 1:
+    conclude(workdir, f"{title}, seed {seed}", figures)
+    return
+  for further, folder in enumerate(folders[1:], seed + 1):
+    write_report(folder, title=f"{title}, seed {further}")
+  page = seeds.write_report(folders, title=f"{title}, seeds {seed} to {seed + len(folders) - 1}")
+  print(seeds.format_summary(folders))
+  print(f"report   {page}\n{figures}\nmetrics  {workdir / 'metrics.jsonl'}, {workdir / SEEDS}")
 
 
 def begin(config, workdir: Path) -> Mesh:
-  """Claims the workdir and prints on what the run goes; returns the config's mesh."""
+  """Claims the workdir and prints the run's devices; returns the config's mesh."""
   mesh = mesh_of(config)
   check_batch(config, tuple(mesh.shape.values()))
   claim(config, workdir)
+  formula.keep(config.gold.formula, workdir)
   devices = f"{mesh.size} {jax.devices()[0].platform} device(s) as {dict(mesh.shape)}"
   print(f"r2m_jax  {devices}, {config.dtype}; writes {workdir}")
   return mesh
 
 
 def conclude(workdir: Path, title: str, *lines: str) -> None:
-  """Writes the report and prints the summary and where things are."""
+  """Writes the report; prints the summary and the paths of the files."""
   report = write_report(workdir, title=title)
   print(format_summary(summary_table(read_metrics(workdir))))
   print("\n".join([f"report   {report}", *lines, f"metrics  {workdir / 'metrics.jsonl'}"]))
 
 
 def fitted(config, workdir: Path, mesh: Mesh, stage: Callable):
-  """(build, policy, reward model) that RL starts from; for task=sft the reward model is None."""
+  """(build, policy, reward model) from which RL starts; for task=sft the reward model is None."""
   built, key = build(config, mesh, vocab_size=goldtask.VOCAB_SIZE), jax.random.key(config.seed)
   like = abstract(functools.partial(init_policy, config, built), mesh, key)
   policy = stage(workdir, "sft", like, lambda: fit_sft(config, built, workdir))
@@ -109,7 +144,7 @@ def runs(config, workdir: Path, mesh: Mesh, stage: Callable = stage) -> Iterator
   """A Run of config.variant, or of each of config.arms if there is none.
 
   Args:
-    stage: gives the result of a stage: `workdir.stage`, which makes what is missing, or
+    stage: returns the result of a stage: `workdir.stage`, which computes missing ones, or
       `workdir.saved`, which only reads.
   """
   built, policy, reward = fitted(config, workdir, mesh, stage)
@@ -131,7 +166,7 @@ def runs(config, workdir: Path, mesh: Mesh, stage: Callable = stage) -> Iterator
 
 
 class Programs(NamedTuple):
-  """What is compiled once for all arms that share it."""
+  """The compiled programs that several arms share."""
 
   built: Build
   first: Callable  # of build.make_first_state
@@ -141,7 +176,9 @@ class Programs(NamedTuple):
 
 
 def make_programs(config, mesh: Mesh, policy, reward) -> Programs:
-  """Nothing is compiled before it is called. policy and reward say of what shape the arms start."""
+  """The programs of `config`; each is compiled when it is first called. policy and reward define
+  the shapes of the first state.
+  """
   built = build(config, mesh, vocab_size=goldtask.VOCAB_SIZE)
   first = make_first_state(config, built)
   state = jax.eval_shape(
@@ -177,7 +214,7 @@ def run_of(config, programs: Programs, workdir: Path, policy, reward, stage: Cal
 
   def measure(t: int, state, out, batch):
     metrics = {name: value for name, value in out.metrics.items() if measured(name, arm)}
-    metrics |= gold_metrics(out, config.rollout.group_size)
+    metrics |= gold_metrics(out, config.rollout.group_size, config.gold.formula)
     if t == 0:
       rounding = sample_rounding(built.defs, config, state.ref, out.sequences)
       check_step_zero(metrics, rounding, config)
@@ -185,9 +222,12 @@ def run_of(config, programs: Programs, workdir: Path, policy, reward, stage: Cal
     return metrics, shown
 
   def samples(state, when: str):
-    return table_rows(arm, when, *hosts.fetch(programs.sample(state, shared)))
+    drawn = hosts.fetch(programs.sample(state, shared))
+    return table_rows(arm, when, *drawn, config.gold.formula)
 
-  texts = Texts(read_tokens, tell, goldtask.WORDS.__getitem__)
+  texts = Texts(
+    read_tokens, functools.partial(tell, config.gold.formula), goldtask.WORDS.__getitem__
+  )
   watch = Watch(config, workdir, programs.evaluate)
   return Run(config, built, first, warm_start, steps, samples, texts, watch=watch)
 
@@ -197,19 +237,19 @@ def read_tokens(out):
   return out.sequences.tokens, out.sequences.token_mask
 
 
-def tell(out, row: int) -> dict:
-  """The texts of a row, and the parts of its gold."""
+def tell(formula: str, out, row: int) -> dict:
+  """The texts of a row, and the parts of its gold reward."""
   sequences, width = out.sequences, out.sequences.response_mask.shape[1]
   tokens, mask = sequences.tokens[row], sequences.token_mask[row]
   return {
     "prompt_text": goldtask.render(tokens[:-width], mask[:-width]),
     "response_text": goldtask.render(tokens[-width:], sequences.response_mask[row]),
-    "gold": jax.tree.map(lambda x: float(x[row]), goldtask.gold(sequences))._asdict(),
+    "gold": jax.tree.map(lambda x: float(x[row]), goldtask.gold(sequences, formula))._asdict(),
   }
 
 
 def make_evaluate(config, built: Build) -> Evaluate:
-  """Builds the evaluation of a run on prompts of their own; gold is the task's."""
+  """Builds the evaluation of a run on separate prompts; gold is the task's gold reward."""
   prompts = goldtask.prompts(config.seed, STREAM_EVALUATION, 0, config.eval.prompts)
   draw = make_draw(config, built, (goldtask.EOS,), goldtask.PAD)
   frozen = make_frozen(config, built)
@@ -218,7 +258,7 @@ def make_evaluate(config, built: Build) -> Evaluate:
   def evaluate(state: TrainState) -> Evaluation:
     sequences, kl = draw(state, prompts)
     scores = {
-      "gold": goldtask.gold(sequences).gold,
+      "gold": goldtask.gold(sequences, config.gold.formula).gold,
       "frozen": frozen(state, sequences.tokens, sequences.token_mask),
     }
     width = sequences.response_mask.shape[1]
@@ -263,9 +303,9 @@ def make_sampler(config, built: Build):
   return sample
 
 
-def table_rows(arm: str, when: str, sequences, judged) -> list[dict]:
+def table_rows(arm: str, when: str, sequences, judged, formula: str) -> list[dict]:
   """Rows of samples.jsonl."""
-  gold, width = goldtask.gold(sequences), sequences.response_mask.shape[1]
+  gold, width = goldtask.gold(sequences, formula), sequences.response_mask.shape[1]
   return [
     {
       "arm": arm,

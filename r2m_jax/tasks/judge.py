@@ -1,15 +1,15 @@
-"""`task=judge`: which of two sets of answers wins, by an endpoint, a reward model or a file.
+"""`task=judge`: compares two sets of answers, judged by an endpoint, a reward model or a file.
 
   python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=judge
     --config.judge.candidate=AFTER.jsonl --config.judge.baseline=BEFORE.jsonl
     --config.judge.url=http://localhost:8000/v1 --config.judge.model=NAME
 
-docs/judge.md has the judges, the templates and what the numbers mean. WORKDIR then holds
+docs/judge.md describes the judges, the templates and the numbers. WORKDIR then holds
 
   judge.json         the result, with judge, date and template
   judge.html         the same as a page
   judgments.jsonl    every verdict
-  answers.jsonl      every answer of an endpoint: a rerun asks only what is missing
+  answers.jsonl      every answer of an endpoint; a rerun sends only missing questions
 """
 
 import collections
@@ -56,26 +56,26 @@ from r2m_jax.run.progress import progress
 from r2m_jax.run.workdir import claim
 from r2m_jax.tasks import serve
 
-SAME_RATING = 0.1  # ratings that differ by no more are a tie, as in MT-bench
+SAME_RATING = 0.1  # ratings that differ by at most this are a tie, as in MT-bench
 ANSWERS = "answers.jsonl"
 JUDGMENTS = "judgments.jsonl"
 
 
 class Judged(NamedTuple):
-  """What a judge found."""
+  """The results of a judge."""
 
   verdicts: list[Verdict]
   scores: Scores | None
   unread: Unread
   rows: list[dict[str, Any]]  # of judgments.jsonl
-  judge: dict[str, Any]  # who judged, for the result
+  judge: dict[str, Any]  # name of the judge, for the result
 
 
 def run(config, workdir: Path) -> None:
   """Judges, and writes the result into the workdir.
 
   Raises:
-    JudgeError: some questions stay without an answer. The result of the others is written.
+    JudgeError: some questions have no answer. The result of the others is written.
   """
   settings = config.judge
   claim(config, workdir)
@@ -91,14 +91,14 @@ def run(config, workdir: Path) -> None:
 
 
 def judge_of(config):
-  """The function that judges: by which of the three judges the config names."""
+  """The judging function for the judge that the config names."""
   if config.judge.url:
     return by_endpoint
   return by_reward_model if config.judge.reward else by_file
 
 
 def baseline_of(config) -> str:
-  """The field with the baseline's answers, "" if answers are rated without a baseline."""
+  """The field with the baseline's answers; "" if answers are rated without a baseline."""
   settings = config.judge
   if settings.baseline_field or settings.baseline:
     return settings.baseline_field or "text"
@@ -107,8 +107,8 @@ def baseline_of(config) -> str:
 
 
 def generated(config, workdir: Path) -> str:
-  """The file of the policy's answers to config.generate.input, made in the workdir if it is not
-  there yet.
+  """The file of the policy's answers to config.generate.input, generated in the workdir if it does
+  not exist.
   """
   out, made = workdir / "candidate.jsonl", workdir / "candidate.json"
   how = json.loads(config.generate.to_json()) | {"policy": config.policy.path, "seed": config.seed}
@@ -119,8 +119,8 @@ def generated(config, workdir: Path) -> str:
     if before != how:
       changed = [name for name in how if before.get(name) != how[name]]
       raise ConfigError(
-        f"{out} was generated with other settings ({', '.join(changed)}); take another --workdir, "
-        "or delete that file"
+        f"{out} was generated with other settings ({', '.join(changed)}); choose another "
+        "--workdir, or delete that file"
       )
     return str(out)
   config = config.copy_and_resolve_references()
@@ -132,7 +132,7 @@ def generated(config, workdir: Path) -> str:
 
 
 def report(config, workdir: Path, items: list[Item], judged: Judged) -> None:
-  """Writes the files of the workdir and prints what was found."""
+  """Writes the files of the workdir and prints the results."""
   result = numbers(items, judged.verdicts, judged.scores, judged.unread)
   if config.judge.votes:
     result["agreement"] = votes.against_items(config.judge.votes, items, judged.verdicts)
@@ -154,8 +154,8 @@ def report(config, workdir: Path, items: list[Item], judged: Judged) -> None:
   print(f"wrote    {workdir / 'judge.json'} and {workdir / 'judge.html'}")
   if judged.unread.unanswered:
     raise JudgeError(
-      f"{judged.unread.unanswered} questions have no answer; the result is of the others. Give the "
-      "same command, which asks these again"
+      f"{judged.unread.unanswered} questions have no answer; the result covers the others. Run "
+      "the same command to ask them again"
     )
 
 
@@ -163,12 +163,12 @@ def report(config, workdir: Path, items: list[Item], judged: Judged) -> None:
 
 
 class Asked(NamedTuple):
-  """A question and what it is about."""
+  """A question with its subject."""
 
   item: int
   turn: int
   repeat: int
-  candidate_first: bool  # of a comparison; of a rating, whether it is the candidate that is rated
+  candidate_first: bool  # for a comparison; for a rating, whether the candidate is rated
   question: Question
 
 
@@ -206,7 +206,7 @@ def by_endpoint(config, items: list[Item], workdir: Path) -> Judged:
 
 
 def answered_as(asked: list[Asked], answers: dict[str, dict]) -> set[str]:
-  """The names under which the endpoint's models answered."""
+  """The model names in the endpoint's answers."""
   found = [answers.get(one.question.key, {}) for one in asked]
   return {answer["model"] for answer in found if answer.get("model")}
 
@@ -220,7 +220,7 @@ def endpoint_of(config, url: str) -> Endpoint:
 
 
 def patience_of(config) -> dict[str, Any]:
-  """How an `Endpoint` waits and tries again, by config.judge."""
+  """The waits and retries of an `Endpoint`, from config.judge."""
   settings = config.judge
   return dict(
     timeout=settings.timeout,
@@ -231,11 +231,11 @@ def patience_of(config) -> dict[str, Any]:
 
 
 def check_turns(template: Template, items: Sequence[Item]) -> None:
-  """Raises ConfigError if a conversation has more turns than the template knows."""
+  """Raises ConfigError if a conversation has more turns than the template supports."""
   if not template.turns and any(len(item.questions) > 1 for item in items):
     raise ConfigError(
       f"config.judge.template is {template.name!r}, which compares single answers; the rows have "
-      "several turns: take 'mt_bench' or 'mt_bench_single'"
+      "several turns: use 'mt_bench' or 'mt_bench_single'"
     )
   if not template.rates and not all(item.baseline for item in items):
     raise ConfigError(
@@ -255,7 +255,7 @@ def most_tokens(config, template: Template) -> int:
 
 
 def questions_of(config, template: Template, items: list[Item], url: str) -> list[Asked]:
-  """Every question: prompts x turns x repeats x orders, or x answers for a rating."""
+  """All questions: prompts x turns x repeats x orders, or x answers for ratings."""
   asked = []
   for number, item in enumerate(items):
     for turn in range(len(item.questions)):
@@ -280,7 +280,7 @@ def sides_of(config, template: Template, item: Item, repeat: int) -> tuple[bool,
 
 
 def body_of(config, template: Template, messages: list[dict], model: str) -> dict[str, Any]:
-  """A request: ours, changed by config.judge.body, in which null takes a field out."""
+  """The request body, with the changes in config.judge.body, in which null removes a field."""
   settings = config.judge
   body: dict[str, Any] = {
     "model": model,
@@ -297,7 +297,8 @@ def body_of(config, template: Template, messages: list[dict], model: str) -> dic
 def ask_within_budget(
   config, endpoint: Endpoint, cache: Cache, asked: Iterable[Question], *, shown: bool = True
 ) -> dict[str, str]:
-  """Asks what is missing, if its estimated cost is within the cap. Why, for what stays open.
+  """Sends the missing questions, if their estimated cost is within the limit. Returns the reasons
+  for questions without an answer.
 
   Args:
     shown: print the estimate and a line of progress.
@@ -311,7 +312,7 @@ def ask_within_budget(
   money = f", at most ${most:.2f}; ${paid:.2f} are spent" if any(prices) else ""
   if shown:
     print(
-      f"judge    {len(missing)} of {len(every)} questions are to be asked: about {prompt} prompt "
+      f"judge    {len(missing)} of {len(every)} questions will be sent: about {prompt} prompt "
       f"tokens and at most {written} of answers{money}"
     )
   if settings.max_cost and missing and paid + most > settings.max_cost:
@@ -329,8 +330,8 @@ def ask_within_budget(
       paid += prices.spent([answer])
       if settings.max_cost and paid > settings.max_cost:
         raise JudgeError(
-          f"the answers have cost ${paid:.2f}, over config.judge.max_cost = {settings.max_cost:g}; "
-          "they are kept; raise the cap, and the same command goes on"
+          f"the answers have cost ${paid:.2f}, over config.judge.max_cost = "
+          f"{settings.max_cost:g}; they are kept; raise the limit and run the same command again"
         )
 
     return ask_all(endpoint, missing, cache, workers=settings.workers, seen=seen)
@@ -339,7 +340,9 @@ def ask_within_budget(
 def read_all(
   template: Template, asked: list[Asked], answers: dict[str, dict]
 ) -> tuple[list[tuple[Asked, Reading | None, str]], Unread]:
-  """(question, what its answer says, the answer) for what was answered, and what could not be read."""
+  """(question, its parsed answer, the answer) for the answered questions, and the unreadable
+  answers.
+  """
   found = []
   unanswered = unparsed = 0
   for one in asked:
@@ -356,7 +359,7 @@ def read_all(
 def compared(
   template: Template, items: list[Item], asked: list[Asked], answers: dict[str, dict]
 ) -> Judged:
-  """Verdicts from comparisons. A question without an answer counts as one that cannot be read."""
+  """Verdicts from comparisons. A question without an answer counts as unreadable."""
   found, unread = read_all(template, asked, answers)
   readings = {one.question.key: reading for one, reading, _ in found}
   texts = {one.question.key: text for one, _, text in found}
@@ -374,7 +377,7 @@ def compared(
 
 
 def row_of(items: list[Item], verdict: Verdict) -> dict[str, Any]:
-  """A row of judgments.jsonl, as config.judge.judgments reads it."""
+  """A row of judgments.jsonl, in the form of config.judge.judgments."""
   fields = verdict._asdict()
   return {"id": items[fields.pop("item")].id} | fields | {"turn": verdict.turn + 1}
 
@@ -382,7 +385,7 @@ def row_of(items: list[Item], verdict: Verdict) -> dict[str, Any]:
 def rated(
   template: Template, items: list[Item], asked: list[Asked], answers: dict[str, dict]
 ) -> Judged:
-  """Ratings, by turn the mean over repeats, and the verdicts that follow from them."""
+  """Ratings (for each turn, the mean over repeats) and the resulting verdicts."""
   found, unread = read_all(template, asked, answers)
   values: dict[tuple[int, int, int], dict[bool, float]] = collections.defaultdict(dict)
   shape = len(items), max(len(item.questions) for item in items)
@@ -413,7 +416,7 @@ def rated(
 
 
 def preferred(mine: float | None, theirs: float | None, same: float) -> float | None:
-  """The preference that two scores give: 1, 0, or 0.5 if they differ by no more than `same`."""
+  """The preference from two scores: 1, 0, or 0.5 if they differ by at most `same`."""
   if mine is None or theirs is None:
     return None
   if abs(mine - theirs) <= same:
@@ -435,7 +438,7 @@ def by_reward_model(config, items: list[Item], workdir: Path) -> Judged:
   mesh = mesh_of(config)
   judge = config.copy_and_resolve_references()
   with judge.unlocked():
-    judge.reward.revision = ""  # it is the proxy's
+    judge.reward.revision = ""  # the policy is the proxy's
   reward = load_reward(settings.reward, judge, mesh)
   warn_of_relation(reward.folder, config.reward.path)
   policy = serve.policy_read_by(config, reward, mesh, f"config.judge.reward is {settings.reward}")
@@ -460,7 +463,7 @@ def last_turn(item: Item, turn: int) -> bool:
 
 
 def scored_row(item: Item, answers: list[str], turn: int) -> dict[str, Any]:
-  """The row of `task=score` for one turn, with the turns before it."""
+  """The row of `task=score` for one turn, including the turns before it."""
   row = {"where": f"prompt {item.id}", "response": answers[turn]}
   if len(item.questions) == 1:
     return row | {"prompt": item.prompt}
@@ -486,7 +489,7 @@ def from_scores(items: list[Item], places: list[tuple[int, int, int]], scores) -
 
 
 def warn_of_relation(judge: Path, proxy: str) -> None:
-  """A judge of the proxy's own family may share its errors. Told if both are folders."""
+  """Warns if the judge has the proxy's family and may share its errors. Both must be folders."""
   if not proxy or not (Path(proxy).expanduser() / "config.json").is_file():
     return
   kinds = [
@@ -495,8 +498,8 @@ def warn_of_relation(judge: Path, proxy: str) -> None:
   ]
   if kinds[0] == kinds[1]:
     print(
-      f"warning: the judge {judge} is of the family {kinds[0]}, as the proxy {proxy} is, and may "
-      "share its errors: take one of another family",
+      f"warning: the judge {judge} is of the family {kinds[0]}, as the proxy {proxy} is, and "
+      "may share its errors: use one of another family",
       file=sys.stderr,
     )
 

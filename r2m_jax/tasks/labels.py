@@ -1,8 +1,8 @@
-"""A judge as the labeller of the reward update: asked about a step's own samples, between the two
+"""A judge as the labeller of the reward update: it compares a step's own samples between the two
 programs of the step.
 
-An answer is kept in WORKDIR/label_answers.jsonl before it counts. A run that resumes draws the same
-samples, so it asks the same questions and finds the answers there, without a network.
+An answer is stored in WORKDIR/label_answers.jsonl before it is used. A run that resumes draws the
+same samples, so it has the same questions and finds the answers there, without a network.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from r2m_jax.parallel import hosts
 from r2m_jax.tasks.judge import ask_within_budget, body_of, endpoint_of
 from r2m_jax.types import Pairs, Sequences
 
-STREAM = 7  # of random numbers; the other labellers have 5
+STREAM = 7  # stream of random numbers; the other labellers use 5
 LABEL_ANSWERS = "label_answers.jsonl"
 
 
@@ -31,14 +31,13 @@ def judge_labeller(
   prompts_at: Callable[[int], Sequence[Any]],
   workdir: Path,
 ) -> Labeller:
-  """Builds `label(sequences, step) -> Pairs`: two random samples of one random prompt each, as many
-  as the budget allows, ordered by the judge at config.r2m.judge_url.
+  """Builds `label(sequences, step) -> Pairs`: pairs of two random samples of one random prompt, as
+  many as the budget allows, ordered by the judge at config.r2m.judge_url.
 
-  A pair on which the judge finds a tie, or which it answers unreadably, counts against the budget
-  and has weight 0.
+  A pair with a tie or an unreadable answer counts against the budget and has weight 0.
 
   Args:
-    prompts_at: the prompts of a step, as the rows give them.
+    prompts_at: the prompts of a step, as in the rows.
   """
   K, most = config.rollout.group_size, pairs_per_step(config)
   ask = make_ask(config, workdir)
@@ -74,7 +73,8 @@ def judge_labeller(
 
 
 def make_ask(config, workdir: Path) -> Callable[[list[tuple[str, str, str]], int], list[float]]:
-  """Builds `ask(pairs, step)`: of each (prompt, answer, answer) the preference for the first answer.
+  """Builds `ask(pairs, step)`: the preference for the first answer of each (prompt, answer,
+  answer).
 
   Raises:
     JudgeError: a question has no answer, in the cache or from the endpoint.
@@ -88,7 +88,7 @@ def make_ask(config, workdir: Path) -> Callable[[list[tuple[str, str, str]], int
     prompt, first, second = pair if straight else (pair[0], pair[2], pair[1])
     item = Item("", prompt, [prompt], [first], [second], [], "")
     messages = request(template, item, 0, [first], [second])
-    # the address may change while the run goes on, so it is no part of the question
+    # the address may change during the run, so it is not part of the question
     return question(body_of(config, template, messages, config.r2m.judge_model), "", 0)
 
   def ask(pairs: list[tuple[str, str, str]], step: int) -> list[float]:
@@ -98,13 +98,13 @@ def make_ask(config, workdir: Path) -> Callable[[list[tuple[str, str, str]], int
     if failed:
       raise JudgeError(
         f"RL step {step}: {len(failed)} of {len(every)} questions to the judge have no answer "
-        f"({next(iter(failed.values()))}); give the same command, which goes on from the last "
-        "checkpoint, with what is answered"
+        f"({next(iter(failed.values()))}); run the same command, which resumes from the last "
+        "checkpoint and keeps the answers"
       )
     return [preference([(cache.answers[one.key], order) for one, order in pair]) for pair in asked]
 
   def preference(answers: list[tuple[dict, bool]]) -> float:
-    """The mean over the orders, 0.5 if an answer cannot be read."""
+    """The mean over the orders; 0.5 if an answer is unreadable."""
     found = [(read_answer(template, answer), order) for answer, order in answers]
     if any(reading is None for reading, _ in found):
       return 0.5

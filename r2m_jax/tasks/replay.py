@@ -1,13 +1,13 @@
-"""One sample of a run once more: its tokens, log-probabilities, what the reward reads, and how the
-reward is made.
+"""Recomputes one sample of a run: its tokens, its log-probabilities, what the reward reads, and the
+parts of the reward.
 
   python -m r2m_jax.main --config=configs/default.py --workdir=RUN --config.task=replay \\
     --config.replay.step=7 --config.replay.prompt=3 --config.replay.sample=0
 
 RUN is a run of the gold-reward task, one from Hugging Face folders, or one of task=scratch. The
-step is run again by the program of the run itself, from the nearest checkpoint before it, so on the
-same kind of device and mesh every token is the one that was drawn. RUN is read and only RUN/replay
-is written.
+run's own program repeats the step, from the nearest checkpoint before it. On the same kind of
+device and mesh every token is therefore the one that was drawn. RUN is only read; RUN/replay is
+written.
 """
 
 import itertools
@@ -40,7 +40,7 @@ from r2m_jax.tasks import scratch, training
 from r2m_jax.tasks.export import run_config
 from r2m_jax.types import Rollout, Rows, TrainState
 
-# a logged metric made again; a rounding error, where the mesh is another than the run's
+# largest difference from a logged metric; rounding, if the mesh differs from the run's
 MATCHES = 1e-5
 
 
@@ -51,8 +51,8 @@ def run(config, workdir: Path) -> dict:
   require_in_run(config, wanted)
   if config.policy.path and not config.reward.path:
     raise ConfigError(
-      f"--workdir={workdir} is a run whose rewards came from outside, which no replay can take "
-      "apart; choose a run with a reward model"
+      f"--workdir={workdir} is a run whose rewards came from outside, which replay cannot "
+      "analyse; choose a run with a reward model"
     )
   t = wanted.step
   again = next(training(config).runs(config, workdir, mesh_of(config), stage=saved))
@@ -86,8 +86,8 @@ def run(config, workdir: Path) -> dict:
 
 
 def write_strip(found: dict, path: Path) -> None:
-  """The sample as a page, with what the attention read as a strip of words; an arm without
-  attention has none.
+  """Writes the sample as a page, with the attention as a strip of words. Arms without attention
+  have no page.
   """
   if section := attention_section(found, tab=""):
     texts = [f"Prompt: {found['prompt_text']}", f"Response: {found['response_text']}"]
@@ -112,7 +112,7 @@ def require_in_run(config, wanted) -> None:
 
 
 def place_of(wanted, example_ids) -> int:
-  """Which prompt of its step is wanted, by its number or by its example id."""
+  """The index of the requested prompt in its step, by number or by example id."""
   if wanted.example_id < 0:
     return wanted.prompt
   ids = [int(i) for i in example_ids]
@@ -125,12 +125,12 @@ def place_of(wanted, example_ids) -> int:
 
 
 def facts_of(word: Callable[[int], str], out, parts: dict, row: int) -> dict:
-  """Tokens, log-probabilities, attention and rewards of one row, as JSON holds them.
+  """Tokens, log-probabilities, attention and rewards of one row, as JSON values.
 
   Args:
-    word: names one of the policy's tokens.
+    word: maps one of the policy's tokens to text.
     out: StepOutput of the step, on the host.
-    parts: of `make_parts`, on the host.
+    parts: the result of `make_parts`, on the host.
   """
 
   def listed(x):
@@ -145,7 +145,7 @@ def facts_of(word: Callable[[int], str], out, parts: dict, row: int) -> dict:
     "tokens": tokens[-width:][keep].tolist(),
     "logprobs": listed(mine["logprobs"][keep]),
     "ref_logprobs": listed(mine["ref_logprobs"][keep]),
-    # the policy's, prompt and answer: what attention reads
+    # the policy's tokens of prompt and answer, which attention reads
     "states": [word(i) for i in tokens[mask].tolist()],
     "attention": None if weights is None else [listed(head) for head in weights[:, mask]],
     "omega": float(mine["omega"]),
@@ -157,7 +157,7 @@ def facts_of(word: Callable[[int], str], out, parts: dict, row: int) -> dict:
 
 
 def show(found: dict, out, row: int) -> None:
-  """Prints a sample: its texts, its rewards and the states that attention reads most."""
+  """Prints a sample: its texts, its rewards and the states with the most attention."""
   print(f"prompt   {found['prompt_text']}\nanswer   {found['response_text']}")
   reward, frozen = out.judged.scores[row], out.judged.scores_frozen[row]
   gold = f", gold {found['gold']['gold']:.2f}" if "gold" in found else ""
@@ -169,7 +169,7 @@ def show(found: dict, out, row: int) -> None:
 
 
 def compare(workdir: Path, arm: str, t: int, metrics: dict) -> None:
-  """Says whether the step made again has the metrics that the run logged."""
+  """Prints whether the metrics of the repeated step equal the run's logged ones."""
   logged = [
     row
     for row in read_metrics(workdir)
@@ -194,14 +194,13 @@ def compare(workdir: Path, arm: str, t: int, metrics: dict) -> None:
   )
   if wrong := [name for name in off if not off[name] <= MATCHES * max(1, abs(pairs[name][1]))]:
     print(
-      f"check    this is NOT the run's sample, or made by another version: {', '.join(wrong)}; "
-      "give it the run's "
-      "--config.mesh, kind of device and version"
+      f"check    this is NOT the run's sample, or another version made it: {', '.join(wrong)}; "
+      "give it the run's --config.mesh, kind of device and version"
     )
 
 
 def config_of(config, workdir: Path):
-  """The config with which the run in `workdir` made the arm that config.replay names, with this
+  """The config with which the run in `workdir` made the arm that config.replay names, but with this
   call's mesh.
   """
   if not (workdir / "config.json").is_file():
@@ -219,13 +218,13 @@ def config_of(config, workdir: Path):
   if config.task == "scratch":
     config = scratch.arm_config(config, workdir, arm)
   config = with_variant(config, arm)
-  config.task, config.budget = "r2m", 0.0  # the steps that the budget gave are known
+  config.task, config.budget = "r2m", 0.0  # the number of steps from the budget is known
   return config
 
 
 def state_before(again: Run, workdir: Path, t: int) -> tuple[TrainState, int]:
-  """The TrainState of the newest sound checkpoint at or before step t, else the run's first; and
-  its step.
+  """The TrainState of the newest intact checkpoint at or before step t, or else the run's first;
+  and its step.
   """
   config, first = again.config, again.first()
   arm = config.variant
@@ -238,21 +237,21 @@ def state_before(again: Run, workdir: Path, t: int) -> tuple[TrainState, int]:
       return checkpoint.restore(kept, first, step), step
   if config.checkpoint.fork_from:
     raise ConfigError(
-      f"config.replay.step is {t}: no checkpoint of this fork is at or before it; "
-      f"replay it in {config.checkpoint.fork_from} if that made the step"
+      f"config.replay.step is {t}: no checkpoint of this fork is at or before it; replay it in "
+      f"{config.checkpoint.fork_from} if that run made the step"
     )
   print(f"replay   step {t} of {arm}, from the beginning: no checkpoint is at or before it")
   return warmed(again, first), 0
 
 
 def make_parts(config, built: Build):
-  """Builds `parts(state, sequences, reward_tokens, reward_mask)`, each array with a leading axis B
-  but omega.
+  """Builds `parts(state, sequences, reward_tokens, reward_mask)`, every array except omega has the
+  leading axis B.
 
   logprobs, ref_logprobs f32[B, T]; attention f32[B, heads, L] of the head over the policy's states;
-  omega; own and read f32[B, M], what each head of phi makes of the reward model's own embedding and
-  of what attention read. With the policy's feedback the reward is omega * own + (1 - omega) * read
-  (eq. 4; phi is linear).
+  omega; own and read f32[B, M], the scores by each head of phi of the reward model's own embedding
+  and of what attention read. With the policy's feedback the reward is omega * own + (1 - omega) *
+  read (eq. 4; phi is linear).
   """
   read, annotate, omega_at = (
     make_read(config),

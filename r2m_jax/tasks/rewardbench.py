@@ -1,10 +1,10 @@
-"""`task=rewardbench`: how well a reward model orders completions whose order is known.
+"""`task=rewardbench`: measures how well a reward model orders completions with a known order.
 
   python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=rewardbench
     --config.reward.path=R --config.rewardbench.data=reward_bench_2.parquet
 
 An R2M reward model also needs the policy whose states it reads, as --config.policy.path. WORKDIR
-then holds rewardbench.json, rewardbench.html and scores.jsonl; docs/judge.md has what they mean.
+then holds rewardbench.json, rewardbench.html and scores.jsonl; docs/judge.md explains them.
 """
 
 import math
@@ -26,7 +26,7 @@ from r2m_jax.tasks import serve
 
 
 def run(config, workdir: Path) -> None:
-  """Scores every completion and writes the measures into the workdir."""
+  """Scores every completion and writes the results into the workdir."""
   claim(config, workdir)
   data = config.data.copy_and_resolve_references()
   data.name = config.rewardbench.data
@@ -49,7 +49,7 @@ def run(config, workdir: Path) -> None:
 
 
 def write(config, workdir: Path, rows: list[Row], scores: list[np.ndarray]) -> None:
-  """The files of the workdir, and what was found on the terminal."""
+  """Writes the files of the workdir, and prints the results."""
   result = measure(rows, scores)
   about = {
     "date": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -92,8 +92,8 @@ def findings(result: dict[str, Any]) -> list[str]:
     f"longer completion is better: {share(rule['mean'])}.",
     f"Of all pairs {percent(result['pair_accuracy'])} are in order; mean margin "
     f"{decimal(result['margin']['mean'])}.",
-    f"Calibration of sigmoid(margin): expected calibration error {result['ece']:.3f}, Brier score "
-    f"{result['brier']:.3f} (0.25 says nothing).",
+    f"Calibration of sigmoid(margin): expected calibration error {result['ece']:.3f}, Brier "
+    f"score {result['brier']:.3f} (0.25 is uninformative).",
     f"Correlation of score and length: {result['length_correlation']:.2f} over all completions, "
     f"{result['length_correlation_within_prompts']:.2f} within prompts.",
   ]
@@ -104,7 +104,8 @@ def cautions(result: dict[str, Any]) -> list[str]:
   found = []
   if max(rule, 1 - rule) >= result["mean"] and len(result["subsets"]) and not result["ties"]:
     found.append(
-      "Preferring the longer completion, or the shorter, does as well: nothing but length is shown."
+      "Preferring the longer completion, or the shorter, does as well, so this shows only an "
+      "effect of length."
     )
   return found
 
@@ -120,8 +121,8 @@ def tables(result: dict[str, Any]) -> list[dict]:
       "title": "By subset",
       "head": ["Subset", "Accuracy [95%]", "The longer one", "Prompts"],
       "rows": rows,
-      "note": "1 over the number tied at the maximum; the subset Ties by its published weights. "
-      "Intervals by a bootstrap over prompts.",
+      "note": "1 over the number of completions tied at the maximum; the subset Ties has its published "
+      "weights. Intervals are by a bootstrap over prompts.",
     }
   ]
   for name, parts in result["ties"].items():

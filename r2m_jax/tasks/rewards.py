@@ -1,8 +1,8 @@
-"""Rewards from outside of the program: a served reward model, a judge, or a function of texts.
+"""Rewards from outside the program: a served reward model, a judge, or a function of texts.
 
-They are asked between the two programs of a step. What a server has answered is kept in a file of
-the workdir before it counts. A run that resumes draws the same samples, so it asks for nothing
-twice, and needs no network for what it has asked before.
+They are computed between the two programs of a step. A server's scores are stored in a file of the
+workdir before they are used. A run that resumes draws the same samples, so it requests nothing
+twice, and needs no network for earlier requests.
 """
 
 import dataclasses
@@ -22,26 +22,26 @@ from r2m_jax.parallel import hosts
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.tasks.judge import ask_within_budget, body_of, patience_of, warn_of_plain_http
 
-# (prompts as the rows of the data have them, responses) -> a score for each
+# (prompts as in the rows of the data, responses) -> a score for each
 Function = Callable[[Sequence[Prompt], Sequence[str]], Sequence[float]]
 
-TEMPLATE = "mt_bench_single"  # by which a judge rates
-SHOWN = 200  # characters of a response that a message shows
+TEMPLATE = "mt_bench_single"  # template with which a judge rates
+SHOWN = 200  # characters of a response shown in a message
 
 
 class RewardError(UserError, RuntimeError):
-  """A reward from outside that is no finite number for each response."""
+  """A reward from outside is not a finite number for each response."""
 
   status = 1
 
 
 @dataclasses.dataclass(frozen=True)
 class OutsideReward:
-  """A reward that no model of this program computes.
+  """A reward that is computed outside this program.
 
-  function: called in the first process alone.
-  name: what it is called where it is shown.
-  strip_thinking: leave reasoning out of the responses that it reads.
+  function: called only in the first process.
+  name: its displayed name.
+  strip_thinking: remove reasoning from the responses that it reads.
   """
 
   function: Function
@@ -49,7 +49,7 @@ class OutsideReward:
   strip_thinking: bool = False
 
   def scores(self, rows: Sequence[tuple[Prompt, str, bool]]) -> np.ndarray:
-    """f32[N] of rows (prompt, response, whether it was cut off), the same in every process.
+    """f32[N] for rows (prompt, response, whether it was cut off), the same in every process.
 
     Raises:
       RewardError: a score is missing or not finite.
@@ -60,11 +60,11 @@ class OutsideReward:
     return np.asarray(found, np.float32)
 
   def read(self, response: str) -> str:
-    """The response as it is scored."""
+    """The response in the form in which it is scored."""
     return (thinking.without_reasoning if self.strip_thinking else thinking.opened)(response)
 
   def describe(self, prompt: Prompt, response: str, truncated: bool = False) -> str:
-    """One row as it is scored, for a user to look at."""
+    """One row in the form in which it is scored, for the user to check."""
     del truncated
     return f"rewards  {self.name}\nsample   {prompt!r} -> {self.read(response)!r}"
 
@@ -79,7 +79,8 @@ def finite(scores: Sequence[float], responses: Sequence[str], name: str) -> list
     found = np.asarray(scores, np.float64)
   except (TypeError, ValueError) as error:
     raise RewardError(
-      f"{name} gave scores that are no numbers ({error}); make it give one number for each response"
+      f"{name} gave scores that are not numbers ({error}); make it give one number for each "
+      "response"
     ) from None
   if found.shape != (len(responses),):
     raise RewardError(
@@ -97,7 +98,7 @@ def finite(scores: Sequence[float], responses: Sequence[str], name: str) -> list
 
 
 def by_function(function: Function, config) -> OutsideReward:
-  """The reward of a run that is given a function."""
+  """The reward of a run with a function as its reward."""
   name = f"the function {getattr(function, '__name__', type(function).__name__)!r}"
   return OutsideReward(function, name, config.reward.strip_thinking)
 
@@ -106,7 +107,7 @@ def by_server(config, section: str, workdir: Path) -> OutsideReward:
   """The reward at config.SECTION.url. section: "reward" or "eval.gold"."""
   settings = config.reward if section == "reward" else config.eval.gold
   path = workdir / f"{section.rpartition('.')[2]}_answers.jsonl"
-  cache = functools.cache(lambda: Cache(path))  # opened by the first process, if it asks
+  cache = functools.cache(lambda: Cache(path))  # opened by the first process, when it is needed
   make = judge_of if settings.judge_model else server_of
   function = make(config, settings, section, cache)
   return OutsideReward(function, f"config.{section}.url", config.reward.strip_thinking)
@@ -131,7 +132,7 @@ def judge_of(config, settings, section: str, cache: Callable[[], Cache]) -> Func
   def about(prompt: Prompt, response: str) -> Question:
     item = Item("", prompt, [shown(prompt)], [response], [], [], "")
     messages = request(template, item, 0, [response], [])
-    # the address may change while the run goes on, so it is no part of the question
+    # the address may change during the run, so it is not part of the question
     return question(body_of(config, template, messages, settings.judge_model), "", 0)
 
   def ratings(prompts: Sequence[Prompt], responses: Sequence[str]) -> list[float]:
@@ -145,7 +146,7 @@ def judge_of(config, settings, section: str, cache: Callable[[], Cache]) -> Func
 
 
 def key_of(config, settings, section: str) -> tuple[str, tuple[str, str, str]]:
-  """The key for a server, and the fields that give its address, its model and the key."""
+  """The key for a server, and the fields with its address, its model and its key."""
   field, variable = f"{section}.key_env", settings.key_env
   if settings.judge_model and not variable:
     field, variable = "judge.key_env", config.judge.key_env

@@ -1,11 +1,10 @@
-"""`task=scratch`: everything from nothing on real text, with the functions that runs from folders
-use.
+"""`task=scratch`: everything from scratch on real text, with the functions of runs from folders.
 
   tokenizer -> language modelling -> SFT -> reward model -> RL, an arm after another -> measurements
   on held-out data
 
-Each stage leaves a Hugging Face folder, from which the next one starts, so that a rerun goes on
-where the last stopped.
+Each stage writes a Hugging Face folder, from which the next one starts, so a rerun resumes after
+the last finished stage.
 """
 
 import dataclasses
@@ -34,17 +33,17 @@ from r2m_jax.tasks import folders as folders_task
 from r2m_jax.tasks import serve, tokenizer
 from r2m_jax.tasks.evals import Mean, mean_of, perplexity, response_logprobs, wins
 
-MIN_GROUPS = 10  # prompts; a bootstrap over fewer gives no interval worth printing
-# of a workdir: what was measured, and the seconds of each stage
+MIN_GROUPS = 10  # prompts; with fewer, a bootstrap interval is not worth printing
+# in a workdir: the measurements, and the seconds of each stage
 TABLES = "tables.json"
 STAGES = "stages.json"
 
 
 def run(config, workdir: Path) -> None:
-  """All stages; ends with WORKDIR/export/policy and WORKDIR/export/reward, of the last of
+  """Runs all stages; writes WORKDIR/export/policy and WORKDIR/export/reward from the last of
   config.scratch.arms.
   """
-  workdir = workdir.absolute()  # the stages' configs name folders of it, however it was given
+  workdir = workdir.absolute()  # the stages' configs name folders in it
   names, mesh = config.scratch, mesh_of(config)
   check_batch(config, tuple(mesh.shape.values()))
   require_data(config)
@@ -88,7 +87,7 @@ def run(config, workdir: Path) -> None:
 
 
 def make_policy(config, workdir: Path, mesh) -> tuple[Path, Path]:
-  """Tokenizer, language modelling and SFT; the folders of the policy after the last two."""
+  """Runs tokenizer, language modelling and SFT; returns the policy's folders after the last two."""
   names, start, lm, sft = (
     config.scratch,
     *(workdir / "models" / name for name in ("start", "lm", "sft")),
@@ -106,7 +105,7 @@ def make_policy(config, workdir: Path, mesh) -> tuple[Path, Path]:
 
 
 def require_data(config) -> None:
-  """Refuses before any work where a name finds no file; says what to download and from where."""
+  """Raises an error before any work if a name matches no file; the message names the download."""
   names = config.scratch
   for field in (
     "corpus",
@@ -139,7 +138,7 @@ def derived(config, task: str, data: str, **fields):
 
 
 def arm_config(config, workdir: Path, arm: str):
-  """The config of RL for one arm, from the models of the stages before it."""
+  """The config of RL for one arm, with the models of the earlier stages."""
   models = workdir / "models"
   return derived(
     config,
@@ -154,7 +153,7 @@ def arm_config(config, workdir: Path, arm: str):
 
 
 def once(workdir: Path, name: str, out: Path, make: Callable[[Path], None]) -> None:
-  """Runs a stage that ends with the model `out`, unless it is there already."""
+  """Runs a stage that writes the model `out`, unless it exists already."""
   if (out / "config.json").exists():
     print(f"\n{name}: done before, in {out}")
     return
@@ -178,7 +177,7 @@ def record(workdir: Path, name: str, began: float) -> None:
 def measure(
   config, workdir: Path, mesh, folders: dict[str, Path], outs: dict[str, Path]
 ) -> list[dict]:
-  """Every table of the report: perplexity, reward-model accuracy, what RL did, accuracy with
+  """All tables of the report: perplexity, reward-model accuracy, effects of RL, accuracy with
   policy feedback.
   """
   names, reward = config.scratch, load_reward(config.reward.path, config, mesh)
@@ -190,7 +189,7 @@ def measure(
   rows = [row for pairs in (*val, *dev) for row in pairs.rows]
   right = wins(
     *scores_of(config, reward, None, rows, mesh).T
-  )  # all sets at once: few programs to compile
+  )  # all sets together, so that few programs are compiled
   return [
     perplexity_table(config, policies, mesh),
     accuracy_table([*val, *dev], right),
@@ -201,8 +200,8 @@ def measure(
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-  """One held-out set: rows of `datasets.pair_ids`, how many tokens of each reply are read, and
-  how many rows it had.
+  """One held-out set: rows of `datasets.pair_ids`, the number of tokens of each reply that are
+  read, and the original number of rows.
   """
 
   name: str
@@ -216,8 +215,8 @@ class Pairs:
 
 
 def sets_of(config, reward: RewardModel, data: str, *, dev: bool = False) -> list[Pairs]:
-  """Held-out sets, one a file, as config.data allows; of `dev` sets only rows of the validation
-  group.
+  """Held-out sets, one for each file, filtered by config.data; from `dev` sets only rows of the
+  validation group.
   """
   encode, sets = lambda side: reward.renderer.tokenizer.encode(side["response"], special=False), []
   for name in split_names(data):
@@ -246,7 +245,7 @@ def scores_of(
 
 
 def perplexity_table(config, policies: dict[str, Policy], mesh) -> dict:
-  """Perplexity of held-out responses before and after SFT, end-of-turn included."""
+  """Perplexity of held-out responses before and after SFT, including end-of-turn."""
   settings = derived(config, "sft", config.scratch.sft_val)
   rows, lines = load(settings.data, "response"), []
   for name, policy in policies.items():
@@ -276,9 +275,9 @@ def perplexity_table(config, policies: dict[str, Policy], mesh) -> dict:
 
 
 def accuracy_table(sets: list[Pairs], right: np.ndarray) -> dict:
-  """Accuracy of the reward model on each set, beside the rule that the longer reply wins.
+  """Accuracy of the reward model on each set, next to the rule that the longer reply wins.
 
-  `right` is f64[N] over the pairs of all sets in turn: 1 where the reward model prefers the chosen
+  `right` is f64[N] over the pairs of all sets in order: 1 if the reward model prefers the chosen
   reply.
   """
   lines, ends = [], np.cumsum([len(pairs.rows) for pairs in sets])
@@ -305,10 +304,9 @@ def accuracy_table(sets: list[Pairs], right: np.ndarray) -> dict:
       "Prompts",
       "Pairs before limits",
     ],
-    "note": "Length in tokens, a tie counts half. Intervals by bootstrap over prompts, from 10 on. A reward "
-    "model has learned something besides length only where it beats max(x, 100 - x) of the rule. "
-    "Of "
-    "_dev sets only rows of the validation group.",
+    "note": "Length is in tokens, and a tie counts half. Intervals are by bootstrap over prompts, if "
+    "there are at least 10. A reward model has learned more than length only if it beats "
+    "max(x, 100 - x) of the rule. From _dev sets only rows of the validation group are used.",
   }
 
 
@@ -378,16 +376,17 @@ def rl_table(
     "title": "Policies on held-out prompts",
     "rows": lines,
     "head": ["Policy", "Frozen reward (95%)", "KL, nats (95%)", "Length, tokens (95%)", "Cut off"],
-    "note": f"One sample at temperature 1 for each of {len(rows)} held-out prompts. KL is that from the SFT "
-    "policy, summed over the response and estimated from the samples.",
+    "note": f"One sample at temperature 1 for each of {len(rows)} held-out prompts. KL is from the "
+    "SFT policy, summed over the response and estimated from the samples.",
   }
 
 
 def feedback_table(
   config, reward, sft, trained, outs, val: list[Pairs], right: np.ndarray, mesh
 ) -> dict:
-  """The paper's table 3: accuracy on held-out pairs without feedback (`right` begins with them),
-  with it before RL, and after."""
+  """The paper's table 3: accuracy on held-out pairs without feedback (the first entries of
+  `right`), and with feedback before and after RL.
+  """
   prompts = [f"{pairs.name} {prompt}" for pairs in val for prompt in pairs.prompts]
   rows = [row for pairs in val for row in pairs.rows]
 
@@ -407,14 +406,14 @@ def feedback_table(
     "title": "Reward-model accuracy with policy feedback, %",
     "head": ["Reward model", "Accuracy (95%)"],
     "rows": lines,
-    "note": f"All {len(rows)} pairs of the validation sets together, at the ω of the last step. "
-    "Before RL the cross-attention is random and reads the SFT policy; after, both are as RL left "
-    "them.",
+    "note": f"All {len(rows)} pairs of the validation sets together, at the ω of the last step. Before "
+    "RL the cross-attention is random and reads the SFT policy; after RL both are the final "
+    "ones.",
   }
 
 
 def untrained(config, arm: str, reward: RewardModel, sft: Policy, mesh) -> RewardModel:
-  """The reward model with the head that the arm began with, at the omega of its last step."""
+  """The reward model with the arm's initial head, at the omega of its last step."""
   config = with_variant(config, arm)
   built = build(config, mesh, arch=sft.arch, reward_arch=reward.arch)
   head = folders_task.start_state(config, built, sft, reward, donate=False).reward_head
@@ -430,13 +429,13 @@ def untrained(config, arm: str, reward: RewardModel, sft: Policy, mesh) -> Rewar
 
 
 def shown(mean: Mean, digits: int, scale: float = 1.0) -> str:
-  """The mean with its interval; without one where too few groups say how it would vary."""
+  """The mean with its interval, or without one if there are too few groups."""
   value, low, high = (f"{x * scale:.{digits}f}" for x in mean[:3])
   return f"{value} ({low} to {high})" if mean.groups >= MIN_GROUPS else f"{value} (–)"
 
 
 def finish(config, workdir: Path) -> None:
-  """The report with all tables, and the same on the terminal."""
+  """Writes the report with all tables, and prints them."""
   tables = json.loads((workdir / TABLES).read_text(encoding="utf-8"))
   seconds = json.loads((workdir / STAGES).read_text(encoding="utf-8"))
   budgets = {
@@ -459,11 +458,11 @@ def finish(config, workdir: Path) -> None:
       "title": "Time",
       "head": ["Stage", "Budget, s", "Took, s"],
       "rows": lines,
-      "note": "Loading, compiling and exporting come on top of a budget. Share of the time spent waiting "
-      f"for data: {share}.",
+      "note": "Loading, compiling and exporting are not part of a budget. Share of the time spent "
+      f"waiting for data: {share}.",
     }
   )
-  report = write_report(workdir, title="R2M on real text, from nothing", tables=tables)
+  report = write_report(workdir, title="R2M on real text, from scratch", tables=tables)
   for table in tables:
     print(f"\n{table['title']}\n{aligned([table['head'], *table['rows']])}\n{table['note']}")
   print("\n" + format_summary(summary_table(read_metrics(workdir))))

@@ -38,16 +38,16 @@ from r2m_jax.run.progress import progress
 
 
 def run(config, workdir: Path | None = None) -> None:
-  """`config.task`: "generate" or "score". The workdir is not used: what is read and written is
-  named in the config.
-  """
+  """`config.task`: "generate" or "score". The workdir is not used; the config names the files."""
   del workdir
   with matmul_precision(config):
     {"generate": run_generate, "score": run_score}[config.task](config)
 
 
 def matmul_precision(config):
-  """In here float32 means float32: accelerators would otherwise multiply matrices in fewer bits."""
+  """Inside this context, float32 matmuls use full precision; accelerators would otherwise use fewer
+  bits.
+  """
   return jax.default_matmul_precision("highest" if config.dtype == "float32" else "default")
 
 
@@ -64,8 +64,8 @@ def require_finite(config, finite: np.ndarray, what: str, model: str) -> None:
 
 
 def batches(lengths: list[int], size: int) -> Iterator[np.ndarray]:
-  """Row indices in batches of like length, each of `size` rows or of all; the last is filled up
-  by repeating rows.
+  """Row indices in batches of similar length, each with `size` rows or with all rows; the last is
+  padded by repeating rows.
   """
   order = np.argsort(lengths, kind="stable")
   for i in range(0, len(order), size):
@@ -73,15 +73,15 @@ def batches(lengths: list[int], size: int) -> Iterator[np.ndarray]:
 
 
 def batch_size(config, section, rows: int, mesh, *, each: int = 1) -> int:
-  """The section's batch size in rows of `each` answers, no larger than the rows need, as a multiple
-  of the batch's shards.
+  """The section's batch size in rows of `each` answers, no larger than necessary, as a multiple of
+  the batch's shards.
   """
   shards = mesh.shape["data"] * mesh.shape["fsdp"]
   return -(-min(max(1, section.batch_size // each), rows) // shards) * shards
 
 
 def spread(batch, mesh):
-  """Rows of host arrays over the devices that split a batch."""
+  """Distributes rows of host arrays over the devices that split a batch."""
   layout = NamedSharding(mesh, sharding.BATCH)
   return hosts.place(hosts.take(batch, layout), layout)
 
@@ -91,8 +91,9 @@ def spread(batch, mesh):
 
 def run_generate(config) -> None:
   """Reads rows with `prompt`; writes them with prompt_tokens, tokens, logprobs, text and truncated,
-  in their order. With config.generate.n above 1, each comes n times, with the index `sample`. In a
-  conversation, a row with `turns`, these are of the last turn, and `answers` holds the texts of all.
+  in their order. With config.generate.n above 1, each row is written n times, with the index
+  `sample`. In a conversation (a row with `turns`) the fields describe the last turn, and `answers`
+  holds the texts of all turns.
   """
   settings, mesh = config.generate, mesh_of(config)
   check_output(settings.output, "config.generate.output")
@@ -116,8 +117,8 @@ def run_generate(config) -> None:
 
 
 def converse(config, policy: Policy, rows: list[dict], mesh) -> list[dict]:
-  """config.generate.n responses to each row's prompt, and one to each further message of its
-  `turns`, in n conversations.
+  """config.generate.n responses to each row's prompt, and then one response to each further message
+  of its `turns`, in n conversations.
   """
   n = config.generate.n
   results = answers_to(config, policy, rows, mesh)
@@ -146,7 +147,7 @@ def converse(config, policy: Policy, rows: list[dict], mesh) -> list[dict]:
 def answers_to(config, policy: Policy, rows: list[dict], mesh, turn: int = 0) -> list[dict]:
   """config.generate.n responses to the prompt of each row, as the fields of a row."""
   settings, tokenizer = config.generate, policy.tokenizer
-  file = "" if turn else settings.input  # later turns are named by the rows themselves
+  file = "" if turn else settings.input  # in later turns the rows name themselves
   prompts = each_row(rows, lambda row: tokenizer.render(row["prompt"]), file)
   lengths = [len(prompt) + settings.max_new_tokens for prompt in prompts]
   what = f"prompts with config.generate.max_new_tokens = {settings.max_new_tokens}"
@@ -174,8 +175,8 @@ def sample(
   temperatures: list[float] | None = None,
 ) -> list[dict]:
   """config.generate.n responses for each rendered prompt, next to each other, as the fields of a
-  row. They depend on the seed, the turn, the place of the prompt, its temperature and the index of
-  the sample alone.
+  row. They depend only on the seed, the turn, the position of the prompt, its temperature and the
+  index of the sample.
 
   Args:
     temperatures: one for each prompt; None: config.generate.temperature.
@@ -184,7 +185,7 @@ def sample(
   size = batch_size(config, settings, len(prompts), mesh, each=n)
   T, tokenizer = settings.max_new_tokens, policy.tokenizer
   given = np.asarray(temperatures or [settings.temperature] * len(prompts))
-  parts = []  # (how to draw, numbers of the prompts that are drawn together)
+  parts = []  # (draw function, indices of the prompts that are drawn together)
   for temperature in np.unique(given).tolist():
     draw = make_draw(config, policy, mesh, turn, temperature)
     mine = np.flatnonzero(given == temperature)
@@ -214,14 +215,14 @@ def sample(
 
 
 def make_draw(config, policy: Policy, mesh, turn: int, temperature: float) -> Callable:
-  """Builds `draw(state, prompts) -> (Sequences, log-probabilities f32[P * n, T])` by the settings of
-  config.generate, at a temperature; the log-probabilities are those of the distribution that was
-  sampled from.
+  """Builds `draw(state, prompts) -> (Sequences, log-probabilities f32[P * n, T])` with the settings
+  of config.generate, at a temperature. The log-probabilities belong to the distribution from which
+  the tokens were sampled.
   """
   settings, tokenizer = config.generate, policy.tokenizer
   truncation = Truncation(settings.top_k, settings.top_p, settings.min_p)
   seed = config.seed if settings.seed == -1 else settings.seed
-  if not temperature:  # the most likely token is never cut away; all log-probabilities stay
+  if not temperature:  # the most likely token is never truncated; all log-probabilities are kept
     truncation = Truncation()
 
   @sharding.jit_on(mesh)
@@ -239,7 +240,7 @@ def make_draw(config, policy: Policy, mesh, turn: int, temperature: float) -> Ca
       pad_id=tokenizer.pad_id,
       truncation=truncation,
     )
-    # at temperature 0 the log-probabilities are those of the unscaled logits
+    # at temperature 0 the log-probabilities come from the unscaled logits
     logprobs = read_feedback(
       model,
       sequences,
@@ -293,8 +294,8 @@ def run_score(config) -> None:
 
 
 def policy_read_by(config, reward: RewardModel, mesh, given: str) -> Policy | None:
-  """The policy whose hidden states a reward model reads; None if it reads none. `given` names the
-  model in an error.
+  """The policy whose hidden states a reward model reads; None if it reads none. `given` is the
+  model's name in errors.
   """
   if reward.head is None:
     return None
@@ -307,7 +308,7 @@ def policy_read_by(config, reward: RewardModel, mesh, given: str) -> Policy | No
 
 
 def policy_ids(tokenizer: Tokenizer, row: dict) -> list[int]:
-  """Prompt and response as the policy would have sampled them."""
+  """Prompt and response in the form in which the policy would have sampled them."""
   ids = tokenizer.render(row["prompt"]) + tokenizer.sampled(row["prompt"], row["response"])
   return (
     ids if row.get("truncated", False) or tokenizer.end_id is None else [*ids, tokenizer.end_id]
@@ -315,29 +316,27 @@ def policy_ids(tokenizer: Tokenizer, row: dict) -> list[int]:
 
 
 def score(config, reward: RewardModel, policy: Policy | None, rows: list[dict], mesh) -> np.ndarray:
-  """The score of every row, f32[N]. An R2M reward model reads `policy`, at the omega it was
-  exported with.
-  """
+  """The score of every row, f32[N]. An R2M reward model reads `policy`, at its exported omega."""
   return make_scorer(config, reward, policy, mesh)(rows)
 
 
 def warn_of_lengths(
   reward: RewardModel, policy: Policy | None, lengths: list[int], read: list[int]
 ) -> None:
-  """Warns if rows, of these lengths for the reward model and for the policy, are too long."""
+  """Warns if rows with these lengths, for the reward model and for the policy, are too long."""
   reward.renderer.tokenizer.warn_beyond(lengths, "rows for the reward model", SHORTER_INPUTS)
   if policy is not None:
     policy.tokenizer.warn_beyond(read, "rows for the policy", "shorten prompts or responses")
 
 
 def require_policy(config, reward: RewardModel, policy: Policy) -> None:
-  """Raises FolderError unless an R2M reward model can read the policy as it read its own."""
+  """Raises FolderError unless an R2M reward model can read this policy like its own."""
   size = reward.head[0].policy_hidden_size
   if size != policy.arch.hidden_size:
     raise FolderError(
-      f"{reward.folder} reads hidden states of {size} numbers; those of "
-      "config.policy.path = "
-      f"{config.policy.path} have {policy.arch.hidden_size}: give the policy it was trained with"
+      f"{reward.folder} reads hidden states of {size} numbers; those of config.policy.path = "
+      f"{config.policy.path} have {policy.arch.hidden_size}: give the policy with which it was "
+      "trained"
     )
   if policy.tokenizer.chat.contract != reward.policy_chat:
     raise FolderError(
@@ -351,7 +350,8 @@ def require_policy(config, reward: RewardModel, policy: Policy) -> None:
 def make_scorer(
   config, reward: RewardModel, policy: Policy | None, mesh, *, shown: bool = True
 ) -> Callable[[list[dict]], np.ndarray]:
-  """Builds the function behind `score`, rows -> f32[N], for many calls: a program is made once.
+  """Builds the function behind `score`, rows -> f32[N], for many calls: its program is compiled
+  once.
 
   Args:
     shown: print a line of progress, and warn of rows that are too long for a model.

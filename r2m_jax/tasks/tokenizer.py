@@ -1,12 +1,12 @@
-"""`task=tokenizer`: a byte-level BPE tokenizer with a chat template, and a model with random
-weights beside it.
+"""`task=tokenizer`: trains a byte-level BPE tokenizer with a chat template, and adds a model with
+random weights.
 
   python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=tokenizer
   --config.data.name=FILES
 
-Ends with W/export/policy, a Hugging Face folder like any other:
-`--config.policy.path=W/export/policy` with `--config.task=sft` trains it. Texts, dialogues and
-preferences will do as a corpus; of a preference the chosen reply is read.
+It writes W/export/policy, an ordinary Hugging Face folder: `--config.policy.path=W/export/policy`
+with `--config.task=sft` trains it. The corpus may be texts, dialogues or preferences, of which only
+the chosen reply is read.
 """
 
 import tempfile
@@ -27,16 +27,14 @@ from r2m_jax.run.build import KEY_INIT, build, init_policy
 from r2m_jax.run.workdir import claim
 
 END, PAD, ROLES = "<|end|>", "<|pad|>", ("<|system|>", "<|user|>", "<|assistant|>")
-TEMPLATE = (  # one token opens a message, one ends it
+TEMPLATE = (  # one token opens a message, one closes it
   "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
 
 def run(config, workdir: Path, *, out: Path | None = None) -> None:
-  """Trains on config.data; ends with tokenizer and model in `out`, WORKDIR/export/policy where
-  not given.
-  """
+  """Trains on config.data; writes tokenizer and model to `out` (None: WORKDIR/export/policy)."""
   if out is None:
     claim(config, workdir)
   texts = list(texts_of(load(config.data, "text")))
@@ -60,7 +58,7 @@ def run(config, workdir: Path, *, out: Path | None = None) -> None:
 
 
 def texts_of(rows: Iterable[dict]) -> Iterator[str]:
-  """Every message of every row as a text of its own."""
+  """Every message of every row as a separate text."""
   for row in rows:
     if "text" in row:
       yield row["text"]
@@ -72,8 +70,8 @@ def texts_of(rows: Iterable[dict]) -> Iterator[str]:
 
 
 def train(texts: Iterable[str], vocab_size: int, min_frequency: int) -> tokenizers.Tokenizer:
-  """A byte-level BPE tokenizer: any text comes back from its tokens as it was. The special
-  tokens are counted in.
+  """A byte-level BPE tokenizer: decoding its tokens restores any text exactly. The size includes
+  the special tokens.
   """
   core = tokenizers.Tokenizer(models.BPE())
   core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,4 +1,4 @@
-"""Advantages against NumPy loops, then what must hold whatever the scores."""
+"""Advantages against NumPy loops, and properties that hold for any scores."""
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,7 @@ def test_per_token_repeats_along_the_response_only():
 
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_integer_or_grouped_scores_are_refused(name):
-  """Integer scores would lose their fractions without a word."""
+  """Fractions would be lost silently in integer scores."""
   with pytest.raises(TypeError, match="floating.*int32"):
     ESTIMATORS[name][0](jnp.arange(8), 4)
   with pytest.raises(TypeError, match=r"\[B\].*\(2, 4\)"):

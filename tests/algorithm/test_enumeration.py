@@ -1,8 +1,8 @@
-"""Every estimator's expected gradient against sums over all responses of a small policy
+"""The expected gradient of every estimator against sums over all responses of a small policy
 (tests/support/enumeration.py).
 
-What is documented as unbiased is besides compared with the gradient of the exact objective. All in
-float64.
+Estimators that are documented as unbiased are also compared with the gradient of the exact
+objective. Everything is in float64.
 """
 
 import functools
@@ -107,8 +107,8 @@ def reader(space, tokens, states, sampling):
 
 
 class Batches:
-  """All batches of a space as the library sees them, with the probability of each. Arrays have
-  axes [N, B, ...].
+  """All batches of a space in the library's format, and the probability of each. Arrays have axes
+  [N, B, ...].
   """
 
   def __init__(self, space, tables, sampling):
@@ -131,11 +131,11 @@ class Batches:
     allowed = enumeration.token_logprobs(space, np.where(keep, 0.0, -np.inf)).sum(-1) == 0  # [P, Y]
     self.probability = np.where(
       pick(allowed).all(-1), self.probability, 0
-    )  # a token is kept where it is looked up
+    )  # whether a token is kept depends on its state
     self.greedy = np.array([self.greedy_score(p) for p in range(space.prompts)])
 
   def greedy_score(self, prompt):
-    """Of the response that takes the most likely token in each state."""
+    """The score of the response that has the most likely token in each state."""
     space, rows = self.space, np.arange(len(self.space.tokens))
     for t in range(space.length):
       best = int(self.tables.old[space.state[prompt, rows[0], t]].argmax())
@@ -202,7 +202,7 @@ def compare(space, setting, sampling=Sampling(TAU), on_policy=True):
   return made.tables, np.asarray(gradient)
 
 
-# ---- the oracle against itself ----
+# ---- the oracle's own consistency ----
 
 
 @pytest.mark.parametrize("space", [ONE_PROMPT, TWO_PROMPTS], ids=["one", "two"])
@@ -231,7 +231,7 @@ def test_expected_gradient_is_the_documented_one(algorithm, kl, how):
 
 
 def test_nothing_that_is_allowed_is_left_out():
-  """The lists above are all that the config accepts."""
+  """The lists above contain every value that the config accepts."""
   assert {name for name, _ in ALGORITHMS} == set(rules.ALGORITHMS)
   assert {norm for name, norm in ALGORITHMS if name == "grpo"} == set(advantages.NORMS)
   for placement, estimator in itertools.product(
@@ -273,7 +273,9 @@ def test_with_responses_that_were_cut_off_left_out(how):
 )
 @pytest.mark.parametrize("name", ["rloo", "ppo"])
 def test_after_the_policy_has_moved(name, clips, ratio):
-  """Samples of one policy, the gradient of another: ratios on both sides of every clip."""
+  """Samples come from one policy and the gradient is that of another, so ratios lie on both sides
+  of every clip.
+  """
   low, high, dual = clips
   clipped = dict(clip_eps=low, clip_eps_high=high, dual_clip=dual, ratio=ratio)
   _, gradient = compare(ONE_PROMPT, Setting(name, "loss", "k2", **clipped), on_policy=False)
@@ -294,22 +296,24 @@ def test_after_the_policy_has_moved(name, clips, ratio):
   "name, estimator", [*itertools.product(["rloo", "remax", "ppo"], ["k1", "exact"]), ("grpo", "k1")]
 )
 def test_kl_in_the_reward_follows_the_kl_of_whole_responses(name, estimator, space):
-  """grad(E[r] - beta KL). PPO with gamma = lambda = 1 for any critic; Dr. GRPO up to (K - 1) / K,
-  and not with the exact KL, since what it scales is the advantage and not the direct derivative."""
+  """grad(E[r] - beta KL). PPO with gamma = lambda = 1 agrees for any critic. Dr. GRPO agrees up to
+  the factor (K - 1) / K, but not with the exact KL, because the factor applies to the advantage and
+  not to the direct derivative.
+  """
   setting = Setting(name, "reward", estimator, norm="none", gamma=1.0, lam=1.0)
   tables, gradient = compare(space, setting)
   share = 0.5 if name == "grpo" else 1
   truth = share * enumeration.central(space, tables, Sampling(TAU), setting.beta)
   np.testing.assert_allclose(-gradient, truth, **TOLERANCE)
   without = share * enumeration.true_gradient(space, tables, Sampling(TAU), 0.0)
-  assert np.abs(truth - without).max() > 5e-3  # the KL would be missed
+  assert np.abs(truth - without).max() > 5e-3  # a missing KL would be noticed
 
 
 @pytest.mark.parametrize("estimator", ["k2", "exact"])
 @pytest.mark.parametrize("name", ["rloo", "remax"])
 def test_kl_in_the_loss_holds_the_visited_states_fixed(name, estimator):
-  """grad E[r] - beta E_s[grad KL(pi(.|s) || ref(.|s))]: less than the KL of whole responses,
-  whose states move too.
+  """grad E[r] - beta E_s[grad KL(pi(.|s) || ref(.|s))]: it lacks the part of the gradient of the KL
+  of whole responses that comes from the change of the visited states.
   """
   setting, sampling = Setting(name, "loss", estimator), Sampling(TAU)
   tables, gradient = compare(ONE_PROMPT, setting)
@@ -335,7 +339,7 @@ def test_kl_in_the_loss_holds_the_visited_states_fixed(name, estimator):
   ids=lambda s: f"{s.algorithm}-{s.placement}-{s.estimator}",
 )
 def test_what_is_documented_as_biased_is(setting):
-  """These follow neither objective, so the tests above could fail."""
+  """These follow neither objective. This shows that the tests above can fail."""
   tables, gradient = compare(ONE_PROMPT, setting)
 
   def follow(truth):
@@ -346,7 +350,7 @@ def test_what_is_documented_as_biased_is(setting):
 
 
 def test_k1_in_the_loss_would_hold_nothing_back():
-  """Why the config refuses it: its expected gradient is zero, whatever the reference."""
+  """The reason why the config refuses it: its expected gradient is zero for any reference."""
   made = batches(ONE_PROMPT)
 
   def penalty(logits):
@@ -390,7 +394,7 @@ def test_the_truncations_differ():
 
 @pytest.mark.parametrize("sampling", TRUNCATED, ids=label)
 def test_truncated_probabilities_and_scores(sampling):
-  """Probabilities of the kept tokens are NumPy's, all others are never drawn, and E[grad log pi]
+  """The probabilities of the kept tokens equal NumPy's, no other token is drawn, and E[grad log pi]
   = 0.
   """
   made = batches(WIDE, sampling, seed=3)
@@ -408,7 +412,7 @@ def test_truncated_probabilities_and_scores(sampling):
 
   grad = jax.grad(score)
   np.testing.assert_allclose(grad(jnp.asarray(tables.policy), p[:, None, None]), 0, atol=1e-12)
-  one = int(p.argmax())  # and not because nothing had a gradient
+  one = int(p.argmax())  # and the gradients are not all zero
   if keep.sum(-1)[0] > 1:
     assert (
       np.abs(grad(jnp.asarray(tables.policy), (np.arange(len(p)) == one)[:, None, None])).max()
@@ -449,8 +453,8 @@ def draw(keys, logits, sampling):
 )
 @pytest.mark.parametrize("kl", [("reward", "k1"), ("reward", "exact")], ids="-".join)
 def test_rloo_follows_the_truncated_objective(kl, sampling):
-  """Reward and KL of the distribution that is sampled from, the reference normalised over the
-  same tokens.
+  """Reward and KL are those of the sampling distribution. The reference is normalised over the same
+  tokens.
   """
   space = Space(4, 2)
   tables, gradient = compare(space, Setting("rloo", *kl), sampling)
@@ -460,8 +464,8 @@ def test_rloo_follows_the_truncated_objective(kl, sampling):
 
 
 def test_a_token_that_the_policy_would_drop_by_now_keeps_a_log_probability():
-  """It was sampled: it counts as one more kept token, for the policy and for the reference, and
-  all stays finite.
+  """Because it was sampled, it counts as one more kept token for the policy and for the reference,
+  and all numbers are finite.
   """
   sampling = Sampling(1.3, top_k=2)
   tables = WIDE.random_tables(4)
@@ -485,8 +489,8 @@ def test_a_token_that_the_policy_would_drop_by_now_keeps_a_log_probability():
 
 
 def test_rounding_at_the_edge_of_top_p_moves_a_ratio_by_a_whole_token():
-  """Programs that round differently may keep or drop the token at the edge: why step 0 is held
-  to the mean there.
+  """Programs that round differently may keep or drop the token at the edge. For this reason the
+  checks at step 0 use the mean there.
   """
   logits = np.log([[0.5, 0.4, 0.1]])
 
@@ -501,7 +505,7 @@ def test_rounding_at_the_edge_of_top_p_moves_a_ratio_by_a_whole_token():
 
   rounding = np.array([[1e-7, 0, -1e-7]])
   one, other = (stats(logits + sign * rounding).logprobs[0, 0] for sign in (1, -1))
-  assert abs(np.exp(other - one) - 1) > 0.05  # of a rounding of 1e-7
+  assert abs(np.exp(other - one) - 1) > 0.05  # caused by a rounding error of 1e-7
 
 
 @pytest.mark.parametrize("kl", [("loss", "k2"), ("loss", "exact")], ids="-".join)

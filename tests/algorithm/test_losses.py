@@ -1,5 +1,5 @@
-"""Losses against NumPy loops, finite differences, and a policy so small that all its sequences
-can be written down.
+"""Losses against NumPy loops, finite differences, and a policy so small that all its sequences can
+be enumerated.
 """
 
 import itertools
@@ -27,8 +27,8 @@ def float64():
 
 
 def batch(seed=0, rows=4, columns=6):
-  """new, old log-probabilities, advantages [B, T] and a ragged mask; ratios lie on both sides of
-  the clip range.
+  """new and old log-probabilities, advantages, each [B, T], and a ragged mask. Ratios lie on both
+  sides of the clip range.
   """
   rng = np.random.default_rng(seed)
   old = -rng.exponential(size=(rows, columns))
@@ -93,7 +93,9 @@ def test_ppo_clip_gradient_matches_finite_differences():
 
 
 def test_ppo_clip_gradient_at_ratio_one_is_minus_the_advantage():
-  """Every first minibatch sits here, and the textbook min(rho A, clip(rho) A) has a tie here."""
+  """Every first minibatch has this ratio, at which the textbook form min(rho A, clip(rho) A) has a
+  tie.
+  """
   _, old, adv, _ = batch()
   adv[0, 0] = 0.0
   mask = np.ones(old.shape, bool)
@@ -158,7 +160,7 @@ def test_kl_terms_give_masked_tokens_no_gradient(kl):
   assert not grad[~mask].any() and grad[mask].all()
 
 
-# ---- a policy whose sequences can all be written down ----
+# ---- a policy whose sequences can all be enumerated ----
 
 VOCAB, LENGTH, TAU = 5, 2, 0.7
 SEQUENCES = np.array(list(itertools.product(range(VOCAB), repeat=LENGTH)))  # all 25
@@ -166,8 +168,8 @@ ALL = np.ones(SEQUENCES.shape, bool)
 
 
 def tables():
-  """Logits of policy and reference: row 0 for the first token, row 1 + a for the second after
-  token a.
+  """Logits of policy and reference. Row 0 is for the first token, row 1 + a for the second token
+  after token a.
   """
   rng = np.random.default_rng(3)
   return rng.normal(size=(1 + VOCAB, VOCAB)), rng.normal(size=(1 + VOCAB, VOCAB))
@@ -186,8 +188,8 @@ def sequence_kl(table, other):
 
 
 def token_kl(table, other, visits):
-  """Sum over prefixes of how often each is visited times the KL of the next token, in direction
-  `table` || `other`.
+  """Sum over prefixes of the probability of the prefix times KL(`table` || `other`) of the next
+  token.
   """
   total = 0.0
   for row in range(1 + VOCAB):
@@ -197,7 +199,7 @@ def token_kl(table, other, visits):
 
 
 def visits(table):
-  """How often each row of the table is used: 1 for the first, p(a) for row 1 + a."""
+  """The probability that each row of the table is used: 1 for row 0, p(a) for row 1 + a."""
   return np.concatenate([[1.0], np.exp(table[0] / TAU) / np.exp(table[0] / TAU).sum()])
 
 
@@ -214,8 +216,8 @@ def stats(table, reference):
 
 
 def expected(per_token, probabilities):
-  """Expectation over sequences of the sum over tokens, as the step would take it: the mean over
-  25 weighted rows.
+  """Expectation over sequences of the sum over tokens, computed as in the step: the mean over 25
+  weighted rows.
   """
   return ops.aggregate(per_token * (len(SEQUENCES) * probabilities)[:, None], ALL, "sequence_sum")
 
@@ -239,7 +241,7 @@ def test_policy_gradient_is_that_of_the_expected_return():
 
 
 def test_rloo_gradient_has_no_bias():
-  """The average over all pairs of sequences that K = 2 samples may be."""
+  """The average over all pairs of sequences that K = 2 samples can form."""
   table, reference = tables()
   returns = np.random.default_rng(4).normal(size=len(SEQUENCES))
   p = np.exp(log_probs(table).sum(1))
@@ -265,7 +267,7 @@ def test_exact_kl_and_its_gradient_match_the_enumeration():
 
   def value(
     table,
-  ):  # probabilities that move with the table: the whole gradient, that of visiting prefixes included
+  ):  # probabilities depend on the table: the whole gradient, with that of visited prefixes
     out = stats(table, reference)
     return expected(out.kl, jnp.exp(out.logprobs.sum(-1)))
 
@@ -292,8 +294,8 @@ def test_entropy_and_its_gradient_match_the_enumeration():
 
 
 def kl_gradients(estimator):
-  """On-policy gradients of an estimator as a loss: taken token by token, and on the
-  log-probability of sequences.
+  """On-policy gradients of an estimator as a loss: per token, and on the log-probability of
+  sequences.
   """
   table, reference = tables()
   p, ref = np.exp(log_probs(table).sum(1)), log_probs(reference)
@@ -315,7 +317,7 @@ def test_gradient_of_k2_is_that_of_kl_to_the_reference():
   by_token, by_sequence = kl_gradients(losses.kl_k2)
   at = visits(
     table
-  )  # how often a prefix is visited is data to a per-token loss, for k2 and the exact KL alike
+  )  # a per-token loss has no gradient of the visits to prefixes, for k2 and for the exact KL
   numeric = oracles.central_difference(lambda t: token_kl(t, reference, at), table)
   np.testing.assert_allclose(by_token, numeric, atol=1e-9)
   p = np.exp(log_probs(table).sum(1))
@@ -387,7 +389,7 @@ def test_grebt_matches_loop_and_finite_differences():
     lambda r: oracles.grebt_loop(r, annotations, 0.3, EPS)[0], rewards
   )
   np.testing.assert_allclose(grad, numeric, atol=1e-8)
-  assert not to_annotations.any()  # they choose the pair and are data otherwise
+  assert not to_annotations.any()  # they choose the pair and have no gradient
   assert 0 < right < 1
 
 
@@ -424,7 +426,7 @@ def test_only_trusted_pairs_are_learnt_from():
 
 @pytest.mark.parametrize("alpha, index", [(0.0, 1), (1.0, 2)])
 def test_grebt_ends(alpha, index):
-  """alpha 0 is Bradley-Terry alone, alpha 1 the entropy alone."""
+  """alpha = 0 is only Bradley-Terry, and alpha = 1 is only the entropy."""
   rewards, annotations = groups()
   loss, _ = jax.jit(lambda *args: losses.grebt(*args, alpha=alpha, eps=EPS))(rewards, annotations)
   np.testing.assert_allclose(
@@ -452,9 +454,10 @@ def test_the_annotations_choose_the_pair_even_against_the_rewards():
   "group_size, dtype", [(2, np.float32), (5, np.float32), (9, np.float32), (8, np.float64)]
 )
 def test_gre_of_equal_rewards_has_gradient_zero(group_size, dtype):
-  """With std alone it is NaN, and enters every parameter of the head. With eps alone it may be
-  rounding noise, which Adam turns into full-sized steps: in float32 a mean of 5 or 9 equal numbers
-  is not always that number."""
+  """If only std were used, the gradient would be NaN in every parameter of the head. If only eps
+  were used, it could be rounding noise, from which Adam makes steps of full size: in float32 the
+  mean of 5 or 9 equal numbers is not always that number.
+  """
   rewards = np.repeat(np.random.default_rng(0).normal(size=(256, 1)) * 1e4, group_size, 1).astype(
     dtype
   )
@@ -491,7 +494,7 @@ def test_gradient_near_a_tie_is_bounded_by_one_over_root_eps():
   rewards, _ = groups()
   largest = 0.0
   for scale in 10.0 ** np.arange(-300, 3, 0.5):
-    grad = gre_and_grad(1.0 + rewards * scale)[1] * len(rewards)  # of each group's own entropy
+    grad = gre_and_grad(1.0 + rewards * scale)[1] * len(rewards)  # only of the group's own entropy
     assert np.isfinite(grad).all(), scale
     largest = max(largest, np.abs(grad).max())
   assert 0.05 / ROOT_EPS < largest < 1 / ROOT_EPS

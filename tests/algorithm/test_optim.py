@@ -1,4 +1,4 @@
-"""What bfloat16 stores: rounding against float64 sums, moments against optax in float32."""
+"""Storage in bfloat16: rounding against float64 sums, moments against optax in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,7 @@ def test_rounding_takes_a_neighbour_and_is_right_on_average():
     np.isclose(found, low, rtol=0, atol=0) | np.isclose(found, low + step, rtol=1e-12, atol=0)
   ).all()
   assert (found.min(0) < found.max(0)).all()
-  share = (exact - low) / step  # of the times that it must go away from zero
+  share = (exact - low) / step  # the share of times that it must be rounded away from zero
   error = np.abs((found != low).mean(0) - share)
   assert (error < 5 * np.sqrt(share * (1 - share) / 4096) + 2**-16).all(), error.max()
 
@@ -78,7 +78,9 @@ def test_rounding_is_the_same_on_every_mesh():
 
 
 def test_small_updates_of_bfloat16_parameters_are_not_lost():
-  """1,000 steps of 1e-6 each on weights near 0.02, whose neighbours are 6e-5 or 1.2e-4 away."""
+  """1,000 steps of 1e-6 each on weights near 0.02, where neighbouring numbers differ by 6e-5 or
+  1.2e-4.
+  """
   start = jnp.asarray(np.random.default_rng(0).uniform(0.016, 0.03, 4096), jnp.bfloat16)
   tx = make_optimizer(section(optimizer="sgd", lr=1e-6, max_grad_norm=0.0), 1000)
 
@@ -99,7 +101,7 @@ def test_small_updates_of_bfloat16_parameters_are_not_lost():
     1000 * 1e-6 * 1.3e-4 / 4096
   )  # of the mean: each step is a coin of weight 1e-6 / spacing
   assert abs(moved.mean() + 1e-3) < 5 * spread
-  np.testing.assert_array_equal(nearest, start)  # what rounding to the nearest does
+  np.testing.assert_array_equal(nearest, start)  # the result of rounding to the nearest
 
 
 def adam(moment_dtype, params, steps, noise=0.3):
@@ -119,8 +121,8 @@ def adam(moment_dtype, params, steps, noise=0.3):
 
 
 def test_bfloat16_moments_follow_float32_ones():
-  """With b2 = 0.999 a step changes the second moment by a thousandth, a quarter of what bfloat16
-  can tell apart.
+  """With b2 = 0.999 a step changes the second moment by a thousandth, which is a quarter of the
+  resolution of bfloat16.
   """
   params = jnp.zeros(2048)
   (exact, state), (low, low_state) = adam("float32", params, 1500), adam("bfloat16", params, 1500)
@@ -141,8 +143,8 @@ def test_bfloat16_moments_follow_float32_ones():
 
 
 def test_float32_moments_are_those_of_optax():
-  """Bit for bit, in float32; and of bfloat16 parameters the moments and the updates are
-  float32's.
+  """In float32 they are equal bit for bit. The moments and updates of bfloat16 parameters equal
+  those in float32.
   """
   rng = np.random.default_rng(0)
   params, grads = (

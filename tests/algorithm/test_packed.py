@@ -1,4 +1,6 @@
-"""Learning on the tokens that exist: the numbers of padded rows, and a share that they fit."""
+"""Learning without padding: it gives the same numbers as padded rows, and the share is large
+enough.
+"""
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from r2m_jax.types import Rollout
 
 SHARE = 0.8
 MINIBATCHES = dict(rollout__group_size=4, ppo__minibatches=2, ppo__accumulation=2)
-# every estimator, place of the KL and kind of feedback is there once
+# every estimator, place of the KL and kind of feedback occurs once
 CASES = {
   "rloo-r2m": dict(MINIBATCHES),
   "ppo-r2m": dict(algorithm="ppo", **MINIBATCHES),
@@ -24,7 +26,7 @@ CASES = {
 
 
 def shortened(rollout: Rollout, seed: int = 0) -> Rollout:
-  """The same responses, most of them cut: their lengths are half of the limit on average."""
+  """The same responses, most of them shortened: their mean length is half of the limit."""
 
   def cut(rows):
     T = rows.response_mask.shape[1]
@@ -45,7 +47,7 @@ def start(cfg, mesh=(1, 1, 1)):
 
 
 def numbers(cfg, packing, built, state, rollout):
-  """What one step of learning changes and reports, {name: array}."""
+  """The changes and metrics of one step of learning, {name: array}."""
   cfg = cfg.copy_and_resolve_references()
   cfg.packing = packing
   state, out = jax.jit(make_learn(built.defs, cfg, built.mesh))(state, rollout)
@@ -74,7 +76,7 @@ def test_packed_learning_gives_the_numbers_of_padded_rows(case, mesh):
 
 
 def needed_by_hand(cfg, rollout: Rollout) -> float:
-  """The share that the passes need, counted row by row: one device, one minibatch."""
+  """The share that the passes need, counted row by row for one device and one minibatch."""
   rows = jax.device_get(rollout.samples)
   K, T = cfg.rollout.group_size, rows.response_mask.shape[1]
   prompt = rows.tokens.shape[1] - T

@@ -1,4 +1,4 @@
-"""The weight omega against a loop, and learning rates at their corners."""
+"""The weight omega against a loop, and learning rates at the boundaries of their schedules."""
 
 import jax
 import jax.numpy as jnp

@@ -1,9 +1,9 @@
 """Losses and advantages against TRL's, on fixed tensors in float64.
 
-Its formulas are written here in torch, one function each; the docstring names TRL's version and the
-code it mirrors: GRPO and RLOO of 1.16.0, PPO of 1.12.0 (the last release that has one). The last
-tests call TRL's own loss code, where trl 1.16.0 is installed. Where ours differs by design, the
-settings are matched and a line says how.
+Each of TRL's formulas is written here in torch, in one function. Its docstring names the version of
+TRL and the code that it repeats: GRPO and RLOO of 1.16.0, PPO of 1.12.0 (the last release with
+PPO). The last tests call TRL's own loss code, if trl 1.16.0 is installed. If our formula differs by
+design, the settings are matched and a line explains how.
 """
 
 import collections
@@ -35,8 +35,8 @@ def float64():
 
 
 def tensors(seed=0, columns=T, moved=0.4):
-  """Old, new and reference log-probabilities, scores, values, old values, advantages; rows of
-  several lengths.
+  """Old, new and reference log-probabilities, scores, values, old values and advantages, for rows
+  of several lengths.
   """
   rng = np.random.default_rng(seed)
   old = -rng.exponential(size=(B, columns))
@@ -110,8 +110,8 @@ t = torch.tensor
 
 
 def trl_rloo_advantages(scores, old, ref, mask, *, beta, clip_range=None):
-  """1.16.0, RLOOTrainer._generate_and_score_completions: clip, take the k1 sum off, then the
-  mean of the others.
+  """1.16.0, RLOOTrainer._generate_and_score_completions: clip, subtract the sum of k1, then
+  subtract the mean of the others.
   """
   scores = scores if clip_range is None else scores.clamp(*clip_range)
   rewards = (scores - beta * ((old - ref) * mask).sum(1)).view(-1, K)
@@ -119,7 +119,7 @@ def trl_rloo_advantages(scores, old, ref, mask, *, beta, clip_range=None):
 
 
 def trl_rloo_loss(new, old, advantages, mask, *, low, high):
-  """1.16.0, RLOOTrainer._compute_loss: one ratio a response, of the product of its
+  """1.16.0, RLOOTrainer._compute_loss: one ratio per response, from the product of its
   probabilities.
   """
   ratio = ((new * mask).sum(1) - (old * mask).sum(1)).exp()
@@ -127,8 +127,8 @@ def trl_rloo_loss(new, old, advantages, mask, *, low, high):
 
 
 def trl_grpo_advantages(scores, *, scale, eps=1e-4):
-  """1.16.0, GRPOTrainer._generate_and_score_completions: deviations with 1 / (n - 1), and eps
-  added to them.
+  """1.16.0, GRPOTrainer._generate_and_score_completions: standard deviations with 1 / (n - 1), and
+  eps added to them.
   """
   groups = scores.view(-1, K)
   centred = groups - groups.mean(1, keepdim=True)
@@ -218,8 +218,9 @@ def test_rloo_advantages(beta, clip):
 
 
 def test_rloo_gradient_before_the_first_update():
-  """Ours has a ratio and a clip for each token, TRL's one for the response: where the policy is
-  that of the samples, the gradients are the same, and the values differ by the length."""
+  """Ours has a ratio and a clip for each token, TRL's has one for the response. While the policy is
+  that of the samples, the gradients are equal, and the values differ by a factor of the length.
+  """
   x = tensors(moved=0.0)
   _, gradient = ours(x, config_of(ppo__aggregation="sequence_sum"))
 
@@ -231,8 +232,8 @@ def test_rloo_gradient_before_the_first_update():
 
 @pytest.mark.parametrize("how", ["sequence_sum", "sequence_mean", "token_mean", "constant"])
 def test_rloo_loss_of_single_tokens(how):
-  """Responses of one token, where token and response are the same: ratios on both sides of an
-  asymmetric clip.
+  """Responses of one token, for which token and response are the same. Ratios lie on both sides of
+  an asymmetric clip.
   """
   x = tensors(columns=1)
   found = ours(x, config_of(ppo__aggregation=how, ppo__clip_eps=0.2, ppo__clip_eps_high=0.3))
@@ -255,8 +256,8 @@ def test_grpo_advantages_without_a_scale():
 
 
 def test_grpo_advantages_by_group():
-  """Ours: variance with 1 / K and eps under the root; TRL: 1 / (K - 1) and eps after it. Matched
-  with both eps at 0.
+  """Ours: variance with 1 / K, and eps under the root. TRL: 1 / (K - 1), and eps outside the root.
+  They are matched by setting both eps to 0.
   """
   x = tensors()
   found = advantages.grpo(jnp.asarray(x.scores), K, eps=1e-300) * np.sqrt((K - 1) / K)
@@ -266,8 +267,9 @@ def test_grpo_advantages_by_group():
 
 
 def test_grpo_advantages_by_batch():
-  """Ours: deviation of the scores from their group's mean, 1 / B; TRL: from the batch's mean, 1 /
-  (B - 1). Matched where all groups have one mean."""
+  """Ours: standard deviation of the scores from their group's mean, with 1 / B. TRL: from the
+  batch's mean, with 1 / (B - 1). They are matched if all groups have the same mean.
+  """
   x = tensors()
   scores = x.scores.reshape(P, K)
   scores = (scores - scores.mean(1, keepdims=True) + 0.7).reshape(-1)
@@ -313,8 +315,9 @@ def grpo_config(loss_type, case):
 @pytest.mark.parametrize("case", GRPO_CASES)
 @pytest.mark.parametrize("loss_type", AGGREGATIONS)
 def test_grpo_loss(loss_type, case):
-  """TRL's delta bounds the ratio of every advantage, ours (dual clip) that of negative ones: the
-  same, since delta lies above the upper clip."""
+  """TRL's delta bounds the ratio for every advantage, ours (dual clip) only for negative ones. They
+  are equal because delta lies above the upper clip.
+  """
   x, case = tensors(moved=0.5), GRPO_CASES[case]
 
   def loss(new):
@@ -346,8 +349,9 @@ def test_ppo_policy_loss(clip):
 
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.7), (1.0, 1.0)])
 def test_gae(gamma, lam):
-  """TRL books the score one column after the last token where there is one, and trains a value
-  there; ours books it on the last token. The recursion is compared on rewards booked our way."""
+  """TRL adds the score to the column after the last token, if there is one, and trains a value
+  there. Ours adds it to the last token. The recursion is compared on rewards placed as in ours.
+  """
   x = tensors()
   rewards = tensors(seed=1).values * x.mask
   values = x.values * x.mask
@@ -362,7 +366,7 @@ def test_gae(gamma, lam):
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 @pytest.mark.parametrize("whiten", [False, True])
 def test_ppo_advantages_from_scores_and_kl(whiten, estimator):
-  """Full rows, where TRL too books the score on the last token. Its whitening divides by n - 1,
+  """Full rows, for which TRL also adds the score to the last token. Its whitening divides by n - 1,
   ours by n.
   """
   x = tensors()
@@ -411,7 +415,7 @@ def test_ppo_value_loss(clip):
 
 
 def test_missing_eos_penalty():
-  """1.12.0, experimental.ppo: the penalty is taken off; the score is not replaced by it."""
+  """1.12.0, experimental.ppo: the penalty is subtracted from the score and does not replace it."""
   x = tensors()
   config = config_of(shaping__missing_eos="subtract", shaping__missing_eos_penalty=1.3)
   found = shape_scores(jnp.asarray(x.scores), x.mask.sum(1), jnp.asarray(x.has_eos), config.shaping)
@@ -424,7 +428,7 @@ def test_missing_eos_penalty():
 
 
 class Anything:
-  """Stands in for a trainer's accelerator and metrics, which the loss only reports to."""
+  """Replaces a trainer's accelerator and metrics, to which the loss only reports."""
 
   num_processes = 1
   gather = gather_for_metrics = staticmethod(lambda x: x)
@@ -434,7 +438,7 @@ class Anything:
 
 
 def stand_in(new, **fields):
-  """As much of a trainer as `_compute_loss` reads: it takes its log-probabilities from `new`."""
+  """The parts of a trainer that `_compute_loss` reads. Log-probabilities come from `new`."""
 
   def read(*args, **kwargs):
     return (new, torch.zeros_like(new), None)

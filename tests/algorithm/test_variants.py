@@ -1,5 +1,5 @@
-"""Every variant and every estimator in the whole step: on one device, on eight, and what each
-one reads and moves.
+"""Every variant and every estimator in the whole step, on one device and on eight: what each one
+reads and changes.
 """
 
 import functools
@@ -92,7 +92,7 @@ def same(a, b):
   return all(map(np.array_equal, flat(a), flat(b)))
 
 
-# one of each estimator, and what is summed in an order of its own
+# one case of each estimator, and cases that sum in a different order
 ON_EIGHT_IN_FLOAT32 = {
   "rloo-noise",
   "grpo-r2m",
@@ -104,7 +104,7 @@ ON_EIGHT_IN_FLOAT32 = {
 }
 
 
-# each differs from one that stays by what an array holds; a minute in all
+# each differs from a remaining case only in the values of an array; a minute in total
 LONG = {
   "rloo-constant",
   "rloo-shuffled",
@@ -123,8 +123,8 @@ def marks(name):
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=marks(name)) for name in CASES])
 def test_three_steps_on_one_device_and_on_eight(name):
-  """Equal in float64. In float32 one device and, for one case of each estimator, eight follow
-  float64.
+  """They are equal in float64. In float32 one device stays near float64 and, for one case of each
+  estimator, so do eight.
   """
   cfg, wide = (small.config(**CASES[name], **dtype) for dtype in (small.FLOAT32, small.FLOAT64))
   with jax.enable_x64(True):
@@ -154,7 +154,7 @@ def test_three_steps_on_one_device_and_on_eight(name):
 
 
 def parameters(state):
-  """{name: array} of what a step trains."""
+  """{name: array} of all parameters that a step trains."""
   leaves, _ = jax.tree_util.tree_flatten_with_path([state.policy, state.reward_head, state.critic])
   return {sharding.path_name(path): np.asarray(x) for path, x in leaves}
 
@@ -164,7 +164,7 @@ SHAREABLE = {name: arm for name in VARIANTS if (arm := arm_of(name)) is not None
 
 @functools.cache
 def shared_step():
-  """(config, step) of the one program of all `SHAREABLE` variants."""
+  """(config, step) of the single program for all `SHAREABLE` variants."""
   cfg = small.config(variant="r2m", **small.FLOAT64)
   built, state = small.start(cfg)
   layout = sharding.shardings(state, built.mesh)
@@ -172,7 +172,7 @@ def shared_step():
 
 
 def group_stds(scores, K):
-  """The standard deviation (1/K) of each group of f64[B], one number after another."""
+  """The standard deviation (1/K) of each group of f64[B], by a loop."""
   found = []
   for i in range(0, len(scores), K):
     group = [float(x) for x in scores[i : i + K]]
@@ -183,7 +183,7 @@ def group_stds(scores, K):
 
 @pytest.mark.parametrize("greedy", [0, 3])
 def test_a_direction_at_the_scale_of_the_other(greedy):
-  """Against a loop in float64; greedy rows follow the samples and do not count in the scale."""
+  """Against a loop in float64. Greedy rows come after the samples and do not enter the scale."""
   rng, K, rows = np.random.default_rng(0), 4, 12
   head, frozen = rng.normal(size=(2, rows + greedy)) * [[3.0], [0.5]] + 1
   s = sum(group_stds(head[:rows], K)) / sum(group_stds(frozen[:rows], K))
@@ -196,12 +196,12 @@ def test_a_direction_at_the_scale_of_the_other(greedy):
   np.testing.assert_array_equal(found[""], head)
   np.testing.assert_allclose(found["frozen"], frozen * s, rtol=1e-12)
   np.testing.assert_allclose(found["head"], head / s, rtol=1e-12)
-  np.testing.assert_array_equal(tied, head)  # a frozen reward that ties has no scale
+  np.testing.assert_array_equal(tied, head)  # a frozen reward with ties has no scale
 
 
 def test_scale_without_direction_and_direction_without_scale():
-  """Both start as r2m does. In the second step, from the same policy and the same head, the reward
-  of one is the frozen one and of the other r2m's, each at the other's scale.
+  """Both start like r2m. In the second step, from the same policy and the same head, one uses the
+  frozen reward and the other r2m's reward, each at the scale of the other.
   """
   settings = dict(r2m__attention_scale=8.0, r2m__lr=0.01, **small.FLOAT64)
   with jax.enable_x64(True):
@@ -257,16 +257,14 @@ def test_an_arm_in_the_shared_program_is_the_variant_in_its_own(name):
       if measured(metric.split()[1], name)
     }
     small.equal_in_float64(metrics, small.metrics_of(own))
-    assert step._cache_size() == 1  # whatever the arm
+    assert step._cache_size() == 1  # in every arm
     small.equal_in_float64(*map(parameters, (state, wanted)))
     trained = not same(state.reward_head, small.start(cfg)[1].reward_head)
     assert trained == VARIANTS[name].trained
 
 
 def test_every_variant_is_among_the_cases():
-  """What is fitted before RL is the same program, and runs on one device and on eight in
-  test_gold.py.
-  """
+  """Fits before RL use the same program. test_gold.py runs them on one device and on eight."""
   covered = {case["variant"] for case in CASES.values()}
   assert {name for name in VARIANTS if not VARIANTS[name].start} <= covered
   assert {case.get("algorithm", "rloo") for case in CASES.values()} == set(ALGORITHMS) | {"rloo"}
@@ -276,11 +274,11 @@ def test_every_variant_is_among_the_cases():
 @pytest.mark.parametrize("algorithm", ["rloo", *ALGORITHMS])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_estimator_with_every_variant(algorithm, variant):
-  """The whole table of docs/variants.md. What is fitted before RL is in test_gold.py."""
+  """The whole table of docs/variants.md. Fits before RL are tested in test_gold.py."""
   outputs, _ = small.run(small.config(variant=variant, **ALGORITHMS.get(algorithm, {})), STEPS)
   assert all(np.isfinite(value) for out in outputs for value in out.metrics.values())
   assert outputs[0].metrics["policy/old_ref_deviation"] == 0
-  assert 0 < outputs[-1].metrics["policy/old_ref_deviation"] < 3  # the policy moved, and not far
+  assert 0 < outputs[-1].metrics["policy/old_ref_deviation"] < 3  # the policy moved, but not far
 
 
 def states(rows=6, length=5, size=4, seed=0):
@@ -300,7 +298,7 @@ def test_feedback_controls_read_what_they_say():
   assert read("policy") is policy and read("reference") is ref and read("own_states") is own
   noise = read("noise")
   real = np.asarray(policy.mask)
-  for moment in (np.mean, np.std):  # of each feature, over real tokens alone
+  for moment in (np.mean, np.std):  # of each feature, over real tokens only
     found, want = (moment(np.asarray(x.hidden)[real], 0) for x in (noise, policy))
     np.testing.assert_allclose(found, want, atol=0.2)
   assert (
@@ -314,11 +312,11 @@ def test_feedback_controls_read_what_they_say():
   np.testing.assert_array_equal(shuffled.hidden[2:], policy.hidden[:-2])
   np.testing.assert_array_equal(
     shuffled.mask[2:], policy.mask[:-2]
-  )  # the mask goes with its states
+  )  # each mask stays with its states
 
 
 def test_no_trajectory_keeps_its_own_states_when_shuffled():
-  """Half the batch is a shift to another prompt, for any number of prompts from two on."""
+  """A shift by half the batch leads to another prompt, for any number of prompts from two up."""
   for prompts, K in ((2, 2), (2, 4), (3, 4), (5, 2), (5, 3)):
     prompt_of = np.concatenate(
       [np.repeat(np.arange(prompts), K), np.arange(prompts)]
@@ -355,7 +353,7 @@ def test_gold_labels_order_pairs_by_gold():
 
 
 def test_labels_train_the_head_and_reversed_labels_train_it_the_other_way():
-  """One SGD step on BT of labelled pairs alone raises the winners over the losers; swapped
+  """One SGD step on the BT loss of labelled pairs raises the winners over the losers. Swapped
   labels do the opposite.
   """
   sgd = dict(
@@ -489,7 +487,9 @@ def test_kl_controllers():
 
 
 def test_held_follows_a_loop_over_any_kl():
-  """NumPy's numbers for 60 steps of random KLs, of which many meet a bound of the step or of beta."""
+  """Equal to NumPy for 60 steps of random KLs, many of which reach a bound of the step or of
+  beta.
+  """
   for start, kls, damping in ((2.0, 40.0, 0.0), (0.002, 0.1, 2.0), (0.3, 4.0, 0.5)):
     path = np.random.default_rng(0).gamma(2.0, kls / 2, 60)
     beta, want = jnp.float32(start), start
@@ -505,7 +505,9 @@ def test_held_follows_a_loop_over_any_kl():
 
 @pytest.mark.parametrize("start", [0.001, 0.08, 3.0])
 def test_a_held_kl_comes_to_its_target_from_above_and_from_below(start):
-  """A policy whose KL follows 0.2 / beta, some steps late, as that of a trained one does."""
+  """The KL of this policy follows 0.2 / beta with a delay of some steps, like that of a trained
+  policy.
+  """
   beta, kl = jnp.float32(start), 0.0
   for _ in range(150):
     kl += 0.3 * (0.2 / float(beta) - kl)
@@ -514,7 +516,9 @@ def test_a_held_kl_comes_to_its_target_from_above_and_from_below(start):
 
 
 def test_the_kl_of_a_small_task_is_held_and_a_restored_run_goes_the_same_way(tmp_path):
-  """GRPO on random models. A checkpoint of the middle leads to the same bits, beta included."""
+  """GRPO on random models. A run from a checkpoint in the middle ends with the same bits, including
+  beta.
+  """
   target, steps = 1.0, 120
   cfg = small.config(algorithm="grpo", kl__controller="held", kl__target=target, kl__beta=0.3)
   cfg.policy.lr, cfg.steps = 3e-3, steps
@@ -560,7 +564,7 @@ def test_weighted_bradley_terry():
   ],
 )
 def test_states_that_nothing_reads_are_not_kept(variant, policy, reference):
-  """They would be the largest arrays of a step: plain RLOO must not pay for them."""
+  """They would be the largest arrays of a step, and plain RLOO does not need them."""
   cfg = small.config(variant=variant, kl__estimator="k2")
   built, state = small.start(cfg)
   rows, T = 4, cfg.rollout.max_new_tokens
@@ -580,7 +584,7 @@ def test_states_that_nothing_reads_are_not_kept(variant, policy, reference):
 
 
 def test_a_kind_of_feedback_made_of_other_states_than_it_says_is_refused(monkeypatch):
-  """Those that it says are the only ones kept. Refused as the step is traced, by name."""
+  """Only the declared states are kept. The kind is refused by name when the step is traced."""
   monkeypatch.setitem(FEEDBACK, "noise", "reference")
   cfg = small.config(variant="noise")
   built, state = small.start(cfg)

@@ -1,4 +1,4 @@
-"""task=analyse: its estimators against closed forms, loops and other people's models, and the
+"""task=analyse: its estimators against closed forms, loops and models of other libraries, and the
 command on small runs.
 """
 
@@ -30,7 +30,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def planted(prompts=40, samples=6, width=12, noise=0.5, seed=0):
-  """(features, target, prompt): the target is linear in the features but for noise of that
+  """(features, target, prompt): the target is linear in the features, plus noise with that standard
   deviation.
   """
   rng = np.random.default_rng(seed)
@@ -77,8 +77,8 @@ def test_probe_finds_what_is_planted_and_nothing_where_labels_are_shuffled():
 
 
 def test_no_prediction_saw_its_prompt():
-  """A feature that names the prompt predicts a target that is one value a prompt, if and only if
-  a fold leaks it.
+  """The feature identifies the prompt, and the target has one value per prompt. It is predicted if
+  and only if a fold leaks the prompt.
   """
   prompt = np.repeat(np.arange(40), 6)
   y = np.random.default_rng(0).normal(size=40)[prompt]
@@ -162,9 +162,7 @@ def test_correlation_is_numpys_and_within_prompts_removes_what_a_prompt_shares()
 
 
 def test_states_by_layer_are_those_of_transformers(tmp_path):
-  """Mean over the tokens of the response, by a NumPy loop over the hidden states that torch
-  gives.
-  """
+  """Mean over the tokens of the response, by a NumPy loop over the hidden states from torch."""
   model, _ = tiny_text.model("llama3.1", "chatml", tmp_path)
   config = default.get_config()
   config.score.batch_size = 4
@@ -374,7 +372,7 @@ def test_the_command_leaves_every_piece_and_changes_nothing(smallest_run):
     (row["check"], row["measure"]): float(row["value"]) for row in table(workdir, "checks")
   }
   assert {arm for _, arm in checked} == {"r2m, before", "r2m, after"}
-  # the head has not moved before RL, and has after it
+  # the head has changed after RL, but not before
   assert checked["deviation, used / frozen", "r2m, before"] < 1
   assert (
     checked["change of phi, %", "r2m, after"] > 0 and checked["change of wo, %", "r2m, after"] > 0

@@ -1,5 +1,6 @@
-"""The manipulation checks: their numbers against loops, and what is read of attention against
-transformers."""
+"""The manipulation checks: their numbers against loops, and the attention measures against
+transformers.
+"""
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def test_the_shares_of_attention_and_rest_are_covariances_and_add_up():
   rest = checks.attention_share(found._replace(own=found.used - found.own), PROMPT)
   assert share.value + rest.value == pytest.approx(1)
   assert share.low < share.value < share.high
-  # what all responses to a prompt share is no part of it
+  # the part that all responses to a prompt share is excluded
   shifted = found._replace(used=found.used + 9.0 * PROMPT)
   assert checks.attention_share(shifted, PROMPT).value == pytest.approx(share.value)
 
@@ -77,7 +78,7 @@ def rows_of(weights, template=None):
 
 def test_attention_on_one_token_and_on_all_alike():
   one = np.zeros((3, 6))
-  one[[0, 1, 2], [0, 1, 2]] = 1  # the first token of each
+  one[[0, 1, 2], [0, 1, 2]] = 1  # the first token of each response
   template = np.zeros((3, 6), bool)
   template[0, 0] = template[1, 1] = True
   found, mask = rows_of(one, template)

@@ -1,4 +1,4 @@
-"""benchmarks.premise on a tiny model: its states against the project's own, and what it writes."""
+"""benchmarks.premise on a tiny model: its states against the library's, and its files."""
 
 import csv
 import json

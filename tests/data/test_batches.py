@@ -1,5 +1,5 @@
-"""The order of the data: epochs, mixtures, processes, length groups, packing, and going on after
-a kill.
+"""The order of the data: epochs, mixtures, processes, length groups, packing, and resuming after a
+kill.
 """
 
 import collections
@@ -46,7 +46,7 @@ def test_a_mixture_has_its_weights(weights, share):
   for rows in (
     range(40),
     range(40, 50),
-  ):  # within a source no row is more than one epoch ahead of another
+  ):  # within a source, epochs of rows differ by at most one
     assert max(counts[i] for i in rows) - min(counts[i] for i in rows) <= 1
 
 

@@ -1,5 +1,5 @@
-"""Reading rows: the field's forms, thirty and more kinds of malformed input, and where rows come
-from.
+"""Reading rows: the common formats, more than thirty kinds of malformed input, and the sources of
+rows.
 """
 
 import gzip
@@ -38,7 +38,7 @@ def data(name, **overrides):
 
 
 def lines(path, rows):
-  """Rows as JSON lines; a row of bytes is written as it is."""
+  """Rows as JSON lines; a row of bytes is written unchanged."""
   packed = [row if isinstance(row, bytes) else json.dumps(row).encode() + b"\n" for row in rows]
   (gzip.open if path.suffix == ".gz" else open)(path, "wb").write(b"".join(packed))
   return path
@@ -50,7 +50,7 @@ def only(row, need, tmp_path):
   return found
 
 
-# ---- the forms ----
+# ---- formats ----
 
 PAIR = {"prompt": TALK, "chosen": "yes", "rejected": "no"}
 FORMS = {
@@ -219,11 +219,11 @@ def test_too_many_bad_rows_stop_the_run(tmp_path):
   assert "more than config.data.max_bad_share = 0.01" in message and "\n" not in message
   assert message.endswith("--config.data.max_bad_share=0.03")
   assert len(load(data(path, max_bad_share=0.03), "pair")) == 97
-  lines(path, [GOOD] * 99 + [b"{\n"])  # exactly the share
+  lines(path, [GOOD] * 99 + [b"{\n"])  # exactly the allowed share
   assert len(load(data(path), "pair")) == 99
   other = lines(
     tmp_path / "many.jsonl", [GOOD] * 10_000
-  )  # a small broken source does not hide in a large one
+  )  # a small broken source is not hidden by a large one
   lines(path, [GOOD] * 10 + [b"{\n"])
   with pytest.raises(DataError, match="11 rows read, 1 bad"):
     load(data(f"{other},{path}"), "pair")
@@ -254,18 +254,18 @@ REFUSED = {
     lambda d: damaged(d / "a.json", b'[\n{"prompt": "a"}\n]'),
     "one JSON array over many lines",
   ),
-  "not gzip": (lambda d: damaged(d / "a.jsonl.gz", b'{"prompt": "a"}'), "not a whole gzip file"),
+  "not gzip": (lambda d: damaged(d / "a.jsonl.gz", b'{"prompt": "a"}'), "not a complete gzip file"),
   "half a gzip header": (
     lambda d: damaged(d / "a.jsonl.gz", gzip.compress(b"{}")[:9]),
-    "not a whole gzip file",
+    "not a complete gzip file",
   ),
   "not parquet": (
     lambda d: damaged(d / "a.parquet", b"PAR1"),
-    "damaged or cut off, or not parquet",
+    "damaged, truncated or not parquet",
   ),
   "half a parquet file": (
     lambda d: damaged(d / "b.parquet", parquet(d / "a.parquet", [GOOD]).read_bytes()[:-40]),
-    "damaged or cut off",
+    "damaged, truncated",
   ),
   "parquet of other columns": (lambda d: parquet(d / "a.parquet", [{"x": 1}]), "1 missing field"),
   "UTF-16": (lambda d: damaged(d / "a.jsonl", json.dumps(GOOD).encode("utf-16")), "invalid UTF-8"),
@@ -318,7 +318,7 @@ def test_parquet_text_that_is_not_utf8_is_counted(tmp_path, capsys):
   assert f"1 invalid UTF-8, first {tmp_path / 'a.parquet'}:121" in capsys.readouterr().out
 
 
-# ---- where rows come from ----
+# ---- sources of rows ----
 
 
 def test_paths_folders_and_globs(tmp_path):

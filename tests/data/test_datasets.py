@@ -1,5 +1,5 @@
-"""From rows to the arrays a model trains on. Oracle: transformers' tokenizer and chat template,
-a row at a time.
+"""From rows to the arrays a model trains on. Oracle: transformers' tokenizer and chat template, one
+row at a time.
 """
 
 import collections
@@ -21,7 +21,7 @@ WORDS = "the cat sat on a mat and dog ran after it".split()
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-  """(tokenizer of transformers, a policy and a reward model that are no more than it)."""
+  """(tokenizer of transformers, a policy and a reward model that consist of this tokenizer)."""
   folder = tmp_path_factory.mktemp("tokenizer")
   hf, tokenizer = tiny_text.tokenizer("chatml", folder), load_tokenizer(folder)
   return hf, types.SimpleNamespace(tokenizer=tokenizer, folder=folder, renderer=Renderer(tokenizer))
@@ -54,7 +54,7 @@ def demonstrations(path, count=40):
 
 
 def ends_of(hf, row):
-  """(prompt ids, response ids with the end of turn) by transformers."""
+  """(prompt ids, response ids with the end of turn), from transformers."""
   prompt = hf.apply_chat_template(row["prompt"], add_generation_prompt=True)["input_ids"]
   return prompt, hf(row["response"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
 
@@ -108,8 +108,8 @@ def test_packed_lines_hold_whole_dialogues_end_to_end(model, tmp_path):
 
   whole = sum(len(hf(talk(i), add_special_tokens=False)["input_ids"]) for i in range(8))
   whole += len(hf("plain text")["input_ids"]) + 1
-  assert count == whole // 32  # the dialogue that comes twice is there once
-  assert sum(talk(i) in text for i in range(8)) >= 7  # only the last of the stream may be cut
+  assert count == whole // 32  # a repeated dialogue is kept once
+  assert sum(talk(i) in text for i in range(8)) >= 7  # only the last row of the stream may be cut
 
 
 def test_pairs_are_the_renderers(model, tmp_path):

@@ -1,4 +1,4 @@
-"""Files and folders of rows with something changed: our rows are a plain reader's, or it is refused.
+"""Damaged files and folders of rows: our rows equal those of a plain reader, or they are refused.
 
 Seeds are fixed. 60 mutations run with the other tests, 300 with `-m long`.
 """
@@ -18,7 +18,7 @@ VALUES = [None, 3, True, "", " ", [], {}, "caf\u00e9", "\U0001f600", "a\u2028b",
 
 
 def plain(files) -> list[tuple[str, str]]:
-  """(prompt, response) of every line of every file that is an object with both as text."""
+  """(prompt, response) of every line of every file that is an object in which both are text."""
   found = []
   for file in files:
     raw = file.read_bytes()
@@ -35,7 +35,7 @@ def plain(files) -> list[tuple[str, str]]:
 
 
 def damaged_lines(rng) -> bytes:
-  """Lines of ROWS with one of them changed, by value or by bytes."""
+  """Lines of ROWS, one of which has a changed value or changed bytes."""
   lines = [json.dumps(row, ensure_ascii=bool(rng.integers(2))).encode() for row in ROWS]
   at = rng.integers(len(lines))
   kind = rng.choice(
@@ -69,7 +69,7 @@ def damaged_lines(rng) -> bytes:
 
 
 def folder_of(root, rng):
-  """A folder with one or two data files among what else lies about. Returns the data files."""
+  """A folder with one or two data files and with unrelated files. Returns the data files."""
   data = []
   for i in range(rng.integers(1, 3)):
     name = rng.choice(["a.jsonl", "B.JSONL", "c.json", "d.ndjson", "e.jsonl.gz", "sub/f.jsonl"])
@@ -95,7 +95,9 @@ def folder_of(root, rng):
 
 
 def check(root, seed) -> bool:
-  """Whether the rows of seed's folder or file were read, and were those of the plain reader."""
+  """Whether the rows of the folder or file of `seed` were read. Fails if they differ from the plain
+  reader's.
+  """
   rng = np.random.default_rng(seed)
   root.mkdir()
   files = sorted(folder_of(root, rng))

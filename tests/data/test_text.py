@@ -28,7 +28,7 @@ TURN = [{"role": "user", "content": "What is the sea?"}]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-  """kind -> (ours, transformers'), from a folder."""
+  """kind -> (our tokenizer, transformers'), from a folder."""
   pairs = {}
   for kind in tiny_text.KINDS:
     folder = tmp_path_factory.mktemp(kind)
@@ -157,7 +157,7 @@ def test_reward_input_by_template(kind, made):
 
 
 def test_a_template_that_drops_part_of_the_answer(tmp_path):
-  """Reasoning models' templates do; a truncated answer is then shown as it was sampled."""
+  """Templates of reasoning models do so. A truncated answer is then rendered as it was sampled."""
   hf = tiny_text.tokenizer("chatml")
   hf.chat_template = tiny_text.CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
   hf.save_pretrained(tmp_path)
@@ -180,8 +180,8 @@ def test_reward_input_without_template(made):
 
 
 def test_responses_end_where_they_ended(made):
-  """The ending token is left out by its place, so an ordinary token may end a response; a
-  truncated one keeps all.
+  """The ending token is removed by its position, so an ordinary token may end a response. A
+  truncated response keeps all its tokens.
   """
   ours, theirs = made["chatml"]
   words = theirs("The cat sat on the mat")["input_ids"]
@@ -225,7 +225,7 @@ def test_contract(made, tmp_path):
 
 
 def test_a_template_with_todays_date_keeps_its_contract(tmp_path, monkeypatch):
-  """Llama 3.2's template writes the date; a reward model made today must load tomorrow."""
+  """Llama 3.2's template writes the date. A reward model that was made today must load tomorrow."""
   dated = tiny_text.LLAMA3.replace("{{ bos_token }}", "{{ bos_token + strftime_now('%d %b %Y') }}")
   hf = tiny_text.tokenizer("llama3")
   hf.chat_template = dated

@@ -1,5 +1,5 @@
-"""TFDS data sets without TensorFlow: prepared from local files of several forms, and from a
-stand-in for the hub.
+"""TFDS data sets without TensorFlow: prepared from local files in several formats, and from a fake
+hub.
 """
 
 import pathlib
@@ -45,7 +45,7 @@ def test_ultrafeedback_from_local_parquet_and_again_without_it(tmp_path):
   (tmp_path / "raw/train_prefs-00000-of-00001.parquet").unlink()
   assert (
     rows_of("tfds:ultrafeedback_binarized", "pair", tmp_path) == got
-  )  # in the order of the first time
+  )  # in the order of the first reading
   assert len(rows_of("tfds:ultrafeedback_binarized", "pair", tmp_path, split="test")) == 2
   with pytest.raises(DataError, match="tfds:ultrafeedback_binarized, split 'val', cannot be read"):
     rows_of("tfds:ultrafeedback_binarized", "pair", tmp_path, split="val")
@@ -95,8 +95,8 @@ def flip(path):
   ],
 )
 def test_prepared_files_that_are_lost_or_damaged(harm, tmp_path):
-  """One line that names the folder; brought back, or prepared again, the rows are what they
-  were.
+  """The error is one line that names the folder. After the files are restored or prepared again,
+  the rows are the same.
   """
   stored = [{"prompt": f"POST {i}", "completion": f"short {i}"} for i in range(40)]
   root = str(lines(tmp_path / "posts.jsonl", stored))

@@ -37,7 +37,7 @@ def ours(folders, kind, **chat):
 
 
 def theirs(folders, kind, messages, **kwargs):
-  """Ids of transformers' chat template."""
+  """Token ids from transformers' chat template."""
   return folders[kind][1].apply_chat_template(messages, **kwargs)["input_ids"]
 
 
@@ -132,8 +132,8 @@ def test_a_template_file_must_be_there():
 
 
 def test_the_contract_holds_what_changes_the_template(folders):
-  """A reward model is read the same everywhere: what it was trained with is taken, other settings
-  are refused.
+  """A reward model is used with the same rendering everywhere: its training settings are used, and
+  other settings are refused.
   """
   plain = Renderer(ours(folders, "qwen3"))
   config = default.get_config()
@@ -155,13 +155,13 @@ def test_the_contract_holds_what_changes_the_template(folders):
     Renderer(other, 0, True).require(saved, "R")
 
 
-# ---- reasoning in what the reward model reads ----
+# ---- reasoning in the input of the reward model ----
 
 STRIPPED = [
   (ANSWER, ANSWER),
   (WHOLE, ANSWER),
-  (f"{REASON}\n</think>\n\n{ANSWER}", ANSWER),  # the prompt had the opening tag
-  (f"<think>\n{REASON}", ""),  # cut off while it reasoned
+  (f"{REASON}\n</think>\n\n{ANSWER}", ANSWER),  # the opening tag is in the prompt
+  (f"<think>\n{REASON}", ""),  # cut off during the reasoning
   (f"{WHOLE} And <think>more", f"{ANSWER} And "),
   ("a <think>b</think> c <think>d</think> e", "a  c  e"),
   ("<think>a<think>b</think>c</think>d", "d"),
@@ -205,9 +205,9 @@ def test_the_reward_model_sees_no_tag_twice_and_no_end_without_a_beginning(
       assert REASON in text and text.index("<think>") < text.index(REASON)
 
 
-# ---- the seam between a generation prompt and an answer ----
+# ---- the boundary between a generation prompt and an answer ----
 
-SEAMS = [  # kind, args, an answer of a row, what follows the generation prompt
+SEAMS = [  # kind, args, the answer of a row, the text after the generation prompt
   ("r1", {}, WHOLE, f"{REASON}\n</think>\n\n{ANSWER}"),
   ("r1", {}, f"<think>{REASON}</think>{ANSWER}", f"{REASON}</think>{ANSWER}"),
   ("r1", {}, f"{REASON}\n</think>\n\n{ANSWER}", f"{REASON}\n</think>\n\n{ANSWER}"),
@@ -238,7 +238,7 @@ def test_rows_of_sft_have_each_tag_once(folders, tmp_path, capsys, kind, args, a
   assert batch["response_mask"].sum() == len(line) - len(prompt)
   text = text_of(folders, kind, line)
   assert text.count("<think>") == text.count("</think>") <= 1
-  assert ("1 of 1 answers are fitted" in capsys.readouterr().out) == (answer != follows)
+  assert ("1 of 1 answers are adapted" in capsys.readouterr().out) == (answer != follows)
 
 
 def test_an_answer_of_reasoning_alone_is_left_out_where_there_is_none(folders, tmp_path, capsys):
@@ -248,7 +248,7 @@ def test_an_answer_of_reasoning_alone_is_left_out_where_there_is_none(folders, t
   config = default.get_config()
   config.data.name, config.sft.batch_size = str(file), 1
   dataset, _ = sft_rows(config, ours(folders, "qwen3", args=OFF), tmp_path, "sft")
-  assert "no answer beside its reasoning" in capsys.readouterr().out
+  assert "no answer after its reasoning" in capsys.readouterr().out
   assert {int(dataset[i][0]) for i in range(2)} == {0, 1}
 
 
@@ -267,8 +267,8 @@ def test_packed_dialogues_keep_their_reasoning(folders, tmp_path, kind):
 
 @pytest.mark.parametrize("sampled", [f"{REASON}\n</think>\n\n{ANSWER}", REASON, f"\n{REASON}"])
 def test_a_sampled_text_gets_the_tag_of_its_prompt_and_finds_back_to_its_tokens(folders, sampled):
-  """What the reward model, samples.jsonl and `generate` show, and the tokens that a policy's states
-  are read from again.
+  """Tests the text in the reward model's input, in samples.jsonl and from `generate`, and the
+  tokens from which a policy's states are read again.
   """
   tokenizer = ours(folders, "r1")
   whole = tokenizer.whole(ASK, sampled)

@@ -1,37 +1,21 @@
-"""The gold reward against a loop over single responses; what prompts, demonstrations and labels
-are made of.
+"""The gold reward against a loop over single responses, and the content of prompts, demonstrations
+and labels.
 """
 
 import numpy as np
 import oracles
 import pytest
+import small
 
 from r2m_jax.goldtask import task as goldtask
-from r2m_jax.types import Prompts, Sequences
+from r2m_jax.types import Prompts
 
-COUNT = 3000  # of the statistics; their bounds are at least four standard errors wide
-
-
-def sequences(prompts: Prompts, responses, length, ended):
-  """Sequences from lists of tokens (the ending token included where `ended`), with garbage in
-  the padding.
-  """
-  rng = np.random.default_rng(9)
-  tokens = rng.integers(0, 64, (len(responses), length)).astype(np.int32)
-  mask = np.zeros(tokens.shape, bool)
-  for row, response in enumerate(responses):
-    tokens[row, : len(response)], mask[row, : len(response)] = response, True
-  return Sequences(
-    tokens=np.concatenate([prompts.tokens, tokens], 1),
-    token_mask=np.concatenate([prompts.mask, mask], 1),
-    response_mask=mask,
-    has_eos=np.array(ended, bool),
-  )
+COUNT = 3000  # sample size of the statistics; their bounds are at least four standard errors wide
 
 
 def test_gold_matches_loop_on_random_responses():
-  """Finished, truncated, empty, and nothing but an end; half the words come from the note, so
-  that words repeat.
+  """Responses are finished, truncated, empty, or only an ending token. Half of the words come from
+  the note, so that words repeat.
   """
   rng, length, count = np.random.default_rng(0), 14, 400
   prompts = goldtask.prompts(0, 9, 0, count)
@@ -44,7 +28,7 @@ def test_gold_matches_loop_on_random_responses():
     words.append(said)
     ended.append(ends)
     responses.append(said + [goldtask.EOS] * ends)
-  found = goldtask.gold(sequences(prompts, responses, length, ended))
+  found = goldtask.gold(small.sequences_of(prompts, responses, length, ended))
   expected = [oracles.gold_loop(*row) for row in zip(prompts.tokens, words, ended)]
   np.testing.assert_allclose(found.gold, [gold for gold, _ in expected], atol=1e-12)
   for name in goldtask.GoldParts._fields[1:]:
@@ -58,21 +42,21 @@ def test_gold_matches_loop_on_random_responses():
 
 
 def by_hand(*responses, length=12):
-  """Gold of responses to the note "facts 12, 13, 14 and chatter 40 to 48"."""
+  """The gold reward of responses to the note "facts 12, 13, 14 and chatter 40 to 48"."""
   note = [goldtask.BOS, 12, 13, 14, *range(40, 49), goldtask.SEP]
   tokens = np.tile(np.array(note, np.int32), (len(responses), 1))
   prompts = Prompts(
     tokens=tokens, mask=np.ones(tokens.shape, bool), example_id=np.arange(len(responses))
   )
   return goldtask.gold(
-    sequences(prompts, responses, length, [r[-1:] == [goldtask.EOS] for r in responses])
+    small.sequences_of(prompts, responses, length, [r[-1:] == [goldtask.EOS] for r in responses])
   ).gold
 
 
 def test_gold_by_hand():
   end = goldtask.EOS
   found = by_hand(
-    [13, 12, 14, end],  # all there is to say
+    [13, 12, 14, end],  # everything in the note
     [end],  # nothing
     [
       12,
@@ -83,10 +67,10 @@ def test_gold_by_hand():
       4,
       20,
       end,
-    ],  # two of three facts, a repeat, two chatter words, a filler, one made up
-    [12] * 10 + [end],  # one fact, nine repeats, two words too long
+    ],  # two of three facts, a repetition, two chatter words, a filler, one invented fact
+    [12] * 10 + [end],  # one fact, nine repetitions, two words too long
     [12, 13],  # cut off
-    [0, 3, end],  # padding and separator are fillers too
+    [0, 3, end],  # padding and separator also count as fillers
   )
   expected = [4.0, 0.0, 8 / 3 - 0.3 - 1.6 - 0.25 - 0.6, 4 / 3 - 2.7 - 0.4, 8 / 3 - 1.0, -0.5]
   np.testing.assert_allclose(found, expected, atol=1e-12)
@@ -110,7 +94,7 @@ def test_prompts_are_notes_of_distinct_words():
   np.testing.assert_allclose(shares[3:7], 0.25, atol=0.04)
   np.testing.assert_allclose(
     is_fact.mean(0), 4.5 / 12, atol=0.045
-  )  # shuffled: facts stand anywhere
+  )  # shuffled: facts occur at any position
   counts = np.bincount(words.reshape(-1), minlength=64) / COUNT
   np.testing.assert_allclose(counts[12:40], 4.5 / 28, atol=0.035)
   np.testing.assert_allclose(counts[40:], 7.5 / 24, atol=0.045)
@@ -118,7 +102,7 @@ def test_prompts_are_notes_of_distinct_words():
 
 def test_prompts_depend_on_seed_stream_and_index_alone():
   base = goldtask.prompts(3, 1, 5, 16)
-  goldtask.prompts(4, 0, 0, 7)  # whatever was drawn in between
+  goldtask.prompts(4, 0, 0, 7)  # independently of draws in between
   np.testing.assert_array_equal(goldtask.prompts(3, 1, 5, 16).tokens, base.tokens)
   np.testing.assert_array_equal(goldtask.prompts(3, 1, 5, 4).tokens, base.tokens[:4])
   for other in [(4, 1, 5), (3, 2, 5), (3, 1, 6), (1, 3, 5)]:
@@ -147,14 +131,14 @@ def test_demonstrations_have_the_rates_they_are_said_to_have(demonstrations):
   inside = np.arange(24) < lengths[:, None]
   ended = (tokens[np.arange(COUNT), lengths - 1] == goldtask.EOS).tolist()
   responses = [row[:n].tolist() for row, n in zip(tokens, lengths)]
-  parts = goldtask.gold(sequences(notes, responses, 24, ended))
+  parts = goldtask.gold(small.sequences_of(notes, responses, 24, ended))
   np.testing.assert_allclose(parts.coverage.mean(), 0.5, atol=0.025)  # 0.25 + 0.5 q
   np.testing.assert_allclose(parts.chatter.mean(), 0.12 * 7.5, atol=0.07)
   np.testing.assert_allclose(parts.hallucinated.mean(), 0.15 * (1 - 4.5 / 28), atol=0.025)
   np.testing.assert_allclose(
     parts.gold.mean(), 0.92, atol=0.12
-  )  # as the task was measured when it was designed
-  # quality differs between demonstrators: without that the variance would be 0.059, with it 0.075
+  )  # as measured when the task was designed
+  # quality differs between demonstrators: without this the variance would be 0.059, with it 0.075
   np.testing.assert_allclose(parts.coverage.var(), 0.075, atol=0.008)
 
   is_word = inside & (tokens >= 12)
@@ -184,7 +168,7 @@ def test_noisy_choice_follows_the_gap_and_flips_a_share():
   def choose(a, b, flip, seed=0):
     return goldtask.noisy_choice(a, b, seed, temperature=0.3, flip=flip)
 
-  sigmoid = 1 / (1 + np.exp(-1.0))  # a gap of one temperature
+  sigmoid = 1 / (1 + np.exp(-1.0))  # a difference of one temperature
   np.testing.assert_allclose(choose(high, low, 0.0).mean(), sigmoid, atol=0.015)
   np.testing.assert_allclose(choose(low, high, 0.0).mean(), 1 - sigmoid, atol=0.015)
   np.testing.assert_allclose(

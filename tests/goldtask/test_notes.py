@@ -1,5 +1,5 @@
-"""The notes task: gold judges hand-made replies as a person would, counts what a second program
-counts, and held-out notes share nothing with training notes.
+"""The notes task: gold ranks hand-written replies as a person would, its counts equal those of a
+second program, and held-out notes share nothing with training notes.
 """
 
 import itertools
@@ -15,9 +15,10 @@ PROMPT = (
   "Note: guest: Marta; food: plum; time: 7:15; town: Oslo; price: 34 euros.\n"
   "Write one or two sentences for a friend that use only these facts: guest, town and time."
 )
-# From the best to the worst: a later class is worse than each reply of an earlier one. Thirty replies.
+# Thirty replies from the best to the worst: every reply of a later class is worse than all of an
+# earlier one.
 CLASSES = [
-  [  # all that was asked for and nothing else
+  [  # exactly what was requested
     "Marta is coming from Oslo at 7:15.",
     "Marta will be in Oslo. She arrives at 7:15!",
     "At 7:15 we meet Marta in Oslo.",
@@ -30,7 +31,7 @@ CLASSES = [
     "Marta, Oslo, 7:15.",
     "Hello there. I hope that you are well. Marta is coming from Oslo at 7:15.",
   ],
-  [  # complete, with a detail too many
+  [  # complete, with one detail too many
     "Marta is coming from Oslo at 7:15 and brings a plum.",
     "Marta is coming from Oslo at 7:15 and it costs 34 euros.",
     "Marta and Jonas are coming from Oslo at 7:15.",
@@ -42,13 +43,13 @@ CLASSES = [
     "It begins at 7:15 over in Oslo.",
     "Marta says that Oslo is lovely at this time of the year.",
   ],
-  [  # two facts of three are missing, or one and much is wrong
+  [  # two facts of three are missing, or one is missing and much is wrong
     "Marta is coming to see us.",
     "Marta is coming from Oslo and the plum costs 34 euros.",
     "We meet again over in Oslo.",
     "Marta is coming from Lisbon at 7:15 with Jonas.",
   ],
-  [  # hardly anything is right
+  [  # hardly anything is correct
     "I hope that you are well.",
     "Somebody is coming from Lisbon at 7:15.",
     "Jonas is coming from Oslo at 9:45.",
@@ -108,7 +109,7 @@ def test_what_is_counted(reply, part, count):
 
 
 def test_gold_is_the_sum_of_its_parts():
-  """By a loop over the demonstrations, cut off or not, from the parts alone."""
+  """Recomputed from the parts, by a loop over finished and truncated demonstrations."""
   for row in notes.demonstrations(3, 0, 60):
     for truncated in (False, True):
       p = gold_parts(row["prompt"], row["response"], truncated)
@@ -120,7 +121,7 @@ def test_gold_is_the_sum_of_its_parts():
 
 
 def test_a_prompt_holds_its_note():
-  """Read by splitting the text, not by the patterns of the library."""
+  """The text is split here, without the library's patterns."""
   for prompt in notes.prompts(0, 1, 200) + notes.prompts(0, 1, 200, notes.HELD_OUT):
     shown, instruction = prompt.split("\n")
     items = dict(item.split(": ") for item in shown[len("Note: ") : -1].split("; "))
@@ -159,7 +160,7 @@ def test_prompts_are_a_function_of_seed_and_stream():
 
 
 def test_words_are_of_one_lexicon():
-  """No value, and no plural of one, is another value or a word of an instruction."""
+  """No value, and no plural of a value, is also another value or a word of an instruction."""
   words = [form for values in notes.LEXICONS.values() for v in values for form in notes.forms(v)]
   assert len(words) == len(set(words))
   spoken = " ".join([*notes.INSTRUCTIONS, *notes.FILLERS, *sum(notes.CLAUSES.values(), ())])

@@ -12,7 +12,7 @@ LENGTH = 10  # of a response
 
 
 def preferences(count, seed=0):
-  """Random pairs as `noisy_preferences` gives them; the prompts are notes."""
+  """Random pairs in the format of `noisy_preferences`; the prompts are notes."""
   rng = np.random.default_rng(seed)
   notes = goldtask.prompts(seed, 9, 0, count)
   lengths = rng.integers(1, LENGTH + 1, (count, 2))

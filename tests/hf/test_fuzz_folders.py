@@ -1,4 +1,5 @@
-"""Folders of models with one thing changed: our numbers are those of transformers, or it is refused.
+"""Folders of models with one change: our numbers equal those of transformers, or the folder is
+refused.
 
 Configs, tokenizer files, indices, and tensors' names, shapes, dtypes and values. Seeds are fixed.
 40 mutations run with the other tests, 300 with `-m long`.
@@ -80,7 +81,7 @@ def bases(tmp_path_factory):
   return folders
 
 
-# ---- mutations: each takes (folder, rng), changes one thing and says what ----
+# ---- mutations: each takes (folder, rng), makes one change and returns its description ----
 
 
 def of_config(folder, rng) -> str:
@@ -172,7 +173,7 @@ MUTATIONS = [of_config] * 5 + [of_tensor] * 3 + [of_index, of_tokenizer]
 
 
 def our_logits(folder):
-  """Logits of the prompts by our reading of a folder, one row at a time. Raises one of OWN."""
+  """Logits of the prompts from our reader, one row at a time. Raises one of OWN."""
   policy = load_policy(str(folder), default.get_config())
   model = nnx.merge(policy.graphdef, policy.state)
   rows = []
@@ -190,7 +191,7 @@ def their_logits(folder):
   model, info = transformers.AutoModelForCausalLM.from_pretrained(
     folder, output_loading_info=True, **like
   )
-  assert not info["missing_keys"] and not info["mismatched_keys"]  # those are random there
+  assert not info["missing_keys"] and not info["mismatched_keys"]  # those would be random
   with torch.no_grad():
     return [
       model.eval()(torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0].numpy()
@@ -208,11 +209,11 @@ def compare(base, folder, seed) -> str:
   except OWN as error:
     assert str(error).strip(), what
     return "refused"
-  except Exception as error:  # a traceback for a user
+  except Exception as error:  # a user would get a traceback
     raise AssertionError(f"{base.name}, seed {seed}, {what}: {type(error).__name__}") from error
   try:
     want = their_logits(folder)
-  except Exception:  # noqa: BLE001  whatever transformers raises: there is nothing to compare with
+  except Exception:  # noqa: BLE001  if transformers raises anything, nothing can be compared
     return "alone"
   for mine, theirs in zip(got, want):
     distance = np.abs(mine - theirs).max()

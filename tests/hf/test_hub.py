@@ -1,5 +1,5 @@
-"""The Hugging Face hub, by its own client against a server on loopback; and model cards as the hub
-reads them.
+"""The Hugging Face hub, with its own client and a server on loopback, and model cards as the hub
+parses them.
 """
 
 import json
@@ -72,7 +72,7 @@ told(lambda: folders.load_policy("them/model-policy", config, workdir=root / "fo
 
 @pytest.fixture(scope="module")
 def hub_run(tmp_path_factory):
-  """(hub, what the child printed, its folder)."""
+  """(hub, output of the child process, its folder)."""
   root = tmp_path_factory.mktemp("hub")
   (root / "out").mkdir()
   (root / "out/config.json").write_text('{"n": 9}')
@@ -88,7 +88,7 @@ def hub_run(tmp_path_factory):
     hub.commit("them/model-policy", "main", {"config.json": b'{"n": 2}'})
     env |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(root / "home")}
     env |= {"PYTHONPATH": str(ROOT), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    env |= {"HF_HUB_DISABLE_XET": "1"}  # its store is no part of the HTTP API
+    env |= {"HF_HUB_DISABLE_XET": "1"}  # its store is not part of the HTTP API
     args = [sys.executable, "-c", CHILD, str(root)]
     done = subprocess.run(args, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
   assert done.returncode == 0, done.stderr[-3000:]
@@ -117,8 +117,8 @@ def test_a_model_that_the_hub_refuses_is_told_in_one_line_and_stays(hub_run):
 
 
 def test_a_run_keeps_the_commit_that_it_began_with(hub_run):
-  """main moves from 2 to 3 while a workdir has it at 2; another workdir and another revision do
-  not.
+  """`main` moves from 2 to 3. A workdir that began with 2 keeps it. A new workdir gets 3, and
+  another revision is unaffected.
   """
   hub, done, root = hub_run
   read = [line for line in done.stdout.splitlines() if line.startswith("read")]
@@ -127,7 +127,7 @@ def test_a_run_keeps_the_commit_that_it_began_with(hub_run):
   main = hub.models["them/model-policy"]["branches"]["main"]
   assert kept == {"name": "them/model-policy", "revision": "", "commit": main}
   refused = [line for line in done.stdout.splitlines() if line.startswith("FolderError")]
-  assert "at revision absent is neither a folder nor a model that the hub gives" in refused[-1]
+  assert "at revision absent is neither a folder nor a model on the hub" in refused[-1]
 
 
 def test_the_token_is_in_no_output_and_in_no_file(hub_run):

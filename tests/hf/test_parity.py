@@ -1,4 +1,6 @@
-"""What an export says of its distance to transformers: bounds follow from the model's own rounding."""
+"""The distance to transformers that an export prints. Its bounds follow from the model's
+rounding.
+"""
 
 import jax
 import numpy as np

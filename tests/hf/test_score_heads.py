@@ -95,7 +95,7 @@ def test_scores_are_those_of_torch_and_come_back_bit_equal(tmp_path, activation,
 
 
 def test_r2m_reads_what_the_last_layer_reads(tmp_path):
-  """The RTE is as wide as the last layer's input. The first layer stays as it is, and the exported
+  """The RTE is as wide as the last layer's input. The first layer does not change, and the exported
   reward agrees with its own PyTorch module.
   """
   tiny_text.model("llama3.1", "llama3", tmp_path / "policy")

@@ -1,5 +1,5 @@
-"""Settings that a folder may hold in two places or two spellings: we choose as transformers does, or
-refuse and name the two.
+"""Settings that a folder may have in two places or two spellings: we choose like transformers, or
+refuse and name both.
 """
 
 import json
@@ -29,7 +29,7 @@ FAMILIES = ["llama3.1", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "pythia
 
 
 def edit(file, **changes):
-  """Sets fields of a JSON file; `...` takes one out."""
+  """Sets fields of a JSON file; the value `...` removes a field."""
   found = json.loads(file.read_text()) | changes
   file.write_text(json.dumps({name: x for name, x in found.items() if x is not ...}))
 
@@ -64,7 +64,7 @@ def require_equal(folder):
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_heads_are_counted_as_by_transformers(case, tmp_path):
-  """head_dim and num_key_value_heads given, null and absent: three spellings in every family."""
+  """head_dim and num_key_value_heads are given, null or absent, in every family."""
   hf_models.make(case, tmp_path)
   config = tmp_path / "config.json"
   given = config.read_text()
@@ -79,14 +79,14 @@ def test_heads_are_counted_as_by_transformers(case, tmp_path):
     edit(config, **changes)
     try:
       want = their_logits(tmp_path)
-    except Exception:  # noqa: BLE001  shapes that do not fit, by torch or by transformers' config
+    except Exception:  # noqa: BLE001  torch or transformers' config may refuse the shapes
       want = None
     try:
       got = logits(tmp_path)
     except ValueError:
       assert want is None, changes
       continue
-    if want is None:  # a null that transformers does not read is read as absent
+    if want is None:  # a null that transformers does not accept is read as absent
       (name,) = (name for name, value in changes.items() if value is None)
       edit(config, **{name: ...})
       want = their_logits(tmp_path)
@@ -125,7 +125,7 @@ def test_a_rope_theta_in_two_places(tmp_path):
 
 @pytest.mark.parametrize("case", ["llama_biased_tied", "qwen3", "gemma2"])
 def test_tensors_without_the_models_prefix_are_read_as_by_transformers(case, tmp_path):
-  """As AutoModel.save_pretrained writes the decoder of a model whose head is its embedding."""
+  """AutoModel.save_pretrained writes the decoder of a model with tied embeddings in this way."""
   hf_models.make(case, tmp_path)
   want = logits(tmp_path)
   rename(tmp_path, lambda name: name.removeprefix("model."))
@@ -241,7 +241,7 @@ def test_a_score_head_of_another_shape_is_refused(shape, tmp_path):
     scores(tmp_path)
 
 
-# ---- the tokenizer, and where answers end ----
+# ---- the tokenizer, and the ends of answers ----
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def test_ends_of_generation_config_go_before_those_of_config(folder):
     found = set(load_tokenizer(folder, 287).eos_ids)
     assert their_ends(folder) <= found and own <= found
     if ends is not ... and ends is not None:
-      assert found == their_ends(folder) | own  # nothing of config.json
+      assert found == their_ends(folder) | own  # nothing from config.json
   generation.unlink()
   edit(folder / "config.json", eos_token_id=[8, 9])
   assert set(load_tokenizer(folder, 287).eos_ids) == their_ends(folder) | own == {8, 9} | own
@@ -291,7 +291,9 @@ def test_special_tokens_of_tokenizer_config_go_before_those_of_other_files(folde
 @pytest.mark.parametrize("bos", [True, False, None])
 @pytest.mark.parametrize("eos", [True, False, None])
 def test_added_bos_and_eos_are_those_of_transformers(folder, bos, eos):
-  """add_bos_token and add_eos_token of tokenizer_config.json beside tokenizer.json's own rule."""
+  """add_bos_token and add_eos_token in tokenizer_config.json together with the rule in
+  tokenizer.json.
+  """
   edit(folder / "tokenizer_config.json", add_bos_token=bos, add_eos_token=eos)
   theirs, ours = transformers.AutoTokenizer.from_pretrained(folder), load_tokenizer(folder, 287)
   text = "The cat sat on the mat."
@@ -315,7 +317,7 @@ def test_the_chat_template_is_the_one_that_transformers_takes(folder):
   edit(config, chat_template="config" + PLAIN)
   beside = render()
   jinja.write_text("jinja" + PLAIN)
-  assert render() == "jinjaWhat is rain?" != beside  # the file goes before tokenizer_config.json
+  assert render() == "jinjaWhat is rain?" != beside  # tokenizer_config.json comes second
   (folder / "chat_template.json").write_text(json.dumps({"chat_template": "json" + PLAIN}))
   assert render() == "jinjaWhat is rain?"
   jinja.unlink()
@@ -334,7 +336,7 @@ def test_named_chat_templates_without_a_default_are_refused(folder):
 
 
 def test_a_copy_of_a_folder_holds_what_was_read(folder, tmp_path):
-  """What an export copies beside the weights gives the same tokens again."""
+  """The files that an export copies with the weights give the same tokens again."""
   made = load_pretrained(folder)
   save_pretrained(tmp_path / "out", made.arch, made.state, tokenizer_folder=folder)
   first, again = load_tokenizer(folder, 287), load_tokenizer(tmp_path / "out", 287)

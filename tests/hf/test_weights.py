@@ -1,5 +1,5 @@
-"""Hugging Face folders in and out. Oracle: transformers in torch float32, on random weights of
-every family.
+"""Reading and writing Hugging Face folders. Oracle: transformers in torch float32, on random
+weights of every family.
 """
 
 import json
@@ -24,7 +24,7 @@ from r2m_jax.models.generate import generate
 from r2m_jax.parallel import sharding
 from r2m_jax.types import Prompts
 
-BOUND = 1e-4  # what is promised of logits and scores
+BOUND = 1e-4  # the documented tolerance of logits and scores
 TOLERANCE = 3e-6  # of the largest logit; measured 5e-7 to 1.1e-6
 LENGTH, PREFILL, CONTINUED = 14, 10, 32  # tokens; longer than every window of hf_models
 PADDING = (9, 5, 1, 0)
@@ -39,7 +39,7 @@ def saved(tmp_path_factory):
     key = (case, classifier, *kwargs.items())
     if key not in made:
       folder = tmp_path_factory.mktemp(f"{case}-{'classifier' if classifier else 'policy'}")
-      shard = "5GB" if classifier else "30KB"  # policies lie in several files
+      shard = "5GB" if classifier else "30KB"  # policies are stored in several files
       made[key] = folder, hf_models.make(case, folder, classifier=classifier, shard=shard, **kwargs)
       assert (
         len(list(folder.glob("*.safetensors"))) == 1
@@ -77,7 +77,7 @@ def language_model_of(folder):
   tensors = files_of(folder)
   if json.loads((folder / "config.json").read_text())["model_type"] in TOWERS:
     tensors = {weights.own_name(name): x for name, x in tensors.items()}
-    del tensors[None]  # those of other parts
+    del tensors[None]  # tensors of other parts
   return tensors
 
 
@@ -97,8 +97,8 @@ def assert_close(ours, reference):
 
 @pytest.mark.parametrize("case", hf_models.cases())
 def test_policy_equals_transformers(case, saved):
-  """Logits over left-padded prompts and what follows them, at once and with a cache; the greedy
-  continuation.
+  """Logits over left-padded prompts and their continuations, in one pass and with a cache, and the
+  greedy continuation.
   """
   folder, model = saved(case)
   tokens, mask = batch()
@@ -273,7 +273,9 @@ def test_shards_are_read_and_written_on_a_mesh(case, saved, tmp_path):
   ],
 )
 def test_a_mesh_gives_the_same_logits(case, saved):
-  """Norms over all heads, layers without positions, fused tensors and one key head, split."""
+  """Norms over all heads, layers without positions, fused tensors and a single key head, all
+  sharded.
+  """
   folder, _ = saved(case)
   tokens, mask = batch()
 
@@ -324,7 +326,7 @@ def test_bfloat16_on_disk(saved, tmp_path):
 
 @pytest.mark.parametrize("case", hf_models.cases(hf_models.LONG | hf_models.USUAL))
 def test_bfloat16_checkpoint_equals_transformers(case, saved, tmp_path):
-  """Logits and scores in float32 of weights that lie on disk in bfloat16."""
+  """Logits and scores in float32, from weights stored in bfloat16."""
   tokens, mask = batch()
   for classifier in (False, True):
     folder, model = saved(case, classifier)
@@ -481,9 +483,9 @@ def test_unusable_folders_are_explained(saved, tmp_path):
   (tmp_path / weights.INDEX).unlink()
   (tmp_path / "model.safetensors").write_bytes(
     files_of(folder)["lm_head.weight"].tobytes()
-  )  # an aborted copy
+  )  # an interrupted copy
   with pytest.raises(
-    PretrainedError, match="model.safetensors is not a whole safetensors file.*copy it again"
+    PretrainedError, match="model.safetensors is not a complete safetensors file.*copy it again"
   ):
     load_pretrained(tmp_path)
   (tmp_path / "config.json").write_text(whole[:40])
@@ -553,13 +555,13 @@ def test_config_reads_both_spellings(case, saved):
     "eos_token_id",
   }
   ignored |= {"pad_token_id", "max_window_layers", "transformers_version"}
-  ignored |= {"no_rope_layer_interval"}  # `no_rope_layers` says it for each layer
+  ignored |= {"no_rope_layer_interval"}  # `no_rope_layers` has an entry for each layer
   different = {k: (v, written.get(k)) for k, v in theirs.to_dict().items() if written.get(k) != v}
   assert different.keys() <= ignored, different
 
 
 def test_config_of_hub_files():
-  """Fields as the hub's own files spell them and leave them out."""
+  """Fields with the spellings, and the omissions, of files on the hub."""
   llama = dict(
     model_type="llama",
     vocab_size=128256,

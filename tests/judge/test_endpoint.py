@@ -1,4 +1,4 @@
-"""The client against a real HTTP server that misbehaves. Oracle: what the server counted."""
+"""The client against a real HTTP server that misbehaves. Oracle: the server's own counts."""
 
 import email.utils
 import json
@@ -39,7 +39,7 @@ def questions(count, url="u"):
 
 
 def unruly(body, before):
-  """Every kind of trouble, by the number of the question; the last attempt is good."""
+  """Every kind of failure, by the number of the question. The last attempt succeeds."""
   number = int(body["messages"][0]["content"].split()[-1])
   good = completion(f"answer {number}")
   troubles = [
@@ -57,7 +57,7 @@ def unruly(body, before):
   ]
   if before == 0:
     return troubles[number % len(troubles)]
-  # another order of choices: the first by its index counts
+  # choices in another order: the one with the lowest index counts
   other = {"index": 1, "message": {"content": "not this one"}}
   return completion("", choices=[other, good["choices"][0]])
 
@@ -75,7 +75,8 @@ def test_nothing_is_lost_and_nothing_asked_twice(tmp_path):
     assert sorted(seen) == sorted(one.key for one in wanted) and server.most <= 4
     for number, one in enumerate(wanted):
       assert cache.answers[one.key]["text"] == f"answer {number}"
-    # a blank answer is a good one for the server, so one kind was answered twice: those alone
+    # the server counts a blank answer as a good one, so only questions of that kind were answered
+    # twice
     again = [
       json.loads(name)["messages"][0]["content"] for name, n in server.answered.items() if n > 1
     ]
@@ -87,7 +88,7 @@ def test_nothing_is_lost_and_nothing_asked_twice(tmp_path):
     rest = Cache(tmp_path / "answers.jsonl")
     assert ask_all(endpoint(server.url), wanted, rest, workers=4) == {}
     assert sum(server.asked.values()) == asked
-    more = question(wanted[0].body, server.url, 1)  # a repeat is a question of its own
+    more = question(wanted[0].body, server.url, 1)  # a repeat is a separate question
     ask_all(endpoint(server.url), [*wanted, more], rest, workers=4)
     assert sum(server.asked.values()) == asked + 1
     rest.close()
@@ -169,7 +170,7 @@ def test_what_no_retry_can_mend_ends_at_once(status, message):
 
 
 def test_the_key_is_sent_and_kept_nowhere(tmp_path, monkeypatch):
-  """The server echoes it in every place that is kept."""
+  """The server echoes the key in every field that is stored."""
 
   def behave(body, before):
     del before

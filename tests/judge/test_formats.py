@@ -1,4 +1,4 @@
-"""The files of other evaluators: their fields, by rows written by hand."""
+"""The files of other evaluators: their fields, on rows written by hand."""
 
 import json
 

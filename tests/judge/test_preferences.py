@@ -11,7 +11,7 @@ from r2m_jax.judge.preferences import Row, as_preference
 
 
 def ties_loop(rows, scores):
-  """The score of Ties by single comparisons."""
+  """The score of the subset Ties, from single comparisons."""
   stats = {}
   for row, values in zip(rows, scores):
     mine, others = list(values[: row.correct]), list(values[row.correct :])
@@ -45,7 +45,7 @@ def accuracy_loop(row, values):
 
 
 def rows_of(rng):
-  """Rows of three subsets and few distinct scores, so that ties are common."""
+  """Rows of three subsets with few distinct scores, so that ties are common."""
   rows = [
     Row(str(i), f"p{i // 2}", ["c", *"rrr"], 1, ("Focus", "Math")[i % 2], f"f:{i}")
     for i in range(60)

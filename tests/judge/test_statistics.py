@@ -1,4 +1,6 @@
-"""Win rates and their company. Oracles: loops, numbers by hand, and a slow descent for the fit."""
+"""Win rates and related statistics. Oracles: loops, numbers worked by hand, and a slow optimiser
+for the fit.
+"""
 
 import math
 
@@ -55,7 +57,7 @@ def test_length_controlled_win_rate_is_that_of_a_slow_fit(kind):
   difference, preference = synthetic(kind, np.random.default_rng(3))
   found = statistics.length_controlled(preference, difference)
   want = slow_fit(difference.tolist(), preference.tolist())
-  assert abs(found.value - want) < 1e-6  # far within 0.1 points
+  assert abs(found.value - want) < 1e-6  # well within 0.1 points
   assert found.low <= found.value <= found.high and found.count == len(difference)
   if kind == "no spread":
     assert abs(found.value - preference.mean()) < 1e-3
@@ -63,7 +65,9 @@ def test_length_controlled_win_rate_is_that_of_a_slow_fit(kind):
 
 
 def test_length_control_takes_the_bias_away():
-  """Equal models, a judge that likes length, a longer candidate: only the raw rate is fooled."""
+  """Two equal models, a judge that prefers length, and a longer candidate: only the raw win rate is
+  biased.
+  """
   rng = np.random.default_rng(0)
   difference = rng.normal(300, 200, 1000)
   liked = 1 / (1 + np.exp(-3 * np.tanh(difference / difference.std(ddof=1))))
@@ -92,7 +96,7 @@ def test_numbers_by_hand():
   # won in both orders; first shown always wins; lost in both; a tie and a win; one unread
   verdicts = both_orders([(1, 1), (1, 0), (0, 0), (0.5, 1), (1, None)])
   used = statistics.usable(verdicts)
-  assert len(used) == 8  # the partner of the unread one is left out
+  assert len(used) == 8  # the other order of the unread one is excluded
   won, weight = statistics.by_prompt(used, 5)
   assert won.tolist() == [2, 1, 0, 1.5, 0] and weight.tolist() == [2, 2, 2, 2, 0]
   rate = statistics.win_rate(won, weight)

@@ -1,4 +1,4 @@
-"""What judges are asked, and how their answers are read: by cases written by hand."""
+"""The prompts for judges and the parsing of their answers, on cases written by hand."""
 
 import math
 
@@ -82,7 +82,7 @@ def test_log_probabilities_of_the_label():
   assert found.value == pytest.approx(0.4 / 0.6)
   assert read({"\n": -0.01}, {"M": math.log(0.9), "m": math.log(0.1)}).value == pytest.approx(0.1)
   assert read({"Neither": -0.1}, {"m": -0.1}) is None  # the answer does not begin with a label
-  assert read({"x": -0.1}, text="M") == Reading(0.0)  # then the letter counts
+  assert read({"x": -0.1}, text="M") == Reading(0.0)  # the letter counts in this case
   assert read({"m": 0.0}).value == 1.0
 
 

@@ -1,5 +1,5 @@
-"""The inference of registered contrasts against SciPy, a loop and printed examples; its coverage;
-contrasts from curves.
+"""The inference of registered contrasts against SciPy, a loop and published examples, its coverage,
+and contrasts from curves.
 """
 
 import numpy as np
@@ -7,7 +7,8 @@ import pytest
 from scipy import stats as scipy_stats
 
 from benchmarks import fair as fair_rows
-from configs import fair
+from benchmarks import holds as holds_rows
+from configs import fair, holds
 from r2m_jax.config import ConfigError, arms_of, check_config
 from r2m_jax.lab import contrasts, inference
 from r2m_jax.lab.table import Curves, arm_columns, read_table, write_table
@@ -40,7 +41,9 @@ def test_contrasts_without_spread_or_without_seeds():
 
 
 def test_holm_rejects_what_the_step_down_loop_rejects():
-  """The loop of Holm (1979): from the smallest p on, p <= alpha / (what is left), until one fails."""
+  """The loop of Holm (1979): from the smallest p up, p <= alpha / (number of tests left), until one
+  fails.
+  """
   rng = np.random.default_rng(0)
   for p in [*rng.uniform(0, 0.06, (50, 6)), np.array([0.01, 0.01, 0.04, 0.03, 1.0, 0.005])]:
     adjusted = inference.holm(p)
@@ -71,7 +74,9 @@ def test_decisions(mean, spread, decision):
 
 
 def test_slope_on_the_residual_kl_is_that_of_least_squares():
-  """Against lstsq with a column for each arm and each seed; a seed that one arm lacks is left out."""
+  """Against lstsq with a column for each arm and each seed. A seed that one arm lacks is
+  excluded.
+  """
   rng = np.random.default_rng(0)
   residual = rng.normal(size=(3, 9))
   gold = rng.normal(size=(3, 1)) + rng.normal(size=9) - 0.3 * residual
@@ -88,7 +93,7 @@ def test_slope_on_the_residual_kl_is_that_of_least_squares():
 
 
 def bimodal(rng, trials, count, share, depth=3.0):
-  """Differences of which a share lies in a far tail, and their mean: f64[trials, count], float."""
+  """Differences, a share of which are in a far tail, and their mean: f64[trials, count], float."""
   tail = rng.uniform(size=(trials, count)) < share
   return rng.normal(0, 0.08, (trials, count)) - depth * tail, -depth * share
 
@@ -96,20 +101,24 @@ def bimodal(rng, trials, count, share, depth=3.0):
 @pytest.mark.parametrize("count", [12, 24])
 @pytest.mark.parametrize("share, least", [(0.0, 0.93), (0.1, 0.65), (0.25, 0.9)])
 def test_coverage_of_the_interval_on_bimodal_ends(count, share, least):
-  """docs/lab.md has the numbers. A tail of a tenth is often not seen at all among 12 seeds."""
+  """docs/lab.md has the numbers. With 12 seeds, a tail of probability 0.1 is often not sampled at
+  all.
+  """
   values, mean = bimodal(np.random.default_rng(0), 1500, count, share)
   found = [inference.contrast(row, 0.05) for row in values]
   covered = np.mean([one.low <= mean <= one.high for one in found])
   print(f"n {count}, {share:.0%} in the tail: 95% interval covers {covered:.1%}")
   assert covered >= least
-  if share == 0:  # each test keeps its level: at the edge of the margin, and of no difference
+  if share == 0:  # each test keeps its level, at the edge of the margin and at zero
     edge = np.mean([inference.contrast(row + 0.05, 0.05).p_equivalence < 0.05 for row in values])
     assert 0.03 < edge < 0.07
     assert 0.03 < np.mean([one.p_difference < 0.05 for one in found]) < 0.07
 
 
 def made_up(config, seeds=12, steps=40, kls=None):
-  """{arm: {1.0: Curves}} whose gold is that of the arm and of the seed, less 0.5 a nat of KL."""
+  """{arm: {1.0: Curves}} whose gold is a value of the arm plus a value of the seed, minus 0.5 per
+  nat of KL.
+  """
   rng, found = np.random.default_rng(0), {}
   base = rng.normal(0, 0.3, seeds)
   for i, (name, arm) in enumerate(arms_of(config).items()):
@@ -122,7 +131,7 @@ def made_up(config, seeds=12, steps=40, kls=None):
 
 
 def test_contrasts_of_curves():
-  """Arms a tenth of gold apart, which the KL alone blurs: the adjustment gives exactly that."""
+  """Arms differ by 0.1 gold, and only the KL adds noise. The adjustment recovers exactly 0.1."""
   config = fair.get_config("test")
   config.lab.tail, names = 20, list(arms_of(config))
   curves = made_up(config)
@@ -190,18 +199,63 @@ def test_kept_rows_give_the_same_contrasts(tmp_path):
     fair_rows.rows_of(tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("size", ["", "test", *fair.SIZES])
-def test_the_registered_experiments_can_run(size):
-  config = fair.get_config(size)
+def test_bars_of_an_arm_beside_vanilla():
+  """Against a loop, on the seeds that both arms have."""
+  rng = np.random.default_rng(0)
+  keys = ("reward/gold", "length", "gold/coverage", "reward/frozen")
+  usual, mine = (
+    Curves(0.3, seeds, {key: rng.uniform(1, 2, (len(seeds), 40)) for key in keys})
+    for seeds in ([3, 4, 5], [4, 5, 6])
+  )
+  config = holds.get_config()
+  config.lab.tail = 8
+  shown = holds_rows.bars(
+    config, {"vanilla.kl2": {1.0: usual}, "vanilla.contrast.kl2": {1.0: mine}}
+  )
+  line = next(line for line in shown.splitlines() if line.startswith("vanilla.contrast.kl2"))
+  gold = [sum(mine.metrics["reward/gold"][i][t] for i in (0, 1)) / 2 for t in range(40)]
+  peak = max(sum(gold[t : t + 10]) / 10 for t in range(31))
+  length = [
+    sum(curves.metrics["length"][i][-8:].sum() for i in rows)
+    for curves, rows in ((mine, (0, 1)), (usual, (1, 2)))
+  ]
+  assert float(line.split()[1]) == pytest.approx(sum(gold[-8:]) / 8 / peak, abs=0.006)
+  assert float(line.split()[2]) == pytest.approx(length[0] / length[1], abs=0.006)
+
+
+def test_arms_at_equal_steps_are_paired_with_scaled_of_their_speed():
+  rng = np.random.default_rng(1)
+  names = ("scaled", "r2m.high", "scaled.short", "r2m.short_grpo", "r2m.kl2")
+  curves = {}
+  for name in names:
+    metrics = {key: rng.normal(0, 1, (8, 16)) for key in ("reward/gold", "kl")}
+    curves[name] = {1.0: Curves(0.02, list(range(8)), metrics)}
+  lines = {line.split()[0]: line for line in fair_rows.at_equal_steps(curves).splitlines() if line}
+  assert "r2m.kl2" not in lines
+  for name, control in (("r2m.high", "scaled"), ("r2m.short_grpo", "scaled.short")):
+    gold, other = (curves[x][1.0].metrics["reward/gold"] for x in (name, control))
+    for x in (gold - other).mean(), (gold - other)[:, -2:].mean(), gold[:, -2:].mean():
+      assert f" {x:.2f} [" in lines[name]
+  assert lines["scaled"].count("[") == 2
+
+
+@pytest.mark.parametrize(
+  "get_config, size",
+  [(fair.get_config, size) for size in ("", "test", *fair.SIZES)]
+  + [(holds.get_config, size) for size in ("", "test")],
+)
+def test_the_registered_experiments_can_run(get_config, size):
+  config = get_config(size)
   check_config(config)
   arms = arms_of(config)
   assert not set(config.lab.seeds) & {100, 101, 102, 103}
   named = {name for text in config.lab.contrasts for name in text.split(" - ")}
   assert named <= set(arms)
   if size == "":
-    assert len(config.lab.contrasts) == 6 and len(config.lab.seeds) == 24
+    expected = {fair.get_config: (6, 24), holds.get_config: (4, 14)}[get_config]
+    assert (len(config.lab.contrasts), len(config.lab.seeds)) == expected
     budgets = {(arm.steps, arm.kl.beta, arm.policy.lr, arm.algorithm) for arm in arms.values()}
-    assert len(budgets) == 1  # the same for every arm, the first KL weight included
+    assert len(budgets) == 1  # the same for every arm, including the first KL weight
     assert {arm.kl.target for arm in arms.values()} == {2.0, 4.0}
 
 

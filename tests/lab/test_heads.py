@@ -1,4 +1,4 @@
-"""The score head of a proxy: its fit against torch and against labels that are known."""
+"""The score head of a proxy: its fit against torch and against known labels."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from r2m_jax.lab import heads
 
 
 def pairs(count, width, seed=0, flip=0.0):
-  """Gaps whose sign along a direction is the label, a share of them exchanged."""
+  """Differences whose sign along a direction is the label. A share of the labels is exchanged."""
   rng = np.random.default_rng(seed)
   gaps, direction = rng.normal(size=(count, width)), rng.normal(size=width)
   gaps *= np.sign(gaps @ direction)[:, None]

@@ -1,5 +1,5 @@
-"""The laboratory at its smallest: replicas against single runs, a killed grid against an
-unbroken one, its output.
+"""The laboratory at its smallest size: replicas against single runs, a killed grid against an
+uninterrupted one, and its output.
 """
 
 import csv
@@ -26,7 +26,7 @@ from r2m_jax.tasks import gold as gold_task
 from r2m_jax.types import Sequences
 
 LABELS = "r2m.labels r2m.labels=preference r2m.label_budget=0.2"
-# what a moved rounding error may do; sums over 32 rows of numbers near 1
+# tolerance for rounding; sums over 32 rows of numbers near 1
 CLOSE = dict(rtol=2e-3, atol=2e-4)
 
 
@@ -40,7 +40,7 @@ def settings(**overrides):
     (0.001,),
   )
   cfg.lab.together, cfg.sft.steps, cfg.reward.pairs = 2, 10, 64
-  cfg.policy.lr, cfg.r2m.lr = 3e-3, 1e-2  # so that four steps lead somewhere
+  cfg.policy.lr, cfg.r2m.lr = 3e-3, 1e-2  # large enough to change the policy in four steps
   for name, value in overrides.items():
     cfg.update_from_flattened_dict({name.replace("__", "."): value})
   return cfg
@@ -48,11 +48,11 @@ def settings(**overrides):
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-  """(workdir, {(arm, step): sequences of both seeds}) of an unbroken grid, and what it printed."""
+  """(workdir, {(arm, step): sequences of both seeds}) of an uninterrupted grid, and its output."""
   workdir, seen, original = tmp_path_factory.mktemp("lab"), [], grid.gold_metrics
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
-      grid, "gold_metrics", lambda out, K: seen.append(out.sequences) or original(out, K)
+      grid, "gold_metrics", lambda out, *of: seen.append(out.sequences) or original(out, *of)
     )
     grid.run(settings(), workdir)
   return workdir, seen
@@ -64,8 +64,8 @@ def columns(workdir, arm):
 
 @pytest.mark.parametrize("name", ["r2m.labels", pytest.param("vanilla", marks=pytest.mark.long)])
 def test_a_replica_is_the_run_of_its_seed(ended, tmp_path, monkeypatch, name):
-  """Seed 1 alone, all its stages through tasks.gold.run: the same tokens at every step, and
-  metrics within rounding.
+  """A run of only seed 1, with all its stages, by tasks.gold.run: the same tokens at every step,
+  and metrics within rounding.
   """
   workdir, seen = ended
   cfg = settings(task="r2m", seed=1, variant=name.split(".")[0])
@@ -73,12 +73,12 @@ def test_a_replica_is_the_run_of_its_seed(ended, tmp_path, monkeypatch, name):
     cfg.r2m.labels, cfg.r2m.label_budget = "preference", 0.2
   alone, original = [], rl.gold_metrics
   monkeypatch.setattr(
-    gold_task, "gold_metrics", lambda out, K: alone.append(out.sequences) or original(out, K)
+    gold_task, "gold_metrics", lambda out, *of: alone.append(out.sequences) or original(out, *of)
   )
   gold_task.run(cfg, tmp_path)
   first = (
     0 if name == "vanilla" else 2 * cfg.steps
-  )  # of the arm in what the grid saw: two seeds a step
+  )  # of the arm in the recording of the grid: two seeds a step
   assert len(alone) == cfg.steps and len(seen) == 4 * cfg.steps
   for one, replica in zip(alone, seen[first + 1 :: 2]):
     np.testing.assert_array_equal(one.tokens, replica.tokens)
@@ -94,13 +94,13 @@ def test_a_replica_is_the_run_of_its_seed(ended, tmp_path, monkeypatch, name):
       "policy/grad_norm",
     ):
       np.testing.assert_allclose(mine[metric][1, row["step"]], row[metric], **CLOSE, err_msg=metric)
-  assert np.abs(np.diff(mine["reward/gold"], axis=0)).min() > 1e-3  # the other seed is another run
-  assert mine["kl"][:, -1].min() > 1e-2  # and both have gone somewhere
+  assert np.abs(np.diff(mine["reward/gold"], axis=0)).min() > 1e-3  # seeds differ
+  assert mine["kl"][:, -1].min() > 1e-2  # and both have changed
 
 
 def test_killed_and_started_again_it_gives_the_same_table(ended, tmp_path, monkeypatch):
-  """Killed in the second arm at step 3 of 4, with a checkpoint at 2; what is done is read,
-  nothing is run twice.
+  """Killed in the second arm at step 3 of 4, with a checkpoint at 2. Finished work is read, and
+  nothing runs twice.
   """
   workdir, _ = ended
   shutil.copytree(workdir / "stages", tmp_path / "stages")
@@ -109,9 +109,9 @@ def test_killed_and_started_again_it_gives_the_same_table(ended, tmp_path, monke
   small.interrupt(monkeypatch, grid, 15, lambda: grid.run(settings(), tmp_path))
   assert [path.name for path in (tmp_path / "table").iterdir()] == ["vanilla.parquet"]
   steps, original = [], grid.gold_metrics
-  monkeypatch.setattr(grid, "gold_metrics", lambda out, K: steps.append(1) or original(out, K))
+  monkeypatch.setattr(grid, "gold_metrics", lambda out, *of: steps.append(1) or original(out, *of))
   grid.run(settings(), tmp_path)
-  assert len(steps) == 2 * 2  # two steps of two seeds, of the second arm alone
+  assert len(steps) == 2 * 2  # two steps of two seeds, only of the second arm
   for arm in ("vanilla", "r2m.labels"):
     assert (tmp_path / "table" / f"{arm}.parquet").read_bytes() == (
       workdir / "table" / f"{arm}.parquet"
@@ -140,15 +140,15 @@ def test_what_it_leaves(ended):
   assert (
     float(difference["value"]) == pytest.approx(gap.mean(), abs=1e-5) and difference["seeds"] == "2"
   )
-  half = 12.7062 * gap.std(ddof=1) / np.sqrt(2)  # Student's, of two seeds
+  half = 12.7062 * gap.std(ddof=1) / np.sqrt(2)  # Student's interval of two seeds
   assert float(difference["low"]) == pytest.approx(gap.mean() - half, rel=1e-4, abs=1e-5)
-  same_weight = "vanilla at 0.02"  # which both have
+  same_weight = "vanilla at 0.02"  # the KL that both reach
   assert found["r2m.labels", "final", same_weight] == difference | {"against": same_weight}
   assert {"stop_step", "final"} <= {row["measure"] for row in rows if "stopped" in row["arm"]}
   assert float(found["best_of_n", "proxy_n_32", ""]["value"]) > float(
     found["best_of_n", "proxy_n_1", ""]["value"]
   )
-  kept, _ = read_table(workdir / "seeds.parquet")  # the rows can be made again from it
+  kept, _ = read_table(workdir / "seeds.parquet")  # the rows can be computed from it again
   for arm in ("vanilla", "r2m.labels", "vanilla.stopped_at_kl_0.001"):
     mine = kept["arm"] == arm
     assert kept["seed"][mine].tolist() == [0, 1]
@@ -192,8 +192,8 @@ def test_more_seeds_and_weights_run_what_is_missing(ended):
     (("vanilla", "vanilla kl.beta=0.1"), "has a name that another arm has"),
     (("vanilla.x kl.bta=0.1",), r"did you mean config.kl.beta\?"),
     (("vanilla.x kl.beta",), "give FIELD=VALUE"),
-    (("vanilla.x seed=3",), "of a field that says what is computed"),
-    (("vanilla.x log.samples=3",), "of a field that says what is computed"),
+    (("vanilla.x seed=3",), "of a field that affects the result"),
+    (("vanilla.x log.samples=3",), "of a field that affects the result"),
     (("vanilla.x kl.beta=much",), "'kl.beta=much'"),
     (("r2m.x kl.controller=adaptiv",), r"r2m.x: config.kl.controller is 'adaptiv'"),
     (("vanilla.x kl.placement=reward",), "must be 'exact'"),
@@ -253,7 +253,9 @@ def test_what_was_chosen_reaches_all_arms_of_a_variant(monkeypatch):
 
 
 def test_an_arm_that_another_process_is_at_is_left_to_it(ended, tmp_path, monkeypatch, capsys):
-  """Another holds an arm's lock while the rest runs here, then dies: the arm is run here."""
+  """Another process has the lock of an arm while the others run here. It then dies, and the arm is
+  run here.
+  """
   for name in ("stages", "table"):
     shutil.copytree(ended[0] / name, tmp_path / name)
   shutil.copyfile(ended[0] / "best_of_n.parquet", tmp_path / "best_of_n.parquet")
@@ -262,7 +264,7 @@ def test_an_arm_that_another_process_is_at_is_left_to_it(ended, tmp_path, monkey
   held.__enter__()
   alone = grid.alone
 
-  def released(workdir, what, *, wait=True):  # as the other process dies, this one begins to wait
+  def released(workdir, what, *, wait=True):  # when the other process dies, this one begins to wait
     if what == "arm-vanilla" and wait:
       held.__exit__(None, None, None)
     return alone(workdir, what, wait=wait)
@@ -276,7 +278,7 @@ def test_an_arm_that_another_process_is_at_is_left_to_it(ended, tmp_path, monkey
   grid.run(settings(), tmp_path)
   assert ran == [("vanilla", 2)]
   printed = capsys.readouterr().out
-  assert "another process is at it" in printed and "done before" in printed
+  assert "another process works on it" in printed and "done before" in printed
   assert columns(tmp_path, "vanilla")["seed"].size == 2 * settings().steps
   with alone(tmp_path, "x") as mine, alone(tmp_path, "x", wait=False) as again:
     assert mine and not again
@@ -296,12 +298,10 @@ def test_seeds_share_out_over_the_devices():
 
 
 def test_drift_against_single_scores():
-  """The probe of two replicas against the head called outside of it, on responses of random
-  tokens.
-  """
+  """The probe of two replicas against direct calls of the head, on responses of random tokens."""
   cfg, rng = small.config(variant="r2m"), np.random.default_rng(0)
   built, state = small.start(cfg)
-  state = state.replace(step=jax.numpy.int32(3))  # of 4: omega is at its floor
+  state = state.replace(step=jax.numpy.int32(3))  # the last of 4 steps: omega is at its floor
   policy = jax.tree.map(lambda x: x.sharding, state.policy)
   states = [
     state.replace(policy=jax.device_put(small.perturb(state.policy, seed, 0.3), policy))
@@ -341,7 +341,7 @@ def test_drift_against_single_scores():
     )
   still = together.spread(
     together.stack([state, state]), mesh
-  )  # the reference itself: nothing has moved
+  )  # the reference itself: there is no drift
   found = jax.device_get(probe(still, still.reward_head, fixed, fixed))
   for name in ("drift/fixed_states", "drift/fixed_states_std", "drift/own_states"):
     np.testing.assert_allclose(found[name], 0, atol=1e-6)
@@ -349,8 +349,8 @@ def test_drift_against_single_scores():
 
 @pytest.mark.long
 def test_arms_with_starts_of_their_own(ended, tmp_path):
-  """Golden pairs, a fitted head and an ensemble, two seeds each; what the arms share is fitted
-  once.
+  """Golden pairs, a fitted head and an ensemble, with two seeds each. Parts that arms share are
+  fitted once.
   """
   shutil.copytree(ended[0] / "stages", tmp_path / "stages")
   shutil.copyfile(ended[0] / "best_of_n.parquet", tmp_path / "best_of_n.parquet")
@@ -372,7 +372,7 @@ def test_arms_with_starts_of_their_own(ended, tmp_path):
   for (
     name,
     values,
-  ) in gold.items():  # all arms of a seed start from one policy and draw the same samples
+  ) in gold.items():  # all arms of a seed start from the same policy and draw the same samples
     np.testing.assert_array_equal(values[:, 0], gold["noise"][:, 0], err_msg=name)
   used = curves_of(columns(tmp_path, "vanilla.min"))[1.0].metrics["reward/used"]
   assert (

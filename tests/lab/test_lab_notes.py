@@ -1,5 +1,5 @@
-"""The laboratory's third task with a tiny random model: gold never reaches training, what a proxy is
-given, what a killed run leaves, what is written.
+"""The laboratory's third task with a tiny random model: gold never reaches training. Also tests the
+data of a proxy, a killed run, and the files.
 """
 
 import csv
@@ -33,14 +33,14 @@ def settings(**overrides):
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-  """The workdir of the whole task, two arms and two seeds."""
+  """The workdir of the whole task, with two arms and two seeds."""
   workdir = tmp_path_factory.mktemp("lab_notes")
   lab_notes.run(settings(), workdir)
   return workdir
 
 
 def begun(ended, folder):
-  """A copy of the finished task from before RL."""
+  """A copy of the finished task in its state before RL."""
   for name in ("models", "proxy_0", "proxy_1", "sft"):
     shutil.copytree(ended / name, folder / name)
   for name in ("sft_samples.jsonl", "held_out_pairs.jsonl"):
@@ -63,12 +63,12 @@ def samples_of(workdir, arm, seed):
   return [read_jsonl(file) for file in files]
 
 
-# ---- gold stays outside ----
+# ---- gold never reaches training ----
 
 
 @pytest.mark.long
 def test_another_gold_gives_the_same_policy(ended, tmp_path, monkeypatch):
-  """To the byte, and all metrics but those of gold."""
+  """Equal byte for byte, and so are all metrics except those of gold."""
 
   def other(prompt, reply, truncated=False):
     return notes.GoldParts(float(len(reply)), 0.5, 1, 2, 3, 4, 5, 6, truncated)
@@ -87,7 +87,7 @@ def test_another_gold_gives_the_same_policy(ended, tmp_path, monkeypatch):
 
 
 def test_every_sample_is_kept_with_its_rewards(ended):
-  """Gold by the formula from the text in the file; the means are those of metrics.jsonl."""
+  """Gold is recomputed from the text in the file. The means equal those in metrics.jsonl."""
   for arm, seed in RUNS:
     steps, rows = samples_of(ended, arm, seed), steps_of(ended, arm, seed)
     assert len(steps) == len(rows) == 2
@@ -104,7 +104,7 @@ def test_every_sample_is_kept_with_its_rewards(ended):
 
 
 def test_no_prompt_is_used_twice(ended):
-  """Neither by two steps nor by two stages, and no held-out pair of values is trained on."""
+  """No two steps and no two stages share a prompt, and no held-out pair of values is trained on."""
   used = [
     {row["prompt"][-1]["content"] for row in read_jsonl(ended / file)}
     for file in (
@@ -140,7 +140,7 @@ def test_labels_without_noise_follow_gold_or_its_opposite(temperature, flip, sha
 
 
 def test_labels_are_against_gold_as_often_as_the_logistic_says():
-  """Ten thousand pairs of one gap: sigmoid(-gap / T), then a tenth is exchanged."""
+  """Ten thousand pairs with the same difference: sigmoid(-gap / T), then a tenth is exchanged."""
   config = settings(reward__choice_temperature=0.5, reward__label_flip=0.1)
   rows = [{"prompt": "p", "responses": ["a", "b"], "gold": [1.0, 1.7]}] * 10_000
   found = lab_notes.labelled(config, rows, 1)
@@ -154,7 +154,7 @@ def test_pairs_are_samples_of_the_policy_with_their_gold(ended):
     rows = read_jsonl(ended / f"proxy_{seed}/pairs.jsonl")
     assert 6 <= len(rows) <= 12
     for row in rows:
-      # a sample that was cut off lost another point
+      # a truncated sample lost another point
       prompt = row["prompt"][-1]["content"]
       for side in ("chosen", "rejected"):
         gold = notes.gold_parts(prompt, row[side]).gold
@@ -167,7 +167,7 @@ def test_pairs_are_samples_of_the_policy_with_their_gold(ended):
 
 @pytest.mark.long
 def test_a_killed_run_ends_as_the_unbroken_one(ended, tmp_path, monkeypatch, capsys):
-  """Killed while gold reads the second step, then the same command again."""
+  """Killed while gold scores the second step, then started again with the same command."""
   config, again, calls = settings(lab__arms=("r2m",), lab__seeds=(0,)), begun(ended, tmp_path), []
 
   def dies(original, *args):
@@ -182,13 +182,13 @@ def test_a_killed_run_ends_as_the_unbroken_one(ended, tmp_path, monkeypatch, cap
   assert len(steps_of(again, "r2m", 0)) == 1
   capsys.readouterr()
   lab_notes.run(config, again)
-  assert "r2m: goes on from step 1 of 2" in capsys.readouterr().out
+  assert "r2m: resumes at step 1 of 2" in capsys.readouterr().out
   assert policy_bytes(again, "r2m", 0) == policy_bytes(ended, "r2m", 0)
   assert steps_of(again, "r2m", 0) == steps_of(ended, "r2m", 0)
   assert samples_of(again, "r2m", 0) == samples_of(ended, "r2m", 0)
 
 
-# ---- what is written ----
+# ---- files ----
 
 
 def test_steps_csv_has_every_step(ended):
@@ -241,7 +241,7 @@ def test_the_command_shows_arms_differences_and_samples(ended, monkeypatch, caps
     assert row["prompt"] in printed and repr(row["response"]) in printed
 
 
-# ---- refused before any work ----
+# ---- errors before any work ----
 
 
 @pytest.mark.parametrize(

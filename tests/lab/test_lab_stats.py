@@ -13,15 +13,15 @@ from r2m_jax.lab.table import arm_columns, curves_of, joined, read_table, write_
 from r2m_jax.report import intervals
 from r2m_jax.types import Judged, Sequences
 
-# two-sided 95% points of Student's t, from printed tables, by degrees of freedom
+# two-sided 95% points of Student's t, from published tables, by degrees of freedom
 STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 9: 2.262, 29: 2.045}
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8])
 @pytest.mark.parametrize("kinds", [3, 1000])
 def test_best_of_equals_the_mean_over_all_subsets(n, kinds):
-  """With 3 different proxies there are many ties; each response of a tie is as likely to be
-  taken.
+  """With 3 distinct proxy values there are many ties. Tied responses are equally likely to be
+  chosen.
   """
   rng, count = np.random.default_rng(n), 8
   proxy, values = rng.integers(0, kinds, count).astype(float), rng.normal(size=count)
@@ -33,7 +33,7 @@ def test_best_of_equals_the_mean_over_all_subsets(n, kinds):
 
 
 def test_best_of_is_exact_for_large_counts():
-  """The mean of the largest of n of the numbers 1 .. N drawn without replacement is n (N + 1) /
+  """If n of the numbers 1 .. N are drawn without replacement, the largest has the mean n (N + 1) /
   (n + 1).
   """
   values = np.random.default_rng(0).permutation(np.arange(1.0, 4097))
@@ -42,8 +42,8 @@ def test_best_of_is_exact_for_large_counts():
 
 
 def test_best_of_kl_is_that_of_the_distribution():
-  """KL of best of n over a vocabulary of M equally likely responses without ties, for M large,
-  by its definition.
+  """The KL of best of n over M equally likely responses without ties, from its definition, for a
+  large M.
   """
   for n in (1, 2, 4, 16):
     edges = np.linspace(0, 1, 200_001)
@@ -56,14 +56,15 @@ def test_best_of_kl_is_that_of_the_distribution():
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 10, 30])
 def test_interval_has_the_length_of_the_t_interval(count):
-  """For even spacing the bootstrap of the mean is close to Normal: the widened percentiles give
-  Student's length.
+  """If values are evenly spaced, the bootstrap of the mean is nearly Normal, and the widened
+  percentiles have the length of Student's interval.
   """
   values = np.random.default_rng(count).permutation(np.linspace(-1, 1, count))
   found = intervals.interval(values + 3)
   assert found.value == pytest.approx(3) and found.count == count
   half = STUDENT[count - 1] * values.std(ddof=1) / np.sqrt(count)
-  # below five values the bootstrap could not leave the data, so it is Student's itself
+  # for fewer than five values a bootstrap cannot leave the range of the data, so Student's interval
+  # is used
   assert (found.high - found.low) / 2 == pytest.approx(half, rel=0.12 if count >= 5 else 1e-3)
 
 
@@ -110,7 +111,7 @@ def test_outline_against_a_loop():
 
 
 def test_matched_by_hand():
-  """Three steps have windows of one; between KL 1 and 3 gold goes from 2 to 4."""
+  """Three steps have windows of one step. Between KL 1 and 3 gold rises from 2 to 4."""
   kl = np.array([[0.0, 1.0, 3.0], [0.0, 0.5, 0.9], [0.0, 3.0, 1.0]])
   gold = np.array([[0.0, 2.0, 4.0], [0.0, 1.0, 2.0], [0.0, 6.0, 9.0]])
   np.testing.assert_allclose(stats.matched(kl, gold, 2.0), [3.0, np.nan, 4.0])
@@ -154,7 +155,7 @@ def test_turnover_fit_is_least_squares_over_all_points_and_resamples_seeds():
   assert found.r2 == pytest.approx(1 - residual[0] / ((gain[keep] - gain[keep].mean()) ** 2).sum())
   alone = [stats.fit_turnover(kl[[i]], gain[[i]], "bon").a.value for i in range(5)]
   assert found.a.low < found.a.value < found.a.high
-  t_half = STUDENT[4] * np.std(alone, ddof=1) / np.sqrt(5)  # seeds have equal weight here, nearly
+  t_half = STUDENT[4] * np.std(alone, ddof=1) / np.sqrt(5)  # seeds have nearly equal weights here
   assert (found.a.high - found.a.low) / 2 == pytest.approx(t_half, rel=0.3)
 
 
@@ -232,8 +233,8 @@ def test_arms_are_paired_with_those_of_their_own_kind():
 
 
 def candidates(**changes):
-  """Results with four candidates of one arm; `changes` are measure -> value of candidates 0 to
-  3.
+  """Results with four candidates of one arm. `changes` maps a measure to its values for candidates
+  0 to 3.
   """
   usual = {
     "skipped": 0,
@@ -257,13 +258,13 @@ def candidates(**changes):
   [
     ({}, 0),
     ({"frozen_at_kl_2": {2: (4, 1.5)}}, 2),
-    ({"frozen_at_kl_2": {2: (4, 1.5)}, "final": {0: (4, 9.0)}}, 2),  # gold is not read
+    ({"frozen_at_kl_2": {2: (4, 1.5)}, "final": {0: (4, 9.0)}}, 2),  # gold is not used
     ({"frozen_at_kl_2": {2: (4, 1.5)}, "skipped": {2: (4, 0.25)}}, 0),
     ({"frozen_at_kl_2": {2: (4, 1.5)}, "length_final": {2: (4, 3.9)}}, 0),
     (
       {"frozen_at_kl_2": {2: (4, 1.5), 1: (3, 1.0)}, "frozen_final": {3: (4, 2.0)}},
       3,
-    ),  # a seed of 1 never gets there
+    ),  # one seed of setting 1 never reaches it
     ({"skipped": {i: (4, 1.0) for i in range(4)}}, None),
   ],
 )

@@ -1,5 +1,5 @@
 """The offline table: its posterior, weights, evidence and scores against loops and scipy, and the
-page's tables against the rows beside it.
+tables of the page against the stored rows.
 """
 
 import itertools
@@ -38,7 +38,7 @@ def pairs(count=80, width=5, seed=0):
 
 
 def objective(w, evidence, prior_mean, tau):
-  """J(w), a pair at a time."""
+  """J(w), one pair at a time."""
   total = sum((a - b) ** 2 for a, b in zip(w, prior_mean)) / (2 * tau**2)
   for dx, weight, flip in zip(*evidence):
     z = sum(a * b for a, b in zip(w, dx))
@@ -53,14 +53,14 @@ def test_the_head_is_the_one_that_scipy_finds(tau):
   best = optimize.minimize(
     objective, prior_mean, (evidence, prior_mean, tau), method="BFGS", options={"gtol": 1e-7}
   )
-  # J is within 1e-8 of its minimum and curved at least as 1 / tau^2
+  # J is within 1e-8 of its minimum, and its curvature is at least 1 / tau^2
   np.testing.assert_allclose(found.mean, best.x, atol=3e-4 * tau)
   assert objective(found.mean, evidence, prior_mean, tau) <= best.fun + 2e-8
   assert 0 < found.steps < 50
 
 
 def test_the_head_of_labels_that_contradict_the_prior_is_a_minimum_too():
-  """Far from the prior l is not convex: each step must still go down."""
+  """Far from the prior, l is not convex. Each step must still decrease it."""
   evidence, prior_mean = pairs(40, 3, 1)
   evidence = evidence._replace(dx=-np.abs(evidence.dx), flip=np.full(40, 0.2))
   prior_mean = np.full(3, 1.0)
@@ -141,7 +141,9 @@ def test_accuracy_counts_pairs_of_one_prompt():
 
 
 def stored_rows(seed=0, width=3):
-  """A file of lab/offline.py with random numbers: 6 old pairs, 130 fresh prompts, 4 scored ones."""
+  """A file in the format of lab/offline.py with random numbers: 6 old pairs, 130 fresh prompts, 4
+  scored prompts.
+  """
   rng = np.random.default_rng(seed)
   counts = {"old": 12, "old_other": 6, "fresh": 260, "fresh_other": 130, "scored": 32}
   stored = {"phi": rng.normal(size=width), "old/a_wins": rng.uniform(size=6) < 0.5}
@@ -156,7 +158,7 @@ def stored_rows(seed=0, width=3):
 
 def test_without_evidence_the_head_is_the_frozen_reward():
   stored = stored_rows()
-  stored["old/flat"][:, 1] = 2.0  # never varies
+  stored["old/flat"][:, 1] = 2.0  # constant
   s = table.sets_of(stored, "flat", 0, 4.0)
   head = fit_head(Evidence(np.zeros((0, 6)), np.zeros(0), np.zeros(0)), s.prior_mean, 1.0).mean
   for name in ("old", "scored"):
@@ -215,7 +217,7 @@ def test_a_mismatched_row_has_its_prompt_and_the_response_to_the_next():
     np.testing.assert_array_equal(other.tokens[i], [*rows.tokens[i, :14], *rows.tokens[j, 14:]])
     np.testing.assert_array_equal(other.token_mask[i], rows.token_mask[j])
     np.testing.assert_array_equal(other.response_mask[i], rows.response_mask[j])
-  # an answer to another note names few of this one's facts
+  # an answer to another note has few of this note's facts
   assert goldtask.gold(other).gold.shape == (5,)
 
 
@@ -292,7 +294,7 @@ def test_the_page_has_the_tables_that_its_rows_give(columns):
 
 
 def test_a_cell_is_the_mean_of_the_differences_of_its_seeds(columns):
-  """By a loop over the rows, with Student's interval beside the bootstrap's."""
+  """By a loop over the rows. Student's interval is compared with the bootstrap's."""
   value = {
     tuple(columns[name][i] for name in ("seed", "kl", "features", "evidence")): columns["value"][i]
     for i in range(len(columns["seed"]))
@@ -317,7 +319,7 @@ def test_a_cell_is_the_mean_of_the_differences_of_its_seeds(columns):
 def test_a_killed_run_leaves_the_rows_of_an_unbroken_one(tmp_path, monkeypatch):
   config = offline.settings(quickstart.get_config("test"))
   config.steps, config.policy.lr, config.log.checkpoint_every = 6, 3e-3, 2
-  # no seed passes the last one: all steps are run
+  # no seed passes the last limit: all steps are run
   targets, whole, broken = (0.001, 0.2, 100.0), tmp_path / "whole", tmp_path / "broken"
   monkeypatch.setattr(offline, "FRESH_PROMPTS", 8)
   monkeypatch.setattr(offline, "SCORED_PROMPTS", 4)

@@ -1,5 +1,5 @@
-"""The laboratory's second task on tiny text: gold never reaches training, what a proxy is given,
-what the log says.
+"""The laboratory's second task on tiny text: gold never reaches training. Also tests the data of a
+proxy and the log.
 """
 
 import csv
@@ -39,7 +39,7 @@ def settings(root, **overrides):
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-  """(data and policy, workdir, {(arm, seed): rows that gold read at each step}) of the whole
+  """(data and policy, workdir, {(arm, seed): rows that gold scored at each step}) of the whole
   task.
   """
   root, workdir = make_data(tmp_path_factory.mktemp("data")), tmp_path_factory.mktemp("lab_text")
@@ -65,7 +65,7 @@ def ended(tmp_path_factory):
 
 
 def begun(ended, folder):
-  """A copy of the finished task from before RL."""
+  """A copy of the finished task in its state before RL."""
   for part in ("models", "sft_samples.jsonl"):
     (shutil.copytree if part == "models" else shutil.copyfile)(ended[1] / part, folder / part)
   for seed in (0, 1):
@@ -82,11 +82,11 @@ def timeless(workdir, arm, seed):
   return list(map(without_clock, rows))
 
 
-# ---- gold stays outside ----
+# ---- gold never reaches training ----
 
 
 def test_another_gold_model_gives_the_same_policies(ended, tmp_path):
-  """To the byte, and all metrics but those against gold."""
+  """Equal byte for byte, and so are all metrics except those that use gold."""
   root, workdir, _ = ended
   tiny_text.model(
     "llama2", "chatml", tmp_path / "other", classifier=True, max_position_embeddings=256, seed=5
@@ -106,8 +106,8 @@ def test_another_gold_model_gives_the_same_policies(ended, tmp_path):
 
 
 def test_gold_is_what_transformers_says_of_the_samples(ended):
-  """Oracle: the exported classifier, a row at a time, on text rendered by its chat template; its
-  bias from the file.
+  """Oracle: the exported classifier, one row at a time, on text rendered by its chat template. Its
+  bias is read from the file.
   """
   _, workdir, seen = ended
   folder = workdir / "models/gold"
@@ -130,9 +130,7 @@ def test_gold_is_what_transformers_says_of_the_samples(ended):
       checked += len(rows)
   assert checked == 4 * 2 * 4
   first = read_jsonl(realtext.run_of(workdir, "vanilla", 0) / "samples.jsonl")[0]
-  assert (
-    first["response"] == seen["vanilla", 0][0][0]["response"]
-  )  # what is logged is what gold read
+  assert first["response"] == seen["vanilla", 0][0][0]["response"]  # the log has the gold scores
 
 
 # ---- reward models ----
@@ -140,8 +138,8 @@ def test_gold_is_what_transformers_says_of_the_samples(ended):
 
 @pytest.mark.parametrize("factor", [2, 3])
 def test_a_grown_policy_says_the_same(ended, tmp_path, factor):
-  """Oracle: transformers on both folders. Each further layer is a copy but for what adds to the
-  residual stream.
+  """Oracle: transformers on both folders. Each further layer is a copy, except for the matrices
+  that add to the residual stream.
   """
   root, _, _ = ended
   cfg = settings(root, task="sft")
@@ -209,8 +207,8 @@ def test_exactly_the_share_is_flipped(ended, share, count):
 
 
 def test_proxies_learn_from_training_pairs_alone(ended):
-  """What lies beside each proxy: pairs of the training files within the limits, a quarter of
-  them exchanged.
+  """The pairs stored with each proxy come from the training files and are within the limits. A
+  quarter of them is exchanged.
   """
   root, workdir, _ = ended
   cfg = settings(root)
@@ -227,12 +225,12 @@ def test_proxies_learn_from_training_pairs_alone(ended):
       assert (pair[::-1] if row["flipped"] else pair) in known[json.dumps(row["prompt"])]
 
 
-# ---- going on ----
+# ---- resuming ----
 
 
 def test_a_killed_run_ends_as_the_unbroken_one(ended, tmp_path, monkeypatch, capsys):
-  """Killed while gold reads the second step of an arm after one that is finished, then the same
-  command again.
+  """Killed while gold scores the second step of the second arm, then started again with the same
+  command.
   """
   root, workdir, _ = ended
   cfg, again, calls, original = (
@@ -256,7 +254,7 @@ def test_a_killed_run_ends_as_the_unbroken_one(ended, tmp_path, monkeypatch, cap
   capsys.readouterr()
   realtext.run(cfg, again)
   shown = capsys.readouterr().out
-  assert "r2m: goes on from step 1 of 2" in shown and "vanilla of seed 0: done before" in shown
+  assert "r2m: resumes at step 1 of 2" in shown and "vanilla of seed 0: done before" in shown
   for arm in cfg.lab.arms:
     assert policy_bytes(again, arm, 0) == policy_bytes(workdir, arm, 0)
     assert timeless(again, arm, 0) == timeless(workdir, arm, 0)
@@ -269,8 +267,8 @@ def test_an_arm_with_other_settings_is_refused(ended):
 
 
 def test_processes_share_the_work(tmp_path):
-  """What another process is at comes last, once that one has ended; nothing is done twice by one
-  process.
+  """An arm that another process runs comes last, after that process has ended. No process repeats
+  work.
   """
   done = []
   jobs = {name: functools.partial(done.append, name) for name in "abc"}
@@ -285,12 +283,12 @@ def test_processes_share_the_work(tmp_path):
   assert done == ["b", "c", "a"]
 
 
-# ---- what is written ----
+# ---- files ----
 
 
 def test_table_and_summary(ended):
-  """The table has each run's rows; differences are paired by seed; the report has the reward
-  models' tables.
+  """The table has the rows of each run, differences are paired by seed, and the report has the
+  tables of the reward models.
   """
   root, workdir, _ = ended
   for arm in ("vanilla", "r2m"):
@@ -331,7 +329,7 @@ def test_table_and_summary(ended):
   ]
 
 
-# ---- refused before any work ----
+# ---- errors before any work ----
 
 
 @pytest.mark.parametrize(
@@ -382,7 +380,7 @@ def test_without_data_it_says_what_to_download(tmp_path):
 
 
 def test_what_each_model_may_learn_from():
-  """Harmless-base teaches reward models alone; nothing held out is learned from."""
+  """Only reward models are trained on harmless-base. No held-out row is used for training."""
   names = real_gold.get_config().scratch
   assert "harmless" in names.pairs
   assert not any("harmless" in names[field] for field in ("corpus", "sft", "prompts"))

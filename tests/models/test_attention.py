@@ -1,5 +1,5 @@
-"""Implementations of attention against the plain one, forward and backward; the kernel by the
-TPU compiler too.
+"""Implementations of attention against the plain one, forward and backward. The kernel is also
+compiled for TPUs.
 """
 
 import os
@@ -84,8 +84,8 @@ def test_what_cannot_be_is_refused_with_the_reason(how, arch, dtype, why):
 
 
 def problem(length, dim, heads=4, kv=2, rows=4):
-  """q, k, v, the weights of a loss, and the keys that are real: padding on the left, on the
-  right, on both sides.
+  """q, k, v, the weights of a loss, and a mask of real keys, with padding on the left, on the
+  right, and on both sides.
   """
   rng = np.random.default_rng(0)
   q, k, v, w = (
@@ -104,8 +104,8 @@ def mask_of(keys, window):
 
 
 def compare(run, mask, q, k, v, w, keys, *, scale, cap, bound=BOUND):
-  """Outputs and gradients of real tokens; those of padding are random numbers that must reach
-  nobody.
+  """Compares outputs and gradients of real tokens. Padding has random numbers, which must not reach
+  any other token.
   """
 
   def loss(f):
@@ -147,8 +147,8 @@ def test_splash_is_attention(length, dim, window, cap):
 @pytest.mark.parametrize("mesh, slides", [((2, 2, 2), True), ((1, 2, 4), False)])
 @pytest.mark.numerics
 def test_splash_on_a_mesh(mesh, slides):
-  """Rows and heads on their devices, whether key heads split over tensor or are fewer; the kind
-  of the layer traced.
+  """Rows and heads are on their devices, whether key heads are split over the axis tensor or are
+  too few. The kind of layer is traced.
   """
   *arrays, keys = problem(150, 16)
   mesh = make_mesh(mesh)
@@ -186,8 +186,8 @@ def test_dot_product_is_attention(window):
 @pytest.mark.parametrize("how, arch", [("splash", ARCH), ("dot_product", PLAIN)])
 @pytest.mark.numerics
 def test_a_model_reads_and_decodes_alike(how, arch):
-  """A prompt of 150 tokens into the cache, then one more token: layers of both kinds, a soft
-  cap, rotary positions.
+  """A prompt of 150 tokens is written to the cache, then one more token is decoded. Layers of both
+  kinds, a soft cap, rotary positions.
   """
   state = transformer.init(arch, jax.random.key(0))[1]
   tokens = jax.random.randint(jax.random.key(1), (2, 151), 0, 32)
@@ -242,7 +242,9 @@ print("platform", platform, "kernels", text.count("tpu_custom_call"))
 
 
 def test_the_tpu_compiler_takes_the_kernel():
-  """Forward and backward of both kinds of layer in heads of 80, on a 2 x 2 slice, without a TPU."""
+  """Forward and backward passes of both kinds of layer with heads of width 80, on a 2 x 2 slice,
+  without a TPU.
+  """
   pytest.importorskip("libtpu")
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
@@ -254,7 +256,7 @@ def test_the_tpu_compiler_takes_the_kernel():
   )
   assert done.returncode == 0, done.stderr[-3000:]
   platform, kernels = done.stdout.split()[1::2]
-  assert platform == "tpu" and int(kernels) >= 6  # forward, and two backward kernels, of each kind
+  assert platform == "tpu" and int(kernels) >= 6  # for each kind 1 forward, 2 backward
 
 
 def test_where_slots_fit():
@@ -263,8 +265,8 @@ def test_where_slots_fit():
 
 
 def slots_problem(heads, kv, dim, slots, common, dtype):
-  """Four rows, two and two with a prompt of `common` slots: (q, k, v, cache, prompt), and each
-  row's whole cache.
+  """Four rows; each pair of rows shares a prompt of `common` slots. Returns (q, k, v, cache,
+  prompt) and each row's whole cache.
   """
   rng = np.random.default_rng(0)
 
@@ -297,7 +299,9 @@ def slots_problem(heads, kv, dim, slots, common, dtype):
 )
 @pytest.mark.numerics
 def test_slots_give_what_the_whole_cache_gives(heads, kv, dim, slots, common, own, dtype, close):
-  """Blocks of 64 that the cache does not fill, rows that start late, 1 to 32 queries a key head."""
+  """Blocks of 64 that the cache does not fill, rows that start late, and 1 to 32 queries per key
+  head.
+  """
   given, (keys, values) = slots_problem(heads, kv, dim, slots, common, dtype)
   q, k, v, cache, _ = given
   first = jnp.asarray([0, min(own, 3), min(own, 65), min(own, common)], jnp.int32)
@@ -322,8 +326,8 @@ def test_slots_give_what_the_whole_cache_gives(heads, kv, dim, slots, common, ow
 @pytest.mark.parametrize("length, cap", [(1, None), (3, 5.0)])
 @pytest.mark.numerics
 def test_a_prompt_in_common_is_attended_to_as_copies_are(shape, length, cap):
-  """Four rows, two and two with one prompt, against the prompt copied into the cache of each;
-  rows start late.
+  """Four rows, of which each pair shares a prompt, against the prompt copied into the cache of each
+  row. Rows start late.
   """
   if shape is not None and jax.device_count() < 8:
     pytest.skip("needs eight devices")
@@ -343,14 +347,14 @@ def test_a_prompt_in_common_is_attended_to_as_copies_are(shape, length, cap):
   np.testing.assert_allclose(found, want, rtol=2e-6, atol=2e-6)
   assert (
     abs(found - run(q, cache, [x[::-1] for x in prompt], mask)).max() > 0.01
-  )  # each its own prompt
+  )  # each row has its own prompt
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 @pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 2), (1, 1, 8)])
 @pytest.mark.numerics
 def test_slots_on_a_mesh(shape):
-  """Rows and heads over devices, heads whole where they do not split."""
+  """Rows and heads are split over devices. Heads are not split if their number is not divisible."""
   given, _ = slots_problem(4, 2, 16, 100, 40, jnp.float32)
   slots = Slots(jnp.asarray([0, 3, 39, 40], jnp.int32), jnp.int32(77))
 

@@ -1,5 +1,5 @@
-"""Sampling: against exact probabilities, against full forward passes, and by hand with a model
-that counts down.
+"""Sampling: against exact probabilities, against full forward passes, and by hand with a model that
+counts down.
 """
 
 import functools
@@ -47,8 +47,8 @@ ARCH = ArchConfig(
 
 @pytest.fixture(scope="module")
 def model():
-  """graphdef and state of a tiny policy whose next token is far from random and depends on all
-  tokens before it.
+  """graphdef and state of a tiny policy whose next token depends strongly on all tokens before
+  it.
   """
   graphdef, state = transformer.init(ARCH, jax.random.key(3))
   state["embed"]["embedding"][...] = state["embed"]["embedding"][...] * 50
@@ -95,7 +95,7 @@ def draw(
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def read(graphdef, state, tokens, mask, T, temperature=TAU):
-  """(log-probabilities of the last T tokens, most likely token in each of their places), from
+  """(log-probabilities of the last T tokens, most likely token at each of their positions), from
   one full pass.
   """
   net = nnx.merge(graphdef, state)
@@ -105,7 +105,9 @@ def read(graphdef, state, tokens, mask, T, temperature=TAU):
 
 
 def chi_square(counts, expected):
-  """(statistic, its 0.9999 quantile). Outcomes expected less than five times count as one."""
+  """(statistic, its 0.9999 quantile). Outcomes with an expected count below five are merged into
+  one.
+  """
   common = expected >= 5
   counts, expected = (np.append(x[common], x[~common].sum()) for x in (counts, expected))
   counts, expected = counts[expected > 0], expected[expected > 0]
@@ -113,7 +115,7 @@ def chi_square(counts, expected):
 
 
 def test_samples_follow_the_exact_distribution(model):
-  """All outcomes of two tokens, 4096 draws, a fixed seed; another temperature would be seen."""
+  """All outcomes of two tokens, 4096 draws, a fixed seed. A wrong temperature would fail."""
   count, eos, prompt = 4096, 0, one(notes(), 1)
   out = draw(*model, prompt, group_size=count, T=2, eos_ids=(eos,), pad_id=eos)
   pairs = np.array(list(itertools.product(range(VOCAB), repeat=2)), np.int32)
@@ -139,8 +141,8 @@ def test_samples_follow_the_exact_distribution(model):
 
 
 def test_a_row_can_be_drawn_again_alone(model):
-  """Its key is a function of run, step, prompt and sample index; the rest of the batch does not
-  enter.
+  """Its key is a function of run, step, prompt and sample index, and independent of the rest of the
+  batch.
   """
   prompts = notes()
   everything = draw(*model, prompts)
@@ -171,7 +173,7 @@ def test_the_unfinished_half_draws_the_same_tokens(model, kind):
   whole = draw(graphdef, state, notes(), **HALVED)
   halved = draw(graphdef, state, notes(), halvings=3, **HALVED)
   lengths = np.sort(whole.response_mask.sum(1))
-  assert lengths[12] < lengths[18] < lengths[21] < lengths[23]  # all three come to pass
+  assert lengths[12] < lengths[18] < lengths[21] < lengths[23]  # all three cases occur
   jax.tree.map(np.testing.assert_array_equal, halved, whole)
 
 
@@ -193,7 +195,7 @@ def test_the_unfinished_half_of_each_device_draws_the_same_tokens(model):
 
 
 def test_decoded_places_are_those_of_a_count():
-  """Eight rows: all for 3 tokens, then four of them up to the seventh, then two, then one."""
+  """Eight rows: all of them for 3 tokens, then four up to the seventh token, then two, then one."""
   lengths = np.array([1, 2, 3, 3, 5, 7, 9, 10])
   assert decoded_places(lengths, 10, 0) == 8 * 10
   assert decoded_places(lengths, 10, 1) == 8 * 3 + 4 * 7
@@ -203,8 +205,8 @@ def test_decoded_places_are_those_of_a_count():
 
 @pytest.mark.parametrize("greedy_rows", [False, True])
 def test_waves_draw_the_same_tokens(model, greedy_rows):
-  """Prompts in groups one after another, greedy rows behind all samples; the cache holds one
-  group.
+  """Groups of prompts are decoded one after another, and greedy rows after all samples. The cache
+  has the size of one group.
   """
   prompts = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), notes())
   prompts = prompts.replace(example_id=np.arange(6, dtype=np.int32))
@@ -217,7 +219,7 @@ def test_waves_draw_the_same_tokens(model, greedy_rows):
       whole,
     )
   text = draw.lower(*model, prompts, waves=3, greedy_rows=greedy_rows).compile().as_text()
-  slots = 4 + T if greedy_rows else T  # the prompt's own are there once for all of its samples
+  slots = 4 + T if greedy_rows else T  # the slots of a prompt exist once for all of its samples
 
   def shape(rows):
     return f"f32[{rows},1,{slots},8]"  # a layer's cache, [B, KV, S, Dh]
@@ -227,8 +229,8 @@ def test_waves_draw_the_same_tokens(model, greedy_rows):
 
 
 def test_stages_cover_every_token_once():
-  """One loop up to 63 tokens, four from 128 on; tokens 1 .. T - 1 in order, the prefill gives
-  token 0.
+  """One loop up to 63 tokens, four loops from 128 up. They decode tokens 1 .. T - 1 in order; token
+  0 comes from the prefill.
   """
   for length, count in {1: 1, 32: 1, 63: 1, 64: 2, 100: 3, 128: 4, 511: 4, 4096: 4}.items():
     found = stages(length)
@@ -254,9 +256,10 @@ WIDE = ARCH.replace(
   ids=["no gate, biases", "sliding, biases, norms"],
 )
 def test_layers_apart_and_a_growing_cache_draw_the_same_tokens(arch, greedy_rows, monkeypatch):
-  """Against stacked layers and a cache of full length from the start, as on a TPU. In four stages
-  the loops hold caches of 6, 8, 10 and 12 slots and no stacked one, without greedy rows less the
-  prompt's 4, which its samples share; rows end in most stages."""
+  """Against stacked layers and a cache of full length from the start, as on a TPU. The loops of the
+  four stages have caches of 6, 8, 10 and 12 slots, and no stacked cache. Without greedy rows, each
+  has 4 slots fewer, because samples share those of the prompt. Rows end in most stages.
+  """
   drawn, texts = {}, {}
   for name, platform, shortest in (
     ("stacked", "tpu", 1),
@@ -296,7 +299,7 @@ def test_layers_apart_and_a_growing_cache_draw_the_same_tokens(arch, greedy_rows
   assert {1, T} <= set(lengths.tolist()) and len(set(lengths.tolist())) > 4
   for name in ("apart", "in stages"):
     jax.tree.map(np.testing.assert_array_equal, drawn[name], drawn["stacked"])
-  rows, common = (27, 0) if greedy_rows else (24, 4)  # 3 prompts x 8, and a greedy row each
+  rows, common = (27, 0) if greedy_rows else (24, 4)  # 3 prompts x 8 samples, 3 greedy
 
   def shape(slots):
     return f"tensor<{rows}x1x{slots - common}x8xf32>"
@@ -324,7 +327,7 @@ def test_steps_prompts_and_samples_differ(model):
   rows = np.asarray(draw(*model, same_text).tokens)
   assert (
     len(np.unique(rows, axis=0)) > 4
-  )  # 12 draws from one distribution; 3 or 4 if a key ignored sample or prompt
+  )  # 12 draws from one distribution; there would be 3 or 4 if a key ignored sample or prompt
 
 
 def test_sample_keys_are_distinct_and_depend_on_nothing_else():
@@ -339,8 +342,8 @@ def test_sample_keys_are_distinct_and_depend_on_nothing_else():
 
 
 def check_masks(out, eos_ids, pad_id):
-  """Every row: mask up to and with its first ending token, padding after it. Returns (lengths,
-  last tokens).
+  """Checks every row: the mask ends with the first ending token, and padding follows. Returns
+  (lengths, last tokens).
   """
   tokens, mask = np.asarray(out.tokens)[:, -T:], np.asarray(out.response_mask)
   np.testing.assert_array_equal(np.asarray(out.token_mask)[:, -T:], mask)
@@ -360,7 +363,7 @@ def test_responses_end_with_any_of_the_eos_ids_and_hold_nothing_after(model):
   prompts = notes()
   out = draw(*model, prompts)
   lengths, lasts = check_masks(out, (1, 3), 0)
-  assert {1, 3} <= set(lasts) and len(set(lengths)) > 2  # both ids, several lengths
+  assert {1, 3} <= set(lasts) and len(set(lengths)) > 2  # both ids occur, and several lengths
   np.testing.assert_array_equal(out.tokens[:, :4], np.repeat(prompts.tokens, 4, 0))
   np.testing.assert_array_equal(out.token_mask[:, :4], np.repeat(prompts.mask, 4, 0))
 
@@ -402,8 +405,8 @@ def test_left_padding_changes_neither_samples_nor_log_probabilities(model):
   "truncation", [Truncation(), Truncation(top_k=40), Truncation(top_p=0.7)], ids=str
 )
 def test_a_large_vocabulary_drawn_in_two_parts_has_the_same_distribution(truncation):
-  """30,000 draws from 2,112 entries; those that are rarer than one in 2,000 count together, by
-  their group.
+  """30,000 draws from 2,112 entries. Entries rarer than one in 2,000 are counted together, by
+  group.
   """
   vocab, draws = 2112, 30_000
   assert vocab >= GROUPED and vocab % 64 == 0
@@ -427,7 +430,7 @@ def test_a_large_vocabulary_drawn_in_two_parts_has_the_same_distribution(truncat
   counts = sums(np.bincount(tokens, minlength=vocab))
   statistic, bound = chi_square(counts, draws * sums(p))
   assert statistic < bound
-  skewed = p * (1 + 0.2 * np.sin(np.arange(vocab)))  # what would be seen
+  skewed = p * (1 + 0.2 * np.sin(np.arange(vocab)))  # differences that the test would detect
   statistic, bound = chi_square(counts, draws * sums(skewed / skewed.sum()))
   assert statistic > bound
 
@@ -444,7 +447,9 @@ def test_a_large_vocabulary_drawn_in_two_parts_has_the_same_distribution(truncat
   ids=["full", "sliding"],
 )
 def test_the_kernel_of_slots_draws_the_same_tokens(arch, others):
-  """As a GPU decodes: a prompt's cache for all of its rows, or a copy each beside greedy rows."""
+  """As on a GPU: all rows of a prompt share its cache, or each has a copy if there are greedy
+  rows.
+  """
   graphdef, state = transformer.init(arch, jax.random.key(3))
   state["embed"]["embedding"][...] = state["embed"]["embedding"][...] * 50
   state["lm_head"]["kernel"][...] = state["lm_head"]["kernel"][...] * 5
@@ -473,8 +478,8 @@ def test_sample_token_in_float64_draws_as_in_float32():
 
 
 class Countdown:
-  """A model that always says the number before the last one. It records its calls, with the mask
-  of what it read.
+  """A model whose next token is always the last one minus 1. It records its calls and the attention
+  mask of each.
   """
 
   decodes_apart = False
@@ -526,8 +531,8 @@ def test_countdown_by_hand():
   np.testing.assert_array_equal(out.response_mask.sum(1), [1, 1, 3, 3, 4, 4])
   np.testing.assert_array_equal(out.has_eos, [True] * 4 + [False] * 2)  # the last two were cut off
   slots, masks = zip(*calls)
-  assert slots == (0, 2, 3, 4)  # prompts at once, then T - 1 tokens
-  assert masks[0].shape == (3, 2)  # prompts are read once each, not once a sample
+  assert slots == (0, 2, 3, 4)  # prompts in one call, then T - 1 tokens
+  assert masks[0].shape == (3, 2)  # each prompt is read once, not once per sample
   live = [mask[:, 0].tolist() for mask in masks[1:]]  # ended rows write no tokens
   assert live == [[False] * 2 + [True] * 4] * 2 + [[False] * 4 + [True] * 2]
 
@@ -552,7 +557,7 @@ def test_one_token_is_a_length():
 
 
 def test_greedy_rows_follow_the_samples(model):
-  """P more rows: those that temperature 0 draws; the samples before them stay what they were."""
+  """Adds P rows, equal to sampling at temperature 0. The samples before them do not change."""
   prompts = notes()
   plain, both = draw(*model, prompts), draw(*model, prompts, greedy_rows=True)
   greedy = draw(*model, prompts, group_size=1, temperature=0)
@@ -563,8 +568,8 @@ def test_greedy_rows_follow_the_samples(model):
 
 @pytest.mark.parametrize("length", [1, 2])
 def test_a_loop_is_cut_off_and_is_no_end(model, length):
-  """Against a loop over each row of the free run: the first column at which N tokens repeat the
-  N before them.
+  """Against a loop over each row of the unrestricted run: it finds the first column at which N
+  tokens repeat the N tokens before them.
   """
   free = draw(*model, notes(), group_size=16)
   cut = draw(*model, notes(), group_size=16, repetition_stop=length)

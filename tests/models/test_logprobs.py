@@ -1,5 +1,5 @@
-"""Log-probabilities, entropies and exact KLs against torch in float64, in any chunks, on any
-mesh.
+"""Log-probabilities, entropies and exact KLs against torch in float64, for several chunks and
+meshes.
 """
 
 import functools
@@ -45,7 +45,7 @@ def stats(hidden, head, ref_hidden, ref_head, tokens, chunk=0, with_ref=True, ki
 
 
 def gradients(chunk, with_ref=True, kind=function):
-  """Values, and gradients of a sum with random weights to hidden states and heads."""
+  """Values, and gradients of a randomly weighted sum with respect to hidden states and heads."""
   hidden, head, ref_hidden, ref_head, tokens = problem()
   weights = np.random.default_rng(1).normal(size=(3, ROWS, LENGTH))
 
@@ -90,8 +90,8 @@ def test_token_stats_match_torch(unchunked):
 
 @pytest.mark.parametrize("chunk", [1, 3 * VOCAB, 7 * VOCAB, 20 * VOCAB])
 def test_chunks_change_neither_values_nor_gradients(unchunked, chunk):
-  """7 tokens: one at a time, slices with a padded last one, all at once, and more than there
-  are.
+  """7 tokens: chunks of one, chunks with a padded last one, a single chunk, and a chunk size above
+  7.
   """
   with jax.enable_x64(True):
     out, grads, _ = gradients(chunk)
@@ -113,12 +113,11 @@ def test_without_a_reference_the_kl_is_zero(unchunked, chunk, kind):
   assert not grads[2].any() and not grads[3].any()
 
 
-# 11 entries in parts: one at a time, of 2 with a filled last one, of 4, of 6, and as many as there
-# are
+# 11 entries in parts of 1, of 2 with a padded last part, of 4, of 6, and of 11
 @pytest.mark.parametrize("chunk", [1, 2 * LENGTH, 4 * LENGTH, 6 * LENGTH, 10 * LENGTH + 3])
 @pytest.mark.parametrize("cap", [None, 1.5])
 def test_parts_of_the_vocabulary_change_neither_values_nor_gradients(chunk, cap):
-  """Against all logits at once, in float64; a reference has no gradient."""
+  """Against all logits at once, in float64. A reference gets no gradient."""
 
   def kind(kernel):
     return Head(kernel, cap)
@@ -155,7 +154,7 @@ def test_parts_hold_the_vocabulary(vocab, parts, shards, found):
 
 
 def test_parts_that_are_mostly_filling_change_neither_values_nor_gradients(monkeypatch):
-  """11 entries in three parts of six, as whole lanes would have it."""
+  """11 entries in three parts of six, as parts of whole lanes could be."""
   monkeypatch.setattr(logprobs, "vocabulary_parts", lambda vocab, parts, shards: (3, 6))
   with jax.enable_x64(True):
     want, expected, _ = gradients(0, kind=lambda kernel: Head(kernel).__call__)
@@ -195,7 +194,7 @@ def test_parts_of_the_vocabulary_against_finite_differences():
 
 
 def sizes(jaxpr):
-  """Elements of every array that a program makes, inner programs included."""
+  """The number of elements of every array in a program, including inner programs."""
   for eqn in jaxpr.eqns:
     yield from (v.aval.size for v in eqn.outvars if hasattr(v.aval, "size"))
     for inner in jax.tree.leaves(list(eqn.params.values())):
@@ -237,8 +236,8 @@ def test_all_logits_never_exist_at_a_time(truncation):
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 def test_a_head_over_a_mesh_is_gathered_a_part_at_a_time():
-  """On 2 x 2 x 2 devices: same numbers, and no device ever holds more of the head than its share
-  and one part.
+  """On 2 x 2 x 2 devices: equal numbers, and no device ever has more of the head than its share and
+  one part.
   """
   B, T, D, V, parts = 4, 8, 16, 256, 8
   rng = np.random.default_rng(0)
@@ -273,7 +272,7 @@ def test_a_head_over_a_mesh_is_gathered_a_part_at_a_time():
   gathered = elements(r"f32\[([\d,]+)\]\S* all-gather\(")
   assert (
     gathered and max(gathered) <= D * V // parts // 2
-  )  # all rows of a part, of the columns that tensor leaves
+  )  # all rows of a part, and the columns of one device along tensor
   assert max(elements(r"= f32\[([\d,]+)\]")) <= max(D * V // 4, B // 4 * T * V // parts // 2)
 
 
@@ -288,7 +287,7 @@ def test_token_stats_of_bfloat16_logits_are_float32():
   assert {x.dtype for x in jax.tree.leaves(out)} == {jnp.dtype("float32")}
   np.testing.assert_allclose(
     out.logprobs, exact, rtol=1e-4, atol=1e-4
-  )  # in bfloat16 it would be off by 1e-2
+  )  # in bfloat16 the error would be 1e-2
 
 
 def test_token_stats_far_out_stay_finite():

@@ -67,7 +67,7 @@ def test_adapters_start_at_the_base_and_merge_into_it():
     "layers/mlp/down/kernel_lora_b": (3, 4, 32),
   }
   a = adapters["layers"]["attn"]["q"]["kernel_lora_a"][...]
-  assert float(jnp.abs(a[0] - a[1]).max()) > 0  # every layer drew its own
+  assert float(jnp.abs(a[0] - a[1]).max()) > 0  # every layer has its own initial values
   plain, with_adapters = logits(base_def), logits(adapted)
   np.testing.assert_array_equal(with_adapters(adapters, base), plain(base))
   adapters = noisy(adapters)
@@ -108,7 +108,7 @@ def test_patterns_that_match_nothing_are_refused(folders, tmp_path):
   assert "mlp/gate" not in LoraConfig(4, 8.0, ".*").linears(ARCH.replace(gated_mlp=False))
   with pytest.raises(ValueError, match="'query': it matches none of attn/q"):
     LoraConfig(4, 8.0, "query").linears(ARCH)
-  with pytest.raises(ConfigError, match="config.lora.rank is 4: adapters need a model"):
+  with pytest.raises(ConfigError, match="config.lora.rank is 4: adapters need a base model"):
     check_config(config(lora__rank=4))
   cfg = small(
     folders,
@@ -132,8 +132,8 @@ def their_logits(model, ids):
   "case, targets", [("qwen2", "attn/(q|v)|mlp/gate"), ("pythia", "attn/(q|v|o)|mlp/up")]
 )
 def test_peft_folder_agrees_with_peft(case, targets, folders, tmp_path):
-  """SFT with adapters, exported for peft (fused query_key_value too) and merged: one model three
-  ways.
+  """SFT with adapters, exported for peft (fused query_key_value included) and merged: three forms
+  of one model.
   """
   import peft
 
@@ -182,8 +182,8 @@ def test_peft_folder_agrees_with_peft(case, targets, folders, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("case", ["qwen2", "phi4_mini"])
 def test_adapters_of_a_folder_are_trained_on(case, folders, tmp_path):
-  """R2M starts from the folder's adapters, with the base as reference; so small a step leaves them
-  as they are, and peft loads them on the same base.
+  """R2M starts from the folder's adapters, with the base as reference. The learning rate is too
+  small to change them, and peft loads them on the same base.
   """
   import peft
 

@@ -1,4 +1,4 @@
-"""Packed tokens: where they lie, their gradients, and models that read them."""
+"""Packed tokens: their positions, their gradients, and models that read them."""
 
 import functools
 

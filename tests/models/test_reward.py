@@ -1,5 +1,5 @@
-"""The reward head against NumPy loops; padding, the ends of omega, precision; where the
-embedding is read.
+"""The reward head against NumPy loops; padding, the limits of omega, precision, and the position
+from which the embedding is read.
 """
 
 import jax
@@ -87,7 +87,7 @@ def test_attention_weights_are_a_distribution_over_real_tokens():
   np.testing.assert_allclose(weights.sum(-1), np.ones((ROWS, 2)), rtol=1e-6)
   for n in range(2):
     assert not weights[:, n][~MASK].any() and (weights[:, n][MASK] > 0).all()
-  np.testing.assert_array_equal(weights[2, :, 3], [1.0, 1.0])  # the only token there is
+  np.testing.assert_array_equal(weights[2, :, 3], [1.0, 1.0])  # the only token
 
 
 def test_padding_has_no_influence_not_by_a_bit():
@@ -127,8 +127,8 @@ def test_omega_zero_reads_the_feedback_only():
 
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.bfloat16])
 def test_scores_never_run_below_float32(param_dtype):
-  """Whatever the dtype of the feedback and of the parameters: they are rounded, and nothing is
-  after them.
+  """For any dtype of the feedback and of the parameters. Those are rounded, but no later
+  computation is.
   """
   rte, h = inputs()
   low = jnp.asarray(h, jnp.bfloat16)
@@ -142,14 +142,12 @@ def test_scores_never_run_below_float32(param_dtype):
 
 
 def test_gradients_reach_all_weights_but_not_the_bias_of_the_score():
-  """A shift of all rewards changes no loss of the head, so the bias has no business with an
-  optimizer.
-  """
+  """A shift of all rewards changes no loss of the head, so the bias must not be trained."""
   rte, h = inputs()
   graphdef, state = nnx.split(make_head(2))
   weights = jnp.arange(
     1.0, ROWS + 1
-  )  # they do not sum to zero: a gradient to the bias would be seen
+  )  # they do not sum to zero: a gradient of the bias would be noticed
   grads = jax.jit(jax.grad(lambda s: (weights * nnx.merge(graphdef, s)(rte, h, MASK, 0.7)).sum()))(
     state
   )
@@ -201,10 +199,10 @@ def test_rte_does_not_depend_on_where_the_padding_is(dtype):
   tokens, mask = (
     rng.integers(0, 17, (4, 9)),
     np.zeros((4, 9), bool),
-  )  # what stands in the padding is arbitrary
+  )  # the values of padding are arbitrary
   for row, start in enumerate((0, 4, 2)):
     tokens[row, start : start + 5], mask[row, start : start + 5] = text, True
-  tokens[3, :6], mask[3, :6] = np.append(text, 3), True  # one token more
+  tokens[3, :6], mask[3, :6] = np.append(text, 3), True  # one more token
 
   @jax.jit
   def read(state, tokens, mask):

@@ -1,4 +1,4 @@
-"""Rotary frequencies and how config.json spells them. Oracle: the functions of transformers."""
+"""Rotary frequencies and their spellings in config.json. Oracle: the functions of transformers."""
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
   ids=lambda p: "-".join(str(v) for v in list(p.values())[:3]),
 )
 def test_frequencies_are_those_of_transformers(parameters):
-  """In both spellings, and after having been written and read again."""
+  """In both spellings, and after writing and reading them again."""
   sizes = dict(
     vocab_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=8
   )
@@ -82,7 +82,7 @@ def test_scalings_that_cannot_be_are_refused(change, message):
 
 
 def test_more_tokens_than_the_rotation_is_defined_for_are_refused():
-  """Transformers then takes other factors for the whole batch, which no cached key has."""
+  """Transformers then uses other factors for the whole batch, but cached keys have the old ones."""
 
   with pytest.raises(ValueError, match="long_factors"):
     RopeScaling("longrope", 2.0, short_factors=(1.0,))

@@ -1,5 +1,5 @@
-"""Prompts that their responses share are computed once: the same numbers as row by row, less
-work.
+"""Prompts that several responses share are computed once: the numbers are the same as row by row,
+with less work.
 """
 
 import functools
@@ -78,7 +78,7 @@ def test_states_and_gradients_are_those_of_whole_rows(name, attention):
 
 
 def flops(cfg, shared: bool, monkeypatch) -> float:
-  """Of `learn`, as the compiler counts them."""
+  """FLOPs of `learn`, as counted by the compiler."""
   monkeypatch.setattr(read, "neighbours", row_parts.neighbours if shared else lambda group, rows: 1)
   built, state = small.start(cfg)
   learn = step.make_learn(built.defs, cfg, built.mesh)
@@ -89,8 +89,8 @@ def flops(cfg, shared: bool, monkeypatch) -> float:
 
 
 def test_a_step_computes_a_prompt_once(monkeypatch):
-  """The compiler counts the layers of a scan once, in both programs alike: enough to see the
-  prompts go.
+  """The compiler counts the layers of a scan once in both programs, so the difference is due to the
+  prompts.
   """
   cfg = small.config(rollout__group_size=8, ppo__minibatches=1)
   assert flops(cfg, True, monkeypatch) < 0.8 * flops(cfg, False, monkeypatch)
@@ -100,8 +100,8 @@ CHANGES = dict(rollout__group_size=8, ppo__minibatches=2, ppo__accumulation=2, a
 
 
 def three_steps(how: str, dtype: dict, monkeypatch):
-  """Three steps of R2M with minibatches, micro-batches and a critic, prompts computed "once" or
-  with every response, "whole".
+  """Three steps of R2M with minibatches, micro-batches and a critic, with `shared` "once" (prompts
+  are computed once) or "whole" (with every response).
   """
   with monkeypatch.context() as patched, jax.enable_x64(dtype is small.FLOAT64):
     if how == "whole":
@@ -125,7 +125,7 @@ def test_a_step_is_as_good_as_whole_rows_in_float32(monkeypatch):
 
 
 def test_runs_that_do_not_split_over_the_mesh_are_computed_whole():
-  """Two runs of three rows: over two devices they split, over three rows of devices they do not."""
+  """Two runs of three rows. They can be split over two devices, but not over three."""
   tokens, mask = rows()
   graphdef, state = transformer.init(ARCHS["plain"], jax.random.key(0))
 

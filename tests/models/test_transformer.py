@@ -1,5 +1,5 @@
-"""The decoder. Oracles: a slow NumPy decoder, itself without cache or padding, itself cut to
-fewer layers.
+"""The decoder. Oracles: a slow NumPy decoder, the decoder itself without cache or padding, and the
+decoder with fewer layers.
 """
 
 import functools
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.numerics
 ARCH = ArchConfig(
   vocab_size=37, hidden_size=32, num_layers=3, num_heads=4, num_kv_heads=2, intermediate_size=48
 )
-# Everything ARCH leaves out, so that both programs together reach every branch.
+# All features that ARCH lacks, so that the two programs together reach every branch.
 RICH = ARCH.replace(
   norm_offset=1.0,
   activation="gelu_tanh",
@@ -53,7 +53,7 @@ LENGTH = 11
 def models():
   """name -> (graphdef, state, jitted forward pass) with no parameter at its initial value.
 
-  Under `in_float64` the same numbers in float64.
+  Under `in_float64`: the same numbers in float64.
   """
   made = {}
 
@@ -81,7 +81,7 @@ def models():
 
 
 def in_float64(test):
-  """What must not change a number is tested in float64: float32 rounds as the processor likes."""
+  """For changes that must not affect a number. Float32 rounding depends on the processor."""
 
   @functools.wraps(test)
   def wide(*args, **kwargs):
@@ -113,7 +113,7 @@ def batch(rows=3, length=LENGTH, seed=0):
 
 
 def named(state):
-  """Path -> array."""
+  """{path: array}."""
   return {sharding.path_name(path): x for path, x in jax.tree_util.tree_flatten_with_path(state)[0]}
 
 
@@ -210,7 +210,7 @@ def oracle(arch, state, tokens):
 
 @pytest.mark.parametrize("name", ARCHS)
 def test_equals_numpy_oracle(name, models):
-  """In float64, and in float32 as well as float64 does whose parameters are rounded to float32."""
+  """In float64; and in float32 as closely as float64 with parameters rounded to float32."""
   tokens, mask = batch()
   with jax.enable_x64(True):
     _, wide, run = models(name)
@@ -230,14 +230,14 @@ def test_padding_changes_nothing(name, models):
   _, state, run = models(name)
   tokens, mask = batch()
   whole, _ = run(state, tokens, mask)
-  for pad in (1, 4):  # on the left, with garbage in it; the last `pad` tokens fall off
+  for pad in (1, 4):  # on the left, with random tokens; the last `pad` tokens are dropped
     left = np.concatenate([batch(seed=9)[0][:, :pad], tokens[:, :-pad]], 1)
     logits, _ = run(state, left, np.arange(LENGTH)[None] >= np.full((3, 1), pad))
     np.testing.assert_allclose(logits[:, pad:], whole[:, :-pad], **ROUNDING)
   right = np.where(np.arange(LENGTH) < 7, tokens, batch(seed=9)[0])
   logits, _ = run(state, right, np.arange(LENGTH)[None] < np.full((3, 1), 7))
   np.testing.assert_allclose(logits[:, :7], whole[:, :7], **ROUNDING)
-  # a hole counts as no token: positions and windows close over it
+  # a gap counts as no token in positions and windows
   holed = np.insert(tokens[:, :-2], [4, 4], batch(seed=9)[0][:, :2], 1)
   keep = np.tile(~np.isin(np.arange(LENGTH), [4, 5]), (3, 1))
   logits, _ = run(state, holed, keep)
@@ -294,7 +294,7 @@ def test_cache_in_a_while_loop_equals_full_pass(name, models):
   np.testing.assert_array_equal(cache.mask, np.pad(mask, ((0, 0), (0, 3))))
   stale = cache.replace(
     mask=jnp.ones_like(cache.mask)
-  )  # a cache is reused as it lies: later slots are never seen
+  )  # a used cache needs no clearing: later slots are never read
   again, _ = decode(state, tokens, mask, stale)
   np.testing.assert_array_equal(np.asarray(again)[mask], np.asarray(cached)[mask])
 
@@ -320,7 +320,7 @@ def test_several_tokens_go_into_a_traced_slot(models):
 def test_feedback_is_the_residual_stream(models):
   graphdef, state, run = models("plain")
   tokens, mask = batch()
-  layers = {0: 0, 2: 2, -2: 1}  # as asked for -> counted from the front
+  layers = {0: 0, 2: 2, -2: 1}  # as requested -> counted from the front
 
   @jax.jit
   def taps(state):
@@ -339,8 +339,8 @@ def test_feedback_is_the_residual_stream(models):
 
 @pytest.mark.parametrize("name", ARCHS)
 def test_float64_all_the_way(name, models):
-  """No float32 is born anywhere in the program, so tests in float64 are exact; nor float64 in a
-  float32 one.
+  """No array in the program is float32, so tests in float64 are exact; and no array is float64 in a
+  float32 program.
   """
   (low, state, _), tokens = models(name), batch()[0]
 
@@ -359,7 +359,7 @@ def test_float64_all_the_way(name, models):
       assert "f32" not in str(jax.make_jaxpr(program, static_argnums=0)(graphdef, wide))
     assert "f64" not in str(jax.make_jaxpr(program, static_argnums=0)(low, state))
     model = nnx.merge(graphdef, wide)
-    for index in (jnp.int32(2), jnp.int64(2)):  # the cache takes a slot of either type
+    for index in (jnp.int32(2), jnp.int64(2)):  # the cache accepts a slot index of either type
       jax.eval_shape(
         lambda i: model(tokens, tokens >= 0, cache=model.init_cache(3, 20), cache_index=i), index
       )
@@ -380,7 +380,7 @@ def test_bfloat16_stays_close(models):
   assert logits.dtype == jnp.float32
 
   def coarse(x):
-    return x.astype(jnp.bfloat16).astype(jnp.float32)  # float32 whose parameters alone are rounded
+    return x.astype(jnp.bfloat16).astype(jnp.float32)  # float64 except that parameters are rounded
 
   off = np.linalg.norm(run(jax.tree.map(coarse, state), tokens, mask)[0] - full)
   assert 0 < off < 0.03 * np.linalg.norm(full) and np.linalg.norm(logits - full) < 4 * off

@@ -1,7 +1,7 @@
-"""Several processes: two of four devices equal one of eight, checkpoints move between them, a lost
-one ends the other.
+"""Several processes: two with four devices equal one with eight, checkpoints work in both, and if
+one process dies, the other ends.
 
-The slower checks are behind `long`: ./launch/test.sh -m long tests/parallel/test_hosts.py
+The slower checks are marked `long`: ./launch/test.sh -m long tests/parallel/test_hosts.py
 """
 
 import hashlib
@@ -46,7 +46,7 @@ GOLD = [
 
 FLOAT32 = dict(
   logged=2e-5, arrays=1e-4
-)  # of `same_run`: a few steps of Adam from folders, which are in float32
+)  # for `same_run`: a few steps of Adam from folders, which are in float32
 
 
 def free_port() -> int:
@@ -56,8 +56,8 @@ def free_port() -> int:
 
 
 def start(*arguments, processes=2, devices=4, record=None, cwd=ROOT, port=None, **changes):
-  """The processes of a run, started; what they print goes to files. `cwd` may be one folder for
-  each.
+  """Starts the processes of a run. Their output goes to files. `cwd` may have one folder for each
+  process.
   """
   port, started = port or free_port(), []
   flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
@@ -91,7 +91,7 @@ def start(*arguments, processes=2, devices=4, record=None, cwd=ROOT, port=None, 
 
 
 def ended(started, timeout=1800) -> list[tuple[int, str, str]]:
-  """(exit status, stdout, stderr) of each process; all are gone afterwards."""
+  """(exit status, stdout, stderr) of each process. All processes have ended afterwards."""
   try:
     texts = [process.communicate(timeout=timeout) for process in started]
     return [(process.returncode, *text) for process, text in zip(started, texts)]
@@ -101,7 +101,7 @@ def ended(started, timeout=1800) -> list[tuple[int, str, str]]:
 
 
 def run(*arguments, **kwargs):
-  """A run that ends well; the results of `ended`."""
+  """A run that must succeed; returns the result of `ended`."""
   results = ended(start(*arguments, **kwargs))
   for status, out, err in results:
     assert status == 0, f"{status}\n{out[-1500:]}\n{err[-3000:]}"
@@ -109,8 +109,8 @@ def run(*arguments, **kwargs):
 
 
 def same_run(one: pathlib.Path, other: pathlib.Path, steps, *, logged=1e-8, arrays=1e-10):
-  """Tokens equal, metrics within `logged`, scores and the parameters at the end within `arrays`, of
-  two float64 runs.
+  """Compares two float64 runs: tokens must be equal, metrics within `logged`, scores and final
+  parameters within `arrays`.
 
   metrics.jsonl keeps nine digits.
   """
@@ -135,7 +135,7 @@ def same_run(one: pathlib.Path, other: pathlib.Path, steps, *, logged=1e-8, arra
 
 
 def digests_on_disk(workdir: pathlib.Path, step: int) -> list[str]:
-  """SHA-256 of every array of a checkpoint as orbax alone reads it onto the host."""
+  """SHA-256 of every array of a checkpoint that orbax reads to the host."""
   folder = workdir / "checkpoints" / "r2m"
   assert checkpoint.damage(folder / str(step)) is None
   reader, saved = ocp.PyTreeCheckpointer(), folder / str(step) / "default"
@@ -146,9 +146,7 @@ def digests_on_disk(workdir: pathlib.Path, step: int) -> list[str]:
 
 
 def continued(old: pathlib.Path, new: pathlib.Path, mesh: str, **kwargs) -> list[str]:
-  """Goes on from step 1 of `old` in a copy of it; returns the digests of the state that was
-  restored.
-  """
+  """Resumes at step 1 in a copy of `old`. Returns the digests of the restored state."""
   shutil.copytree(old, new)
   shutil.rmtree(new / "record")
   for step in (2, 3):
@@ -178,7 +176,7 @@ def test_two_processes_equal_one_and_their_checkpoint_is_restored_by_one_on_anot
   two, results = two_processes
   assert (
     "step 0   max |ratio - 1|" in results[0][1] and "step 0" not in results[1][1]
-  )  # process 0 alone speaks
+  )  # only process 0 prints
   assert "r2m  3/3" in results[0][2] and "r2m  3/3" not in results[1][2]
   assert (
     len([row for row in read_metrics(two) if row["stage"] == "rl"]) == 3
@@ -193,8 +191,8 @@ def test_two_processes_equal_one_and_their_checkpoint_is_restored_by_one_on_anot
 def test_a_whole_run_of_two_processes_equals_one_of_one_and_goes_either_way(
   two_processes, tmp_path
 ):
-  """From nothing: supervised start, reward model and RL; then the checkpoint of one process goes
-  on in two.
+  """From nothing: supervised start, reward model and RL. Then two processes resume from the
+  checkpoint of one process.
   """
   two, one = two_processes[0], tmp_path / "one"
   run("main", *GOLD, f"--workdir={one}", "--config.mesh=(8, 1, 1)", record=one / "record", **ONE)
@@ -216,7 +214,7 @@ def test_a_whole_run_of_two_processes_equals_one_of_one_and_goes_either_way(
 
 
 def test_what_processes_share(tmp_path):
-  """Rows on meshes that lie across processes, values, errors, a folder that is not shared; see
+  """Rows on meshes over several processes, values, errors, and a folder that is not shared. See
   hosts_worker.units.
   """
   for i in (0, 1):
@@ -328,7 +326,7 @@ def test_a_run_from_folders_by_two_processes_equals_one(models, tmp_path):
   ]
   assert (
     len(lines[0]) == len(lines[1]) == 14
-  )  # seven prompts, those of the second process among them
+  )  # seven prompts, including those of the second process
   for a, b in zip(*lines):
     assert (a["when"], a["prompt"], a["response"]) == (b["when"], b["prompt"], b["response"])
   evaluated = [
@@ -401,7 +399,7 @@ def test_batch_use_of_any_number_of_rows_by_two_processes_equals_one(models, tmp
     np.testing.assert_allclose(*scores, rtol=1e-5, atol=1e-6)
 
 
-# ---- what ends them ----
+# ---- ends of runs ----
 
 
 def endless(workdir: pathlib.Path, stages: pathlib.Path, **kwargs):
@@ -449,7 +447,7 @@ def test_a_lost_process_ends_the_other_in_bounded_time(two_processes, tmp_path, 
   err = started[1 - lost].stderr.read()
   assert status == hosts.LOST and took < 2 * HEARTBEAT + 5, (status, took, err[-2000:])
   assert f"process {1 - lost} of 2 on" in err and "another process was lost: killed" in err
-  assert "The same command on every host goes on from what is saved" in err
+  assert "The same command on every host resumes from the last checkpoint" in err
   print(
     f"{number.name} to process {lost}: the other ended after {took:.1f} s, heartbeat {HEARTBEAT} s"
   )
@@ -476,8 +474,8 @@ def test_a_signal_to_one_process_ends_both_after_the_same_step(two_processes, tm
 
 @pytest.mark.long
 def test_mistakes_end_all_of_them(models, tmp_path):
-  """A mesh that leaves devices out; a process that does not come; a file that one process does
-  not have.
+  """A mesh without some of the devices, a process that never starts, and a file that one process
+  does not have.
   """
   common = folder_arguments(models, mesh="(4, 1, 1)")
   for status, out, err in ended(
@@ -522,7 +520,7 @@ def test_mistakes_end_all_of_them(models, tmp_path):
     (dict(coordinator="10.0.0.1"), {}, "config.hosts.coordinator is '10.0.0.1': give HOST:PORT"),
     (dict(coordinator="a:99999"), {}, "config.hosts.coordinator is 'a:99999': give HOST:PORT"),
     (dict(coordinator=":1234"), {}, "config.hosts.coordinator is ':1234': give HOST:PORT"),
-    (dict(coordinator="a:1"), {}, "config.hosts.processes is 0: say how many"),
+    (dict(coordinator="a:1"), {}, "config.hosts.processes is 0: give the total number"),
     (
       dict(coordinator="a:1", processes=2),
       {},
@@ -578,8 +576,8 @@ def test_settings_win_over_the_environment(monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_virtual_devices_have_threads_to_spare():
-  """With as many threads as devices, two collectives under way at once can take them all and
-  wait for ever.
+  """With as many threads as devices, two simultaneous collectives can occupy all of them and wait
+  for ever.
   """
   code = """
 import os, jax
@@ -598,7 +596,7 @@ print(sum("XLAEigen" in name for name in names))
 
 
 def test_one_process_starts_nothing():
-  """Without a cluster around it a run has no service and no thread more."""
+  """Outside a cluster, a run starts no service and no further thread."""
   code = (
     "import threading, jax; from r2m_jax.configs import default; from r2m_jax.parallel import hosts\n"
     "before = threading.active_count()\n"

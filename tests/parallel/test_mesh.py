@@ -1,5 +1,5 @@
-"""One device against eight, and accumulated gradients against whole ones: the same tokens, losses,
-gradients, updates.
+"""One device against eight, and accumulated gradients against whole ones: tokens, losses, gradients
+and updates are the same.
 
 ./launch/test.sh tests/parallel/test_mesh.py           the settings of COVER
 ./launch/test.sh -m long tests/parallel/test_mesh.py   all 90: every mesh of eight; 1, 2, 4 micro-batches, minibatches
@@ -46,13 +46,13 @@ COVER = [
   ((1, 4, 2), 2, 1),
   ((4, 1, 2), 4, 4),
 ]
-# those that run in float32 too: every axis split, and a program on one device for two of them
+# settings that also run in float32: every axis is split, and two of them run on one device
 FLOAT32 = [((1, 1, 8), 1, 2), ((1, 4, 2), 2, 1), ((2, 2, 2), 2, 1)]
 needs_eight = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 
 
 def recorded(lr: float, updates: int) -> optax.GradientTransformation:
-  """Plain descent that keeps every gradient it is given: state {"grads": [updates, ...] each,
+  """Plain gradient descent that records every gradient: state {"grads": [updates, ...] each,
   "count"}.
   """
 
@@ -82,7 +82,7 @@ def config(accumulation, minibatches, **changes):
 def start(mesh, minibatches, algorithm="rloo", dtype="float64"):
   """(built, state) with recorded gradients; policy and reference differ, and omega is below 1.
 
-  In float64 the state is that of float32, widened.
+  In float64 the state has the numbers of float32.
   """
   cfg = config(1, minibatches, algorithm=algorithm, dtype=dtype, param_dtype=dtype)
   built = build.build(cfg, sharding.make_mesh(mesh), vocab_size=goldtask.VOCAB_SIZE)
@@ -105,7 +105,7 @@ def start(mesh, minibatches, algorithm="rloo", dtype="float64"):
 
 @functools.cache
 def sampled(mesh, dtype="float64"):
-  """Sequences of the first step, drawn on the mesh, on the host."""
+  """Sequences of the first step, sampled on the mesh and copied to the host."""
   with jax.enable_x64(dtype == "float64"):
     built, state = start(mesh, 1, "rloo", dtype)
     cfg = config(1, 1, dtype=dtype, param_dtype=dtype)
@@ -115,7 +115,7 @@ def sampled(mesh, dtype="float64"):
 
 @functools.cache
 def learned(mesh, accumulation, minibatches, algorithm="rloo", dtype="float64", **changes):
-  """{name: array} of everything that a step on `sampled` of one device learns."""
+  """{name: array} of all results of a learning step on the samples of one device."""
   with jax.enable_x64(dtype == "float64"):
     cfg = config(
       accumulation, minibatches, algorithm=algorithm, dtype=dtype, param_dtype=dtype, **changes
@@ -139,7 +139,9 @@ def learned(mesh, accumulation, minibatches, algorithm="rloo", dtype="float64", 
 
 
 def test_the_cover_covers():
-  """Every mesh; every pair of counts; every count with every axis split and whole."""
+  """COVER has every mesh, every pair of counts, and every count with each axis split and not
+  split.
+  """
   assert len(SHAPES) == 10 and len(ALL) == 90 and len(COVER) <= 12 and set(COVER) <= set(ALL)
   assert {mesh for mesh, *_ in COVER} == set(SHAPES)
   assert {setting[1:] for setting in COVER} == set(itertools.product(COUNTS, COUNTS))
@@ -152,7 +154,7 @@ def test_the_cover_covers():
 
 
 def test_what_is_compared_moves():
-  """The numbers that must agree are no zeros, and every update has a gradient of its own."""
+  """The compared numbers are not zero, and every update has a different gradient."""
   found = learned((1, 1, 1), 1, 4)
   up = found["policy/layers/mlp/up/kernel"]
   apart = [np.linalg.norm(a - b) / np.linalg.norm(a) for a, b in itertools.combinations(up, 2)]
@@ -212,7 +214,7 @@ def test_accumulated_gradients_are_as_good_as_whole_ones_in_float32():
 
 
 def test_accumulation_with_a_critic_and_other_denominators():
-  """Responses of unequal length of which some do not count: a mean of micro-batches' means would
+  """Responses have different lengths, and some are excluded. A mean of micro-batches' means would
   differ.
   """
   changes = dict(ppo__aggregation="token_mean", ppo__ratio="sequence", shaping__mask_truncated=True)

@@ -1,6 +1,4 @@
-"""Rows in parts and minibatches: against NumPy's own indexing, and none of it moves a row to
-another device.
-"""
+"""Rows in parts and minibatches: against NumPy's indexing. No row moves to another device."""
 
 import re
 
@@ -68,11 +66,11 @@ def test_minibatches_take_every_row_once_and_one_of_every_run(minibatches):
 
 
 def test_deals_are_uniform():
-  """Of a run of four rows each goes to each minibatch a quarter of the time, within five
-  standard errors.
+  """Each row of a run of four is in each minibatch a quarter of the time, within five standard
+  errors.
   """
   orders = jax.vmap(lambda key: deal_orders(key, 64, 4))(jax.random.split(jax.random.key(1), 100))
-  share = np.asarray(jax.nn.one_hot(orders, 4).mean((0, 2)))  # [minibatch, place in the run]
+  share = np.asarray(jax.nn.one_hot(orders, 4).mean((0, 2)))  # [minibatch, position in the run]
   assert np.abs(share - 0.25).max() < 5 * np.sqrt(0.25 * 0.75 / 1600)
   assert len({str(o) for o in np.asarray(orders)}) == 100
 
@@ -91,7 +89,7 @@ def test_no_row_leaves_its_device():
   text = found.lower(x, order).compile().as_text()
   assert not re.findall(MOVES, text), re.findall(MOVES, text)
   moved = jax.jit(on_mesh(mesh, lambda x: lay_rows(x[::-1]))).lower(x).compile().as_text()
-  assert re.findall(MOVES, moved)  # what the check looks for is there where rows do move
+  assert re.findall(MOVES, moved)  # the check finds the collectives if rows do move
   for got, want in zip(found(x, order), inside(X, order)):
     np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)  # a sum of four may cancel
     assert got.sharding.is_equivalent_to(x.sharding, got.ndim)
@@ -113,8 +111,8 @@ def test_no_row_leaves_its_device():
   ],
 )
 def test_neighbours_with_one_prompt(shape, group, minibatches, parts):
-  """48 rows in runs of one prompt, dealt out to minibatches and taken in parts: those said to
-  have one prompt do.
+  """48 rows in runs with one prompt, distributed to minibatches and split into parts. Rows that are
+  reported as having the same prompt have it.
   """
   if jax.device_count() < np.prod(shape):
     pytest.skip("needs more devices")
@@ -140,7 +138,7 @@ def test_neighbours_with_one_prompt(shape, group, minibatches, parts):
 @pytest.mark.parametrize("how", AGGREGATIONS)
 @pytest.mark.parametrize("parts", [2, 4])
 def test_micro_batches_give_the_gradient_of_the_whole(how, parts):
-  """Rows of very unequal length, so that a mean of means would be something else."""
+  """Rows have very different lengths, so a mean of means would be different."""
   rng = np.random.default_rng(1)
   rows = {
     "x": rng.standard_normal((8, 5, 3)),
@@ -162,7 +160,7 @@ def test_micro_batches_give_the_gradient_of_the_whole(how, parts):
 
 
 def test_gradients_of_bfloat16_parameters_add_up_in_float32():
-  """256 micro-batches of gradient 1/256 each: bfloat16 stops adding at 1/2 or so."""
+  """256 micro-batches with a gradient of 1/256 each. In bfloat16 the sum would stop near 1/2."""
   rows = jnp.ones((256, 1), jnp.bfloat16)
 
   def loss(w, rows):

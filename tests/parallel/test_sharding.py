@@ -1,4 +1,4 @@
-"""Mesh shapes, the layout of every parameter there is, and what the compiled step makes of it."""
+"""Mesh shapes, the layout of every parameter, and the arrays of the compiled step."""
 
 import re
 
@@ -127,7 +127,7 @@ def specs(tree, mesh):
 
 @needs_eight
 def test_every_parameter_has_the_layout_of_the_table():
-  """With every optional part switched on; a new parameter has to be added here."""
+  """With every optional part enabled. A new parameter must be added here."""
   arch = ArchConfig(
     vocab_size=32,
     hidden_size=16,
@@ -155,7 +155,7 @@ def test_an_axis_that_does_not_divide_is_left_whole():
   assert spec_for("embed/embedding", (51, 16), mesh) == P(None, "fsdp")
   assert spec_for("embed/embedding", (50, 15), mesh) == P("tensor", None)
   assert spec_for("layers/attn/q/kernel", (3, 15, 7), mesh) == P(None, None, None)
-  for shape in [(51, 16), (50, 15), (51, 15)]:  # and JAX takes it
+  for shape in [(51, 16), (50, 15), (51, 15)]:  # and JAX accepts it
     array = {"embed": {"embedding": np.zeros(shape, np.float32)}}
     jax.device_put(array, shardings(array, mesh))
 
@@ -173,7 +173,7 @@ def test_a_large_parameter_that_no_rule_matches_is_refused_with_path_and_shape()
   assert spec_for("layers/experts/router", (1024, 1023), mesh) == WHOLE
   assert (
     spec_for("layers/experts/router", (1024, 1024), make_mesh((1, 1, 1))) == WHOLE
-  )  # nothing to split over
+  )  # no axis to split over
 
 
 def test_path_name_leaves_out_nnx_wrapping():
@@ -192,11 +192,11 @@ def test_lay_rows_splits_rows_over_data_and_fsdp():
     jax.device_put(jnp.zeros((8, 3)), NamedSharding(mesh, P()))
   )
   assert {shard.data.shape for shard in out.addressable_shards} == {(2, 3)}
-  assert len({str(shard.index) for shard in out.addressable_shards}) == 4  # tensor holds copies
+  assert len({str(shard.index) for shard in out.addressable_shards}) == 4  # copies along tensor
 
 
 def shapes_in(text):
-  """Dimensions of every array that a compiled program makes, with the line that does."""
+  """Dimensions of every array in a compiled program, each with its line."""
   for line in text.split("\n"):
     if found := re.match(r"\s*(ROOT )?%?[\w.-]+ = (\(?.*?) [\w-]+\(", line):
       yield from (
@@ -206,11 +206,11 @@ def shapes_in(text):
 
 @needs_eight
 def test_the_compiled_step_keeps_caches_states_and_weights_split():
-  """On 2 x 2 x 2 devices a device holds a quarter of the rows and half of the heads, and gathers a
-  layer at a time.
+  """On 2 x 2 x 2 devices, each device has a quarter of the rows and half of the heads, and gathers
+  one layer at a time.
 
-  Numbers are chosen so that a shape tells what an array is: N 3 layers, D 48, Dh 12, L 3 + 10
-  tokens, F 80.
+  Sizes are chosen so that a shape identifies an array: N 3 layers, D 48, Dh 12, L 3 + 10 tokens, F
+  80.
   """
   N, D, F, DIM, T, KV, V = 3, 48, 80, 12, 10, 2, goldtask.VOCAB_SIZE
   cfg = small.config(
@@ -236,18 +236,18 @@ def test_the_compiled_step_keeps_caches_states_and_weights_split():
   assert caches | {(rows // 4, L, D), (V // 2, D // 2)} <= {shape for shape, _ in shapes}
   for shape, line in shapes:
     others = int(np.prod(shape)) // (L * D)
-    if shape[-2:] == (L, D):  # hidden states; N of them are what the backward pass saves
+    if shape[-2:] == (L, D):  # hidden states; the backward pass saves N of them
       assert others <= (N if shape[0] == N else 1) * rows // 4, line
     if shape[-2:] in {(L, DIM), (T, DIM)}:  # queries, keys, values, and the cache of responses
       assert int(np.prod(shape[:-2])) <= max(N * rows // 4 * KV // 2, rows // 4 * 4 // 2), line
     if shape[-2:] == (
       L - T,
       DIM,
-    ):  # the same of prompts, by which no row has keys and values of its own
+    ):  # the same for prompts, whose keys and values are shared by rows
       assert int(np.prod(shape[:-2])) <= cfg.rollout.prompts // 4 * max(N * KV // 2, 4 // 2), line
     if {D, F} <= set(
       shape
-    ):  # a whole layer may exist, split over tensor alone; all layers of it may not
+    ):  # one whole layer may exist, split only over tensor, but not all layers
       assert False, line
     if {D, F // 2} <= set(shape):
       assert int(np.prod(shape)) <= D * F // 2, line

@@ -1,5 +1,5 @@
-"""The planner: counts against the program's own products, collectives against loops written out,
-plans end to end.
+"""The planner: FLOP counts against the matrix products in the program, collectives against explicit
+loops, and whole plans.
 """
 
 import json
@@ -43,8 +43,8 @@ PAPER = {
 
 
 def products(jaxpr, while_trips: int) -> float:
-  """FLOPs of every matrix product in a jaxpr: a scan's body as often as it is long, a while's
-  `while_trips` times.
+  """FLOPs of every matrix product in a jaxpr. The body of a scan counts once per iteration, that of
+  a while loop `while_trips` times.
   """
   total = 0.0
   for eqn in jaxpr.eqns:
@@ -70,7 +70,7 @@ def jaxprs_in(value):
 
 def counted_and_real(config, share: float = 1.0) -> dict[str, tuple[float, float]]:
   """{program: (FLOPs by the count, FLOPs of the products in its jaxpr)}, learning for a `share` of
-  its places.
+  its positions.
   """
   sizes = sizes_of(config)
   mesh = sharding.make_mesh((1, 1, 1))
@@ -125,7 +125,7 @@ def test_counted_flops_of_packed_programs(changes):
 
 
 def test_the_work_of_a_plan_follows_its_lengths():
-  """Against the rules of the step on drawn lengths: equal lengths need one share exactly."""
+  """Against the rules of the step on random lengths. For equal lengths the share is exact."""
   config = small.config(rollout__halvings=1, packing=(0.3, 0.6, 1.0))
   sizes = sizes_of(config)
   assert expected(config, sizes, 1, 1, 2) == Work()
@@ -157,8 +157,8 @@ def on_eight(shape, *spec):
 
 
 def test_collectives_by_hand():
-  """An array of 64 x 16 float32 is 4,096 bytes; of eight chips each sends 7/8 of it, twice for a
-  sum.
+  """An array of 64 x 16 float32 is 4,096 bytes; each of eight chips sends 7/8 of it, and twice that
+  for a sum.
   """
   x, mesh = on_eight((64, 16), "fsdp")
   whole = NamedSharding(mesh, P())
@@ -186,7 +186,7 @@ def test_collectives_in_loops_count_as_often_as_they_run():
   def nested(x):
     return jax.lax.scan(lambda x, _: (scanned(x), None), x, length=3)[0]
 
-  def decoded(x):  # stops early where it may: the limit counts
+  def decoded(x):  # may stop early: the limit counts
     return jax.lax.while_loop(
       lambda c: (c[0] < 7) & (c[1][0, 0] < 9), lambda c: (c[0] + 1, once(c[1])), (0, x)
     )[1]
@@ -196,7 +196,7 @@ def test_collectives_in_loops_count_as_often_as_they_run():
     assert collectives(f, x)["all-gather"] == times * one, f.__name__
 
 
-# lines as the TPU's compiler writes them
+# lines in the format of the TPU's compiler
 TPU_HLO = """HloModule jit_f, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -276,8 +276,10 @@ ENTRY %main (x: bf16[1,128,64], q: f32[32,64]) -> f32[8,64] {
 
 
 def test_collectives_as_the_tpu_compiler_writes_them():
-  """Pieces of one channel once, also where one is in a loop; 36 layers; a loop to 4 by twos; a
-  scattered sum by its fusion's name; a start by its larger half."""
+  """The pieces of one channel count once, even if one is in a loop. There are 36 layers, a loop to
+  4 in steps of two, a scattered sum that is found by its fusion's name, and a start that counts as
+  its larger half.
+  """
   found = hlo.collective_bytes(TPU_HLO)
   assert found["all-gather"] == 36 * 2048 * 64 * 2 * 15 / 16
   assert found["reduce-scatter"] == 32 * 64 * 4 * 3 / 4
@@ -417,7 +419,7 @@ def test_slices_grow():
 
 
 def test_state_bytes_are_those_of_the_shards():
-  """The count by names and specs against what each device of eight really holds."""
+  """The count from names and specs against the bytes on each of eight devices."""
   config = small.config(mesh=(1, 4, 2), policy__arch__hidden_size=64)
   sizes = sizes_of(config)
   built, state = small.start(config, mesh=(1, 4, 2))
@@ -481,7 +483,7 @@ def plan(tmp_path, config: str, *settings: str):
     *(f"--config.{setting}" for setting in settings),
   ]
   env = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache"), "XLA_FLAGS": ""}
-  env.pop("JAX_PLATFORMS", None)  # the planner sets what it needs
+  env.pop("JAX_PLATFORMS", None)  # the planner sets the variables that it needs
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env, check=False)
   path = tmp_path / "run/plan.json"
   return done, json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -501,7 +503,7 @@ QWEN = "configs/ultrafeedback_qwen2_5_3b.py"
   ],
 )
 def test_memory_counted_for_a_gpu_against_a_real_one(size, variant, remat, measured):
-  """GiB at the peak of three steps on an H200, those of `python -m benchmarks.gpu --size=0.5b`;
+  """Peak GiB of three steps on an H200, measured by `python -m benchmarks.gpu --size=0.5b`; equal
   within 15%.
   """
   config = workload.get_config(size, variant, [f"remat={remat}"])
@@ -520,7 +522,7 @@ def test_gpu_plan_is_counted(tmp_path):
 
 
 def test_smallest_slices_by_the_count(tmp_path):
-  """Of each generation, one: the next smaller slice would not hold what the count says."""
+  """One slice of each generation. By the count, the run does not fit the next smaller slice."""
   done, plans = plan(tmp_path, QWEN, "plan.topology=auto", "plan.compile=False")
   assert done.returncode == 0, done.stdout + done.stderr
   assert [found["topology"].split(":")[0] for found in plans] == [chip.name for chip in TPUS]
@@ -554,7 +556,7 @@ def test_cpu_plan_is_compiled_and_kept(tmp_path):
   done, plans = plan(tmp_path, "configs/quickstart.py:test", *settings)
   assert done.returncode == 0, done.stdout + done.stderr
   assert plans[0]["compiled"] and "compiled learn for cpu:2" in done.stderr
-  assert "PFLOPs of a step" in done.stdout  # what R2M costs beside plain RLOO
+  assert "PFLOPs of a step" in done.stdout  # the cost of R2M compared with plain RLOO
   again, same = plan(tmp_path, "configs/quickstart.py:test", *settings)
   assert again.returncode == 0 and "compiled" not in again.stderr and same == plans
 
@@ -623,7 +625,7 @@ def test_a_mesh_may_take_a_part_of_an_axis_of_the_torus():
 @pytest.mark.long
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
 def test_tpu_plan_of_full_widths(tmp_path, topology):
-  """Two layers of the 3B policy and of the 8B reward model, by the real compiler."""
+  """Two layers of the 3B policy and of the 8B reward model, compiled by the TPU's compiler."""
   done, plans = plan(
     tmp_path,
     QWEN,

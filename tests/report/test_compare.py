@@ -1,4 +1,6 @@
-"""Several runs on one page. Oracles: NumPy, numbers worked by hand, and the rows behind the page."""
+"""Several runs on one page. Oracles: NumPy, numbers worked by hand, and the rows in the page's
+data.
+"""
 
 import html
 import json
@@ -41,7 +43,7 @@ def write_run(workdir, *, seed=0, beta=0.05, gold=1.0, arms=("r2m",), prompts=("
 def test_seeds_are_one_line_and_settings_another(tmp_path):
   runs = [write_run(tmp_path / f"s{i}", seed=i, gold=1.0 + i) for i in range(3)]
   runs.append(write_run(tmp_path / "beta", beta=0.1))
-  runs.append(write_run(tmp_path / "again", seed=1))  # the same seed once more is no further seed
+  runs.append(write_run(tmp_path / "again", seed=1))  # no further seed
   lines = compare.lines_of(compare.arms_in(runs))
   assert [line.name for line in lines] == ["s0 and 2 more seeds", "beta", "again"]
   rows = compare.rows_of(lines[0])
@@ -63,7 +65,7 @@ def test_the_page_of_a_comparison(tmp_path):
   cells = re.findall(r'data-name="Setting">([^<]+)<', text)
   assert cells == ["kl.beta"]
   prompts = re.findall(r'aria-label="Prompt">([^<]+)<', text)
-  assert prompts == ["q"]  # the one that all have
+  assert prompts == ["q"]  # the largest that all have
   assert "a before q" in text and "a after other" not in text
   assert "0.05" in text and "0.1" in text
 
@@ -113,7 +115,7 @@ def test_the_task_writes_a_page_and_reads_only(tmp_path, capsys):
   assert "a and 1 more seed" in text
 
 
-# ---- what was run, and what it took ----
+# ---- settings and cost ----
 
 
 def test_settings_that_differ_from_the_default():
@@ -149,3 +151,14 @@ def test_alarms_name_what_went_wrong():
     "rl a: 1 logged values were not finite.",
   ]
   assert troubles([head | {"step": 0, "skipped": 0.0}]) == []
+
+
+def test_further_seeds_of_a_run_are_part_of_its_line(tmp_path):
+  first = write_run(tmp_path / "run")
+  for seed in (1, 10, 2):
+    write_run(tmp_path / f"run/seeds/{seed}", seed=seed)
+  (tmp_path / "run/seeds/3").mkdir()  # has not logged anything yet
+  found = task.with_seeds(first)
+  assert [folder.name for folder in found] == ["run", "1", "2", "10"]
+  (line,) = compare.lines_of(compare.arms_in(found))
+  assert line.name == "run and 3 more seeds"

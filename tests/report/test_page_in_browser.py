@@ -1,4 +1,4 @@
-"""The report in Chromium: what a reader presses, with real keys. Oracle: the rows behind the page."""
+"""The report in Chromium, used with real key presses. Oracle: the rows in the page's data."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ STEPS, PROMPTS, ARMS = (0, 10, 20), ("a prompt", "another one", "the last"), ("v
 
 
 def write_run(workdir):
-  """A run of two arms with evaluations, samples and a sample that was made again."""
+  """A run of two arms with evaluations, samples and a replayed sample."""
   times = {"seconds/step": 2.0, "seconds/learn": 1.5, "memory/process_peak": 1.25}
   rows = [
     {"stage": "rl", "arm": arm, "step": t, "seconds": 1.0 * t, "reward/gold": 1.0, "kl": 0.1 * t}
@@ -61,7 +61,7 @@ def page(tmp_path_factory):
 
 
 def visible(page, query):
-  """The texts of what is shown of a query."""
+  """The texts of the visible elements of a query."""
   shown = "[...document.querySelectorAll(%s)].filter(e => e.offsetParent !== null)"
   return page.run(shown % json.dumps(query) + ".map(e => e.innerText.trim())")
 
@@ -108,7 +108,7 @@ def test_tabs_by_mouse_and_keyboard(page):
   assert page.run("document.activeElement.dataset.name") == "samples"
   assert visible(page, "#evaluations h2") == ["The same prompts at each evaluation"]
   page.press("End")
-  page.press("ArrowRight")  # past the last comes the first
+  page.press("ArrowRight")  # the first follows the last
   assert page.run("document.activeElement.dataset.name") == "findings"
   assert page.run("document.querySelectorAll('[role=tab][tabindex=\"0\"]').length") == 1
 
@@ -136,7 +136,7 @@ def test_the_sample_browser(page):
   press(page, f"{section} [data-control=all]", "Enter")
   assert visible(page, prompts) == list(PROMPTS)
   rows = f"{section} tbody tr"
-  assert len(visible(page, rows)) == 3 * 5  # before is the same in both arms
+  assert len(visible(page, rows)) == 3 * 5  # "before" is the same in both arms
   enter(page, f"{section} [data-control=arm]", "r2m", "change")
   assert len(visible(page, rows)) == 3 * 3
   enter(page, f"{section} [data-control=search]", "the last", "input")
@@ -168,7 +168,7 @@ def test_what_scrolls_is_reached_by_the_keyboard(page):
   assert page.run(f"{boxes}.filter({unreached}).length") == 0
 
 
-# ---- what is computed for the page ----
+# ---- data of the page ----
 
 
 def test_disagreements_against_a_loop():

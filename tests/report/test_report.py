@@ -1,4 +1,4 @@
-"""metrics.py, summary.py and report.py on synthetic runs. Oracles: hand-worked numbers and NumPy
+"""metrics.py, summary.py and report.py on synthetic runs. Oracles: numbers worked by hand and NumPy
 loops.
 """
 
@@ -95,7 +95,7 @@ def test_resuming_drops_only_this_arms_later_rows(tmp_path):
   rows = metrics.read_metrics(tmp_path)
   mine = [row for row in rows if (row["stage"], row["arm"]) == ("rl", "a")]
   assert [row["reward/gold"] for row in mine] == [0, 1, 2, 30, 40]
-  assert mine[3]["seconds"] >= 2.0  # counts on from the last row kept
+  assert mine[3]["seconds"] >= 2.0  # continues after the last row that was kept
   assert len(rows) == 5 + 5 + 3
   metrics.Metrics(tmp_path, "rl", "a", from_step=0).close()  # a fresh start
   assert not [
@@ -196,7 +196,7 @@ def test_summary_matches_loops():
   )
   for name, value in expected.items():
     np.testing.assert_allclose(entry[name], value, rtol=1e-9, err_msg=name)
-  assert entry["matched_kl"] is None  # one arm has nothing to be matched to
+  assert entry["matched_kl"] is None  # a single arm has no other arm to be matched to
 
 
 def test_lost_share_by_hand():
@@ -207,13 +207,13 @@ def test_lost_share_by_hand():
   start, peak, last = 0.05 * 3.5, max(gold[i : i + 8].mean() for i in range(74)), 0.5 + 0.0375 * 3.5
   np.testing.assert_allclose(entry["lost_share"], (peak - last) / (peak - start), rtol=1e-9)
   (flat,) = summary.summary_table(rl_rows("a", np.random.default_rng(0).normal(size=100)))
-  assert flat["lost_share"] is None  # no gain beyond the noise, so no share of it
+  assert flat["lost_share"] is None  # no gain beyond the noise, so no share
 
 
 def test_gold_at_matched_kl_by_hand():
   a = rl_rows("a", gold=[0, 1, 2, 3], kl=[0, 1, 2, 3])
   b = rl_rows("b", gold=[0, 4, 8, 6, 4], kl=[0, 2, 4, 6, 8])
-  c = rl_rows("c", gold=[5, 6], kl=[3.5, 9])  # is past the matched KL from its first step
+  c = rl_rows("c", gold=[5, 6], kl=[3.5, 9])  # is above the matched KL from its first step
   table = {entry["arm"]: entry for entry in summary.summary_table(a + b + c)}
   assert {entry["matched_kl"] for entry in table.values()} == {3.0}
   assert table["a"]["gold_at_kl"] == 3.0
@@ -315,7 +315,7 @@ def test_report_is_self_contained_and_escapes_text(tmp_path):
   assert page.count("<script") == 1 and not re.search(r"https?://|<link|src=\"(?!data:)", page)
   assert (
     "step 60" in page and "3 (cut)" in page and ">before</td>" in page
-  )  # equal samples before are shown once
+  )  # samples before RL that are equal are shown once
   names = sorted(file.name for file in (tmp_path / "figures").iterdir())
   assert names == ["1_rewards.png", "2_frontier.png", "3_behaviour.png"]
   assert not list(tmp_path.rglob(".*tmp"))
@@ -374,7 +374,7 @@ def evaluation_rows(golds, proxies):
 
 
 def test_the_alarm_against_the_rule_at_every_evaluation():
-  """Raised at the first evaluation at which the rule of all reports holds for those before it."""
+  """It is raised at the first evaluation at which the rule holds for all evaluations so far."""
   rng = np.random.default_rng(3)
   for fall in (0.0, 1.0):
     golds = [1 - fall * abs(i - 8) / 4 + rng.normal() / 50 for i in range(20)]

@@ -1,4 +1,4 @@
-"""Checkpoints read in part, as an export reads them."""
+"""Reading parts of checkpoints, as an export does."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def test_what_is_left_out_is_not_read_and_the_rest_is_what_was_saved(tmp_path):
   wrong = jax.ShapeDtypeStruct((5, 5), jnp.float32, sharding=where)
   with pytest.raises(checkpoint.CheckpointError, match="does not fit this run"):
     checkpoint.restore(checkpoints, part | {"policy": {"v": wrong}})
-  # a file of the part that is left out is under the manifest too
+  # the manifest also covers files of the part that is not read
   (file,) = list((tmp_path / "3" / "default").glob("_METADATA"))
   file.write_bytes(file.read_bytes() + b" ")
   with pytest.raises(checkpoint.CheckpointError, match="_METADATA is not what was written"):

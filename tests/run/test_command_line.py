@@ -24,7 +24,7 @@ INSIDE = str(ROOT / "r2m_jax/configs/quickstart.py")
     (["--config", "quickstart:test", "--workdir", "quickstart"], None),
     (["--config=configs/quickstart.py:test"], ["--config=configs/quickstart.py:test"]),
     (["--config=mine"], ["--config=mine"]),
-    (["--config=paper"], ["--config=paper"]),  # shared by configs, and none itself
+    (["--config=paper"], ["--config=paper"]),  # shared by configs, but not a config
     (["--config.task=lab", "--workdir=lab"], ["--config.task=lab", "--workdir=lab"]),
   ],
 )
@@ -57,9 +57,9 @@ def test_what_is_neither_is_refused_with_what_there_is(value, end, monkeypatch, 
   assert end.format(cwd=tmp_path) in refused and str(tmp_path) in refused
 
 
-@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections' way to read a file
+@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections reads a file in this way
 def test_a_file_without_get_config_is_refused(tmp_path, monkeypatch):
-  # every config is loaded under one name, and would be taken for one that was loaded before
+  # all configs are loaded under the same module name, so an earlier one would be reused
   monkeypatch.delitem(sys.modules, "config_config", raising=False)
   (tmp_path / "mine.py").write_text("x = 1\n")
   argv = ["r2m", f"--config={tmp_path}/mine.py", "--workdir=x"]

@@ -1,5 +1,5 @@
-"""Faults from outside: rows and models that change under a run, names that lead elsewhere,
-secrets, dead pipes.
+"""Faults from outside: rows and models that change during a run, names that lead outside a folder,
+secrets, closed pipes.
 """
 
 import gzip
@@ -55,7 +55,7 @@ def folders(tmp_path_factory):
 
 
 def shards(folder: pathlib.Path, rows) -> list[pathlib.Path]:
-  """The rows in three files, the last one packed."""
+  """The rows in three files, the last one compressed."""
   folder.mkdir(parents=True)
   paths = [folder / f"part-{i}.jsonl{'.gz' if i == 2 else ''}" for i in range(3)]
   for i, path in enumerate(paths):
@@ -65,12 +65,12 @@ def shards(folder: pathlib.Path, rows) -> list[pathlib.Path]:
 
 
 def files(folder: pathlib.Path) -> dict:
-  """Everything in a workdir but its lock, which says when the run at hand began."""
+  """All files in a workdir except its lock, which has the start time of the current run."""
   found = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != LOCK]
   return {p.relative_to(folder): p.read_bytes() for p in found}
 
 
-# ---- rows that change under a run ----
+# ---- rows that change during a run ----
 
 
 def cut(path):
@@ -91,20 +91,20 @@ def folder_in_its_place(path):
   path.mkdir()
 
 
-HARMS = [  # what happens to which shard, and what the command that goes on says
+HARMS = [  # a change of a shard, and the message of the resumed command
   (0, pathlib.Path.unlink, "part-0.jsonl gave 3 rows then, no now"),
   (0, cut, "6 rows read, 1 bad; 1 cut off, first .*part-0.jsonl:2"),
-  (1, cut, "part-1.jsonl gave 2 rows then, 1 now"),  # right at the end of a line
+  (1, cut, "part-1.jsonl gave 2 rows then, 1 now"),  # exactly at the end of a line
   (1, replace, "part-1.jsonl gave 2 rows then, 3 now"),
-  (2, cut, "1 bad|not a whole gzip file"),
-  (2, garbage, "part-2.jsonl.gz is not a whole gzip file"),
+  (2, cut, "1 bad|not a complete gzip file"),
+  (2, garbage, "part-2.jsonl.gz is not a complete gzip file"),
   (1, folder_in_its_place, "part-1.jsonl gave 2 rows then, no now"),
 ]
 
 
 def test_a_shard_that_is_lost_in_mid_run(folders, tmp_path, monkeypatch):
-  """Gone while the run goes: it ends as if nobody had touched it. Between two starts: refused
-  until it is repaired.
+  """If it disappears during the run, the result is unaffected. If it is missing at the next start,
+  the run is refused until it is repaired.
   """
   paths = shards(tmp_path / "rows", [{"prompt": p} for p in PROMPTS])
   kept = {path: path.read_bytes() for path in paths}
@@ -159,8 +159,8 @@ def test_a_shard_that_is_lost_in_mid_run(folders, tmp_path, monkeypatch):
 
 
 def test_every_stage_is_held_to_its_rows(folders, tmp_path):
-  """SFT, packed lines, pairs and judgments: one row of one file is another one, and the file is
-  named.
+  """SFT, packed lines, pairs and judgments: one row of one file is changed, and the error names the
+  file.
   """
   rows = [{"prompt": p, "chosen": f"yes {i}", "rejected": "no"} for i, p in enumerate(PROMPTS)]
   paths = shards(tmp_path / "rows", rows)
@@ -188,12 +188,12 @@ def test_every_stage_is_held_to_its_rows(folders, tmp_path):
   assert files(tmp_path) == kept
 
 
-# ---- models that change under a run ----
+# ---- models that change during a run ----
 
 
 def test_an_adapters_base_is_held_to_its_weights(folders, tmp_path):
-  """The reference is what adapters sit on: a folder with other weights under the same name is
-  refused, then mended.
+  """The reference is the base of the adapters. A folder with other weights under the same name is
+  refused, then repaired.
   """
   shutil.copytree(folders / "policy", tmp_path / "base")
   rows = shards(tmp_path / "rows", [{"prompt": p} for p in PROMPTS])
@@ -298,7 +298,7 @@ def test_a_fork_takes_what_was_trained_and_finds_the_rest_anew(tmp_path):
     "metrics.jsonl",
     "samples.jsonl",
   ]
-  fork("longer", budget=60.0)  # how many steps that gives is measured again
+  fork("longer", budget=60.0)  # the number of steps is determined again
   assert sorted(p.name for p in (tmp_path / "longer").iterdir()) == [
     "metrics.jsonl",
     "samples.jsonl",
@@ -313,7 +313,9 @@ def test_a_fork_takes_what_was_trained_and_finds_the_rest_anew(tmp_path):
 
 
 def test_numbers_of_parameters_that_are_not_finite_are_never_written():
-  """In a row that no example reads, from a rate that overflows, and in Adam's moments."""
+  """They are in a row of the embedding that no example uses, come from an overflowing learning
+  rate, or are in Adam's moments.
+  """
 
   def loss(p, x):
     return ((p["w"][0] * x).sum() ** 2, None)
@@ -339,17 +341,15 @@ def test_numbers_of_parameters_that_are_not_finite_are_never_written():
   assert one(optax.adamw(0.1), [[1.0, 2.0], [np.nan, 4.0]], 1.0) and one(
     optax.adamw(0.1), [[1, 2], [3, np.inf]], 1.0
   )
-  assert one(
-    optax.sgd(3e38), fine, 2.0
-  )  # the gradient is finite, what it makes of the parameter is not
+  assert one(optax.sgd(3e38), fine, 2.0)  # the gradient is finite, but the updated parameter is not
   assert one(
     optax.adam(0.1), fine, 1e11
-  )  # a gradient whose square is infinite would stop Adam for good
+  )  # a gradient with an infinite square would stop Adam permanently
 
 
 def test_spikes_are_counted_by_the_update():
-  """Two updates of the policy, then one of the head, in each step; of the head's none is clipped
-  in the first run.
+  """Each step has two updates of the policy, then one of the head. In the first run no update of
+  the head is clipped.
   """
   small_norms = dict(ppo__epochs=2, policy__max_grad_norm=1e-6, guard__spike=1.5)
   (first, second), _ = small.run(small.config(r2m__max_grad_norm=0.0, **small_norms), 2)
@@ -365,8 +365,8 @@ def test_spikes_are_counted_by_the_update():
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path):
-  """The state is equal bit for bit; what follows has the same tokens and, in float64, metrics
-  and parameters.
+  """The state is equal bit for bit. Later steps have the same tokens and, in float64, the same
+  metrics and parameters.
   """
   with jax.enable_x64(True):
     go_on_on_another_mesh(tmp_path, small.config(**small.FLOAT64))
@@ -407,7 +407,7 @@ def go_on_on_another_mesh(tmp_path, cfg):
     )
 
 
-# ---- names and folders from elsewhere ----
+# ---- names and folders from outside ----
 
 
 @pytest.mark.parametrize(
@@ -528,7 +528,7 @@ def test_a_failed_save_leaves_one_line(capsys):
   assert "something else" in (shown := capsys.readouterr().err) and "Event loop" not in shown
 
 
-# ---- who listens ----
+# ---- readers of the output ----
 
 
 class Dead(io.StringIO):

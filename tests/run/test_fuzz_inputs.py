@@ -1,8 +1,9 @@
-"""Two hundred damaged inputs in one process: each is used or refused in one line of ours, and
+"""Two hundred damaged inputs in one process: each is used, or refused with one line of ours, and
 nothing is written.
 
-Files of rows, folders of models, exported reward models, workdirs and checkpoints, each valid until
-a few bytes or one value of its JSON are others. What is still accepted is held to what it promises.
+Files of rows, folders of models, exported reward models, workdirs and checkpoints. Each was valid
+before a few bytes or one value of its JSON were changed. If one is still accepted, its contents are
+checked.
 """
 
 import gzip
@@ -41,7 +42,7 @@ OWN = (
   TextError,
   DamagedFile,
   checkpoint.CheckpointError,
-)  # main tells these
+)  # main reports these
 ODD = [
   None,
   True,
@@ -71,7 +72,7 @@ ODD = [
 
 @st.composite
 def of_bytes(draw, content: bytes) -> bytes:
-  """The bytes cut, with some changed, left out, put in or said twice, or others in their place."""
+  """Bytes that are truncated, partly changed, removed, inserted, repeated or replaced."""
   at = draw(st.integers(0, max(len(content) - 1, 0)))
   some = draw(st.binary(min_size=1, max_size=9))
   return draw(
@@ -95,7 +96,7 @@ def of_bytes(draw, content: bytes) -> bytes:
 
 @st.composite
 def of_value(draw, value):
-  """A JSON value with one of its parts replaced, renamed or left out."""
+  """A JSON value with one of its parts replaced, renamed or removed."""
   parts = (
     list(value.items())
     if isinstance(value, dict)
@@ -118,7 +119,7 @@ def of_value(draw, value):
 
 @st.composite
 def of_file(draw, name: str, content: bytes) -> bytes:
-  """Bytes, or for JSON and for the header of safetensors a value, that are not what was written."""
+  """Damaged contents of a file: bytes or, for JSON and for the header of safetensors, a value."""
   if draw(st.integers(0, 2)) == 0:
     return draw(of_bytes(content))
   if name.endswith(".safetensors"):
@@ -150,7 +151,7 @@ def fuzz(examples: int):
 
 
 def listing(folder):
-  """Every file with its size and the time it was written."""
+  """Every file with its size and modification time."""
   return {
     path: (path.stat().st_size, path.stat().st_mtime_ns)
     for path in folder.rglob("*")
@@ -159,8 +160,8 @@ def listing(folder):
 
 
 def refused(folder, use) -> bool:
-  """Whether `use` refuses the folder in one line of ours, writing nothing; any other exception
-  goes through.
+  """Whether `use` refuses the folder with one line of ours and writes nothing. Other exceptions are
+  not caught.
   """
   before = listing(folder)
   try:
@@ -176,8 +177,8 @@ def refused(folder, use) -> bool:
 
 
 def damaged(draw, source, folder, names):
-  """A copy of `source` in `folder` with one of the named files damaged; returns which, and what
-  it holds now.
+  """A copy of `source` in `folder` with one of the named files damaged. Returns the file and its
+  new contents.
   """
   shutil.rmtree(folder, ignore_errors=True)
   shutil.copytree(source, folder)
@@ -217,7 +218,7 @@ def test_files_of_rows(rows, tmp_path_factory, draw):
     for row in load(data(folder / name, max_bad_share=0.5), need):
       row.pop("part")
       row.pop("where")
-      assert as_row(row, need) == row  # what comes out is of the form that it was brought to
+      assert as_row(row, need) == row  # rows have the normalised form
 
   refused(folder, use)
 
@@ -304,7 +305,7 @@ def test_folders_of_reward_models(models, tmp_path_factory, draw):
 
 
 def test_what_is_not_damaged_is_used(rows, models):
-  """Or the refusals above would mean nothing."""
+  """Otherwise the refusals above would prove nothing."""
   assert (
     len(read_rows(str(rows / "a.jsonl"), ("prompt", "rejected")))
     == len(load(data(rows / "a.jsonl"), "pair"))
@@ -319,7 +320,7 @@ def test_what_is_not_damaged_is_used(rows, models):
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-  """What a run keeps beside its checkpoints."""
+  """The files that a run stores with its checkpoints."""
   root = tmp_path_factory.mktemp("fuzzed_run")
   workdirs.claim(config(), root)
   datasets.hold(root, "r2m", [{"where": "rows.jsonl:1"}], [([1, 2, 3],)])
@@ -366,8 +367,8 @@ def tree(step: int):
 
 @fuzz(30)
 def test_checkpoints(saved, tmp_path_factory, draw):
-  """Whatever became of the newest one: it is read as it was written, or the one before is, or
-  ours says why not.
+  """After any damage to the newest checkpoint, it is read unchanged, or the one before is read, or
+  an error of ours explains why not.
   """
   folder = tmp_path_factory.getbasetemp() / "fuzz_checkpoints"
   names = sorted(

@@ -1,5 +1,5 @@
-"""The live start-up checks: they pass on the model as it is, and fail on a model with the bug
-they are for.
+"""The checks at the start of a run: they pass on the correct model, and fail on a model with the
+bug that they detect.
 """
 
 import jax
@@ -25,7 +25,7 @@ def test_model_passes_and_reports_what_it_measured(capsys):
   )
   assert any(
     found.values()
-  )  # two programs: a deviation of exactly zero everywhere would compare a thing with itself
+  )  # the two programs must differ: a deviation of exactly zero everywhere would be suspicious
   assert "rounding" in capsys.readouterr().out
 
 
@@ -78,14 +78,16 @@ def test_step_zero_passes_warns_and_refuses_by_the_rounding_that_was_measured(of
     step_zero(metrics)
   step_zero(
     metrics, identities.Rounding(1e-5, 1e-6)
-  )  # the same deviation in a model that rounds more
+  )  # the same deviation in a model with larger rounding errors
   metrics[of] = float("nan")
   with pytest.raises(identities.IdentityError):
     step_zero(metrics)
 
 
 def test_single_tokens_may_be_off_if_rounding_alone_moves_them():
-  """Truncated sampling and bfloat16 are held to the mean, which a real mistake moves as well."""
+  """For truncated sampling and bfloat16 the mean is checked. A real mistake also changes the
+  mean.
+  """
   edge = (0.1, 1e-7, 0.0)
   step_zero(edge, rollout__top_p=0.9)
   step_zero(edge, dtype="bfloat16")
@@ -115,7 +117,7 @@ def rounding_of(depth: int, dtype="float32"):
 def test_rounding_is_measured_on_the_model_and_its_dtype():
   shallow, deep, half = rounding_of(1), rounding_of(8), rounding_of(1, "bfloat16")
   assert 0 < shallow.mean <= shallow.largest < 1e-4
-  assert deep.mean > shallow.mean  # more layers round more
+  assert deep.mean > shallow.mean  # more layers have larger rounding errors
   assert half.mean > 1000 * shallow.mean  # 16 bits fewer
 
 

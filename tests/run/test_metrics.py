@@ -1,4 +1,6 @@
-"""What runs log: every key is documented, costs are counted rightly, and trackers never stop a run."""
+"""The metrics of runs: every key is documented, costs are counted correctly, and trackers never
+stop a run.
+"""
 
 import json
 import sys
@@ -26,7 +28,7 @@ from r2m_jax.types import Sequences
 
 
 def logged_by_steps():
-  """The keys of the steps of several algorithms, without running them."""
+  """The metric keys of several algorithms, without running their steps."""
   names = set()
   for changes in ({}, {"algorithm": "ppo"}):
     cfg = small.config(**changes)
@@ -57,7 +59,7 @@ def test_the_page_marks_what_depends_on_the_clock():
     assert marked == (name not in metrics.without_clock({name: 0})), name
 
 
-# ---- what a step costs ----
+# ---- the cost of a step ----
 
 
 def sequences():
@@ -85,10 +87,10 @@ def test_shares_of_real_positions_are_counted():
 
 
 def test_model_flops_of_a_step_are_those_of_its_shapes():
-  """Counted by hand from the architecture, one product with a matrix at a time."""
+  """Counted by hand from the architecture, one matrix product at a time."""
   cfg = small.config(algorithm="ppo", critic__init="policy", log__peak_flops=1e9)
   _, state = small.start(cfg)
-  D, H, V, layers = 32, 64, 64, 2  # width, MLP, vocabulary; 4 heads of 8, 2 of keys and values
+  D, H, V, layers = 32, 64, 64, 2  # 4 heads of width 8, 2 key heads
   layer = D * 32 + 2 * D * 16 + 32 * D + 3 * D * H
   tokens, sampled, K, epochs = 100, 40, cfg.rollout.group_size, cfg.ppo.epochs
   forward = 2 * (layers * layer * tokens + V * D * sampled)
@@ -104,7 +106,7 @@ def test_model_flops_of_a_step_are_those_of_its_shapes():
 
 
 def test_the_logged_learning_rate_is_what_the_optimizer_takes():
-  """Plain SGD moves a parameter with gradient 1 by exactly the learning rate."""
+  """Plain SGD changes a parameter with gradient 1 by exactly the learning rate."""
   cfg = small.config().sft
   cfg.update(
     {
@@ -121,7 +123,7 @@ def test_the_logged_learning_rate_is_what_the_optimizer_takes():
   for _ in range(6):
     updates, opt = tx.update({"w": np.float32(1)}, opt, params)
     assert speed.last_rate(table, opt) == pytest.approx(-float(updates["w"]), rel=1e-6)
-  assert speed.last_rate(table, tx.init(params)) == 0.0  # no update yet: the warm-up's first
+  assert speed.last_rate(table, tx.init(params)) == 0.0  # warm-up, no update yet
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,7 @@ def test_a_window_that_cannot_be_is_refused(window):
 
 
 class Fake:
-  """Stands for a tracker's library: records every call of what it gives, at any depth."""
+  """Replaces a tracker's library: records every call of its functions, at any depth."""
 
   def __init__(self, calls, name=""):
     self.calls, self.name = calls, name
@@ -214,7 +216,7 @@ def fakes(monkeypatch):
 
 
 def track(workdir, names, *starts, stage="rl"):
-  """Logs three steps from each start with the trackers `names`."""
+  """Logs three steps from each start, with the trackers `names`."""
   workdir.mkdir(exist_ok=True)
   (workdir / "config.json").write_text(json.dumps({"seed": 7, "log": {"to": names}}))
   for start in starts:

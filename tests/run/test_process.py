@@ -19,7 +19,7 @@ def test_every_task_of_the_config_has_a_function():
 def test_every_task_takes_the_config_and_the_workdir():
   config = quickstart.get_config()
   for find in main.TASKS.values():
-    inspect.signature(find(config)).bind(config, pathlib.Path("runs"))  # as main calls it
+    inspect.signature(find(config)).bind(config, pathlib.Path("runs"))  # called as in main
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Progress counts what is finished, and says from the first second what is going on."""
+"""Progress counts finished steps, and shows the current activity from the first second."""
 
 import fcntl
 import io
@@ -21,7 +21,7 @@ from r2m_jax.run import fit, progress
 
 
 class Clock:
-  """Seconds that pass when the test says so."""
+  """A clock that the test advances."""
 
   def __init__(self):
     self.now = 0.0
@@ -31,7 +31,7 @@ class Clock:
 
 
 class Later:
-  """The result of a step that a device is still busy with: asking for it takes `seconds`."""
+  """The result of a step that a device is still computing. Waiting for it takes `seconds`."""
 
   def __init__(self, clock, seconds):
     self.clock, self.seconds, self.waited = clock, seconds, False
@@ -53,7 +53,7 @@ def made(total, out=None, **kwargs):
 
 
 def wait(bar, clock, seconds):
-  """Time passes; the thread looks at the clock once a second."""
+  """Advances the clock; the thread reads it once a second."""
   for _ in range(seconds):
     clock.now += 1
     bar.tick()
@@ -82,7 +82,7 @@ def test_a_slow_first_step_is_told_and_then_left_out_of_the_rate():
 
 
 def test_steps_count_when_they_are_finished_one_behind():
-  """What is dispatched last is never waited for, so the device has a next step."""
+  """The last dispatched step is never waited for, so that the device always has a next step."""
   bar, clock, _ = made(4)
   steps = [Later(clock, 5) for _ in range(4)]
   for i, step in enumerate(steps):
@@ -165,7 +165,7 @@ def test_the_thread_ends_with_the_job(monkeypatch):
 
 
 def test_a_fit_counts_what_its_device_has_done(tmp_path, monkeypatch):
-  """Between two logged updates too, whose results nobody fetches."""
+  """This includes the updates between two logged ones, whose results are not fetched."""
   seen, results = [], []
 
   class Recording(progress.Progress):
@@ -218,7 +218,7 @@ with progress.progress(3, "sft") as bar:
 
 
 def test_on_a_real_terminal():
-  """The counter goes on while nothing is finished, and a rate comes with the second step."""
+  """The counter advances while no step is finished, and a rate appears with the second step."""
   ours, theirs = pty.openpty()
   fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
   job = subprocess.Popen([sys.executable, "-c", SLOW], stdin=theirs, stdout=theirs, stderr=theirs)

@@ -1,4 +1,4 @@
-"""Nothing is lost: damaged checkpoints, signals, full disks, NaN and infinity, another mesh,
+"""No saved state is lost: damaged checkpoints, signals, full disks, NaN and infinity, another mesh,
 forks, replay.
 """
 
@@ -78,7 +78,7 @@ def truncate(folder):
   os.truncate(largest(folder), largest(folder).stat().st_size // 2)
 
 
-def half_written(folder):  # as a program killed inside the save leaves it
+def half_written(folder):  # the state after a kill during the save
   (folder / checkpoint.MANIFEST).unlink()
   folder.rename(folder.with_name(folder.name + checkpoint.UNFINISHED))
 
@@ -109,7 +109,7 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, capsy
   assert checkpoint.newest(again) == 2 and words in capsys.readouterr().out
   got = checkpoint.restore(again, tree(0))
   np.testing.assert_array_equal(got["a"], tree(2)["a"])
-  checkpoint.save(again, 3, tree(3))  # the step is done once more
+  checkpoint.save(again, 3, tree(3))  # the step is repeated
   checkpoint.wait(again)
   assert checkpoint.newest(again) == 3 and int(checkpoint.restore(again, tree(0))["step"]) == 3
 
@@ -146,12 +146,12 @@ def test_a_damaged_checkpoint_that_was_asked_for_is_refused(tmp_path):
 def test_which_checkpoints_stay(tmp_path, kept, want):
   assert (
     list(saved(tmp_path, range(1, 8), **kept).all_steps()) == want
-  )  # value is -|step - 3|: best at 3, least at 7
+  )  # value is -|step - 3|: best at 3, lowest at 7
 
 
 def test_orbax_alone_reads_a_flipped_byte(tmp_path):
-  """Why there is a manifest: values that are not compressed well enough to fail come back wrong
-  without a word.
+  """The reason for the manifest: if damaged values still decompress, orbax returns wrong values
+  silently.
   """
   noise = {"a": jax.random.normal(jax.random.key(0), (4096,))}
   made = checkpoint.Checkpoints(tmp_path, last=1)
@@ -167,7 +167,7 @@ def test_orbax_alone_reads_a_flipped_byte(tmp_path):
 
 
 def test_a_full_disk_loses_nothing_that_was_saved(tmp_path):
-  """A limit on the size of a file stands in for the disk: the write of the array fails."""
+  """A limit on the file size simulates a full disk: the write of the array fails."""
   made = saved(tmp_path, (1,))
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -218,8 +218,8 @@ class Count:
 
 
 def counting(then=lambda t: None, wrong=()):
-  """The Steps of a step that adds t + 1; `then` runs inside the step, `wrong` steps have a NaN
-  score in row 1.
+  """The Steps of a step that adds t + 1. `then` is called in the step, and steps in `wrong` have a
+  NaN score in row 1.
   """
 
   def step(state, prompts):
@@ -247,7 +247,7 @@ def counting(then=lambda t: None, wrong=()):
 
 
 def run_loop(workdir, config, steps, watch=loop.watch_nothing):
-  """What a task does: goes on from what is there, to the end."""
+  """Resumes from the checkpoint, if there is one, and runs to the end, like a task."""
   workdir.mkdir(exist_ok=True)
   workdirs.claim(config, workdir)
 
@@ -262,7 +262,7 @@ def run_loop(workdir, config, steps, watch=loop.watch_nothing):
 @pytest.mark.parametrize("at", [0, 3, 5])
 def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(tmp_path, number, at):
   config, done = settings(), []
-  config.log.checkpoint_every = 100  # only the signal makes it save
+  config.log.checkpoint_every = 100  # it saves only because of the signal
 
   def hit(t):
     done.append(t)
@@ -274,7 +274,7 @@ def test_a_signal_finishes_the_step_saves_and_the_same_command_goes_on(tmp_path,
   assert done == list(range(at + 1))
   with loop.signals_end_the_run():
     state = run_loop(tmp_path, config, counting(hit))
-  assert int(state.total) == 21 and done == [0, 1, 2, 3, 4, 5]  # no step twice
+  assert int(state.total) == 21 and done == [0, 1, 2, 3, 4, 5]  # no step is repeated
   rows = metrics.read_metrics(tmp_path)
   assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
 
@@ -322,7 +322,7 @@ def test_skipped_rows_are_kept_and_too_many_in_a_row_stop_the_run(tmp_path):
 
 
 def test_the_best_checkpoints_are_those_of_evaluated_steps(tmp_path):
-  """Steps 3 and 6 are saved as well, and step 3 has no value to compete with."""
+  """Steps 3 and 6 are also saved, but step 3 has no value to compare."""
   golds = {0: 3.0, 2: 9.0, 4: 1.0}
   kept = dict(checkpoint__keep_best=1, checkpoint__keep_last=1, log__checkpoint_every=3)
   config = settings(**kept, checkpoint__best_metric="eval/gold", eval__every=2)
@@ -349,7 +349,7 @@ def test_a_watch_ends_a_run_for_good(tmp_path):
     assert int(state.step) == 4 and done == [0, 1, 2, 3]
   assert (
     int(run_loop(tmp_path, config, counting(done.append)).step) == 6
-  )  # without it the run goes on
+  )  # without it the run continues
   assert done == [0, 1, 2, 3, 4, 5]
 
 
@@ -371,7 +371,7 @@ def test_checkpoints_of_another_config_or_of_other_rows_are_refused(tmp_path):
   start = Count(jnp.int32(0), jnp.int32(0))
   free = settings(
     log__samples=9, checkpoint__keep_last=5, mesh=(8, 1, 1)
-  )  # say where and how often, not what
+  )  # settings of places and intervals, not of results
   models = loop.models_of(start)
   assert int(loop.resume(free, made, start, models=models)[0].total) == 21
   for other, data in ((settings(seed=5), ""), (config, "other")):
@@ -394,7 +394,7 @@ def test_a_fork_starts_from_the_other_run_and_does_not_change_it(tmp_path, capsy
   assert int(state.total) == 21 and not done and files() == before
   assert "config.kl.beta: 0.02 -> 0.5" in capsys.readouterr().out
   assert [row["step"] for row in metrics.read_metrics(new)] == [0, 1, 2, 3, 4, 5]
-  run_loop(new, fork, counting(done.append))  # the same command once more
+  run_loop(new, fork, counting(done.append))  # the same command again
   with pytest.raises(ConfigError, match="not empty: a fork needs a new one"):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
@@ -451,8 +451,8 @@ def test_a_fit_goes_on_where_a_signal_stopped_it(tmp_path):
 
 
 def test_descend_is_the_optimizer_or_nothing():
-  """Against a plain optax loop; a NaN or an infinity in the loss or in one gradient leaves every
-  bit as it was.
+  """Against a plain optax loop. If the loss or one gradient has a NaN or an infinity, no bit
+  changes.
   """
   tx, params = optax.adamw(0.1), {"w": jnp.arange(1.0, 4.0), "b": jnp.float32(2.0)}
 
@@ -481,8 +481,8 @@ def test_descend_is_the_optimizer_or_nothing():
 
 
 def test_the_guard_needs_no_second_copy():
-  """Peak temporaries of a donated update with the guard, against a plain optax one; half a copy
-  would be seen.
+  """Peak temporary memory of a donated update with the guard, against plain optax. Half a copy
+  would be noticed.
   """
   params = {"w": jnp.zeros((4, 256, 256)), "b": jnp.zeros((4, 256))}
   tx, x = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)), jnp.ones((2, 256))
@@ -510,7 +510,7 @@ def test_the_guard_needs_no_second_copy():
 
 
 def test_a_nan_reward_trains_nothing_and_the_next_step_goes_on():
-  """PPO, so that all three updates run; a NaN in the reward model's bias makes every score of
+  """Uses PPO, so that all three updates run. A NaN in the reward model's bias makes every score of
   the step NaN.
   """
   cfg = small.config(algorithm="ppo", kl__controller="adaptive")
@@ -543,11 +543,11 @@ def test_a_nan_reward_trains_nothing_and_the_next_step_goes_on():
 
 
 def test_any_sample_is_made_again_token_for_token(tmp_path, monkeypatch, capsys):
-  """From a checkpoint at the step, from one before it, and from the beginning; the run's own
-  arrays are the oracle.
+  """From a checkpoint at the step, from an earlier one, and from the beginning. The oracle is the
+  arrays of the run.
   """
   cfg, seen, original = settings(steps=4, checkpoint__keep_last=9), [], gold_rl.gold_metrics
-  monkeypatch.setattr(gold, "gold_metrics", lambda out, K: seen.append(out) or original(out, K))
+  monkeypatch.setattr(gold, "gold_metrics", lambda out, *of: seen.append(out) or original(out, *of))
   gold.run(cfg, tmp_path)
 
   def paths():
@@ -579,7 +579,7 @@ def test_any_sample_is_made_again_token_for_token(tmp_path, monkeypatch, capsys)
     assert "metrics of the step against metrics.jsonl: largest difference 0.0e+00" in shown, shown
   assert files() == before
   by_id = settings(task="replay", replay__step=3, replay__example_id=cfg.rollout.prompts * 3)
-  assert replay.run(by_id, tmp_path) == found  # as skipped.jsonl names it
+  assert replay.run(by_id, tmp_path) == found  # with the numbers in skipped.jsonl
   by_id.replay.example_id = 0
   with pytest.raises(
     ConfigError, match=r"config.replay.example_id is 0: the prompts of step 3 are \[24, "
@@ -592,8 +592,8 @@ def test_any_sample_is_made_again_token_for_token(tmp_path, monkeypatch, capsys)
 
 
 def test_stopped_and_killed_it_ends_where_the_unbroken_run_does(smallest_run, tmp_path):
-  """SIGTERM, then SIGKILL after a logged step and inside a save; `benchmarks.kill_resume` does
-  it fifty times.
+  """SIGTERM, then SIGKILL after a logged step and during a save. `benchmarks.kill_resume` does so
+  fifty times.
   """
   unbroken, broken, rng = smallest_run[0], tmp_path / "broken", random.Random(0)
   shutil.copytree(unbroken / "stages", broken / "stages")
@@ -602,7 +602,7 @@ def test_stopped_and_killed_it_ends_where_the_unbroken_run_does(smallest_run, tm
     time.sleep(0.01)
   run.send_signal(signal.SIGTERM)
   assert run.wait(600) == loop.RESUME, log.read_text()[-2000:]
-  assert "the same command goes on" in log.read_text() and "Traceback" not in log.read_text()
+  assert "the same command resumes" in log.read_text() and "Traceback" not in log.read_text()
   moments = zip((0, 2), kill_resume.MOMENTS)
   assert any(
     [kill_resume.kill_at(broken, step, moment, rng, "--config.steps=4") for step, moment in moments]

@@ -28,7 +28,7 @@ time.sleep(600)
 
 @pytest.fixture
 def holder(tmp_path):
-  """Starts a process that holds `tmp_path`, alone or shared."""
+  """Starts a process that locks `tmp_path`, exclusively or shared."""
   started = []
 
   def start(how):
@@ -57,7 +57,7 @@ def test_a_workdir_is_one_run_s_until_its_process_ends(tmp_path, holder):
     ):
       claim(tmp_path, **how)
   assert not (tmp_path / "config.json").exists()
-  process.kill()  # nothing that it could tidy up
+  process.kill()  # nothing to clean up
   process.wait()
   claim(tmp_path)
   claim(tmp_path)  # again by the same process
@@ -91,7 +91,7 @@ def test_a_workdir_deleted_and_made_again_is_locked_again(tmp_path, holder):
 
 
 def tee(monkeypatch):
-  """Makes this a process that has just started, with streams that are teed."""
+  """Simulates a process that has just started, with its streams copied to the log."""
   monkeypatch.setattr(log, "_file", None)
   monkeypatch.setattr(log, "_before", None)
   monkeypatch.setattr(sys, "stdout", io.StringIO())
@@ -114,7 +114,7 @@ def test_the_log_has_what_was_printed_before_and_after_over_restarts(tmp_path, m
   assert first.startswith("---- 20") and f"process {os.getpid()}" in first
   assert lines[:4] == ["before", "between", "  3/3", "token (hidden)"]
   assert lines[4].startswith("---- ") and lines[5:] == lines[:4]
-  assert "\r  2/3" in sys.stderr._stream.getvalue()  # the terminal has all of it
+  assert "\r  2/3" in sys.stderr._stream.getvalue()  # the terminal has all lines
 
 
 def test_a_refused_workdir_gets_no_log(tmp_path, monkeypatch):
@@ -133,7 +133,7 @@ def test_a_refused_workdir_gets_no_log(tmp_path, monkeypatch):
 
 def test_a_start_that_left_no_work_may_be_corrected(tmp_path):
   claim(tmp_path)
-  for name in ("r2m_renderer.json", "data_sft.json"):  # of the models and rows that were refused
+  for name in ("r2m_renderer.json", "data_sft.json"):  # records of the refused models and rows
     (tmp_path / name).write_text("{}")
   other = quickstart.get_config("test")
   other.kl.beta = 0.5
@@ -144,6 +144,22 @@ def test_a_start_that_left_no_work_may_be_corrected(tmp_path):
   (tmp_path / "stages").mkdir()
   with pytest.raises(ConfigError, match="holds a run of another config"):
     claim(tmp_path)
+
+
+def test_a_workdir_of_an_earlier_version_lacks_settings_and_goes_on(tmp_path):
+  claim(tmp_path)
+  (tmp_path / "stages").mkdir()
+  saved = json.loads((tmp_path / "config.json").read_text())
+  del saved["notes"], saved["reward"]["contrast"]
+  (tmp_path / "config.json").write_text(json.dumps(saved))
+  other = quickstart.get_config("test")
+  other.reward.contrast = 3
+  with pytest.raises(
+    ConfigError, match="holds a run of another(?s:.*)config.reward.contrast: 0 -> 3"
+  ):
+    workdir.claim(other, tmp_path)
+  claim(tmp_path)
+  assert "notes" in json.loads((tmp_path / "config.json").read_text())
 
 
 def test_a_log_that_cannot_be_written_ends_and_the_run_goes_on(tmp_path, monkeypatch):
@@ -166,7 +182,7 @@ def test_a_real_run_leaves_its_log_and_a_second_process_is_refused(tmp_path):
   until = time.monotonic() + 200
   while not (tmp_path / log.LOG).exists() and time.monotonic() < until:
     time.sleep(0.05)
-  first.send_signal(19)  # SIGSTOP: alive, and not done before the second one comes
+  first.send_signal(19)  # SIGSTOP: alive, and not finished before the second one starts
   second = subprocess.run(command, env=environ, capture_output=True, text=True)
   first.send_signal(18)  # SIGCONT
   out, _ = first.communicate(timeout=300)
@@ -178,7 +194,7 @@ def test_a_real_run_leaves_its_log_and_a_second_process_is_refused(tmp_path):
   assert not small.unlisted(tmp_path)
 
 
-# ---- the table of what lies in a workdir ----
+# ---- the table of files in a workdir ----
 
 
 def test_the_page_has_the_table():
@@ -188,7 +204,7 @@ def test_the_page_has_the_table():
 
 
 def test_every_name_in_the_library_is_in_the_table():
-  """Of the literal names of files and folders right in a workdir."""
+  """Checks the literal names of files and folders that are directly in a workdir."""
   listed = {entry.name.rstrip("/") for entry in workdir.LAYOUT}
   for path in (ROOT / "r2m_jax").rglob("*.py"):
     for name in re.findall(r'\bworkdir / "([^"/]+)', path.read_text(encoding="utf-8")):

@@ -1,7 +1,8 @@
-"""Chromium without a window, by the DevTools protocol over two pipes: no library, no port.
+"""Headless Chromium, controlled by the DevTools protocol over two pipes, without a library or a
+port.
 
-`find()` names the program, or None. A `Page` opens one page and records what it asks for and what
-goes wrong in it.
+`find()` returns the path of the program, or None. A `Page` opens one page and records its requests
+and errors.
 """
 
 import contextlib
@@ -25,8 +26,8 @@ class Page:
   """One page.
 
   Attributes:
-    errors: what was written to the console as an error, and exceptions of scripts.
-    requests: every address that was asked for.
+    errors: errors on the console, and exceptions of scripts.
+    requests: every requested address.
   """
 
   def __init__(self, program: str, folder):
@@ -67,7 +68,7 @@ class Page:
     self.close()
 
   def _next(self) -> dict:
-    """The next message of the browser, of which an event is noted."""
+    """The next message of the browser. Events are recorded."""
     while b"\0" not in self._rest:
       ready, _, _ = select.select([self._in], [], [], START)
       assert ready, f"the browser has not answered for {START} s"
@@ -103,7 +104,7 @@ class Page:
 
   def open(self, address: str) -> None:
     """Opens a page and waits until it is loaded."""
-    self._go("about:blank")  # else another #part is the same page still
+    self._go("about:blank")  # otherwise another #part would not reload the page
     self.errors.clear()
     self.requests.clear()
     self._go(address)
@@ -137,7 +138,7 @@ class Page:
     self.send("Emulation.setEmulatedMedia", features=[feature])
 
   def press(self, key: str) -> None:
-    """A key, as a keyboard sends it to what has the focus."""
+    """Sends a key to the element with the focus, as a keyboard would."""
     code = {"key": key, "code": key, "windowsVirtualKeyCode": KEYS[key]}
     text = {"text": "\r"} if key == "Enter" else {}
     self.send("Input.dispatchKeyEvent", type="keyDown", **code, **text)

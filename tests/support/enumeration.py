@@ -1,10 +1,10 @@
-"""A policy so small that every response can be written down: expected gradients as exact sums, in
+"""A policy so small that all responses can be enumerated: expected gradients as exact sums, in
 NumPy and float64.
 
-The policy is a table of logits, one row per state; a state is a prompt and the tokens said so far.
-A response ends with EOS or is cut off at `length` tokens. `Space` lists the responses and all
-batches of P * K independent ones. What a training step does on average is then a finite sum over
-those batches:
+The policy is a table of logits, one row per state; a state is a prompt and the tokens so far. A
+response ends with EOS or is cut off at `length` tokens. `Space` lists the responses and all batches
+of P * K independent ones. The expectation of a training step is then a finite sum over those
+batches:
 
   documented(...)   value and gradient of the loss, averaged over all batches: the estimators as their definitions say,
                     with d log pi / d logits written out as (one-hot - pi) / temperature
@@ -12,7 +12,7 @@ those batches:
   held(...)         grad E[r] - beta * E_s[grad KL(pi(.|s) || ref(.|s))]: the states visited are held fixed. That is
                     what "KL in the loss" means, and it is not the gradient of KL of whole responses
 
-Nothing of the library is called, and nothing of it is imported.
+Nothing is imported from the library.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ EOS = 0
 
 
 class Sampling(NamedTuple):
-  """What is done to a state's logits before a token is drawn."""
+  """The changes to a state's logits before a token is sampled."""
 
   temperature: float = 1.0
   top_k: int = 0
@@ -57,7 +57,7 @@ class Tables(NamedTuple):
   """S states in all (those of every prompt), V tokens, Y responses."""
 
   policy: np.ndarray  # [S, V] logits; gradients are with respect to these
-  old: np.ndarray  # [S, V] logits that the samples were drawn with
+  old: np.ndarray  # [S, V] logits of the policy that drew the samples
   ref: np.ndarray  # [S, V]
   reward: np.ndarray  # [P, Y]
   values: np.ndarray  # [S] of the critic
@@ -75,15 +75,13 @@ class Space:
   group: int = 2
 
   def __post_init__(self):
-    prefixes = [()]  # what may have been said before another token
+    prefixes = [()]  # prefixes that another token may follow
     for n in range(1, self.length):
       prefixes += itertools.product([t for t in range(self.vocab) if t != EOS], repeat=n)
     said = [(*prefix, t) for prefix in prefixes for t in range(self.vocab)]
     said = [y for y in said if y[-1] == EOS or len(y) == self.length]
     number = {prefix: i for i, prefix in enumerate(prefixes)}
-    tokens = np.full(
-      (len(said), self.length), EOS
-    )  # padded with EOS itself: masks must come from lengths
+    tokens = np.full((len(said), self.length), EOS)  # padded with EOS: masks must come from lengths
     states = np.zeros(tokens.shape, int)
     for i, y in enumerate(said):
       tokens[i, : len(y)] = y
@@ -161,7 +159,7 @@ def times_log_ratio(p, log_p, log_q):
 
 
 def token_logprobs(space, log_p):
-  """Of each token of each response.   [S, V] -> [P, Y, T], zero off the mask"""
+  """Log-probability of each token of each response, zero outside the mask.   [S, V] -> [P, Y, T]"""
   return np.where(space.mask, log_p[space.state, space.tokens], 0)
 
 
@@ -196,7 +194,7 @@ def state_kl(logits, ref, sampling):
   return kl, (terms - p * kl[:, None]) / sampling.temperature
 
 
-# ---- what should be followed ----
+# ---- exact objectives ----
 
 
 def objective(space, logits, tables, sampling, beta):
@@ -214,8 +212,8 @@ def objective(space, logits, tables, sampling, beta):
 
 
 def true_gradient(space, tables, sampling, beta):
-  """Of `objective` at the policy: sum over responses of p (r - beta log(p / ref)) grad log p.
-  [S, V]
+  """Gradient of `objective` at the policy: sum over responses of p (r - beta log(p / ref)) grad log
+  p. [S, V]
   """
   keep = kept(tables.policy, sampling)
   log_p, log_q = (
@@ -250,7 +248,7 @@ def reached(space, logits, sampling):
   out = np.zeros(space.states)
   for prompt in range(space.prompts):
     out[prompt * space.per_prompt] = 1
-    for y in range(len(space.tokens)):  # a state's only way in is the token before it
+    for y in range(len(space.tokens)):  # a state is reached only by the token before it
       for t in range(1, int(space.mask[y].sum())):
         before, state = space.state[prompt, y, t - 1], space.state[prompt, y, t]
         out[state] = out[before] * p[before, space.tokens[y, t - 1]]
@@ -268,7 +266,7 @@ def held(space, tables, sampling, beta):
   )
 
 
-# ---- what the estimators do ----
+# ---- the estimators ----
 
 
 def whitened(x, mask):
@@ -327,7 +325,7 @@ def advantages(space, setting, scores, kl, mask, greedy, values):
 
 
 def token_weights(mask, how):
-  """What the aggregation multiplies each token's loss by.   bool[N, B, T] -> [N, B, T]"""
+  """The weight of each token's loss in the aggregation.   bool[N, B, T] -> [N, B, T]"""
   N, B, T = mask.shape
   lengths = mask.sum(-1, keepdims=True)
   scale = {
@@ -387,9 +385,7 @@ def documented(space, tables, sampling, setting):
 
   counted = mask & has_eos[:, :, None] if setting.mask_truncated else mask
   weights = token_weights(counted, setting.aggregation)
-  finite = possible[
-    :, None, None
-  ]  # the others hold a token that is never drawn, and have weight zero
+  finite = possible[:, None, None]  # the others have a token that is never drawn, and weight zero
   log_rho = np.subtract(new, old, where=counted & finite, out=np.zeros(mask.shape))
   if setting.ratio == "sequence":
     log_rho = np.where(
@@ -401,13 +397,13 @@ def documented(space, tables, sampling, setting):
   free = np.where(adv >= 0, rho < high, (rho > floor) & (rho < ceiling))
   used = np.where(adv >= 0, np.minimum(rho, high), np.minimum(np.maximum(rho, floor), ceiling))
   value = -(weights * used * adv).sum((1, 2))
-  on_logprob = -weights * adv * rho * free  # what multiplies each token's grad log pi
+  on_logprob = -weights * adv * rho * free  # factor of each token's grad log pi
   if setting.ratio == "sequence":
     on_logprob = np.where(
       counted, on_logprob.sum(-1, keepdims=True) / np.maximum(counted.sum(-1, keepdims=True), 1), 0
     )
 
-  on_kl = np.zeros(mask.shape)  # what multiplies the gradient of its state's KL
+  on_kl = np.zeros(mask.shape)  # factor of the gradient of its state's KL
   exact, grad_exact = state_kl(tables.policy, tables.ref, sampling)
   if setting.estimator == "exact":
     on_kl = setting.beta * weights
@@ -420,8 +416,7 @@ def documented(space, tables, sampling, setting):
     value = value + setting.beta * (weights * term).sum((1, 2))
     on_logprob = on_logprob + setting.beta * weights * slope
 
-  # batches -> responses: how much each token of each response counts on average, then once times
-  # its gradient
+  # batches -> responses: the mean weight of each token of each response, then times its gradient
   summed = np.zeros((2, *space.state.shape))
   index = (np.broadcast_to(space.prompt, space.batches.shape), space.batches)
 

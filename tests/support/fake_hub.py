@@ -10,13 +10,13 @@ import threading
 
 
 class Hub:
-  """What the hub holds and was asked.
+  """The contents of the hub and the requests that it received.
 
   Attributes:
     models: name -> {"private": bool, "branches": {branch: commit}}.
     commits: commit -> {path: bytes}.
     pulls: (name, commit) of every pull request.
-    refused: names that answer 403 to whoever writes.
+    refused: names for which writing is answered with 403.
   """
 
   def __init__(self, token: str):
@@ -24,7 +24,7 @@ class Hub:
     self.models, self.commits, self.pulls, self.refused = {}, {}, [], set()
 
   def commit(self, name: str, branch: str, files: dict, *, pull: bool = False) -> str:
-    """Adds files on top of a branch, or beside it as a pull request."""
+    """Adds a commit with files to a branch, or as a pull request to it."""
     branches = self.models[name]["branches"]
     whole = self.commits.get(branches.get(branch, ""), {}) | files
     text = name + branch + repr(sorted(whole.items()))

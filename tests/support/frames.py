@@ -1,4 +1,4 @@
-"""How deep a run is: the functions between its entry and the call of a compiled program."""
+"""The depth of a run: the functions between its entry and the call of a compiled program."""
 
 import pathlib
 import sys
@@ -12,15 +12,15 @@ OURS, JAX = (str(pathlib.Path(module.__file__).parent) for module in (r2m_jax, j
 
 
 class Reached(BaseException):
-  """The step is being traced: nothing more is to be done."""
+  """Raised when the step is traced, to end the run."""
 
 
 def frames_to_the_step(monkeypatch, module, run) -> list[str]:
-  """Names of the functions of r2m_jax on the stack from `run()` to the one that calls the step's
-  first jitted program, outermost first. The call is seen when the program is traced.
+  """Names of the functions of r2m_jax on the stack, from `run()` to the one that calls the first
+  jitted program of the step, outermost first. The call is detected when the program is traced.
 
   Args:
-    module: where the task takes `make_rollout` from.
+    module: the module from which the task imports `make_rollout`.
   """
   stack = []
 

@@ -27,7 +27,7 @@ SMALL = dict(
   eos_token_id=2,
 )
 _GROUPED = dict(num_key_value_heads=2, head_dim=12)
-_CAPPED = dict(attn_logit_softcapping=1.5, final_logit_softcapping=2.0)  # low enough to bend
+_CAPPED = dict(attn_logit_softcapping=1.5, final_logit_softcapping=2.0)  # they take effect
 _LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 500.0}
 _LLAMA3 = {
   "rope_type": "llama3",
@@ -200,7 +200,7 @@ CASES = {
 }
 
 
-# Cases whose features other cases have too, for tests that are marked `long`.
+# Cases whose features also occur in other cases; their tests are marked `long`.
 LONG = {
   "mistral_yarn",
   "ministral",
@@ -213,23 +213,23 @@ LONG = {
   "granite",
   "granite4_unrotated",
 }
-# Cases that other tests of bfloat16 cover.
+# Cases that are covered by other tests of bfloat16.
 USUAL = set(CASES) - LONG - {"phi4_mini"}
 
 
 def cases(long=frozenset(LONG)) -> list:
-  """All cases as parameters of a test, those of `long` marked so."""
+  """All cases as parameters of a test. Those in `long` are marked so."""
   return [pytest.param(case, marks=pytest.mark.long) if case in long else case for case in CASES]
 
 
 class GraniteForSequenceClassification(GenericForSequenceClassification, GranitePreTrainedModel):
-  """What transformers has for other families."""
+  """A class that transformers has only for other families."""
 
 
 class GraniteMoeHybridForSequenceClassification(
   GenericForSequenceClassification, GraniteMoeHybridPreTrainedModel
 ):
-  """What transformers has for other families."""
+  """A class that transformers has only for other families."""
 
 
 OURS = {
@@ -252,7 +252,9 @@ def class_of(model_type: str, classifier: bool):
 
 
 def opener_of(model_type: str, classifier: bool):
-  """What opens a folder of this model_type: the Auto class, or ours if it does not know one."""
+  """The class that opens a folder of this model_type: the Auto class, or ours if the Auto class
+  does not know it.
+  """
   own = class_of(model_type, classifier)
   if own in OURS.values():
     return own

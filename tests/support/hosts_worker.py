@@ -1,8 +1,7 @@
-"""One process of a run of several: `python tests/support/hosts_worker.py units FOLDER | main [its
-arguments]`.
+"""One process of a run with several processes: `python tests/support/hosts_worker.py units FOLDER |
+main [its arguments]`.
 
-R2M_TEST_RECORD names a folder: the samples of every step and the digests of the restored state are
-left there.
+R2M_TEST_RECORD names a folder for the samples of every step and the digests of the restored state.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ import numpy as np
 
 
 def digests(state):
-  """SHA-256 of every array of a state, by path; whole arrays, whatever mesh they lie on."""
+  """SHA-256 of every array of a state, by path. Whole arrays, on any mesh."""
   from r2m_jax.parallel import hosts
 
   def plain(x):
@@ -31,7 +30,7 @@ def digests(state):
 
 
 def record(folder):
-  """Leaves what the loop sees: tokens of each step, and the state that a checkpoint gave."""
+  """Writes the tokens of each step and the restored state of a checkpoint."""
   from r2m_jax.parallel import hosts
   from r2m_jax.run import loop
   from r2m_jax.tasks import folders, gold
@@ -72,7 +71,7 @@ def record(folder):
 
 
 def units(folder):
-  """What `hosts` promises, checked inside of two processes with four devices each."""
+  """The documented behaviour of `hosts`, checked in two processes with four devices each."""
   from r2m_jax.configs import default
   from r2m_jax.parallel import hosts, sharding
 
@@ -114,7 +113,7 @@ def units(folder):
     whole = np.arange(16 * 3, dtype=np.float32).reshape(16, 3)
     turned = (
       np.asarray(jax.devices()).reshape(2, 4).T
-    )  # a mesh on which a process holds every other row
+    )  # a mesh on which a process has every second row
     for sizes, devices in (
       ((8, 1, 1), None),
       ((1, 1, 8), None),

@@ -1,4 +1,4 @@
-"""A chat endpoint on loopback that can be made to misbehave, and counts what it was asked.
+"""A chat endpoint on loopback that can misbehave on request, and counts its requests.
 
 Run as a program it prints its address and serves until its input ends, for tests of killed runs.
 """
@@ -40,17 +40,17 @@ class Server:
   """Serves in threads of this process.
 
   Args:
-    behave: (body, how often this body was asked before) -> a completion, or one of
-      ("status", code, headers, text), ("cut",), ("raw", bytes), ("sleep", seconds, completion).
+    behave: (body, number of earlier requests with this body) -> a completion, or one of ("status",
+      code, headers, text), ("cut",), ("raw", bytes), ("sleep", seconds, completion).
   """
 
   def __init__(self, behave):
     self.behave = behave
-    self.asked = {}  # body as text -> how often
-    self.answered = {}  # body as text -> how often with a good answer
+    self.asked = {}  # body as text -> number of requests
+    self.answered = {}  # body as text -> number of good answers
     self.times = []  # of each request, monotonic
     self.headers = []
-    self.most = 0  # requests at a time
+    self.most = 0  # maximum of simultaneous requests
     self._now = 0
     self._lock = threading.Lock()
     server = self
@@ -96,7 +96,7 @@ class Server:
       time.sleep(found[1])
       found = found[2]
     if isinstance(found, tuple) and found[0] == "cut":
-      # a reset in the middle of the answer
+      # the connection is reset in the middle of the answer
       request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
       request.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 999\r\n\r\n{")
       request.wfile.flush()
@@ -121,7 +121,9 @@ class Server:
 
 
 def main():
-  """A fair judge that takes a moment for each answer and, asked twice, says how often it answered."""
+  """A fair judge that takes a moment for each answer and reports how often it answered a repeated
+  request.
+  """
   slow = float(sys.argv[1])
 
   def behave(body, before):

@@ -1,8 +1,7 @@
 """Run by test_batches: streams killed with SIGKILL at random batches, then continued in new
 processes from their state.
 
-Prints, as JSON, for each kill the batches that the processes gave over both lives. Forks before any
-thread exists.
+Prints, as JSON, the batches of both processes for each kill. Forks before any thread exists.
 """
 
 import json
@@ -28,8 +27,8 @@ def dataset(shard):
 
 
 def live(path, shard, pause):
-  """A child that appends one line a batch, from the state in the last line on; returns its
-  process id.
+  """Starts a child that continues from the state in the last line and appends one line per batch.
+  Returns its process id.
   """
   pid = os.fork()
   if pid:

@@ -1,7 +1,7 @@
-"""What the tests compare the library with: the same equations as slow NumPy loops in float64.
+"""References for the tests: the library's equations as slow NumPy loops in float64.
 
 Written from the paper (equation numbers are those of arXiv 2601.22664), one number at a time,
-calling nothing of the library. Arrays in and out are NumPy.
+without calls of the library. Inputs and outputs are NumPy arrays.
 """
 
 import math
@@ -12,8 +12,8 @@ import numpy as np
 def central_difference(f, x, step=1e-5):
   """Gradient of a scalar function at x, one entry at a time, from four values each.
 
-  What is left out is of order step ** 4, so the step is long enough for the rounding of f to count
-  for little.
+  The error is of order step ** 4, so the step can be large enough for rounding errors of f to be
+  small.
   """
   x = np.array(x, np.float64)
   gradient = np.zeros_like(x)
@@ -58,7 +58,7 @@ def grpo_loop(scores, group_size, eps):
 
 
 def aggregate_loop(x, mask, how):
-  """A per-token loss [B, T] to one number, four ways."""
+  """Reduces a per-token loss [B, T] to one number, in one of four ways."""
   rows, columns = x.shape
   sums, counts = [], []
   for b in range(rows):
@@ -136,8 +136,8 @@ def gre_loop(rewards, eps):
 
 
 def grebt_loop(rewards, annotations, alpha, eps):
-  """Eq. 7, winner and loser by the annotations; returns (loss, bt, gre, share of pairs in the
-  right order).
+  """Eq. 7, winner and loser as annotated; returns (loss, bt, gre, share of pairs in the right
+  order).
   """
   winners, losers, right = [], [], []
   for group, notes in zip(rewards, annotations):
@@ -159,7 +159,7 @@ def omega_loop(step, total_steps, omega_min):
 
 
 def last_token_loop(hidden, mask):
-  """The state at the last kept column of each row."""
+  """The state in the last unmasked column of each row."""
   rows = []
   for b in range(len(mask)):
     last = None
@@ -217,7 +217,7 @@ def gold_loop(prompt, response, ended):
 
   4 * (distinct prompt keys mentioned / F) - 0.8 * distinct chatter tokens - 0.6 * distinct keys not
   in the prompt - 0.3 * repeats (key or chatter) - 0.25 * tokens below 12 - 0.2 * max(0, length - 8)
-  - 1 where there is no end. Keys are 12 to 39, chatter 40 to 63; F keys stand in the prompt.
+  - 1 if there is no end. Keys are 12 to 39, chatter 40 to 63; F keys are in the prompt.
   """
   facts = {int(t) for t in prompt if 12 <= t <= 39}
   seen, named, hallucinated, chatter, repeats, filler = set(), set(), set(), set(), 0, 0

@@ -1,5 +1,5 @@
-"""A small run for tests: random policy, reference and reward model on the gold-reward task's
-prompts.
+"""A small run for tests: a random policy, reference and reward model on prompts of the gold-reward
+task.
 """
 
 import functools
@@ -18,6 +18,7 @@ from r2m_jax.parallel import sharding
 from r2m_jax.run import build
 from r2m_jax.run.workdir import LAYOUT
 from r2m_jax.step import make_step
+from r2m_jax.types import Prompts, Sequences
 
 FLOAT64 = dict(dtype="float64", param_dtype="float64")  # under jax.enable_x64(True)
 FLOAT32 = dict(dtype="float32", param_dtype="float32")
@@ -35,8 +36,8 @@ def config(**overrides):
 
 
 def perturb(tree, seed: int, size: float = 0.1):
-  """Adds Gaussian noise to every leaf, so that a fresh initialisation is no special point. On
-  the host.
+  """Adds Gaussian noise to every leaf, on the host, so that parameters have no special initial
+  values.
   """
   rng = np.random.default_rng(seed)
   return jax.tree.map(
@@ -46,8 +47,8 @@ def perturb(tree, seed: int, size: float = 0.1):
 
 @functools.cache
 def models(arch: str, param_dtype: str, ensemble: int):
-  """(policy, reward model) on the host: random, unlike each other, with a score head that is not
-  zero.
+  """(policy, reward model) on the host: random, different from each other, with a non-zero score
+  head.
   """
   cfg = config(param_dtype=param_dtype, reward__ensemble=ensemble)
   cfg.policy.arch.update(json.loads(arch))
@@ -57,14 +58,12 @@ def models(arch: str, param_dtype: str, ensemble: int):
 
 
 def start(cfg, mesh=(1, 1, 1), ref_noise=0.0):
-  """(built, state) of a run's first step. In float64 it is the state of float32, each number
-  widened.
-  """
+  """(built, state) of a run's first step. In float64 it has the numbers of the float32 state."""
   built = build.build(cfg, sharding.make_mesh(mesh), vocab_size=goldtask.VOCAB_SIZE)
   if cfg.param_dtype == "float64":
     low = cfg.copy_and_resolve_references()
     low.update(FLOAT32)
-    with jax.enable_x64(False):  # random numbers of float64 would be others
+    with jax.enable_x64(False):  # random numbers in float64 would differ
       _, state = start(low, mesh, ref_noise)
     beta = jax.device_put(np.float64(cfg.kl.beta), state.beta.sharding)  # a setting: not rounded
     return built, widened(state).replace(beta=beta)
@@ -79,7 +78,7 @@ def start(cfg, mesh=(1, 1, 1), ref_noise=0.0):
 
 
 def widened(tree):
-  """Arrays of float32 as float64, where they are; others as they are."""
+  """Converts float32 arrays to float64, on their devices. Others are unchanged."""
 
   def wide(x):
     return jax.device_put(np.asarray(x, np.float64), x.sharding) if x.dtype == jnp.float32 else x
@@ -88,7 +87,7 @@ def widened(tree):
 
 
 def rounded(tree):
-  """Numbers of float64 moved by half a unit in the last place of float32, up or down at random."""
+  """Float64 numbers changed by half a unit in the last place of float32, up or down at random."""
   rng = np.random.default_rng(0)
 
   def move(x):
@@ -98,7 +97,7 @@ def rounded(tree):
 
 
 def documented_metrics() -> dict[str, bool]:
-  """The keys in the tables of docs/metrics.md -> whether they are marked as of the clock."""
+  """{key in the tables of docs/metrics.md: whether it is marked as depending on the clock}."""
   page = pathlib.Path(__file__).parents[2] / "docs/metrics.md"
   found = {}
   for line in page.read_text(encoding="utf-8").splitlines():
@@ -150,10 +149,10 @@ def metrics_of(outputs) -> dict[str, np.ndarray]:
 
 
 def equal_in_float64(found, exact, rtol=1e-10):
-  """Two orders of one computation, {name: array}: each array within `rtol` of its norm.
+  """Compares two orders of one computation, {name: array}: each array is within `rtol` of its norm.
 
-  What is zero in exact arithmetic, and a metric, which may be a sum of numbers near one that
-  cancel, is within `rtol` of the size that `scales` gives.
+  An array that is zero in exact arithmetic, or a metric, which may be a sum of numbers near one
+  that cancel, is within `rtol` of the size from `scales`.
   """
   within(found, exact, {name: rtol * size for name, size in scales(exact).items()})
 
@@ -162,9 +161,9 @@ def as_good_in_float32(found, low, exact, times=8, floor=8):
   """`found` is as near to float64 as `low`, another order of the same computation in float32, is,
   {name: array} each.
 
-  A processor has its own order of sums, and its own exponential. The bound therefore is `times` the
-  distance of `low` from `exact` on this processor. That distance may be small by chance: it counts
-  as `floor` eps of the size at least.
+  The order of sums and the exponential depend on the processor. The bound is therefore `times` the
+  distance of `low` from `exact` on this processor. That distance may be small by chance, so it is
+  at least `floor` eps of the size.
   """
   eps = np.finfo(np.float32).eps
 
@@ -175,11 +174,11 @@ def as_good_in_float32(found, low, exact, times=8, floor=8):
 
 
 def scales(exact) -> dict[str, float]:
-  """The size of the numbers that each array is a sum of: its norm; at least 1 for an entry of a
+  """The size of the terms that each array is a sum of: its norm, and at least 1 for an entry of a
   metric.
 
   An array that is zero in exact arithmetic, such as the gradient of a bias that shifts all scores
-  alike, has the size of the largest one whose name begins alike.
+  alike, has the size of the largest array with the same beginning of the name.
   """
   sizes = {name: float(np.linalg.norm(x)) for name, x in exact.items()}
   largest = {}
@@ -200,7 +199,9 @@ def scales(exact) -> dict[str, float]:
 
 
 def within(found, exact, bounds):
-  """Every array of `found` within its bound of that of `exact`, by the norm of the difference."""
+  """Checks that every array of `found` is within its bound of that in `exact`, by the norm of the
+  difference.
+  """
   assert set(found) == set(exact)
   shares = {
     name: np.linalg.norm(found[name] - exact[name]) / bound
@@ -216,16 +217,16 @@ def within(found, exact, bounds):
 
 
 def interrupt(monkeypatch, module, calls, run):
-  """`run()` until the `calls`th call of module.gold_metrics, which a Ctrl-C interrupts; nothing
-  stays patched.
+  """Calls `run()` and interrupts it with a Ctrl-C at call number `calls` of module.gold_metrics.
+  Patches are removed.
   """
   made, original = [], module.gold_metrics
 
-  def dies(out, group_size):
+  def dies(*of):
     made.append(1)
     if len(made) == calls:
       raise KeyboardInterrupt
-    return original(out, group_size)
+    return original(*of)
 
   with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
     patched.setattr(module, "gold_metrics", dies)
@@ -233,8 +234,25 @@ def interrupt(monkeypatch, module, calls, run):
 
 
 def unlisted(folder):
-  """Names in a workdir that LAYOUT does not have."""
+  """Names in a workdir that are not in LAYOUT."""
   names = [re.escape(entry.name) for entry in LAYOUT]
   pattern = re.compile("|".join(re.sub(r"<\w+>", ".+", name) for name in names))
   found = [path.name + "/" * path.is_dir() for path in folder.iterdir()]
   return [name for name in found if not pattern.fullmatch(name)]
+
+
+def sequences_of(prompts: Prompts, responses, length, ended):
+  """Sequences from lists of tokens (including the ending token if `ended`), with random tokens as
+  padding.
+  """
+  rng = np.random.default_rng(9)
+  tokens = rng.integers(0, 64, (len(responses), length)).astype(np.int32)
+  mask = np.zeros(tokens.shape, bool)
+  for row, response in enumerate(responses):
+    tokens[row, : len(response)], mask[row, : len(response)] = response, True
+  return Sequences(
+    tokens=np.concatenate([prompts.tokens, tokens], 1),
+    token_mask=np.concatenate([prompts.mask, mask], 1),
+    response_mask=mask,
+    has_eos=np.array(ended, bool),
+  )

@@ -1,4 +1,4 @@
-"""Tiny tokenizers with and without chat templates, and models beside them, for tests that run on
+"""Tiny tokenizers with and without chat templates, and models with them, for tests that run on
 text.
 """
 
@@ -22,7 +22,7 @@ LLAMA3 = (
   "trim) + '<|eot|>' }}"
   "{% endfor %}{% if add_generation_prompt %}{{ '<|start|>assistant<|stop|>' }}{% endif %}"
 )
-# kind -> (special tokens, which of them are bos, eos and pad, chat template, adds a BOS by itself,
+# kind -> (special tokens, which of them are bos, eos and pad, chat template, whether it adds a BOS,
 # vocabulary)
 KINDS = {
   "chatml": (
@@ -44,7 +44,7 @@ KINDS = {
 
 
 def tokenizer(kind: str, folder=None):
-  """A byte-level BPE tokenizer of transformers; saved to `folder` where one is given."""
+  """A byte-level BPE tokenizer of transformers; saved to `folder` if one is given."""
   special, (bos, eos, pad), template, adds_bos, size = KINDS[kind]
   core = tokenizers.Tokenizer(models.BPE())
   core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -1,5 +1,5 @@
-"""Held-out evaluation while a run from folders goes: its numbers against transformers, what a
-resumed run repeats, the alarm, and early stopping.
+"""Held-out evaluation during a run from folders: its numbers against transformers, resumed runs,
+the alarm, and early stopping.
 """
 
 import json
@@ -33,7 +33,9 @@ HELD = ["What is the sea?", "The dog ran after the cat", "Is it Paris?", "rain a
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-  """A policy (qwen2), a reward model (llama3.1) and a gold one (pythia), a tokenizer each."""
+  """A policy (qwen2), a reward model (llama3.1) and a gold one (pythia), each with its own
+  tokenizer.
+  """
   root = tmp_path_factory.mktemp("models")
   tiny_text.model("qwen2", "chatml", root / "policy")
   tiny_text.model("llama3.1", "llama3", root / "reward", classifier=True, hidden_size=48)
@@ -70,7 +72,7 @@ def settings(models, **changes):
 
 
 def rows_of(workdir):
-  """metrics.jsonl without times, evaluations last."""
+  """The rows of metrics.jsonl without times, evaluations last."""
   rows = map(without_clock, read_metrics(workdir))
   return sorted(rows, key=lambda row: (row["stage"], row["step"]))
 
@@ -90,7 +92,7 @@ def arrays(workdir, arm="r2m", step=4):
 
 @pytest.fixture(scope="module")
 def whole(models, tmp_path_factory):
-  """An unbroken run, with the rows behind each of its evaluations."""
+  """An uninterrupted run, with the rows of each of its evaluations."""
   workdir, seen = tmp_path_factory.mktemp("whole") / "run", []
   original = evaluation.columns_of
 
@@ -131,7 +133,7 @@ def test_every_number_is_what_transformers_gives(models, whole):
     texts.append((hf.decode(tokens[:-1] if done else tokens, skip_special_tokens=True), done))
   assert columns["kl"].min() > 1e-3  # the policy has moved
   asked = [row["prompt"] for row in read_jsonl(workdir / follow.SAMPLES)][-5:]
-  assert sorted(asked) == sorted(HELD)  # one of a repeated prompt, none that is trained on
+  assert sorted(asked) == sorted(HELD)  # one copy of a repeated prompt, and none that is trained on
   theirs = transformers.AutoTokenizer.from_pretrained(models / "reward")
   by_hand = [
     f"<s><|start|>user<|stop|>{prompt}<|eot|><|start|>assistant<|stop|>"
@@ -153,7 +155,7 @@ def test_every_number_is_what_transformers_gives(models, whole):
 
 
 def test_evaluation_changes_nothing_of_the_training(models, whole, tmp_path):
-  """Against the same run without any: every array, and every row of the steps."""
+  """Against the same run without evaluations: every array and every row of the steps are equal."""
   folders.run(settings(models, eval__every=0, eval__gold__path=""), tmp_path / "off")
   assert arrays(tmp_path / "off") == arrays(whole[0])
   assert rows_of(tmp_path / "off") == [row for row in rows_of(whole[0]) if row["stage"] == "rl"]
@@ -189,7 +191,7 @@ def test_a_resumed_run_equals_the_unbroken_one(models, whole, tmp_path, monkeypa
 
 @pytest.mark.long
 def test_an_evaluation_is_the_same_on_a_mesh_with_adapters(models, tmp_path):
-  """Eight devices against one, with LoRA; five prompts do not split over four shards."""
+  """Eight devices against one, with LoRA. Five prompts are not divisible by four shards."""
   found = []
   for mesh in ((1, 1, 1), (2, 2, 2)):
     cfg = settings(models, mesh=mesh, lora__rank=2, rollout__prompts=4, variant="vanilla")
@@ -209,7 +211,7 @@ def test_an_evaluation_is_the_same_on_a_mesh_with_adapters(models, tmp_path):
 
 
 def test_the_gold_task_is_evaluated_by_its_own_gold(smallest_run, tmp_path):
-  """The gold of the written samples, from their words; every prompt is new to the run."""
+  """Gold is recomputed from the words of the written samples. No prompt is used in training."""
   shutil.copytree(smallest_run[0] / "stages", tmp_path / "run/stages")
   cfg = quickstart.get_config("test")
   cfg.variant, cfg.eval.every, cfg.eval.prompts, cfg.log.samples = "vanilla", 2, 8, 8
@@ -234,7 +236,7 @@ def test_the_gold_task_is_evaluated_by_its_own_gold(smallest_run, tmp_path):
   assert rows[0]["kl"] == pytest.approx(0, abs=1e-5) and rows[2]["kl"] > 0
 
 
-# ---- when it ends early ----
+# ---- early stopping ----
 
 
 def test_a_run_stopped_at_a_kl_exports_and_is_not_trained_further(models, tmp_path, capsys):
@@ -244,7 +246,7 @@ def test_a_run_stopped_at_a_kl_exports_and_is_not_trained_further(models, tmp_pa
   kls = [row["kl"] for row in rows if row["stage"] == "rl"]
   end = len(kls)
   assert end < 4 and kls[-1] >= 1 and max(kls[:-1]) < 1
-  assert [row["step"] for row in rows if row["stage"] == "eval"] == [0, end]  # the last state too
+  assert [row["step"] for row in rows if row["stage"] == "eval"] == [0, end]  # also the last state
   why = f"stop     r2m ends at step {end} of 4: at step {end - 1} the KL was"
   assert why in capsys.readouterr().out
   assert (tmp_path / "run/export/policy/config.json").exists()
@@ -255,7 +257,7 @@ def test_a_run_stopped_at_a_kl_exports_and_is_not_trained_further(models, tmp_pa
 
 
 def watch_of(cfg, tmp_path, golds, frozen=None):
-  """A watch whose evaluations find these values."""
+  """A watch whose evaluations have these values."""
   values = iter(zip(golds, frozen or golds))
 
   def evaluate(state):
@@ -305,7 +307,7 @@ def test_the_alarm_is_printed_once(tmp_path, capsys):
   assert steps_until_stop(watch, 14) is None
   lines = [line for line in capsys.readouterr().out.splitlines() if "ALARM" in line]
   assert len(lines) == 1 and "proxy up, gold down since step 8" in lines[0]
-  watch = watch_of(cfg, tmp_path, fall, [-x for x in rise])  # the proxy falls with gold
+  watch = watch_of(cfg, tmp_path, fall, [-x for x in rise])  # the proxy falls together with gold
   assert steps_until_stop(watch, 14) is None and "ALARM" not in capsys.readouterr().out
 
 
@@ -378,7 +380,7 @@ def test_a_gold_model_with_nan_is_told_before_the_first_step(tmp_path):
     watch(None, 0, None)
   watch = watch_of(config(eval__every=1, steps=5), tmp_path, [1.0, math.nan])
   watch(None, 0, None)
-  assert math.isnan(watch(None, 1, {"kl": 0.0}).values["gold"])  # later it is a value like another
+  assert math.isnan(watch(None, 1, {"kl": 0.0}).values["gold"])  # not special later on
 
 
 def test_the_optimised_reward_as_the_best_metric_gets_a_warning(models, capsys):

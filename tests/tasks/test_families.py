@@ -1,5 +1,5 @@
-"""Every family through all stages, with a reward model of another family; reward models as they
-are published. Oracle: transformers in torch float32.
+"""Every family in all stages, with a reward model of another family; published forms of reward
+models. Oracle: transformers in torch float32.
 """
 
 import json
@@ -82,13 +82,13 @@ def test_a_family_through_sft_reward_and_r2m(case, tmp_path):
 
 
 def test_published_reward_models_score_as_their_cards_say(tmp_path):
-  """Skywork-Reward-V2 and its like: a classifier, a chat template that adds its own system
-  prompt, and the rendered text without a second BOS.
+  """Models like Skywork-Reward-V2: a classifier, a chat template that adds its own system prompt,
+  and the rendered text without a second BOS.
   """
   system = "{{ '<|start|>system<|stop|>Date: 2 July 2025<|eot|>' }}"
   _, hf = tiny_text.model("qwen3", "llama3", tmp_path / "reward", classifier=True)
   hf.chat_template = tiny_text.LLAMA3.replace("{{ bos_token }}", "{{ bos_token }}" + system)
-  hf.model_max_length = 16  # the recipes of these models do not truncate by it, so we do not
+  hf.model_max_length = 16  # their usage notes do not truncate to it, so neither do we
   hf.save_pretrained(tmp_path / "reward")
   rows = [
     {"prompt": "What is the capital of France?", "response": "It is Paris."},
@@ -131,9 +131,9 @@ def test_one_label_of_several_is_the_reward(tmp_path):
   np.testing.assert_allclose(kernel("helpful:0.75, verbose:-0.5,1:1:1.0"), want, atol=1e-6)
   for label, message in {
     "": "gives 3 labels; a reward is one number: set config.reward.label to one of helpful, verbose",
-    "3": "config.reward.label is '3': '3' is none of the labels of .*; give some of helpful, verbose, 1:1",
-    "helpful:many": "'helpful:many' is none of the labels",
-    "harmless:1": "'harmless:1' is none of the labels",
+    "3": "config.reward.label is '3': '3' is not a label of .*; give some of helpful, verbose, 1:1",
+    "helpful:many": "'helpful:many' is not a label",
+    "harmless:1": "'harmless:1' is not a label",
     "helpful:0": "give finite weights, not all of them 0",
     "helpful:nan": "give finite weights",
   }.items():
@@ -153,7 +153,7 @@ def test_the_label_is_that_of_the_runs_own_reward_model(tmp_path):
 
 
 def test_all_new_cases_have_a_run():
-  """A family that is added gets a run with a reward model of another family."""
+  """Every new family must have a run with a reward model of another family."""
   families = {hf_models.CASES[case][0] for case in REWARDS}
   older = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neox"}
   of_cases = {model_type for model_type, _ in hf_models.CASES.values()}

@@ -1,5 +1,5 @@
-"""Runs from Hugging Face folders: sft, reward and R2M across families and tokenizers, and what
-they leave behind.
+"""Runs from Hugging Face folders: sft, reward and R2M across families and tokenizers, and the files
+that they write.
 """
 
 import json
@@ -93,7 +93,7 @@ def r2m_run(folders, tmp_path_factory):
   """Three R2M steps across families and tokenizers, with every reward-model input recorded."""
   tmp_path = tmp_path_factory.mktemp("r2m")
   rows = [{"prompt": p} for p in PROMPTS]
-  # all prompts in each step: their longest is one length, so there is one program
+  # all prompts are in each step, so the padded length is constant and there is one program
   cfg = small(
     folders, tmp_path, data__name=write(tmp_path / "data.jsonl", rows), rollout__prompts=len(rows)
   )
@@ -117,7 +117,9 @@ def r2m_run(folders, tmp_path_factory):
 
 
 def test_five_frames_lead_to_the_compiled_step(folders, tmp_path, monkeypatch):
-  """As many as on the gold-reward task: main.main calls main.run; then as counted here."""
+  """As many as on the gold-reward task: main.main calls main.run, then the functions counted
+  here.
+  """
   data = write(tmp_path / "data.jsonl", [{"prompt": p} for p in PROMPTS])
   cfg = small(folders, tmp_path, data__name=data, task="r2m")
   found = frames_to_the_step(monkeypatch, folders_task, lambda: main.run(cfg, tmp_path / "run"))
@@ -125,7 +127,7 @@ def test_five_frames_lead_to_the_compiled_step(folders, tmp_path, monkeypatch):
 
 
 def test_r2m_across_families_and_tokenizers(r2m_run, folders):
-  """The frozen score of every sample is what transformers gives for the text rendered by hand."""
+  """The frozen score of every sample equals that of transformers for text rendered by hand."""
   _, workdir, seen = r2m_run
   assert len(seen) == 3
   policy_hf = transformers.AutoTokenizer.from_pretrained(folders / "policy")
@@ -150,7 +152,7 @@ def test_r2m_across_families_and_tokenizers(r2m_run, folders):
       )
       by_hand.append(hf(text, add_special_tokens=False)["input_ids"])
     np.testing.assert_allclose(out.judged.scores_frozen, their_scores(model, by_hand), atol=1e-4)
-  assert False in kinds  # responses that the limit cut off
+  assert False in kinds  # truncated responses
   rows = [row for row in read(workdir / "metrics.jsonl") if row["stage"] == "rl"]
   assert [row["step"] for row in rows] == [0, 1, 2] and rows[0]["policy/old_ref_deviation"] == 0
   samples = read(workdir / "samples.jsonl")
@@ -160,7 +162,7 @@ def test_r2m_across_families_and_tokenizers(r2m_run, folders):
 
 
 def test_r2m_ends_with_folders_that_score_alike(r2m_run, folders, tmp_path, capsys):
-  """task=score on the exports agrees with the PyTorch module in the folder on 20 random
+  """task=score on the exports agrees with the PyTorch module in the exported folder on 20 random
   trajectories.
   """
   cfg, workdir, _ = r2m_run
@@ -259,7 +261,7 @@ def test_r2m_goes_on_and_exports_any_checkpoint(r2m_run, tmp_path, capsys):
     return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
   before = files(workdir / "export/policy") | files(workdir / "export/reward")
-  folders_task.run(cfg, workdir)  # done: exports again
+  folders_task.run(cfg, workdir)  # the run is finished: it exports again
   assert (
     files(workdir / "export/policy") | files(workdir / "export/reward") == before and len(seen) == 3
   )
@@ -280,7 +282,7 @@ def test_r2m_goes_on_and_exports_any_checkpoint(r2m_run, tmp_path, capsys):
   assert files(tmp_path / "out/policy")["model.safetensors"] != before["model.safetensors"]
   for path, message in (
     (workdir / "checkpoints/r2m/1", r"steps \[2, 3\], not of 1"),
-    (workdir / "checkpoints/none", "point at one of .*checkpoints/r2m"),
+    (workdir / "checkpoints/none", "give one of .*checkpoints/r2m"),
     (tmp_path, "neither it nor a folder above it is the workdir of a run"),
   ):
     exporting.export.checkpoint = str(path)
@@ -289,7 +291,9 @@ def test_r2m_goes_on_and_exports_any_checkpoint(r2m_run, tmp_path, capsys):
 
 
 def test_any_sample_is_made_again(r2m_run, folders, capsys):
-  """From the beginning and from a checkpoint. Oracles: what the run saw, transformers, eq. 4."""
+  """From the beginning and from a checkpoint. Oracles: recordings of the run, transformers, eq.
+  4.
+  """
   cfg, workdir, seen = r2m_run
   seen = list(seen)
 
@@ -355,7 +359,7 @@ def test_model_card(r2m_run):
   card = (workdir / "export/reward/README.md").read_text()
   assert (
     card.startswith("---\nlibrary_name: transformers\n") and "base_model" not in card
-  )  # no hub name to give
+  )  # there is no hub name
   assert "from reward, policy" in card and "data.jsonl" in card and "- variant: r2m" in card
   assert (
     "| reward/used |" in card
@@ -463,7 +467,7 @@ def test_sft_from_a_folder(folders, tmp_path, capsys):
 
 @pytest.mark.parametrize("start", ["plain", "policy"])
 def test_reward_from_a_folder(start, folders, tmp_path, capsys):
-  """From a reward model, and from a policy that has no score head yet."""
+  """From a reward model, and from a policy without a score head."""
   cfg = small(
     folders,
     tmp_path,
@@ -505,8 +509,8 @@ def test_reward_from_a_folder(start, folders, tmp_path, capsys):
   ],
 )
 def test_every_family_in_every_task(policy, reward, tmp_path, capsys):
-  """sft of a policy, reward training of another family's classifier, and R2M from what the two
-  leave.
+  """sft of a policy, reward training of a classifier of another family, and R2M from the two
+  exports.
   """
   tiny_text.model(policy, "chatml", tmp_path / "policy")
   tiny_text.model(reward, "llama3", tmp_path / "reward", classifier=True, hidden_size=64)
@@ -601,8 +605,8 @@ def test_an_export_replaces_models_and_nothing_else(tmp_path):
 
 
 def test_labels_warm_start_and_greedy_baselines_from_folders(folders, tmp_path, capsys):
-  """Judgments from a file fit the head beforehand and order its pairs in the run; greedy rows
-  are scored too.
+  """Judgments from a file are used to fit the head before RL and to order its pairs in the run.
+  Greedy rows are also scored.
   """
   cfg = small(
     folders,

@@ -1,4 +1,4 @@
-"""The main job at its smallest size: what it leaves, what a second run does, what it refuses."""
+"""The main job at its smallest size: its files, a second run, and errors."""
 
 import json
 import os
@@ -86,7 +86,7 @@ def test_checkpoint_holds_the_whole_state(smallest_run):
     not np.array_equal(a, b)
     for a, b in zip(jax.tree.leaves(state.policy), jax.tree.leaves(state.ref))
   ]
-  assert all(moved)  # trained, and the reference is the policy it started from, not a view of it
+  assert all(moved)  # trained; the reference is the initial policy, not a view of the trained one
   count = jax.tree.leaves(
     [x for x in jax.tree.leaves(state.policy_opt) if x.ndim == 0 and x.dtype == np.int32]
   )[0]
@@ -112,8 +112,8 @@ def test_another_config_in_the_same_workdir_is_refused(smallest_run):
 def test_interrupted_run_goes_on_and_ends_where_the_unbroken_one_does(
   smallest_run, tmp_path, monkeypatch
 ):
-  """Stopped after step 2 of 4 (a checkpoint is at 2), continued: the same metrics, step for
-  step.
+  """Stopped after step 2 of 4 (with a checkpoint at 2) and resumed: every step has the same
+  metrics.
   """
   cfg = quickstart.get_config("test")
   cfg.variant = "r2m"
@@ -128,7 +128,7 @@ def test_interrupted_run_goes_on_and_ends_where_the_unbroken_one_does(
 
 
 def test_five_frames_lead_to_the_compiled_step(smallest_run, tmp_path, monkeypatch):
-  """main.main calls main.run; then as counted here."""
+  """main.main calls main.run, then the functions counted here."""
   shutil.copytree(smallest_run[0] / "stages", tmp_path / "stages")
   cfg = quickstart.get_config("test")
   cfg.variant = "vanilla"
@@ -141,7 +141,7 @@ def test_claim_shows_what_differs(tmp_path):
   workdirs.claim(cfg, tmp_path)
   assert json.loads((tmp_path / "config.json").read_text())["steps"] == cfg.steps
   cfg.r2m.alpha = 0.9
-  (tmp_path / "metrics.jsonl").write_text("")  # something is in it
+  (tmp_path / "metrics.jsonl").write_text("")  # it is not empty
   with pytest.raises(ConfigError, match=r"config\.r2m\.alpha: 0\.3 -> 0\.9"):
     workdirs.claim(cfg, tmp_path)
 
@@ -176,7 +176,7 @@ def test_what_is_fitted_before_rl(tmp_path, mesh):
 
 
 def test_a_fit_is_traced_once(tmp_path):
-  """The state and the optimizer state that come out of an update are of the types that went in."""
+  """The state and the optimizer state have the same types before and after an update."""
   mesh = sharding.make_mesh((1, 1, 1))
   state = jax.device_put({"w": np.ones(3, np.float32)}, sharding.shardings({"w": np.ones(3)}, mesh))
   traces = []
@@ -197,3 +197,22 @@ def test_a_fit_is_traced_once(tmp_path):
     batch_sharding=NamedSharding(mesh, sharding.BATCH),
   )
   assert len(traces) == 1
+
+
+def test_a_further_seed_is_a_run_of_its_own(tmp_path):
+  """Two seeds in one process: the rows of the second equal those of a run with only this seed."""
+  cfg = quickstart.get_config("test")
+  cfg.variant, cfg.steps = "vanilla", 2
+  alone = cfg.copy_and_resolve_references()
+  alone.seed = 1
+  gold.run(alone, tmp_path / "alone")
+  cfg.seeds = 2
+  gold.run(cfg, tmp_path / "both")
+  further = tmp_path / "both/seeds/1"
+  want, got = (
+    [without_clock(row) for row in read_metrics(folder)] for folder in (tmp_path / "alone", further)
+  )
+  assert got == want and (further / "report.html").exists()
+  assert [row["step"] for row in read_metrics(tmp_path / "both") if row["stage"] == "rl"] == [0, 1]
+  assert "seeds 0 to 1" in (tmp_path / "both/report.html").read_text()
+  assert not small.unlisted(tmp_path / "both")

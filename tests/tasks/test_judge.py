@@ -1,4 +1,4 @@
-"""`task=judge` from end to end. Oracles: the fake judge's own rule, and numbers worked by hand."""
+"""`task=judge` from end to end. Oracles: the fake judge's rule, and numbers worked by hand."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def read(path):
 
 
 def pairs(tmp_path, count=12):
-  """Files of answers: the candidate has more x in even rows, the baseline in odd ones."""
+  """Files of answers: the candidate has more x's in even rows, the baseline in odd rows."""
   prompts = [f"question {i}" for i in range(count)]
   mine = [{"prompt": p, "text": "x" * (i % 2 == 0) + "abc"} for i, p in enumerate(prompts)]
   theirs = [{"prompt": p, "text": "x" * (i % 2) + "abcdef"} for i, p in enumerate(prompts)]
@@ -62,7 +62,7 @@ def test_an_endpoint_judges_and_a_rerun_asks_nothing(tmp_path, monkeypatch, caps
   with Server(lambda body, before: completion(verdict(body))) as server:
     cfg = config(judge__url=server.url, judge__model="judge-1", judge__repeats=2, **pairs(tmp_path))
     judge.run(cfg, tmp_path / "work")
-    assert sum(server.answered.values()) == 48  # 12 prompts, both orders, twice
+    assert sum(server.answered.values()) == 48  # 12 prompts, in both orders, twice
     # each request is made once for each repeat
     assert set(server.answered.values()) == {2}
     judge.run(cfg, tmp_path / "work")
@@ -83,7 +83,7 @@ def test_an_endpoint_judges_and_a_rerun_asks_nothing(tmp_path, monkeypatch, caps
   for file in (tmp_path / "work").rglob("*"):
     assert file.is_dir() or KEY.encode() not in file.read_bytes(), file
   assert KEY not in "".join(capsys.readouterr())
-  # its own verdicts are a file of judgments
+  # its verdicts can be used as a file of judgments
   again = config(judge__judgments=str(tmp_path / "work/judgments.jsonl"), **pairs(tmp_path))
   judge.run(again, tmp_path / "again")
   other = result_of(tmp_path / "again")["result"]
@@ -102,7 +102,9 @@ def test_what_cannot_be_read_is_counted_and_kept(tmp_path):
 
   with Server(behave) as server:
     cfg = config(judge__url=server.url, judge__model="j", judge__workers=1, **pairs(tmp_path))
-    with pytest.raises(JudgeError, match="2 questions have no answer; the result is of the others"):
+    with pytest.raises(
+      JudgeError, match="2 questions have no answer; the result covers the others"
+    ):
       judge.run(cfg, tmp_path / "work")
     found = result_of(tmp_path / "work")["result"]
     assert (found["unanswered"], found["unparsed"], found["judged"]) == (2, 1, 10)
@@ -111,7 +113,7 @@ def test_what_cannot_be_read_is_counted_and_kept(tmp_path):
     server.behave = lambda body, before: completion(verdict(body))
     asked = sum(server.asked.values())
     judge.run(cfg, tmp_path / "work")
-    assert sum(server.asked.values()) == asked + 2  # what is kept is not asked again, read or not
+    assert sum(server.asked.values()) == asked + 2  # stored answers are not requested again
   found = result_of(tmp_path / "work")["result"]
   assert (found["unanswered"], found["unparsed"], found["judged"]) == (0, 1, 11)
 
@@ -124,7 +126,7 @@ def test_cost_is_capped_before_and_during(tmp_path):
     with pytest.raises(ConfigError, match=r"max_cost is 0.5: the questions may cost \$\d"):
       judge.run(cfg, tmp_path / "work")
     assert not server.asked
-    # dearer than estimated: 1000 tokens, $1 each
+    # more expensive than estimated: 1000 tokens, $1 each
     cfg = config(
       judge__url=server.url,
       judge__model="j",
@@ -143,7 +145,7 @@ def test_cost_is_capped_before_and_during(tmp_path):
 
 
 def test_ratings(tmp_path):
-  """MT-bench's single grades of two turns: the mean of what the judge gave."""
+  """MT-bench's single-answer grades of two turns: the mean of the judge's grades."""
   rows = [
     {"prompt": "a", "turns": ["a", "b"], "answers": [f"{one}1", f"{one}2"], "text": f"{one}2"}
     for one in ("p", "q")
@@ -173,7 +175,7 @@ def test_ratings(tmp_path):
 
 
 def test_votes_of_people_against_a_judge(tmp_path, capsys):
-  """MT-bench's form, with models in either order; agreement by hand."""
+  """MT-bench's format, with the models in either order. Agreement is worked by hand."""
   row = {"question_id": 81, "model_a": "one", "model_b": "two", "turn": 1}
   judged = [
     row | {"winner": "model_a"},
@@ -246,7 +248,7 @@ def test_the_papers_evaluations(name):
 
 
 def test_a_killed_run_goes_on(tmp_path):
-  """SIGKILL in the middle, by the command line, against a server in a process of its own."""
+  """SIGKILL in the middle of a run by the command line, with a server in another process."""
   env = os.environ | {"OPENAI_API_KEY": KEY, "PYTHONPATH": str(ROOT)}
   server = subprocess.Popen(
     [sys.executable, str(ROOT / "tests/support/judge_server.py"), "0.15"],
@@ -275,10 +277,10 @@ def test_a_killed_run_goes_on(tmp_path):
   done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   counts = json.loads(server.communicate("\n")[0])
-  # of 40 questions only the two under way at the kill may have been answered twice
+  # of 40 questions only the two in progress at the kill may have been answered twice
   assert len(counts) == 40 and sum(counts) <= 42
   assert result_of(tmp_path / "work")["result"]["judged"] == 20
-  assert f"{40 - before} of 40 questions are to be asked" in done.stdout
+  assert f"{40 - before} of 40 questions will be sent" in done.stdout
   for file in (tmp_path / "work").rglob("*"):
     assert file.is_dir() or KEY.encode() not in file.read_bytes(), file
   assert KEY not in done.stdout + done.stderr
@@ -294,7 +296,7 @@ def folders(tmp_path_factory):
 
 
 def test_a_reward_model_judges_what_a_policy_answers(folders, tmp_path, capsys):
-  """One command: the policy's answers against references, by scores. Oracle: `task=score`."""
+  """One command compares the policy's answers with references, by scores. Oracle: `task=score`."""
   prompts = [{"prompt": "The cat", "reference": "sat"}, {"prompt": "rain", "reference": "and sea"}]
   cfg = config(
     policy__path=str(folders / "policy"),
@@ -310,13 +312,13 @@ def test_a_reward_model_judges_what_a_policy_answers(folders, tmp_path, capsys):
   cfg.task = "score"
   for field, name in (("text", "candidate_score"), ("reference", "baseline_score")):
     rows = [{"prompt": row["prompt"], "response": row[field]} for row in made]
-    if field == "text":  # an answer that was cut off is rendered without an end
+    if field == "text":  # a truncated answer is rendered without an end
       rows = [row | {"truncated": one["truncated"]} for row, one in zip(rows, made)]
     cfg.score.input = write(tmp_path / "score.jsonl", rows)
     cfg.score.output = str(tmp_path / "scored.jsonl")
     serve.run(cfg)
     want = [row["score"] for row in read(cfg.score.output)]
-    # other batches, so sums of float32 in another order
+    # other batches, so float32 sums have another order
     assert [row[name] for row in found] == pytest.approx(want, abs=1e-5)
   for row in found:
     assert row["preference"] == float(row["candidate_score"] > row["baseline_score"])

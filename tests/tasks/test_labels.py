@@ -1,4 +1,6 @@
-"""A judge as the labeller of the reward update. Oracles: the fake judge's rule, and a first run."""
+"""A judge that labels the pairs of the reward update. Oracles: the fake judge's rule, and a first
+run.
+"""
 
 import shutil
 
@@ -69,7 +71,7 @@ def test_pairs_of_samples_are_ordered_by_the_judge(tmp_path):
     for winner, loser, weight in zip(at[:m], at[m:], pairs.weight):
       assert winner // 4 == loser // 4 and winner != loser  # two samples of one prompt
       mine, theirs = ANSWERS[winner].count("x"), ANSWERS[loser].count("x")
-      # shown in both orders, equal answers come out as a tie
+      # equal answers, shown in both orders, are a tie
       if weight:
         assert mine > theirs
       elif mine != theirs:
@@ -79,12 +81,14 @@ def test_pairs_of_samples_are_ordered_by_the_judge(tmp_path):
       want = Renderer(tokenizer).ids(prompts[i // 4], ANSWERS[i])
       assert row[mask].tolist() == want
   assert decided >= 6
-  # the server is gone: what was asked is answered from the file, what was not ends the run
+  # the server is gone: known questions are answered from the file, and a new one ends the run
   again = labels.judge_labeller(cfg, tokenizer, Renderer(tokenizer), lambda t: prompts, tmp_path)
   for step, pairs in enumerate(found):
     for name in ("tokens", "reward_tokens", "weight"):
       np.testing.assert_array_equal(getattr(again(sequences, step), name), getattr(pairs, name))
-  with pytest.raises(JudgeError, match="RL step 9: .*no answer.*the same command goes on|in a row"):
+  with pytest.raises(
+    JudgeError, match="RL step 9: .*no answer.*the same command, which resumes|in a row"
+  ):
     new = ["another prompt", "and another"]
     labels.judge_labeller(cfg, tokenizer, Renderer(tokenizer), lambda t: new, tmp_path)(
       sequences, 9
@@ -107,7 +111,9 @@ def test_refusals(changes, message):
 
 @pytest.mark.long
 def test_a_run_goes_on_without_its_judge(folders, tmp_path):  # noqa: F811  the fixture
-  """Labels at each of three steps; a second run from the answers alone is the same to the bit."""
+  """Labels at each of three steps. A second run that only has the stored answers is equal bit for
+  bit.
+  """
   with Server(lambda body, before: completion(verdict(body))) as server:
     cfg = small(
       folders,
@@ -136,5 +142,5 @@ def test_a_run_goes_on_without_its_judge(folders, tmp_path):  # noqa: F811  the 
 
   losses = [row["r2m/bt"] for row in rows("one")]
   assert losses == [row["r2m/bt"] for row in rows("two")] and len(losses) == 3
-  with pytest.raises(JudgeError, match="the same command goes on"):
+  with pytest.raises(JudgeError, match="the same command, which resumes"):
     folders_task.run(cfg, tmp_path / "three")

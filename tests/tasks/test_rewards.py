@@ -1,5 +1,5 @@
 """Rewards from outside: a server on loopback, a judge, a function. Oracles: the same reward model
-inside of the run, scores by transformers, a whole run against a broken one, what the server counted.
+in the run, scores by transformers, a whole run against an interrupted one, the server's counts.
 """
 
 import json
@@ -104,8 +104,8 @@ def test_a_served_model_trains_as_the_same_model_in_the_run(models, tmp_path):
 
 @pytest.mark.long
 def test_a_broken_run_with_remax_asks_for_nothing_twice(models, tmp_path):
-  """The server fails in the last step. The same command ends as an unbroken run, and as one with
-  the rule as a function.
+  """The server fails in the last step. The same command then ends like an uninterrupted run, and
+  like one with the rule as a function.
   """
   cfg = settings(models, algorithm="remax")
   folders.run(cfg, tmp_path / "function", rewards=rule)
@@ -132,7 +132,7 @@ def test_a_broken_run_with_remax_asks_for_nothing_twice(models, tmp_path):
     bodies = [json.loads(body) for body, n in server.answered.items() for _ in range(n)]
     asked = [row for body in bodies for row in zip(body["prompts"], body["responses"])]
     assert len(asked) == len(set(asked)) == len(kept)
-  (tmp_path / "alone").mkdir()  # with neither server, from the answers alone
+  (tmp_path / "alone").mkdir()  # without any server, only from stored answers
   shutil.copy(tmp_path / "whole/reward_answers.jsonl", tmp_path / "alone")
   folders.run(served, tmp_path / "alone")
   for name in ("broken", "alone", "function"):
@@ -182,7 +182,7 @@ def test_each_row_is_asked_for_once(tmp_path, monkeypatch):
     assert server.headers[0]["Authorization"] == "Bearer topsecret0123456789key"
   assert found.tolist() == [6, 1, 6] and found.dtype == np.float32
   assert outside(tmp_path, url).scores(ROWS).tolist() == [6, 1]  # the server is gone
-  with pytest.raises(JudgeError, match="1 of 1 requests .*What was answered is kept"):
+  with pytest.raises(JudgeError, match="1 of 1 requests .*The answers are kept"):
     outside(tmp_path, url).scores([("a prompt", "new", False)])
   assert "topsecret" not in (tmp_path / "reward_answers.jsonl").read_text()
 
@@ -194,7 +194,7 @@ def test_each_row_is_asked_for_once(tmp_path, monkeypatch):
     (lambda p, r: [1.0, math.inf], "gave the score inf to 'x'"),
     (lambda p, r: [1.0, None], "gave the score nan to 'x'"),
     (lambda p, r: [1.0, 1e39], "gave the score 1e.39 to 'x'"),
-    (lambda p, r: ["a", "b"], "gave scores that are no numbers"),
+    (lambda p, r: ["a", "b"], "gave scores that are not numbers"),
   ],
 )
 def test_a_function_that_gives_no_scores(function, message):
@@ -203,7 +203,9 @@ def test_a_function_that_gives_no_scores(function, message):
 
 
 def test_a_judge_rates_each_response(tmp_path):
-  """A rating that cannot be read is asked for again; reasoning is left out if the config says so."""
+  """A rating that cannot be parsed is requested again. Reasoning is removed if the config requires
+  it.
+  """
   ratings = {"banana": "[[7]]", "x": "Fine. [[2.5]]"}
 
   def judge(body, before):
@@ -230,7 +232,7 @@ def test_a_judge_rates_each_response(tmp_path):
     (dict(algorithm="ppo"), "config.critic.init is 'reward': .*use 'policy'"),
     (dict(reward__path="r"), "config.reward.url is .*config.reward.path is given too"),
     (dict(policy__path=""), "config.policy.path is ''.*give a folder"),
-    (dict(task="reward"), "config.reward.url is .*only task=r2m asks a server"),
+    (dict(task="reward"), "config.reward.url is .*only task=r2m gets rewards from a server"),
     (dict(reward__url="", reward__judge_model="m"), "config.reward.judge_model is 'm': give the"),
     (dict(reward__url="ftp://x"), "config.reward.url is 'ftp://x': give an address"),
     (
@@ -258,8 +260,8 @@ def test_a_function_takes_the_place_of_a_reward_model(models, tmp_path):
 
 @pytest.mark.long
 def test_a_judge_as_gold_trains_nothing(models, tmp_path):
-  """Its ratings are those of the held-out samples; the steps are those of a run without it, and a
-  broken evaluation goes on with what is answered.
+  """It rates the held-out samples. The steps equal those of a run without it, and an interrupted
+  evaluation continues from the stored answers.
   """
   down = True
 

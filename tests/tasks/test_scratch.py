@@ -1,5 +1,5 @@
-"""Everything from nothing on text that the test makes: the tokenizer, every stage, the report,
-and going on.
+"""The whole job from nothing, on text that the test makes: the tokenizer, every stage, the report,
+and resuming.
 """
 
 import gzip
@@ -36,9 +36,7 @@ WORDS = "the a cat dog sea rain tree mat sat ran fell saw on under near over red
 
 
 def make_data(root):
-  """A folder as configs/real_small.py wants it: a reply is good when it repeats a word of its
-  prompt.
-  """
+  """A folder for configs/real_small.py. A reply is good if it repeats a word of its prompt."""
   rng = np.random.default_rng(0)
 
   def say(n):
@@ -120,9 +118,7 @@ def test_ends_with_folders_that_transformers_loads(finished):
 
 
 def test_every_stage_trained(finished):
-  """Each stage's model differs from the one it began with, and each logged its own loss and its
-  wait for data.
-  """
+  """Each stage changed its model and logged its own loss and its wait for data."""
   _, workdir, _ = finished
 
   def load(folder):
@@ -156,7 +152,7 @@ def test_the_report_has_what_was_asked_for(finished):
   of = {row[0]: row[-1] for row in tables["Reward-model accuracy on held-out pairs, %"]["rows"]}
   assert (
     of["llmbar_dev"] == "3" and of["ultrafeedback_val"] == "6"
-  )  # of dev sets only the validation group
+  )  # only the validation group of dev sets
   assert [row[0] for row in tables["Policies on held-out prompts"]["rows"]] == [
     "SFT",
     "vanilla",
@@ -195,14 +191,14 @@ def test_analyse_reads_held_out_pairs_and_changes_nothing(finished):
   assert one.count == 20 and one.low < one.value < one.high <= 1
   assert rows["start", "final", "across"].value != rows["r2m", "final", "across"].value
   page = (workdir / "analysis" / "report.html").read_text()
-  assert "r2m before RL" in page and "the gold-reward task alone has a gold reward" in page
+  assert "r2m before RL" in page and "only the gold-reward task has a gold reward" in page
   settings.analyse.what = "probes"
-  with pytest.raises(ConfigError, match="probes: the gold-reward task alone has a gold reward"):
+  with pytest.raises(ConfigError, match="probes: only the gold-reward task has a gold reward"):
     analyse.run(settings, workdir)
 
 
 def test_perplexity_is_what_torch_gives(finished):
-  """Oracle: transformers, a row at a time."""
+  """Oracle: transformers, one row at a time."""
   root, workdir, _ = finished
   (saved,) = [
     t
@@ -250,8 +246,8 @@ def test_a_rerun_goes_on_where_it_stopped(finished, capsys):
 
 
 def test_rl_goes_on_from_its_checkpoint(finished, tmp_path):
-  """Stopped after the first of two steps of the last arm, it ends as the unbroken run did, to
-  the byte.
+  """Stopped after the first of two steps of the last arm. After resuming, files are equal byte for
+  byte to the uninterrupted run's.
   """
   root, workdir, _ = finished
   again = tmp_path / "run"
@@ -291,7 +287,9 @@ def test_data_that_changed_is_refused(finished, tmp_path):
 
 @pytest.mark.parametrize("arm", ["vanilla", "r2m"])
 def test_a_sample_of_each_arm_is_made_again(finished, arm, capsys):
-  """The first and last steps' samples lie in samples.jsonl, and their metrics in metrics.jsonl."""
+  """The samples of the first and last steps are in samples.jsonl, and their metrics in
+  metrics.jsonl.
+  """
   _, workdir, _ = finished
   for step, when in ((0, "before"), (1, "after")):
     found = replay.run(config("", task="replay", replay__arm=arm, replay__step=step), workdir)
@@ -368,7 +366,9 @@ def test_any_text_comes_back_from_its_tokens(finished):
 
 
 def test_tokenizer_task(tmp_path):
-  """From plain text, with the smaller of two vocabularies inside the larger one's merges."""
+  """From plain text. The merges of the smaller of two vocabularies are the first ones of the
+  larger.
+  """
   with open(tmp_path / "a.jsonl", "w") as file:
     file.writelines(
       json.dumps({"text": " ".join(np.random.default_rng(i).choice(WORDS, 9))}) + "\n"
@@ -446,7 +446,7 @@ def test_a_stage_far_behind_its_budget_is_cut_short(tmp_path, capsys):
 
 
 def test_interval_over_groups():
-  """With one row a group it is the normal interval of a proportion; copies of rows do not narrow
+  """With one row per group it is the Normal interval of a proportion. Copies of rows do not narrow
   it.
   """
   rng = np.random.default_rng(1)
@@ -462,13 +462,13 @@ def test_interval_over_groups():
   )
   assert (
     scratch.shown(evals.mean_of([1.0, 0.0], "ab"), 2) == "0.50 (–)"
-  )  # two prompts say nothing of the spread
+  )  # the spread cannot be estimated from two prompts
   assert evals.wins([2.0, 1.0, 3.0], [1.0, 2.0, 3.0]).tolist() == [1.0, 0.0, 0.5]
 
 
 def test_feedback_before_rl_is_the_arms_own_start(finished):
-  """The head measured "before RL" at omega = 1 would score as the frozen model: it differs only
-  through feedback.
+  """If the head were measured "before RL" at omega = 1, it would score like the frozen model. It
+  differs only through feedback.
   """
   root, workdir, _ = finished
   cfg = scratch.derived(

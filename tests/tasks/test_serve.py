@@ -1,5 +1,5 @@
-"""The stable commands `generate` and `score`. Oracle: transformers in torch float32, rows one at
-a time.
+"""The stable commands `generate` and `score`. Oracle: transformers in torch float32, one row at a
+time.
 """
 
 import json
@@ -55,8 +55,8 @@ def prompt_ids(hf, prompt):
 
 
 def their_scores(model, rows):
-  """One row at a time, without a pad id: with pad = eos the classifier would read one token
-  early.
+  """One row at a time, without a pad id. With pad = eos the classifier would read the score one
+  token early.
   """
   model.config.pad_token_id = None
   with torch.no_grad():
@@ -65,15 +65,15 @@ def their_scores(model, rows):
 
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory):
-  """Its embedding is padded beyond the tokenizer's 301 tokens, as Qwen's are; some samples are
-  such ids.
+  """Its embedding has more rows than the tokenizer's 301 tokens, like those of Qwen. Some samples
+  are such ids.
   """
   folder = tmp_path_factory.mktemp("policy")
   return folder, *tiny_text.model("qwen2", "chatml", folder, vocab_size=330)
 
 
 def test_greedy_generation_is_that_of_transformers(policy, tmp_path):
-  """By the command line others script against, in a process of its own."""
+  """By the documented command line, in a separate process."""
   folder, model, hf = policy
   source = write(
     tmp_path / "in.jsonl", [{"prompt": prompt, "id": i} for i, prompt in enumerate(PROMPTS)]
@@ -144,7 +144,7 @@ def test_sampling_does_not_depend_on_the_batch(policy, tmp_path):
 
 
 def test_temperatures_by_category(policy, tmp_path):
-  """Each row is what it is in a file of which all rows have its temperature."""
+  """Each row equals its row in a file in which all rows have its temperature."""
   folder, _, _ = policy
   kinds = ["math", "writing", "stem", None, "math"]
   rows = [
@@ -177,7 +177,7 @@ def test_temperatures_by_category(policy, tmp_path):
 
 
 def test_a_conversation_of_two_turns_is_two_generations(policy, tmp_path):
-  """Oracle: a second `generate` whose prompts hold the first answers, greedy."""
+  """Oracle: a second `generate` whose prompts have the first answers, greedy."""
   folder, _, _ = policy
 
   def generate(name, rows, **changes):
@@ -196,7 +196,7 @@ def test_a_conversation_of_two_turns_is_two_generations(policy, tmp_path):
   questions = [
     {"turns": ["rain", "and the sea?"], "question_id": 81},
     {"turns": ["The cat"], "question_id": 82},
-    {"prompt": "a", "turns": 3},  # a column of another meaning
+    {"prompt": "a", "turns": 3},  # a column with another meaning
   ]
   rows = [json.loads(line) for line in generate("out", questions).splitlines()]
   ask = [[{"role": "user", "content": text}] for text in ("rain", "The cat")]
@@ -233,7 +233,7 @@ def test_scores_are_those_of_transformers(case, kind, tmp_path):
     *SCORED,
     *([{"prompt": ASK, "response": "Water.", "truncated": True}] if kind == "llama3" else []),
   ]
-  field = "text" if kind == "llama3" else "response"  # "text" is what task=generate writes
+  field = "text" if kind == "llama3" else "response"  # task=generate writes "text"
   given = [{field if k == "response" else k: v for k, v in row.items()} for row in rows]
   cfg = config(
     task="score",

@@ -1,5 +1,5 @@
-"""Runs with a Qwen3-shaped model and its template: thinking off, a system prompt, reasoning that the
-reward does not read. Oracle: transformers, templates and scores.
+"""Runs with a model like Qwen3 and its template: thinking off, a system prompt, and reasoning that
+the reward does not read. Oracle: templates and scores of transformers.
 """
 
 import jax
@@ -19,7 +19,7 @@ from r2m_jax.tasks import serve
 OFF = {"enable_thinking": False}
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASKS = [[{"role": "user", "content": text}] for text in ("What is the sea?", "Who ran?")]
-# what a policy might have sampled, (text, cut off), and what of it the reward reads
+# possible samples, (text, truncated), and the parts that the reward reads
 SAMPLED = [
   ("It is blue.", False, "It is blue."),
   ("<think>\nrain\n</think>\n\nIt is blue.", False, "It is blue."),
@@ -96,7 +96,7 @@ def generate(folder, tmp_path, **more):
 
 
 def test_several_samples_of_each_prompt(supervised, folders, tmp_path):
-  """n rows a prompt with their index; the seed and nothing else decides what they are."""
+  """Each prompt has n rows with their index. They depend only on the seed."""
   policy = supervised / "export/policy"
   rows = generate(policy, tmp_path, n=3, seed=7)
   assert [(row["prompt"], row["sample"]) for row in rows] == [
@@ -104,7 +104,7 @@ def test_several_samples_of_each_prompt(supervised, folders, tmp_path):
   ]
   prompts = [rendered(folders, ask, add_generation_prompt=True, **OFF) for ask in ASKS]
   assert [row["prompt_tokens"] for row in rows] == [p for p in prompts for _ in range(3)]
-  assert len({tuple(row["tokens"]) for row in rows}) == 6  # each has its own noise
+  assert len({tuple(row["tokens"]) for row in rows}) == 6  # each row has its own noise
   again = generate(policy, tmp_path, n=3, seed=7, batch_size=3)
   other = generate(policy, tmp_path, n=3, seed=8)
   tokens, same, different = ([row["tokens"] for row in found] for found in (rows, again, other))
@@ -115,7 +115,9 @@ def test_several_samples_of_each_prompt(supervised, folders, tmp_path):
 
 @pytest.mark.parametrize("cut", [dict(top_k=3), dict(top_p=0.3), dict(min_p=0.5)])
 def test_truncated_sampling_is_that_of_transformers(supervised, folders, tmp_path, cut):
-  """Every token is one that transformers' filter keeps, with the log-probability that is left."""
+  """Every token is kept by transformers' filter, and has the log-probability of the filtered
+  distribution.
+  """
   policy = supervised / "export/policy"
   rows = generate(policy, tmp_path, n=2, temperature=0.7, **cut)
   model = transformers.AutoModelForCausalLM.from_pretrained(policy)
@@ -136,7 +138,7 @@ def test_truncated_sampling_is_that_of_transformers(supervised, folders, tmp_pat
 
 @pytest.fixture(scope="module")
 def r2m_run(folders, tmp_path_factory):
-  """Two R2M steps whose samples are read as the texts of SAMPLED; every output is recorded."""
+  """Two R2M steps whose samples are replaced by the texts in SAMPLED. Every output is recorded."""
   tmp_path, seen = tmp_path_factory.mktemp("r2m"), []
   cfg = settings(
     folders,
@@ -169,7 +171,7 @@ def r2m_run(folders, tmp_path_factory):
 
 
 def test_the_reward_reads_what_transformers_renders_without_reasoning(r2m_run, folders):
-  """And the length counts every token, reasoning or not."""
+  """The length counts all tokens, including reasoning."""
   _, _, seen = r2m_run
   model = transformers.AutoModelForSequenceClassification.from_pretrained(folders / "reward")
   assert len(seen) == 2
@@ -188,7 +190,9 @@ def test_the_reward_reads_what_transformers_renders_without_reasoning(r2m_run, f
 
 
 def test_a_checkpoint_is_exported_by_its_own_settings(r2m_run, tmp_path):
-  """By the table of tasks, as the command line does; the config that asks has none of them."""
+  """By the table of tasks, as on the command line. The config of the export has none of the
+  settings.
+  """
   _, workdir, _ = r2m_run
   asking = config(
     task="export",
@@ -205,7 +209,7 @@ def test_a_checkpoint_is_exported_by_its_own_settings(r2m_run, tmp_path):
 
 
 def test_an_export_is_read_as_it_was_trained(r2m_run, tmp_path):
-  """Without a setting of one's own; the policy must be rendered as it was."""
+  """No setting is given. The policy must be rendered as in training."""
   cfg, workdir, _ = r2m_run
   export = workdir / "export"
   contract = read_json(export / "reward" / RENDERER)

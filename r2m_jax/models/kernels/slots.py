@@ -1,6 +1,6 @@
-"""Attention of one token a row over a cache, as a Pallas kernel for GPUs.
+"""Attention of one token per row over a cache, as a Pallas kernel for GPUs.
 
-It reads no slot that a row does not see, and writes the token's own key and value into the cache.
+It reads only slots that a row sees, and writes the token's own key and value into the cache.
 """
 
 import functools
@@ -15,20 +15,18 @@ from r2m_jax.parallel.sharding import ROWS, fitted, mesh_around
 
 SLOTS = 64  # slots of a cache that a step reads
 WARPS = 4  # of a program
-STAGES = 2  # steps that are loaded ahead
+STAGES = 2  # steps that are loaded in advance
 
 
 class Slots(NamedTuple):
-  """Which slots of a cache the one token of each row sees: those from its row's first up to its
-  own.
-  """
+  """Which slots of a cache each row's token sees: from the row's first slot to its own."""
 
   first: jax.Array  # i32[B]
   own: jax.Array  # i32[], where the token's key and value are written
 
 
 def slots_fit(how: str, arch: ArchConfig) -> bool:
-  """Whether a model decodes by `attend_slots` if its full passes run by `how`; see
+  """Whether a model decodes with `attend_slots` if its full passes use `how`; see
   `attention.choose`.
   """
   return how == "cudnn" and arch.head_dim in (16, 32, 64, 128)
@@ -37,16 +35,16 @@ def slots_fit(how: str, arch: ArchConfig) -> bool:
 def attend_slots(
   q, k, v, cache: tuple, prompt: tuple, slots: Slots, *, scale: float, interpret: bool = False
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-  """`attention.attend` of one token a row over its cache, which gets the token's own key and
-  value, in one kernel.
+  """`attention.attend` of one token per row over its cache, to which the token's key and value are
+  added, in one kernel.
 
-  A program has a row and a key head, and the queries that read it. Each slot is read once, in
-  blocks, from the row's first to the newest, while maximum and sum of the softmax are carried along
-  in float32. Each device does its own rows and heads.
+  Each program handles one row and one key head, with the queries that read it. Each slot is read
+  once, in blocks, from the row's first slot to the newest. The maximum and the sum of the softmax
+  are carried along in float32. Each device computes its own rows and heads.
 
   q [B, H, 1, Dh], k and v [B, KV, 1, Dh], keys and values of `cache` [B, KV, S, Dh] -> [B, H, 1,
-  Dh], cache, in place. Keys and values of `prompt` [n, KV, Sp, Dh], or (), are the slots before, in
-  common to B / n neighbouring rows.
+  Dh], cache, in place. Keys and values of `prompt` [n, KV, Sp, Dh], or (), are the slots before,
+  shared by B / n neighbouring rows.
   """
   local = functools.partial(_attend_local, scale=scale, interpret=interpret)
   mesh = mesh_around()
@@ -61,11 +59,11 @@ def attend_slots(
 
 def _attend_local(first, own, q, k, v, cache, prompt, *, scale: float, interpret: bool):
   """`attend_slots` of one device's rows and heads."""
-  # both are imported only by those who use the kernel
+  # imported here, so that only users of the kernel need them
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import triton
 
-  # one array, so that what rotates and splits the heads is one kernel before this one
+  # one array, so that a single kernel before this one rotates and splits the heads
   heads = jnp.concatenate([q, k, v], 1)[:, :, 0]
 
   def one(index):
@@ -111,8 +109,9 @@ def product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def slots_kernel(first, own, heads, *refs, scale: float):
   """A row and a key head: first and own i32[1], heads [H + 2 KV, Dh], then keys and values of a
-  prompt [Sp, Dh], if there is one, those of the row before [S, Dh], y [H, Dh], and those of the
-  row after."""
+  prompt [Sp, Dh], if there is one, keys and values of the row before the write [S, Dh], y [H, Dh],
+  and keys and values of the row after the write.
+  """
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import triton
 
@@ -120,7 +119,7 @@ def slots_kernel(first, own, heads, *refs, scale: float):
   common = prompt[0].shape[0] if prompt else 0
   head, kv, first, own = pl.program_id(1), pl.num_programs(1), first[0], own[0] - common
   group = y.shape[0] // kv
-  most = max(16, 1 << (group - 1).bit_length())  # queries: the fewest that a tensor core takes
+  most = max(16, 1 << (group - 1).bit_length())  # queries: the minimum for a tensor core
   mine, there = pl.ds(head * group, most), (jnp.arange(most) < group)[:, None]
   q = triton.load(heads.at[mine, :], mask=there, other=0.0)
   k, v = heads[y.shape[0] + head, :], heads[y.shape[0] + kv + head, :]

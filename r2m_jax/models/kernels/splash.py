@@ -8,28 +8,28 @@ from jax.sharding import PartitionSpec as P
 
 from r2m_jax.parallel.sharding import ROWS, fitted, mesh_around
 
-BLOCK = 128  # tokens: the least that the kernel takes; lengths are rounded up to a multiple
+BLOCK = 128  # tokens: the kernel's minimum; lengths are rounded up to a multiple
 LARGEST_BLOCK = 512
 
 
 class Seen(NamedTuple):
-  """Which keys a query may see, without a mask of all pairs: those of its row's real tokens
-  before it and itself.
+  """Which keys a query may see, without a mask of all pairs: the real tokens of its row up to
+  itself.
   """
 
-  keys: jax.Array  # bool[B, S], True on real tokens, which lie side by side in each row
-  slides: bool | jax.Array  # whether the layer is one with a sliding window
+  keys: jax.Array  # bool[B, S], True on real tokens, which are contiguous in each row
+  slides: bool | jax.Array  # whether the layer has a sliding window
 
 
 def splash_attend(
   q, k, v, seen: Seen, *, scale: float, cap: float | None, window: int | None, interpret: bool
 ) -> jax.Array:
-  """`attention.attend` by the splash kernel, each device its own rows and heads.
+  """`attention.attend` by the splash kernel; each device computes its own rows and heads.
 
   q [B, H, L, Dh], k and v [B, KV, L, Dh] in float32 or bfloat16 -> [B, H, L, Dh]. Lengths are
   rounded up to whole blocks.
   """
-  # the import takes half a second, so only those who use the kernel pay for it
+  # the import takes half a second, so it is done only if the kernel is used
   from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
 
   length = q.shape[2]
