@@ -195,6 +195,7 @@ def test_the_reward_model_reads_what_was_sampled(merged_run, root):
   assert all("seconds/render" not in row and row["seconds/learn"] > 0 for row in rows)
 
 
+@pytest.mark.long
 def test_a_sample_read_by_tokens_is_made_again(merged_run, capsys):
   cfg, workdir, seen, *_ = merged_run
   found = replay.run(config(task="replay", replay__step=1, replay__prompt=1), workdir)
@@ -204,6 +205,7 @@ def test_a_sample_read_by_tokens_is_made_again(merged_run, capsys):
   assert "largest difference 0.0e+00" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_run_by_tokens_resumes_bit_for_bit(merged_run, tmp_path):
   cfg, whole, *_ = merged_run
 
