@@ -50,13 +50,13 @@ def prompts(vocab_size: int, step: int, count: int = PROMPTS) -> list[str]:
   return ["".join(map(word, row)) for row in tokens]
 
 
-def make_tokenizer(vocab_size: int):
+def make_tokenizer(vocab_size: int, ends: int = 0):
   """A fast tokenizer for which encoding a decoded text restores exactly the same tokens, also if
   two texts are joined.
 
   The end token and the pad token are outside the models' vocabulary, so no row ends before its last
   token, and no peer pays for suppressing one. An unknown word raises an error, because it has no
-  token.
+  token. If the first `ends` words end a row, the first is the end token, and the last word pads.
   """
   from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
   from transformers import PreTrainedTokenizerFast
@@ -68,8 +68,9 @@ def make_tokenizer(vocab_size: int):
   found = Tokenizer(models.WordLevel(words))
   found.pre_tokenizer = pre_tokenizers.Split(Regex(f"t[0-9]{{{WIDTH - 1}}}"), "isolated")
   found.decoder = decoders.Fuse()
+  end, pad = (word(0), word(vocab_size - 1)) if ends else ("<eos>", "<pad>")
   found = PreTrainedTokenizerFast(
-    tokenizer_object=found, eos_token="<eos>", pad_token="<pad>", padding_side="left"
+    tokenizer_object=found, eos_token=end, pad_token=pad, padding_side="left"
   )
   texts = prompts(vocab_size, 0)
   check_length("a prompt", map(len, found(text=texts)["input_ids"]), LENGTH)

@@ -28,7 +28,7 @@ def get_config(size: str = ""):
   config.rollout.temperature = 0.7
   config.packing = (0.35, 0.5, 0.7, 1.0)
   config.policy.lr, config.r2m.lr = 1e-6, 1e-6
-  config.r2m.attention_dim = 512
+  config.r2m.attention_dim, config.reward.input = 512, "auto"
   config.sft.lr, config.sft.steps, config.sft.batch_size = 1e-5, 500, 16
   config.reward.lr, config.reward.epochs, config.reward.batch_size = 1e-5, 1, 16
   if size == "test":

@@ -30,6 +30,7 @@ def shared(words: str):
   config.ppo.epochs = 2
   config.ppo.clip_eps = 0.2  # our choice: the paper gives neither this nor beta
   config.kl.beta = 0.05
+  config.reward.input = "auto"  # the policy's own tokens, if both models render alike
   config.rollout.temperature = 0.7  # nor top-k nor top-p
   config.r2m.omega_schedule, config.r2m.alpha, config.r2m.attention_dim = "cosine", 0.3, 2048
   return config

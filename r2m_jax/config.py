@@ -616,6 +616,8 @@ def check_function(config: ConfigDict) -> None:
 
 def check_scores_alone(config: ConfigDict) -> None:
   """If rewards come from outside, as numbers, no part of the run reads a reward model."""
+  fix = "a reward from outside of the program reads text; use 'auto' or 'text'"
+  need(config, config.reward.input != "tokens", "reward.input", fix)
   for name in (config.variant,) if config.variant else config.arms:
     variant = VARIANTS[name]
     need(

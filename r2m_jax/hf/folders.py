@@ -89,6 +89,8 @@ class RewardModel:
   renderer: Renderer
   head: tuple[HeadConfig, nnx.State] | None
   policy_chat: dict[str, Any]  # `Chat.contract` of the policy that the head reads; {}: no changes
+  # of a run in which it reads the policy's own tokens, see `data.tokens`; None: it reads text
+  ending: tuple[int, ...] | None = None
 
 
 def mesh_of(config) -> Mesh:
