@@ -777,7 +777,7 @@ REWARD = dict(
   input=Knob(
     "text",
     'what the reward model of a run from Hugging Face folders reads: a response\'s "text", rendered '
-    'anew; the policy\'s own "tokens"; "auto": the tokens if the two models render the run\'s prompts '
+    'again; the policy\'s own "tokens"; "auto": the tokens if the two models render the run\'s prompts '
     "alike. See docs/models.md",
     one_of("auto", "tokens", "text"),
   ),

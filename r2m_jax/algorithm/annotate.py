@@ -77,7 +77,7 @@ def make_annotate(
       return read_reward_states(backbone, tokens, mask, keep, shared_of(tokens), defs.share)
 
     rte, hidden = map_rows(states_of, parts, tokens, mask)
-    own = States(hidden, mask) if own_tokens else States.of(hidden, sequences)
+    own = States.of(hidden, rows) if of_policy else States(hidden, mask)
     states = feed_back(
       variant.feedback,
       States.of(old.hidden, sequences),
