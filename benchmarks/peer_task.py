@@ -36,7 +36,10 @@ ROWS = PROMPTS * GROUP
 ON_GPU = {
   "0.5b": dict(prompts=32, response=512, parts=8)
 }  # parts: an update's rows, one part at a time
-TEMPERATURE, EPOCHS, BETA, LEARNING_RATE = 0.7, 2, 0.05, 1e-6
+TEMPERATURE = 0.7
+EPOCHS = 2
+BETA = 0.05
+LEARNING_RATE = 1e-6
 WIDTH = 7  # characters of a token's text
 
 
@@ -50,13 +53,13 @@ def prompts(vocab_size: int, step: int, count: int = PROMPTS) -> list[str]:
   return ["".join(map(word, row)) for row in tokens]
 
 
-def make_tokenizer(vocab_size: int):
+def make_tokenizer(vocab_size: int, ends: int = 0):
   """A fast tokenizer for which encoding a decoded text restores exactly the same tokens, also if
   two texts are joined.
 
   The end token and the pad token are outside the models' vocabulary, so no row ends before its last
   token, and no peer pays for suppressing one. An unknown word raises an error, because it has no
-  token.
+  token. If the first `ends` words end a row, the first is the end token, and the last word pads.
   """
   from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
   from transformers import PreTrainedTokenizerFast
@@ -68,8 +71,9 @@ def make_tokenizer(vocab_size: int):
   found = Tokenizer(models.WordLevel(words))
   found.pre_tokenizer = pre_tokenizers.Split(Regex(f"t[0-9]{{{WIDTH - 1}}}"), "isolated")
   found.decoder = decoders.Fuse()
+  end, pad = (word(0), word(vocab_size - 1)) if ends else ("<eos>", "<pad>")
   found = PreTrainedTokenizerFast(
-    tokenizer_object=found, eos_token="<eos>", pad_token="<pad>", padding_side="left"
+    tokenizer_object=found, eos_token=end, pad_token=pad, padding_side="left"
   )
   texts = prompts(vocab_size, 0)
   check_length("a prompt", map(len, found(text=texts)["input_ids"]), LENGTH)
@@ -96,7 +100,9 @@ class Watch:
   def __init__(self, count: int, most: int, warm: int = 1):
     self.count, self.warm = count, warm
     self.laps = warm + most * count  # at most
-    self.seconds, self.busy, self.ticks = [], [], []
+    self.seconds = []
+    self.busy = []
+    self.ticks = []
 
   def lap(self) -> None:
     """Ends one rollout and starts the next; the first call only starts."""

@@ -1,9 +1,10 @@
 """One child of peers.py: the same work in TRL's RLOOTrainer. It runs in TRL's own environment,
 without r2m_jax.
 
-  PEERS/trl/bin/python -m benchmarks.peer_trl SIZE STEPS MOST
+  PEERS/trl/bin/python -m benchmarks.peer_trl SIZE STEPS MOST [ENDS]
 
-With size 0.5b it is the work of gpu.py, on a GPU, in an environment with a CUDA build of torch.
+With ENDS so many tokens end a row, else none does. With size 0.5b it is the work of gpu.py, on a
+GPU, in an environment with a CUDA build of torch.
 """
 
 import os
@@ -18,7 +19,7 @@ import trl
 from benchmarks import peer_task as task
 
 
-def model_config(size: str, tokenizer) -> transformers.Qwen2Config:
+def model_config(size: str, tokenizer, ends: int) -> transformers.Qwen2Config:
   shape = task.SIZES[size]
   return transformers.Qwen2Config(
     vocab_size=shape["vocab_size"],
@@ -32,7 +33,8 @@ def model_config(size: str, tokenizer) -> transformers.Qwen2Config:
     rope_parameters={"rope_type": "default", "rope_theta": task.ROPE_THETA},
     rms_norm_eps=task.NORM_EPS,
     bos_token_id=None,
-    eos_token_id=tokenizer.eos_token_id,
+    eos_token_id=list(range(ends)) if ends else tokenizer.eos_token_id,
+    pad_token_id=tokenizer.pad_token_id if ends else None,
   )
 
 
@@ -72,8 +74,11 @@ def training(
 class Laps(transformers.TrainerCallback):
   """One lap is one rollout with its updates; the run ends when the watch is done."""
 
-  def __init__(self, watch: task.Watch, response: int):
-    self.watch, self.response, self.trainer = watch, response, None
+  def __init__(self, watch: task.Watch, response: int | None):
+    """response: the tokens that every response has; None: they have any number."""
+    self.watch = watch
+    self.response = response
+    self.trainer = None
 
   def on_train_begin(self, args, state, control, **kwargs):
     self.watch.lap()
@@ -89,25 +94,24 @@ class Laps(transformers.TrainerCallback):
         raise SystemExit(
           f"{len(shortest)} rollouts for {state.global_step} updates, not one for {task.EPOCHS}"
         )
-      task.check_length("a response", map(int, shortest + longest), self.response)
+      if self.response is not None:
+        task.check_length("a response", map(int, shortest + longest), self.response)
       control.should_training_stop = self.watch.done
     return control
 
 
-def main(size: str, steps: int, most: int) -> None:
+def main(size: str, steps: int, most: int, ends: int = 0) -> None:
   transformers.utils.logging.set_verbosity_error()
   torch.set_num_threads(os.cpu_count() or 1)
   torch.manual_seed(0)
-  gpu, watch, vocab_size = (
-    size in task.ON_GPU,
-    task.Watch(steps, most),
-    task.SIZES[size]["vocab_size"],
-  )
+  gpu = size in task.ON_GPU
+  watch = task.Watch(steps, most)
+  vocab_size = task.SIZES[size]["vocab_size"]
   work = task.ON_GPU.get(size, dict(prompts=task.PROMPTS, response=task.RESPONSE, parts=1))
-  tokenizer = task.make_tokenizer(vocab_size)
-  config = model_config(size, tokenizer)
+  tokenizer = task.make_tokenizer(vocab_size, ends)
+  config = model_config(size, tokenizer, ends)
   dtype = torch.bfloat16 if gpu else torch.float32
-  laps = Laps(watch, work["response"])
+  laps = Laps(watch, None if ends else work["response"])
   rows = [
     text for step in range(watch.laps) for text in task.prompts(vocab_size, step, work["prompts"])
   ]
@@ -139,6 +143,7 @@ def main(size: str, steps: int, most: int) -> None:
       torch=torch.__version__,
       transformers=transformers.__version__,
       parameters=sum(p.numel() for p in laps.trainer.model.parameters()),
+      lengths=laps.trainer._metrics["train"]["completions/mean_length"],
     )
   )
 

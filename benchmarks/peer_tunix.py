@@ -1,7 +1,10 @@
 """One child of peers.py: the same work in tunix's GRPO learner. It runs in tunix's own environment,
 without r2m_jax.
 
-PEERS/tunix/bin/python -m benchmarks.peer_tunix SIZE STEPS MOST
+PEERS/tunix/bin/python -m benchmarks.peer_tunix SIZE STEPS MOST [ENDS LINE]
+
+With ENDS so many tokens end a row, else none does. With LINE the updates see packed lines of so many
+tokens, one update a line.
 """
 
 import importlib.metadata
@@ -51,43 +54,50 @@ def make_model(shape: dict, seed: int) -> qwen2.Qwen2:
   return model
 
 
-def make_reward(shape: dict, tokenizer):
+def make_reward(shape: dict, tokenizer, lengths: list[float]):
   """The reward function that tunix requires, around a reward model, because its GRPO learner does
   not take a model.
 
   The model is a policy whose vocabulary projection is a score, like tunix's critics; the score of a
-  row is its last token's score.
+  row is its last token's score. The mean length of each call's responses is added to `lengths`.
   """
-  model, pad, eos = (
-    rl_utils.create_critic_model(make_model(shape, 2)),
-    tokenizer.pad_token_id,
-    tokenizer.eos_token_id,
-  )
+  model = rl_utils.create_critic_model(make_model(shape, 2))
+  pad = tokenizer.pad_token_id
+  eos = tokenizer.eos_token_id
 
   def reward(prompts, completions, **kwargs):
-    rows = tokenizer(text=[str(a) + b for a, b in zip(prompts, completions, strict=True)])[
-      "input_ids"
-    ]
-    task.check_length("a prompt with its response", map(len, rows), task.LENGTH + task.RESPONSE)
-    tokens = jnp.asarray(rows, jnp.int32)
-    scores = common.compute_score(
-      model, tokens[:, : task.LENGTH], tokens[:, task.LENGTH :], pad, eos
+    asked, said = (
+      [tokenizer(text=str(x))["input_ids"] for x in xs] for xs in (prompts, completions)
     )
-    return np.asarray(scores[:, -1]).tolist()
+    task.check_length("a prompt", map(len, asked), task.LENGTH)
+    lengths.append(np.mean([len(row) for row in said]))
+    answers = np.full((len(said), task.RESPONSE), pad, np.int32)
+    for row, tokens in zip(answers, said, strict=True):
+      row[: len(tokens)] = tokens
+    scores = common.compute_score(
+      model, jnp.asarray(asked, jnp.int32), jnp.asarray(answers), pad, eos
+    )
+    last = [task.LENGTH + len(row) - 1 for row in said]
+    return np.asarray(scores)[np.arange(len(said)), last].tolist()
 
   return reward
 
 
-def make_cluster(shape: dict, tokenizer, rollouts: int) -> rl_cluster.RLCluster:
+def make_cluster(
+  shape: dict, tokenizer, rollouts: int, ends: int, line: int
+) -> rl_cluster.RLCluster:
   mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  # of a rollout: one an epoch, or one a line, of which none holds less than one row
+  updates = 2 * task.EPOCHS * rollouts * (task.ROWS if line else 1)
   config = rl_cluster.ClusterConfig(
     role_to_mesh=dict.fromkeys(ROLES, mesh),
     rollout_engine="vanilla",  # the other kernels are for TPUs
     training_config=rl_cluster.RLTrainingConfig(
       actor_optimizer=optax.adamw(task.LEARNING_RATE),
       mini_batch_size=task.PROMPTS,  # all 64 rows in one pass and one update per epoch
-      max_steps=2 * task.EPOCHS * rollouts,
-      eval_every_n_steps=2 * task.EPOCHS * rollouts,  # ends when the prompts end
+      max_steps=updates,
+      eval_every_n_steps=updates,  # ends when the prompts end
+      max_seq_token_per_tpu=line or None,
     ),
     rollout_config=base_rollout.RolloutConfig(
       max_tokens_to_generate=task.RESPONSE,
@@ -97,6 +107,7 @@ def make_cluster(shape: dict, tokenizer, rollouts: int) -> rl_cluster.RLCluster:
       top_k=None,  # other values sort the vocabulary for every token
       kv_cache_size=task.LENGTH + task.RESPONSE,  # no more slots than necessary
       seed=0,  # without it every step has the same samples, and a key is donated at the first step
+      eos_tokens=list(range(ends)) if ends else None,
     ),
   )
   with jax.set_mesh(mesh):
@@ -119,13 +130,15 @@ def batches(vocab_size: int, watch: task.Watch, rollout_config):
   watch.lap()
 
 
-def main(size: str, steps: int, most: int) -> None:
-  shape, watch = task.SIZES[size], task.Watch(steps, most)
-  tokenizer = task.make_tokenizer(shape["vocab_size"])
-  cluster = make_cluster(shape, tokenizer, watch.laps)
+def main(size: str, steps: int, most: int, ends: int = 0, line: int = 0) -> None:
+  shape = task.SIZES[size]
+  watch = task.Watch(steps, most)
+  lengths = []
+  tokenizer = task.make_tokenizer(shape["vocab_size"], ends)
+  cluster = make_cluster(shape, tokenizer, watch.laps, ends, line)
   learner = grpo_learner.GRPOLearner(
     rl_cluster=cluster,
-    reward_fns=make_reward(shape, tokenizer),
+    reward_fns=make_reward(shape, tokenizer, lengths),
     algo_config=grpo_learner.GRPOConfig(
       num_generations=task.GROUP,
       num_iterations=task.EPOCHS,
@@ -138,13 +151,16 @@ def main(size: str, steps: int, most: int) -> None:
   wrong = {x.dtype for x in jax.tree.leaves(state)} - {jnp.dtype("float32")}
   assert not wrong, f"float32 is required, but found {wrong}"
   updates, rollouts = cluster.actor_trainer.train_steps, len(watch.seconds) + watch.warm
-  assert updates == task.EPOCHS * rollouts, f"{updates} updates for {rollouts} rollouts"
+  wanted = task.EPOCHS * rollouts
+  assert updates > wanted if line else updates == wanted, f"{updates} updates, {rollouts} rollouts"
   print(
     watch.result(
       "tunix GRPO",
       importlib.metadata.version("google-tunix"),
       jax=jax.__version__,
       parameters=sum(x.size for x in jax.tree.leaves(state)),
+      lengths=[float(x) for x in lengths],
+      updates=updates / rollouts,
     )
   )
 

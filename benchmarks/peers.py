@@ -18,16 +18,13 @@ Exit status: 0 if every target is met, 1 if one is missed, 2 if a ratio is void.
 """
 
 import json
-import os
 import pathlib
-import platform
-import subprocess
 import sys
 import time
 
 from absl import app, flags
 
-from benchmarks import machine, peer_figures
+from benchmarks import machine, peer_figures, peer_process
 
 SIZE = flags.DEFINE_enum("size", "tiny", ["tiny", "small"], "Of the models")
 STEPS = flags.DEFINE_integer(
@@ -41,65 +38,16 @@ ONLY = flags.DEFINE_multi_enum(
 )
 FOLDER = flags.DEFINE_string(
   "environments",
-  "~/.cache/r2m_jax/peers",
+  peer_process.FOLDER,
   "Folder of the peers' environments, which are made if missing",
 )
 KEEP = flags.DEFINE_bool(
   "keep_freed_memory", False, "Peers have process.keep_freed_memory too, unlike their references"
 )
-# both cores, no look at a hub or an accelerator, no warning from a tokenizer whose threads are not
-# needed
-ENVIRONMENT = {
-  "HF_HUB_OFFLINE": "1",
-  "JAX_PLATFORMS": "cpu",
-  "CUDA_VISIBLE_DEVICES": "",
-  "TOKENIZERS_PARALLELISM": "false",
-}
 KEEP_FREED = {
   "MALLOC_MMAP_MAX_": "0",
   "MALLOC_TRIM_THRESHOLD_": str(10**12),
 }  # like process.keep_freed_memory
-
-
-def environment(name: str, folder: pathlib.Path) -> pathlib.Path:
-  """The Python of a peer's virtual environment, which is made if it is missing or incomplete."""
-  stamp, asked = folder / name / "installed.json", list(peer_figures.PEERS[name].requirements)
-  python = folder / name / "bin" / "python"
-  if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8"))["asked"] == asked:
-    return python
-  print(f"{name}: making an environment in {folder / name} ...", flush=True)
-  low = ["nice", "-n", "19"]
-  subprocess.run([*low, sys.executable, "-m", "venv", folder / name], check=True)
-  subprocess.run([*low, python, "-m", "pip", "install", "-q", *asked], check=True)
-  found = subprocess.run(
-    [python, "-m", "pip", "freeze"], check=True, capture_output=True, text=True
-  ).stdout.split()
-  stamp.write_text(
-    json.dumps({"asked": asked, "python": platform.python_version(), "found": found}),
-    encoding="utf-8",
-  )
-  return python
-
-
-def peer(name: str, python: pathlib.Path) -> dict:
-  """The result of a peer's finished process; ends this process if it failed."""
-  command = [
-    str(python),
-    "-m",
-    peer_figures.PEERS[name].child,
-    SIZE.value,
-    str(STEPS.value),
-    str(MOST.value),
-  ]
-  env = os.environ | ENVIRONMENT | (KEEP_FREED if KEEP.value else {})
-  done = subprocess.run(
-    command, cwd=machine.ROOT, env=env, capture_output=True, text=True, check=False
-  )
-  if done.returncode:
-    sys.exit(
-      f"{' '.join(command)} ended with status {done.returncode}\n{done.stdout}\n{done.stderr}"
-    )
-  return json.loads(done.stdout.splitlines()[-1])
 
 
 def ours() -> dict:
@@ -118,13 +66,17 @@ def show(name: str, run: peer_figures.Run, rest: str = "") -> None:
 def main(argv):
   del argv
   folder, size = pathlib.Path(FOLDER.value).expanduser(), SIZE.value
-  pythons = {name: environment(name, folder) for name in dict.fromkeys(ONLY.value)}
+  pythons = {name: peer_process.environment(name, folder) for name in dict.fromkeys(ONLY.value)}
+  work = SIZE.value, STEPS.value, MOST.value
+  keep = KEEP_FREED if KEEP.value else {}
   turns = ["r2m_jax", *pythons, "r2m_jax"]
   print(f"{size}, in this order: {', '.join(turns)}", flush=True)
   results = {name: [] for name in turns}
   for name in turns:
     before = time.perf_counter()
-    results[name].append(peer(name, pythons[name]) if name in pythons else ours())
+    is_peer = name in pythons
+    found = peer_process.run(name, pythons[name], *work, **keep) if is_peer else ours()
+    results[name].append(found)
     print(f"  {name}: {time.perf_counter() - before:.0f} s in all", flush=True)
 
   runs = {name: peer_figures.Run.of(found) for name, found in results.items()}

@@ -28,5 +28,5 @@ if [ "${1:-}" = --fast ]; then
   set -- -n auto --maxprocesses=2 --dist=loadfile "$@" "${FAST[@]}"
 fi
 # the suite spends more time compiling than computing, on one core each, so it uses several workers, a file each
-if [ $# -eq 0 ]; then set -- -n auto --maxprocesses=4 --dist=loadfile; fi
+if [ $# -eq 0 ]; then set -- -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder; fi
 exec "$PY" -m pytest --durations=15 "$@"

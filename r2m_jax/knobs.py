@@ -774,6 +774,13 @@ REWARD = dict(
     "leave reasoning between <think> tags out of what the reward model reads; it still counts in the "
     "length",
   ),
+  input=Knob(
+    "text",
+    'what the reward model of a run from Hugging Face folders reads: a response\'s "text", rendered '
+    'again; the policy\'s own "tokens"; "auto": the tokens if the two models render the run\'s prompts '
+    "alike. See docs/models.md",
+    one_of("auto", "tokens", "text"),
+  ),
   max_length=Knob(
     0, "longest input; longer ones lose their beginning. 0: no limit", at_least(0), unit="tokens"
   ),

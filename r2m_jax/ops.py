@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def check(x: jax.Array, axes: str, kind: type = jnp.floating) -> jax.Array:
@@ -94,6 +95,12 @@ def predicts_response(x: jax.Array, response_length: int) -> jax.Array:
   response.
   """
   return x[:, -response_length - 1 : -1]
+
+
+def response_part(mask: jax.Array, response_length: int) -> jax.Array:
+  """bool[B, L] -> bool[B, L]: the mask of whole rows, False in the columns of the prompt."""
+  columns = np.arange(mask.shape[1])
+  return mask & (columns >= len(columns) - response_length)
 
 
 class Truncation(NamedTuple):

@@ -24,7 +24,15 @@ from r2m_jax.algorithm.annotate import Reward, make_annotate, make_reward
 from r2m_jax.algorithm.credit import make_credit
 from r2m_jax.algorithm.labels import Labeller, uses_labels
 from r2m_jax.algorithm.packed import make_needed, smallest
-from r2m_jax.algorithm.read import Defs, all_rows, make_read, measured_kl, sampling, split_rows
+from r2m_jax.algorithm.read import (
+  Defs,
+  all_rows,
+  closed,
+  make_read,
+  measured_kl,
+  sampling,
+  split_rows,
+)
 from r2m_jax.algorithm.schedules import kl_weight, make_omega
 from r2m_jax.algorithm.update import (
   Trained,
@@ -69,8 +77,9 @@ def make_learn_at(share: float, defs: Defs, config, reward: Reward | None = None
   padded places; see `algorithm.packed`.
 
   Of the built function:
-    reward_rows: a `Rollout` of `Rows`, the responses as the reward model reads them, or of `Given`,
-      their scores. None: it reads the policy's own tokens.
+    reward_rows: a `Rollout` of `Rows`, the responses as the reward model reads them, of
+      `Sequences`, the policy's tokens with the reward model's own ending, or of `Given`, their
+      scores. None: it reads the policy's own tokens.
     labels: the step's `Pairs` if config.r2m.labels is "preference".
 
   If `reward` is None, the variant's own reward is used. A missing knob fails here and not in the
@@ -258,6 +267,7 @@ def make_step(
   pad_id: int,
   state_shardings: Any,
   labeller: Labeller | None = None,
+  ending: tuple[int, ...] | None = None,
 ):
   """The step for a policy and a reward model that share a tokenizer: step(state, prompts) ->
   (state, output).
@@ -265,10 +275,15 @@ def make_step(
   It is one jitted program. The state is donated, so the old one must not be used again. If
   config.r2m.labels is "preference", the host labels some of the samples between sampling and
   learning: labeller(samples on the host, step number) -> Pairs. Sampling and learning are then two
-  programs.
+  programs. `ending`: what the reward model reads in place of the token that ended a response; None:
+  that token.
   """
   rollout = make_rollout(defs, config, mesh, eos_ids, pad_id)
-  learn = make_learn(defs, config, mesh)
+  learn_rows = make_learn(defs, config, mesh)
+
+  def learn(state: TrainState, drawn: Rollout, pairs: Pairs | None = None):
+    return learn_rows(state, drawn, None if ending is None else with_ending(drawn, ending), pairs)
+
   if not uses_labels(config):
 
     def step(state: TrainState, prompts: Prompts) -> tuple[TrainState, StepOutput]:
@@ -277,14 +292,20 @@ def make_step(
     return jit_step(step, state_shardings, 1)
 
   assert labeller is not None, "config.r2m.labels is 'preference': a labeller orders the pairs"
-  rollout, learn = jax.jit(rollout), jit_step(learn, state_shardings, 3)
+  draw, learn_labelled = jax.jit(rollout), jit_step(learn, state_shardings, 2)
 
   def labelled_step(state: TrainState, prompts: Prompts) -> tuple[TrainState, StepOutput]:
-    number, drawn = int(state.step), rollout(state, prompts)
+    number, drawn = int(state.step), draw(state, prompts)
     pairs = labeller(hosts.fetch(drawn.samples), number)
-    return learn(state, drawn, None, pairs)
+    return learn_labelled(state, drawn, pairs)
 
   return labelled_step
+
+
+def with_ending(drawn: Rollout, ending: tuple[int, ...]) -> Rollout:
+  """Both parts of a rollout as the reward model reads them; see `closed`."""
+  greedy = None if drawn.greedy is None else closed(drawn.greedy, ending)
+  return Rollout(closed(drawn.samples, ending), greedy)
 
 
 def jit_step(f: Callable, state_shardings: Any, arguments: int) -> Callable:

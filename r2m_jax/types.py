@@ -118,6 +118,8 @@ class Pairs:
   reward_tokens: jax.Array  # i32[2m, L'] for the reward model
   reward_mask: jax.Array  # bool[2m, L']
   weight: jax.Array  # f32[m]       0 for missing pairs, if this step has fewer than m labels
+  # bool[2m, L], the response part of token_mask. A variant whose states depend on it needs it
+  response_mask: Any = None
 
 
 class TrainState(struct.PyTreeNode):

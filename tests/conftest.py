@@ -5,6 +5,7 @@ All of these are environment variables, set before anything imports jax. R2M_TES
 tpu) runs on an accelerator.
 """
 
+import gc
 import os
 import pathlib
 import re
@@ -67,6 +68,34 @@ import subprocess  # noqa: E402  after the environment is set
 import pytest  # noqa: E402
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+# Files of half a minute or more on one core. They run first, so that at the end no worker is left
+# with one of them while the others have nothing to do.
+LONGEST = """
+algorithm/test_variants models/test_generate parallel/test_mesh tasks/test_gold run/test_resume
+test_notebook_smollm2 parallel/test_hosts lab/test_lab run/test_faults plan/test_plan
+tasks/test_scratch tasks/test_evaluation lab/test_realtext test_notebook_models test_step
+lab/test_lab_notes tasks/test_folders hf/test_weights models/test_attention
+algorithm/test_enumeration models/test_shared tasks/test_serve test_notebook
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+  def place(item):
+    name = item.path.relative_to(ROOT / "tests").with_suffix("").as_posix()
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+  items.sort(key=place)  # within a file and among the others the order stays
+
+
+def pytest_collection_finish(session):
+  """Tracing makes many objects, and torch and jax are a million more. To look through all of them
+  for garbage again and again takes a tenth of the time of tracing.
+  """
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from r2m_jax.algorithm.variants import VARIANTS, States, Variant, feed_back, oth
 from r2m_jax.models.reward import member_scores, read_reward_states
 from r2m_jax.ops import combine
 from r2m_jax.parallel.rows import map_rows
-from r2m_jax.types import Given, Judged, Rollout, TrainState
+from r2m_jax.types import Given, Judged, Rollout, Sequences, TrainState
 
 
 class Reward(NamedTuple):
@@ -49,9 +49,10 @@ def make_annotate(
   Of the built function:
     w: f32[], omega (eq. 4).
     old, ref: `Feedback` of policy and reference, of `all_rows` of the rollout.
-    reward_rows: a `Rollout` of `Rows`, the same responses as the reward model reads them, or of
-      `Given`, their scores. None: it reads the policy's own tokens.
-    group: as in `make_read`; only used without reward_rows.
+    reward_rows: a `Rollout` of `Rows`, the same responses as the reward model reads them, of
+      `Sequences`, the policy's tokens with the reward model's own ending, or of `Given`, their
+      scores. None: it reads the policy's own tokens.
+    group: as in `make_read`; not used for `Rows`, whose prompts are not shared.
   Returns (Judged, the backbone's own states), both for `all_rows` of the rollout.
 
   Args:
@@ -65,22 +66,22 @@ def make_annotate(
     if is_given(reward_rows):
       return given(variant, all_rows(reward_rows).scores, w)
     backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
-    sequences, own_tokens = all_rows(rollout), reward_rows is not None
-    tokens, mask = sequences.tokens, sequences.token_mask
-    if own_tokens:
-      tokens, mask = all_rows(reward_rows).tokens, all_rows(reward_rows).mask
-    shared_of = functools.partial(shared_prompts, 1 if own_tokens else group, sequences)
+    sequences = all_rows(rollout)
+    rows = sequences if reward_rows is None else all_rows(reward_rows)
+    of_policy = isinstance(rows, Sequences)
+    tokens, mask = rows.tokens, rows.token_mask if of_policy else rows.mask
+    shared_of = functools.partial(shared_prompts, group if of_policy else 1, sequences)
 
     def states_of(tokens, mask):
       keep = variant.width == "reward"
       return read_reward_states(backbone, tokens, mask, keep, shared_of(tokens), defs.share)
 
     rte, hidden = map_rows(states_of, parts, tokens, mask)
-    own = States(hidden, mask)
+    own = States.of(hidden, rows) if of_policy else States(hidden, mask)
     states = feed_back(
       variant.feedback,
-      States(old.hidden, sequences.token_mask),
-      States(ref.hidden, sequences.token_mask),
+      States.of(old.hidden, sequences),
+      States.of(ref.hidden, sequences),
       own,
       step_key(state, KEY_NOISE),
       others=other_rows(len(rte), len(rollout.samples.tokens)),

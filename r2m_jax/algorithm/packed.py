@@ -46,11 +46,12 @@ def make_needed(defs: Defs, config) -> Callable[..., jax.Array]:
       share_of(policy, samples, in_samples, K),
       share_of(critic, samples, in_samples, K),
     ]
-    if reward_rows is None:
+    read = rows if reward_rows is None else all_rows(reward_rows)
+    if isinstance(read, Sequences):
       reward = nnx.merge(defs.reward_backbone, state.reward_backbone)
-      found.append(share_of(reward, rows, in_all, group))
+      found.append(share_of(reward, read, in_all, group))
     elif not is_given(reward_rows):
-      mask = all_rows(reward_rows).mask
+      mask = read.mask
       found.append(share_of_blocks(mask.sum(-1), mask.shape[1], parts_of_rows(len(mask), parts)))
 
     def of_minibatch(order):

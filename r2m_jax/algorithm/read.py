@@ -96,6 +96,29 @@ def split_rows(tree, samples: int) -> Rollout:
   )
 
 
+def closed(rows: Sequences, ending: tuple[int, ...]) -> Sequences:
+  """The rows as a reward model with the policy's tokens reads them: `ending` in place of the token
+  that ended a response.
+
+  Rows that were cut off stay as they are. `ending` may be empty. The responses are wider by
+  len(ending) - 1 columns, if that is more than none.
+  """
+  count = len(ending)
+  wider = ((0, 0), (0, max(0, count - 1)))
+  tokens, response = jnp.pad(rows.tokens, wider), jnp.pad(rows.response_mask, wider)
+  prompt = tokens.shape[1] - response.shape[1]
+  # columns from the token that ended the response on
+  place = jnp.arange(response.shape[1]) - (rows.response_mask.sum(-1, keepdims=True) - 1)
+  ended = rows.has_eos[:, None]
+  response = jnp.where(ended, place < count, response)
+  if count:
+    own = jnp.asarray(ending, tokens.dtype)[jnp.clip(place, 0, count - 1)]
+    answers = jnp.where(ended & (place >= 0) & (place < count), own, tokens[:, prompt:])
+    tokens = jnp.concatenate([tokens[:, :prompt], answers], 1)
+  mask = jnp.concatenate([rows.token_mask[:, :prompt], response], 1)
+  return Sequences(tokens, mask, response, rows.has_eos)
+
+
 def read_feedback(
   model: Transformer,
   sequences: Sequences,

@@ -193,8 +193,8 @@ def make_update_reward(defs: Defs, config, reward: Reward) -> Callable[..., Trai
     rows = len(sequences.tokens)
     states = feed_back(
       variant.feedback,
-      States(trained.feedback, sequences.token_mask),
-      States(ref.hidden, sequences.token_mask),
+      States.of(trained.feedback, sequences),
+      States.of(ref.hidden, sequences),
       own,
       step_key(state, KEY_REFRESHED_NOISE),
       others=other_rows(rows, rows),
@@ -216,7 +216,9 @@ def make_reward_loss(config, reward: Reward) -> Callable[..., Callable]:
 
   labelled: (rte, states, weight) of the labelled pairs, or None.
   """
-  variant, K, score = VARIANTS[config.variant], config.rollout.group_size, reward.score
+  variant = VARIANTS[config.variant]
+  K = config.rollout.group_size
+  score = reward.score
   alpha = config.r2m.alpha if variant.alpha is None else variant.alpha
   grebt = functools.partial(losses.grebt, alpha=alpha, eps=config.r2m.gre_eps)
   sure = dict(confidence=config.r2m.label_confidence, temperature=config.r2m.label_temperature)
@@ -255,7 +257,7 @@ def make_read_labelled(defs: Defs, config) -> Callable:
   def read_labelled(state: TrainState, policy_state, pairs: Pairs):
     def states(model):
       hidden = model(pairs.tokens, pairs.token_mask, feedback_layer=layer).feedback
-      return States(hidden, pairs.token_mask)
+      return States(hidden, pairs.token_mask, pairs.response_mask)
 
     backbone = nnx.merge(defs.reward_backbone, state.reward_backbone)
     rte, own = read_reward_states(backbone, pairs.reward_tokens, pairs.reward_mask)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from r2m_jax.ops import at_least_f32, masked_mean
+from r2m_jax.ops import at_least_f32, masked_mean, response_part
+from r2m_jax.types import Sequences
 
 # Kinds of feedback, see `feed_back`: whose states it uses: "policy", "reference" or the "reward"
 # backbone. The states of the other models are not kept. "": none are read.
@@ -137,6 +138,15 @@ class States(NamedTuple):
 
   hidden: jax.Array  # [B, S, D]
   mask: jax.Array  # bool[B, S], True on real tokens, of the prompt and of the response
+  # bool[B, S], the part of mask that is the response. None: not known, if the reward model reads
+  # the rows with a tokenizer of its own
+  response_mask: jax.Array | None = None
+
+  @classmethod
+  def of(cls, hidden: jax.Array, sequences: Sequences) -> "States":
+    """Those over the very tokens of `sequences`; hidden is [B, L, D]."""
+    mask, T = sequences.token_mask, sequences.response_mask.shape[1]
+    return cls(hidden, mask, response_part(mask, T))
 
 
 def feed_back(
@@ -160,11 +170,11 @@ def feed_back(
     mean = masked_mean(h, mask, (0, 1))
     deviation = jnp.sqrt(masked_mean((h - mean) ** 2, mask, (0, 1)))
     noise = mean + deviation * jax.random.normal(key, h.shape, jnp.float32)
-    return States(noise.astype(policy.hidden.dtype), policy.mask)
+    return policy._replace(hidden=noise.astype(policy.hidden.dtype))
   if kind == "constant":
-    return States(jnp.ones_like(policy.hidden), policy.mask)
+    return policy._replace(hidden=jnp.ones_like(policy.hidden))
   if kind == "shuffled":
-    return States(*(x[others] for x in policy))
+    return jax.tree.map(lambda x: x[others], policy)
   return {"": policy, "policy": policy, "reference": ref, "own_states": own}[kind]
 
 

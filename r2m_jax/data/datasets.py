@@ -102,10 +102,8 @@ def hold(workdir: Path, stage: str, rows: list[dict], ids: list, field: str = "d
   if saved.get("sha256") == found["sha256"]:
     return
   then, now = saved.get("files", {}), found["files"]
-  where, changed = (
-    "",
-    next((file for file in [*then, *now] if then.get(file) != now.get(file)), None),
-  )
+  where = ""
+  changed = next((file for file in [*then, *now] if then.get(file) != now.get(file)), None)
   if changed is not None:
     before, after = (files[changed]["rows"] if changed in files else "no" for files in (then, now))
     where = f" ({changed} gave {before} rows then, {'others' if before == after else after} now)"
@@ -438,15 +436,14 @@ def judged_pairs(
   end = [] if tokenizer.end_id is None else [tokenizer.end_id]
 
   def encode(row):
-    prompt = tokenizer.render(row["prompt"])
-    sides = row["chosen"], row["rejected"]
-    return [[*prompt, *tokenizer.answer(row["prompt"], side), *end] for side in sides], [
-      renderer.ids(row["prompt"], side) for side in sides
-    ]
+    prompt, sides = tokenizer.render(row["prompt"]), (row["chosen"], row["rejected"])
+    answers = [[*tokenizer.answer(row["prompt"], side), *end] for side in sides]
+    theirs = [renderer.ids(row["prompt"], side) for side in sides]
+    return [[*prompt, *answer] for answer in answers], theirs, [len(x) for x in answers]
 
   limit = config.data.max_prompt_length + config.data.max_response_length
   ids = each_row(rows, encode)
-  hold(workdir, "judgments", rows, [(*mine, *theirs) for mine, theirs in ids], "r2m.judgments")
+  hold(workdir, "judgments", rows, [(*mine, *theirs) for mine, theirs, _ in ids], "r2m.judgments")
   kept = [pair for pair in ids if max(map(len, pair[0])) <= limit]
   print(
     f"labels   {len(kept)} of {len(ids)} judgments in {config.r2m.judgments}; the others exceed "
@@ -465,6 +462,8 @@ def judged_pairs(
     tokens, mask = pad_left(flat, pad, bucket(max(map(len, flat))))
     arrays |= {f"{name}tokens": tokens.reshape(len(kept), 2, -1)}
     arrays |= {"token_mask" if not name else "reward_mask": mask.reshape(len(kept), 2, -1)}
+  lengths, L = np.array([pair[2] for pair in kept]), arrays["tokens"].shape[-1]
+  arrays["response_mask"] = np.arange(L) >= L - lengths[:, :, None]
   return arrays
 
 

@@ -6,6 +6,7 @@ import numpy as np
 
 from r2m_jax.algorithm.labels import Labeller, pairs_at, pairs_per_step
 from r2m_jax.goldtask import task as goldtask
+from r2m_jax.ops import response_part
 from r2m_jax.types import Pairs, Sequences
 
 STREAM_LABELS = 5
@@ -32,6 +33,7 @@ def gold_labeller(config) -> Labeller:
     return Pairs(
       tokens=tokens,
       token_mask=mask,
+      response_mask=response_part(mask, sequences.response_mask.shape[1]),
       reward_tokens=tokens,
       reward_mask=mask,
       weight=weight.astype(np.float32),

@@ -14,7 +14,7 @@ from r2m_jax.algorithm.optim import make_optimizer
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.models.generate import generate
 from r2m_jax.models.reward import member_scores, read_rte
-from r2m_jax.ops import combine
+from r2m_jax.ops import combine, response_part
 from r2m_jax.parallel import hosts
 from r2m_jax.parallel.sharding import jit_on
 from r2m_jax.run.build import KEY_INIT, KEY_PAIRS, Build, init_policy, init_reward_model
@@ -289,6 +289,7 @@ def head_job(config, built: Build, policy, reward, head) -> Job:
       tokens = np.concatenate([pair["chosen"], pair["rejected"]])
       mask = np.concatenate([pair["chosen_mask"], pair["rejected_mask"]])
       batch = {"tokens": tokens, "token_mask": mask, "reward_tokens": tokens, "reward_mask": mask}
+      batch["response_mask"] = response_part(mask, config.rollout.max_new_tokens)
       yield hosts.take(batch, built.rows)
 
   return warm_job(config, built, policy, reward["backbone"], head, batches(), steps)

@@ -43,7 +43,9 @@ from r2m_jax.parallel.errors import UserError
 from r2m_jax.run.build import lora_of, model_kwargs
 from r2m_jax.run.files import write_atomic
 
-RENDERER, HEAD_CONFIG, HEAD_WEIGHTS = "r2m_renderer.json", "r2m_head.json", "r2m_head.safetensors"
+RENDERER = "r2m_renderer.json"
+HEAD_CONFIG = "r2m_head.json"
+HEAD_WEIGHTS = "r2m_head.safetensors"
 HEAD_FORMAT = 1
 
 
@@ -89,6 +91,8 @@ class RewardModel:
   renderer: Renderer
   head: tuple[HeadConfig, nnx.State] | None
   policy_chat: dict[str, Any]  # `Chat.contract` of the policy that the head reads; {}: no changes
+  # of a run in which it reads the policy's own tokens, see `data.tokens`; None: it reads text
+  ending: tuple[int, ...] | None = None
 
 
 def mesh_of(config) -> Mesh:

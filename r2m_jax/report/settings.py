@@ -2,8 +2,7 @@
 
 import json
 
-from r2m_jax.config import is_dict
-from r2m_jax.knobs import KNOBS, Knob, walk
+from r2m_jax.config import defaults, flat
 
 ABSENT = "–"  # shown for a setting that one of the configs does not have
 
@@ -12,22 +11,6 @@ def as_dict(config) -> dict:
   """A ConfigDict or dict in the form of config.json."""
   nested = config.to_dict() if hasattr(config, "to_dict") else config
   return json.loads(json.dumps(nested, default=str))
-
-
-def flat(settings: dict, prefix: str = "") -> dict:
-  """A config as nested dicts -> {"section.field": value}."""
-  found = {}
-  for name, value in settings.items():
-    if isinstance(value, dict) and not is_dict(prefix + name):
-      found |= flat(value, f"{prefix}{name}.")
-    else:
-      found[prefix + name] = value
-  return found
-
-
-def defaults() -> dict:
-  """{"section.field": default} of every knob."""
-  return as_dict({name: part.default for name, part in walk(KNOBS) if isinstance(part, Knob)})
 
 
 def changed(config) -> list[list[str]]:

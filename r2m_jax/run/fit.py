@@ -100,9 +100,9 @@ def head_loss(defs: Defs, score: Callable, *, layer: int, omega: float) -> Calla
     backbone = nnx.merge(defs.reward_backbone, frozen["backbone"])
     rte = read_rte(backbone, batch["reward_tokens"], batch["reward_mask"])
     hidden = policy(batch["tokens"], batch["token_mask"], feedback_layer=layer).feedback
-    states = jax.lax.stop_gradient(States(hidden, batch["token_mask"]))
+    states = States(hidden, batch["token_mask"], batch["response_mask"])
     chosen, rejected = jnp.split(
-      score(head, jax.lax.stop_gradient(rte), states, jnp.asarray(omega, rte.dtype)), 2
+      score(head, *jax.lax.stop_gradient((rte, states)), jnp.asarray(omega, rte.dtype)), 2
     )
     loss = jax.vmap(bradley_terry, 1)(chosen, rejected).mean()
     return loss, {"accuracy": ((chosen > rejected) + 0.5 * (chosen == rejected)).mean()}
@@ -218,7 +218,10 @@ class Rows:
   def __init__(
     self, stage: str, log: Metrics, batches: "Timed", budget: float, cost: speed.FitCost
   ):
-    self.stage, self.log, self.batches, self.budget = stage, log, batches, budget
+    self.stage = stage
+    self.log = log
+    self.batches = batches
+    self.budget = budget
     self.cost = cost
     self.began = 0.0  # when the first update was done; 0 before
     self.bad = 0  # rows in a row with every update skipped
@@ -274,7 +277,9 @@ class Timed:
   """An iterator that measures the share of the time spent waiting for it."""
 
   def __init__(self, items: Iterable):
-    self._items, self._waited, self._since = iter(items), 0.0, time.perf_counter()
+    self._items = iter(items)
+    self._waited = 0.0
+    self._since = time.perf_counter()
 
   def __iter__(self) -> Iterator:
     return self

@@ -3,11 +3,11 @@
 Two programs that compute the same log-probability round differently. By how much depends on the
 model's depth, width and dtype, on the length of a row and on the processor. No constant fits all of
 these, so each bound comes from the run itself: `Rounding` says how far the same log-probabilities
-move if every weight moves by one rounding error, or if the same rows are computed in another order
-or in smaller batches. A deviation of some `WARN` times that is odd and gets a warning. Above `FAIL`
-times it is no rounding any more.
+move if every weight moves by one rounding error. A deviation of some `WARN` times that is odd and
+gets a warning. Above `FAIL` times it is no rounding any more.
 """
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,6 +20,7 @@ from flax import nnx
 from r2m_jax.algorithm.read import Defs, read_feedback, sampling, truncated
 from r2m_jax.models.logprobs import token_stats
 from r2m_jax.models.transformer import Transformer
+from r2m_jax.ops import Truncation
 from r2m_jax.parallel import hosts
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.types import Sequences
@@ -29,8 +30,9 @@ WARN = 5.0
 FAIL = 30.0
 MEAN = 3.0  # a mean has no outliers: there both are that many times smaller
 EDGE = 1e-3  # share of tokens that rounding may move across the edge of a truncated distribution
-ROWS = 4  # of the first step's rows, the longest are read again
+ROWS = 4  # rows that are read: random ones, and the longest of the first step
 DRAWS = 2  # times that the weights are moved
+NOISE = 4093  # random numbers of a draw; prime, so that the rows of an array take different ones
 
 
 class IdentityError(UserError, RuntimeError):
@@ -62,17 +64,24 @@ def product_eps(dtype) -> float:
   return max(float(jnp.finfo(dtype).eps) / 2, float(np.sqrt((error**2).mean() / (exact**2).mean())))
 
 
-def move_weights(weights, key: jax.Array, eps: float):
-  """Every weight times 1 + eps * u, with u uniform in [-1, 1]."""
+def move_weights(weights, noise: jax.Array, eps: float):
+  """Every weight times 1 + eps * u, with u from `noise`, f32[NOISE] in [-1, 1].
+
+  The weights take its numbers in turn, each array from another one on. To draw a number for each
+  weight would take longer to compile than the model.
+  """
   leaves, tree = jax.tree.flatten(weights)
 
-  def moved(x, key):
+  def moved(x, first):
+    place = jnp.uint32(0)
+    for axis, size in enumerate(x.shape):
+      place = place * size + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    noise = jax.random.uniform(key, x.shape, jnp.float32, -1, 1).astype(wide)
-    return (x.astype(wide) * (1 + eps * noise)).astype(x.dtype)
+    u = noise[(place + first) % NOISE].astype(wide)
+    return (x.astype(wide) * (1 + eps * u)).astype(x.dtype)
 
-  keys = jax.random.split(key, len(leaves))
-  return jax.tree.unflatten(tree, [moved(x, key) for x, key in zip(leaves, keys)])
+  firsts = np.arange(len(leaves), dtype=np.uint32) * 97
+  return jax.tree.unflatten(tree, [moved(x, first) for x, first in zip(leaves, firsts)])
 
 
 def measure_rounding(
@@ -88,10 +97,10 @@ def measure_rounding(
     IdentityError: a log-probability is not finite.
   """
 
-  def read(*args):
-    return np.asarray(hosts.fetch(logprobs(*args)), np.float64)
+  def read(weights):
+    return np.asarray(hosts.fetch(logprobs(weights, tokens, token_mask)), np.float64)
 
-  plain, eps = read(weights, tokens, token_mask), product_eps(dtype)
+  plain, eps = read(weights), product_eps(dtype)
   mask = np.asarray(response_mask)
   if not np.isfinite(plain[mask]).all():
     raise IdentityError(
@@ -99,13 +108,9 @@ def measure_rounding(
       "hold NaN or infinity, or a token id may lie beyond its embedding: check the folder with another "
       "program"
     )
-  move = jax.jit(move_weights)
-  again = [read(move(weights, jax.random.key(i), eps), tokens, token_mask) for i in range(DRAWS)]
-  again.append(read(weights, tokens[::-1], token_mask[::-1])[::-1])
-  half = max(1, len(tokens) // 2)
-  parts = [slice(i, i + half) for i in range(0, len(tokens), half)]
-  again.append(np.concatenate([read(weights, tokens[part], token_mask[part]) for part in parts]))
-  deviations = np.stack([np.abs(x - plain)[mask] for x in again])
+  move, rng = jax.jit(move_weights), np.random.default_rng(0)
+  noise = rng.uniform(-1, 1, (DRAWS, NOISE)).astype(np.float32)
+  deviations = np.stack([np.abs(read(move(weights, u, eps)) - plain)[mask] for u in noise])
   last_place = (
     float(jnp.finfo(jnp.promote_types(dtype, jnp.float32)).eps) * np.abs(plain[mask]).max()
   )
@@ -147,60 +152,94 @@ def hold(
 # ---- the identities ----
 
 
-def check_model(
-  graphdef, state, *, vocab_size: int, dtype: str, temperature: float
-) -> dict[str, float]:
-  """Padding must change no log-probability, and decoding with the cache must agree with the full
-  forward pass.
+@functools.cache
+def make_readings(
+  graphdef, prompt_length: int, T: int, *, temperature: float, truncation: Truncation, chunk: int
+) -> Callable:
+  """Builds the jitted `readings(weights, tokens i32[B, L], token_mask bool[B, L])`, the one program
+  of all that is checked at the start; L is prompt_length + T.
 
-  Random tokens and lengths, 4 rows. Prints the largest deviations and returns them, in nats.
-
-  Raises:
-    IdentityError: one is more than rounding explains.
+  It returns three log-probabilities, in nats: f32[B, T] by the full forward pass, and f32[B, n]
+  twice for the `window` of the rows alone: by the full forward pass, and by decoding with the cache.
   """
-  rng = np.random.default_rng(0)
-  rows, prompt, response, pad = 4, 6, 5, 3
-  tokens = rng.integers(0, vocab_size, (rows, prompt + response), dtype=np.int32)
-  mask = np.arange(prompt) >= rng.integers(
-    0, prompt - 1, (rows, 1)
-  )  # left-padded prompts of several lengths
-  mask = np.concatenate([mask, np.ones((rows, response), bool)], 1)
-  padded_tokens = np.concatenate([np.zeros((rows, pad), np.int32), tokens], 1)
-  padded_mask = np.concatenate([np.zeros((rows, pad), bool), mask], 1)
+  prompt, response = window(prompt_length, T)
+  inner = slice(prompt_length - prompt, prompt_length + response)
+  settings = dict(temperature=temperature, truncation=truncation, chunk=chunk)
 
-  def full(state, tokens, mask):
-    response_mask = jnp.ones((len(tokens), response), bool)
-    sequences = Sequences(
-      tokens=tokens, token_mask=mask, response_mask=response_mask, has_eos=response_mask[:, 0]
-    )
-    model = nnx.merge(graphdef, state)
-    return read_feedback(model, sequences, temperature=temperature, layer=-1, chunk=0).logprobs
+  def full(model: Transformer, tokens, mask, T: int):
+    every = jnp.ones((len(tokens), T), bool)
+    rows = Sequences(tokens=tokens, token_mask=mask, response_mask=every, has_eos=every[:, 0])
+    return read_feedback(model, rows, layer=-1, **settings).logprobs
 
-  def cached(state, tokens, mask):
-    model: Transformer = nnx.merge(graphdef, state)
-    cache = model.init_cache(rows, prompt + response)
+  def cached(model: Transformer, tokens, mask):
+    cache = model.init_cache(*tokens.shape)
     out = model(tokens[:, :prompt], mask[:, :prompt], cache=cache, cache_index=0)
 
     def decode(cache, t):
       token = jax.lax.dynamic_slice_in_dim(tokens, t, 1, 1)
-      step = model(token, jnp.ones((rows, 1), bool), cache=cache, cache_index=t)
+      step = model(token, jnp.ones(token.shape, bool), cache=cache, cache_index=t)
       return step.cache, step.hidden[:, 0]
 
-    _, hidden = jax.lax.scan(
-      decode, out.cache, jnp.arange(prompt, prompt + response - 1, dtype=jnp.int32)
-    )
+    steps = jnp.arange(prompt, prompt + response - 1, dtype=jnp.int32)
+    _, hidden = jax.lax.scan(decode, out.cache, steps)
     hidden = jnp.concatenate([out.hidden[:, -1:], jnp.moveaxis(hidden, 0, 1)], 1)
-    return token_stats(model.head, hidden, tokens[:, prompt:], temperature=temperature).logprobs
+    return token_stats(model.head, hidden, tokens[:, prompt:], **settings).logprobs
 
-  plain_of = jax.jit(full)
-  rounding = measure_rounding(plain_of, state, tokens, mask, np.ones((rows, response), bool), dtype)
-  programs = jax.jit(lambda s: (full(s, padded_tokens, padded_mask), cached(s, tokens, mask)))
-  plain, (padded, decoded) = hosts.fetch((plain_of(state, tokens, mask), programs(state)))
+  @jax.jit
+  def readings(weights, tokens, mask):
+    model = nnx.merge(graphdef, weights)
+    rows = tokens[:, inner], mask[:, inner]
+    return full(model, tokens, mask, T), full(model, *rows, response), cached(model, *rows)
 
-  def distance(x):
-    return float(np.abs(np.asarray(x, np.float64) - np.asarray(plain, np.float64)).max())
+  return readings
 
-  found = {"padding": distance(padded), "cached decoding": distance(decoded)}
+
+def window(prompt_length: int, T: int) -> tuple[int, int]:
+  """How many tokens of prompt and response the random rows of `check_model` have at most: few, and
+  fewer than the rows of a run, which pad them.
+  """
+  return min(6, max(1, prompt_length - 3)), min(5, T)
+
+
+def check_model(
+  graphdef, state, config, *, vocab_size: int, prompt_length: int
+) -> dict[str, float]:
+  """Padding must change no log-probability, and decoding with the cache must agree with the full
+  forward pass.
+
+  Random tokens and lengths, 4 rows, padded to the length of the run's: prompt_length +
+  config.rollout.max_new_tokens. Prints the largest deviations and returns them, in nats.
+
+  Raises:
+    IdentityError: one is more than rounding explains.
+  """
+  rng, T = np.random.default_rng(0), config.rollout.max_new_tokens
+  prompt, response = window(prompt_length, T)
+  tokens = rng.integers(0, vocab_size, (ROWS, prompt_length + T), dtype=np.int32)
+  begins = prompt_length - rng.integers(min(2, prompt), prompt + 1, (ROWS, 1))
+  columns = np.arange(prompt_length + T)
+  mask = (columns >= begins) & (columns < prompt_length + response)
+  readings = make_readings(
+    graphdef,
+    prompt_length,
+    T,
+    temperature=config.rollout.temperature,
+    truncation=Truncation(),
+    chunk=config.logits_chunk,
+  )
+
+  def alone(*args):
+    return readings(*args)[0]
+
+  counted = np.broadcast_to(np.arange(T) < response, (ROWS, T))
+  rounding = measure_rounding(alone, state, tokens, mask, counted, config.dtype)
+  padded, plain, decoded = (
+    np.asarray(x, np.float64) for x in hosts.fetch(readings(state, tokens, mask))
+  )
+  found = {
+    "padding": float(np.abs(padded[:, :response] - plain).max()),
+    "cached decoding": float(np.abs(decoded - plain).max()),
+  }
   deviations = ", ".join(f"{name} {value:.1e}" for name, value in found.items())
   print(f"start    max |log-prob deviation|: {deviations} nats (rounding {rounding.largest:.1e})")
   for name, value in found.items():
@@ -219,15 +258,20 @@ def sample_rounding(defs: Defs, config, ref, sequences: Sequences) -> Rounding:
   """
   longest = np.argsort(sequences.response_mask.sum(-1), kind="stable")[-ROWS:]
   rows = jax.tree.map(lambda x: x[longest], sequences)
-  settings = sampling(config) | dict(layer=-1, chunk=config.logits_chunk)
+  T = rows.response_mask.shape[1]
+  readings = make_readings(
+    defs.base or defs.policy,
+    rows.tokens.shape[1] - T,
+    T,
+    **sampling(config),
+    chunk=config.logits_chunk,
+  )
 
-  def logprobs(ref, tokens, token_mask):
-    mask = jnp.ones((len(tokens), rows.response_mask.shape[1]), bool)
-    part = Sequences(tokens=tokens, token_mask=token_mask, response_mask=mask, has_eos=mask[:, 0])
-    return read_feedback(defs.open_ref(ref), part, **settings).logprobs
+  def logprobs(*args):
+    return readings(*args)[0]
 
   return measure_rounding(
-    jax.jit(logprobs), ref, rows.tokens, rows.token_mask, rows.response_mask, config.dtype
+    logprobs, ref, rows.tokens, rows.token_mask, rows.response_mask, config.dtype
   )
 
 

@@ -1,10 +1,13 @@
 """Runs from Hugging Face folders to Hugging Face folders: task = sft, reward and r2m.
 
-Policy and reward model may have different families, sizes and tokenizers. A step has two programs,
-step = learn ∘ rollout, with the code of the fused step. Between them the host renders the responses
-for the reward model.
+Policy and reward model may have different families, sizes and tokenizers. A step then has two
+programs, step = learn ∘ rollout, with the code of the fused step. Between them the host renders the
+responses for the reward model. If both models render alike, config.reward.input can let the reward
+model read the policy's own tokens. The host then renders nothing, and with one share of packing a
+step is the fused one.
 """
 
+import dataclasses
 import functools
 import json
 import time
@@ -20,7 +23,7 @@ from r2m_jax.algorithm.advantages import ESTIMATORS
 from r2m_jax.algorithm.labels import Labeller, uses_labels
 from r2m_jax.algorithm.optim import make_optimizer
 from r2m_jax.algorithm.packed import make_needed, smallest
-from r2m_jax.algorithm.read import split_rows
+from r2m_jax.algorithm.read import closed, split_rows
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.config import ConfigError, check_evaluation, check_function
 from r2m_jax.data.batches import Stream
@@ -39,6 +42,7 @@ from r2m_jax.data.datasets import (
   warn_of_lengths,
 )
 from r2m_jax.data.text import Renderer, bucket, pad_left, responses_of
+from r2m_jax.data.tokens import Differs, own_ending, recoded
 from r2m_jax.hf import export
 from r2m_jax.hf.folders import (
   RENDERER,
@@ -72,7 +76,14 @@ from r2m_jax.run.progress import doing, progress
 from r2m_jax.run.run import Run, Steps, Texts, train
 from r2m_jax.run.speed import phase
 from r2m_jax.run.workdir import shapes_of, stage, warm, with_variant
-from r2m_jax.step import StepOutput, jit_step, make_learn_at, make_rollout
+from r2m_jax.step import (
+  StepOutput,
+  jit_step,
+  make_learn_at,
+  make_rollout,
+  make_step,
+  with_ending,
+)
 from r2m_jax.tasks import export as export_task
 from r2m_jax.tasks.evaluation import load_gold, make_evaluate
 from r2m_jax.tasks.follow import Watch as Follow
@@ -301,15 +312,16 @@ def runs(
   built = build_run(config, mesh, policy, reward)
   data = prompt_data(config, policy.tokenizer, workdir)
   warn_of_lengths(config, data, policy.tokenizer, renderer_of(reward))
+  reward = as_it_reads(config, policy, reward, data)
   follow = follow_of(config, policy, reward, data, mesh, workdir)
   if not (workdir / "checkpoints").exists():
     with doing("checking the policy against its KV cache"):
       check_model(
         built.defs.base or built.defs.policy,
         policy.state,
+        config,
         vocab_size=policy.arch.vocab_size,
-        dtype=config.dtype,
-        temperature=config.rollout.temperature,
+        prompt_length=data.length,
       )
   arms = (config.variant,) if config.variant else tuple(config.arms)
   if config.budget:
@@ -379,6 +391,32 @@ def load_models(
   return policy, reward
 
 
+def as_it_reads(config, policy: Policy, reward: Reward, data: PromptData) -> Reward:
+  """The reward, with `ending` if the reward model reads the policy's own tokens; prints which.
+
+  Raises:
+    ConfigError: config.reward.input is "tokens", and the two models do not render alike.
+  """
+  if config.reward.input == "text" or isinstance(reward, OutsideReward):
+    return reward
+  longest = config.rollout.max_new_tokens
+  renderer = reward.renderer
+  try:
+    with doing("comparing how policy and reward model render"):
+      ending = own_ending(policy.tokenizer, renderer, data.prompts, data.ids, longest)
+  except Differs as why:
+    if config.reward.input == "tokens":
+      raise ConfigError(
+        "config.reward.input is 'tokens': the reward model does not read what the policy reads, "
+        f"since {why}; set it to 'auto' or 'text'"
+      ) from None
+    print(f"rewards  by text, rendered for the reward model: {why}")
+    return reward
+  closing = repr(renderer.tokenizer.hf.decode(ending)) if ending else "nothing"
+  print(f"rewards  the policy's own tokens; a finished response ends with {closing}")
+  return dataclasses.replace(reward, ending=ending)
+
+
 def check_feedback_layer(config, policy: Policy) -> None:
   """Raises ConfigError unless the policy has the layer whose states are fed back."""
   layers = policy.arch.num_layers
@@ -418,9 +456,8 @@ def rl_steps_within(
   """
   state, times = start_state(config, built, policy, reward, donate=False), []
   labeller = labeller_of(config, policy, reward, data, workdir)
-  step = make_two_part_step(
-    config, built, policy, reward, sharding.shardings(state, built.mesh), labeller
-  )
+  layout = sharding.shardings(state, built.mesh)
+  step = make_folder_step(config, built, policy, reward, layout, labeller)
   with progress(3, "rate", doing="compiling, then the first step") as bar:
     for t in range(3):
       began, index = time.perf_counter(), data.order[t]
@@ -459,18 +496,56 @@ def labeller_of(
   )
 
 
-def make_two_part_step(config, built: Build, policy: Policy, reward: Reward, layout, labeller=None):
-  """Builds `step(state, prompts, texts) -> (state, output, reward-model text of row 0)`; the state
-  is donated.
-
-  `texts` are the prompts as in the rows, for the reward model's own rendering.
+def make_folder_step(config, built: Build, policy: Policy, reward: Reward, layout, labeller=None):
+  """Builds `step(state, prompts, texts) -> (state, output, seen)`; `rows_of` makes rows of what is
+  seen. `texts` are the prompts as the rows of the data give them. The state is donated.
   """
-  K, tokenizer, read_rows = config.rollout.group_size, policy.tokenizer, make_read_rows(reward)
-  outside = isinstance(reward, OutsideReward)
-  rollout = jax.jit(
-    make_rollout(built.defs, config, built.mesh, tokenizer.eos_ids, tokenizer.pad_id),
-    out_shardings=built.rows,
-  )
+  ending, K = ending_of(reward), config.rollout.group_size
+  if ending is None:
+    return make_two_part_step(config, built, policy, reward, layout, labeller)
+  ends = policy.tokenizer.eos_ids, policy.tokenizer.pad_id
+  if len(config.packing) == 1:
+    whole = make_step(built.defs, config, built.mesh, *ends, layout, labeller, ending)
+  else:
+    whole = make_packed_step(config, built, ends, ending, layout, labeller)
+
+  def step(state, prompts, texts):
+    state, out = whole(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
+    return state, out, [text for text in texts for _ in range(K)]
+
+  return step
+
+
+def make_packed_step(
+  config, built: Build, ends: tuple, ending: tuple[int, ...], layout, labeller=None
+):
+  """`make_step` for several shares of packing, with the same arguments and results, but for `ends`,
+  its eos_ids and pad_id. The host chooses the share, so a share is compiled once a step needs it: one
+  program for all of them would take as long to compile as each together.
+  """
+  draw = make_rollout(built.defs, config, built.mesh, *ends)
+  learn, labelled = make_learn_shares(config, built, layout), uses_labels(config)
+
+  def drawn_and_read(state, prompts):
+    drawn = draw(state, prompts)
+    return drawn, with_ending(drawn, ending)
+
+  rollout = jax.jit(drawn_and_read, out_shardings=built.rows)
+
+  def step(state, prompts):
+    with phase("rollout"):
+      drawn, read = jax.block_until_ready(rollout(state, prompts))
+    pairs = (labeller(hosts.fetch(drawn.samples), int(state.step)),) if labelled else ()
+    with phase("learn"):
+      return learn(state, drawn, read, *pairs)
+
+  return step
+
+
+def make_learn_shares(config, built: Build, layout) -> Callable:
+  """Builds `learn(state, drawn, read, *pairs)`: it runs the program of the smallest share of
+  config.packing that the step's tokens fit. The state is donated.
+  """
   labelled = uses_labels(config)
   learns = [
     jit_step(on_mesh(built.mesh, make_learn_at(share, built.defs, config)), layout, 2 + labelled)
@@ -478,11 +553,50 @@ def make_two_part_step(config, built: Build, policy: Policy, reward: Reward, lay
   ]
   needed = jax.jit(on_mesh(built.mesh, make_needed(built.defs, config)))
 
-  def learn_of(state, drawn, read):
-    """The program that computes the fewest places."""
-    if len(learns) == 1:
-      return learns[0]
-    return learns[smallest(config.packing, float(needed(state, drawn, read)))]
+  def learn(state, drawn, read, *pairs):
+    which = 0
+    if len(learns) > 1:
+      which = smallest(config.packing, float(needed(state, drawn, read)))
+    return learns[which](state, drawn, read, *pairs)
+
+  return learn
+
+
+def ending_of(reward: Reward) -> tuple[int, ...] | None:
+  """What the reward model reads after a response that ended, if it reads the policy's own tokens;
+  None if it reads text, or is no model.
+  """
+  return reward.ending if isinstance(reward, RewardModel) else None
+
+
+def rows_of(policy: Policy, reward: Reward, output: StepOutput, seen: list) -> list:
+  """A step's samples as (prompt, answer, whether it was cut off).
+
+  Args:
+    output: of the step, on the host.
+    seen: what the step gave beside it: these rows, or the prompt of each if the step made no text.
+  """
+  if ending_of(reward) is None:
+    return seen
+  answers = responses_of(output.sequences, policy.tokenizer)
+  return [(p, policy.tokenizer.whole(p, text), cut) for p, (text, cut) in zip(seen, answers)]
+
+
+def make_two_part_step(config, built: Build, policy: Policy, reward: Reward, layout, labeller=None):
+  """Builds `step(state, prompts, texts) -> (state, output, reward-model text of row 0)`; the state
+  is donated.
+
+  `texts` are the prompts as in the rows, for the reward model's own rendering.
+  """
+  K = config.rollout.group_size
+  tokenizer = policy.tokenizer
+  read_rows = make_read_rows(reward)
+  outside = isinstance(reward, OutsideReward)
+  rollout = jax.jit(
+    make_rollout(built.defs, config, built.mesh, tokenizer.eos_ids, tokenizer.pad_id),
+    out_shardings=built.rows,
+  )
+  learn, labelled = make_learn_shares(config, built, layout), uses_labels(config)
 
   def answered(sequences, texts):
     """(prompt, answer, whether it was cut off) of this process's rows; `texts` has those of all
@@ -507,7 +621,7 @@ def make_two_part_step(config, built: Build, policy: Policy, reward: Reward, lay
     pairs = (labeller(hosts.fetch(drawn.samples), int(state.step)),) if labelled else ()
     read = hosts.place(read, built.rows)
     with phase("learn"):
-      state, out = learn_of(state, drawn, read)(state, drawn, read, *pairs)
+      state, out = learn(state, drawn, read, *pairs)
     return state, out, samples
 
   return step
@@ -559,16 +673,17 @@ def run_of(
   def steps(state):
     labeller = labeller_of(config, policy, reward, data, workdir)
     layout = sharding.shardings(state, built.mesh)
-    step = make_two_part_step(config, built, policy, reward, layout, labeller)
+    step = make_folder_step(config, built, policy, reward, layout, labeller)
     # a step takes one batch, so the data resumes at the saved step
     order = Timed(Stream(data.order, start=int(state.step)))
     return Steps(map(batch, order), step, functools.partial(measure, order))
 
-  def measure(order, t: int, state, output, batch, rows):
+  def measure(order, t: int, state, output, batch, seen):
+    rows = rows_of(policy, reward, output, seen) if watch or t == 0 else []
     if t == 0:
       rounding = sample_rounding(built.defs, config, state.ref, output.sequences)
       check_step_zero(output.metrics, rounding, config, continued=policy.adapter is not None)
-      print((renderer_of(reward) or reward).describe(*rows[0]))
+      print(described(reward, output, rows))
     ends = t == config.steps - 1 or bool(follow.kl_reached(output.metrics["kl"], t + 1))
     if t == 0 or ends:
       when = "before" if t == 0 else "after"
@@ -587,15 +702,39 @@ def run_of(
   return Run(config, built, first, warm_up, steps, texts=texts, end=end, watch=follow, data=ids)
 
 
+def described(reward: Reward, output: StepOutput, rows: list) -> str:
+  """What the reward reads of the first sample, and whether the samples' text would give other ids."""
+  if ending_of(reward) is None:
+    return (renderer_of(reward) or reward).describe(*rows[0])
+  tokens, mask = tokens_read(reward, output)
+  read = [row[keep].tolist() for row, keep in zip(tokens, mask)]
+  hf, others = reward.renderer.tokenizer.hf, recoded(reward.renderer, rows, read)
+  return (
+    f"rewards  {reward.renderer.tokenizer.source}: the policy's own tokens\n"
+    f"sample   {len(read[0])} tokens: {hf.decode(read[0])!r}\n"
+    f"note     the text of {others} of {len(read)} samples would be encoded to other tokens than "
+    "those that were sampled and are read"
+  )
+
+
+def tokens_read(reward: RewardModel, output: StepOutput) -> tuple[np.ndarray, np.ndarray]:
+  """The policy's tokens as the reward model reads them: i32[B, L] and their mask."""
+  rows = jax.device_get(closed(output.sequences, reward.ending))
+  return rows.tokens, rows.token_mask
+
+
 def texts_of(policy: Policy, reward: RewardModel) -> Texts:
   """How to show a step of a run from folders to a reader."""
 
-  def read(out, rows):
-    return reward.renderer.batch(rows)
+  def read(out, seen):
+    return reward.renderer.batch(seen) if reward.ending is None else tokens_read(reward, out)
 
-  def tell(out, row: int, rows) -> dict:
-    prompt, answer, cut = rows[row]
+  def tell(out, row: int, seen) -> dict:
+    prompt, answer, cut = rows_of(policy, reward, out, seen)[row]
     ids = reward.renderer.ids(prompt, answer, truncated=cut)
+    if reward.ending is not None:
+      tokens, mask = tokens_read(reward, out)
+      ids = tokens[row][mask[row]]
     return {
       "prompt_text": prompt_text(prompt),
       "response_text": answer,
@@ -666,10 +805,8 @@ def prompt_text(prompt) -> str:
 
 def samples(config, output, prompts: list, policy: Policy, when: str) -> list[dict]:
   """One row of samples.jsonl for each of the step's first prompts."""
-  judged, shown = (
-    output.judged,
-    slice(0, config.log.samples * config.rollout.group_size, config.rollout.group_size),
-  )
+  judged = output.judged
+  shown = slice(0, config.log.samples * config.rollout.group_size, config.rollout.group_size)
   sequences = jax.tree.map(lambda x: x[shown], output.sequences)
   return [
     {

@@ -152,9 +152,9 @@ def runs(config, workdir: Path, mesh: Mesh, stage: Callable = stage) -> Iterator
     check_model(
       built.defs.policy,
       policy,
+      config,
       vocab_size=built.arch.vocab_size,
-      dtype=config.dtype,
-      temperature=config.rollout.temperature,
+      prompt_length=goldtask.PROMPT_LENGTH,
     )
   made: dict[str, Programs] = {}
   for variant in (config.variant,) if config.variant else config.arms:
@@ -191,7 +191,9 @@ def make_programs(config, mesh: Mesh, policy, reward) -> Programs:
 
 def run_of(config, programs: Programs, workdir: Path, policy, reward, stage: Callable) -> Run:
   """The Run of config.variant, from the shared starting policy and reward model."""
-  arm, built, shared = config.variant, programs.built, shared_arm(config)
+  arm = config.variant
+  built = programs.built
+  shared = shared_arm(config)
   if VARIANTS[arm].start == "golden":
     proxy, like = reward, shapes_of(reward)
     reward = stage(

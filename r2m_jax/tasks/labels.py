@@ -16,6 +16,7 @@ from r2m_jax.data.text import Renderer, Tokenizer, bucket, pad_left, responses_o
 from r2m_jax.judge.endpoint import Cache, JudgeError, Question, question
 from r2m_jax.judge.items import Item, shown
 from r2m_jax.judge.templates import TEMPLATES, read_answer, request
+from r2m_jax.ops import response_part
 from r2m_jax.parallel import hosts
 from r2m_jax.tasks.judge import ask_within_budget, body_of, endpoint_of
 from r2m_jax.types import Pairs, Sequences
@@ -61,9 +62,11 @@ def judge_labeller(
     rows = np.where(liked >= 0.5, [a, b], [b, a]).reshape(-1)  # winners, then losers
     ids = [renderer.ids(prompts[i // K], texts[i][0], truncated=texts[i][1]) for i in rows.tolist()]
     tokens, mask = pad_left(ids, renderer.tokenizer.pad_id, bucket(max(map(len, ids))))
+    mine = sequences.token_mask[rows]
     return Pairs(
       tokens=sequences.tokens[rows],
-      token_mask=sequences.token_mask[rows],
+      token_mask=mine,
+      response_mask=response_part(mine, sequences.response_mask.shape[1]),
       reward_tokens=tokens,
       reward_mask=mask,
       weight=(liked != 0.5).astype(np.float32),

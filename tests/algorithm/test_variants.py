@@ -11,7 +11,7 @@ import pytest
 import small
 
 from configs import quickstart
-from r2m_jax.algorithm import losses, schedules
+from r2m_jax.algorithm import annotate, losses, schedules, update
 from r2m_jax.algorithm.labels import pairs_at, pairs_per_step
 from r2m_jax.algorithm.objective import shape_scores
 from r2m_jax.algorithm.read import make_read
@@ -31,8 +31,8 @@ from r2m_jax.goldtask.labels import gold_labeller
 from r2m_jax.ops import combine
 from r2m_jax.parallel import sharding
 from r2m_jax.run import checkpoint
-from r2m_jax.step import jit_step
-from r2m_jax.types import Sequences
+from r2m_jax.step import jit_step, make_learn
+from r2m_jax.types import Rollout, Sequences
 
 STEPS = 3
 ALGORITHMS = {
@@ -104,8 +104,12 @@ ON_EIGHT_IN_FLOAT32 = {
 }
 
 
-# each differs from a remaining case only in the values of an array; a minute in total
+# each differs from a remaining case only in the values of an array, or is a part of one; a minute and
+# a half in total. test_an_arm_in_the_shared_program_is_the_variant_in_its_own runs the first two
+# variants on one device
 LONG = {
+  "rloo-scaled",
+  "reinforce++-r2m_untrained",
   "rloo-constant",
   "rloo-shuffled",
   "rloo-no_bt",
@@ -315,6 +319,57 @@ def test_feedback_controls_read_what_they_say():
   )  # each mask stays with its states
 
 
+def test_states_know_where_the_response_begins(monkeypatch):
+  """In annotation, in the update and over labelled pairs: the masks that a variant is given, against
+  the lengths of the rows."""
+  cfg = small.config(r2m__labels="preference", r2m__label_budget=0.25)
+  built, state = small.start(cfg)
+  rng, prompts, T = np.random.default_rng(0), small.prompts(cfg, 0), cfg.rollout.max_new_tokens
+  K, P = cfg.rollout.group_size, prompts.tokens.shape[1]
+  lengths = rng.integers(1, T + 1, K * len(prompts.tokens))
+  response_mask = np.arange(T) < lengths[:, None]
+  sequences = Sequences(
+    tokens=np.concatenate(
+      [np.repeat(prompts.tokens, K, 0), rng.integers(3, 64, response_mask.shape).astype(np.int32)],
+      1,
+    ),
+    token_mask=np.concatenate([np.repeat(prompts.mask, K, 0), response_mask], 1),
+    response_mask=response_mask,
+    has_eos=lengths < T,
+  )
+  seen, original = [], feed_back
+
+  def spy(kind, policy, ref, own, key, *, others):
+    seen.append([x.response_mask for x in (policy, ref, own)])
+    shuffled = original("shuffled", policy, ref, own, key, others=np.arange(len(policy.mask))[::-1])
+    seen[-1].append(shuffled.response_mask[::-1])
+    return original(kind, policy, ref, own, key, others=others)
+
+  for module in (annotate, update):
+    monkeypatch.setattr(module, "feed_back", spy)
+  pairs = gold_labeller(cfg)(sequences, 0)
+  learn = make_learn(built.defs, cfg, built.mesh)
+
+  @jax.jit
+  def given(state, sequences, pairs):
+    learn(state, Rollout(sequences), None, pairs)
+    return seen
+
+  annotated, updated, labelled = given(state, sequences, pairs)
+  want = np.zeros((len(lengths), P + T), bool)
+  for row, length in zip(want, lengths):
+    row[P : P + length] = True
+  for masks in (annotated, updated):
+    for mask in masks:
+      np.testing.assert_array_equal(mask, want)
+  row_of = {row.tobytes(): i for i, row in enumerate(sequences.tokens)}
+  at = [row_of[row.tobytes()] for row in pairs.tokens]
+  policy, ref, own, shuffled = labelled
+  assert own is None  # the reward model has rows of its own
+  for mask in (policy, ref, shuffled):
+    np.testing.assert_array_equal(mask, want[at])
+
+
 def test_no_trajectory_keeps_its_own_states_when_shuffled():
   """A shift by half the batch leads to another prompt, for any number of prompts from two up."""
   for prompts, K in ((2, 2), (2, 4), (3, 4), (5, 2), (5, 3)):
@@ -364,26 +419,25 @@ def test_labels_train_the_head_and_reversed_labels_train_it_the_other_way():
     r2m__labels="preference",
   )
   cfg = small.config(r2m__label_budget=0.25, **sgd)
-  moves = {}
+  label, moves, swap = gold_labeller(cfg), {}, False
+
+  def labeller(sequences, step):
+    pairs = label(sequences, step)
+
+    def turn(x):
+      return np.concatenate(np.split(x, 2)[::-1]) if swap else x
+
+    return pairs.replace(
+      **{
+        name: turn(getattr(pairs, name))
+        for name in ("tokens", "token_mask", "response_mask", "reward_tokens", "reward_mask")
+      }
+    )
+
+  step = small.step_of(cfg, *small.start(cfg), labeller)
   for swap in (False, True):
-    built, state = small.start(cfg)
+    _, state = small.start(cfg)
     before = jax.device_get(state.reward_head)
-    label = gold_labeller(cfg)
-
-    def labeller(sequences, step):
-      pairs = label(sequences, step)
-
-      def turn(x):
-        return np.concatenate(np.split(x, 2)[::-1]) if swap else x
-
-      return pairs.replace(
-        **{
-          name: turn(getattr(pairs, name))
-          for name in ("tokens", "token_mask", "reward_tokens", "reward_mask")
-        }
-      )
-
-    step = small.step_of(cfg, built, state, labeller)
     state, out = step(state, small.prompts(cfg, 0))
     moves[swap] = [
       np.asarray(b) - np.asarray(a) for a, b in zip(flat(before), flat(state.reward_head))
@@ -448,15 +502,14 @@ def test_ensembles_combine():
 
 def test_average_head_scores_and_the_raw_head_trains():
   cfg = small.config(r2m__average=0.75, r2m__lr=0.05)
-  _, fresh = small.start(cfg)
-  _, state = small.run(cfg, 1)
-  for start, raw, average in zip(
-    flat(fresh.reward_head), flat(state.reward_head), flat(state.reward_average)
-  ):
+  built, state = small.start(cfg)
+  step, fresh = small.step_of(cfg, built, state), flat(state.reward_head)
+  state, _ = step(state, small.prompts(cfg, 0))
+  for start, raw, average in zip(fresh, flat(state.reward_head), flat(state.reward_average)):
     np.testing.assert_allclose(average, 0.75 * start + 0.25 * raw, rtol=1e-5, atol=1e-7)
   plain, _ = small.run(small.config(r2m__lr=0.05), 2)
-  averaged, _ = small.run(cfg, 2)
-  assert not np.array_equal(plain[1].judged.scores, averaged[1].judged.scores)
+  _, averaged = step(state, small.prompts(cfg, 1))
+  assert not np.array_equal(plain[1].judged.scores, averaged.judged.scores)
 
 
 def test_omega_schedules():

@@ -44,7 +44,7 @@ def test_large_logits_are_within_what_rounding_explains(folder):
   eps = np.finfo(np.float32).eps
   assert eps * largest / 2 < gap.rounding < 100 * eps * largest  # a few units in the last place
   said = gap.describe("logit")
-  assert "within" in said and "rounding alone moves a logit" in said and "\n" not in said
+  assert "within" in said and "rounding by itself moves a logit" in said and "\n" not in said
 
 
 def test_a_wrong_factor_is_no_rounding(folder, monkeypatch):

@@ -388,7 +388,9 @@ def go_on_on_another_mesh(tmp_path, cfg):
   want, ends = [bits(x).tobytes() for x in jax.tree.leaves(state)], {}
   for name, mesh in meshes.items():
     built, like = small.start(cfg, mesh)
-    step, restored = small.step_of(cfg, built, like), checkpoint.restore(saved, like)
+    if name != "same":
+      step = small.step_of(cfg, built, like)
+    restored = checkpoint.restore(saved, like)
     assert [bits(x).tobytes() for x in jax.tree.leaves(restored)] == want
     outputs = []
     for t in range(2, 5):

@@ -12,9 +12,16 @@ from r2m_jax.run import identities
 from r2m_jax.types import Sequences
 
 
-def check(built, state):
+@pytest.fixture(autouse=True)
+def traced_anew():
+  """A test that breaks the model must not find the program of the model as it is."""
+  identities.make_readings.cache_clear()
+
+
+def check(built, state, **overrides):
+  cfg = small.config(rollout__temperature=0.7, dtype="float32", **overrides)
   return identities.check_model(
-    built.defs.policy, state.policy, vocab_size=64, dtype="float32", temperature=0.7
+    built.defs.policy, state.policy, cfg, vocab_size=64, prompt_length=14
   )
 
 

@@ -13,6 +13,7 @@ from test_serve import config, read, write
 
 from r2m_jax.algorithm.labels import pairs_at
 from r2m_jax.config import ConfigError, check_config
+from r2m_jax.data.datasets import judged_pairs, take_pairs
 from r2m_jax.data.text import Renderer, load_tokenizer
 from r2m_jax.judge.endpoint import JudgeError
 from r2m_jax.tasks import folders as folders_task
@@ -77,6 +78,8 @@ def test_pairs_of_samples_are_ordered_by_the_judge(tmp_path):
       elif mine != theirs:
         assert sum(pairs.weight) < m and pairs_at(cfg, step) < m
       decided += weight
+    for i, row, mask in zip(at, pairs.tokens, pairs.response_mask):
+      assert row[mask].tolist() == [*tokenizer.encode(ANSWERS[i], special=False), tokenizer.end_id]
     for i, row, mask in zip(at, pairs.reward_tokens, pairs.reward_mask):
       want = Renderer(tokenizer).ids(prompts[i // 4], ANSWERS[i])
       assert row[mask].tolist() == want
@@ -93,6 +96,23 @@ def test_pairs_of_samples_are_ordered_by_the_judge(tmp_path):
     labels.judge_labeller(cfg, tokenizer, Renderer(tokenizer), lambda t: new, tmp_path)(
       sequences, 9
     )
+
+
+def test_judgments_of_a_file_know_where_the_responses_begin(tmp_path):
+  tiny_text.tokenizer("chatml", tmp_path)
+  tokenizer = load_tokenizer(tmp_path)
+  given = [("The cat", "sat", "ran on the mat"), ("rain", "xx", "a")]
+  rows = [dict(zip(("prompt", "chosen", "rejected"), row)) for row in given]
+  cfg = config(r2m__judgments=write(tmp_path / "judgments.jsonl", rows))
+  arrays = judged_pairs(cfg, tokenizer, Renderer(tokenizer), tmp_path)
+  pairs = take_pairs(arrays, np.array([1, 0]))
+  answers = [given[i][side] for side in (1, 2) for i in (1, 0)]  # winners, then losers
+  assert len(pairs["tokens"]) == len(answers)
+  for answer, row, mask, real in zip(
+    answers, pairs["tokens"], pairs["response_mask"], pairs["token_mask"]
+  ):
+    assert row[mask].tolist() == [*tokenizer.encode(answer, special=False), tokenizer.end_id]
+    assert real[mask].all() and not mask[: int(real.argmax()) + 1].any()
 
 
 @pytest.mark.parametrize(
