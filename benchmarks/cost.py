@@ -45,11 +45,16 @@ def points(axis: str, config, arch) -> list[tuple[float, object, object]]:
 
 def main(_):
   machine.set_up()
-  size, rows, bounds, quiet = workload.SIZE.value, {}, [], True
+  size = workload.SIZE.value
+  rows = {}
+  bounds = []
+  quiet = True
   config, arch = workload.get_config(size, settings=workload.SETTING.value), workload.POLICIES[size]
   platform = jax.devices()[0].platform
   for axis in AXES.value:
-    works, sizes, flops = {}, [], []
+    works = {}
+    sizes = []
+    flops = []
     for number, changed, shape in points(axis, config, arch):
       work = workload.Work(changed, workload.sizes_of(changed, shape, shape))
       work.step()

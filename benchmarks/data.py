@@ -18,7 +18,10 @@ from r2m_jax.data.batches import Stream, pack, row_batches
 from r2m_jax.data.rows import load
 from r2m_jax.data.text import load_tokenizer, pad_left
 
-RUNS, LENGTH, BATCH, BATCHES = 3, 512, 32, 200
+RUNS = 3
+LENGTH = 512
+BATCH = 32
+BATCHES = 200
 
 
 def best(f):

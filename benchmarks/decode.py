@@ -41,10 +41,8 @@ def main(_):
   sizes, dtype = work.sizes, work.config.dtype
   tokens = sizes.response_length - 1
   seconds = times["all tokens"].median - times["one token"].median
-  flops, moved = (
-    workload.decode_flops(sizes),
-    workload.decode_bytes(sizes, jnp.dtype(dtype).itemsize),
-  )
+  flops = workload.decode_flops(sizes)
+  moved = workload.decode_bytes(sizes, jnp.dtype(dtype).itemsize)
   by = workload.decode_limits(sizes, dtype, limits)
   bound_by = max(by, key=by.get)
   share = by[bound_by] / seconds

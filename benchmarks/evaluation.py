@@ -39,7 +39,9 @@ BOUND = 0.15
 
 def settings(task: str, **changes):
   config = real_small.get_config()
-  config.task, config.variant, config.export.check = task, "r2m", False
+  config.task = task
+  config.variant = "r2m"
+  config.export.check = False
   config.sft.budget = config.reward.budget = config.budget = 0.0
   config.data.unique = False
   config.update_from_flattened_dict({name.replace("__", "."): v for name, v in changes.items()})

@@ -38,7 +38,9 @@ def timed(what: str, once, steps: int) -> machine.Times:
 
 def phases(work: workload.Work, settings: list[str], limits: dict[str, float]) -> dict:
   """Rollout and learn as separate programs, as shares of the card's limits."""
-  sizes, dtype, tokens = work.sizes, work.config.dtype, work.sizes.response_length - 1
+  sizes = work.sizes
+  dtype = work.config.dtype
+  tokens = work.sizes.response_length - 1
   rollout = timed("rollout", work.rollout, STEPS.value)
   of_one = [*settings, "rollout.max_new_tokens=1"]
   program = work.rollout_program(workload.get_config(workload.SIZE.value, settings=of_one))
@@ -74,7 +76,9 @@ def phases(work: workload.Work, settings: list[str], limits: dict[str, float]) -
 def main(_):
   machine.set_up()
   size, settings = workload.SIZE.value, workload.SETTING.value
-  limits, asked, bounds = machine.limits(), workload.BOUNDS[size], []
+  limits = machine.limits()
+  asked = workload.BOUNDS[size]
+  bounds = []
   print(jax.devices()[0].device_kind, machine.show_limits(limits), sep="; ", flush=True)
   print(f"{'':16}  {machine.HEADER}")
   result = {

@@ -118,7 +118,9 @@ def sigkill(folder: pathlib.Path, kills: int, rng: random.Random) -> dict:
   if start(unbroken).wait() != 0:
     raise AssertionError(pathlib.Path(f"{unbroken}.log").read_text()[-2000:])
   want, want_rows = arrays(unbroken), rows(unbroken)
-  done, equal, chains = collections.Counter(), 0, 0
+  done = collections.Counter()
+  equal = 0
+  chains = 0
   while done.total() < kills:
     workdir = folder / f"run{chains}"
     shutil.copytree(
@@ -143,7 +145,9 @@ def sigkill(folder: pathlib.Path, kills: int, rng: random.Random) -> dict:
 def sigterm(folder: pathlib.Path, kills: int, rng: random.Random) -> dict:
   first = folder / "first"
   assert start(first).wait() == 0
-  codes, times, lost = collections.Counter(), [], []
+  codes = collections.Counter()
+  times = []
+  lost = []
   for i in range(kills):
     workdir = folder / f"run{i}"
     shutil.copytree(first / "stages", workdir / "stages")

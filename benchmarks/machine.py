@@ -269,7 +269,9 @@ def conclude(result: dict, bounds: list[tuple[str, bool]], quiet: bool = True) -
 def exponent(sizes: list[float], values: list[float]) -> tuple[float, float]:
   """Least squares of log value over log size: (exponent, half-width of its 95% interval)."""
   x, y = [math.log(size) for size in sizes], [math.log(value) for value in values]
-  mean_x, mean_y, n = statistics.fmean(x), statistics.fmean(y), len(x)
+  mean_x = statistics.fmean(x)
+  mean_y = statistics.fmean(y)
+  n = len(x)
   spread = sum((a - mean_x) ** 2 for a in x)
   slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
   left = sum((b - mean_y - slope * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True))

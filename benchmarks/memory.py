@@ -27,14 +27,14 @@ def get_config():
   """A step whose temporaries are above 2 GB."""
   config = default.get_config()
   arch = config.policy.arch
-  arch.hidden_size, arch.num_layers, arch.num_heads, arch.num_kv_heads, arch.intermediate_size = (
-    256,
-    4,
-    8,
-    8,
-    1024,
-  )
-  config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 16, 8, 64
+  arch.hidden_size = 256
+  arch.num_layers = 4
+  arch.num_heads = 8
+  arch.num_kv_heads = 8
+  arch.intermediate_size = 1024
+  config.rollout.prompts = 16
+  config.rollout.group_size = 8
+  config.rollout.max_new_tokens = 64
   config.plan.prompt_length = 240
   config.remat = "none"  # keeps most in memory
   config.plan.compare = ""

@@ -36,7 +36,10 @@ ROWS = PROMPTS * GROUP
 ON_GPU = {
   "0.5b": dict(prompts=32, response=512, parts=8)
 }  # parts: an update's rows, one part at a time
-TEMPERATURE, EPOCHS, BETA, LEARNING_RATE = 0.7, 2, 0.05, 1e-6
+TEMPERATURE = 0.7
+EPOCHS = 2
+BETA = 0.05
+LEARNING_RATE = 1e-6
 WIDTH = 7  # characters of a token's text
 
 
@@ -97,7 +100,9 @@ class Watch:
   def __init__(self, count: int, most: int, warm: int = 1):
     self.count, self.warm = count, warm
     self.laps = warm + most * count  # at most
-    self.seconds, self.busy, self.ticks = [], [], []
+    self.seconds = []
+    self.busy = []
+    self.ticks = []
 
   def lap(self) -> None:
     """Ends one rollout and starts the next; the first call only starts."""

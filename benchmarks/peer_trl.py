@@ -76,7 +76,9 @@ class Laps(transformers.TrainerCallback):
 
   def __init__(self, watch: task.Watch, response: int | None):
     """response: the tokens that every response has; None: they have any number."""
-    self.watch, self.response, self.trainer = watch, response, None
+    self.watch = watch
+    self.response = response
+    self.trainer = None
 
   def on_train_begin(self, args, state, control, **kwargs):
     self.watch.lap()
@@ -102,11 +104,9 @@ def main(size: str, steps: int, most: int, ends: int = 0) -> None:
   transformers.utils.logging.set_verbosity_error()
   torch.set_num_threads(os.cpu_count() or 1)
   torch.manual_seed(0)
-  gpu, watch, vocab_size = (
-    size in task.ON_GPU,
-    task.Watch(steps, most),
-    task.SIZES[size]["vocab_size"],
-  )
+  gpu = size in task.ON_GPU
+  watch = task.Watch(steps, most)
+  vocab_size = task.SIZES[size]["vocab_size"]
   work = task.ON_GPU.get(size, dict(prompts=task.PROMPTS, response=task.RESPONSE, parts=1))
   tokenizer = task.make_tokenizer(vocab_size, ends)
   config = model_config(size, tokenizer, ends)

@@ -61,11 +61,9 @@ def make_reward(shape: dict, tokenizer, lengths: list[float]):
   The model is a policy whose vocabulary projection is a score, like tunix's critics; the score of a
   row is its last token's score. The mean length of each call's responses is added to `lengths`.
   """
-  model, pad, eos = (
-    rl_utils.create_critic_model(make_model(shape, 2)),
-    tokenizer.pad_token_id,
-    tokenizer.eos_token_id,
-  )
+  model = rl_utils.create_critic_model(make_model(shape, 2))
+  pad = tokenizer.pad_token_id
+  eos = tokenizer.eos_token_id
 
   def reward(prompts, completions, **kwargs):
     asked, said = (
@@ -133,7 +131,9 @@ def batches(vocab_size: int, watch: task.Watch, rollout_config):
 
 
 def main(size: str, steps: int, most: int, ends: int = 0, line: int = 0) -> None:
-  shape, watch, lengths = task.SIZES[size], task.Watch(steps, most), []
+  shape = task.SIZES[size]
+  watch = task.Watch(steps, most)
+  lengths = []
   tokenizer = task.make_tokenizer(shape["vocab_size"], ends)
   cluster = make_cluster(shape, tokenizer, watch.laps, ends, line)
   learner = grpo_learner.GRPOLearner(

@@ -50,7 +50,11 @@ def rows_of(args, file: str) -> tuple[list[dict], list[list[int]], list[int], li
   config = default.get_config()
   config.data.name = file
   tokenizer = load_tokenizer(Path(args.policy), None)
-  rows, ids, sizes, written, seen = [], [], [], [], set()
+  rows = []
+  ids = []
+  sizes = []
+  written = []
+  seen = set()
   for row in load(config.data, "pair"):
     prompt = tokenizer.render(row["prompt"])
     sides = [tokenizer.answer(row["prompt"], row[side]) for side in ("chosen", "rejected")]
@@ -291,7 +295,9 @@ def normalisations(states: np.ndarray) -> dict[str, tuple[Callable, Callable]]:
 def attended(data, rte: np.ndarray, draw: int, before: tuple[Callable, Callable]):
   """(weights f64[N, S], H_hat f64[N, D]) of a random attention, initialised as in the project."""
   rng = np.random.default_rng(draw)
-  D, N, S = rte.shape[1], len(rte), int(data["lengths"].max())
+  D = rte.shape[1]
+  N = len(rte)
+  S = int(data["lengths"].max())
   wq, wk, wv = (rng.normal(size=(D, WIDTH)) * D**-0.5 for _ in range(3))
   wo = rng.normal(size=(WIDTH, D)) * WIDTH**-0.5
   weights, read = np.zeros((N, S)), np.zeros((N, D))
@@ -400,7 +406,9 @@ def of_run(run: Path) -> list[Row]:
     file = run / "analysis" / f"{piece}.csv"
     for row in csv.DictReader(file.open(encoding="utf-8")) if file.exists() else ():
       numbers = [float(row.pop(name)) for name in ("value", "low", "high")]
-      count, measure, layer = int(row.pop("count")), row.pop("measure"), row.pop("layer", "")
+      count = int(row.pop("count"))
+      measure = row.pop("measure")
+      layer = row.pop("layer", "")
       labels = (run.name, piece, ", ".join(row.values()), layer)
       rows.append(Row(labels, measure, Interval(*numbers, count)))
   return rows

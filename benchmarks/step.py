@@ -60,10 +60,8 @@ def main(_):
   print(
     f"peak {peak / 1e9:.2f} GB; {times['step'].dropped} rounds dropped because others were busy"
   )
-  share, bound = (
-    flops["learn"] / seconds["learn"] / rate,
-    workload.BOUNDS.get(size, {}).get("learn"),
-  )
+  share = flops["learn"] / seconds["learn"] / rate
+  bound = workload.BOUNDS.get(size, {}).get("learn")
   result |= {
     "seconds": times["step"].seconds,
     "busy": times["step"].busy,

@@ -80,10 +80,14 @@ def get_config(size: str, variant: str = "vanilla", settings: list[str] = ()):
   """The config of a size's step; `settings` in the form of the flag --setting."""
   config = default.get_config()
   config.variant, config.policy.lr = variant, 1e-6
-  config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 8, 8, 64
+  config.rollout.prompts = 8
+  config.rollout.group_size = 8
+  config.rollout.max_new_tokens = 64
   config.rollout.temperature, config.plan.prompt_length = 0.7, 64
   config.ppo.epochs, config.ppo.minibatches = 2, 1
-  config.kl.placement, config.kl.estimator, config.kl.beta = "reward", "k1", 0.05
+  config.kl.placement = "reward"
+  config.kl.estimator = "k1"
+  config.kl.beta = 0.05
   config.r2m.attention_dim = POLICIES[size].hidden_size
   if size in ("0.5b", "3b"):
     config.dtype = config.param_dtype = config.policy.moment_dtype = "bfloat16"
@@ -138,7 +142,9 @@ class Work:
 
   def __init__(self, config, sizes: Sizes, policy_alone: bool = False, eos_ids=None):
     """eos_ids: tokens that end a row; None: one outside the vocabulary, so that no row ends."""
-    self.config, self.sizes, self.count = config, sizes, 0
+    self.config = config
+    self.sizes = sizes
+    self.count = 0
     self.mesh = sharding.make_mesh((1, 1, 1))
     self.built = build.build(config, self.mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
     self.eos_ids = (sizes.arch.vocab_size,) if eos_ids is None else eos_ids
@@ -150,11 +156,9 @@ class Work:
       return
     self.state = random_state(config, self.built)
     defs, layout = self.built.defs, sharding.shardings(self.state, self.mesh)
-    read, annotate, group = (
-      make_read(config),
-      make_annotate(defs, config),
-      config.rollout.group_size,
-    )
+    read = make_read(config)
+    annotate = make_annotate(defs, config)
+    group = config.rollout.group_size
     self.programs = {
       "step": make_step(defs, config, self.mesh, self.eos_ids, self.pad_id, layout),
       "rollout": self.rollout_program(config),

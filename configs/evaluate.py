@@ -53,7 +53,9 @@ def get_config(name: str = "alpaca_eval"):
   if name not in EVALUATIONS:
     raise ValueError(f"{name!r} is unknown; use one of {', '.join(EVALUATIONS)}")
   config = default.get_config()
-  config.task, config.dtype, config.param_dtype = "judge", "bfloat16", "bfloat16"
+  config.task = "judge"
+  config.dtype = "bfloat16"
+  config.param_dtype = "bfloat16"
   config.mesh = (1, -1, 1)
   config.update_from_flattened_dict(EVALUATIONS[name])
   if name == "mt_bench":

@@ -104,18 +104,24 @@ def get_config(size: str = ""):
     raise ValueError(f"size {size!r} is unknown; use configs/fair.py or configs/fair.py{known}")
   config = quickstart.get_config("test" if size == "test" else "")
   config.task = "lab"
-  config.r2m.lr, config.r2m.attention_scale = DOSE, ATTENTION_SCALE
+  config.r2m.lr = DOSE
+  config.r2m.attention_scale = ATTENTION_SCALE
   config.lab.arms = tuple(SIZES.get(size, primary)())
-  config.lab.seeds, config.lab.together = SEEDS, 6
+  config.lab.seeds = SEEDS
+  config.lab.together = 6
   # best of n and drift are not part of this test
-  config.lab.best_prompts, config.lab.best_samples = 1, 2
+  config.lab.best_prompts = 1
+  config.lab.best_samples = 2
   config.lab.probe_every = config.steps
   config.lab.contrasts = () if size in SIZES else contrasts()
   config.log.checkpoint_every = 20
   if size == "test":
     config.lab.arms = tuple(held(("r2m", *RIVALS), targets=(0.02,)))
     config.lab.contrasts = contrasts((0.02,))
-    config.lab.seeds, config.lab.together, config.lab.tail = (0, 1), 2, 4
+    config.lab.seeds = (0, 1)
+    config.lab.together = 2
+    config.lab.tail = 4
     config.log.checkpoint_every = 2
-    config.steps, config.policy.lr = 12, 3e-3
+    config.steps = 12
+    config.policy.lr = 3e-3
   return config

@@ -122,13 +122,18 @@ def get_config(size: str = ""):
   config.lab.seeds = tuple(range(10))
   config.log.checkpoint_every = 20
   if size == "sweep":
-    config.lab.arms, config.lab.betas = tuple(chosen(TELLING)), SWEEP
+    config.lab.arms = tuple(chosen(TELLING))
+    config.lab.betas = SWEEP
   if size == "tune":
-    config.lab.arms, config.lab.seeds = tuple(tuned(VARIANTS)), tuple(range(100, 104))
+    config.lab.arms = tuple(tuned(VARIANTS))
+    config.lab.seeds = tuple(range(100, 104))
   if size == "test":
     config.lab.arms = ("vanilla", "scaled", "r2m", "r2m.hold kl.controller=hold kl.target=0.1")
     config.lab.seeds = (0, 1)
-    config.lab.betas, config.lab.kls, config.lab.stops = (1.0, 4.0), (0.005, 0.02), (0.01,)
+    config.lab.betas = (1.0, 4.0)
+    config.lab.kls = (0.005, 0.02)
+    config.lab.stops = (0.01,)
     config.log.checkpoint_every = 2
-    config.steps, config.policy.lr = 12, 3e-3
+    config.steps = 12
+    config.policy.lr = 3e-3
   return config

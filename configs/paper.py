@@ -25,14 +25,18 @@ def shared(words: str):
       )
   config.ppo.aggregation = AGGREGATIONS.get(config.algorithm, config.ppo.aggregation)
 
-  config.dtype, config.param_dtype, config.remat = "bfloat16", "bfloat16", "full"
+  config.dtype = "bfloat16"
+  config.param_dtype = "bfloat16"
+  config.remat = "full"
   config.mesh = (1, -1, 1)
   config.ppo.epochs = 2
   config.ppo.clip_eps = 0.2  # our choice: the paper gives neither this nor beta
   config.kl.beta = 0.05
   config.reward.input = "auto"  # the policy's own tokens, if both models render alike
   config.rollout.temperature = 0.7  # nor top-k nor top-p
-  config.r2m.omega_schedule, config.r2m.alpha, config.r2m.attention_dim = "cosine", 0.3, 2048
+  config.r2m.omega_schedule = "cosine"
+  config.r2m.alpha = 0.3
+  config.r2m.attention_dim = 2048
   return config
 
 
@@ -45,10 +49,14 @@ def dialogue(words: str):
   config.data.split = "train_prefs"
   config.data.max_chosen_length = 512
   config.steps = 100
-  config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 64, 8, 512
+  config.rollout.prompts = 64
+  config.rollout.group_size = 8
+  config.rollout.max_new_tokens = 512
   config.ppo.accumulation = 16
-  config.packing, config.rollout.halvings = (0.35, 0.5, 0.7, 1.0), 2
+  config.packing = (0.35, 0.5, 0.7, 1.0)
+  config.rollout.halvings = 2
   config.sft.batch_size = config.reward.batch_size = 64
-  config.reward.path, config.plan.reward = "Skywork/Skywork-Reward-V2-Llama-3.1-8B", "llama3.1-8b"
+  config.reward.path = "Skywork/Skywork-Reward-V2-Llama-3.1-8B"
+  config.plan.reward = "llama3.1-8b"
   config.r2m.lr = 1e-6
   return config

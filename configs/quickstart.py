@@ -28,18 +28,23 @@ def get_config(size: str = ""):
   if size == "test":
     config.seeds = 1
     config.steps = 4
-    config.rollout.prompts, config.rollout.group_size = 8, 4
-    config.policy.arch.hidden_size, config.policy.arch.intermediate_size = 32, 64
+    config.rollout.prompts = 8
+    config.rollout.group_size = 4
+    config.policy.arch.hidden_size = 32
+    config.policy.arch.intermediate_size = 64
     config.r2m.attention_dim = 32
-    config.sft.examples, config.sft.steps, config.sft.batch_size, config.sft.warmup_steps = (
-      512,
-      40,
-      32,
-      5,
-    )
-    config.reward.pairs, config.reward.epochs, config.reward.heldout_pairs = 128, 1, 64
-    config.log.samples, config.log.checkpoint_every = 4, 2
+    config.sft.examples = 512
+    config.sft.steps = 40
+    config.sft.batch_size = 32
+    config.sft.warmup_steps = 5
+    config.reward.pairs = 128
+    config.reward.epochs = 1
+    config.reward.heldout_pairs = 64
+    config.log.samples = 4
+    config.log.checkpoint_every = 2
     config.lab.seeds = (0, 1)
-    config.lab.probe_every, config.lab.probe_prompts = 2, 4
-    config.lab.best_prompts, config.lab.best_samples = 4, 32
+    config.lab.probe_every = 2
+    config.lab.probe_prompts = 4
+    config.lab.best_prompts = 4
+    config.lab.best_samples = 32
   return config

@@ -22,7 +22,8 @@ def get_config(size: str = ""):
       f"size {size!r} is unknown; use configs/real_gold.py or configs/real_gold.py:test"
     )
   config = real_small.get_config(size)
-  config.task, config.variant = "lab_text", ""
+  config.task = "lab_text"
+  config.variant = ""
   # harmless-base teaches which of two replies is less harmful; its replies are not imitated and its
   # prompts not sampled
   config.scratch.pairs = real_small.files(
@@ -32,27 +33,38 @@ def get_config(size: str = ""):
   # little information
   config.reward.max_reply_length = config.rollout.max_new_tokens
   config.reward.max_length = 192  # no RL prompt with its response is longer
-  config.data.max_prompt_length, config.data.max_chosen_length = 120, 0
+  config.data.max_prompt_length = 120
+  config.data.max_chosen_length = 0
   config.data.buckets = (88, 104, 128, 160, 256)
 
-  config.gold.depth, config.gold.epochs, config.gold.batch_size = 2, 1, 16
-  config.gold.lr, config.gold.warmup_steps = 3e-4, 20
+  config.gold.depth = 2
+  config.gold.epochs = 1
+  config.gold.batch_size = 16
+  config.gold.lr = 3e-4
+  config.gold.warmup_steps = 20
   config.reward.pairs, config.reward.label_flip = 2000, 0.25  # of a proxy
-  config.reward.budget, config.reward.epochs = 0.0, 1
-  config.lab.arms, config.lab.seeds = ARMS, (0, 1, 2)
+  config.reward.budget = 0.0
+  config.reward.epochs = 1
+  config.lab.arms = ARMS
+  config.lab.seeds = (0, 1, 2)
   config.lab.kls = (2.0, 4.0, 12.0)
   config.kl.estimator = "exact"
-  config.budget, config.steps = 0.0, 28
-  config.policy.lr, config.kl.beta = 1.5e-4, 0.02
+  config.budget = 0.0
+  config.steps = 28
+  config.policy.lr = 1.5e-4
+  config.kl.beta = 0.02
   config.log.checkpoint_every = 14
   if size == "test":
     config.data.max_prompt_length = config.data.max_response_length = 48
-    config.reward.max_reply_length, config.reward.max_length = 8, 64
-    config.data.buckets, config.log.checkpoint_every = (), 1
-    config.gold.batch_size, config.reward.pairs = 4, 12
-    config.lab.arms, config.lab.seeds = (
-      ("vanilla", "r2m", "vanilla.hold kl.controller=hold kl.target=0.1"),
-      (0, 1),
-    )
-    config.lab.kls, config.lab.stops, config.steps = (0.005,), (0.01,), 2
+    config.reward.max_reply_length = 8
+    config.reward.max_length = 64
+    config.data.buckets = ()
+    config.log.checkpoint_every = 1
+    config.gold.batch_size = 4
+    config.reward.pairs = 12
+    config.lab.arms = ("vanilla", "r2m", "vanilla.hold kl.controller=hold kl.target=0.1")
+    config.lab.seeds = (0, 1)
+    config.lab.kls = (0.005,)
+    config.lab.stops = (0.01,)
+    config.steps = 2
   return config

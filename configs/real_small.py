@@ -67,50 +67,65 @@ def get_config(size: str = ""):
 
   config.tokenizer.vocab_size = 4096
   arch = config.policy.arch
-  arch.hidden_size, arch.num_layers, arch.num_heads, arch.num_kv_heads, arch.intermediate_size = (
-    256,
-    4,
-    4,
-    4,
-    704,
-  )
+  arch.hidden_size = 256
+  arch.num_layers = 4
+  arch.num_heads = 4
+  arch.num_kv_heads = 4
+  arch.intermediate_size = 704
   arch.tie_embeddings = True
-  config.data.max_prompt_length, config.data.max_response_length, config.data.max_chosen_length = (
-    192,
-    256,
-    512,
-  )
+  config.data.max_prompt_length = 192
+  config.data.max_response_length = 256
+  config.data.max_chosen_length = 512
   config.data.unique = True
   config.data.buckets = (128, 256)
 
-  names.lm.budget, names.lm.batch_size, names.lm.lr, names.lm.warmup_steps = 600.0, 8, 3e-3, 20
-  config.sft.budget, config.sft.batch_size, config.sft.lr, config.sft.warmup_steps = (
-    240.0,
-    16,
-    1e-3,
-    10,
-  )
-  config.reward.budget, config.reward.batch_size, config.reward.lr, config.reward.warmup_steps = (
-    420.0,
-    8,
-    3e-4,
-    10,
-  )
+  names.lm.budget = 600.0
+  names.lm.batch_size = 8
+  names.lm.lr = 3e-3
+  names.lm.warmup_steps = 20
+  config.sft.budget = 240.0
+  config.sft.batch_size = 16
+  config.sft.lr = 1e-3
+  config.sft.warmup_steps = 10
+  config.reward.budget = 420.0
+  config.reward.batch_size = 8
+  config.reward.lr = 3e-4
+  config.reward.warmup_steps = 10
   config.budget = 330.0  # an arm
-  config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 8, 4, 64
-  config.policy.lr, config.r2m.lr, config.kl.beta = 1e-4, 1e-4, 0.05
+  config.rollout.prompts = 8
+  config.rollout.group_size = 4
+  config.rollout.max_new_tokens = 64
+  config.policy.lr = 1e-4
+  config.r2m.lr = 1e-4
+  config.kl.beta = 0.05
   config.r2m.attention_dim = 128
-  config.log.checkpoint_every, config.log.samples = 20, 12
-  config.generate.batch_size, config.score.batch_size = 64, 64
+  config.log.checkpoint_every = 20
+  config.log.samples = 12
+  config.generate.batch_size = 64
+  config.score.batch_size = 64
   if size == "test":
-    config.tokenizer.vocab_size, config.tokenizer.min_frequency = 320, 1
-    arch.hidden_size, arch.num_layers, arch.intermediate_size = 32, 1, 64
+    config.tokenizer.vocab_size = 320
+    config.tokenizer.min_frequency = 1
+    arch.hidden_size = 32
+    arch.num_layers = 1
+    arch.intermediate_size = 64
     config.data.buckets = ()
     names.lm.budget = config.sft.budget = config.reward.budget = config.budget = 0.0
-    names.lm.steps, names.lm.batch_size, config.sft.steps, config.sft.batch_size = 4, 2, 4, 4
-    config.data.max_prompt_length, config.data.max_response_length = 48, 24
-    config.reward.epochs, config.reward.batch_size, config.steps = 1, 4, 2
-    config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 2, 2, 8
-    config.r2m.attention_dim, names.samples, config.log.samples = 16, 6, 2
-    config.export.check, config.log.checkpoint_every = False, 1
+    names.lm.steps = 4
+    names.lm.batch_size = 2
+    config.sft.steps = 4
+    config.sft.batch_size = 4
+    config.data.max_prompt_length = 48
+    config.data.max_response_length = 24
+    config.reward.epochs = 1
+    config.reward.batch_size = 4
+    config.steps = 2
+    config.rollout.prompts = 2
+    config.rollout.group_size = 2
+    config.rollout.max_new_tokens = 8
+    config.r2m.attention_dim = 16
+    names.samples = 6
+    config.log.samples = 2
+    config.export.check = False
+    config.log.checkpoint_every = 1
   return config

@@ -31,21 +31,32 @@ def get_config(size: str = ""):
       f"size {size!r} is unknown; use configs/smollm2_notes.py or configs/smollm2_notes.py:test"
     )
   config = default.get_config()
-  config.task, config.variant = "lab_notes", ""
+  config.task = "lab_notes"
+  config.variant = ""
   config.policy.path = "HuggingFaceTB/SmolLM2-135M-Instruct"
   config.policy.system_prompt = config.reward.system_prompt = "Be brief."
-  config.notes.demonstrations, config.notes.epochs = 128, 1
-  config.sft.lr, config.sft.batch_size, config.sft.warmup_steps = 2e-4, 4, 4
-  config.data.max_prompt_length, config.data.max_response_length = 128, 64
+  config.notes.demonstrations = 128
+  config.notes.epochs = 1
+  config.sft.lr = 2e-4
+  config.sft.batch_size = 4
+  config.sft.warmup_steps = 4
+  config.data.max_prompt_length = 128
+  config.data.max_response_length = 64
   config.data.max_chosen_length = 0
   config.data.buckets = (104,)
 
-  config.reward.pairs, config.reward.heldout_pairs = 192, 48
-  config.reward.epochs, config.reward.batch_size = 1, 8
-  config.reward.lr, config.reward.warmup_steps = 3e-5, 2
-  config.reward.choice_temperature, config.reward.label_flip = 0.5, 0.1
+  config.reward.pairs = 192
+  config.reward.heldout_pairs = 48
+  config.reward.epochs = 1
+  config.reward.batch_size = 8
+  config.reward.lr = 3e-5
+  config.reward.warmup_steps = 2
+  config.reward.choice_temperature = 0.5
+  config.reward.label_flip = 0.1
 
-  config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 4, 4, 40
+  config.rollout.prompts = 4
+  config.rollout.group_size = 4
+  config.rollout.max_new_tokens = 40
   config.rollout.temperature = 0.7
   # truncates every pair as a policy with this limit would
   config.reward.max_reply_length = config.rollout.max_new_tokens - 1
@@ -53,15 +64,21 @@ def get_config(size: str = ""):
   config.steps = 20
   config.ppo.epochs = 1
   config.policy.lr = 3e-5
-  config.kl.beta, config.kl.estimator = 0.02, "exact"
+  config.kl.beta = 0.02
+  config.kl.estimator = "exact"
   # the paper's 1e-6 at width 4,096, scaled for the same change of the head at width 576
-  config.r2m.lr, config.r2m.attention_dim = 7e-6, 288
+  config.r2m.lr = 7e-6
+  config.r2m.attention_dim = 288
   config.packing = (0.68, 0.76, 1.0)
-  config.lab.arms, config.lab.seeds = ARMS, (0, 1, 2)
-  config.lab.kls, config.lab.stops = (1.0, 2.0), ()
-  config.log.checkpoint_every, config.checkpoint.keep_last = 10, 1
+  config.lab.arms = ARMS
+  config.lab.seeds = (0, 1, 2)
+  config.lab.kls = (1.0, 2.0)
+  config.lab.stops = ()
+  config.log.checkpoint_every = 10
+  config.checkpoint.keep_last = 1
   config.scratch.samples = 48
-  config.generate.batch_size, config.score.batch_size = 48, 24
+  config.generate.batch_size = 48
+  config.score.batch_size = 24
   if size == "test":
     smallest(config)
   return config
@@ -72,16 +89,32 @@ def smallest(config) -> None:
   config.policy.path = ""
   config.tokenizer.vocab_size = 400
   arch = config.policy.arch
-  arch.hidden_size, arch.num_layers, arch.num_heads, arch.num_kv_heads = 24, 2, 3, 1
-  arch.intermediate_size, arch.tie_embeddings = 64, True
-  config.notes.demonstrations, config.sft.batch_size = 16, 4
+  arch.hidden_size = 24
+  arch.num_layers = 2
+  arch.num_heads = 3
+  arch.num_kv_heads = 1
+  arch.intermediate_size = 64
+  arch.tie_embeddings = True
+  config.notes.demonstrations = 16
+  config.sft.batch_size = 4
   config.data.max_prompt_length = config.data.max_response_length = 256
   config.data.buckets = ()
-  config.reward.pairs, config.reward.heldout_pairs, config.reward.batch_size = 12, 6, 4
-  config.reward.max_length, config.reward.max_reply_length = 320, 11
-  config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 2, 2, 12
-  config.sft.lr, config.reward.lr, config.policy.lr = 1e-3, 1e-3, 1e-3
-  config.r2m.attention_dim, config.packing, config.steps = 16, (1.0,), 2
-  config.lab.arms, config.lab.seeds = ("vanilla", "r2m"), (0, 1)
-  config.lab.kls, config.log.checkpoint_every = (0.005,), 1
+  config.reward.pairs = 12
+  config.reward.heldout_pairs = 6
+  config.reward.batch_size = 4
+  config.reward.max_length = 320
+  config.reward.max_reply_length = 11
+  config.rollout.prompts = 2
+  config.rollout.group_size = 2
+  config.rollout.max_new_tokens = 12
+  config.sft.lr = 1e-3
+  config.reward.lr = 1e-3
+  config.policy.lr = 1e-3
+  config.r2m.attention_dim = 16
+  config.packing = (1.0,)
+  config.steps = 2
+  config.lab.arms = ("vanilla", "r2m")
+  config.lab.seeds = (0, 1)
+  config.lab.kls = (0.005,)
+  config.log.checkpoint_every = 1
   config.scratch.samples = 4

@@ -20,17 +20,16 @@ def get_config(words: str = ""):
   config.data.name = "hf:trl-lib/tldr"
   config.data.max_chosen_length = 0  # the filter is for UltraFeedback
   config.steps = 122
-  config.rollout.prompts, config.rollout.group_size, config.rollout.max_new_tokens = 2048, 4, 50
-  config.ppo.accumulation, config.rollout.waves = 32, 8
+  config.rollout.prompts = 2048
+  config.rollout.group_size = 4
+  config.rollout.max_new_tokens = 50
+  config.ppo.accumulation = 32
+  config.rollout.waves = 8
   config.sft.batch_size = config.reward.batch_size = 2048
-  config.policy.path, config.plan.policy = (
-    "cleanrl/EleutherAI_pythia-2.8b-deduped__sft__tldr",
-    "pythia-2.8b",
-  )
-  config.reward.path, config.plan.reward = (
-    "cleanrl/EleutherAI_pythia-2.8b-deduped__reward__tldr",
-    "pythia-2.8b",
-  )
+  config.policy.path = "cleanrl/EleutherAI_pythia-2.8b-deduped__sft__tldr"
+  config.plan.policy = "pythia-2.8b"
+  config.reward.path = "cleanrl/EleutherAI_pythia-2.8b-deduped__reward__tldr"
+  config.plan.reward = "pythia-2.8b"
   config.policy.lr = 3e-6
   config.r2m.lr = 5e-7
   config.r2m.omega_min = 0.6

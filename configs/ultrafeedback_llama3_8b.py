@@ -18,7 +18,8 @@ from r2m_jax.configs import paper
 
 def get_config(words: str = ""):
   config = paper.dialogue(words)
-  config.policy.path, config.plan.policy = "meta-llama/Meta-Llama-3-8B-Instruct", "llama3-8b"
+  config.policy.path = "meta-llama/Meta-Llama-3-8B-Instruct"
+  config.plan.policy = "llama3-8b"
   config.policy.lr = 1e-6
   config.r2m.omega_min = 0.6
   return config

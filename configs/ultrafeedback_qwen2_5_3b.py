@@ -16,7 +16,8 @@ from r2m_jax.configs import paper
 
 def get_config(words: str = ""):
   config = paper.dialogue(words)
-  config.policy.path, config.plan.policy = "Qwen/Qwen2.5-3B-Instruct", "qwen2.5-3b"
+  config.policy.path = "Qwen/Qwen2.5-3B-Instruct"
+  config.plan.policy = "qwen2.5-3b"
   config.policy.lr = 6e-6
   config.r2m.omega_min = 0.7
   return config

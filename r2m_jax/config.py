@@ -517,7 +517,9 @@ def arms_of(config: ConfigDict) -> dict[str, ConfigDict]:
   for text in (config.variant,) if config.variant else config.lab.arms:
     name, *changes = text.split() or [""]
     arm = config.copy_and_resolve_references()
-    arm.task, arm.variant, arm.seed = "r2m", name.split(".")[0], 0
+    arm.task = "r2m"
+    arm.variant = name.split(".")[0]
+    arm.seed = 0
 
     def refuse(reason, text=text):
       raise ConfigError(f"config.lab.arms: {text!r} {reason}")
@@ -678,11 +680,9 @@ def check_batch(config: ConfigDict, mesh: tuple[int, int, int]) -> None:
         f"config.mesh = {mesh}: "
         f"use a multiple of {shards}, such as {-(-size // shards) * shards}, or a smaller mesh"
       )
-  minibatches, accumulation, waves = (
-    config.ppo.minibatches,
-    config.ppo.accumulation,
-    config.rollout.waves,
-  )
+  minibatches = config.ppo.minibatches
+  accumulation = config.ppo.accumulation
+  waves = config.rollout.waves
   if rows % (minibatches * shards):
     raise ConfigError(
       f"config.ppo.minibatches is {minibatches}: {rows} trajectories (rollout.prompts x "

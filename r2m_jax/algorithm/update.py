@@ -216,7 +216,9 @@ def make_reward_loss(config, reward: Reward) -> Callable[..., Callable]:
 
   labelled: (rte, states, weight) of the labelled pairs, or None.
   """
-  variant, K, score = VARIANTS[config.variant], config.rollout.group_size, reward.score
+  variant = VARIANTS[config.variant]
+  K = config.rollout.group_size
+  score = reward.score
   alpha = config.r2m.alpha if variant.alpha is None else variant.alpha
   grebt = functools.partial(losses.grebt, alpha=alpha, eps=config.r2m.gre_eps)
   sure = dict(confidence=config.r2m.label_confidence, temperature=config.r2m.label_temperature)

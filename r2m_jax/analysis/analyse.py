@@ -300,7 +300,9 @@ def read_gold(config, workdir: Path, wanted: list[str]) -> GoldReads:
   notes = goldtask.prompts(config.seed, STREAM_ANALYSE, 0, settings.prompts)
   # streams do not share sample keys
   notes = notes.replace(example_id=notes.example_id + STREAM_ANALYSE * 2**24)
-  prompt, looks, first_written = np.repeat(np.arange(settings.prompts), K), {}, None
+  prompt = np.repeat(np.arange(settings.prompts), K)
+  looks = {}
+  first_written = None
   found = GoldReads([], {}, [], [])
   for each in gold.runs(config, workdir, mesh_of(config), stage=saved):
     mine, arm = each.config, each.config.variant
@@ -345,7 +347,9 @@ class OfArm(NamedTuple):
 
 def read_arm(found: GoldReads, arm: OfArm, steps: list[int], wanted: list[str], prompt) -> None:
   """Adds to `found` the results of the arm's checkpoints, at `steps`, for responses."""
-  name, labels, formula = arm.config.variant, {}, arm.config.gold.formula
+  name = arm.config.variant
+  labels = {}
+  formula = arm.config.gold.formula
   judges = bool(VARIANTS[name].feedback or VARIANTS[name].trained)
   checked = judges and "checks" in wanted
   for step in steps if checked or "hacking" in wanted else steps[-1:]:
@@ -383,7 +387,9 @@ def weights_of(head) -> dict[str, np.ndarray]:
 
 def read_of(name: str, written: Sequences, seen: dict, prompt: np.ndarray, formula: str) -> Read:
   """A policy's own responses as `Read`."""
-  gold, V, T = goldtask.gold(written, formula), goldtask.VOCAB_SIZE, written.response_mask.shape[1]
+  gold = goldtask.gold(written, formula)
+  V = goldtask.VOCAB_SIZE
+  T = written.response_mask.shape[1]
   ids = np.arange(V)
   said = ((written.tokens[:, -T:, None] == ids) & written.response_mask[..., None]).sum(1)
   noted = (written.tokens[:, :-T, None] == ids).sum(1)
@@ -427,7 +433,9 @@ def read_text(config, workdir: Path, wanted: list[str], *, kind: str) -> GoldRea
   """Held-out pairs, one for each prompt, read by the policy before RL and by each arm's exported
   policy.
   """
-  names, settings, mesh = config.analyse.pairs or config.scratch.pairs_val, config, mesh_of(config)
+  names = config.analyse.pairs or config.scratch.pairs_val
+  settings = config
+  mesh = mesh_of(config)
   if kind == "scratch":
     models = {
       "policy__path": str(workdir / "models" / "sft"),
@@ -451,7 +459,9 @@ def read_text(config, workdir: Path, wanted: list[str], *, kind: str) -> GoldRea
       "or raise config.data.max_prompt_length and max_response_length"
     )
   prompt, label = np.repeat(np.arange(len(rows)), 2), np.tile([1, 0], len(rows))
-  frozen, reads, checked = scratch.scores_of(settings, reward, None, rows, mesh).reshape(-1), [], []
+  frozen = scratch.scores_of(settings, reward, None, rows, mesh).reshape(-1)
+  reads = []
+  checked = []
   first = None
   for name, out in {START: None, **exports_of(config, workdir, kind)}.items():
     policy = load_policy(

@@ -39,7 +39,9 @@ DYNAMICS = (
 TREND = ("reward/used", "reward/frozen", "reward/gold")  # of fig. 6
 # the rule of fig. 9, in quantiles of the supervised policy's responses, the same for every arm and
 # step
-PROXY_HIGH, GOLD_LOW, GOLD_HIGH = 0.75, 0.25, 0.5
+PROXY_HIGH = 0.75
+GOLD_LOW = 0.25
+GOLD_HIGH = 0.5
 # of the laboratory's measures
 ABLATION = ("final", "frozen_final", "used_final", "kl_final", "length_final")
 
@@ -364,7 +366,9 @@ def accuracy(judged: list[Judged], prompt: np.ndarray) -> list[Row]:
 
 # ---- probes ----
 
-EMBEDDING, POLICY, REFERENCE = "reward token embedding", "policy, mean", "reference, mean"
+EMBEDDING = "reward token embedding"
+POLICY = "policy, mean"
+REFERENCE = "reference, mean"
 SHUFFLED, RANDOM = "policy, mean; gold shuffled", "random features"
 
 
@@ -374,7 +378,9 @@ def probing(reads: list[Read], seed: int, progress: Callable[[str], None]) -> li
   """
   rows = []
   for read in reads:
-    rng, gold, prompt = np.random.default_rng([seed, 9]), read.scores["gold"], read.prompt
+    rng = np.random.default_rng([seed, 9])
+    gold = read.scores["gold"]
+    prompt = read.prompt
     x = dict(read.features)
     x["embedding + policy"] = np.concatenate([x[EMBEDDING], x[POLICY]], 1)
     x["embedding + reference"] = np.concatenate([x[EMBEDDING], x[REFERENCE]], 1)

@@ -70,7 +70,9 @@ def similarities(states: np.ndarray, label: np.ndarray, prompt: np.ndarray) -> S
     drawn**2, np.einsum("pa,pb->pab", n, n), 1
   )
   mean = np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0.5)
-  first, second, cross = mean[:, 0, 0], mean[:, 1, 1], mean[:, 0, 1]
+  first = mean[:, 0, 0]
+  second = mean[:, 1, 1]
+  cross = mean[:, 0, 1]
   return Similarities(
     *(with_ends(x, len(n)) for x in (first, second, cross, (first + second) / 2 - cross))
   )

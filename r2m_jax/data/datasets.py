@@ -102,10 +102,8 @@ def hold(workdir: Path, stage: str, rows: list[dict], ids: list, field: str = "d
   if saved.get("sha256") == found["sha256"]:
     return
   then, now = saved.get("files", {}), found["files"]
-  where, changed = (
-    "",
-    next((file for file in [*then, *now] if then.get(file) != now.get(file)), None),
-  )
+  where = ""
+  changed = next((file for file in [*then, *now] if then.get(file) != now.get(file)), None)
   if changed is not None:
     before, after = (files[changed]["rows"] if changed in files else "no" for files in (then, now))
     where = f" ({changed} gave {before} rows then, {'others' if before == after else after} now)"

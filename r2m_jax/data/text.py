@@ -503,10 +503,8 @@ def dated(template: str, date: str) -> str:
   Templates write a date with strftime_now(format), which transformers defines and which only the
   template can override.
   """
-  day, formats = (
-    datetime.datetime.fromisoformat(date),
-    dict.fromkeys(m[1] for m in DATE_FORMAT.findall(template)),
-  )
+  day = datetime.datetime.fromisoformat(date)
+  formats = dict.fromkeys(m[1] for m in DATE_FORMAT.findall(template))
   if "strftime_now" not in template:
     return template
   cases = "".join(

@@ -94,7 +94,9 @@ INSTRUCTIONS = (
 # The values of a lexicon are dealt into GROUPS. All values of a training note are of one group, and
 # all values of a held-out note are of different groups: no two of them are in one training note.
 GROUPS = 9
-MIN_FACTS, MAX_FACTS, MAX_ITEMS = 3, 6, 7
+MIN_FACTS = 3
+MAX_FACTS = 6
+MAX_ITEMS = 7
 TRAIN, HELD_OUT = "train", "held_out"
 
 WORD = re.compile(r"\d+:\d\d(?!\d)|\d+|[^\W\d_]+(?:['’][^\W\d_]+)?")
@@ -199,7 +201,9 @@ def invented_in(reply: str, prompt: str, note: Note) -> set[str]:
 
 def bare_list(reply: str) -> int:
   """The number of values beyond two in a row, with only commas between them."""
-  row, extra, last = 0, 0, 0
+  row = 0
+  extra = 0
+  last = 0
   for match in WORD.finditer(reply):
     word = match.group().lower()
     between = reply[last : match.start()]

@@ -131,8 +131,12 @@ def against_frozen(
   """
   gold, used, frozen = (np.asarray(x, float).reshape(-1, group_size) for x in (gold, used, frozen))
   u, f = (x - x.mean(-1, keepdims=True) for x in (used, frozen))
-  uu, ff, uf = (u * u).sum(), (f * f).sum(), (u * f).sum()
-  rows, best, worst = np.arange(len(gold)), used.argmax(-1), used.argmin(-1)
+  uu = (u * u).sum()
+  ff = (f * f).sum()
+  uf = (u * f).sum()
+  rows = np.arange(len(gold))
+  best = used.argmax(-1)
+  worst = used.argmin(-1)
   # whether the frozen reward orders the used reward's pairs as gold does
   agrees = np.sign(gold[rows, best] - gold[rows, worst]) * np.sign(
     frozen[rows, best] - frozen[rows, worst]

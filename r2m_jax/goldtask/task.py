@@ -17,7 +17,10 @@ import numpy as np
 from r2m_jax.goldtask import formula as own
 from r2m_jax.types import Prompts, Sequences
 
-PAD, BOS, EOS, SEP = 0, 1, 2, 3
+PAD = 0
+BOS = 1
+EOS = 2
+SEP = 3
 FILLER = range(4, 12)
 FACTS = range(12, 40)
 CHATTER = range(40, 64)

@@ -83,7 +83,9 @@ def write_policy(
   Args:
     state: its weights, or the adapters of config.lora on top of `base`: merged, or a PEFT folder.
   """
-  lora, below, commit = lora_of(config), config.policy.path, commit_of(policy.folder)
+  lora = lora_of(config)
+  below = config.policy.path
+  commit = commit_of(policy.folder)
   peft = lora is not None and config.lora.export == "peft"
   with new_folder(out) as folder:
     if peft:

@@ -43,7 +43,9 @@ from r2m_jax.parallel.errors import UserError
 from r2m_jax.run.build import lora_of, model_kwargs
 from r2m_jax.run.files import write_atomic
 
-RENDERER, HEAD_CONFIG, HEAD_WEIGHTS = "r2m_renderer.json", "r2m_head.json", "r2m_head.safetensors"
+RENDERER = "r2m_renderer.json"
+HEAD_CONFIG = "r2m_head.json"
+HEAD_WEIGHTS = "r2m_head.safetensors"
 HEAD_FORMAT = 1
 
 

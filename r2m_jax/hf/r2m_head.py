@@ -40,16 +40,12 @@ class R2MHead(torch.nn.Module):
 
   def __init__(self, config: dict):
     super().__init__()
-    policy, reward, width = (
-      config["policy_hidden_size"],
-      config["reward_hidden_size"],
-      config["attention_dim"],
-    )
-    self.num_heads, self.omega, self.feedback_layer = (
-      config["num_heads"],
-      config["omega"],
-      config["feedback_layer"],
-    )
+    policy = config["policy_hidden_size"]
+    reward = config["reward_hidden_size"]
+    width = config["attention_dim"]
+    self.num_heads = config["num_heads"]
+    self.omega = config["omega"]
+    self.feedback_layer = config["feedback_layer"]
     self.wq = torch.nn.Linear(reward, width, bias=False)
     self.wk = torch.nn.Linear(policy, width, bias=False)
     self.wv = torch.nn.Linear(policy, width, bias=False)

@@ -254,7 +254,9 @@ def seconds_of(header: str | None) -> float | None:
 
 def _read(response, timeout: float) -> bytes:
   """The whole body, within `timeout` seconds even if it arrives slowly."""
-  end, parts, size = time.monotonic() + timeout, [], 0
+  end = time.monotonic() + timeout
+  parts = []
+  size = 0
   while part := response.read1(2**16):
     parts.append(part)
     size += len(part)

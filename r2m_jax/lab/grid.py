@@ -312,10 +312,8 @@ def add_best_of_n(config, seeds, workdir: Path) -> None:
   config.variant = "vanilla"
   built, policies, rewards, _ = starts_of(config, tuple(missing), workdir)
   groups = -(-lab.best_samples // BEST_GROUP)
-  count, members = (
-    groups * BEST_GROUP,
-    scorer(built.defs.reward_backbone, built.defs.phi, built.mesh),
-  )
+  count = groups * BEST_GROUP
+  members = scorer(built.defs.reward_backbone, built.defs.phi, built.mesh)
   sizes = [2**i for i in range(count.bit_length()) if 2**i <= count]
   for seed in missing:
     notes = goldtask.prompts(seed, STREAM_BEST, 0, lab.best_prompts)

@@ -64,7 +64,9 @@ def run(config, workdir: Path) -> None:
       "config.task is 'lab_notes': runs in one process; start one, with "
       f"--config.hosts.coordinator={hosts.ALONE}"
     )
-  workdir, mesh, arms = workdir.absolute(), mesh_of(config), arms_of(config)
+  workdir = workdir.absolute()
+  mesh = mesh_of(config)
+  arms = arms_of(config)
   check_batch(config, tuple(mesh.shape.values()))
   claim(config, workdir, shared=True)
   formula.keep(config.gold.formula, workdir)

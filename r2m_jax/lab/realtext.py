@@ -44,7 +44,9 @@ def run(config, workdir: Path) -> None:
       "config.task is 'lab_text': runs in one process; start one, with "
       f"--config.hosts.coordinator={hosts.ALONE}"
     )
-  workdir, mesh, arms = workdir.absolute(), mesh_of(config), arms_of(config)
+  workdir = workdir.absolute()
+  mesh = mesh_of(config)
+  arms = arms_of(config)
   check_batch(config, tuple(mesh.shape.values()))
   scratch.require_data(config)
   claim(config, workdir, shared=True)

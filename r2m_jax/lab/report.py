@@ -40,7 +40,9 @@ def line(config, found: Results, name: str) -> str:
 
 def notes(config, found: Results) -> list[str]:
   """Sentences, each with its interval."""
-  base, control, said = config.lab.baseline, config.lab.control, []
+  base = config.lab.baseline
+  control = config.lab.control
+  said = []
   if base in found.curves:
     factor = figures.only_factor(found, base)
 

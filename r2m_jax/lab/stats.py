@@ -79,7 +79,9 @@ def fit_turnover(kl: np.ndarray, gain: np.ndarray, kind: str, seed: int = 0) -> 
     gain: f64[S, T], gold minus the initial policy's gold.
     kind: "bon", f(d) = d, or "rl", f(d) = log d.
   """
-  products, targets, squares = [], [], []
+  products = []
+  targets = []
+  squares = []
   for row, values in zip(kl, gain):
     keep = (row > 0) & np.isfinite(values)
     d = np.sqrt(row[keep])

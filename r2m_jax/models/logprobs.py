@@ -237,7 +237,9 @@ def stats_in_parts(
   split = vocabulary_parts(head.kernel.shape[1], parts, shards)
   ref_hidden = ref_kernel = ref_cap = None
   if ref is not None:
-    ref_hidden, ref_kernel, ref_cap = ref[1], ref[0].kernel, ref[0].cap
+    ref_hidden = ref[1]
+    ref_kernel = ref[0].kernel
+    ref_cap = ref[0].cap
   static = (head.cap, ref_cap, temperature, split)
   frozen = jax.lax.stop_gradient((ref_hidden, ref_kernel))
   return TokenStats(*_stats(static, hidden, head.kernel, tokens, *frozen))
@@ -308,7 +310,9 @@ def _stats_forward(static, hidden, kernel, tokens, ref_hidden, ref_kernel):
     shrink, weight = jnp.exp(sums.top - top), jnp.exp(l - top[..., None])
     above = shrink * (sums.above + sums.mass * jnp.maximum(sums.top - top, floor / 2))
     above += jnp.where(real, weight * (l - top[..., None]), 0).sum(-1)
-    apart, ref_top, ref_mass = shrink * sums.apart, sums.ref_top, sums.ref_mass
+    apart = shrink * sums.apart
+    ref_top = sums.ref_top
+    ref_mass = sums.ref_mass
     if ref_kernel is not None:
       r = jnp.where(real, _part_logits(ref_hidden, ref_kernel, ref_cap, temperature), floor)
       apart += (weight * (l - r)).sum(-1)
@@ -324,7 +328,9 @@ def _stats_forward(static, hidden, kernel, tokens, ref_hidden, ref_kernel):
   zero, lowest = jnp.zeros(tokens.shape, wide), jnp.full(tokens.shape, floor)
   start = Sums(lowest, zero, zero, zero, zero, lowest, zero)
   sums, _ = jax.lax.scan(add, start, (jnp.arange(len(kernels)), kernels, ref_kernels))
-  log_mass, above, apart = jnp.log(sums.mass), sums.above / sums.mass, sums.apart / sums.mass
+  log_mass = jnp.log(sums.mass)
+  above = sums.above / sums.mass
+  apart = sums.apart / sums.mass
   lse = sums.top + log_mass
   kl = zero if ref_kernel is None else apart - lse + sums.ref_top + jnp.log(sums.ref_mass)
   saved = (hidden, kernel, tokens, ref_hidden, ref_kernel, lse, sums.top + above, apart)

@@ -90,7 +90,9 @@ class Norm(nnx.Module):
   """RMS norm, or layer norm with a bias, over the last axis."""
 
   def __init__(self, size: int, arch: ArchConfig, *, param_dtype, kind: str | None = None):
-    self.kind, self.eps, self.offset = kind or arch.norm, arch.norm_eps, arch.norm_offset
+    self.kind = kind or arch.norm
+    self.eps = arch.norm_eps
+    self.offset = arch.norm_offset
     self.scale = nnx.Param(jnp.full((size,), 1.0 - self.offset, param_dtype))
     if self.kind == "layer":
       self.bias = nnx.Param(jnp.zeros((size,), param_dtype))
@@ -113,7 +115,9 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   least float32.
   """
   r = cos.shape[-1]
-  a, b, rest = x[..., :r].astype(cos.dtype), x[..., r : 2 * r].astype(cos.dtype), x[..., 2 * r :]
+  a = x[..., :r].astype(cos.dtype)
+  b = x[..., r : 2 * r].astype(cos.dtype)
+  rest = x[..., 2 * r :]
   turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
   return turned if rest.shape[-1] == 0 else jnp.concatenate([turned, rest], -1)
 
@@ -133,7 +137,9 @@ class Attention(nnx.Module):
   def __init__(self, arch: ArchConfig, *, rngs: nnx.Rngs, dtype, param_dtype, attention="xla"):
     self.arch, self.attention = arch, attention
     linear = functools.partial(nnx.Linear, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    d, q, kv = arch.hidden_size, arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    d = arch.hidden_size
+    q = arch.num_heads * arch.head_dim
+    kv = arch.num_kv_heads * arch.head_dim
     self.q = linear(d, q, use_bias=arch.qkv_bias)
     self.k = linear(d, kv, use_bias=arch.qkv_bias)
     self.v = linear(d, kv, use_bias=arch.qkv_bias)
@@ -164,7 +170,9 @@ class Attention(nnx.Module):
     q, k, v = projected
     if arch.qk_norm_joint:
       q, k = self.q_norm(q), self.k_norm(k)
-    q, k, v = heads(q), heads(k), heads(v)
+    q = heads(q)
+    k = heads(k)
+    v = heads(v)
     if arch.qk_norm and not arch.qk_norm_joint:
       q, k = self.q_norm(q), self.k_norm(k)
     k, v, prompt, cache = store(rotate(k, cos, sin), v)
@@ -187,7 +195,9 @@ class Attention(nnx.Module):
     """q [B, H, L, Dh], k and v [B, KV, S, Dh] -> [B, H, L, Dh], by the implementation that fits
     the call.
     """
-    scale, cap, window = self.arch.query_scale, self.arch.attn_softcap, self.arch.sliding_window
+    scale = self.arch.query_scale
+    cap = self.arch.attn_softcap
+    window = self.arch.sliding_window
     if isinstance(seen, Seen):
       interpret = self.attention == "interpreted"
       return splash_attend(q, k, v, seen, scale=scale, cap=cap, window=window, interpret=interpret)
@@ -344,13 +354,17 @@ class Transformer(nnx.Module):
   ):
     if remat not in REMAT:
       raise ValueError(f"{remat=} is unknown; use one of {sorted(REMAT)}")
-    self.arch, self.dtype, self.remat = arch, dtype, remat
+    self.arch = arch
+    self.dtype = dtype
+    self.remat = remat
     # how `models.decode` runs the model
     self.decodes_apart = attention[1] != "tpu"
     self.decodes_in_columns = attention[1] == "cpu"
     self.attention = choose(*attention, arch, param_dtype if dtype is None else dtype)
     self.decodes_in_slots = slots_fit(self.attention, arch)
-    d, vocab, small = arch.hidden_size, arch.vocab_size, nnx.initializers.normal(0.02)
+    d = arch.hidden_size
+    vocab = arch.vocab_size
+    small = nnx.initializers.normal(0.02)
     self.embed = nnx.Embed(
       vocab, d, embedding_init=small, dtype=dtype, param_dtype=param_dtype, rngs=rngs
     )

@@ -166,13 +166,11 @@ def _join(settings) -> bool:
   """
   if settings.coordinator == ALONE:
     return False
-  given, limits = (
-    addresses(settings),
-    dict(
-      initialization_timeout=settings.start_timeout,
-      heartbeat_timeout_seconds=settings.heartbeat_timeout,
-      shutdown_timeout_seconds=settings.end_timeout,
-    ),
+  given = addresses(settings)
+  limits = dict(
+    initialization_timeout=settings.start_timeout,
+    heartbeat_timeout_seconds=settings.heartbeat_timeout,
+    shutdown_timeout_seconds=settings.end_timeout,
   )
   jax.config.update(
     "jax_enable_preemption_service", False

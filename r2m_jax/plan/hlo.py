@@ -75,7 +75,9 @@ def collective_bytes(text: str) -> dict[str, float]:
 
 def parse(text: str) -> tuple[dict[str, list[tuple[str, str]]], str]:
   """({computation: [(instruction, its definition)]}, the entry's name) of HLO text."""
-  computations, entry, current = {}, "", None
+  computations = {}
+  entry = ""
+  current = None
   for line in text.splitlines():
     if head := HEAD.match(line):
       current = computations.setdefault(head[2], [])

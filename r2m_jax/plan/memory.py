@@ -89,7 +89,9 @@ def rollout_temporaries(config, sizes: Sizes, layout: Layout, platform: str) -> 
 
 def kept_bytes(config, arch, length: int, fused: bool, platform: str) -> float:
   """Bytes that a layer keeps per token for the backward pass."""
-  width, hidden, wide = jnp.dtype(config.dtype).itemsize, arch.hidden_size, arch.intermediate_size
+  width = jnp.dtype(config.dtype).itemsize
+  hidden = arch.hidden_size
+  wide = arch.intermediate_size
   squares = arch.num_heads * length * 3 * (not fused)
   if (
     platform == "gpu" and config.remat == "none"

@@ -161,10 +161,8 @@ def expected_links(config, sizes: Sizes, topology: Topology, layout: Layout) -> 
 
 
 def expected_seconds(config, sizes: Sizes, topology: Topology, layout: Layout) -> dict[str, float]:
-  phases, links = (
-    phases_of(config, sizes, layout, topology.platform),
-    expected_links(config, sizes, topology, layout),
-  )
+  phases = phases_of(config, sizes, layout, topology.platform)
+  links = expected_links(config, sizes, topology, layout)
   return {
     program: seconds for program, (seconds, _) in report.times(phases, links, topology).items()
   }

@@ -141,13 +141,11 @@ def arguments(config, sizes: Sizes, built: build.Build) -> tuple[Prompts, tuple]
   def make(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=built.rows)
 
-  P, B, Lp, T, L = (
-    sizes.prompts,
-    sizes.rows,
-    sizes.prompt_length,
-    sizes.response_length,
-    sizes.length,
-  )
+  P = sizes.prompts
+  B = sizes.rows
+  Lp = sizes.prompt_length
+  T = sizes.response_length
+  L = sizes.length
   prompts = Prompts(make((P, Lp), jnp.int32), make((P, Lp), bool), make((P,), jnp.int32))
   samples = P * config.rollout.group_size
 
@@ -166,11 +164,9 @@ def arguments(config, sizes: Sizes, built: build.Build) -> tuple[Prompts, tuple]
   rollout, reward = of_each(drawn), None if sizes.same_tokens else of_each(read)
   if not uses_labels(config):
     return prompts, (rollout, reward)
-  whole, m, own = (
-    NamedSharding(built.mesh, PartitionSpec()),
-    pairs_per_step(config),
-    sizes.reward_length,
-  )
+  whole = NamedSharding(built.mesh, PartitionSpec())
+  m = pairs_per_step(config)
+  own = sizes.reward_length
 
   def make(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)

@@ -107,7 +107,9 @@ def head_flops(config, sizes: Sizes) -> float:
   """One forward pass of cross-attention and phi over all rows (eqs. 3 and 4), whose keys and values
   are never computed.
   """
-  rows, reward, width = sizes.rows, sizes.reward_arch.hidden_size, config.r2m.attention_dim
+  rows = sizes.rows
+  reward = sizes.reward_arch.hidden_size
+  width = config.r2m.attention_dim
   phi = 2 * rows * reward * config.reward.ensemble
   if not reads_feedback(config):
     return phi
@@ -151,7 +153,9 @@ def update_tokens(config, sizes: Sizes, layout: Layout, platform: str) -> float:
 
 class _Count:
   def __init__(self, config, sizes: Sizes, layout: Layout, platform: str, work: Work | None = None):
-    self.config, self.sizes, self.layout = config, sizes, layout
+    self.config = config
+    self.sizes = sizes
+    self.layout = layout
     self.attention = {
       arch: choose(config.attention, platform, arch, config.dtype)
       for arch in (sizes.arch, sizes.reward_arch)
@@ -283,7 +287,9 @@ class _Count:
     return dealt(self.config.rollout.group_size, self.config.ppo.minibatches)
 
   def prefill(self) -> Phase:
-    s, arch, waves = self.sizes, self.sizes.arch, self.config.rollout.waves
+    s = self.sizes
+    arch = self.sizes.arch
+    waves = self.config.rollout.waves
     spans = self.spans(arch, s.prompts, s.prompt_length)
     blocks = sum(blocks_flops(arch, *span) for span in spans)
     spans = [(s.prompts, s.prompt_length, s.prompt_length)]
@@ -295,7 +301,9 @@ class _Count:
     )
 
   def decode(self) -> Phase:
-    s, arch, waves = self.sizes, self.sizes.arch, self.config.rollout.waves
+    s = self.sizes
+    arch = self.sizes.arch
+    waves = self.config.rollout.waves
     tokens = s.response_length * self.work.longest - 1  # the first one comes with the prefill
     rows = s.rows * self.work.alive
     # averaged over all tokens, half of the response is there; only a kernel skips the other half
@@ -318,7 +326,9 @@ class _Count:
     tensor are completed.
     """
     arch, layout = self.sizes.arch, self.layout
-    rows, fsdp, tensor = self.sizes.rows / layout.data, layout.fsdp, layout.tensor
+    rows = self.sizes.rows / layout.data
+    fsdp = layout.fsdp
+    tensor = layout.tensor
     rows *= self.work.alive
     heads, kv = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     wide = (heads + 2 * kv + (2 if arch.gated_mlp else 1) * arch.intermediate_size) / tensor
@@ -331,7 +341,9 @@ class _Count:
     return rows * (over_fsdp + over_tensor)
 
   def feedback(self, name: str) -> Phase:
-    s, arch, share = self.sizes, self.sizes.arch, self.work.share
+    s = self.sizes
+    arch = self.sizes.arch
+    share = self.work.share
     positions = s.rows * s.response_length * share
     spans = self.spans(arch, s.rows, s.length, self.group)
     return Phase(
@@ -358,8 +370,12 @@ class _Count:
     return self.sizes.prompts * self.config.rollout.group_size
 
   def policy_update(self) -> Phase:
-    s, arch, config = self.sizes, self.sizes.arch, self.config
-    rows, epochs, parts = self.trained_rows(), config.ppo.epochs, self.parts
+    s = self.sizes
+    arch = self.sizes.arch
+    config = self.config
+    rows = self.trained_rows()
+    epochs = config.ppo.epochs
+    parts = self.parts
     chunked = 0 < config.logits_chunk < s.response_length * arch.vocab_size
     share = self.work.share
     positions = rows * s.response_length * share
@@ -411,7 +427,10 @@ class _Count:
 
   def critic(self) -> Phase:
     """PPO's critic: one pass for the old values, then epochs of updates."""
-    s, config, rows, share = self.sizes, self.config, self.trained_rows(), self.work.share
+    s = self.sizes
+    config = self.config
+    rows = self.trained_rows()
+    share = self.work.share
     arch = s.reward_arch if config.critic.init == "reward" else s.arch
     groups = {config.rollout.group_size: 1}  # for neighbours with one prompt
     groups[self.trained_group] = groups.get(self.trained_group, 0) + config.ppo.epochs * (

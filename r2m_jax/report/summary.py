@@ -133,9 +133,13 @@ def rise_and_fall(gold, frozen):
   steps, values = gold
   if not len(values):
     return entry
-  means, width, se = window_means(values), window_of(len(values)), standard_error(values)
+  means = window_means(values)
+  width = window_of(len(values))
+  se = standard_error(values)
   top = int(np.argmax(means))
-  start, peak, last = float(means[0]), float(means[top]), float(means[-1])
+  start = float(means[0])
+  peak = float(means[top])
+  last = float(means[-1])
   gain, loss = peak - start, peak - last
   near = (frozen[0] >= steps[top]) & (frozen[0] <= steps[top + width - 1])
   return entry | {
@@ -263,11 +267,9 @@ def value_at(kl, values, target):
 
 # ---- sentences ----
 
-OVER, OTHER, NONE_SEEN = (
-  "over-optimisation",
-  "gold fell without a rise of the proxy",
-  "no over-optimisation seen",
-)
+OVER = "over-optimisation"
+OTHER = "gold fell without a rise of the proxy"
+NONE_SEEN = "no over-optimisation seen"
 NO_GOLD, TOO_FEW = "no gold measured", "too few steps"
 
 
@@ -292,7 +294,9 @@ def verdict(entry):
 
 def finding(entry):
   """A sentence on an arm's gold and frozen proxy."""
-  arm, n, found = entry["arm"] or "the run", number, verdict(entry)
+  arm = entry["arm"] or "the run"
+  n = number
+  found = verdict(entry)
   proxy = f"the frozen proxy went from {n(entry['frozen_start'])} to {n(entry['frozen_last'])}"
   if found == TOO_FEW:
     what = "evaluations" if entry["evaluated"] else "logged steps"
@@ -302,10 +306,8 @@ def finding(entry):
       f"In {arm} {proxy}, at a KL of {n(entry['kl_last'], 1)} at the end. No gold reward was "
       "measured, and the proxy by itself cannot distinguish improvement from over-optimisation."
     )
-  rose, peak = (
-    entry["gain"] > SURE * entry["se"],
-    f"{n(entry['peak'])} (step {entry['peak_step']:.0f})",
-  )
+  rose = entry["gain"] > SURE * entry["se"]
+  peak = f"{n(entry['peak'])} (step {entry['peak_step']:.0f})"
   if found == NONE_SEEN:
     gold = f"rose from {n(entry['start'])} to {peak}" if rose else f"started at {n(entry['start'])}"
     return (
@@ -351,7 +353,9 @@ def cautions(table):
     else "One seed: another seed may give another result."
   ]
   for entry in table:
-    arm, before, after = entry["arm"] or "the run", entry["length_start"], entry["length_last"]
+    arm = entry["arm"] or "the run"
+    before = entry["length_start"]
+    after = entry["length_last"]
     if before and not 0.5 <= after / before <= 2:
       texts.append(
         f"In {arm} responses went from {number(before, 1)} to {number(after, 1)} tokens; a "

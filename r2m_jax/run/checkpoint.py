@@ -242,7 +242,9 @@ def _checksum(x: jax.Array) -> jax.Array:
   bits = jax.lax.bitcast_convert_type(
     x, {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
   )
-  bits, place, stride = bits.astype(jnp.uint32), jnp.zeros((), jnp.uint32), 1
+  bits = bits.astype(jnp.uint32)
+  place = jnp.zeros((), jnp.uint32)
+  stride = 1
   for axis in reversed(range(bits.ndim)):
     place = place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * jnp.uint32(
       stride % 2**32

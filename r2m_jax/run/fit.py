@@ -218,7 +218,10 @@ class Rows:
   def __init__(
     self, stage: str, log: Metrics, batches: "Timed", budget: float, cost: speed.FitCost
   ):
-    self.stage, self.log, self.batches, self.budget = stage, log, batches, budget
+    self.stage = stage
+    self.log = log
+    self.batches = batches
+    self.budget = budget
     self.cost = cost
     self.began = 0.0  # when the first update was done; 0 before
     self.bad = 0  # rows in a row with every update skipped
@@ -274,7 +277,9 @@ class Timed:
   """An iterator that measures the share of the time spent waiting for it."""
 
   def __init__(self, items: Iterable):
-    self._items, self._waited, self._since = iter(items), 0.0, time.perf_counter()
+    self._items = iter(items)
+    self._waited = 0.0
+    self._since = time.perf_counter()
 
   def __iter__(self) -> Iterator:
     return self

@@ -231,7 +231,9 @@ class Guard:
   """
 
   def __init__(self, config, workdir: Path, checkpoints: Checkpoints):
-    self.config, self.workdir, self.checkpoints = config, workdir, checkpoints
+    self.config = config
+    self.workdir = workdir
+    self.checkpoints = checkpoints
     self.in_a_row: list[int] = []
     self.seen = self.skipped = 0  # steps
 
@@ -267,7 +269,9 @@ def keep_rows(workdir: Path, arm: str, step: int, out, example_id) -> None:
   """Saves the rows of a step whose update was skipped, for task=replay: rows with a non-finite
   score, or all rows if every score is finite.
   """
-  sequences, scores, frozen = out.sequences, out.judged.scores, out.judged.scores_frozen
+  sequences = out.sequences
+  scores = out.judged.scores
+  frozen = out.judged.scores_frozen
   K, width = len(scores) // len(example_id), sequences.response_mask.shape[1]
   bad = ~(np.isfinite(scores) & np.isfinite(frozen))
   rows = [

@@ -111,7 +111,9 @@ class Metrics:
   """
 
   def __init__(self, workdir, stage, arm="", *, from_step, also=""):
-    self.stage, self.arm, self.enabled = stage, arm, hosts.first()
+    self.stage = stage
+    self.arm = arm
+    self.enabled = hosts.first()
     self._file, self._trackers = None, {}
     if not self.enabled:
       return

@@ -128,7 +128,10 @@ class Progress(Live):
   """
 
   def __init__(self, total, label, initial=0, *, unit="step", doing="compiling", **kwargs):
-    self.total, self.n, self.unit, self.doing = total, initial, unit, doing
+    self.total = total
+    self.n = initial
+    self.unit = unit
+    self.doing = doing
     self._initial = initial
     self._first = None  # (n, seconds) when the first step, which compiles, was finished
     self._last = None  # the same for the last step

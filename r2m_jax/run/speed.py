@@ -243,5 +243,8 @@ class FitCost:
       found |= {"speed/tokens": tokens / took, "real/learn": tokens / positions}
     if self.rates is not None:
       found["lr"] = last_rate(self.rates, opt)
-    self.since, self.updates, self.tokens, self.positions = now, 0, 0, 0
+    self.since = now
+    self.updates = 0
+    self.tokens = 0
+    self.positions = 0
     return found

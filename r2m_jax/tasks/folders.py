@@ -588,7 +588,9 @@ def make_two_part_step(config, built: Build, policy: Policy, reward: Reward, lay
 
   `texts` are the prompts as in the rows, for the reward model's own rendering.
   """
-  K, tokenizer, read_rows = config.rollout.group_size, policy.tokenizer, make_read_rows(reward)
+  K = config.rollout.group_size
+  tokenizer = policy.tokenizer
+  read_rows = make_read_rows(reward)
   outside = isinstance(reward, OutsideReward)
   rollout = jax.jit(
     make_rollout(built.defs, config, built.mesh, tokenizer.eos_ids, tokenizer.pad_id),
@@ -803,10 +805,8 @@ def prompt_text(prompt) -> str:
 
 def samples(config, output, prompts: list, policy: Policy, when: str) -> list[dict]:
   """One row of samples.jsonl for each of the step's first prompts."""
-  judged, shown = (
-    output.judged,
-    slice(0, config.log.samples * config.rollout.group_size, config.rollout.group_size),
-  )
+  judged = output.judged
+  shown = slice(0, config.log.samples * config.rollout.group_size, config.rollout.group_size)
   sequences = jax.tree.map(lambda x: x[shown], output.sequences)
   return [
     {

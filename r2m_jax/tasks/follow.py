@@ -34,7 +34,9 @@ class Watch:
   """
 
   def __init__(self, config, workdir: Path, evaluate: Evaluate | None = None):
-    self.config, self.workdir, self.evaluate = config, workdir, evaluate
+    self.config = config
+    self.workdir = workdir
+    self.evaluate = evaluate
     self.rows: list[dict] = []  # of the evaluations so far, {"step", **values}
 
   def __call__(self, state: TrainState, step: int, metrics: dict | None) -> Seen:

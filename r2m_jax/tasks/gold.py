@@ -191,7 +191,9 @@ def make_programs(config, mesh: Mesh, policy, reward) -> Programs:
 
 def run_of(config, programs: Programs, workdir: Path, policy, reward, stage: Callable) -> Run:
   """The Run of config.variant, from the shared starting policy and reward model."""
-  arm, built, shared = config.variant, programs.built, shared_arm(config)
+  arm = config.variant
+  built = programs.built
+  shared = shared_arm(config)
   if VARIANTS[arm].start == "golden":
     proxy, like = reward, shapes_of(reward)
     reward = stage(

@@ -125,7 +125,9 @@ def generated(config, workdir: Path) -> str:
     return str(out)
   config = config.copy_and_resolve_references()
   with config.unlocked():
-    config.generate.output, config.generate.format, config.generate.n = str(out), "rows", 1
+    config.generate.output = str(out)
+    config.generate.format = "rows"
+    config.generate.n = 1
   serve.run_generate(config)
   write_atomic(made, json.dumps(how, indent=1) + "\n")
   return str(out)

@@ -253,11 +253,9 @@ def make_parts(config, built: Build):
   and of what attention read. With the policy's feedback the reward is omega * own + (1 - omega) *
   read (eq. 4; phi is linear).
   """
-  read, annotate, omega_at = (
-    make_read(config),
-    make_annotate(built.defs, config),
-    make_omega(config),
-  )
+  read = make_read(config)
+  annotate = make_annotate(built.defs, config)
+  omega_at = make_omega(config)
   defs, feedback = built.defs, VARIANTS[config.variant].feedback
 
   @sharding.jit_on(built.mesh)

@@ -132,7 +132,9 @@ def derived(config, task: str, data: str, **fields):
   config.update_from_flattened_dict(
     {name.replace("__", "."): value for name, value in fields.items()}
   )
-  config.task, config.data.name, config.data.weights = task, data, ()
+  config.task = task
+  config.data.name = data
+  config.data.weights = ()
   check_config(config)
   return config
 
@@ -315,10 +317,8 @@ def held_out_prompts(config, policy: Policy):
   for `serve.sample`.
   """
   settings = derived(config, "r2m", config.scratch.prompts_val)
-  settings.generate.max_new_tokens, settings.generate.temperature = (
-    config.rollout.max_new_tokens,
-    1.0,
-  )
+  settings.generate.max_new_tokens = config.rollout.max_new_tokens
+  settings.generate.temperature = 1.0
   rows = load(settings.data, "prompt")
   ids = [(policy.tokenizer.render(row["prompt"]),) for row in rows]
   settings.data.unique = True

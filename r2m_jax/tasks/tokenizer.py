@@ -26,7 +26,9 @@ from r2m_jax.hf.weights import save_pretrained
 from r2m_jax.run.build import KEY_INIT, build, init_policy
 from r2m_jax.run.workdir import claim
 
-END, PAD, ROLES = "<|end|>", "<|pad|>", ("<|system|>", "<|user|>", "<|assistant|>")
+END = "<|end|>"
+PAD = "<|pad|>"
+ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 TEMPLATE = (  # one token opens a message, one closes it
   "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
   "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"

@@ -117,7 +117,10 @@ def slots_kernel(first, own, heads, *refs, scale: float):
 
   *prompt, _, _, y, keys, values = refs  # before and after are the same memory
   common = prompt[0].shape[0] if prompt else 0
-  head, kv, first, own = pl.program_id(1), pl.num_programs(1), first[0], own[0] - common
+  head = pl.program_id(1)
+  kv = pl.num_programs(1)
+  first = first[0]
+  own = own[0] - common
   group = y.shape[0] // kv
   most = max(16, 1 << (group - 1).bit_length())  # queries: the minimum for a tensor core
   mine, there = pl.ds(head * group, most), (jnp.arange(most) < group)[:, None]
