@@ -175,7 +175,7 @@ def tables(config, curves: dict[str, dict[float, Curves]]) -> list[dict]:
   shown = [arm_cells(name, arm) for name, arm in arms.items()]
   return [
     {"title": "Registered contrasts", "head": list(CONTRAST_HEAD), "rows": rows, "note": about},
-    {"title": "Arms with a held KL", "head": list(ARM_HEAD), "rows": shown, "note": of_arms},
+    {"title": "Arms whose KL is held", "head": list(ARM_HEAD), "rows": shown, "note": of_arms},
   ]
 
 
