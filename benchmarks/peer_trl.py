@@ -79,6 +79,7 @@ class Laps(transformers.TrainerCallback):
     self.watch = watch
     self.response = response
     self.trainer = None
+    self.lengths: list[float] = []  # mean tokens of the responses of each rollout
 
   def on_train_begin(self, args, state, control, **kwargs):
     self.watch.lap()
@@ -94,6 +95,7 @@ class Laps(transformers.TrainerCallback):
         raise SystemExit(
           f"{len(shortest)} rollouts for {state.global_step} updates, not one for {task.EPOCHS}"
         )
+      self.lengths.append(seen["completions/mean_length"][-1])
       if self.response is not None:
         task.check_length("a response", map(int, shortest + longest), self.response)
       control.should_training_stop = self.watch.done
@@ -143,7 +145,7 @@ def main(size: str, steps: int, most: int, ends: int = 0) -> None:
       torch=torch.__version__,
       transformers=transformers.__version__,
       parameters=sum(p.numel() for p in laps.trainer.model.parameters()),
-      lengths=laps.trainer._metrics["train"]["completions/mean_length"],
+      lengths=laps.lengths,
     )
   )
 

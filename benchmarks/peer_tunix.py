@@ -54,7 +54,7 @@ def make_model(shape: dict, seed: int) -> qwen2.Qwen2:
   return model
 
 
-def make_reward(shape: dict, tokenizer, lengths: list[float]):
+def make_reward(shape: dict, tokenizer, lengths: list[float], ends: int):
   """The reward function that tunix requires, around a reward model, because its GRPO learner does
   not take a model.
 
@@ -70,6 +70,8 @@ def make_reward(shape: dict, tokenizer, lengths: list[float]):
       [tokenizer(text=str(x))["input_ids"] for x in xs] for xs in (prompts, completions)
     )
     task.check_length("a prompt", map(len, asked), task.LENGTH)
+    if not ends:
+      task.check_length("a response", map(len, said), task.RESPONSE)
     lengths.append(np.mean([len(row) for row in said]))
     answers = np.full((len(said), task.RESPONSE), pad, np.int32)
     for row, tokens in zip(answers, said, strict=True):
@@ -138,7 +140,7 @@ def main(size: str, steps: int, most: int, ends: int = 0, line: int = 0) -> None
   cluster = make_cluster(shape, tokenizer, watch.laps, ends, line)
   learner = grpo_learner.GRPOLearner(
     rl_cluster=cluster,
-    reward_fns=make_reward(shape, tokenizer, lengths),
+    reward_fns=make_reward(shape, tokenizer, lengths, ends),
     algo_config=grpo_learner.GRPOConfig(
       num_generations=task.GROUP,
       num_iterations=task.EPOCHS,

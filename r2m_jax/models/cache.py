@@ -21,7 +21,8 @@ class Cache(struct.PyTreeNode):
 
   k: jax.Array  # [N, B, KV, S, Dh]   after norm and rotation
   v: jax.Array  # [N, B, KV, S, Dh]
-  mask: jax.Array  # bool[B, S]   True where a real token was written
+  mask: jax.Array  # bool[B, S]   True where a real token was written, slots of `prompt` included
+  prompt: tuple = ()  # (k, v) of the slots before, in common to runs of rows; see `shared`
 
   def written(self, mask: jax.Array, slot: int | jax.Array) -> "Cache":
     """A copy with mask bool[B, L] in the slots from `slot` on, which are about to be written."""
@@ -33,15 +34,26 @@ class Cache(struct.PyTreeNode):
     k, v = padded(self.k, more, -2), padded(self.v, more, -2)
     return self.replace(k=k, v=v, mask=padded_mask(self.mask, more))
 
+  def shared(self, copies: int) -> "Cache":
+    """A copy for `copies` rows in place of each, which have its slots in common."""
+    k, v = (lay_cache(jnp.repeat(x[..., :0, :], copies, 1)) for x in (self.k, self.v))
+    mask = lay_rows(jnp.repeat(self.mask, copies, 0))
+    return self.replace(k=k, v=v, mask=mask, prompt=(self.k, self.v))
+
   def repeated(self, repeat: Callable) -> "Cache":
     """A copy with `repeat(x, axis)` applied to every array, along the rows."""
     k, v = lay_cache(repeat(self.k, 1)), lay_cache(repeat(self.v, 1))
     return self.replace(k=k, v=v, mask=lay_rows(repeat(self.mask, 0)))
 
   def taken(self, order: jax.Array) -> "Cache":
-    """Some of the rows; see `parallel.rows.take_shares`."""
-    k, v = (lay_cache(take_shares(x, order, 1)) for x in (self.k, self.v))
-    return self.replace(k=k, v=v, mask=lay_rows(take_shares(self.mask, order)))
+    """Some of the rows, each with all of its slots; see `parallel.rows.take_shares`."""
+    k, v = (take_shares(x, order, 1) for x in (self.k, self.v))
+    if self.prompt:
+      copies = len(self.mask) // self.prompt[0].shape[1]
+      before = (take_shares(x, order // copies, 1) for x in self.prompt)
+      k, v = (jnp.concatenate(both, -2) for both in zip(before, (k, v)))
+    mask = lay_rows(take_shares(self.mask, order))
+    return self.replace(k=lay_cache(k), v=lay_cache(v), mask=mask, prompt=())
 
 
 def lay_cache(x: jax.Array) -> jax.Array:

@@ -206,9 +206,8 @@ class ScannedDecoder:
     self.model = model
 
   def cache(self, prefilled: Cache, repeat: Callable, copies: int | None) -> Cache:
-    """The cache to decode with, a copy of the prompt's for each of its rows; see `Decoder.cache`."""
-    del copies
-    return prefilled.repeated(repeat)
+    """The cache to decode with, from that of the prompts; see `Decoder.cache`."""
+    return prefilled.repeated(repeat) if copies is None else prefilled.shared(copies)
 
   def __call__(self, tokens, live, cache: Cache, slot) -> tuple[jax.Array, Cache]:
     """See `Decoder.__call__`."""

@@ -115,8 +115,8 @@ def generate(
 ) -> Sequences:
   """Samples `group_size` responses for each prompt.
 
-  Each prompt is prefilled once, and its samples read its cache. On a TPU, and together with greedy
-  rows, each sample has a copy. The loop stops when all rows have ended.
+  Each prompt is prefilled once, and its samples read its cache. Together with greedy rows, each
+  sample has a copy. The loop stops when all rows have ended.
 
   Args:
     key: the run's key; see `sample_keys`.

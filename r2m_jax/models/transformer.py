@@ -439,7 +439,8 @@ class Transformer(nnx.Module):
       lines = packing.pack(lines)
     x = self.embedded(lines)
     kv = None if cache is None else (cache.k, cache.v)
-    x, kv, tapped = self._scan(x, kv, tables, kinds, slot, fresh, tap, packing)
+    prompt = () if cache is None else cache.prompt
+    x, kv, tapped = self._scan(x, kv, prompt, tables, kinds, slot, fresh, tap, packing)
     hidden = self.final_norm(x)
     if cache is not None:
       cache = cache.replace(k=kv[0], v=kv[1])
@@ -459,11 +460,12 @@ class Transformer(nnx.Module):
     apart = self._in_blocks(length) or not splits_in_runs(shared, rows)
     return None if apart else shared
 
-  def _scan(self, x, kv, tables, kinds, slot, fresh, tap, packing):
+  def _scan(self, x, kv, prompt, tables, kinds, slot, fresh, tap, packing):
     """Runs all layers, one after another: (x, kv, x after layer `tap` or None).
 
-    x [B, L, D]; kv (keys, values) of a cache or None; tables and kinds of `_tables`; slot i32[];
-    `fresh`: attend over the tokens of this call instead of the cache; packing: of x, or None.
+    x [B, L, D]; kv (keys, values) of a cache or None; prompt (keys, values) of the slots before it
+    or (); tables and kinds of `_tables`; slot i32[]; `fresh`: attend over the tokens of this call
+    instead of the cache; packing: of x, or None.
     """
     blocks, stacked = nnx.split(self.layers)
 
@@ -476,8 +478,10 @@ class Transformer(nnx.Module):
       def store(k, v):
         if kv is None:
           return k, v, (), None
-        new = tuple(write(all_, one[None], layer, 0, 0, slot, 0) for all_, one in zip(kv, (k, v)))
-        return (k, v, (), new) if fresh else (new[0][layer], new[1][layer], (), new)
+        at = slot - (prompt[0].shape[-2] if prompt else 0)
+        new = tuple(write(all_, one[None], layer, 0, 0, at, 0) for all_, one in zip(kv, (k, v)))
+        before = tuple(x[layer] for x in prompt)
+        return (k, v, (), new) if fresh else (new[0][layer], new[1][layer], before, new)
 
       x, kv = nnx.merge(blocks, state)(x, table, store)
       x = lay_states(x)

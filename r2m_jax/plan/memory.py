@@ -49,11 +49,11 @@ def state_on(shapes, layout: Layout) -> dict[str, int]:
   return total
 
 
-def cache_bytes(config, sizes: Sizes, layout: Layout, platform: str) -> float:
+def cache_bytes(config, sizes: Sizes, layout: Layout) -> float:
   """Bytes of one wave's keys and values on a chip."""
   arch, width = sizes.arch, jnp.dtype(config.dtype).itemsize
   heads = arch.num_kv_heads / (layout.tensor if arch.num_kv_heads % layout.tensor == 0 else 1)
-  slots = cache_slots(config, sizes, platform) / layout.shards / config.rollout.waves
+  slots = cache_slots(config, sizes) / layout.shards / config.rollout.waves
   return 2 * arch.num_layers * slots * heads * arch.head_dim * width
 
 
@@ -76,7 +76,7 @@ def rollout_temporaries(config, sizes: Sizes, layout: Layout, platform: str) -> 
   gathered = (
     (vocabulary(arch) + 2 * layer_weights(arch)) * width / layout.tensor * (layout.fsdp > 1)
   )
-  prefill = cache_bytes(config, sizes, layout, platform) / config.rollout.group_size
+  prefill = cache_bytes(config, sizes, layout) / config.rollout.group_size
   apart = (
     arch.num_layers
     * layer_weights(arch)
@@ -148,7 +148,7 @@ def estimate(
   return {
     "rollout": shared
     | {
-      "KV cache": cache_bytes(config, sizes, layout, platform),
+      "KV cache": cache_bytes(config, sizes, layout),
       "feedback": 0.0,
       "temporaries": rollout_temporaries(config, sizes, layout, platform),
     },

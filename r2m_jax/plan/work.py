@@ -80,11 +80,11 @@ def in_slots(config, arch: ArchConfig, platform: str) -> bool:
   return slots_fit(choose(config.attention, platform, arch, config.dtype), arch)
 
 
-def cache_slots(config, sizes: Sizes, platform: str) -> int:
+def cache_slots(config, sizes: Sizes) -> int:
   """Slots of the cache of all rows at the end of a rollout; a prompt's slots count once if its rows
   share them.
   """
-  if platform == "tpu" or baseline_of(config) == "greedy":
+  if baseline_of(config) == "greedy":
     return sizes.rows * sizes.length
   return sizes.rows * sizes.response_length + sizes.prompts * sizes.prompt_length
 
@@ -161,7 +161,7 @@ class _Count:
       for arch in (sizes.arch, sizes.reward_arch)
     }
     self.in_slots = in_slots(config, sizes.arch, platform)
-    self.slots = cache_slots(config, sizes, platform)
+    self.slots = cache_slots(config, sizes)
     self.width = jnp.dtype(config.dtype).itemsize  # bytes per element in the computation
     self.stored = jnp.dtype(config.param_dtype).itemsize  # bytes of a parameter
     self.again = int(

@@ -323,6 +323,7 @@ def test_layers_apart_and_a_growing_cache_draw_the_same_tokens(arch, greedy_rows
     and 12 in slots_of("apart")
     and 8 not in slots_of("apart")
   )
+  assert f"-> tensor<{arch.num_layers}x{rows}x1x{12 - common}x8xf32>" in texts["stacked"]
 
 
 def test_steps_prompts_and_samples_differ(model):
