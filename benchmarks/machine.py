@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import statistics
 import subprocess
 import sys
@@ -212,6 +213,23 @@ def show_limits(found: dict[str, float]) -> str:
     "in bfloat16, "
     f"copies at {found['copy'] / 1e9:.0f} GB/s"
   )
+
+
+def instructions() -> str:
+  """The widest vector instructions that XLA may use on this CPU: "AVX-512", "AVX2", "SSE4.2" or, if
+  /proc/cpuinfo does not list them, "unknown instructions".
+  """
+  cpu = pathlib.Path("/proc/cpuinfo")
+  has = set(cpu.read_text().split()) if cpu.exists() else set()
+  limit = re.search(r"xla_cpu_max_isa=(\w+)", os.environ.get("XLA_FLAGS", ""))
+  names = (
+    ("AVX512", "avx512f", "AVX-512"),
+    ("AVX2", "avx2", "AVX2"),
+    ("SSE4_2", "sse4_2", "SSE4.2"),
+  )
+  allowed = [name for name, _, _ in names]
+  first = allowed.index(limit[1]) if limit and limit[1] in allowed else 0
+  return next((shown for _, flag, shown in names[first:] if flag in has), "unknown instructions")
 
 
 # ---- children and verdicts ----
