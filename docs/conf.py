@@ -27,6 +27,7 @@ myst_heading_anchors = 4
 suppress_warnings = ["config.cache"]
 
 html_theme = "sphinx_book_theme"
+html_context = {"default_mode": "auto"}  # light or dark as the browser prefers
 html_title = f"r2m_jax {version}"
 html_theme_options = {
   "repository_url": GITHUB,
