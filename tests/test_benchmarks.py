@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from benchmarks import compile as compiling
-from benchmarks import fair, findings, machine, workload
+from benchmarks import fair, findings, holds, machine, workload
 from benchmarks.machine import Ticks
 from r2m_jax.configs import fair as configs_fair
+from r2m_jax.configs import holds as configs_holds
 from r2m_jax.lab import contrasts
 
 TINY, WIDTH = workload.POLICIES["tiny"], 4
@@ -173,6 +174,16 @@ def test_the_readme_gives_the_numbers_of_the_findings():
   paragraph = next(part for part in readme.split("\n\n") if "docs/findings.md" in part)
   numbers = re.findall(r"-?\d+\.\d+ \[[^\]]*\]", " ".join(paragraph.split()))
   assert numbers and all(number in findings.read("findings") for number in numbers)
+
+
+def test_the_page_on_contrast_pairs_shows_its_rows():
+  """docs/holds.md quotes the output of `python -m benchmarks.holds` for docs/lab_holds.parquet."""
+  docs = Path(__file__).parents[1] / "docs"
+  curves = fair.curves_by_arm(fair.read_table(docs / "lab_holds.parquet")[0])
+  config = configs_holds.get_config()
+  printed = f"{contrasts.text(config, curves)}\n\n{holds.bars(config, curves)}"
+  assert printed.startswith("Registered contrasts") and "vanilla.contrast.kl4" in printed
+  assert printed in (docs / "holds.md").read_text(encoding="utf-8")
 
 
 def test_the_page_of_the_registered_test_shows_its_rows():
