@@ -114,19 +114,23 @@ def shown(values: np.ndarray, digits: int = 2) -> str:
   )
 
 
-def main(argv) -> None:
+def curves_given(argv: list[str]) -> dict:
+  """The curves of the folder or file in the command's one argument. They are kept in --out, if it is
+  given.
+  """
   if len(argv) != 2:
-    sys.exit(
-      "give a laboratory's folder or a file of kept rows: python -m benchmarks.fair runs/fair"
-    )
+    sys.exit(f"give a laboratory's folder or a file of kept rows: {argv[0]} runs/mine")
   source = Path(argv[1])
   columns = rows_of(source) if source.is_dir() else read_table(source)[0]
   if OUT.value:
-    write_table(Path(OUT.value), columns)
-    print(
-      f"{OUT.value}: {len(columns['arm'])} rows, {Path(OUT.value).stat().st_size / 2**20:.1f} MiB"
-    )
-  curves = curves_by_arm(columns)
+    out = Path(OUT.value)
+    write_table(out, columns)
+    print(f"{out}: {len(columns['arm'])} rows, {out.stat().st_size / 2**20:.1f} MiB")
+  return curves_by_arm(columns)
+
+
+def main(argv) -> None:
+  curves = curves_given(argv)
   print(contrasts.text(fair.get_config(), curves) or "no arm with a held KL")
   if equal := at_equal_steps(curves):
     print("\n" + equal)

@@ -6,16 +6,13 @@ docs/lab.md, from a laboratory's folder or from kept rows.
   python -m benchmarks.holds docs/lab_holds.parquet
 """
 
-import sys
-from pathlib import Path
-
 import numpy as np
 from absl import app
 
-from benchmarks.fair import OUT, curves_by_arm, rows_of
+from benchmarks.fair import curves_given
 from r2m_jax.configs import holds
 from r2m_jax.lab import contrasts
-from r2m_jax.lab.table import Curves, read_table, write_table
+from r2m_jax.lab.table import Curves
 from r2m_jax.report.summary import number
 
 SMOOTH = 10  # steps of the moving mean whose maximum is the peak
@@ -57,15 +54,7 @@ def bar_cells(mine: Curves, usual: Curves, tail: int) -> list[str]:
 
 
 def main(argv) -> None:
-  if len(argv) != 2:
-    sys.exit(
-      "give a laboratory's folder or a file of kept rows: python -m benchmarks.holds runs/holds"
-    )
-  source = Path(argv[1])
-  columns = rows_of(source) if source.is_dir() else read_table(source)[0]
-  if OUT.value:
-    write_table(Path(OUT.value), columns)
-  config, curves = holds.get_config(), curves_by_arm(columns)
+  config, curves = holds.get_config(), curves_given(argv)
   print(contrasts.text(config, curves) or "no arm with a held KL")
   print("\n" + bars(config, curves))
 
