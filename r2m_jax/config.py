@@ -443,7 +443,7 @@ def check_judge(config: ConfigDict) -> None:
 
 
 def check_label_judge(config: ConfigDict) -> None:
-  """A judge that labels has a name, and samples in the form of text."""
+  """Checks that a judge that labels has a model name and gets its samples as text."""
   labels = config.r2m
   if not labels.judge_url:
     return

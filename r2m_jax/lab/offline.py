@@ -98,7 +98,7 @@ def snapshots(config, seeds: Sequence[int], targets: Sequence[float], workdir: P
 
 
 def keeping(run: Run, seeds, targets, workdir: Path) -> Callable:
-  """`run.steps`, whose `measure` also saves the policies that have just passed a target."""
+  """Wraps `run.steps` so that `measure` also saves each policy that has just passed a target."""
 
   def steps(state):
     made = run.steps(state)

@@ -76,7 +76,7 @@ def facts(columns: Columns) -> str:
 
 
 def against_frozen(columns: Columns, kl: float, names=MAIN, measure: str = "accuracy") -> str:
-  """Points over the frozen reward; bold: the rule is met."""
+  """A table of points over the frozen reward; bold if the rule is met."""
 
   def cell(features, evidence):
     found = difference(columns, kl, (features, evidence, measure), FROZEN)

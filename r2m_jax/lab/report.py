@@ -39,7 +39,7 @@ def line(config, found: Results, name: str) -> str:
 
 
 def notes(config, found: Results) -> list[str]:
-  """Sentences, each with its interval."""
+  """Sentences that summarise the results, each figure with its interval."""
   base = config.lab.baseline
   control = config.lab.control
   said = []

@@ -292,7 +292,7 @@ class Timed:
       self._waited += time.perf_counter() - began
 
   def waiting_share(self) -> float:
-    """The share of the time since the last call, or since the beginning."""
+    """The share of time spent waiting, since the last call or since the beginning."""
     now = time.perf_counter()
     share = self._waited / max(now - self._since, 1e-9)
     self._waited, self._since = 0.0, now
