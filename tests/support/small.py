@@ -2,6 +2,7 @@
 task.
 """
 
+import contextlib
 import functools
 import json
 import pathlib
@@ -256,3 +257,25 @@ def sequences_of(prompts: Prompts, responses, length, ended):
     response_mask=mask,
     has_eos=np.array(ended, bool),
   )
+
+
+@contextlib.contextmanager
+def recorded_steps(module, maker: str):
+  """Within it, the list that is given grows by (StepOutput on the host, what the step returned with
+  it) for every step of a run from folders that `module.maker` builds.
+  """
+  seen, original = [], getattr(module, maker)
+
+  def recording(*args):
+    step = original(*args)
+
+    def call(state, prompts, texts):
+      state, out, more = step(state, prompts, texts)
+      seen.append((jax.device_get(out), more))
+      return state, out, more
+
+    return call
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(module, maker, recording)
+    yield seen

@@ -6,7 +6,6 @@ import json
 import pathlib
 import sys
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -97,21 +96,7 @@ def r2m_run(folders, tmp_path_factory):
   cfg = small(
     folders, tmp_path, data__name=write(tmp_path / "data.jsonl", rows), rollout__prompts=len(rows)
   )
-  seen = []
-  original = folders_task.make_two_part_step
-
-  def recording(*args):
-    step = original(*args)
-
-    def call(state, prompts, texts):
-      state, out, rows = step(state, prompts, texts)
-      seen.append((jax.device_get(out), rows))
-      return state, out, rows
-
-    return call
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(folders_task, "make_two_part_step", recording)
+  with small_run.recorded_steps(folders_task, "make_two_part_step") as seen:
     folders_task.run(cfg, tmp_path / "run")
   return cfg, tmp_path / "run", seen
 

@@ -88,21 +88,7 @@ def settings(root, tmp_path, kind="letters", **overrides):
 
 def outputs_of(cfg, workdir):
   """[(StepOutput on the host, what the step gave beside it)] of a run."""
-  seen = []
-  original = folders_task.make_folder_step
-
-  def recording(*args):
-    step = original(*args)
-
-    def call(state, prompts, texts):
-      state, out, more = step(state, prompts, texts)
-      seen.append((jax.device_get(out), more))
-      return state, out, more
-
-    return call
-
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(folders_task, "make_folder_step", recording)
+  with small_run.recorded_steps(folders_task, "make_folder_step") as seen:
     folders_task.run(cfg, workdir)
   return seen
 

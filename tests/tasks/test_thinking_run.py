@@ -2,9 +2,9 @@
 the reward does not read. Oracle: templates and scores of transformers.
 """
 
-import jax
 import numpy as np
 import pytest
+import small as small_run
 import tiny_text
 import torch
 import transformers
@@ -139,7 +139,7 @@ def test_truncated_sampling_is_that_of_transformers(supervised, folders, tmp_pat
 @pytest.fixture(scope="module")
 def r2m_run(folders, tmp_path_factory):
   """Two R2M steps whose samples are replaced by the texts in SAMPLED. Every output is recorded."""
-  tmp_path, seen = tmp_path_factory.mktemp("r2m"), []
+  tmp_path = tmp_path_factory.mktemp("r2m")
   cfg = settings(
     folders,
     [{"prompt": ask} for ask in ASKS],
@@ -148,23 +148,12 @@ def r2m_run(folders, tmp_path_factory):
     reward__system_prompt="Be brief.",
     reward__strip_thinking=True,
   )
-  original = folders_task.make_two_part_step
-
-  def recording(*args):
-    step = original(*args)
-
-    def call(state, prompts, texts):
-      state, out, rows = step(state, prompts, texts)
-      seen.append((jax.device_get(out), rows))
-      return state, out, rows
-
-    return call
 
   def texts(sequences, tokenizer):
     return [SAMPLED[i % len(SAMPLED)][:2] for i in range(len(sequences.tokens))]
 
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(folders_task, "make_two_part_step", recording)
+  recorded = small_run.recorded_steps(folders_task, "make_two_part_step")
+  with pytest.MonkeyPatch.context() as patch, recorded as seen:
     patch.setattr(folders_task, "responses_of", texts)
     folders_task.run(cfg, tmp_path / "run")
   return cfg, tmp_path / "run", seen
