@@ -53,7 +53,7 @@ def dialogue(words: str):
   config.rollout.group_size = 8
   config.rollout.max_new_tokens = 512
   config.ppo.accumulation = 16
-  config.packing = (0.35, 0.5, 0.7, 1.0)
+  config.packing = (0.5, 0.7, 1.0)
   config.rollout.halvings = 2
   config.sft.batch_size = config.reward.batch_size = 64
   config.reward.path = "Skywork/Skywork-Reward-V2-Llama-3.1-8B"

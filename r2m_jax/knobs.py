@@ -268,8 +268,13 @@ TEMPLATE_ARGS = (
 PACKING = (
   Rule(
     lambda x: len(x) > 0 and x[-1] == 1 and all(0 < low < high for low, high in zip(x, x[1:])),
-    "give ascending shares above 0, the last one 1, such as (0.35, 0.5, 0.7, 1.0)",
+    "give ascending shares above 0, the last one 1, such as (0.5, 0.7, 1.0)",
     "ascending, above 0, the last one 1",
+  ),
+  Rule(
+    lambda x: len(x) <= 3,
+    "give at most three shares, because learning is compiled for each",
+    "at most three",
   ),
 )
 LENGTHS = Rule(

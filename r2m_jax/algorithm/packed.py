@@ -17,7 +17,7 @@ from r2m_jax.algorithm.annotate import is_given
 from r2m_jax.algorithm.read import Defs, all_rows, parts_of, shared_prompts
 from r2m_jax.algorithm.update import shared_group, shuffles
 from r2m_jax.models.transformer import Transformer
-from r2m_jax.parallel.rows import blocks_of, parts_of_rows, shards_of, take_rows
+from r2m_jax.parallel.rows import blocks_of, parts_of_rows, take_rows
 from r2m_jax.types import Rollout, Sequences, TrainState
 
 
@@ -30,10 +30,31 @@ def make_needed(defs: Defs, config) -> Callable[..., jax.Array]:
   """Builds `needed(state, rollout, reward_rows=None) -> f32[]`: the smallest share of the places
   that holds the tokens of every pass of `learn`. The arguments are those of `learn`.
   """
+  by_policy, K = make_needed_by_policy(defs, config), config.rollout.group_size
+
+  def needed(state: TrainState, rollout: Rollout, reward_rows: Rollout | None = None):
+    found, rows = by_policy(state, rollout), all_rows(rollout)
+    read = rows if reward_rows is None else all_rows(reward_rows)
+    if isinstance(read, Sequences):
+      reward = nnx.merge(defs.reward_backbone, state.reward_backbone)
+      group = K if rollout.greedy is None else 1
+      in_all = parts_of_rows(len(rows.tokens), parts_of(config))
+      return jnp.maximum(found, share_of(reward, read, in_all, group))
+    if is_given(reward_rows):
+      return found
+    return jnp.maximum(found, needed_by_rows(read.mask.sum(-1), read.mask.shape[1], config))
+
+  return needed
+
+
+def make_needed_by_policy(defs: Defs, config) -> Callable[..., jax.Array]:
+  """Builds `needed(state, rollout) -> f32[]`: the share that the passes of policy, reference and
+  critic need.
+  """
   K, parts = config.rollout.group_size, parts_of(config)
   minibatches, accumulation = config.ppo.minibatches, config.ppo.accumulation
 
-  def needed(state: TrainState, rollout: Rollout, reward_rows: Rollout | None = None):
+  def needed(state: TrainState, rollout: Rollout):
     policy, samples = defs.open_policy(state.policy, state.ref), rollout.samples
     critic = policy
     if defs.critic_backbone is not None:
@@ -46,13 +67,6 @@ def make_needed(defs: Defs, config) -> Callable[..., jax.Array]:
       share_of(policy, samples, in_samples, K),
       share_of(critic, samples, in_samples, K),
     ]
-    read = rows if reward_rows is None else all_rows(reward_rows)
-    if isinstance(read, Sequences):
-      reward = nnx.merge(defs.reward_backbone, state.reward_backbone)
-      found.append(share_of(reward, read, in_all, group))
-    elif not is_given(reward_rows):
-      mask = read.mask
-      found.append(share_of_blocks(mask.sum(-1), mask.shape[1], parts_of_rows(len(mask), parts)))
 
     def of_minibatch(order):
       batch = take_rows(samples, order, minibatches) if minibatches > 1 else samples
@@ -63,6 +77,13 @@ def make_needed(defs: Defs, config) -> Callable[..., jax.Array]:
     return jnp.stack([*found, jax.lax.map(of_minibatch, orders).max()]).max()
 
   return needed
+
+
+def needed_by_rows(lengths, width: int, config):
+  """The share that a reward model's own rows need, f32[]. lengths i32[R]: the real ones of the
+  `width` tokens of each row, on the host or traced.
+  """
+  return share_of_blocks(lengths, width, parts_of_rows(len(lengths), parts_of(config)))
 
 
 def share_of(model: Transformer, rows: Sequences, parts: int, group: int) -> jax.Array:
@@ -85,12 +106,10 @@ def share_of(model: Transformer, rows: Sequences, parts: int, group: int) -> jax
   return jnp.maximum(needed, share_of_blocks(of_line, places, parts))
 
 
-def share_of_blocks(tokens: jax.Array, width: int, parts: int) -> jax.Array:
+def share_of_blocks(tokens, width: int, parts: int):
   """The largest share of real tokens in what is packed together, f32[]. tokens i32[R]: the real
-  ones of each row or line of `width` places, which are computed in `parts`.
+  ones of each row or line of `width` places, which are computed in `parts`. Each device packs its
+  neighbouring rows of a part.
   """
-  shards, each = blocks_of(len(tokens), parts)
-  in_part = tokens.reshape(shards, parts, each).swapaxes(0, 1).reshape(parts, -1)
-  packed = shards_of(shards * each)
-  together = in_part.reshape(parts, packed, -1).sum(-1)
-  return together.max() / jnp.float32(in_part.shape[1] // packed * width)
+  _, together = blocks_of(len(tokens), parts)
+  return tokens.reshape(-1, together).sum(-1).max() / np.float32(together * width)

@@ -398,20 +398,28 @@ def warn_of_lengths(
   config, data: PromptData, tokenizer: Tokenizer, renderer: Renderer | None
 ) -> None:
   """Warns if samples may be longer than the policy's or the reward model's training length.
-
-  The length of a response in the reward model's tokens is not known before sampling. It is assumed
-  to equal the length in the policy's tokens. `renderer` None: there is no reward model.
+  `renderer` None: there is no reward model.
   """
   new = config.rollout.max_new_tokens
   more = f"with config.rollout.max_new_tokens = {new}"
   tokenizer.warn_beyond([len(ids) + new for ids in data.ids], f"prompts {more}", SHORTER_SAMPLES)
   if renderer is None:
     return
-  longest = sorted(range(len(data.ids)), key=lambda i: len(data.ids[i]))[-LONGEST:]
-  inputs = [len(renderer.ids(data.prompts[i], "", truncated=True)) + new for i in longest]
-  inputs = [min(n, renderer.max_length or n) for n in inputs]
+  inputs = longest_inputs(config, data, renderer)
   what = f"longest prompts {more}, as input of the reward model,"
   renderer.tokenizer.warn_beyond(inputs, what, f"{SHORTER_SAMPLES}, {SHORTER_INPUTS}")
+
+
+def longest_inputs(config, data: PromptData, renderer: Renderer) -> list[int]:
+  """The tokens that a reward model reads of the longest prompts with the longest responses.
+
+  The length of a response in the reward model's tokens is not known before sampling. It is assumed
+  to equal the length in the policy's tokens.
+  """
+  longest = sorted(range(len(data.ids)), key=lambda i: len(data.ids[i]))[-LONGEST:]
+  new = config.rollout.max_new_tokens
+  inputs = [len(renderer.ids(data.prompts[i], "", truncated=True)) + new for i in longest]
+  return [min(n, renderer.max_length or n) for n in inputs]
 
 
 def batch_of(data: PromptData, index: np.ndarray, tokenizer: Tokenizer) -> Prompts:

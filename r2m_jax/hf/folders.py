@@ -93,6 +93,9 @@ class RewardModel:
   policy_chat: dict[str, Any]  # `Chat.contract` of the policy that the head reads; {}: no changes
   # of a run in which it reads the policy's own tokens, see `data.tokens`; None: it reads text
   ending: tuple[int, ...] | None = None
+  # least length of a step's rows, in tokens: that of the longest expected row, so that steps with
+  # shorter responses need no program of their own
+  row_length: int = 0
 
 
 def mesh_of(config) -> Mesh:

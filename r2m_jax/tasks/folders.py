@@ -16,13 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from r2m_jax.algorithm.advantages import ESTIMATORS
+from r2m_jax.algorithm.annotate import is_given
 from r2m_jax.algorithm.labels import Labeller, uses_labels
 from r2m_jax.algorithm.optim import make_optimizer
-from r2m_jax.algorithm.packed import make_needed, smallest
+from r2m_jax.algorithm.packed import (
+  make_needed,
+  make_needed_by_policy,
+  needed_by_rows,
+  smallest,
+)
 from r2m_jax.algorithm.read import closed, split_rows
 from r2m_jax.algorithm.variants import VARIANTS
 from r2m_jax.config import ConfigError, check_evaluation, check_function
@@ -34,6 +42,7 @@ from r2m_jax.data.datasets import (
   evaluation_prompts,
   judged_pairs,
   judgments_labeller,
+  longest_inputs,
   packed_lines,
   pairs,
   prompt_data,
@@ -90,7 +99,7 @@ from r2m_jax.tasks.follow import Watch as Follow
 from r2m_jax.tasks.gold import begin, conclude
 from r2m_jax.tasks.labels import judge_labeller
 from r2m_jax.tasks.rewards import Function, OutsideReward, by_function, by_server
-from r2m_jax.types import Given, Rows
+from r2m_jax.types import Given, Rollout, Rows
 
 Reward = RewardModel | OutsideReward
 Watch = Callable[[int, StepOutput, list[tuple[Any, str, bool]]], dict[str, float | None]]
@@ -313,6 +322,9 @@ def runs(
   data = prompt_data(config, policy.tokenizer, workdir)
   warn_of_lengths(config, data, policy.tokenizer, renderer_of(reward))
   reward = as_it_reads(config, policy, reward, data)
+  if isinstance(reward, RewardModel):
+    longest = max(longest_inputs(config, data, reward.renderer))
+    reward = dataclasses.replace(reward, row_length=bucket(longest))
   follow = follow_of(config, policy, reward, data, mesh, workdir)
   if not (workdir / "checkpoints").exists():
     with doing("checking the policy against its KV cache"):
@@ -490,7 +502,8 @@ def labeller_of(
     def prompts_at(step):
       return [data.prompts[i] for i in data.order[step]]
 
-    return judge_labeller(config, policy.tokenizer, reward.renderer, prompts_at, workdir)
+    length = reward.row_length
+    return judge_labeller(config, policy.tokenizer, reward.renderer, prompts_at, workdir, length)
   return judgments_labeller(
     config, judged_pairs(config, policy.tokenizer, reward.renderer, workdir)
   )
@@ -524,40 +537,44 @@ def make_packed_step(
   program for all of them would take as long to compile as each together.
   """
   draw = make_rollout(built.defs, config, built.mesh, *ends)
+  needed = make_needed(built.defs, config)
   learn, labelled = make_learn_shares(config, built, layout), uses_labels(config)
 
   def drawn_and_read(state, prompts):
     drawn = draw(state, prompts)
-    return drawn, with_ending(drawn, ending)
+    read = with_ending(drawn, ending)
+    return (drawn, read), needed(state, drawn, read)
 
-  rollout = jax.jit(drawn_and_read, out_shardings=built.rows)
+  rollout = jit_rollout(built, drawn_and_read)
 
   def step(state, prompts):
     with phase("rollout"):
-      drawn, read = jax.block_until_ready(rollout(state, prompts))
+      (drawn, read), need = jax.block_until_ready(rollout(state, prompts))
     pairs = (labeller(hosts.fetch(drawn.samples), int(state.step)),) if labelled else ()
     with phase("learn"):
-      return learn(state, drawn, read, *pairs)
+      return learn(float(need), state, drawn, read, *pairs)
 
   return step
 
 
+def jit_rollout(built: Build, f: Callable) -> Callable:
+  """Jits f(state, prompts) -> (batches of rows, the share of packing that they need)."""
+  whole = NamedSharding(built.mesh, PartitionSpec())
+  return jax.jit(on_mesh(built.mesh, f), out_shardings=(built.rows, whole))
+
+
 def make_learn_shares(config, built: Build, layout) -> Callable:
-  """Builds `learn(state, drawn, read, *pairs)`: it runs the program of the smallest share of
-  config.packing that the step's tokens fit. The state is donated.
+  """Builds `learn(need, state, drawn, read, *pairs)`: it runs the program of the smallest share of
+  config.packing that is at least `need`. The state is donated.
   """
   labelled = uses_labels(config)
   learns = [
     jit_step(on_mesh(built.mesh, make_learn_at(share, built.defs, config)), layout, 2 + labelled)
     for share in config.packing
   ]
-  needed = jax.jit(on_mesh(built.mesh, make_needed(built.defs, config)))
 
-  def learn(state, drawn, read, *pairs):
-    which = 0
-    if len(learns) > 1:
-      which = smallest(config.packing, float(needed(state, drawn, read)))
-    return learns[which](state, drawn, read, *pairs)
+  def learn(need: float, state, drawn, read, *pairs):
+    return learns[smallest(config.packing, need)](state, drawn, read, *pairs)
 
   return learn
 
@@ -592,11 +609,15 @@ def make_two_part_step(config, built: Build, policy: Policy, reward: Reward, lay
   tokenizer = policy.tokenizer
   read_rows = make_read_rows(reward)
   outside = isinstance(reward, OutsideReward)
-  rollout = jax.jit(
-    make_rollout(built.defs, config, built.mesh, tokenizer.eos_ids, tokenizer.pad_id),
-    out_shardings=built.rows,
-  )
+  draw = make_rollout(built.defs, config, built.mesh, tokenizer.eos_ids, tokenizer.pad_id)
+  by_policy = make_needed_by_policy(built.defs, config)
   learn, labelled = make_learn_shares(config, built, layout), uses_labels(config)
+
+  def drawn_and_needed(state, prompts):
+    drawn = draw(state, prompts)
+    return drawn, by_policy(state, drawn) if len(config.packing) > 1 else jnp.float32(0)
+
+  rollout = jit_rollout(built, drawn_and_needed)
 
   def answered(sequences, texts):
     """(prompt, answer, whether it was cut off) of this process's rows; `texts` has those of all
@@ -611,7 +632,7 @@ def make_two_part_step(config, built: Build, policy: Policy, reward: Reward, lay
 
   def step(state, prompts, texts):
     with phase("rollout"):
-      drawn = rollout(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
+      drawn, need = rollout(state, hosts.place(hosts.take(prompts, built.rows), built.rows))
       samples = answered(drawn.samples, [text for text in texts for _ in range(K)])
       greedy = [] if drawn.greedy is None else answered(drawn.greedy, texts)
     with phase("render"):
@@ -619,12 +640,27 @@ def make_two_part_step(config, built: Build, policy: Policy, reward: Reward, lay
     if outside:
       read = hosts.take(read, built.rows)
     pairs = (labeller(hosts.fetch(drawn.samples), int(state.step)),) if labelled else ()
+    need = max(float(need), needed_by_reward(config, built, read))
     read = hosts.place(read, built.rows)
     with phase("learn"):
-      state, out = learn(state, drawn, read, *pairs)
+      state, out = learn(need, state, drawn, read, *pairs)
     return state, out, samples
 
   return step
+
+
+def needed_by_reward(config, built: Build, read: Rollout) -> float:
+  """The share of packing that the reward model's own rows need; 0 for scores from outside.
+
+  Args:
+    read: this process's `Rows`, or all scores.
+  """
+  if is_given(read) or len(config.packing) == 1:
+    return 0.0
+  masks = [rows.mask for rows in (read.samples, read.greedy) if rows is not None]
+  own = [mask.sum(-1, dtype=np.int32) for mask in masks]
+  lengths = np.concatenate(hosts.fetch(hosts.place(own, built.rows)))
+  return float(on_mesh(built.mesh, needed_by_rows)(lengths, masks[0].shape[1], config))
 
 
 def make_read_rows(reward: Reward) -> Callable[[list[tuple[Any, str, bool]]], Rows | Given]:
@@ -637,7 +673,7 @@ def make_read_rows(reward: Reward) -> Callable[[list[tuple[Any, str, bool]]], Ro
 
   def read_rows(rows):
     ids = [renderer.ids(prompt, text, truncated=truncated) for prompt, text, truncated in rows]
-    length = hosts.largest(bucket(max(map(len, ids))))
+    length = hosts.largest(max(bucket(max(map(len, ids))), reward.row_length))
     return Rows(*pad_left(ids, renderer.tokenizer.pad_id, length))
 
   return read_rows

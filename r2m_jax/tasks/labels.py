@@ -31,6 +31,7 @@ def judge_labeller(
   renderer: Renderer,
   prompts_at: Callable[[int], Sequence[Any]],
   workdir: Path,
+  row_length: int = 0,
 ) -> Labeller:
   """Builds `label(sequences, step) -> Pairs`: pairs of two random samples of one random prompt, as
   many as the budget allows, ordered by the judge at config.r2m.judge_url.
@@ -39,6 +40,7 @@ def judge_labeller(
 
   Args:
     prompts_at: the prompts of a step, as in the rows.
+    row_length: least length of the reward model's rows; see `RewardModel`.
   """
   K, most = config.rollout.group_size, pairs_per_step(config)
   ask = make_ask(config, workdir)
@@ -61,7 +63,8 @@ def judge_labeller(
     liked[:count] = hosts.on_first(lambda: ask(pairs, step))
     rows = np.where(liked >= 0.5, [a, b], [b, a]).reshape(-1)  # winners, then losers
     ids = [renderer.ids(prompts[i // K], texts[i][0], truncated=texts[i][1]) for i in rows.tolist()]
-    tokens, mask = pad_left(ids, renderer.tokenizer.pad_id, bucket(max(map(len, ids))))
+    length = max(bucket(max(map(len, ids))), row_length)
+    tokens, mask = pad_left(ids, renderer.tokenizer.pad_id, length)
     mine = sequences.token_mask[rows]
     return Pairs(
       tokens=sequences.tokens[rows],

@@ -358,7 +358,7 @@ def test_fits_from_folders_by_two_processes_equal_one(models, tmp_path, task, da
 @pytest.mark.parametrize(
   "changes",
   [
-    {"algorithm": "remax", "mesh": "(4, 2, 1)"},
+    {"algorithm": "remax", "mesh": "(4, 2, 1)", "packing": "(0.8, 1.0)"},
     {"lora.rank": 2, "mesh": "(1, 2, 4)", "variant": "vanilla"},
     {"mesh": "(1, 1, 8)", "algorithm": "ppo", "critic.init": "policy"},
   ],

@@ -260,6 +260,24 @@ def sequences_of(prompts: Prompts, responses, length, ended):
 
 
 @contextlib.contextmanager
+def compiled_programs():
+  """Within it, the list that is given grows by the name of every program that JAX lowers to compile
+  it. A program that is called again is not lowered again.
+  """
+  names = []
+
+  def listen(event, start, end, fun_name="", **_):
+    if event == "/jax/core/compile/jaxpr_to_mlir_module_duration":
+      names.append(fun_name)
+
+  jax.monitoring.register_event_time_span_listener(listen)
+  try:
+    yield names
+  finally:
+    jax.monitoring.unregister_event_time_span_listener(listen)
+
+
+@contextlib.contextmanager
 def recorded_steps(module, maker: str):
   """Within it, the list that is given grows by (StepOutput on the host, what the step returned with
   it) for every step of a run from folders that `module.maker` builds.

@@ -4,6 +4,7 @@ two. Oracles: transformers' templates and scores, and the run by text.
 
 import contextlib
 import io
+import itertools
 import json
 import signal
 
@@ -19,6 +20,7 @@ from test_serve import config, their_scores, write
 from tokenizers import decoders, models, pre_tokenizers
 
 from r2m_jax.config import ConfigError, check_config
+from r2m_jax.data.text import bucket
 from r2m_jax.hf.folders import load_policy, load_reward, mesh_of
 from r2m_jax.run import loop
 from r2m_jax.run.metrics import read_metrics, without_clock
@@ -209,6 +211,43 @@ def test_a_run_by_tokens_resumes_bit_for_bit(merged_run, tmp_path):
     assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
   once, twice = ([without_clock(row) for row in read_metrics(of)] for of in (whole, tmp_path))
   assert twice == once
+
+
+@pytest.mark.parametrize("how", ["text", pytest.param("tokens", marks=pytest.mark.long)])
+def test_a_run_with_three_shares_compiles_four_programs_each_once(how, root, tmp_path, monkeypatch):
+  """The shares are used in turn: with rows this short each of them holds every token. By text, the
+  longest rows of the steps are of two padded lengths.
+  """
+  sizes = dict(rollout__prompts=1, rollout__max_new_tokens=3, packing=(0.98, 0.99, 1.0), steps=6)
+  cfg = settings(root, tmp_path, reward__input=how, variant="vanilla", **sizes)
+  made, programs, lengths = folders_task.make_folder_step, [], []
+  shares = itertools.cycle(range(3))
+
+  def counted(*args):
+    step = made(*args)
+
+    def call(*given):
+      with small_run.compiled_programs() as names:
+        result = step(*given)
+      programs.extend(names)
+      return result
+
+    return call
+
+  def seen(length):
+    lengths.append(bucket(length))
+    return lengths[-1]
+
+  monkeypatch.setattr(folders_task, "make_folder_step", counted)
+  monkeypatch.setattr(folders_task, "smallest", lambda *_: next(shares))
+  monkeypatch.setattr(folders_task, "bucket", seen)
+  folders_task.run(cfg, tmp_path / "run")
+  used = [row["learn/computed"] for row in read_metrics(tmp_path / "run")]
+  np.testing.assert_allclose(used, cfg.packing * 2)
+  if how == "text":
+    assert len(lengths) == 7 and len(set(lengths[1:])) == 2
+  drawn = "drawn_and_needed" if how == "text" else "drawn_and_read"
+  assert sorted(programs) == [f"jit({name})" for name in (drawn, "learn", "learn", "learn")]
 
 
 def test_models_that_render_differently_are_read_by_text_or_refused(root, tmp_path, capsys):
