@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import compile as compiling
-from benchmarks import fair, findings, holds, machine, workload
+from benchmarks import fair, findings, gpu_kernels, holds, machine, workload
 from benchmarks.machine import Ticks
 from r2m_jax.configs import fair as configs_fair
 from r2m_jax.configs import holds as configs_holds
@@ -22,6 +22,65 @@ def tiny(**settings):
     "tiny", settings=[f"{name}={value}" for name, value in settings.items()]
   )
   return config, workload.sizes_of(config, TINY, TINY)
+
+
+# a loop of three turns over one row of a table [8, 4] each, which is written to a row of a result
+HLO = """HloModule m
+
+%read (table: f32[8,4], row: s32[]) -> f32[1,4] {
+  %table = f32[8,4]{1,0} parameter(0)
+  %row = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,4]{1,0} dynamic-slice(%table, %row, %zero), dynamic_slice_sizes={1,4}
+}
+
+%write (into: f32[8,4], new: f32[1,4], at: s32[]) -> f32[8,4] {
+  %into = f32[8,4]{1,0} parameter(0)
+  %new = f32[1,4]{1,0} parameter(1)
+  %at = s32[] parameter(2)
+  %none = s32[] constant(0)
+  ROOT %put = f32[8,4]{1,0} dynamic-update-slice(%into, %new, %at, %none)
+}
+
+%body (state: (s32[], f32[8,4], f32[8,4])) -> (s32[], f32[8,4], f32[8,4]) {
+  %state = (s32[], f32[8,4]{1,0}, f32[8,4]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[8,4]{1,0} get-tuple-element(%state), index=1
+  %y = f32[8,4]{1,0} get-tuple-element(%state), index=2
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %taken = f32[1,4]{1,0} fusion(%x, %i), kind=kLoop, calls=%read
+  %put.1 = f32[8,4]{1,0} fusion(%y, %taken, %i), kind=kLoop, calls=%write
+  ROOT %out = (s32[], f32[8,4]{1,0}, f32[8,4]{1,0}) tuple(%next, %x, %put.1)
+}
+
+%less (state.1: (s32[], f32[8,4], f32[8,4])) -> pred[] {
+  %state.1 = (s32[], f32[8,4]{1,0}, f32[8,4]{1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%state.1), index=0
+  %three = s32[] constant(3)
+  ROOT %lt = pred[] compare(%j, %three), direction=LT
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %a = f32[8,4]{1,0} parameter(0)
+  %start = s32[] constant(0)
+  %b = f32[8,4]{1,0} copy(%a)
+  %first = (s32[], f32[8,4]{1,0}, f32[8,4]{1,0}) tuple(%start, %a, %b)
+  %loop = (s32[], f32[8,4]{1,0}, f32[8,4]{1,0}) while(%first), condition=%less, body=%body
+  ROOT %result = f32[8,4]{1,0} get-tuple-element(%loop), index=2
+}
+"""
+
+
+def test_kernels_and_bytes_of_a_compiled_program():
+  """Counted by hand: one copy, and in each of three turns a sum of numbers, a comparison, a read and
+  a write of a row.
+  """
+  kernels, moved = gpu_kernels.launched(HLO)
+  assert kernels == 1 + 3 * 4
+  number, row, table = 4, 16, 128
+  turn = 3 * number + (2 * number + 1) + (row + number + row) + (row + row + number)
+  assert moved == 2 * table + 3 * turn
 
 
 def test_share_of_the_others():

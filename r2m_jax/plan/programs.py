@@ -230,9 +230,11 @@ def compile_program(
   return found
 
 
-def program_of(which: str, config, sizes: Sizes, mesh: Mesh) -> tuple[Any, tuple]:
-  """(jitted function, abstract arguments) of "rollout" or "learn" on a mesh; learning computes all
-  places, as if every response had the maximum length.
+def program_of(
+  which: str, config, sizes: Sizes, mesh: Mesh, share: float = 1.0
+) -> tuple[Any, tuple]:
+  """(jitted function, abstract arguments) of "rollout" or "learn" on a mesh. Learning computes a
+  share of the places; with a share of 1 every response may have the maximum length.
   """
   built = build.build(config, mesh, arch=sizes.arch, reward_arch=sizes.reward_arch)
   state = abstract_state(config, built)
@@ -243,7 +245,7 @@ def program_of(which: str, config, sizes: Sizes, mesh: Mesh) -> tuple[Any, tuple
     return jax.jit(rollout, out_shardings=built.rows), (state, prompts)
   layout = sharding.shardings(state, mesh)
   jitted = jax.jit(
-    sharding.on_mesh(mesh, make_learn_at(1.0, built.defs, config)),
+    sharding.on_mesh(mesh, make_learn_at(share, built.defs, config)),
     donate_argnums=0,
     in_shardings=(layout,) + (None,) * len(judged),
     out_shardings=(layout, None),
