@@ -88,12 +88,16 @@ def size_of(rest: str) -> float:
 
 def bytes_of(instruction: str, rest: str, shapes: dict[str, float], computations) -> float:
   """Bytes that one kernel reads and writes. A fusion reads the slices that it takes of an operand, and
-  writes the part of an operand that it updates in place.
+  writes the part of an operand that it updates in place. A custom kernel reads its whole operands,
+  and its writes to them do not count.
   """
   operands, result = operands_of(rest), shapes[instruction]
   called = re.search(r"calls=%?([\w.\-]+)", rest)
   if called is None:
-    return result + sum(shapes.get(name, 0) for name in operands)
+    inputs = [shapes.get(name, 0) for name in operands]
+    in_place = re.search(r"output_to_operand_aliasing=\{(.*?\})\}", rest)
+    written = re.findall(r"\((\d+),", in_place[1]) if in_place else []
+    return sum(inputs) + max(0.0, result - sum(inputs[int(number)] for number in written))
   inner = dict(computations[called[1]])
   total = 0.0
   for name, line in inner.items():

@@ -1,12 +1,12 @@
 """The cost of padding: a whole step on responses of all lengths, packed and padded, in turn.
 
-  python -m benchmarks.lengths --size=tiny|small [--steps=5] [--share=0.4] [--full] [--peer=trl --peer=tunix]
+  python -m benchmarks.lengths --size=tiny|small|0.5b|3b [--steps=5] [--share=0.4] [--full] [--peer=trl --peer=tunix]
 
 The work is that of `workload`, but some tokens end a row. Their number is chosen so that the mean
 length of the random policy's responses is `share` of the limit (a geometric length, truncated at
 the limit). `packed` has the config.packing and config.rollout.halvings of PACKED, `padded` has
 neither; their tokens are the same. With --full no row ends before its last token, which shows the
-cost of packing if there is nothing to pack. A step's program is compiled first; its time counts only
+cost of packing if there is nothing to pack. Programs are compiled first; that time counts only
 with an empty cache (JAX_ENABLE_COMPILATION_CACHE=false).
 
 With --peer, TRL and tunix do the same work afterwards, each in an environment of its own. As many
@@ -29,6 +29,9 @@ from r2m_jax.models.generate import decoded_places
 STEPS = flags.DEFINE_integer("steps", 5, "Timed steps, not disturbed by other processes")
 SHARE = flags.DEFINE_float("share", 0.4, "Mean length of a response, as a share of the limit")
 FULL = flags.DEFINE_bool("full", False, "All responses have the length of the limit")
+ONLY = flags.DEFINE_multi_enum(
+  "only", ["padded", "packed"], ["padded", "packed"], "Which of ours; one if memory holds one state"
+)
 PEERS = flags.DEFINE_multi_enum("peer", [], list(peer_figures.PEERS), "Peers to run as well")
 LINE = flags.DEFINE_integer("line", 1024, "Tokens of a packed line of tunix; 0: it packs nothing")
 ENVIRONMENTS = flags.DEFINE_string(
@@ -84,48 +87,61 @@ def run_peer(name: str, ends: int) -> dict:
   return peer_process.run(name, python, workload.SIZE.value, STEPS.value, MOST, ends, *line)
 
 
-def show_peers(ends: int, packed: float) -> None:
-  """Runs the peers and prints a line of each. packed: seconds of our packed step."""
+def show_peers(ends: int, ours: str, seconds: float) -> None:
+  """Runs the peers and prints a line of each. seconds: of `ours`, our step."""
   print(f"{'':8}  {peer_figures.HEADER}")
   for name in PEERS.value:
     found = run_peer(name, ends)
     run = peer_figures.Run.of([found])
     print(f"{name:8}  {run}")
     print(
-      f"{name} {found['version']} takes {run.median / packed:.2f} times as long as packed; "
+      f"{name} {found['version']} takes {run.median / seconds:.2f} times as long as {ours}; "
       f"responses of {np.mean(found['lengths']) / peer_task.RESPONSE:.0%} of the limit; "
       f"{found['dropped']} steps dropped; {'' if run.quiet else 'NOT '}quiet",
       flush=True,
     )
 
 
+def show_lengths(works: dict[str, workload.Work]) -> None:
+  """Prints the mean length of the last step's responses, and the share of decoded places that is
+  real. The responses of all works are alike.
+  """
+  last = list(works.values())[-1]
+  lengths = jax.device_get(last.output.sequences.response_mask).sum(-1)
+  limit = last.sizes.response_length
+  shares = [
+    f"{name} {lengths.sum() / decoded_places(lengths, limit, work.config.rollout.halvings):.0%}"
+    for name, work in works.items()
+  ]
+  print(
+    f"responses of {lengths.mean() / limit:.0%} of the limit on average; decoded places that are "
+    f"real: {', '.join(shares)}"
+  )
+
+
 def main(_):
   machine.set_up()
-  works = {"padded": work_of(()), "packed": work_of(PACKED)}
+  settings = {"padded": (), "packed": PACKED}
+  works = {name: work_of(settings[name]) for name in ONLY.value}
   for name, work in works.items():
     print(f"{name:8}  {compiled(work)}", flush=True)
     work.step()
-  first = {name: jax.device_get(work.output.sequences.tokens) for name, work in works.items()}
-  same = np.mean(first["padded"] == first["packed"])
+  first = [jax.device_get(work.output.sequences.tokens) for work in works.values()]
+  same = np.mean(first[0] == first[-1])
   limits = machine.limits()
   times = machine.take_turns({name: work.step for name, work in works.items()}, STEPS.value)
 
-  lengths = jax.device_get(works["packed"].output.sequences.response_mask).sum(-1)
-  sizes = works["packed"].sizes
-  halvings = works["packed"].config.rollout.halvings
-  places = decoded_places(lengths, sizes.response_length, halvings)
   print(machine.show_limits(limits))
-  print(
-    f"responses of {lengths.mean() / sizes.response_length:.0%} of the limit on average; tokens of "
-    f"the first step alike: {same:.1%}; decoded places that are real: {lengths.sum() / places:.0%}, "
-    f"padded {lengths.sum() / decoded_places(lengths, sizes.response_length, 0):.0%}"
-  )
+  show_lengths(works)
   print(f"{'':8}  {machine.HEADER}")
   for name, found in times.items():
     print(f"{name:8}  {found}")
-  print(f"packed is {times['padded'].median / times['packed'].median:.2f} times as fast")
+  if len(works) > 1:
+    ratio = times["padded"].median / times["packed"].median
+    print(f"packed is {ratio:.2f} times as fast; tokens of the first step alike: {same:.1%}")
   if PEERS.value:
-    show_peers(0 if FULL.value else len(works["packed"].eos_ids), times["packed"].median)
+    name, work = list(works.items())[-1]
+    show_peers(0 if FULL.value else len(work.eos_ids), name, times[name].median)
 
 
 if __name__ == "__main__":
