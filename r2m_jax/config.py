@@ -369,19 +369,18 @@ def check_certify(config: ConfigDict) -> None:
     changes = VARIANTS[variant].feedback or VARIANTS[variant].trained or VARIANTS[variant].start
     fix = f"variant {variant!r} does not use the frozen reward alone: give 0, or variant 'vanilla'"
     need(config, not changes, field, fix)
-  needs = {
-    "algorithm": ESTIMATOR_ROWS[config.algorithm].baseline == "group",
-    "kl.placement": config.kl.placement == "loss",
-    "ppo.whiten_advantages": not config.ppo.whiten_advantages,
-    "reward.ensemble": config.reward.ensemble == 1,
-    "shaping.clip": config.shaping.clip == 0,
-    "shaping.missing_eos": config.shaping.missing_eos == "none",
-    "shaping.length_penalty": config.shaping.length_penalty == 0,
-  }
-  fix = "certified advantages need {}: give that, or certify.share 0"
-  values = "'rloo' or 'grpo'", "'loss'", "False", "1", "0", "'none'", "0"
-  for (name, holds), value in zip(needs.items(), values):
-    need(config, holds, name, fix.format(value))
+  needs = [
+    ("algorithm", ESTIMATOR_ROWS[config.algorithm].baseline == "group", "'rloo' or 'grpo'"),
+    ("kl.placement", config.kl.placement == "loss", "'loss'"),
+    ("ppo.whiten_advantages", not config.ppo.whiten_advantages, "False"),
+    ("reward.ensemble", config.reward.ensemble == 1, "1"),
+    ("shaping.clip", config.shaping.clip == 0, "0"),
+    ("shaping.missing_eos", config.shaping.missing_eos == "none", "'none'"),
+    ("shaping.length_penalty", config.shaping.length_penalty == 0, "0"),
+  ]
+  for name, holds, value in needs:
+    fix = f"certified advantages need {value}: give that, or certify.share 0"
+    need(config, holds, name, fix)
 
 
 def measures_gold(config: ConfigDict) -> bool:
