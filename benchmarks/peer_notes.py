@@ -63,6 +63,7 @@ def main(path: str) -> None:
         "seconds": watch.seconds,
         "busy": watch.busy,
         "lengths": laps.lengths[watch.warm :],
+        "first_length": laps.lengths[0],
         "peak": machine.peak_memory(),
         "version": trl.__version__,
         "torch": torch.__version__,
