@@ -32,6 +32,7 @@ KEPT = (
   "length",
   "truncated",
   "gold/coverage",
+  "certify/kept",
 )
 
 

@@ -1,13 +1,14 @@
-"""Whether a proxy with contrast pairs holds: the contrasts of configs/holds.py and the bars of
-docs/lab.md, from a laboratory's folder or from kept rows.
+"""Whether a proxy with contrast pairs, or certified advantages, hold a reward: the contrasts of
+configs/holds.py and the bars of docs/lab.md, from a laboratory's folder or from kept rows.
 
   python -m benchmarks.holds runs/holds                                # prints the tables
   python -m benchmarks.holds runs/holds --out=docs/lab_holds.parquet   # and keeps the rows
   python -m benchmarks.holds docs/lab_holds.parquet
+  python -m benchmarks.holds docs/lab_certified.parquet --tried=certified
 """
 
 import numpy as np
-from absl import app
+from absl import app, flags
 
 from benchmarks.fair import curves_given
 from r2m_jax.configs import holds
@@ -15,6 +16,7 @@ from r2m_jax.lab import contrasts
 from r2m_jax.lab.table import Curves
 from r2m_jax.report.summary import number
 
+TRIED = flags.DEFINE_enum("tried", "", list(holds.TRIED), "of configs/holds.py")
 SMOOTH = 10  # steps of the moving mean whose maximum is the peak
 BAR_HEAD = ["arm", "end / peak", "length / vanilla's", "coverage - vanilla's", "frozen proxy"]
 BAR_NOTE = (
@@ -24,7 +26,7 @@ BAR_NOTE = (
 
 
 def bars(config, curves: dict) -> str:
-  """What an arm with contrast pairs must also keep, beside `vanilla` at the same held KL."""
+  """What an arm must also keep, beside `vanilla` at the same held KL."""
   rows = []
   for name, found in curves.items():
     usual = curves.get(f"vanilla.{name.rpartition('.')[2]}")
@@ -54,7 +56,7 @@ def bar_cells(mine: Curves, usual: Curves, tail: int) -> list[str]:
 
 
 def main(argv) -> None:
-  config, curves = holds.get_config(), curves_given(argv)
+  config, curves = holds.get_config(TRIED.value), curves_given(argv)
   print(contrasts.text(config, curves) or "no arm with a held KL")
   print("\n" + bars(config, curves))
 

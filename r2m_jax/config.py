@@ -124,6 +124,7 @@ def check_config(config: ConfigDict) -> None:
     )
     need(config, not config.data.name, "data.name", fix)
   check_labels(config)
+  check_certify(config)
   check_evaluation(config)
   check_label_judge(config)
   if config.task == "judge":
@@ -346,6 +347,40 @@ def check_labels(config: ConfigDict) -> None:
     "give 0: only pairs that the reward labels itself are filtered, and config.r2m.labels is "
     "'preference'",
   )
+
+
+def check_certify(config: ConfigDict) -> None:
+  """Certified advantages are those of a linear, frozen reward within a group, and the pairs that the
+  reward was fitted to are at hand.
+  """
+  if config.certify.share == 0:
+    return
+  field = "certify.share"
+  fix = "the pairs of a reward model from a folder are not known: give 0, or leave out {}"
+  for path in ("policy.path", "reward.path", "reward.url"):
+    need(config, not _get(config, path), field, fix.format(path))
+  need(
+    config,
+    config.task not in ("scratch", "lab_text", "lab_notes"),
+    field,
+    "only the gold-reward task has it: give 0, or task 'r2m' or 'lab'",
+  )
+  for variant in (config.variant,) if config.variant else config.arms:
+    changes = VARIANTS[variant].feedback or VARIANTS[variant].trained or VARIANTS[variant].start
+    fix = f"variant {variant!r} does not use the frozen reward alone: give 0, or variant 'vanilla'"
+    need(config, not changes, field, fix)
+  needs = [
+    ("algorithm", ESTIMATOR_ROWS[config.algorithm].baseline == "group", "'rloo' or 'grpo'"),
+    ("kl.placement", config.kl.placement == "loss", "'loss'"),
+    ("ppo.whiten_advantages", not config.ppo.whiten_advantages, "False"),
+    ("reward.ensemble", config.reward.ensemble == 1, "1"),
+    ("shaping.clip", config.shaping.clip == 0, "0"),
+    ("shaping.missing_eos", config.shaping.missing_eos == "none", "'none'"),
+    ("shaping.length_penalty", config.shaping.length_penalty == 0, "0"),
+  ]
+  for name, holds, value in needs:
+    fix = f"certified advantages need {value}: give that, or certify.share 0"
+    need(config, holds, name, fix)
 
 
 def measures_gold(config: ConfigDict) -> bool:

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from r2m_jax.algorithm import advantages
 from r2m_jax.algorithm.advantages import NORMS
+from r2m_jax.algorithm.certify import WIDTHS
 from r2m_jax.algorithm.losses import RATIOS
 from r2m_jax.algorithm.schedules import KL_CONTROLLERS, OMEGA_SCHEDULES
 from r2m_jax.algorithm.variants import VARIANTS
@@ -668,6 +669,28 @@ SHAPING = dict(
   mask_truncated=Knob(False, "leave responses without an end token out of the policy's loss"),
 )
 
+CERTIFY = dict(
+  share=Knob(
+    0.0,
+    "share of a step's samples whose advantage becomes 0, because the pairs of the reward model do "
+    "not certify its sign; other advantages are shortened by as much; 0: off",
+    within("[0, 1)", "; 0 changes no advantage"),
+  ),
+  width=Knob(
+    "posterior",
+    'what an advantage is shortened by: the uncertainty of the score head about it ("posterior"), '
+    'or, as controls, about another sample of the prompt ("permuted"), or the same for every sample '
+    '("constant")',
+    one_of(*WIDTHS),
+  ),
+  rescale=Knob(False, "shortened advantages are scaled to the mean square that they had"),
+  tau=Knob(
+    1.0,
+    "standard deviation of the score head's weights before any pair, for standardised features",
+    above(0),
+  ),
+)
+
 R2M = dict(
   **optimizer(lr=1e-4),
   omega_min=Knob(
@@ -1288,6 +1311,9 @@ KNOBS = Section(
     kl=Section("KL to the reference policy", KL),
     shaping=Section(
       "Changes to the scores before advantages, in this order (`objective.shape_scores`)", SHAPING
+    ),
+    certify=Section(
+      "Sign-certified advantages, on the gold-reward task (`algorithm/certify.py`)", CERTIFY
     ),
     r2m=Section("The reward head that reads the policy's hidden states", R2M),
     sft=Section("Supervised fine-tuning", SFT),

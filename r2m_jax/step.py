@@ -114,7 +114,7 @@ def make_learn_at(share: float, defs: Defs, config, reward: Reward | None = None
     used = rescaled(direction, annotated[0].scores, annotated[0].scores_frozen, B, K)
 
     # 3. Credit: scores to advantages (eq. 1, or the estimator's own).
-    experience = credit(state, rollout, used, old, ref, beta)
+    experience, certified = credit(state, rollout, used, judged, old, ref, beta)
 
     # 4. Update the policy (eq. 2). The last epoch also gives the refreshed h'.
     trained, updates = update_policy(state, experience, old.hidden, beta)
@@ -125,7 +125,7 @@ def make_learn_at(share: float, defs: Defs, config, reward: Reward | None = None
     # 6. Compute metrics and the next step's state.
     judged = judged.replace(scores=used[:B])
     average = averaged(state.reward_average, head.head, config.r2m.average)
-    metrics = metrics_of(sequences, judged, old, ref, w, beta, updates, head.metrics)
+    metrics = metrics_of(sequences, judged, old, ref, w, beta, updates, head.metrics) | certified
     if len(config.packing) > 1:
       metrics["learn/computed"] = jnp.float32(share)
     state = next_state(state, trained, head, average, next_beta, omega_at(state.step + 1, kl))

@@ -142,3 +142,5 @@ class TrainState(struct.PyTreeNode):
   )
   critic: Any = None  # PPO: {"backbone": nnx.State of a Transformer, "head": of an nnx.Linear}
   critic_opt: Any = None
+  # f32[Dr, Dr], frozen: the score head's uncertainty, see algorithm/certify.py; None: not used
+  certificate: Any = None

@@ -61,6 +61,8 @@ REFUSALS = [  # field, value, the fix
   ("r2m.gre_eps", 0.0, "above 0"),
   ("r2m.attention_scale", 0.0, "above 0"),
   ("r2m.label_confidence", 1.0, r"in \[0, 1\)"),
+  ("certify.share", 1.0, r"in \[0, 1\)"),
+  ("certify.tau", 0.0, r"above 0"),
   ("r2m.label_temperature", 0.0, "above 0"),
   ("kl.damping", -1.0, "at least 0"),
   ("r2m.num_heads", 3, r"divide r2m.attention_dim = 64"),
@@ -134,6 +136,22 @@ def test_refusals_name_field_value_and_fix(field, value, fix):
     (
       dict(r2m__labels="preference", r2m__label_confidence=0.8),
       r"config.r2m.label_confidence is 0.8: give 0: .* labels itself are filtered",
+    ),
+    (
+      dict(certify__share=0.4, variant="r2m"),
+      r"config.certify.share is 0.4: variant 'r2m' does not use the frozen reward alone",
+    ),
+    (
+      dict(certify__share=0.4, variant="vanilla", algorithm="remax"),
+      r"config.algorithm is 'remax': certified advantages need 'rloo' or 'grpo'",
+    ),
+    (
+      dict(certify__share=0.4, variant="vanilla", shaping__clip=1.0),
+      r"config.shaping.clip is 1.0: certified advantages need 0",
+    ),
+    (
+      dict(certify__share=0.4, variant="vanilla", policy__path="folder"),
+      r"config.certify.share is 0.4: the pairs of a reward model .* leave out policy.path",
     ),
     (dict(rollout__waves=3), r"config.rollout.waves is 3: 16 prompts .* use a divisor of 16"),
     (

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from r2m_jax.algorithm.advantages import ESTIMATORS
+from r2m_jax.algorithm.certify import make_certify
 from r2m_jax.algorithm.objective import (
   KL_OF_LOGPROBS,
   kl_estimator,
@@ -18,25 +19,27 @@ from r2m_jax.models.attention import Shared
 from r2m_jax.models.critic import read_values
 from r2m_jax.models.logprobs import token_stats
 from r2m_jax.parallel.rows import map_rows
-from r2m_jax.types import Experience, Feedback, Rollout, Sequences, TrainState
+from r2m_jax.types import Experience, Feedback, Judged, Rollout, Sequences, TrainState
 
 
-def make_credit(defs: Defs, config) -> Callable[..., Experience]:
-  """Builds `credit(state, rollout, scores, old, ref, beta) -> Experience`: scores to advantages
-  (eq. 1, or the estimator's own).
+def make_credit(defs: Defs, config) -> Callable[..., tuple[Experience, dict[str, jax.Array]]]:
+  """Builds `credit(state, rollout, scores, judged, old, ref, beta) -> (Experience, metrics)`: scores
+  to advantages (eq. 1, or the estimator's own).
 
   Of the built function:
     scores: f32[B (+ P)], the annotation scores of `all_rows` of the rollout.
+    judged: `Judged`, of the samples only.
     old, ref: `Feedback` of policy and reference, of the samples only.
     beta: f32[], weight of the KL.
   """
   estimator, shaping = ESTIMATORS[config.algorithm], config.shaping
   K, parts = config.rollout.group_size, parts_of(config)
   advantages_of, token_kl_of = make_advantages(config), make_token_kl(defs, config)
+  certify = make_certify(config)
 
   def credit(
-    state: TrainState, rollout: Rollout, scores, old: Feedback, ref: Feedback, beta
-  ) -> Experience:
+    state: TrainState, rollout: Rollout, scores, judged: Judged, old: Feedback, ref: Feedback, beta
+  ):
     rows, sequences = all_rows(rollout), rollout.samples
     all_shaped = shape_scores(scores, rows.response_mask.sum(-1), rows.has_eos, shaping)
     shaped = split_rows(all_shaped, len(sequences.tokens))
@@ -55,7 +58,7 @@ def make_credit(defs: Defs, config) -> Callable[..., Experience]:
       greedy_scores=shaped.greedy,
       values=values,
     )
-    return Experience(
+    experience = Experience(
       sequences=sequences,
       old_logprobs=old.logprobs,
       ref_logprobs=ref.logprobs,
@@ -64,6 +67,7 @@ def make_credit(defs: Defs, config) -> Callable[..., Experience]:
       old_values=values,
       returns=targets.returns,
     )
+    return certify(state.certificate, judged, experience)
 
   return credit
 

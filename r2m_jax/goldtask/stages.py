@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from r2m_jax.algorithm.certify import root
 from r2m_jax.algorithm.optim import make_optimizer
 from r2m_jax.goldtask import task as goldtask
 from r2m_jax.models.generate import generate
@@ -115,6 +116,20 @@ def reward_job(config, built: Build, policy) -> Job:
   start = init_reward_model(config, built, policy, jax.random.key(config.seed))
   train = noisy_preferences(config, built, policy)
   return pairs_job("reward", config, built, start, with_contrast(train, config.reward.contrast))
+
+
+def certificate(config, built: Build, policy, reward) -> dict[str, jax.Array]:
+  """The uncertainty of a fitted score head given its own noisy pairs: {"root": f32[Dr, Dr]}, see
+  `algorithm.certify.root`.
+  """
+  pair = ordered(noisy_preferences(config, built, policy), np.arange(config.reward.pairs))
+  read = reader(built.defs.reward_backbone, built.mesh)
+  sides = [read(reward, pair[name], pair[f"{name}_mask"]) for name in ("chosen", "rejected")]
+  chosen, rejected = (hosts.fetch(side).astype(float) for side in sides)
+  dx = chosen - rejected
+  gaps = dx @ np.asarray(reward["phi"]["kernel"][...], float)[:, 0]
+  spread = np.maximum(np.concatenate([chosen, rejected]).std(0), 1e-6)
+  return {"root": jnp.asarray(root(dx, gaps, spread, config.certify.tau), jnp.float32)}
 
 
 def golden_job(config, built: Build, policy, reward) -> Job:
@@ -274,6 +289,17 @@ def scorer(backbone_def, phi_def, mesh):
     return member_scores(nnx.merge(phi_def, model["phi"]), rte)
 
   return members
+
+
+@functools.cache
+def reader(backbone_def, mesh):
+  """Builds the jitted `read(model, tokens, mask) -> f32[B, Dr]`: the reward token embeddings."""
+
+  @jit_on(mesh)
+  def read(model, tokens, mask):
+    return read_rte(nnx.merge(backbone_def, model["backbone"]), tokens, mask)
+
+  return read
 
 
 def head_job(config, built: Build, policy, reward, head) -> Job:

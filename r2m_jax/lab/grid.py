@@ -34,6 +34,7 @@ from r2m_jax.goldtask.rl import gold_metrics, make_arm_step, program_of, rl_prom
 from r2m_jax.goldtask.stages import (
   STREAM_BEST,
   STREAM_PROBE,
+  certificate,
   golden_job,
   head_job,
   reward_job,
@@ -204,6 +205,8 @@ def stage_name(stage: str, config) -> str:
       parts["formula"] = config.gold.formula
   if stage == "warm_start":
     parts["r2m"] = read["r2m"]
+  if stage == "certificate":
+    parts["tau"] = read["certify"]["tau"]
   return f"{stage}-{short(parts)}"
 
 
@@ -360,7 +363,22 @@ def add_best_of_n(config, seeds, workdir: Path) -> None:
 # ---- RL ----
 
 
-def first_states(config, built: Build, mesh, replicas, policies, rewards, heads):
+def certificates_of(config, built: Build, policies, rewards, workdir: Path) -> dict | None:
+  """{seed: `goldtask.stages.certificate`}; None if no advantage is certified."""
+  if not config.certify.share:
+    return None
+
+  def make(missing, scratch):
+    configs = {seed: with_seed(config, seed) for seed in missing}
+    found = [certificate(configs[s], built, policies[s], rewards[s]) for s in missing]
+    return [(matrix, {}) for matrix in found]
+
+  size = built.reward_arch.embedding_size
+  like = abstract(lambda: {"root": jnp.zeros((size, size))}, built.mesh)
+  return fitted(workdir, stage_name("certificate", config), list(policies), like, make)
+
+
+def first_states(config, built: Build, mesh, replicas, policies, rewards, heads, certificates=None):
   """The first TrainState of every replica, stacked and distributed over the mesh."""
   seeds = [seed for seed, _ in replicas]
 
@@ -372,6 +390,8 @@ def first_states(config, built: Build, mesh, replicas, policies, rewards, heads)
   state = together(make, mesh)(stacked(keys), stacked(policies), reward["backbone"], reward["phi"])
   if heads:
     state = warm(state, stacked(heads))
+  if certificates:
+    state = state.replace(certificate=stacked(certificates)["root"])
   factors = spread(jnp.asarray([factor for _, factor in replicas], state.beta.dtype), mesh)
   return state.replace(beta=state.beta * factors)
 
@@ -538,7 +558,8 @@ def run_of(name: str, config, replicas: list[tuple[int, float]], workdir: Path) 
   config.checkpoint.keep_best = 0  # there is no best step for all replicas
   built, policies, rewards, heads = starts_of(config, tuple(dict.fromkeys(seeds)), workdir)
   mesh, configs = seeds_mesh(len(replicas)), [with_seed(config, seed) for seed in seeds]
-  begun = first_states(config, built, mesh, replicas, policies, rewards, heads)
+  certificates = certificates_of(config, built, policies, rewards, workdir)
+  begun = first_states(config, built, mesh, replicas, policies, rewards, heads, certificates)
   drift = make_drift(config, built, mesh, begun, configs)
 
   def steps(states):

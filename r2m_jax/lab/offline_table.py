@@ -12,14 +12,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from r2m_jax.lab.offline import SCORED_GROUP, load_arrays
-from r2m_jax.lab.posterior import (
+from r2m_jax.algorithm.posterior import (
   Evidence,
   effective_size,
   fit_head,
   relative_ratio,
   tempered_weights,
 )
+from r2m_jax.lab.offline import SCORED_GROUP, load_arrays
 from r2m_jax.report import intervals
 
 TAUS = (0.03, 0.1, 0.3, 1.0)  # candidates of the prior's width

@@ -217,6 +217,8 @@ def make_first_state(config, built: Build) -> Callable[..., TrainState]:
       reward_average=head if config.r2m.average else None,
       critic=critic,
       critic_opt=critic_opt,
+      # its place; `goldtask.stages.certificate` computes it
+      certificate=jnp.eye(built.reward_arch.embedding_size) if config.certify.share else None,
     )
 
   return make

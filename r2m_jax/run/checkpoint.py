@@ -8,6 +8,7 @@ and moved to `damaged/`, and the checkpoint before it is used.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
@@ -176,6 +177,10 @@ def restore(checkpoints: Checkpoints, like, step: int | None = None):
     raise CheckpointError(
       f"{folder} is damaged: {problem}; choose one of steps {checkpoints.all_steps()}"
     )
+  if newer := fields_added_since(like, folder):
+    parts = {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}
+    known = {name: part for name, part in parts.items() if name not in newer}
+    return dataclasses.replace(like, **restore(checkpoints, known, step))
   partial = any(x is ... for x in jax.tree.leaves(like))
   abstract = jax.tree.map(lambda x: x if x is ... else ocp.utils.to_shape_dtype_struct(x), like)
   with told(f"{folder} does not fit this run", "give it the config and the version that wrote it"):
@@ -184,6 +189,18 @@ def restore(checkpoints: Checkpoints, like, step: int | None = None):
     reader = ocp.PyTreeCheckpointer()  # the manager itself can only read whole checkpoints
     args = ocp.checkpoint_utils.construct_restore_args(abstract)
     return reader.restore(folder / "default", ocp.args.PyTreeRestore(abstract, args))
+
+
+def fields_added_since(like, folder: Path) -> set[str]:
+  """The fields of a dataclass `like` that are None and that the checkpoint lacks, because an earlier
+  version without them wrote it.
+  """
+  if not dataclasses.is_dataclass(like):
+    return set()
+  empty = {f.name for f in dataclasses.fields(like) if getattr(like, f.name) is None}
+  with told(f"{folder} does not fit this run", "give it the config and the version that wrote it"):
+    saved = ocp.PyTreeCheckpointer().metadata(folder / "default").item_metadata.tree
+  return empty - set(saved)
 
 
 def left_out(tree):

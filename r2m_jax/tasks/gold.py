@@ -30,6 +30,7 @@ from r2m_jax.goldtask.rl import (
 from r2m_jax.goldtask.stages import (
   STREAM_EVALUATION,
   STREAM_TABLE,
+  certificate,
   fit_golden,
   fit_reward,
   fit_sft,
@@ -202,7 +203,17 @@ def run_of(config, programs: Programs, workdir: Path, policy, reward, stage: Cal
 
   def first():
     start = policy, reward["backbone"], reward["phi"]
-    return initial_state(config, built, *start, make=programs.first)
+    state = initial_state(config, built, *start, make=programs.first)
+    if state.certificate is None:
+      return state
+
+    like = {"root": shapes_of(state.certificate)}
+
+    def make():
+      found = certificate(config, built, policy, reward)
+      return jax.device_put(found, {"root": state.certificate.sharding})
+
+    return state.replace(certificate=stage(workdir, "certificate", like, make)["root"])
 
   def warm_start(state):
     def make():

@@ -98,6 +98,29 @@ def test_a_replica_is_the_run_of_its_seed(ended, tmp_path, monkeypatch, name):
   assert mine["kl"][:, -1].min() > 1e-2  # and both have changed
 
 
+def test_certified_advantages_in_the_laboratory_and_alone(ended, tmp_path):
+  """The laboratory's arm against the run of one seed; both compute the certificate of the proxy from
+  its own pairs, and keep it.
+  """
+  certify = dict(algorithm="grpo", certify__share=0.4, steps=2)
+  arm = "vanilla.certified algorithm=grpo certify.share=0.4"
+  together, alone = tmp_path / "lab", tmp_path / "alone"
+  shutil.copytree(ended[0] / "stages", together / "stages")
+  grid.run(settings(lab__arms=(arm,), steps=2), together)
+  gold_task.run(settings(task="r2m", seed=1, variant="vanilla", **certify), alone)
+  mine = curves_of(columns(together, "vanilla.certified"))[1.0].metrics
+  rows = [row for row in read_metrics(alone) if row["stage"] == "rl"]
+  assert len(rows) == 2
+  for row in rows:
+    for metric in ("reward/gold", "kl", "policy/grad_norm", "certify/kept", "certify/zero"):
+      np.testing.assert_allclose(mine[metric][1, row["step"]], row[metric], **CLOSE, err_msg=metric)
+    assert 0.4 <= row["certify/zero"] < 0.5 and 0 < row["certify/kept"] < 0.6
+  stages = [path.name for path in (alone / "stages").iterdir()]
+  assert "certificate" in stages
+  found = [path.name for path in (together / "stages").iterdir() if "certificate" in path.name]
+  assert len(found) == 1
+
+
 def test_killed_and_started_again_it_gives_the_same_table(ended, tmp_path, monkeypatch):
   """Killed in the second arm at step 3 of 4, with a checkpoint at 2. Finished work is read, and
   nothing runs twice.

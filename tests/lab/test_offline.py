@@ -13,10 +13,7 @@ from flax import nnx
 from scipy import optimize
 
 from configs import quickstart
-from r2m_jax.goldtask import task as goldtask
-from r2m_jax.lab import offline, offline_page
-from r2m_jax.lab import offline_table as table
-from r2m_jax.lab.posterior import (
+from r2m_jax.algorithm.posterior import (
   Evidence,
   effective_size,
   fit_head,
@@ -24,6 +21,9 @@ from r2m_jax.lab.posterior import (
   tempered_weights,
   terms,
 )
+from r2m_jax.goldtask import task as goldtask
+from r2m_jax.lab import offline, offline_page
+from r2m_jax.lab import offline_table as table
 from r2m_jax.models.reward import RewardHead
 from r2m_jax.types import Sequences
 

@@ -1,9 +1,12 @@
 """Reading parts of checkpoints, as an export does."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import struct
 
 from r2m_jax.run import checkpoint
 
@@ -27,3 +30,36 @@ def test_what_is_left_out_is_not_read_and_the_rest_is_what_was_saved(tmp_path):
   file.write_bytes(file.read_bytes() + b" ")
   with pytest.raises(checkpoint.CheckpointError, match="_METADATA is not what was written"):
     checkpoint.restore(checkpoint.open_checkpoints(tmp_path, last=1), part, 3)
+
+
+@struct.dataclass
+class Earlier:
+  weights: jax.Array
+  average: jax.Array | None = None
+
+
+@struct.dataclass
+class Later:
+  weights: jax.Array
+  average: jax.Array | None = None
+  added: jax.Array | None = None
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_a_checkpoint_from_before_a_field_existed_is_read(tmp_path, left_out):
+  checkpoints = checkpoint.open_checkpoints(tmp_path, last=1)
+  checkpoint.save(checkpoints, 1, Earlier(jnp.arange(3.0), jnp.ones(2)))
+  checkpoint.wait(checkpoints)
+  where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+  def leaf(size):
+    return jax.ShapeDtypeStruct((size,), jnp.float32, sharding=where)
+
+  like = Later(leaf(3), ... if left_out else leaf(2))
+  found = checkpoint.restore(checkpoint.open_checkpoints(tmp_path, last=1), like)
+  assert isinstance(found, Later) and found.added is None
+  np.testing.assert_array_equal(found.weights, np.arange(3.0))
+  assert found.average is ... if left_out else found.average.tolist() == [1, 1]
+  # a field that is used is missed
+  with pytest.raises(checkpoint.CheckpointError, match="does not fit this run"):
+    checkpoint.restore(checkpoints, dataclasses.replace(like, added=leaf(2)))

@@ -47,6 +47,7 @@ def test_every_logged_key_is_documented_and_every_documented_key_is_logged(small
   # those of runs from folders (tests/tasks/test_folders.py), of an accelerator, and of a known peak
   elsewhere = {"seconds/rollout", "seconds/render", "learn/computed"}
   elsewhere |= {"memory/device_peak", "speed/mfu"}
+  elsewhere |= {"certify/zero", "certify/kept"}  # of certify.share (tests/lab/test_contrasts.py)
   elsewhere |= {"r2m/trusted"}  # of r2m.label_confidence (tests/algorithm/test_losses.py)
   # of the notes task (tests/lab/test_lab_notes.py)
   parts = ("distractors", "repeats", "outside", "extra", "marks", "ended")
