@@ -1,4 +1,5 @@
-"""Checks the numbers of docs/findings.md and docs/findings_text.md, and prints the differences.
+"""Checks the numbers of docs/findings.md, docs/findings_text.md and docs/premise.md, and prints the
+differences.
 
   python -m benchmarks.findings      # exit status 1 if there is one
 
@@ -6,6 +7,7 @@ A number is right if it is the rounded value of a row. docs/findings_rows.csv co
 of the text with rows of docs/lab.csv, docs/lab_text.csv or docs/checks.csv; the cells of the tables
 named in `TABLES` are connected by row and column. A number from another source, such as the paper,
 has a line with its source instead of a row. A number without a row or a source is a difference too.
+The table of docs/premise.md must be the one that benchmarks.premise_page prints.
 """
 
 import csv
@@ -14,8 +16,10 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks import premise_page
+
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = ("findings", "findings_text")
+PAGES = ("findings", "findings_text", "premise")
 FILES = ("lab", "lab_text", "checks")
 NUMBER = re.compile(r"-?\d+\.?\d*")
 FEWEST = 8  # with fewer seeds a cell has no value, because only seeds that move far reach it
@@ -158,12 +162,16 @@ def claims() -> list[Claim]:
 
 def plain(page: str) -> str:
   """The page's text on one line, without code, links and the tables that are rows."""
-  text = read(page)
+  text = read(page).replace(premise_table(), "")
   for table in TABLES:
     if table.page == page:
       text = text.replace("\n".join(lines_of(table)), "")
   text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", " ", text, flags=re.S)
   return " ".join(re.sub(r"\d+(\.\d+)?e-?\d+", " ", text).split())
+
+
+def premise_table() -> str:
+  return premise_page.table(premise_page.read(DOCS / "checks.csv"))
 
 
 def whole(text: str) -> re.Pattern:
@@ -212,6 +220,8 @@ def differences() -> tuple[int, int, list[str]]:
   held = claims()
   found = [wrong_with(c, table.get((c.file, c.key)), texts[c.page]) for c in held]
   wrong = [line for line in found if line]
+  if premise_table() not in read("premise"):
+    wrong.append("premise.md: its table is not the one that benchmarks.premise_page prints")
   wrong += [line for page in PAGES for line in without_source(page, held)]
   of_rows = sum(claim.file in FILES for claim in held)
   return of_rows, len(held) - of_rows, wrong

@@ -4,8 +4,9 @@ arm, and paired differences.
   python -m benchmarks.notes WORKDIR [--steps=N] [--read=ARM/SEED/STEP]
 
 All arms are compared at equal steps: the first N steps, by default the number of steps of the
-longest run. Runs with fewer steps are left out. --read prints all samples of one step with their
-gold, used and frozen rewards.
+longest run. Runs with fewer steps are left out. If finished runs have arms whose KL is held, the
+registered contrasts follow. --read prints all samples of one step with their gold, used and frozen
+rewards.
 """
 
 import argparse
@@ -15,13 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
+from r2m_jax.configs import smollm2_notes
+from r2m_jax.lab import contrasts
 from r2m_jax.lab.notes import COLUMNS, SAMPLES, steps_csv
 from r2m_jax.lab.realtext import run_of
+from r2m_jax.lab.table import read_arms
 from r2m_jax.report import intervals
 from r2m_jax.run.files import read_jsonl
 
 SHOWN = ("gold", "frozen", "used", "kl", "length", "cut_off", "coverage", "invented", "marks")
-# comparisons: the first arm minus the second
+# comparisons: the first arm minus the second; NAME.kl2 is compared with NAME.kl2
 PAIRS = (
   ("r2m", "scaled"),
   ("r2m", "shuffled"),
@@ -87,10 +91,16 @@ def arm_lines(runs: Runs, steps: int) -> list[str]:
   return lines
 
 
+def pairs_of(arms) -> list[tuple[str, str]]:
+  """`PAIRS` of the plain arms, then of the arms with each name after a dot."""
+  endings = dict.fromkeys("".join(arm.partition(".")[1:]) for arm in arms)
+  return [(first + end, second + end) for end in endings for first, second in PAIRS]
+
+
 def difference_lines(runs: Runs, steps: int) -> list[str]:
   """Paired differences by seed, with 95% intervals from two seeds on."""
   lines = [f"{'gold':<22} {'at the end':>26} {'mean of all steps':>26}"]
-  for first, second in PAIRS:
+  for first, second in pairs_of(runs):
     both = sorted(set(runs.get(first, {})) & set(runs.get(second, {})))
     if not both:
       continue
@@ -104,6 +114,11 @@ def difference_lines(runs: Runs, steps: int) -> list[str]:
       cells.append(f"{found.value:6.2f} [{found.low:6.2f}, {found.high:6.2f}]")
     lines.append(f"{first + ' - ' + second:<22} " + " ".join(f"{cell:>26}" for cell in cells))
   return lines
+
+
+def held_text(workdir: Path) -> str:
+  """The registered contrasts of the finished arms whose KL is held; "" without any."""
+  return contrasts.text(smollm2_notes.get_config("held"), read_arms(workdir, ()))
 
 
 def read_step(workdir: Path, where: str) -> str:
@@ -141,6 +156,8 @@ def main() -> None:
   long = at_least(runs, steps)
   print("\n".join(arm_lines(long, steps)), end="\n\n")
   print("\n".join(difference_lines(long, steps)))
+  if held := held_text(given.workdir):
+    print("\n" + held)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,12 @@ def environment(name: str, folder: pathlib.Path) -> pathlib.Path:
 
 def run(name: str, python: pathlib.Path, *arguments, **variables: str) -> dict:
   """The result of a peer's process, which has ended; ends this one if it failed."""
-  command = [str(python), "-m", peer_figures.PEERS[name].child, *map(str, arguments)]
+  return result_of(python, peer_figures.PEERS[name].child, *arguments, **variables)
+
+
+def result_of(python: pathlib.Path, module: str, *arguments, **variables: str) -> dict:
+  """The JSON line that `module` prints last, run by a peer's Python."""
+  command = [str(python), "-m", module, *map(str, arguments)]
   env = os.environ | VARIABLES | variables
   done = subprocess.run(
     command, cwd=machine.ROOT, env=env, capture_output=True, text=True, check=False

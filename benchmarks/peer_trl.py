@@ -39,10 +39,12 @@ def model_config(size: str, tokenizer, ends: int) -> transformers.Qwen2Config:
 
 
 def training(
-  folder: str, rollouts: int, rows: int, response: int, parts: int, gpu: bool
+  folder: str, rollouts: int, rows: int, response: int, parts: int, gpu: bool, **other
 ) -> trl.RLOOConfig:
-  """TRL's defaults, except where another choice does the same work in less time."""
-  return trl.RLOOConfig(
+  """TRL's defaults, except where another choice does the same work in less time; `other` replaces
+  settings.
+  """
+  settings = dict(
     output_dir=folder,
     use_cpu=not gpu,
     seed=0,
@@ -69,14 +71,19 @@ def training(
     disable_tqdm=True,  # only the work
     dataloader_pin_memory=False,
   )
+  return trl.RLOOConfig(**settings | other)
 
 
 class Laps(transformers.TrainerCallback):
   """One lap is one rollout with its updates; the run ends when the watch is done."""
 
-  def __init__(self, watch: task.Watch, response: int | None):
-    """response: the tokens that every response has; None: they have any number."""
+  def __init__(self, watch: task.Watch, response: int | None, epochs: int = task.EPOCHS):
+    """response: the tokens that every response has; None: they have any number.
+
+    epochs: updates of a rollout.
+    """
     self.watch = watch
+    self.epochs = epochs
     self.response = response
     self.trainer = None
     self.lengths: list[float] = []  # mean tokens of the responses of each rollout
@@ -85,15 +92,15 @@ class Laps(transformers.TrainerCallback):
     self.watch.lap()
 
   def on_step_end(self, args, state, control, **kwargs):
-    if state.global_step % task.EPOCHS == 0:
+    if state.global_step % self.epochs == 0:
       self.watch.lap()
       seen = self.trainer._metrics[
         "train"
       ]  # there is no public access to a rollout's lengths if they are not logged
       shortest, longest = seen["completions/min_length"], seen["completions/max_length"]
-      if len(shortest) * task.EPOCHS != state.global_step:
+      if len(shortest) * self.epochs != state.global_step:
         raise SystemExit(
-          f"{len(shortest)} rollouts for {state.global_step} updates, not one for {task.EPOCHS}"
+          f"{len(shortest)} rollouts for {state.global_step} updates, not one for {self.epochs}"
         )
       self.lengths.append(seen["completions/mean_length"][-1])
       if self.response is not None:

@@ -373,17 +373,20 @@ def line(row: Row) -> str:
   )
 
 
+HEAD = ["data", "check", "reading", "layer", "measure", "value", "low", "high", "count"]
+
+
+def written(rows: list[Row]) -> list[list[str]]:
+  """The cells of each number under `HEAD`, five digits."""
+  return [
+    [*row.labels, row.measure, *(f"{x:.5g}" for x in row.found[:3]), str(row.found.count)]
+    for row in rows
+  ]
+
+
 def write(path: Path, rows: list[Row]) -> None:
-  """One line for each number, five digits."""
   with open(path, "w", newline="", encoding="utf-8") as file:
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(
-      ["data", "check", "reading", "layer", "measure", "value", "low", "high", "count"]
-    )
-    for row in rows:
-      writer.writerow(
-        [*row.labels, row.measure, *(f"{x:.5g}" for x in row.found[:3]), row.found.count]
-      )
+    csv.writer(file, lineterminator="\n").writerows([HEAD, *written(rows)])
 
 
 def analyse(name: str, path: Path) -> list[Row]:

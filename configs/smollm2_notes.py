@@ -9,26 +9,34 @@ linear score head, fitted to noisy preferences.
     --config.policy.path=FOLDER                              # without a connection to the hub
   python -m r2m_jax.main --config=configs/smollm2_notes.py:test --workdir=/tmp/notes   # in seconds
 
-The sizes are chosen for two CPU cores. For one large GPU (not yet measured):
+The sizes are chosen for two CPU cores. `:gpu` has those for one large GPU (not yet measured), and
+`held` replaces the arms by the same ones with their KL held at 2 and at 4. Both use one folder and
+share what comes before RL:
 
-  python -m r2m_jax.main --config=configs/smollm2_notes.py --workdir=runs/notes_gpu \\
-    --config.notes.demonstrations=512 --config.reward.pairs=2000 --config.notes.proxy=whole \\
-    --config.rollout.prompts=16 --config.rollout.group_size=8 --config.steps=100
+  python -m r2m_jax.main --config=configs/smollm2_notes.py:gpu --workdir=runs/notes_gpu
+  python -m r2m_jax.main --config=configs/smollm2_notes.py:gpu,held --workdir=runs/notes_gpu
 
 The protocol is in docs/lab.md, "The third task". The same command resumes where it stopped, and
 processes with the same command share the work. `:test` is the same job with a tiny random model of
 the same family, whose tokenizer is trained on the demonstrations.
 """
 
-from r2m_jax.configs import default
+from r2m_jax.configs import default, fair
 
 ARMS = ("vanilla", "r2m", "scaled", "shuffled")
+# The registered contrasts of the arms whose KL is held. Their advantages are group-normalised, so
+# `vanilla` and `scaled` have one objective.
+RIVALS = ("scaled", "shuffled")
+OPTIONS = ("gpu", "held", "test")
 
 
-def get_config(size: str = ""):
-  if size not in ("", "test"):
+def get_config(options: str = ""):
+  """options: any of `OPTIONS`, separated by commas."""
+  chosen = set(options.split(",")) if options else set()
+  if not chosen <= set(OPTIONS):
     raise ValueError(
-      f"size {size!r} is unknown; use configs/smollm2_notes.py or configs/smollm2_notes.py:test"
+      f"size {options!r} is unknown; use configs/smollm2_notes.py, or one or more of "
+      f"{', '.join(OPTIONS)} after it, such as configs/smollm2_notes.py:gpu,held"
     )
   config = default.get_config()
   config.task = "lab_notes"
@@ -79,9 +87,40 @@ def get_config(size: str = ""):
   config.scratch.samples = 48
   config.generate.batch_size = 48
   config.score.batch_size = 24
-  if size == "test":
+  if "gpu" in chosen:
+    on_gpu(config)
+  if "test" in chosen:
     smallest(config)
+  if "held" in chosen:
+    hold(config)
   return config
+
+
+def on_gpu(config) -> None:
+  """Sizes for one large GPU: as many samples a step and as many steps as in the registered test."""
+  config.dtype = "bfloat16"
+  config.notes.demonstrations = 512
+  config.notes.proxy = "whole"
+  config.reward.pairs = 2000
+  config.reward.heldout_pairs = 256
+  config.rollout.prompts = 16
+  config.rollout.group_size = 8
+  config.steps = 100
+  # the paper's 6e-6 at width 2,048, scaled for the same change of the function at width 576
+  config.policy.lr = 2e-5
+  config.lab.kls = (2.0, 4.0)
+  config.scratch.samples = 256
+  config.generate.batch_size = 256
+  config.score.batch_size = 256
+
+
+def hold(config) -> None:
+  """The same arms with their KL held, as in the registered test of configs/fair.py."""
+  config.lab.arms = tuple(fair.held(ARMS))
+  config.lab.contrasts = tuple(
+    f"r2m.kl{target} - {rival}.kl{target}" for target in fair.TARGETS for rival in RIVALS
+  )
+  config.lab.margin = 0.2  # gold: a quarter of one fact of five
 
 
 def smallest(config) -> None:

@@ -2,13 +2,14 @@
 
 import csv
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import tiny_text
 
-from benchmarks import premise
+from benchmarks import premise, premise_notes, premise_page
 from configs import default
 from r2m_jax.analysis import analyse, checks, probes
 from r2m_jax.data import datasets
@@ -93,3 +94,139 @@ def test_the_effect_of_an_attention_that_is_not_there():
   right = 100 * np.mean(own[::2] > own[1::2])
   assert flipped == pytest.approx(100 - 2 * right)
   assert isinstance(points, checks.Row)
+
+
+# ---- the notes task ----
+
+
+@pytest.fixture(scope="module")
+def notes_run(measured, tmp_path_factory):
+  """A workdir of the notes task with the files that premise_notes reads: two steps of samples."""
+  folder, rng = tmp_path_factory.mktemp("notes_run"), np.random.default_rng(3)
+  for model in (folder / "models/sft", folder / "runs/vanilla/seed_0/export/policy"):
+    shutil.copytree(measured[0], model)
+  (folder / "config.json").write_text(json.dumps({"policy": {"system_prompt": "Be brief."}}))
+
+  def reply():
+    return " ".join(rng.permutation(WORDS)[:4])
+
+  def ask(text):
+    return [{"role": "user", "content": text}]
+
+  def write(name, rows):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+  gold = [[1.0, 2.5], [2.0, 0.5], [1.0, 1.0]]
+  held = [
+    dict(prompt=ask(f"h {i}"), responses=[reply(), reply()], gold=g) for i, g in enumerate(gold)
+  ]
+  write("held_out_pairs.jsonl", held)
+  against = [dict(gold_chosen=0.0, gold_rejected=1.0), dict(gold_chosen=3.0, gold_rejected=1.0)]
+  pairs = [
+    dict(prompt=ask(f"p {i}"), chosen=reply(), rejected=reply(), **against[i % 2])
+    for i in range(20)
+  ]
+  write("proxy_0/pairs.jsonl", pairs)
+  for step in (0, 1):
+    samples = [
+      dict(prompt=f"s {step} {i // 4}", response=reply(), truncated=i == 5)
+      | dict(gold=float(rng.normal()), frozen=float(rng.normal()))
+      for i in range(24)
+    ]
+    write(f"runs/vanilla/seed_0/samples/step_000{step}.jsonl", samples)
+  return folder, held, pairs
+
+
+def test_pairs_of_the_notes_task_are_ordered_by_gold(notes_run):
+  folder, held, pairs = notes_run
+  found = premise_notes.pairs_of(folder, "Be brief.")
+  assert len(found) == 2 + 20  # one held-out pair is a tie
+  assert [row["chosen"] for row in found[:2]] == [held[0]["responses"][1], held[1]["responses"][0]]
+  assert (found[2]["chosen"], found[2]["rejected"]) == (pairs[0]["rejected"], pairs[0]["chosen"])
+  assert found[3]["chosen"] == pairs[1]["chosen"] and found[3]["margin"] == 2.0
+  assert [m["content"] for m in found[0]["prompt"]] == ["Be brief.", "h 0"]
+
+
+def test_the_notes_command_measures_both(notes_run, monkeypatch, tmp_path):
+  """States of a sample equal those of the same text as a pair's reply, which is read after a cached
+  prompt. The gap of table 5 equals a loop over pairs of samples.
+  """
+  folder = notes_run[0]
+  monkeypatch.setattr(premise, "DRAWS", 2)
+  monkeypatch.setattr(premise, "WIDTH", 32)
+  args = ["x", str(folder), f"--states={tmp_path}", f"--out={tmp_path}/out.csv", "--threads=1"]
+  monkeypatch.setattr(sys, "argv", args)
+  assert premise_notes.main() == 0
+  pair = premise_notes.pairs_of(folder, "Be brief.")[0]
+  row = dict(prompt=pair["prompt"], response=pair["chosen"], truncated=False)
+  policy = folder / "models/sft"
+  alone = premise_notes.mean_states(policy, [row], "Be brief.", 1, tmp_path / "one")[0]
+  with np.load(tmp_path / "notes.npz") as states:
+    np.testing.assert_allclose(alone, states["pooled"][-1, 0, 0], rtol=2e-3, atol=2e-4)
+  samples = premise_notes.samples_of(folder / "runs/vanilla/seed_0")
+  parts = [tmp_path / f"notes_samples/{first}.npy" for first in (0, 16, 32)]
+  states = np.concatenate(list(map(np.load, parts))).astype(float)
+  with open(tmp_path / "out.csv", newline="") as file:
+    table = {r["measure"]: r for r in csv.DictReader(file) if r["check"] == "table 5"}
+  assert float(table["gap"]["value"]) == pytest.approx(gap_by_loop(samples, states), abs=1e-4)
+
+
+def gap_by_loop(samples: list[dict], states: np.ndarray) -> float:
+  """Table 5: (sound with sound + hacking with hacking) / 2 - across, over other prompts."""
+  gold, proxy = (np.array([row[name] for row in samples]) for name in ("gold", "frozen"))
+  high = proxy >= np.quantile(proxy, 0.75)
+  kind = {
+    "hacking": high & (gold < np.quantile(gold, 0.25)),
+    "sound": high & (gold >= np.median(gold)),
+  }
+  unit = states / np.linalg.norm(states, axis=1, keepdims=True)
+
+  def mean(a, b):
+    found = [
+      unit[i] @ unit[j]
+      for i in np.flatnonzero(kind[a])
+      for j in np.flatnonzero(kind[b])
+      if samples[i]["prompt"] != samples[j]["prompt"]
+    ]
+    return np.mean(found)
+
+  within = (mean("sound", "sound") + mean("hacking", "hacking")) / 2
+  return within - mean("hacking", "sound")
+
+
+# ---- the page ----
+
+
+def test_the_page_has_the_table_of_its_rows():
+  page = (premise_page.CHECKS.parent / "premise.md").read_text(encoding="utf-8")
+  assert premise_page.table(premise_page.read()) in page
+
+
+def test_the_toys_cells_are_means_over_its_runs():
+  with open(premise_page.CHECKS, newline="") as file:
+    rows = [row for row in csv.DictReader(file) if row["data"].startswith("toy_")]
+  mine = [
+    float(row["value"])
+    for row in rows
+    if (row["reading"], row["measure"]) == ("change of phi, %", "r2m, after")
+  ]
+  line = next(line for line in premise_page.LINES if "phi" in line.what)
+  assert len(mine) >= 2
+  assert premise_page.of_toy(line, premise_page.read()).value == pytest.approx(np.mean(mine))
+  assert premise_page.cell(None, line) == "–"
+
+
+def test_new_numbers_replace_those_of_the_same_name(tmp_path, monkeypatch):
+  checks_file, new = tmp_path / "checks.csv", tmp_path / "new.csv"
+  head = ",".join(premise.HEAD)
+  checks_file.write_text(f"{head}\na,probe,last,30,x,1,0,2,5\nb,probe,last,30,x,3,2,4,5\n")
+  new.write_text(f"{head}\na,probe,last,30,x,7,6,8,5\na,probe,mean,30,x,9,8,10,5\n")
+  monkeypatch.setattr(premise_page, "CHECKS", checks_file)
+  premise_page.keep([new], [])
+  found = premise_page.read(checks_file)
+  assert found["b"]["probe", "last", "30", "x"][:3] == (3, 2, 4)
+  assert found["a"]["probe", "last", "30", "x"].value == 7 and len(found["a"]) == 2
+  with pytest.raises(SystemExit, match="name the workdir toy_SEED"):
+    premise_page.keep([], [tmp_path / "runs"])

@@ -6,16 +6,19 @@ import csv
 import functools
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from small import documented_metrics
 
+from benchmarks import machine, notes_step
 from benchmarks import notes as shown_notes
 from configs import smollm2_notes
-from r2m_jax.config import ConfigError, check_config
+from r2m_jax.config import ConfigError, arms_of, check_config
 from r2m_jax.goldtask import notes
 from r2m_jax.lab import notes as lab_notes
+from r2m_jax.lab import table
 from r2m_jax.lab.realtext import run_of
 from r2m_jax.run.files import read_jsonl
 from r2m_jax.run.metrics import ROW_KEYS, read_metrics, without_clock
@@ -241,6 +244,103 @@ def test_the_command_shows_arms_differences_and_samples(ended, monkeypatch, caps
     assert row["prompt"] in printed and repr(row["response"]) in printed
 
 
+# ---- arms whose KL is held, and a GPU's sizes ----
+
+
+def test_held_arms_are_the_same_four_at_two_targets():
+  held, plain = (smollm2_notes.get_config(options) for options in ("gpu,held", "gpu"))
+  check_config(held)
+  check_config(plain)
+  arms = arms_of(held)
+  assert {name.partition(".")[0] for name in arms} == set(arms_of(plain))
+  for name, arm in arms.items():
+    assert (arm.kl.controller, arm.algorithm) == ("held", "grpo")
+    assert name == f"{arm.variant}.kl{arm.kl.target:g}" and arm.steps == 100
+  assert sorted({arm.kl.target for arm in arms.values()}) == [2, 4]
+  for contrast in held.lab.contrasts:
+    assert set(contrast.split(" - ")) <= set(arms)
+
+
+def test_the_learning_rates_are_the_papers_dose_by_width():
+  """The function changes with learning rate x width; SmolLM2-135M has width 576."""
+  config = smollm2_notes.get_config("gpu")
+  assert config.policy.lr == pytest.approx(6e-6 * 2048 / 576, rel=0.1)
+  assert config.r2m.lr == pytest.approx(1e-6 * 4096 / 576, rel=0.1)
+
+
+def test_the_command_shows_the_contrasts_at_a_held_kl(ended, tmp_path, monkeypatch, capsys):
+  """Differences of arms whose gold and KL are given."""
+  shutil.copytree(ended / "runs", tmp_path / "runs")
+  (tmp_path / "table").mkdir()
+  gold = {"r2m": (1.0, 1.5, 1.4), "scaled": (0.5, 0.7, 0.9), "shuffled": (1.0, 1.5, 1.4)}
+  for arm, values in gold.items():
+    log = np.zeros((40, 3, 2), np.float32)
+    log[..., 0], log[..., 1] = values, 2.0 if arm != "shuffled" else 3.0
+    replicas = [(seed, 1.0, 3.0) for seed in range(3)]
+    columns = table.arm_columns(f"{arm}.kl2", replicas, ["reward/gold", "kl"], log)
+    table.write_table(tmp_path / "table" / f"{arm}.kl2.parquet", columns)
+  monkeypatch.setattr(sys, "argv", ["notes", str(tmp_path)])
+  shown_notes.main()
+  lines = capsys.readouterr().out.splitlines()
+  first, placebo = (
+    next(line for line in lines if line.startswith(f"r2m.kl2 - {rival}.kl2  "))
+    for rival in ("scaled", "shuffled")
+  )
+  assert float(first.split()[4]) == pytest.approx(0.6) and first.endswith("undecided")
+  assert placebo.endswith("KL not held")
+
+
+@pytest.mark.long
+def test_a_run_of_held_arms_in_the_folder_of_the_others(ended, tmp_path):
+  """The second command of docs/lab.md starts from the first one's policy and proxies."""
+  again = begun(ended, tmp_path)
+  held = smollm2_notes.get_config("test,held")
+  held.lab.arms, held.lab.seeds = held.lab.arms[:2], (0,)
+  lab_notes.run(held, again)
+  for arm in ("vanilla.kl2", "r2m.kl2"):
+    assert len(steps_of(again, arm, 0)) == 2
+  assert "Arms whose KL is held" in (again / "report.html").read_text()
+
+
+# ---- the step next to TRL's ----
+
+
+def test_a_timed_step_is_that_of_the_task(ended):
+  """Its tokens, and no step counts that compiled."""
+  found = notes_step.ours(
+    str(ended / "models/sft"), str(ended / "models/proxy_0"), "vanilla", 2, "test"
+  )
+  assert len(found["seconds"]) == len(found["busy"]) == 1 and found["peak"] > 1e8
+  assert found["lengths"] == [steps_of(ended, "vanilla", 0)[1]["length"]]
+  assert sum(times[0] for times in found["phases"].values()) <= found["seconds"][0]
+
+
+def test_a_step_that_compiles_is_not_counted():
+  names = ("step", *notes_step.PHASES)
+  rows = [
+    {f"seconds/{name}": float(t) for name in names}
+    | {"length": 10.0 + t, "learn/computed": share, "memory/process_peak": 2.0}
+    for t, share in enumerate([0.76, 1.0, 0.76, 0.76, 1.0])
+  ]
+  ticks = [machine.Ticks(10.0 * t, 5.0 * t, 4.0 * t) for t in range(5)]
+  found = notes_step.measured(rows, ticks)
+  assert found["seconds"] == [2, 3, 4] and found["lengths"] == [12, 13, 14]
+  assert found["computed"] == [0.76, 0.76, 1.0] and found["peak"] == 2e9
+  kept = notes_step.quietest(found | {"busy": [0.3, 0.0, 0.05]}, 2)
+  assert kept["seconds"] == [3, 4] and kept["phases"]["learn"] == [3, 4]
+
+
+def test_trl_is_given_the_work_of_the_task():
+  config = notes_step.config_of(6)
+  given = SimpleNamespace(policy="P", reward="R", steps=3, more=2)
+  work = notes_step.work_of(config, given)
+  assert work["prompts"] == notes.prompts(0, lab_notes.STREAM_RL, 6 * config.rollout.prompts)
+  assert work["rows"] == config.rollout.prompts * work["group"] == 16
+  assert (work["response"], work["temperature"]) == (40, 0.7)
+  assert (work["beta"], work["lr"]) == (config.kl.beta, config.policy.lr)
+  assert config.ppo.epochs * config.ppo.minibatches == 1  # TRL's child has one update too
+
+
 # ---- errors before any work ----
 
 
@@ -263,8 +363,9 @@ def test_settings_that_cannot_work_are_refused(field, value, message):
 
 
 def test_sizes_are_named():
-  with pytest.raises(ValueError, match="size 'large' is unknown"):
-    smollm2_notes.get_config("large")
+  for options in ("large", "gpu,large", "gpu held"):
+    with pytest.raises(ValueError, match=f"size '{options}' is unknown"):
+      smollm2_notes.get_config(options)
 
 
 def test_every_logged_key_is_documented(ended):
