@@ -119,8 +119,10 @@ def test_check_refuses_the_rest(array, axes, kind, message):
   [("bfloat16", "float32"), ("float16", "float32"), ("float32", "float32"), ("float64", "float64")],
 )
 def test_at_least_f32(given, result):
+  # not computed: XLA cannot convert float16 on a processor without F16C, and no model computes in it
   with jax.enable_x64(True):
-    assert ops.at_least_f32(jnp.zeros(2, given)).dtype == result
+    array = jax.ShapeDtypeStruct((2,), given)
+    assert jax.eval_shape(ops.at_least_f32, array).dtype == result
 
 
 def test_predicts_response_is_one_column_early():
