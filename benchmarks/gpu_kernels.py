@@ -16,6 +16,7 @@ import pathlib
 import re
 import time
 
+import jax
 import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
@@ -127,6 +128,7 @@ def operands_of(rest: str) -> list[str]:
 
 
 def main(_):
+  jax.config.update("jax_enable_compilation_cache", False)  # nothing can be loaded without a card
   target = pathlib.Path(TARGET.value).read_text(encoding="utf-8")
   described = dict(topology="1x1x1", target_config=target)
   devices = topologies.get_topology_desc(platform="cuda", topology_name="", **described).devices
