@@ -239,13 +239,17 @@ def test_the_readme_gives_the_numbers_of_the_findings():
   assert len(numbers) == 4 and all(number in pages for number in numbers)
 
 
-def test_the_page_on_contrast_pairs_shows_its_rows():
-  """docs/holds.md quotes the output of `python -m benchmarks.holds` for docs/lab_holds.parquet."""
+@pytest.mark.parametrize(
+  "rows, size", [("lab_holds.parquet", ""), ("lab_certified.parquet", "certified")]
+)
+def test_the_page_on_what_holds_shows_its_rows(rows, size):
+  """docs/holds.md quotes the output of `python -m benchmarks.holds` for both files of rows."""
   docs = Path(__file__).parents[1] / "docs"
-  curves = fair.curves_by_arm(fair.read_table(docs / "lab_holds.parquet")[0])
-  config = configs_holds.get_config()
+  curves = fair.curves_by_arm(fair.read_table(docs / rows)[0])
+  config = configs_holds.get_config(size)
   printed = f"{contrasts.text(config, curves)}\n\n{holds.bars(config, curves)}"
-  assert printed.startswith("Registered contrasts") and "vanilla.contrast.kl4" in printed
+  tried = configs_holds.TRIED[size][0]
+  assert printed.startswith("Registered contrasts") and f"vanilla.{tried}.kl4" in printed
   assert printed in (docs / "holds.md").read_text(encoding="utf-8")
 
 
