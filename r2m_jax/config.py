@@ -356,9 +356,9 @@ def check_certify(config: ConfigDict) -> None:
   if config.certify.share == 0:
     return
   field = "certify.share"
-  fix = "the pairs of a reward model from a folder are not known: give 0, or leave out {}"
   for path in ("policy.path", "reward.path", "reward.url"):
-    need(config, not _get(config, path), field, fix.format(path))
+    fix = f"the pairs of a reward model from a folder are not known: give 0, or leave out {path}"
+    need(config, not _get(config, path), field, fix)
   need(
     config,
     config.task not in ("scratch", "lab_text", "lab_notes"),
