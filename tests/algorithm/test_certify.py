@@ -12,6 +12,8 @@ from r2m_jax.algorithm.advantages import per_token, rloo
 from r2m_jax.algorithm.certify import certified, make_certify, root, signal, widths
 from r2m_jax.types import Experience, Judged
 
+pytestmark = pytest.mark.numerics
+
 P, K, D, T = 5, 4, 6, 3
 
 
