@@ -1,4 +1,4 @@
-"""Whether a proxy with contrast pairs, or certified advantages, hold a reward: the contrasts of
+"""Whether a proxy with contrast pairs, or certified advantages, holds a reward: the contrasts of
 configs/holds.py and the bars of docs/lab.md, from a laboratory's folder or from kept rows.
 
   python -m benchmarks.holds runs/holds                                # prints the tables

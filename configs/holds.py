@@ -5,12 +5,15 @@ A contrast pair is a response to this prompt against a response to another promp
 prompt. Its label needs no labeller. In the offline table of docs/holds.md such pairs order the
 samples of a moved policy better. Here policies are trained against such a proxy. With certified
 advantages a sample counts only as far as the proxy is sure of its sign (`algorithm/certify.py`).
-docs/lab.md ("A proxy with contrast pairs", "Certified advantages") has the protocols.
+docs/lab.md ("A proxy with contrast pairs", "Certified advantages", "A second gold reward") has the
+protocols.
 
   python -m r2m_jax.main --config=configs/holds.py --workdir=runs/holds
   python -m benchmarks.holds runs/holds                                    # what came out
   python -m r2m_jax.main --config=configs/holds.py:certified --workdir=runs/holds
   python -m benchmarks.holds runs/holds --tried=certified
+  python -m r2m_jax.main --config=configs/holds.py:placebos --workdir=runs/holds_second \\
+    --config.gold.formula=benchmarks/gold_second.py                        # a second gold reward
   python -m r2m_jax.main --config=configs/holds.py:test --workdir=/tmp/holds
 """
 
@@ -29,8 +32,13 @@ CERTIFIED = {
   "permuted": f"{SHARE} certify.width=permuted",
   "constant": f"{SHARE} certify.width=constant",
 }
+PLACEBOS = {name: CERTIFIED[name] for name in ("certified", "permuted", "constant")}
 # what is tried, and the rivals that it has to beat, besides the usual `vanilla`
-TRIED = {"": ("contrast", PROXIES), "certified": ("certified", CERTIFIED)}
+TRIED = {
+  "": ("contrast", PROXIES),
+  "certified": ("certified", CERTIFIED),
+  "placebos": ("certified", PLACEBOS),
+}
 
 
 def arms(targets, size: str = ""):
@@ -50,10 +58,8 @@ def contrasts(targets, size: str = ""):
 
 def get_config(size: str = ""):
   if size not in (*TRIED, "test"):
-    raise ValueError(
-      f"size {size!r} is unknown; use configs/holds.py, configs/holds.py:certified or "
-      "configs/holds.py:test"
-    )
+    known = ", ".join(f":{name}" for name in (*filter(None, TRIED), "test"))
+    raise ValueError(f"size {size!r} is unknown; use configs/holds.py or configs/holds.py{known}")
   test = size == "test"
   config = fair.get_config(size if test else "")
   targets, tried = ((0.02,), "certified") if test else (fair.TARGETS, size)
