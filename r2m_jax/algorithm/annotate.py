@@ -10,7 +10,15 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
-from r2m_jax.algorithm.read import KEY_NOISE, Defs, all_rows, parts_of, shared_prompts, step_key
+from r2m_jax.algorithm.read import (
+  KEY_NOISE,
+  Defs,
+  all_rows,
+  deal_of,
+  parts_of,
+  shared_prompts,
+  step_key,
+)
 from r2m_jax.algorithm.variants import VARIANTS, States, Variant, feed_back, other_rows
 from r2m_jax.models.reward import member_scores, read_reward_states
 from r2m_jax.ops import combine
@@ -76,7 +84,8 @@ def make_annotate(
       keep = variant.width == "reward"
       return read_reward_states(backbone, tokens, mask, keep, shared_of(tokens), defs.share)
 
-    rte, hidden = map_rows(states_of, parts, tokens, mask)
+    deal = deal_of(rows, group if of_policy else 1, defs.share)
+    rte, hidden = map_rows(states_of, parts, tokens, mask, deal=deal)
     own = States.of(hidden, rows) if of_policy else States(hidden, mask)
     states = feed_back(
       variant.feedback,

@@ -14,7 +14,15 @@ from r2m_jax.algorithm.objective import (
   make_advantages,
   shape_scores,
 )
-from r2m_jax.algorithm.read import Defs, all_rows, parts_of, sampling, shared_prompts, split_rows
+from r2m_jax.algorithm.read import (
+  Defs,
+  all_rows,
+  deal_of,
+  parts_of,
+  sampling,
+  shared_prompts,
+  split_rows,
+)
 from r2m_jax.models.attention import Shared
 from r2m_jax.models.critic import read_values
 from r2m_jax.models.logprobs import token_stats
@@ -49,7 +57,9 @@ def make_credit(defs: Defs, config) -> Callable[..., tuple[Experience, dict[str,
       shared = shared_prompts(K, sequences, part.tokens)
       return open_values(defs, state.critic, part, shared)
 
-    values = map_rows(values_of, parts, sequences) if estimator.baseline == "critic" else None
+    values = None
+    if estimator.baseline == "critic":
+      values = map_rows(values_of, parts, sequences, deal=deal_of(sequences, K, defs.share))
     targets = advantages_of(
       shaped.samples,
       token_kl,
@@ -78,6 +88,7 @@ def make_token_kl(defs: Defs, config) -> Callable[..., jax.Array]:
   """
   estimator, in_reward = kl_estimator(config, defs.vocab_size), config.kl.placement == "reward"
   draw, parts = sampling(config) | dict(chunk=config.logits_chunk), parts_of(config)
+  K = config.rollout.group_size
 
   def token_kl(state: TrainState, sequences: Sequences, old: Feedback, ref: Feedback):
     zeros = jnp.zeros_like(old.logprobs)
@@ -94,7 +105,7 @@ def make_token_kl(defs: Defs, config) -> Callable[..., jax.Array]:
       return token_stats(head, h, tokens, ref=ref, mask=mask, share=defs.share, **draw).kl
 
     rows = old.last_hidden, ref.last_hidden, sequences.tokens[:, -T:], sequences.response_mask
-    return map_rows(exact, parts, *rows)
+    return map_rows(exact, parts, *rows, deal=deal_of(sequences, K, defs.share))
 
   return token_kl
 

@@ -19,7 +19,7 @@ import optax
 
 from r2m_jax.algorithm.schedules import learning_rate
 from r2m_jax.ops import at_least_f32
-from r2m_jax.parallel.rows import scan_rows
+from r2m_jax.parallel.rows import Deal, scan_rows
 from r2m_jax.parallel.sharding import lay_parameters, path_name
 
 
@@ -133,14 +133,15 @@ def apply_updates(params, updates, count: jax.Array):
   return round_tree(summed, jax.tree.map(lambda p: p.dtype, params), count)
 
 
-def gradient(loss: Callable, params, *args, parts: int = 1):
+def gradient(loss: Callable, params, *args, parts: int = 1, deal: Deal | None = None):
   """(value, aux, gradient) of loss(params, *args) -> (value, aux), from `parts` micro-batches one
   after another.
 
   With more than one part, the first of args is a tree of rows. `loss` then gives the contribution
   of the rows that it sees to the value for all rows (its denominators count all rows), and every
   leaf of aux has these rows as its leading axis. Contributions and gradients are summed in at least
-  float32, so the number of parts changes only rounding.
+  float32, so the number of parts changes only rounding. `deal`: which rows a part has; see
+  `scan_rows`.
   """
   compute = jax.value_and_grad(loss, has_aux=True)
   if parts == 1:
@@ -154,14 +155,23 @@ def gradient(loss: Callable, params, *args, parts: int = 1):
 
   value = jax.eval_shape(lambda *args: loss(*args)[0], params, *args)
   zeros = jax.tree.map(lambda x: at_least_f32(jnp.zeros(x.shape, x.dtype)), (value, params))
-  (value, grads), aux = scan_rows(add, (zeros[0], lay_parameters(zeros[1])), parts, args[0])
+  carry = zeros[0], lay_parameters(zeros[1])
+  (value, grads), aux = scan_rows(add, carry, parts, args[0], deal=deal)
   return value, aux, grads
 
 
-def descend(tx: optax.GradientTransformation, loss: Callable, params, opt, *args, parts: int = 1):
+def descend(
+  tx: optax.GradientTransformation,
+  loss: Callable,
+  params,
+  opt,
+  *args,
+  parts: int = 1,
+  deal: Deal | None = None,
+):
   """One update of params on loss(params, *args) -> (loss, aux), unless a number is not finite.
 
-  The gradient comes from `parts` micro-batches; see `gradient`.
+  The gradient comes from `parts` micro-batches, whose rows `deal` determines; see `gradient`.
 
   If the loss, the gradient norm or an updated parameter is NaN or infinite, params and opt stay bit
   for bit as they were. (Moments of finite gradients with a finite norm are finite.) The branch is
@@ -173,7 +183,7 @@ def descend(tx: optax.GradientTransformation, loss: Callable, params, opt, *args
     params', opt', loss f32[], aux, {"grad_norm": f32[] before clipping, "skipped": f32[] 1 if
     nothing was changed}.
   """
-  value, aux, grads = gradient(loss, params, *args, parts=parts)
+  value, aux, grads = gradient(loss, params, *args, parts=parts, deal=deal)
   norm = optax.tree.norm(wide(grads))
 
   def update(params, opt, grads):

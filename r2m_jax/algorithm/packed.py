@@ -14,10 +14,10 @@ import numpy as np
 from flax import nnx
 
 from r2m_jax.algorithm.annotate import is_given
-from r2m_jax.algorithm.read import Defs, all_rows, parts_of, shared_prompts
+from r2m_jax.algorithm.read import Defs, all_rows, deal_by_lines, parts_of, shared_prompts
 from r2m_jax.algorithm.update import shared_group, shuffles
 from r2m_jax.models.transformer import Transformer
-from r2m_jax.parallel.rows import blocks_of, parts_of_rows, take_rows
+from r2m_jax.parallel.rows import Deal, balanced, blocks_of, parts_of_rows, take_rows
 from r2m_jax.types import Rollout, Sequences, TrainState
 
 
@@ -83,7 +83,9 @@ def needed_by_rows(lengths, width: int, config):
   """The share that a reward model's own rows need, f32[]. lengths i32[R]: the real ones of the
   `width` tokens of each row, on the host or traced.
   """
-  return share_of_blocks(lengths, width, parts_of_rows(len(lengths), parts_of(config)))
+  parts = parts_of_rows(len(lengths), parts_of(config))
+  deal = Deal(lengths.astype(np.float32), 1)
+  return share_of_blocks(by_part(lengths, deal, parts), width, parts)
 
 
 def share_of(model: Transformer, rows: Sequences, parts: int, group: int) -> jax.Array:
@@ -92,8 +94,9 @@ def share_of(model: Transformer, rows: Sequences, parts: int, group: int) -> jax
   """
   count, length = rows.tokens.shape
   width = rows.response_mask.shape[1]
-  answers = rows.response_mask.sum(-1)
-  tokens = rows.token_mask.sum(-1)
+  deal = deal_by_lines(rows, group)
+  answers = by_part(rows.response_mask.sum(-1), deal, parts)
+  tokens = by_part(rows.token_mask.sum(-1), deal, parts)
   in_part = count // parts
   shared = shared_prompts(group, rows, rows.tokens[:in_part])
   lines = model.lines_of(shared, in_part, length)
@@ -104,6 +107,13 @@ def share_of(model: Transformer, rows: Sequences, parts: int, group: int) -> jax
   of_line = prompts + answers.reshape(-1, lines.copies).sum(-1)
   places = lines.length + lines.copies * width
   return jnp.maximum(needed, share_of_blocks(of_line, places, parts))
+
+
+def by_part(x, deal: Deal, parts: int):
+  """x [R] in the order in which `scan_rows` deals rows out to the parts of each device."""
+  order = balanced(deal, parts)
+  devices = np.arange(len(order))[:, None]
+  return x.reshape(len(order), -1)[devices, order.reshape(len(order), -1)].reshape(-1)
 
 
 def share_of_blocks(tokens, width: int, parts: int):

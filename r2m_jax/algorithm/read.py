@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -18,9 +19,9 @@ from r2m_jax.models.attention import Shared
 from r2m_jax.models.logprobs import token_stats
 from r2m_jax.models.transformer import Transformer
 from r2m_jax.ops import Truncation, masked_sum, predicts_response
-from r2m_jax.parallel.rows import map_rows, neighbours
+from r2m_jax.parallel.rows import Deal, map_rows, neighbours
 from r2m_jax.parallel.sharding import lay_rows
-from r2m_jax.types import Feedback, Rollout, Sequences, TrainState
+from r2m_jax.types import Feedback, Rollout, Rows, Sequences, TrainState
 
 # purposes of a step's key
 KEY_SHUFFLE, KEY_NOISE, KEY_REFRESHED_NOISE, KEY_PAIR_NOISE = range(2**31 - 1, 2**31 - 5, -1)
@@ -181,7 +182,9 @@ def make_read(config, share: float = 1.0) -> Callable[..., tuple[Feedback, Feedb
     policy: Transformer, ref: Transformer, sequences: Sequences, group=1
   ) -> tuple[Feedback, Feedback]:
     shared_of = functools.partial(shared_prompts, group, sequences)
-    return map_rows(functools.partial(read_rows, policy, ref, shared_of), parts, sequences)
+    deal = deal_of(sequences, group, share)
+    read_part = functools.partial(read_rows, policy, ref, shared_of)
+    return map_rows(read_part, parts, sequences, deal=deal)
 
   return read
 
@@ -193,6 +196,25 @@ def shared_prompts(group: int, whole: Sequences, tokens: jax.Array) -> Shared:
   return Shared(
     whole.tokens.shape[1] - whole.response_mask.shape[1], neighbours(group, len(tokens))
   )
+
+
+def deal_of(rows: Sequences | Rows, group: int, share: float) -> Deal | None:
+  """How rows are dealt out to the parts of a pass: as neighbours if all places are computed, and
+  otherwise by their tokens, because the fullest part decides which share is large enough. `group`
+  neighbours have one prompt.
+  """
+  if share == 1:
+    return None
+  if isinstance(rows, Rows):
+    return Deal(rows.mask.sum(-1).astype(jnp.float32), 1)
+  return deal_by_lines(rows, group)
+
+
+def deal_by_lines(rows: Sequences, group: int) -> Deal:
+  """For rows of which `group` neighbours share a prompt, whose tokens count once."""
+  answers = rows.response_mask.sum(-1)
+  prompts = rows.token_mask.sum(-1) - answers
+  return Deal(answers + prompts / np.float32(group), group)
 
 
 def parts_of(config) -> int:

@@ -24,6 +24,7 @@ from r2m_jax.algorithm.read import (
   KEY_REFRESHED_NOISE,
   KEY_SHUFFLE,
   Defs,
+  deal_of,
   sampling,
   shared_prompts,
   step_key,
@@ -136,9 +137,14 @@ def make_update_policy(defs: Defs, config) -> Callable[..., tuple[Trained, dict[
   minibatches = config.ppo.minibatches
   descent = functools.partial(descend, parts=config.ppo.accumulation)
 
+  def dealt_out(batch: Experience):
+    return deal_of(batch.sequences, shared_group(config), defs.share)
+
   def update_critic(critic, opt, batch: Experience):
     loss = functools.partial(critic_loss, whole=batch)
-    critic, opt, _, values, done = descent(defs.critic_tx, loss, critic, opt, batch)
+    critic, opt, _, values, done = descent(
+      defs.critic_tx, loss, critic, opt, batch, deal=dealt_out(batch)
+    )
     return critic, opt, squared_error(values, batch)[1] | named("critic", done)
 
   def update_policy(state: TrainState, experience: Experience, hidden, beta):
@@ -147,7 +153,7 @@ def make_update_policy(defs: Defs, config) -> Callable[..., tuple[Trained, dict[
       batch = take_rows(experience, order, minibatches) if minibatches > 1 else experience
       loss = functools.partial(policy_loss, whole=batch)
       policy, opt, _, (stats, h), done = descent(
-        defs.policy_tx, loss, policy, opt, batch, state.ref, beta
+        defs.policy_tx, loss, policy, opt, batch, state.ref, beta, deal=dealt_out(batch)
       )
       hidden = put_rows(hidden, order, minibatches, h) if minibatches > 1 else h
       metrics = objective(stats, batch, beta)[1] | named("policy", done)

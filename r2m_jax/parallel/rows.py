@@ -9,11 +9,13 @@ results must not depend on the parts. The rows in a minibatch do not depend on t
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from r2m_jax.parallel.sharding import lay_rows, row_shards
+from r2m_jax.parallel.sharding import lay_leading, lay_rows, row_shards
 
 
 def runs_of(x: jax.Array, length: int) -> jax.Array:
@@ -51,53 +53,96 @@ def parts_of_rows(rows: int, parts: int) -> int:
   return next(n for n in range(min(parts, whole), whole + 1) if whole % n == 0)
 
 
-def scan_rows(f: Callable, carry, parts: int, *trees):
+class Deal(NamedTuple):
+  """Which rows go into a part: not neighbours, but rows that make all parts weigh about the same."""
+
+  weights: jax.Array | np.ndarray  # f32[R], of each row
+  group: int  # neighbours that stay together, if a part has room for all of them
+
+
+def balanced(deal: Deal, parts: int) -> jax.Array:
+  """The rows of each of `parts` parts on each device, i32[S, parts, R / (S * parts)], counted on the
+  device. On the host if the weights are there, without a program.
+  """
+  rows = len(deal.weights)
+  shards, each = blocks_of(rows, parts)
+  run = math.gcd(deal.group, each)
+  count = parts * each // run  # runs of a device
+  weights = deal.weights.reshape(shards, count, run)
+  if isinstance(weights, np.ndarray):
+    heaviest = np.argsort(-weights.sum(-1), 1, kind="stable")
+  else:
+    heaviest = jnp.argsort(-lay_leading(weights).sum(-1), 1)
+  order = run * heaviest[:, turns(count, parts), None] + np.arange(run)
+  return order.reshape(shards, parts, each).astype(np.int32)
+
+
+def turns(count: int, parts: int) -> np.ndarray:
+  """Which of `count` runs, from the heaviest on, each part has: i64[count], part after part.
+
+  The heaviest ones are dealt out first, one to each part, then the next ones in the opposite order
+  of the parts, and so on.
+  """
+  turn, place = np.divmod(np.arange(count), parts)
+  return np.argsort(np.where(turn % 2, parts - 1 - place, place), kind="stable")
+
+
+def scan_rows(f: Callable, carry, parts: int, *trees, deal: Deal | None = None):
   """`jax.lax.scan` of f(carry, *part) -> (carry, out) over `parts` parts of the rows of `trees`.
 
-  Every leaf of `trees` and of out has rows as its leading axis; a part has the same number of
-  neighbouring rows of each device. Returns (carry, outs of all rows, in their order); the outs are
-  written in place, one part after another.
+  Every leaf of `trees` and of out has rows as its leading axis; a part has the same number of rows
+  of each device, which are neighbours if there is no `deal`. Returns (carry, outs of all rows, in
+  their order); the outs are written in place, one part after another.
   """
   rows = len(jax.tree.leaves(trees)[0])
   shards, each = blocks_of(rows, parts)
-  blocks = jax.tree.map(lambda x: lay_rows(x.reshape(shards, parts, each, *x.shape[1:])), trees)
+  order = None if deal is None else balanced(deal, parts)
+  by_part = (shards, parts, each) if order is None else (shards, parts * each)
+  blocks = jax.tree.map(lambda x: lay_rows(x.reshape(*by_part, *x.shape[1:])), trees)
 
-  def flat(x):
-    return lay_rows(x.reshape(shards * each, *x.shape[2:]))
+  def take(x, i):
+    """[S, R / S, ...] -> [S * each, ...], the rows of part i."""
+    if order is None:
+      taken = jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)
+    else:
+      taken = jax.vmap(lambda x, rows: x[rows])(x, order[:, i])
+    return lay_rows(taken.reshape(shards * each, *taken.shape[2:]))
+
+  def put(x, new, i):
+    """x with the rows of part i replaced by new [S * each, ...]."""
+    new = new.reshape(shards, each, *new.shape[1:])
+    if order is None:
+      return lay_rows(jax.lax.dynamic_update_index_in_dim(x, new, i, 1))
+    return lay_rows(jax.vmap(lambda x, rows, new: x.at[rows].set(new))(x, order[:, i], new))
 
   def part(i):
-    return jax.tree.map(
-      lambda x: flat(jax.lax.dynamic_index_in_dim(x, i, 1, keepdims=False)), blocks
-    )
-
-  def empty(x):
-    return lay_rows(jnp.zeros((shards, parts, each, *x.shape[1:]), x.dtype))
+    return jax.tree.map(lambda x: take(x, i), blocks)
 
   def step(state, i):
     carry, outs = state
     carry, out = f(carry, *part(i))
+    return (carry, jax.tree.map(lambda x, new: put(x, new, i), outs, out)), None
 
-    def put(x, new):
-      return lay_rows(jax.lax.dynamic_update_index_in_dim(x, new.reshape(x[:, 0].shape), i, 1))
-
-    return (carry, jax.tree.map(put, outs, out)), None
+  def empty(x):
+    return lay_rows(jnp.zeros((*by_part, *x.shape[1:]), x.dtype))
 
   outs = jax.tree.map(empty, jax.eval_shape(lambda: f(carry, *part(0))[1]))
   (carry, outs), _ = jax.lax.scan(step, (carry, outs), jnp.arange(parts))
-  return carry, jax.tree.map(lambda x: lay_rows(x.reshape(rows, *x.shape[3:])), outs)
+  return carry, jax.tree.map(lambda x: lay_rows(x.reshape(rows, *x.shape[len(by_part) :])), outs)
 
 
-def map_rows(f: Callable, parts: int, *trees):
+def map_rows(f: Callable, parts: int, *trees, deal: Deal | None = None):
   """f(*trees) over parts of the rows, one after another, so that temporaries exist for only one
   part at a time.
 
   Every leaf of the arguments and of the result has the rows as its leading axis. If the rows do not
-  split into `parts` equal parts over the mesh, the next larger number that works is used.
+  split into `parts` equal parts over the mesh, the next larger number that works is used. A part
+  has neighbouring rows, or those that `deal` gives it.
   """
   parts = parts_of_rows(len(jax.tree.leaves(trees)[0]), parts)
   if parts == 1:
     return f(*trees)
-  return scan_rows(lambda _, *part: (None, f(*part)), None, parts, *trees)[1]
+  return scan_rows(lambda _, *part: (None, f(*part)), None, parts, *trees, deal=deal)[1]
 
 
 def deal_orders(key: jax.Array, rows: int, minibatches: int) -> jax.Array:

@@ -12,6 +12,7 @@ import numpy as np
 
 from r2m_jax.algorithm.packed import smallest
 from r2m_jax.models.generate import decoded_places
+from r2m_jax.parallel.rows import turns
 from r2m_jax.plan.sizes import Sizes
 
 STEPS = 32  # drawn
@@ -40,15 +41,19 @@ def expected(config, sizes: Sizes, shards: int, parts: int, copies: int) -> Work
     longest = int(lengths.max())
     device = lengths[: rows // shards]
     decoded = decoded_places(device, limit, config.rollout.halvings) / (len(device) * longest)
-    share = learned(config, sizes, lengths, shards * parts, copies)
+    by_device = lengths.reshape(shards if rows % shards == 0 else 1, -1)
+    share = learned(config, sizes, by_device, parts, copies)
     found.append((share, longest / limit, decoded))
   return Work(*map(float, np.mean(found, 0)))
 
 
-def learned(config, sizes: Sizes, lengths: np.ndarray, blocks: int, copies: int) -> float:
-  """The share of config.packing that the fullest of the `blocks` of rows needs."""
-  blocks = blocks if len(lengths) % blocks == 0 else 1
+def learned(config, sizes: Sizes, lengths: np.ndarray, parts: int, copies: int) -> float:
+  """The share of config.packing that the fullest of the parts needs. lengths: [devices, rows]."""
+  devices, rows = lengths.shape
+  runs = -np.sort(-lengths.reshape(devices, rows // copies, copies).mean(-1), 1)
+  parts = parts if runs.shape[1] % parts == 0 else 1
+  dealt = runs[:, turns(runs.shape[1], parts)].reshape(devices, parts, -1)
   prompts, response = sizes.prompt_length / copies, sizes.response_length
-  full = lengths.reshape(blocks, -1).mean(1).max()
+  full = dealt.mean(-1).max()
   need = max(full / response, (prompts + full) / (prompts + response))
   return config.packing[smallest(config.packing, need)]

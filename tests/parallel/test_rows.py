@@ -11,6 +11,8 @@ from jax.sharding import NamedSharding
 from r2m_jax.algorithm import optim
 from r2m_jax.ops import AGGREGATIONS, aggregate
 from r2m_jax.parallel.rows import (
+  Deal,
+  balanced,
   deal_orders,
   dealt,
   map_rows,
@@ -51,6 +53,36 @@ def test_map_rows_takes_the_next_number_of_parts_into_which_rows_split(parts, us
   np.testing.assert_array_equal(out["twice"], 2 * X)
 
 
+WEIGHTS = np.random.default_rng(1).integers(1, 100, 32).astype(np.float32)
+
+
+def test_parts_that_are_dealt_by_weight_have_whole_runs_and_weigh_alike():
+  """Runs of four rows of 32, two to each of four parts: the heaviest with the lightest."""
+  runs = WEIGHTS.reshape(8, 4).sum(1)
+  order = np.asarray(balanced(Deal(jnp.asarray(WEIGHTS), 4), 4))
+  assert order.shape == (1, 4, 8)
+  expected = np.argsort(-runs, kind="stable")
+  pairs = [(expected[i], expected[7 - i]) for i in range(4)]
+  rows = [[4 * run + i for run in pair for i in range(4)] for pair in pairs]
+  np.testing.assert_array_equal(order[0], rows)
+  assert WEIGHTS[order[0]].sum(1).max() <= WEIGHTS.reshape(4, 8).sum(1).max()
+  np.testing.assert_array_equal(balanced(Deal(WEIGHTS, 4), 4), order)  # on the host
+
+
+@pytest.mark.parametrize("group, parts", [(4, 4), (4, 8), (8, 8), (1, 2), (3, 4)])
+def test_dealt_rows_come_back_in_their_order(group, parts):
+  def see(count, part, tree):
+    return count + part.sum(), {"x": 2 * part, "i": tree["i"]}
+
+  deal = Deal(jnp.asarray(WEIGHTS), group)
+  total, out = scan_rows(see, jnp.zeros(()), parts, X, {"i": np.arange(32)}, deal=deal)
+  np.testing.assert_allclose(total, X.sum(), rtol=1e-4)
+  np.testing.assert_array_equal(out["x"], 2 * X)
+  np.testing.assert_array_equal(out["i"], np.arange(32))
+  mapped = map_rows(lambda x: x + 1, parts, X, deal=deal)
+  np.testing.assert_array_equal(mapped, X + 1)
+
+
 @pytest.mark.parametrize("minibatches", [1, 2, 4])
 def test_minibatches_take_every_row_once_and_one_of_every_run(minibatches):
   orders = np.asarray(deal_orders(jax.random.key(0), 32, minibatches))
@@ -83,7 +115,8 @@ def test_no_row_leaves_its_device():
 
   def inside(x, order):
     mapped = map_rows(lambda part: jnp.tanh(part @ jnp.ones((4, 4))), 4, x)
-    return mapped, put_rows(x, order[0], 2, 2 * take_rows(x, order[0], 2))
+    dealt_out = map_rows(lambda part: 2 * part, 4, x, deal=Deal(x.sum((1, 2)), 2))
+    return mapped, dealt_out, put_rows(x, order[0], 2, 2 * take_rows(x, order[0], 2))
 
   found = jax.jit(on_mesh(mesh, inside))
   text = found.lower(x, order).compile().as_text()
@@ -127,12 +160,15 @@ def test_neighbours_with_one_prompt(shape, group, minibatches, parts):
     return part.reshape(-1, left[0]).repeat(left[0], 0)
 
   def find(x):
-    return (taken := take_rows(x, order, minibatches), map_rows(see, parts, taken))
+    taken = take_rows(x, order, minibatches)
+    deal = Deal(jnp.sin(taken.astype(jnp.float32)), dealt(group, minibatches))
+    return taken, map_rows(see, parts, taken), map_rows(see, parts, taken, deal=deal)
 
-  taken, found = jax.jit(on_mesh(make_mesh(shape), find))(prompts)
+  taken, found, by_weight = jax.jit(on_mesh(make_mesh(shape), find))(prompts)
   shards = shape[0] * shape[1]
   assert left[0] == np.gcd(dealt(group, minibatches), 48 // (minibatches * parts * shards))
   assert (found == np.asarray(taken)[:, None]).all()
+  assert (by_weight == np.asarray(taken)[:, None]).all()
 
 
 @pytest.mark.parametrize("how", AGGREGATIONS)
