@@ -59,53 +59,75 @@ def curves_by_arm(columns: dict[str, np.ndarray]) -> dict:
   return found
 
 
-EQUAL_HEAD = [
-  "arm",
-  "n",
-  "gold in the end",
-  "median",
-  "collapsed",
-  "KL",
-  "minus scaled: in the end",
-]
-EQUAL_HEAD += ["over all steps"]
+EQUAL_HEAD = ["arm", "n", "gold in the end", "median", "over all steps", "collapsed", "KL"]
+EQUAL_HEAD += ["spread of the reward"]
+PAIRS_HEAD = ["difference", "n", "in the end", "over all steps", "more gold in the end"]
 EQUAL_NOTE = (
-  "The end is the mean of the last eighth of the steps. Intervals are 95% over seeds. Differences are "
-  "paired by seed, with `scaled` of as many steps and the same learning rate. Descriptive: nothing "
-  "corrects for the number of comparisons."
+  "The end is the mean of the last eighth of the steps. The spread is the standard deviation of the "
+  "used reward within a prompt, in the end. Intervals are 95% over seeds, and differences are paired by "
+  "seed. Descriptive: nothing corrects for the number of comparisons."
 )
 
 
-def at_equal_steps(curves: dict) -> str:
-  """The arms of E2 and E3, whose KL weight is fixed, beside their `scaled`; "" without any."""
-  rows = []
-  for name, found in curves.items():
-    if ".kl" in name:
-      continue
-    mine, speed = found[1.0], name.partition(".")[2].partition("_")[0]
-    control = curves.get(f"scaled.{speed}" if speed in ("short", "slow") else "scaled")
-    rows.append(equal_cells(name, mine, control and control[1.0]))
-  if not rows:
+def at_equal_steps(curves: dict, of: str) -> str:
+  """The arms of "E2" or "E3", whose KL weight is fixed, and R2M minus its controls; "" without any."""
+  names = [name for name in curves if ".kl" not in name and (speed_of(name) == "") == (of == "E2")]
+  if not names:
     return ""
-  return contrasts.aligned("Arms at equal steps", EQUAL_HEAD, rows, EQUAL_NOTE)
+  mine = {name: curves[name][1.0] for name in names}
+  rows = [equal_cells(name, found) for name, found in mine.items()]
+  table = contrasts.aligned(f"{of}: arms at equal steps", EQUAL_HEAD, rows, "").rstrip()
+  pairs = [pair_cells(a, b, mine) for a in mine for b in rivals_of(a) if b in mine]
+  return f"{table}\n\n" + contrasts.aligned("Differences", PAIRS_HEAD, pairs, EQUAL_NOTE)
 
 
-def equal_cells(name: str, mine: Curves, control: Curves | None) -> list[str]:
+def speed_of(name: str) -> str:
+  """How an arm of E3 stays before the peak, "short" or "slow"; "" for the others."""
+  speed = name.partition(".")[2].partition("_")[0]
+  return speed if speed in ("short", "slow") else ""
+
+
+def rivals_of(name: str) -> list[str]:
+  """The arms that an arm of E2 or E3 is compared with: `scaled` of as many steps; for R2M also its
+  scale alone and its direction alone at the same dose; for its direction `vanilla`, whose reward has
+  that scale.
+  """
+  variant, _, suffix = name.partition(".")
+  own = f".{suffix}" if suffix else ""
+  speed = speed_of(name)
+  found = ["scaled" + (f".{speed}" if speed else "")]
+  if variant == "r2m":
+    found += [f"matched_scale{own}", f"renormed{own}"]
+  if variant == "renormed":
+    found.append("vanilla")
+  return [rival for rival in found if rival != name]
+
+
+def last_steps(gold: np.ndarray) -> slice:
+  steps = gold.shape[1]
+  return slice(steps - max(1, steps // 8), None)
+
+
+def equal_cells(name: str, mine: Curves) -> list[str]:
   """The cells of an arm, under `EQUAL_HEAD`."""
   gold = mine.metrics["reward/gold"]
-  steps = gold.shape[1]
-  last = slice(steps - max(1, steps // 8), None)
-  start, end = gold[:, : max(1, steps // 10)].mean(1), gold[:, last].mean(1)
-  cells = [name, str(len(end)), shown(end), number(float(np.median(end)), 2)]
+  last = last_steps(gold)
+  start, end = gold[:, : max(1, gold.shape[1] // 10)].mean(1), gold[:, last].mean(1)
+  cells = [name, str(len(end)), shown(end), number(float(np.median(end)), 2), shown(gold.mean(1))]
   cells += [f"{(end < start).mean():.0%}", shown(mine.metrics["kl"][:, last].mean(1), 1)]
-  if control is None or name.partition(".")[0] == "scaled":
-    return [*cells, "", ""]
-  both = [seed for seed in mine.seeds if seed in control.seeds]
-  left, right = (
-    curves.metrics["reward/gold"][[curves.seeds.index(seed) for seed in both]]
-    for curves in (mine, control)
+  return [*cells, shown(mine.metrics["reward/used_std"][:, last].mean(1))]
+
+
+def pair_cells(left: str, right: str, arms: dict[str, Curves]) -> list[str]:
+  """The cells of the difference of two arms, under `PAIRS_HEAD`."""
+  both = [seed for seed in arms[left].seeds if seed in arms[right].seeds]
+  a, b = (
+    arms[name].metrics["reward/gold"][[arms[name].seeds.index(seed) for seed in both]]
+    for name in (left, right)
   )
-  return [*cells, shown((left - right)[:, last].mean(1)), shown((left - right).mean(1))]
+  end = (a - b)[:, last_steps(a)].mean(1)
+  cells = [f"{left} - {right}", str(len(both)), shown(end), shown((a - b).mean(1))]
+  return [*cells, f"{(end > 0).sum()} of {len(both)}"]
 
 
 def shown(values: np.ndarray, digits: int = 2) -> str:
@@ -133,8 +155,9 @@ def curves_given(argv: list[str]) -> dict:
 def main(argv) -> None:
   curves = curves_given(argv)
   print(contrasts.text(fair.get_config(), curves) or "no arm with a held KL")
-  if equal := at_equal_steps(curves):
-    print("\n" + equal)
+  for of in ("E2", "E3"):
+    if equal := at_equal_steps(curves, of):
+      print("\n" + equal)
 
 
 if __name__ == "__main__":

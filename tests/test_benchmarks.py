@@ -257,7 +257,9 @@ def test_the_page_of_the_registered_test_shows_its_rows():
   """docs/fair.md quotes the output of `python -m benchmarks.fair` for docs/lab_fair.parquet."""
   docs = Path(__file__).parents[1] / "docs"
   columns, _ = fair.read_table(docs / "lab_fair.parquet")
-  printed = contrasts.text(configs_fair.get_config(), fair.curves_by_arm(columns)).strip()
+  curves = fair.curves_by_arm(columns)
+  printed = contrasts.text(configs_fair.get_config(), curves).strip()
   page = (docs / "fair.md").read_text(encoding="utf-8")
-  quoted = page.split("```text\n")[1].split("```")[0].strip()
-  assert quoted.startswith("Registered contrasts") and quoted == printed
+  quoted = [part.split("```")[0].strip() for part in page.split("```text\n")[1:]]
+  assert quoted[0].startswith("Registered contrasts") and quoted[0] == printed
+  assert quoted[1:] == [fair.at_equal_steps(curves, of) for of in ("E2",)]

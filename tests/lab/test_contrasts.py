@@ -223,20 +223,36 @@ def test_bars_of_an_arm_beside_vanilla():
   assert float(line.split()[2]) == pytest.approx(length[0] / length[1], abs=0.006)
 
 
-def test_arms_at_equal_steps_are_paired_with_scaled_of_their_speed():
+def test_arms_at_equal_steps_are_paired_by_seed_with_scaled_of_their_speed():
   rng = np.random.default_rng(1)
-  names = ("scaled", "r2m.high", "scaled.short", "r2m.short_grpo", "r2m.kl2")
+  names = ("scaled", "r2m.high", "renormed.high", "scaled.short", "r2m.short_grpo", "r2m.kl2")
   curves = {}
-  for name in names:
-    metrics = {key: rng.normal(0, 1, (8, 16)) for key in ("reward/gold", "kl")}
-    curves[name] = {1.0: Curves(0.02, list(range(8)), metrics)}
-  lines = {line.split()[0]: line for line in fair_rows.at_equal_steps(curves).splitlines() if line}
-  assert "r2m.kl2" not in lines
-  for name, control in (("r2m.high", "scaled"), ("r2m.short_grpo", "scaled.short")):
-    gold, other = (curves[x][1.0].metrics["reward/gold"] for x in (name, control))
-    for x in (gold - other).mean(), (gold - other)[:, -2:].mean(), gold[:, -2:].mean():
-      assert f" {x:.2f} [" in lines[name]
-  assert lines["scaled"].count("[") == 2
+  for i, name in enumerate(names):
+    keys = ("reward/gold", "kl", "reward/used_std")
+    metrics = {key: rng.normal(0, 1, (8, 16)) for key in keys}
+    curves[name] = {1.0: Curves(0.02, list(range(i % 2, 8 + i % 2)), metrics)}
+  shown = "\n".join(fair_rows.at_equal_steps(curves, of) for of in ("E2", "E3"))
+  lines = {line.split("  ")[0]: line for line in shown.splitlines() if line}
+  assert "r2m.kl2" not in shown and lines["scaled"].count("[") == 4
+  pairs = {name for name in lines if " - " in name}
+  assert pairs == {
+    "r2m.high - scaled",
+    "r2m.high - renormed.high",
+    "renormed.high - scaled",
+    "r2m.short_grpo - scaled.short",
+  }
+  for pair in pairs:
+    (a, b) = (curves[name][1.0] for name in pair.split(" - "))
+    both = [seed for seed in a.seeds if seed in b.seeds]
+    rows = [
+      a.metrics["reward/gold"][a.seeds.index(seed)] - b.metrics["reward/gold"][b.seeds.index(seed)]
+      for seed in both
+    ]
+    end = [row[-2:].mean() for row in rows]
+    more = sum(x > 0 for x in end)
+    means = [f" {round(np.mean(x), 2) + 0.0:.2f} [" for x in (end, rows)]  # 0.00, not -0.00
+    for text in (*means, f"{more} of {len(both)}"):
+      assert text in lines[pair]
 
 
 @pytest.mark.parametrize(
