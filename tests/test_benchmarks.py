@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import compile as compiling
-from benchmarks import fair, findings, gpu_kernels, holds, machine, workload
+from benchmarks import fair, findings, gold_second, gpu_kernels, holds, machine, workload
 from benchmarks.machine import Ticks
 from r2m_jax.configs import fair as configs_fair
 from r2m_jax.configs import holds as configs_holds
@@ -251,6 +251,23 @@ def test_the_page_on_what_holds_shows_its_rows(rows, size):
   tried = configs_holds.TRIED[size][0]
   assert printed.startswith("Registered contrasts") and f"vanilla.{tried}.kl4" in printed
   assert printed in (docs / "holds.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+  "response, ended, value",
+  [
+    ("ant bear", True, 3 * 2 / 3 + 1.5 + 1),
+    ("bear ant", True, 3 * 2 / 3 + 1.5),  # against the order of the note
+    ("ant bear fox", True, 3 + 1.5 + 1),
+    ("ant rice um bear", True, 3 * 2 / 3 + 1.5 / 2 + 1),  # two words are wasted
+    ("ant bear bear", True, 3 * 2 / 3 + 1.5 * 2 / 3 + 1),  # and one is said twice
+    ("ant cat", True, 3 / 3 + 1.5 / 2 - 0.5),  # a cat is not in the note
+    ("ant bear", False, 3 * 2 / 3 + 1.5 + 1 - 1),
+    ("", True, 0.0),
+  ],
+)
+def test_the_second_gold_reward_by_hand(response, ended, value):
+  assert gold_second.gold("rice ant tea bear cake fox", response, ended) == pytest.approx(value)
 
 
 def test_the_page_of_the_registered_test_shows_its_rows():
