@@ -3,8 +3,9 @@ device.
 
 Rows are split over devices in blocks, so any subset of rows takes an equal share from every block.
 A part has neighbouring rows of every device, so that responses to one prompt stay together; a
-`Deal` chooses which runs of neighbours, so that all parts have about as many tokens. A minibatch has one row of every run of M neighbours. The rows in a part depend on the mesh, so
-results must not depend on the parts. The rows in a minibatch do not depend on the mesh.
+`Deal` chooses which runs of neighbours, so that all parts have about as many tokens. A minibatch
+has one row of every run of M neighbours. The rows in a part depend on the mesh, so results must not
+depend on the parts. The rows in a minibatch do not depend on the mesh.
 """
 
 import math
