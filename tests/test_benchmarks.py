@@ -240,10 +240,15 @@ def test_the_readme_gives_the_numbers_of_the_findings():
 
 
 @pytest.mark.parametrize(
-  "rows, size", [("lab_holds.parquet", ""), ("lab_certified.parquet", "certified")]
+  "rows, size",
+  [
+    ("lab_holds.parquet", ""),
+    ("lab_certified.parquet", "certified"),
+    ("lab_second.parquet", "placebos"),
+  ],
 )
 def test_the_page_on_what_holds_shows_its_rows(rows, size):
-  """docs/holds.md quotes the output of `python -m benchmarks.holds` for both files of rows."""
+  """docs/holds.md quotes the output of `python -m benchmarks.holds` for each file of rows."""
   docs = Path(__file__).parents[1] / "docs"
   curves = fair.curves_by_arm(fair.read_table(docs / rows)[0])
   config = configs_holds.get_config(size)
