@@ -97,7 +97,7 @@ def scan_rows(f: Callable, carry, parts: int, *trees, deal: Deal | None = None):
   """
   rows = len(jax.tree.leaves(trees)[0])
   shards, each = blocks_of(rows, parts)
-  order = None if deal is None else balanced(deal, parts)
+  order = None if deal is None else jnp.asarray(balanced(deal, parts))
   by_part = (shards, parts, each) if order is None else (shards, parts * each)
   blocks = jax.tree.map(lambda x: lay_rows(x.reshape(*by_part, *x.shape[1:])), trees)
 
