@@ -284,4 +284,4 @@ def test_the_page_of_the_registered_test_shows_its_rows():
   page = (docs / "fair.md").read_text(encoding="utf-8")
   quoted = [part.split("```")[0].strip() for part in page.split("```text\n")[1:]]
   assert quoted[0].startswith("Registered contrasts") and quoted[0] == printed
-  assert quoted[1:] == [fair.at_equal_steps(curves, of) for of in ("E2",)]
+  assert quoted[1:] == [fair.at_equal_steps(curves, of) for of in ("E2", "E3")]
