@@ -4,7 +4,7 @@ It is of another kind than the built-in one (`r2m_jax/goldtask/task.py`), which 
 not see their order. It was written after all settings had been chosen, and before its first run:
 docs/lab.md, "A second gold reward".
 
-  python -m r2m_jax.main --config=configs/holds.py:certified \\
+  python -m r2m_jax.main --config=configs/holds.py:placebos \\
     --config.gold.formula=benchmarks/gold_second.py --workdir=runs/holds_second
 """
 

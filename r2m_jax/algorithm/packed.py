@@ -84,8 +84,8 @@ def needed_by_rows(lengths, width: int, config):
   `width` tokens of each row, on the host or traced.
   """
   parts = parts_of_rows(len(lengths), parts_of(config))
-  deal = Deal(lengths.astype(np.float32), 1)
-  return share_of_blocks(by_part(lengths, deal, parts), width, parts)
+  order = balanced(Deal(lengths.astype(np.float32), 1), parts)
+  return share_of_blocks(by_part(lengths, order), width, parts)
 
 
 def share_of(model: Transformer, rows: Sequences, parts: int, group: int) -> jax.Array:
@@ -94,9 +94,9 @@ def share_of(model: Transformer, rows: Sequences, parts: int, group: int) -> jax
   """
   count, length = rows.tokens.shape
   width = rows.response_mask.shape[1]
-  deal = deal_by_lines(rows, group)
-  answers = by_part(rows.response_mask.sum(-1), deal, parts)
-  tokens = by_part(rows.token_mask.sum(-1), deal, parts)
+  order = balanced(deal_by_lines(rows, group), parts)
+  answers = by_part(rows.response_mask.sum(-1), order)
+  tokens = by_part(rows.token_mask.sum(-1), order)
   in_part = count // parts
   shared = shared_prompts(group, rows, rows.tokens[:in_part])
   lines = model.lines_of(shared, in_part, length)
@@ -109,9 +109,10 @@ def share_of(model: Transformer, rows: Sequences, parts: int, group: int) -> jax
   return jnp.maximum(needed, share_of_blocks(of_line, places, parts))
 
 
-def by_part(x, deal: Deal, parts: int):
-  """x [R] in the order in which `scan_rows` deals rows out to the parts of each device."""
-  order = balanced(deal, parts)
+def by_part(x, order):
+  """x [R] in the order in which `scan_rows` deals rows out to the parts of each device; see
+  `balanced`. On the host if both are there.
+  """
   devices = np.arange(len(order))[:, None]
   return x.reshape(len(order), -1)[devices, order.reshape(len(order), -1)].reshape(-1)
 
