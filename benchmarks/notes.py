@@ -118,7 +118,9 @@ def difference_lines(runs: Runs, steps: int) -> list[str]:
 
 def held_text(workdir: Path) -> str:
   """The registered contrasts of the finished arms whose KL is held; "" without any."""
-  return contrasts.text(smollm2_notes.get_config("held"), read_arms(workdir, ()))
+  curves = read_arms(workdir, ())
+  options = "gpu,held" if any(name.endswith(".kl4") for name in curves) else "held"
+  return contrasts.text(smollm2_notes.get_config(options), curves)
 
 
 def read_step(workdir: Path, where: str) -> str:

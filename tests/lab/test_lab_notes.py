@@ -261,6 +261,19 @@ def test_held_arms_are_the_same_four_at_two_targets():
     assert set(contrast.split(" - ")) <= set(arms)
 
 
+def test_on_two_cores_three_arms_are_held_at_one_target():
+  """The last eight of twenty steps give a seed's value, and the first KL weight is smaller."""
+  held, plain = (smollm2_notes.get_config(options) for options in ("held", ""))
+  check_config(held)
+  arms = arms_of(held)
+  assert list(arms) == ["r2m.kl2", "scaled.kl2", "shuffled.kl2"]
+  for arm in arms.values():
+    assert (arm.kl.controller, arm.kl.target, arm.kl.beta) == ("held", 2, 0.3)
+    assert (arm.steps, arm.policy.lr, arm.r2m.lr) == (20, plain.policy.lr, plain.r2m.lr)
+  assert held.lab.tail < held.steps
+  assert held.lab.contrasts == ("r2m.kl2 - scaled.kl2", "r2m.kl2 - shuffled.kl2")
+
+
 def test_the_learning_rates_are_the_papers_dose_by_width():
   """The function changes with learning rate x width; SmolLM2-135M has width 576."""
   config = smollm2_notes.get_config("gpu")
@@ -297,7 +310,7 @@ def test_a_run_of_held_arms_in_the_folder_of_the_others(ended, tmp_path):
   held = smollm2_notes.get_config("test,held")
   held.lab.arms, held.lab.seeds = held.lab.arms[:2], (0,)
   lab_notes.run(held, again)
-  for arm in ("vanilla.kl2", "r2m.kl2"):
+  for arm in ("r2m.kl2", "scaled.kl2"):
     assert len(steps_of(again, arm, 0)) == 2
   assert "Arms whose KL is held" in (again / "report.html").read_text()
 
