@@ -27,12 +27,12 @@ from r2m_jax.config import ConfigError, check_config
 from r2m_jax.data.checked import split_names
 from r2m_jax.data.files import find_files
 from r2m_jax.data.forms import BadRow, as_row
-from r2m_jax.data.jsonl import DataError, check_output, read_rows, write_rows
+from r2m_jax.data.jsonl import DataError, check_kept, check_output, read_rows, write_rows
 from r2m_jax.data.rows import load
 from r2m_jax.data.text import Renderer, TextError, dated, load_tokenizer
 from r2m_jax.hf.folders import FolderError, load_policy
 from r2m_jax.hf.weights import PretrainedError, load_pretrained
-from r2m_jax.tasks.serve import require_finite
+from r2m_jax.tasks.serve import require_finite, run_generate, run_score
 
 ROOT = pathlib.Path(__file__).parents[1]
 USER, REPLY = (
@@ -352,6 +352,22 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path):
   with pytest.raises(DataError, match="its folder cannot be made"):
     check_output(str(tmp_path / "file/out.jsonl"), "config.score.output")
   check_output(str(tmp_path / "new/out.jsonl"), "config.score.output")
+  os.mkfifo(tmp_path / "pipe")  # as /dev/null, which a rename would replace
+  with pytest.raises(DataError, match="config.score.output is .*: a device or a pipe"):
+    check_output(str(tmp_path / "pipe"), "config.score.output")
+
+
+def test_a_value_that_cannot_be_written_again_is_found_before_the_work(tmp_path):
+  config = default.get_config()
+  file = tmp_path / "in.jsonl"
+  file.write_text('{"prompt": "a", "response": "b", "loss": 1, "score": NaN}\n' * 2)
+  rows = read_rows(str(file), ("prompt", "response"))
+  check_kept(rows, str(file), ("score",))  # the result replaces it
+  for section, run in ((config.generate, run_generate), (config.score, run_score)):
+    section.input, section.output = str(file), str(tmp_path / "out.jsonl")
+    file.write_text('{"prompt": "a", "response": "b"}\n{"prompt": "a", "response": "b", "x": NaN}')
+    with pytest.raises(DataError, match="in.jsonl, row 2 has 'x' = nan, which JSON cannot hold"):
+      run(config)
 
 
 @pytest.mark.parametrize(

@@ -82,11 +82,32 @@ def turns_of(row: dict[str, Any]) -> list[str]:
   return turns if all(isinstance(turn, str) for turn in turns) else []
 
 
+def check_kept(rows: Iterable[dict[str, Any]], file: str, replaced: tuple[str, ...]) -> None:
+  """Raises DataError if a row has a value that `write_rows` cannot write, such as NaN or bytes. It
+  is called before the work, so that no result is lost.
+
+  Args:
+    file: from which the rows were read.
+    replaced: fields that the results replace.
+  """
+  for number, row in enumerate(rows, 1):
+    for name, value in row.items():
+      try:
+        json.dumps(None if name in replaced else value, allow_nan=False)
+      except (TypeError, ValueError, RecursionError):
+        raise DataError(
+          f"{file}, row {number} has {name!r} = {str(value)[:80]}, which JSON cannot hold; leave "
+          "the field out, or make it null or text"
+        ) from None
+
+
 def check_output(path: str, field: str) -> None:
   """Raises DataError if `write_rows` could not write there. It is called before the work, so that
   no result is lost.
   """
   file = pathlib.Path(path).expanduser()
+  if file.exists() and not file.is_file() and not file.is_dir():
+    raise DataError(f"{field} is {path!r}: a device or a pipe, not a file; give the name of a file")
   if not path or file.is_dir():
     raise DataError(
       f"{field} is {path!r}: {'a folder' if path else 'empty'}; give the name of a file"

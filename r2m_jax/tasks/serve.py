@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from r2m_jax.algorithm.read import read_feedback
 from r2m_jax.data.datasets import SHORTER_INPUTS
-from r2m_jax.data.jsonl import check_output, read_rows, turns_of, write_rows
+from r2m_jax.data.jsonl import check_kept, check_output, read_rows, turns_of, write_rows
 from r2m_jax.data.text import Tokenizer, as_prompts, each_row, pad_left, responses_of
 from r2m_jax.hf.folders import (
   FolderError,
@@ -35,6 +35,9 @@ from r2m_jax.models.reward import read_rte
 from r2m_jax.ops import Truncation
 from r2m_jax.parallel import hosts, sharding
 from r2m_jax.run.progress import progress
+
+# fields of a row of `task=generate` that every answer replaces
+WRITTEN = ("prompt_tokens", "tokens", "logprobs", "text", "truncated")
 
 
 def run(config, workdir: Path | None = None) -> None:
@@ -99,6 +102,8 @@ def run_generate(config) -> None:
   check_output(settings.output, "config.generate.output")
   rows = read_rows(settings.input, ("prompt",))[: settings.rows or None]
   check_form(rows, settings.format, settings.n)
+  if settings.format == "rows":
+    check_kept(rows, settings.input, WRITTEN)
   policy = load_policy(config.policy.path, config, mesh)
   print(policy.tokenizer.describe(rows[0]["prompt"]))
   results = converse(config, policy, rows, mesh)
@@ -268,6 +273,7 @@ def run_score(config) -> None:
     ", or name the field of the replies as config.score.field ('text' in files of task=generate)"
   )
   given = read_rows(settings.input, ("prompt", field), hint)
+  check_kept(given, settings.input, ("score",))
   rows = [row | {"response": row[field]} for row in given]
   reward = load_reward(config.reward.path, config, mesh)
   policy = policy_read_by(config, reward, mesh, f"config.reward.path is {config.reward.path}")
