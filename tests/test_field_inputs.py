@@ -14,6 +14,8 @@ import sys
 
 import jax.numpy as jnp
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import safetensors.numpy
 import safetensors.torch
@@ -230,6 +232,48 @@ def test_a_folder_of_several_splits_gives_one(tmp_path):
   assert (
     len(find_files(str(tmp_path / "data/*.jsonl"), split="train")) == 3
   )  # a pattern selects files explicitly
+
+
+def test_longer_names_of_splits_are_splits_if_there_are_several(tmp_path):
+  names = ("train_prefs", "train_sft", "test_prefs")  # as in HuggingFaceH4/ultrafeedback_binarized
+  for split in names:
+    lines(tmp_path / f"uf/data/{split}-00000-of-00001.jsonl", {"prompt": split})
+  for split in names:
+    assert prompts(tmp_path / "uf", split=split) == [split]
+  with pytest.raises(
+    DataError, match="splits test_prefs, train_prefs, train_sft and none of .* = 'train'; name one"
+  ):
+    prompts(tmp_path / "uf")
+  assert prompts(tmp_path / "uf", split="test") == ["test_prefs"]  # the only one of that beginning
+  for name in ("train", "test_hard", "notes"):
+    lines(tmp_path / f"mixed/{name}.jsonl", {"prompt": name})
+  assert prompts(tmp_path / "mixed") == ["train"]
+  for name in ("train_a", "train_b", "notes"):
+    lines(tmp_path / f"parts/{name}.jsonl", {"prompt": name})
+  assert prompts(tmp_path / "parts") == ["notes", "train_a", "train_b"]
+
+
+def test_a_file_that_a_glob_names_twice_is_read_once(tmp_path):
+  for name in ("a", "sub/b", "sub/sub/c"):
+    lines(tmp_path / f"{name}.jsonl", {"prompt": name})
+  assert sorted(prompts(tmp_path / "**")) == ["a", "sub/b", "sub/sub/c"]
+
+
+def test_times_in_parquet_are_text(tmp_path):
+  columns = {
+    "prompt": ["a"],
+    "at": pyarrow.array([1234567890123456789], pyarrow.timestamp("ns")),
+    "far": pyarrow.array([2**62], pyarrow.timestamp("us")),
+    "day": pyarrow.array([1], pyarrow.date32()),
+  }
+  file = tmp_path / "rows.parquet"
+  pyarrow.parquet.write_table(pyarrow.table(columns), file)
+  (row,) = read_rows(str(file), ("prompt",))
+  assert row["at"] == "2009-02-13 23:31:30.123456789" and row["day"] == "1970-01-02"
+  nested = pyarrow.array([[1]], pyarrow.list_(pyarrow.timestamp("ns")))
+  pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "at": nested}), file)
+  with pytest.raises(DataError, match="rows.parquet has a column that cannot be read"):
+    read_rows(str(file), ("prompt",))
 
 
 def test_arrow_files_are_refused_with_what_converts_them(tmp_path):

@@ -30,6 +30,8 @@ SPLITS = (
   "eval",
   "evaluation",
 )
+# a split by the beginning of a name: train, or longer, such as train_prefs
+SPLIT = re.compile(rf"({'|'.join(SPLITS)})(_\w+)?(?=[-.]|$)", re.I)
 KINDS = (
   "broken JSON",
   "cut off",
@@ -89,7 +91,8 @@ def find_files(pattern: str, root: str = "", split: str = "") -> list[Path]:
     )
   if odd := [file for file in found if not file.is_dir() and not _readable(file)]:
     raise DataError(f"{odd[0]} is not of a kind that is read ({', '.join(SUFFIXES)}); convert it")
-  return [file for one in found for file in (_in_folder(one, split) if one.is_dir() else [one])]
+  files = [file for one in found for file in (_in_folder(one, split) if one.is_dir() else [one])]
+  return list(dict.fromkeys(files))  # a glob may name a file and also a folder that holds it
 
 
 def _readable(file: Path) -> bool:
@@ -118,9 +121,11 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
     raise DataError(
       f"{what} of a kind that is read ({', '.join(SUFFIXES)}); convert it, or name another folder"
     )
-  others = {name for name in SPLITS if of_split(files, name, folder)} - {split}
+  others = splits_in(files, split, folder) - {split}
   if split and others:
-    files = of_split(files, split, folder)
+    longer = [name for name in others if name.startswith(f"{split}_")]
+    mine = longer[0] if len(longer) == 1 else split
+    files = of_split(files, split, folder) or of_split(files, mine, folder)
     if not files:
       have = ", ".join(sorted(others))
       raise DataError(
@@ -133,6 +138,20 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
     )
     print(f"data     {folder}: {len(files)} files read, {len(passed)} skipped: {names}")
   return files
+
+
+def splits_in(files: Sequence[Path], split: str, root: Path) -> set[str]:
+  """The splits to which files belong by their name or by the name of a folder below `root`.
+
+  A longer name than those in SPLITS, such as test_prefs, is a split if it is `split` or if there
+  are different splits. By itself, test_notes.jsonl is just a file.
+  """
+  parts = [part for file in files for part in file.relative_to(root).parts]
+  found = [match for part in parts if (match := SPLIT.match(part))]
+  names = {match[0].lower() for match in found}
+  if "_" in split and split in names or len({match[1].lower() for match in found}) > 1:
+    return names
+  return names & set(SPLITS)
 
 
 def of_split(files: Sequence[Path], split: str, root: Path) -> list[Path]:
@@ -210,7 +229,7 @@ def _read_parquet(file: Path) -> Iterator[Record]:
   try:
     table, number = pyarrow.parquet.ParquetFile(file), 0
     for batch in table.iter_batches(batch_size=1024):
-      for value in _values(batch):
+      for value in _values(_with_dates_as_text(batch)):
         number += 1
         yield Record(value, file, number)
   except (pyarrow.ArrowException, OSError) as error:
@@ -218,6 +237,23 @@ def _read_parquet(file: Path) -> Iterator[Record]:
       f"{file} is damaged, truncated or not parquet: {' '.join(str(error).split())[:200]}; "
       "fetch or write it again"
     ) from None
+  except (ValueError, OverflowError) as error:  # of a value that is no value of Python
+    raise DataError(
+      f"{file} has a column that cannot be read: {str(error)[:200]}; write it without that column"
+    ) from None
+
+
+def _with_dates_as_text(batch):
+  """The rows with every date and time as text, because Python's have no nanoseconds and JSON has
+  none.
+  """
+  from pyarrow import string, types
+
+  def text(column):
+    kinds = (types.is_timestamp, types.is_date, types.is_time)
+    return column.cast(string()) if any(is_kind(column.type) for is_kind in kinds) else column
+
+  return batch.from_arrays([text(column) for column in batch.columns], names=batch.schema.names)
 
 
 def _values(batch) -> list[Any]:
