@@ -37,6 +37,9 @@ PLAIN: dict[str, tuple] = {
   "target_parameters": (None, []),
   "arrow_config": (None,),
   "lora_bias": (False, None),
+  # others, such as "pissa" and "olora", also take their start out of the base's weights
+  "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
+  "kasa_config": (None,),
 }
 
 

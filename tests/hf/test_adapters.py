@@ -123,6 +123,23 @@ def test_other_adapters_are_refused(fields, message, bases, tmp_path):
     load_policy(str(out), default.get_config())
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_adapters_whose_start_is_taken_out_of_the_base_are_refused(start, bases, tmp_path):
+  out = adapters(bases / "llama3.1", tmp_path / "a", ["q_proj"], init_lora_weights=start)
+  with pytest.raises(FolderError, match=f"init_lora_weights = '{start}'.*merge_and_unload"):
+    load_policy(str(out), default.get_config())
+  again = peft.PeftModel.from_pretrained(
+    transformers.AutoModelForCausalLM.from_pretrained(bases / "llama3.1", dtype=torch.float32), out
+  )
+  again.merge_and_unload().save_pretrained(tmp_path / "merged")
+  merged = load_pretrained(tmp_path / "merged")
+  change(out, init_lora_weights=True)  # merged as any other adapter, it would be another model
+  away = jax.tree.map(
+    lambda x, y: float(np.abs(x - y).max()), load_pretrained(out).state, merged.state
+  )
+  assert max(jax.tree.leaves(away)) > 0.05
+
+
 def test_adapters_of_another_base_are_refused(bases, tmp_path):
   out = adapters(bases / "llama3.1", tmp_path / "a", ["q_proj"])
   change(out, base_model_name_or_path=str(bases / "pythia"))
