@@ -30,7 +30,7 @@ from r2m_jax.hf.folders import (
   score_of,
 )
 from r2m_jax.hf.peft import save_peft
-from r2m_jax.hf.weights import TOKENIZER_FILES, commit_of, save_pretrained
+from r2m_jax.hf.weights import commit_of, save_pretrained, tokenizer_files
 from r2m_jax.models.lora import merged
 from r2m_jax.parallel import hosts
 from r2m_jax.parallel.errors import UserError
@@ -92,7 +92,7 @@ def write_policy(
       if policy.adapter is not None:
         below, commit = policy.adapter.base, policy.adapter.revision
       save_peft(folder, policy.arch, state, lora, below, commit)
-      for file in (file for pattern in TOKENIZER_FILES for file in policy.folder.glob(pattern)):
+      for file in tokenizer_files(policy.folder):
         if hosts.first():
           shutil.copyfile(file, folder / file.name)
     else:

@@ -360,12 +360,18 @@ def default_sharding() -> SingleDeviceSharding:
   return jnp.zeros(()).sharding
 
 
-def header(file: pathlib.Path) -> dict[str, tuple[int, ...]]:
-  """The shape of every tensor in a safetensors file."""
+def header(file: pathlib.Path, *, tower: bool = False) -> dict[str, tuple[int, ...]]:
+  """The shape of every tensor in a safetensors file. Tensors that are never read may have any
+  dtype; `tower` is as for `Files`.
+  """
+
+  def is_read(name):
+    return not (IGNORED.search(name) or tower and own_name(name) is None)
+
   try:
     with safe_open(file, "np") as opened:
       slices = {key: opened.get_slice(key) for key in opened.keys()}
-      odd = [key for key, x in slices.items() if x.get_dtype() not in DTYPES]
+      odd = [key for key, x in slices.items() if is_read(key) and x.get_dtype() not in DTYPES]
       if odd:
         raise PretrainedError(
           f"{file} stores {len(odd)} tensors as {slices[odd[0]].get_dtype()}, the first {odd[0]}: "
@@ -414,7 +420,7 @@ class Files:
     tower: read only the language model's tensors, under the names in its own folder.
     """
     if (folder / WEIGHTS).exists():  # as in transformers, it takes precedence over an index
-      self.where = dict.fromkeys(header(folder / WEIGHTS), WEIGHTS)
+      self.where = dict.fromkeys(header(folder / WEIGHTS, tower=tower), WEIGHTS)
     elif (folder / INDEX).exists():
       self.where = read_json(folder / INDEX).get("weight_map")
       if not isinstance(self.where, dict) or not all(
@@ -446,7 +452,8 @@ class Files:
       raise PretrainedError(
         f"{folder / INDEX} names {absent}, which are not in the folder; copy it again"
       )
-    shapes = {name: header(folder / name) for name in sorted(set(self.where.values()))}
+    files = sorted(set(self.where.values()))
+    shapes = {name: header(folder / name, tower=tower) for name in files}
     self._require_once(shapes)
     for name, file in self.where.items():
       if name not in shapes[file]:
@@ -731,10 +738,15 @@ def save_pretrained(
   with _replacing(folder) as new:
     with doing(f"writing weights to {folder}", total) as bar:
       _write_shards(new, tensors, max_shard_bytes, bar.add)
-    for pattern in TOKENIZER_FILES if tokenizer_folder else ():
-      for file in pathlib.Path(tokenizer_folder).glob(pattern):
-        shutil.copyfile(file, new / file.name)
+    for file in tokenizer_files(tokenizer_folder) if tokenizer_folder else ():
+      shutil.copyfile(file, new / file.name)
     (new / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def tokenizer_files(folder: str | pathlib.Path) -> list[pathlib.Path]:
+  """The tokenizer files and the generation config in a folder; folders of such names are none."""
+  found = [file for pattern in TOKENIZER_FILES for file in pathlib.Path(folder).glob(pattern)]
+  return [file for file in found if file.is_file()]
 
 
 def _labels(score: Score | None) -> dict[str, Any]:

@@ -389,7 +389,7 @@ def test_reward_model_from_a_policy(saved, tmp_path):
 
 def test_tokenizer_and_its_ids_come_along(saved, tmp_path):
   folder, _ = saved("llama2")
-  (tmp_path / "tok").mkdir()
+  (tmp_path / "tok/tokenizer").mkdir(parents=True)
   (tmp_path / "tok/tokenizer.json").write_text("{}")
   (tmp_path / "tok/pytorch_model.bin").write_text("")
   (tmp_path / "tok/config.json").write_text(
@@ -462,6 +462,24 @@ def test_wrong_tensors_are_named(saved, tmp_path):
     ValueError, match=r"layers/attn/k/kernel: shape \(3, 32, 32\) in the state, \(3, 32, 16\)"
   ):
     save_pretrained(tmp_path / "out", ours.arch.replace(num_kv_heads=2), ours.state)
+
+
+def test_tensors_that_are_not_read_may_have_any_dtype(saved, tmp_path):
+  masks = {
+    "gpt_neox.layers.0.attention.bias": np.ones((1, 1, 8, 8), bool),
+    "gpt_neox.layers.0.attention.masked_bias": np.full((), -1e9, np.float32),
+  }
+  places = {"vision_tower.vision_model.embeddings.position_ids": np.arange(4)[None]}
+  for case, more in (("pythia", masks), ("gemma3_folder", places)):
+    folder, _ = saved(case)
+    old = rewrite(folder, tmp_path / case, lambda tensors, more=more: tensors.update(more))
+    assert jax.tree.all(
+      jax.tree.map(np.array_equal, load_pretrained(old).state, load_pretrained(folder).state)
+    )
+  folder, name = saved("llama2")[0], "model.norm.weight"
+  eight = rewrite(folder, tmp_path / "a", lambda t: t.update({name: np.ones(32, np.uint8)}))
+  with pytest.raises(PretrainedError, match=f"1 tensors as U8, the first {name}: quantised"):
+    load_pretrained(eight)
 
 
 def test_unusable_folders_are_explained(saved, tmp_path):
