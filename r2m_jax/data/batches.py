@@ -63,7 +63,7 @@ def group_by_length(lengths: Sequence[int], sizes: Sequence[int], batch_size: in
   length fills a batch.
 
   Rows of a size with less than a batch of rows move to the next longer size. The longest size takes
-  rows from the next shorter one.
+  rows from the next shorter one that has rows.
   """
   lengths, sizes = np.asarray(lengths), np.sort(sizes)
   if lengths.max() > sizes[-1]:
@@ -72,6 +72,7 @@ def group_by_length(lengths: Sequence[int], sizes: Sequence[int], batch_size: in
   for shorter, longer in zip(sizes, sizes[1:]):
     if (groups == shorter).sum() < batch_size:
       groups[groups == shorter] = longer
+  sizes = np.unique(groups)  # those with rows
   for longer, shorter in zip(sizes[::-1], sizes[-2::-1]):
     if 0 < (groups == longer).sum() < batch_size:
       groups[groups == shorter] = longer

@@ -72,6 +72,8 @@ def test_length_groups():
     32,
   ]  # too few for the longest
   assert group_by_length([3, 3, 3], (8, 16, 32), 2).tolist() == [8, 8, 8]
+  # the size between has no rows
+  assert group_by_length([3] * 3 + [30], (8, 16, 32), 2).tolist() == [32] * 4
   with pytest.raises(ValueError, match="a row of 33 tokens does not fit 32"):
     group_by_length([33], (8, 32), 1)
 
