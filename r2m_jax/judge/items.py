@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from r2m_jax.data.jsonl import DataError, read_rows
+from r2m_jax.data.text import check_messages, each_row
 
 
 class Item(NamedTuple):
@@ -36,6 +37,9 @@ def read_items(candidate: str, field: str, baseline: str, baseline_field: str) -
   """
   both = [field] if baseline or not baseline_field else [field, baseline_field]
   mine = read_rows(candidate, ("prompt", *both))
+  each_row(
+    mine, lambda row: isinstance(row["prompt"], str) or check_messages(row["prompt"]), candidate
+  )
   theirs: list[dict] | None = None
   if baseline:
     theirs = matched(mine, read_rows(baseline, ("prompt", baseline_field)), candidate, baseline)

@@ -9,6 +9,7 @@ A row names a prompt by `id` (or `question_id`) and `turn` (default 1), and the 
 """
 
 import collections
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def preference_of(row: dict[str, Any], where: str) -> float | None:
     winner = row["winner"]
     if isinstance(winner, str) and winner.startswith("tie"):
       return 0.5
-    if winner in NAMED:
+    if isinstance(winner, str) and winner in NAMED:
       return NAMED[winner]
     raise DataError(
       f"{where} has winner = {winner!r}; give 'candidate', 'baseline' or 'tie', or with model_a and "
@@ -42,6 +43,15 @@ def preference_of(row: dict[str, Any], where: str) -> float | None:
   if value is None or number and 0 <= value <= 1:
     return value
   raise DataError(f"{where} has {value!r}; give 'winner', or 'preference' in [0, 1]")
+
+
+def weight_of(row: dict[str, Any], where: str) -> float:
+  """The weight of a row, 1 if it has none."""
+  value = row.get("weight", 1.0)
+  number = isinstance(value, (int, float)) and not isinstance(value, bool)
+  if number and 0 < value < math.inf:
+    return float(value)
+  raise DataError(f"{where} has weight = {value!r}; give a finite number above 0, or leave it out")
 
 
 def read_votes(file: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -78,11 +88,8 @@ def verdicts_of(file: str, items: list[Item]) -> list[Verdict]:
     what = item, row["turn"], first
     repeat = row.get("repeat", repeats[what])
     repeats[what] += 1
-    verdicts.append(
-      Verdict(
-        item, row["turn"], repeat, first, preference_of(row, where), float(row.get("weight", 1.0))
-      )
-    )
+    preference, weight = preference_of(row, where), weight_of(row, where)
+    verdicts.append(Verdict(item, row["turn"], repeat, first, preference, weight))
   return verdicts
 
 

@@ -354,8 +354,15 @@ def read_all(
       continue
     reading = read_answer(template, answer)
     unparsed += reading is None
-    found.append((one, reading, answer["text"]))
+    found.append((one, reading, whole_characters(answer["text"])))
   return found, Unread(unanswered, unparsed)
+
+
+def whole_characters(text: str) -> str:
+  """The text with "?" for half of a surrogate pair, which a cut within an emoji leaves and which no
+  file in UTF-8 holds.
+  """
+  return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def compared(

@@ -1,6 +1,7 @@
 """`task=judge` from end to end. Oracles: the fake judge's rule, and numbers worked by hand."""
 
 import json
+import math
 import os
 import pathlib
 import signal
@@ -15,6 +16,7 @@ from judge_server import Server, completion, verdict
 from configs import default, evaluate
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.data.jsonl import DataError
+from r2m_jax.data.text import TextError
 from r2m_jax.judge.endpoint import JudgeError
 from r2m_jax.tasks import judge, serve
 
@@ -95,7 +97,7 @@ def test_what_cannot_be_read_is_counted_and_kept(tmp_path):
   def behave(body, before):
     text = body["messages"][-1]["content"]
     if "question 3\n" in text and "<output_m>\nx" in text:
-      return completion("I like both")
+      return completion("I like both \ud83d")  # a cut within an emoji
     if "question 4\n" in text:
       return ("status", 400, {}, "filtered")
     return completion(verdict(body))
@@ -109,7 +111,7 @@ def test_what_cannot_be_read_is_counted_and_kept(tmp_path):
     found = result_of(tmp_path / "work")["result"]
     assert (found["unanswered"], found["unparsed"], found["judged"]) == (2, 1, 10)
     assert found["win_rate"]["value"] == 0.5  # 5 even rows against 5 odd ones
-    assert "I like both" in [row["answer"] for row in read(tmp_path / "work/judgments.jsonl")]
+    assert "I like both ?" in [row["answer"] for row in read(tmp_path / "work/judgments.jsonl")]
     server.behave = lambda body, before: completion(verdict(body))
     asked = sum(server.asked.values())
     judge.run(cfg, tmp_path / "work")
@@ -205,6 +207,28 @@ def test_votes_of_people_against_a_judge(tmp_path, capsys):
   bad = config(judge__judgments=write(tmp_path / "bad.jsonl", [row | {"winner": "one"}]))
   with pytest.raises(DataError, match=r"bad.jsonl, row 1 has winner = 'one'; give 'candidate'"):
     judge.run(bad, tmp_path / "bad")
+
+
+@pytest.mark.parametrize(
+  "row, message",
+  [
+    ({"winner": ["candidate"]}, r"row 1 has winner = \['candidate'\]; give 'candidate'"),
+    ({"winner": "tie", "weight": "2"}, "row 1 has weight = '2'; give a finite number above 0"),
+    ({"winner": "tie", "weight": math.nan}, "row 1 has weight = nan"),
+    ({"winner": "tie", "weight": -1.0}, "row 1 has weight = -1.0"),
+  ],
+)
+def test_odd_judgments_are_refused(row, message, tmp_path):
+  judged = write(tmp_path / "judged.jsonl", [{"id": 1} | row])
+  with pytest.raises(DataError, match=message):
+    judge.run(config(judge__judgments=judged, **pairs(tmp_path)), tmp_path / "work")
+
+
+def test_a_prompt_that_is_no_messages_is_refused(tmp_path):
+  files = pairs(tmp_path) | {"judge__judgments": write(tmp_path / "j.jsonl", [])}
+  files["judge__candidate"] = write(tmp_path / "mine.jsonl", [{"prompt": ["a"], "text": "b"}])
+  with pytest.raises(TextError, match="mine.jsonl, row 1: a prompt is text or a list of"):
+    judge.run(config(**files), tmp_path / "work")
 
 
 @pytest.mark.parametrize(
