@@ -194,7 +194,7 @@ def packed_lines(config, tokenizer: Tokenizer, workdir: Path, name: str):
 
   def whole(row):
     if "text" in row:
-      return tokenizer.encode(row["text"]) + end
+      return tokenizer.known(tokenizer.encode(row["text"]), row["text"]) + end
     if tokenizer.has_template and not drops_reasoning(tokenizer, row):
       return tokenizer.dialogue(row["prompt"], row["response"], truncated=False)
     if tokenizer.has_template:

@@ -214,13 +214,13 @@ class Tokenizer:
     """
     text = isinstance(prompt, str)
     joined = response if text else thinking.continuation(self.opening, response)
-    return self.encode(joined, special=False)
+    return self.known(self.encode(joined, special=False), response)
 
   def sampled(self, prompt: Prompt, response: str) -> list[int]:
     """Ids of a text that a policy sampled after `render(prompt)`, in the form of `whole`."""
     text = isinstance(prompt, str)
     joined = response if text else thinking.after_opening(self.opening, response)
-    return self.encode(joined, special=False)
+    return self.known(self.encode(joined, special=False), response)
 
   def whole(self, prompt: Prompt, text: str) -> str:
     """A sampled text with the `<think>` that the generation prompt opened for it, if it did."""
@@ -296,20 +296,25 @@ class Tokenizer:
         f"the prompt {shown[:80]!r} has no tokens with the tokenizer of {self.source}; give a "
         "longer one"
       )
-    if self.vocab_size is not None and max(ids) >= self.vocab_size:
-      token = self.hf.convert_ids_to_tokens(max(ids))
-      raise TextError(
-        f"{shown[:80]!r} holds the token {token!r} with id {max(ids)}; the model of {self.source} "
-        "knows "
-        f"{self.vocab_size} ids: the tokenizer is not the model's; copy the model's own files "
-        "again"
-      )
+    self.known(ids, shown)
     bos = self.hf.bos_token_id
     if bos is not None and ids[:2] == [bos, bos]:
       raise TextError(
         f"doubled BOS: {self.hf.decode(ids[:8])!r} begins with {self.hf.bos_token!r} twice "
         "(tokenizer of "
         f"{self.source}); take one out of the prompt or of the chat template: {shown[:80]!r}"
+      )
+    return ids
+
+  def known(self, ids: list[int], text: str) -> list[int]:
+    """The ids of a text, or a TextError if the model does not know one of them."""
+    if self.vocab_size is not None and ids and max(ids) >= self.vocab_size:
+      token = self.hf.convert_ids_to_tokens(max(ids))
+      raise TextError(
+        f"{text[:80]!r} holds the token {token!r} with id {max(ids)}; the model of {self.source} "
+        "knows "
+        f"{self.vocab_size} ids: the tokenizer is not the model's; copy the model's own files "
+        "again"
       )
     return ids
 
@@ -469,6 +474,8 @@ def _end_of_turn(hf, chat: Chat) -> int | None:
   from jinja2 import TemplateError
 
   messages, mark = [{"role": "user", "content": "a"}], MARK
+  if chat.system:  # a template may require one
+    messages.insert(0, {"role": "system", "content": chat.system})
   try:
     text = hf.apply_chat_template(
       [*messages, {"role": "assistant", "content": mark}], tokenize=False, **chat.args

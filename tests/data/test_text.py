@@ -11,6 +11,7 @@ import tiny_text
 from transformers.utils import chat_template_utils
 
 from r2m_jax.data.text import (
+  Chat,
   Renderer,
   TextError,
   Tokenizer,
@@ -88,6 +89,9 @@ def test_ids_beyond_the_vocabulary_are_refused(made):
   small = load_tokenizer(made["plain"][0].source, vocab_size=100)
   with pytest.raises(TextError, match="knows 100 ids: the tokenizer is not the model's"):
     small.render("The cat")
+  for answered in (small.answer, small.sampled):
+    with pytest.raises(TextError, match="'The cat' holds the token .* knows 100 ids"):
+      answered("", "The cat")
 
 
 def test_every_eos_id_counts(made, tmp_path):
@@ -265,6 +269,19 @@ def test_a_template_that_refuses_is_explained(tmp_path):
   hf.save_pretrained(tmp_path)
   with pytest.raises(TextError, match="cannot render a question and its answer: no"):
     load_tokenizer(tmp_path)
+
+
+def test_a_template_that_requires_a_system_message(tmp_path):
+  hf = tiny_text.tokenizer("chatml")
+  require = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('No system') }}{% endif %}"
+  hf.chat_template = require + tiny_text.CHATML
+  hf.save_pretrained(tmp_path)
+  with pytest.raises(TextError, match="cannot render a question and its answer: No system"):
+    load_tokenizer(tmp_path)
+  given = load_tokenizer(tmp_path, chat=Chat(system="Be brief."))
+  assert given.end_id == hf.convert_tokens_to_ids("<|im_end|>")
+  system = [{"role": "system", "content": "Be brief."}]
+  assert given.render(TURN) == given.render([*system, *TURN])
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
