@@ -618,10 +618,17 @@ class Files:
 
   def check_tied(self, arch: ArchConfig) -> None:
     """Raises an error if config.json ties the head to the embedding and the files have a different
-    head.
+    head, or an adapter has a different embedding.
     """
     head, embed = (name_of(arch, path)[0] for path in ("lm_head/kernel", "embed/embedding"))
-    if not arch.lm_head or arch.untied_head or not {head, embed} <= self.shapes.keys():
+    if not arch.lm_head or arch.untied_head:
+      return
+    if embed in self.whole and head not in self.shapes:
+      adapters.refuse(
+        pathlib.Path(self.where[embed]),
+        f"with its own {embed}, to which its base ties the head; for peft the head stays the base's",
+      )
+    if not {head, embed} <= self.shapes.keys():
       return
     if (
       self.shapes[head] != self.shapes[embed] or not (self.tensor(head) == self.tensor(embed)).all()

@@ -140,6 +140,18 @@ def test_adapters_whose_start_is_taken_out_of_the_base_are_refused(start, bases,
   assert max(jax.tree.leaves(away)) > 0.05
 
 
+def test_an_embedding_that_leaves_its_tied_head_is_refused(tmp_path):
+  hf_models.make("qwen3", tmp_path / "base")
+  save = dict(modules_to_save=["embed_tokens"])
+  alone = adapters(tmp_path / "base", tmp_path / "alone", ["q_proj"], **save)
+  with pytest.raises(FolderError, match="with its own model.embed_tokens.weight.*merge_and_unload"):
+    load_policy(str(alone), default.get_config())
+  both = adapters(
+    tmp_path / "base", tmp_path / "both", ["q_proj"], ensure_weight_tying=True, **save
+  )
+  assert_same(load_pretrained(both).state, load_pretrained(f"{both}-merged").state)
+
+
 def test_adapters_of_another_base_are_refused(bases, tmp_path):
   out = adapters(bases / "llama3.1", tmp_path / "a", ["q_proj"])
   change(out, base_model_name_or_path=str(bases / "pythia"))
