@@ -401,6 +401,37 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(tmp_path):
     check_output(str(tmp_path / "pipe"), "config.score.output")
 
 
+def test_an_output_that_would_not_be_what_its_name_says_is_refused(tmp_path):
+  for name in ("out.jsonl.gz", "out.parquet"):
+    with pytest.raises(DataError, match="JSON lines are written, not compressed; give a name"):
+      check_output(str(tmp_path / name), "config.score.output")
+  config = default.get_config()
+  file = lines(tmp_path / "in.jsonl", {"prompt": "a"}, {"prompt": "b"})
+  (tmp_path / "link.jsonl").symlink_to(file)
+  config.generate.input, config.generate.output = str(file), str(tmp_path / "link.jsonl")
+  for changes in ({"rows": 1}, {"format": "alpaca_eval"}):
+    settings = config.copy_and_resolve_references()
+    settings.generate.update(changes)
+    with pytest.raises(DataError, match="the input, which would lose what the output lacks"):
+      run_generate(settings)
+  with pytest.raises(FolderError, match="config.policy.path is empty"):
+    run_generate(config)  # every row and field is kept
+
+
+def test_two_processes_may_write_the_same_rows(tmp_path, monkeypatch):
+  path, rows, replace, pid = tmp_path / "rows.jsonl", [{"a": 1}], os.replace, os.getpid()
+
+  def meanwhile(old, new):  # another process writes and renames before this one renames
+    if os.getpid() == pid:
+      monkeypatch.setattr(os, "getpid", lambda: pid + 1)
+      write_rows(str(path), rows)
+    replace(old, new)
+
+  monkeypatch.setattr(os, "replace", meanwhile)
+  write_rows(str(path), rows)
+  assert read_rows(str(path), ()) == rows and os.listdir(tmp_path) == ["rows.jsonl"]
+
+
 def test_a_value_that_cannot_be_written_again_is_found_before_the_work(tmp_path):
   config = default.get_config()
   file = tmp_path / "in.jsonl"

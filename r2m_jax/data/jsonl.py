@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from r2m_jax.data.files import BadRow, DataError, read_file
+from r2m_jax.run.files import write_atomic
 
 
 def read_rows(path: str, fields: tuple[str, ...], hint: str = "") -> list[dict[str, Any]]:
@@ -108,6 +109,11 @@ def check_output(path: str, field: str) -> None:
   file = pathlib.Path(path).expanduser()
   if file.exists() and not file.is_file() and not file.is_dir():
     raise DataError(f"{field} is {path!r}: a device or a pipe, not a file; give the name of a file")
+  if file.name.lower().endswith((".gz", ".parquet")):
+    raise DataError(
+      f"{field} is {path!r}: JSON lines are written, not compressed; give a name that ends with "
+      ".jsonl"
+    )
   if not path or file.is_dir():
     raise DataError(
       f"{field} is {path!r}: {'a folder' if path else 'empty'}; give the name of a file"
@@ -125,13 +131,12 @@ def check_output(path: str, field: str) -> None:
 def write_rows(path: str, rows: Iterable[dict[str, Any]]) -> pathlib.Path:
   """Writes rows atomically, so that a reader sees all of them or none.
 
+  Several processes may write the same rows at the same time.
+
   Raises:
     ValueError: a number is not finite, which JSON cannot hold.
   """
   file = pathlib.Path(path).expanduser()
-  file.parent.mkdir(parents=True, exist_ok=True)
-  new = file.with_name(f".{file.name}.part")
   text = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-  new.write_text(text, encoding="utf-8")
-  new.replace(file)
+  write_atomic(file, text)
   return file

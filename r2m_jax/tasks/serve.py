@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from r2m_jax.algorithm.read import read_feedback
 from r2m_jax.data.datasets import SHORTER_INPUTS
-from r2m_jax.data.jsonl import check_kept, check_output, read_rows, turns_of, write_rows
+from r2m_jax.data.jsonl import DataError, check_kept, check_output, read_rows, turns_of, write_rows
 from r2m_jax.data.text import Tokenizer, as_prompts, each_row, pad_left, responses_of
 from r2m_jax.hf.folders import (
   FolderError,
@@ -101,6 +101,7 @@ def run_generate(config) -> None:
   settings, mesh = config.generate, mesh_of(config)
   check_output(settings.output, "config.generate.output")
   rows = read_rows(settings.input, ("prompt",))[: settings.rows or None]
+  require_input_kept(settings)
   check_form(rows, settings.format, settings.n)
   if settings.format == "rows":
     check_kept(rows, settings.input, WRITTEN)
@@ -119,6 +120,16 @@ def run_generate(config) -> None:
     f"wrote    {len(rows)} rows to {file}; {sum(r['truncated'] for r in results)} cut off at the "
     "length limit"
   )
+
+
+def require_input_kept(settings) -> None:
+  """Raises DataError if the output would replace an input of which it lacks rows or fields."""
+  given, out = (Path(path).expanduser().resolve() for path in (settings.input, settings.output))
+  if given == out and (settings.rows or settings.format != "rows"):
+    raise DataError(
+      f"config.generate.output is {settings.output!r}, the input, which would lose what the output "
+      "lacks (config.generate.rows, config.generate.format); give another file"
+    )
 
 
 def converse(config, policy: Policy, rows: list[dict], mesh) -> list[dict]:
