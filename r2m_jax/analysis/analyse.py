@@ -45,7 +45,7 @@ from r2m_jax.plan.work import Layout, phases_of
 from r2m_jax.report import page
 from r2m_jax.report.figures import rendered
 from r2m_jax.run import checkpoint, loop
-from r2m_jax.run.files import read_json, write_atomic
+from r2m_jax.run.files import read_json, subfolders, write_atomic
 from r2m_jax.run.metrics import read_metrics
 from r2m_jax.run.run import warmed
 from r2m_jax.run.workdir import saved, with_variant
@@ -209,7 +209,7 @@ class GoldReads(NamedTuple):
 def saved_steps(config, workdir: Path) -> dict[str, list[int]]:
   """arm -> steps of its intact checkpoints, in order; arms without one are omitted."""
   found = {}
-  for folder in sorted((workdir / "checkpoints").glob("*")):
+  for folder in subfolders(workdir / "checkpoints"):
     steps = sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal())
     if sound := [step for step in steps if checkpoint.damage(folder / str(step)) is None]:
       found[folder.name] = sound

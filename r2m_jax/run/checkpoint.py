@@ -298,10 +298,9 @@ def damage(folder: Path) -> str | None:
     return f"it cannot be read: {error}"
   if not isinstance(want, dict):
     return f"its {MANIFEST} lists no files"
-  for what, names in (
-    ("is missing", want.keys() - got.keys()),
-    ("was added", got.keys() - want.keys()),
-  ):
+  # hidden files, which file managers and network disks leave, are not read
+  added = {name for name in got.keys() - want.keys() if not Path(name).name.startswith(".")}
+  for what, names in (("is missing", want.keys() - got.keys()), ("was added", added)):
     if names:
       return f"{min(names)} {what}"
   changed = [name for name in want if want[name] != got[name]]

@@ -72,6 +72,14 @@ def read_jsonl(path):
   return rows
 
 
+def subfolders(folder) -> list[Path]:
+  """The folders in a folder, sorted. Files and hidden folders, which file managers leave, are left
+  out.
+  """
+  found = (path for path in Path(folder).glob("*") if path.is_dir())
+  return sorted(path for path in found if not path.name.startswith("."))
+
+
 def plain(value):
   """A value that JSON can represent: array scalars become Python numbers, non-finite floats become
   strings.

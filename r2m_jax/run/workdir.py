@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from r2m_jax.config import ConfigError, defaults, difference, fixed, flat
 from r2m_jax.parallel import hosts
 from r2m_jax.run import checkpoint, lock, log
-from r2m_jax.run.files import read_json, write_atomic
+from r2m_jax.run.files import read_json, subfolders, write_atomic
 from r2m_jax.run.fit import PARTIAL
 
 
@@ -180,7 +180,8 @@ def is_begun(workdir: Path) -> bool:
   it may be corrected and started again.
   """
   facts = {path for pattern in FOUND_AGAIN for path in workdir.glob(pattern)}
-  return any(path.name not in AT_START and path not in facts for path in workdir.iterdir())
+  visible = (path for path in workdir.iterdir() if not path.name.startswith("."))
+  return any(path.name not in AT_START and path not in facts for path in visible)
 
 
 def require_same_config(path: Path, new: dict) -> None:
@@ -259,7 +260,7 @@ def take_over(old: Path, workdir: Path, new: dict) -> None:
 
 def take_newest(old: Path, new: Path) -> None:
   """Copies the newest intact checkpoint of every folder in `old`."""
-  for folder in sorted(old.glob("*")):
+  for folder in subfolders(old):
     steps = sorted(
       (int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True
     )

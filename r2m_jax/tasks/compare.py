@@ -13,6 +13,7 @@ from pathlib import Path
 from r2m_jax.config import ConfigError
 from r2m_jax.parallel import hosts
 from r2m_jax.report import compare
+from r2m_jax.run.files import subfolders
 from r2m_jax.run.workdir import SEEDS, claim
 
 
@@ -34,7 +35,8 @@ def run(config, workdir: Path) -> None:
 
 def with_seeds(workdir: Path) -> list[Path]:
   """A run's workdir and those of its further seeds that have logged a row."""
-  further = sorted(workdir.glob(f"{SEEDS}/*"), key=lambda folder: int(folder.name))
+  folders = [folder for folder in subfolders(workdir / SEEDS) if folder.name.isdecimal()]
+  further = sorted(folders, key=lambda folder: int(folder.name))
   return [workdir, *(folder for folder in further if (folder / "metrics.jsonl").is_file())]
 
 

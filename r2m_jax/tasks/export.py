@@ -25,7 +25,7 @@ from r2m_jax.hf.folders import (
 from r2m_jax.models.lora import merged
 from r2m_jax.run import checkpoint
 from r2m_jax.run.build import abstract, build, init_adapters, make_first_state
-from r2m_jax.run.files import read_json
+from r2m_jax.run.files import read_json, subfolders
 
 BUDGETS = "budgets.json"  # in a workdir: the number of steps that each time budget gave
 
@@ -143,7 +143,7 @@ def find_checkpoint(path: Path) -> tuple[Path, tuple[str, str], int | None]:
   found = sorted(
     p.relative_to(workdir).parts
     for kind in ("checkpoints", "stages")
-    for p in workdir.glob(f"{kind}/*")
+    for p in subfolders(workdir / kind)
   )
   stages = [stage for stage in found if stage[: len(parts)] == parts[:2]]
   if not parts or len(parts) == 1:  # a workdir: its RL checkpoint, or else its last stage

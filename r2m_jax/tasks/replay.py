@@ -32,7 +32,7 @@ from r2m_jax.report.page import points_section, write_page
 from r2m_jax.report.samples import attention_section
 from r2m_jax.run import checkpoint, loop
 from r2m_jax.run.build import Build
-from r2m_jax.run.files import plain, write_atomic
+from r2m_jax.run.files import plain, subfolders, write_atomic
 from r2m_jax.run.metrics import read_metrics
 from r2m_jax.run.run import Run, warmed
 from r2m_jax.run.workdir import saved, with_variant
@@ -207,7 +207,7 @@ def config_of(config, workdir: Path):
     raise ConfigError(
       f"--workdir={workdir} holds no run: there is no config.json; give the workdir of a run"
     )
-  arms = sorted(folder.name for folder in (workdir / "checkpoints").glob("*"))
+  arms = [folder.name for folder in subfolders(workdir / "checkpoints")]
   arm = config.replay.arm or (arms[0] if len(arms) == 1 else "")
   if arm not in arms:
     have = ", ".join(arms) or "no checkpoints"

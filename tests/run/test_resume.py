@@ -114,6 +114,17 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(tmp_path, capsy
   assert checkpoint.newest(again) == 3 and int(checkpoint.restore(again, tree(0))["step"]) == 3
 
 
+def test_hidden_files_of_a_file_manager_damage_no_checkpoint(tmp_path):
+  saved(tmp_path).close()
+  for place in (tmp_path, tmp_path / "3", tmp_path / "3/default"):
+    (place / ".DS_Store").write_bytes(b"Bud1")
+    (place / "._3").write_bytes(b"\0\5\26\7")
+  again = checkpoint.open_checkpoints(tmp_path, last=3)
+  assert checkpoint.newest(again) == 3
+  np.testing.assert_array_equal(checkpoint.restore(again, tree(0))["a"], tree(3)["a"])
+  assert [folder.name for folder in run_files.subfolders(tmp_path)] == ["1", "2", "3"]
+
+
 def test_the_manifest_is_that_of_the_files_and_holds_the_cursor(tmp_path):
   made = saved(tmp_path)
   facts = checkpoint.facts_of(made, 2)

@@ -141,9 +141,14 @@ def test_a_start_that_left_no_work_may_be_corrected(tmp_path):
   assert json.loads((tmp_path / "config.json").read_text())["kl"]["beta"] == 0.5
   assert not (tmp_path / "r2m_renderer.json").exists()
   assert not (tmp_path / "data_sft.json").exists()
+  (tmp_path / ".DS_Store").write_bytes(b"Bud1")  # of a file manager
+  workdir.claim(quickstart.get_config("test"), tmp_path)
   (tmp_path / "stages").mkdir()
+  (tmp_path / "stages/.DS_Store").write_bytes(b"Bud1")
+  workdir.take_newest(tmp_path / "stages", tmp_path / "copy")
+  assert not (tmp_path / "copy").exists()
   with pytest.raises(ConfigError, match="holds a run of another config"):
-    claim(tmp_path)
+    workdir.claim(other, tmp_path)
 
 
 def test_a_workdir_of_an_earlier_version_lacks_settings_and_goes_on(tmp_path):
