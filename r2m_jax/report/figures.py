@@ -296,7 +296,7 @@ def _draw_panel(axes, rows, arms, x, panel, styles, matched_kl):
       color=colour,
       ls=dashes,
       lw=2,
-      label=arm or "run",
+      label=literal(arm or "run"),
       marker="o" if len(means) == 1 else None,
     )
     if metric == "reward/gold" and len(means) > 1:
@@ -307,6 +307,13 @@ def _draw_panel(axes, rows, arms, x, panel, styles, matched_kl):
   if x != STEP and matched_kl is not None:
     axes.axvline(math.sqrt(max(matched_kl, 0)), color="#777", lw=1, ls=":")
   dress(axes, title, x, label)
+
+
+def literal(name: str) -> str:
+  """A name as the label of a line: matplotlib would read $ as mathematics, and leave labels out of
+  the legend that begin with an underscore.
+  """
+  return name.replace("$", r"\$").replace("_", "\N{ZERO WIDTH SPACE}_", name.startswith("_"))
 
 
 def draw_band(axes, rows, metric, colour):

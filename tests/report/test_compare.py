@@ -8,11 +8,12 @@ import re
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
 from configs.default import get_config
 from r2m_jax.config import ConfigError, check_config
-from r2m_jax.report import compare, settings
+from r2m_jax.report import compare, figures, settings
 from r2m_jax.report.cost import time_of_phases, troubles
 from r2m_jax.tasks import compare as task
 
@@ -68,6 +69,17 @@ def test_the_page_of_a_comparison(tmp_path):
   assert prompts == ["q"]  # the largest that all have
   assert "a before q" in text and "a after other" not in text
   assert "0.05" in text and "0.1" in text
+
+
+def test_names_of_folders_are_no_mathematics_and_stay_in_the_legend(tmp_path):
+  runs = [
+    write_run(tmp_path / name, beta=0.01 * i) for i, name in enumerate(("_old", "$a{$b", "c"))
+  ]
+  compare.write(runs, tmp_path / "compare.html")  # matplotlib cannot read $a{$
+  axes = Figure().subplots()
+  for run in runs:
+    axes.plot([0, 1], label=figures.literal(run.name))
+  assert axes.get_legend_handles_labels()[1] == ["\u200b_old", r"\$a{\$b", "c"]
 
 
 def test_runs_without_a_common_prompt(tmp_path):
@@ -158,6 +170,7 @@ def test_further_seeds_of_a_run_are_part_of_its_line(tmp_path):
   for seed in (1, 10, 2):
     write_run(tmp_path / f"run/seeds/{seed}", seed=seed)
   (tmp_path / "run/seeds/3").mkdir()  # has not logged anything yet
+  (tmp_path / "run/seeds/.DS_Store").write_bytes(b"Bud1")
   found = task.with_seeds(first)
   assert [folder.name for folder in found] == ["run", "1", "2", "10"]
   (line,) = compare.lines_of(compare.arms_in(found))
