@@ -326,9 +326,9 @@ KNOWN_TPUS = Rule(
 )
 SEEDS = (
   Rule(
-    lambda x: len(x) > 0 and all(isinstance(seed, int) and seed >= 0 for seed in x),
-    "give whole numbers from 0 on, such as (0, 1, 2)",
-    "whole numbers, at least 0",
+    lambda x: len(x) > 0 and all(isinstance(seed, int) and 0 <= seed < 2**32 for seed in x),
+    "give whole numbers from 0 on and below 2**32, such as (0, 1, 2)",
+    "whole numbers in [0, 2**32)",
   ),
   Rule(lambda x: len(set(x)) == len(x), "give each seed once", "each once"),
 )

@@ -221,6 +221,10 @@ def test_the_rules_of_the_laboratory_hold_for_its_tasks_only():
   check_config(config_with(lab__seeds=()))
   with pytest.raises(ConfigError, match=r"^config.lab.seeds is \(\): give whole numbers from 0 on"):
     check_config(config_with(lab__seeds=(), task="lab"))
+  with pytest.raises(
+    ConfigError, match=r"^config.lab.seeds is \(0, 4294967296\): .* below 2\*\*32"
+  ):
+    check_config(config_with(lab__seeds=(0, 2**32), task="lab"))
 
 
 @pytest.mark.parametrize("size", ["", "test"])

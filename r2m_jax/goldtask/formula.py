@@ -41,7 +41,7 @@ def load(path: str) -> Callable[[str, str, bool], float]:
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-  except Exception as error:
+  except (Exception, SystemExit) as error:
     raise FormulaError(
       f"config.gold.formula is {path!r}, which cannot be run ({type(error).__name__}: {error}); "
       f"give a Python file with {SIGNATURE}"
@@ -63,7 +63,7 @@ def values(path: str, rows: Iterable[tuple[str, str, bool]]) -> np.ndarray:
     at = f"config.gold.formula: gold({prompt!r}, {response!r}, {ended}) of {path}"
     try:
       value = float(formula(prompt, response, ended))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
       raise FormulaError(
         f"{at} raises {type(error).__name__}: {error}; let it return a number for any text"
       ) from None

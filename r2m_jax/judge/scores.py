@@ -7,7 +7,6 @@ the data. A judge is an OpenAI-compatible endpoint that rates each response.
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +21,7 @@ from r2m_jax.judge.endpoint import (
 from r2m_jax.judge.templates import Template, read_answer
 
 SHOWN = 200  # characters of an answer shown in a message
+LARGEST = 3.4028234663852886e38  # of float32, in which a score is used
 
 
 class Rater(Endpoint):
@@ -81,8 +81,9 @@ class ScoreServer(Endpoint):
 
 
 def is_score(value: Any) -> bool:
-  """Whether a value of JSON is a finite number."""
-  return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+  """Whether a value of JSON is a finite number, in float32 too."""
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  return number and -LARGEST <= value <= LARGEST
 
 
 def name_of(prompt: Any, response: str) -> str:

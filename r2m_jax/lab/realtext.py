@@ -137,6 +137,7 @@ def standardise(config, raw: Path, workdir: Path, mesh, drawn: list[dict], out: 
   """
   model = load_reward(str(raw), config, mesh)
   scores, phi = serve.score(config, model, None, drawn, mesh), model.phi
+  serve.require_finite(config, np.isfinite(scores), "scores", str(raw))
   scale = 1 / max(float(scores.std()), 1e-6)
   phi["kernel"][...] *= scale
   phi["bias"][...] = (phi["bias"][...] - scores.mean()) * scale

@@ -57,6 +57,8 @@ def test_the_notes_task_reads_it_too(tmp_path):
   "text, message",
   [
     ("def gold(prompt, response", "cannot be run .SyntaxError.*; give a Python file with def gold"),
+    ("import sys; sys.exit(0)", "cannot be run .SystemExit"),
+    ("def gold(prompt, response, ended): exit()", "raises SystemExit"),
     ("import no_such_module_at_all", "cannot be run .ModuleNotFoundError"),
     ("def reward(prompt, response, ended): return 1.0", "without `gold`; write def gold"),
     ("def gold(prompt, response): return 1.0", "raises TypeError.*; let it return a number"),

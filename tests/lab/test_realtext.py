@@ -8,6 +8,7 @@ import json
 import shutil
 import threading
 import time
+import types
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from test_scratch import make_data
 from configs import real_gold
 from r2m_jax.config import ConfigError, check_config
 from r2m_jax.data.jsonl import DataError
-from r2m_jax.hf.folders import load_policy, load_reward, mesh_of
+from r2m_jax.hf.folders import FolderError, load_policy, load_reward, mesh_of
 from r2m_jax.lab import realtext
 from r2m_jax.lab.table import read_table
 from r2m_jax.run.files import read_jsonl
@@ -35,6 +36,13 @@ def settings(root, **overrides):
   for name, value in overrides.items():
     cfg.update_from_flattened_dict({name.replace("__", "."): value})
   return cfg
+
+
+def test_scores_that_are_not_finite_give_no_scale(monkeypatch, tmp_path):
+  monkeypatch.setattr(realtext, "load_reward", lambda *args: types.SimpleNamespace(phi=None))
+  monkeypatch.setattr(serve, "score", lambda *args: np.array([1.0, np.nan], np.float32))
+  with pytest.raises(FolderError, match="the scores of 1 of 2 rows are not finite.*raw"):
+    realtext.standardise(settings(tmp_path), tmp_path / "raw", tmp_path, None, [], tmp_path / "out")
 
 
 @pytest.fixture(scope="module")

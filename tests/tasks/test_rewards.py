@@ -159,6 +159,8 @@ ROWS = [("a prompt", "banana", False), ([{"role": "user", "content": "Who?"}], "
     ({"scores": [1.0]}, "gave 1 scores for 2 responses; make it give one for each"),
     ({"scores": [1.0, math.nan]}, "gave the score nan to 'x'; make it give a finite"),
     ({"scores": [1.0, None]}, "gave the score None to 'x'"),
+    ({"scores": [1.0, 1e39]}, "gave the score 1e.39 to 'x'"),  # infinite in float32
+    ({"scores": [1.0, 10**400]}, "gave the score 10{400} to 'x'"),
     ({"scores": [1.0, "2"]}, "gave the score '2' to 'x'"),
     ({"rewards": [1.0, 2.0]}, '2 attempts failed, .*no {"scores": .*\'rewards\'|"rewards"'),
     (("status", 404, {}, "not here"), "config.reward.url leads to .*serves no scores .HTTP 404"),
