@@ -5,6 +5,7 @@
 """
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +56,8 @@ TASKS = {
 
 def main(argv):
   del argv  # read by parse_flags
-  config, workdir = CONFIG.value, Path(WORKDIR.value)
+  # a shell leaves the ~ of --workdir=~/runs as it is
+  config, workdir = CONFIG.value, Path(os.path.expanduser(WORKDIR.value))
   process.set_up()
   with process.mistakes_end_it():
     check_config(config)  # first, before any device is touched

@@ -275,7 +275,8 @@ class Tokenizer:
       kwargs["chat_template"] = dated(self.hf.get_chat_template(), self.date)
     try:
       return self.hf.apply_chat_template(messages, tokenize=False, **self.chat.args, **kwargs)
-    except TemplateError as error:  # such as a template without a system role
+    # such as a template without a system role, or one that adds text to a number
+    except (TemplateError, TypeError, ValueError, AttributeError) as error:
       shown = json.dumps(messages, ensure_ascii=False)[:120]
       raise TextError(
         f"the chat template of {self.source} refuses {shown}: {error}; change the messages"

@@ -265,6 +265,11 @@ def test_a_template_that_refuses_is_explained(tmp_path):
       TextError, match='refuses .*"Be brief.".*: System role not supported; change the messages'
     ):
       refused(ASK)
+  hf.chat_template = refuse.replace("raise_exception('System role not supported')", "1 + 'a'")
+  hf.chat_template += tiny_text.CHATML
+  hf.save_pretrained(tmp_path)
+  with pytest.raises(TextError, match='refuses .*"Be brief.".*: unsupported operand'):
+    load_tokenizer(tmp_path).render(ASK)
   hf.chat_template = "{{ raise_exception('no') }}"
   hf.save_pretrained(tmp_path)
   with pytest.raises(TextError, match="cannot render a question and its answer: no"):

@@ -6,10 +6,12 @@ import pathlib
 import re
 import subprocess
 import sys
+import types
 
 import pytest
 
-from r2m_jax import knobs
+from configs import default
+from r2m_jax import knobs, main
 from r2m_jax.run import command_line
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -32,6 +34,18 @@ def test_a_name_becomes_a_path_and_a_path_stays(argv, want, monkeypatch, tmp_pat
   monkeypatch.chdir(tmp_path)
   want = want or ["--config", f"{INSIDE}:test", "--workdir", "quickstart"]
   assert command_line.with_config_paths(["r2m", *argv]) == ["r2m", *want]
+
+
+def test_a_workdir_may_begin_with_the_home_folder(monkeypatch, tmp_path):
+  seen, monkey = [], monkeypatch.setattr
+  monkeypatch.setenv("HOME", str(tmp_path))
+  monkey(main, "CONFIG", types.SimpleNamespace(value=default.get_config()))
+  monkey(main, "WORKDIR", types.SimpleNamespace(value="~/runs/a"))
+  for name in ("set_up", "set_up_jax", "require_platform"):
+    monkey(main.process, name, lambda *args: None)
+  monkey(main, "run", lambda config, workdir: seen.append(workdir))
+  main.main([])
+  assert seen == [tmp_path / "runs/a"]
 
 
 def test_a_file_of_that_name_is_preferred(monkeypatch, tmp_path):
