@@ -56,9 +56,9 @@ __all__ = [
   "redact",
 ]
 
-SECRET = re.compile(
-  r"hf_\w{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|AKIA[0-9A-Z]{16}|AIza[\w-]{35}|"
-  r"xox[abprs]-[\w-]{10,}|://[^/\s]+:[^/\s]+@"
+SECRET = re.compile(  # not within a word: multitask-... is no key that begins with sk-
+  r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{20,}|sk-[\w-]{20,}|gh[pousr]_\w{20,}|github_pat_\w{20,}|"
+  r"AKIA[0-9A-Z]{16}|AIza[\w-]{35}|xox[abprs]-[\w-]{10,})|://[^/\s]+:[^/\s]+@"
 )
 SECRET_NAME = re.compile(
   r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.I

@@ -516,6 +516,17 @@ def test_what_the_environment_keeps_secret_is_never_written(monkeypatch, capsys)
   assert redact("it is false") == "it is false"
 
 
+@pytest.mark.parametrize(
+  "name",
+  ["runs/multitask-sft-llama-3-8b-instruct", "models/llama_hf_converted_weights_of_march"],
+)
+def test_a_name_that_holds_the_beginning_of_a_key_is_no_secret(name):
+  config = default.get_config()
+  config.policy.path = name
+  check_config(config)
+  assert redact(name) == name
+
+
 def test_a_failed_save_leaves_one_line(capsys):
   for said in ("Event loop is closed", "something else"):
     process.show_unraisable(
