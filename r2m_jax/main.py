@@ -13,7 +13,7 @@ from pathlib import Path
 from absl import app
 
 from r2m_jax import tasks
-from r2m_jax.config import check_config
+from r2m_jax.config import ConfigError, check_config
 from r2m_jax.parallel import hosts
 from r2m_jax.run import process
 from r2m_jax.run.command_line import CONFIG, WORKDIR, parse_flags
@@ -60,6 +60,8 @@ def main(argv):
   config, workdir = CONFIG.value, Path(os.path.expanduser(WORKDIR.value))
   process.set_up()
   with process.mistakes_end_it():
+    if not WORKDIR.value:
+      raise ConfigError("--workdir is empty; give one, such as --workdir=runs/mine")
     check_config(config)  # first, before any device is touched
     if config.task == "plan":
       sys.exit(0 if TASKS["plan"](config)(config, workdir) else 1)

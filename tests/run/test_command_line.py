@@ -36,7 +36,7 @@ def test_a_name_becomes_a_path_and_a_path_stays(argv, want, monkeypatch, tmp_pat
   assert command_line.with_config_paths(["r2m", *argv]) == ["r2m", *want]
 
 
-def test_a_workdir_may_begin_with_the_home_folder(monkeypatch, tmp_path):
+def test_a_workdir_may_begin_with_the_home_folder_and_is_not_empty(monkeypatch, tmp_path, capsys):
   seen, monkey = [], monkeypatch.setattr
   monkeypatch.setenv("HOME", str(tmp_path))
   monkey(main, "CONFIG", types.SimpleNamespace(value=default.get_config()))
@@ -46,6 +46,12 @@ def test_a_workdir_may_begin_with_the_home_folder(monkeypatch, tmp_path):
   monkey(main, "run", lambda config, workdir: seen.append(workdir))
   main.main([])
   assert seen == [tmp_path / "runs/a"]
+  monkey(main, "WORKDIR", types.SimpleNamespace(value=""))  # of an unset variable of the shell
+  with pytest.raises(SystemExit):
+    main.main([])
+  assert (
+    capsys.readouterr().err.startswith("error: --workdir is empty; give one") and len(seen) == 1
+  )
 
 
 def test_a_file_of_that_name_is_preferred(monkeypatch, tmp_path):
