@@ -35,6 +35,7 @@ PAIRS = (
   ("scaled", "vanilla"),
   ("shuffled", "scaled"),
 )
+QUARTERS = 4
 KLS = (0.0, 1.0, 2.0, 4.0, np.inf)  # nats; accuracy is shown between each two
 
 
@@ -104,6 +105,22 @@ def difference_lines(runs: Runs, steps: int) -> list[str]:
 def shown(found: Interval, scale: float = 1, digits: int = 2) -> str:
   value, low, high = (scale * x for x in found[:3])
   return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def curve_lines(runs: Runs, steps: int) -> list[str]:
+  """Gold and proxy over the run: means of each quarter of the steps, with intervals over seeds."""
+  ends = np.linspace(0, steps, QUARTERS + 1).astype(int)
+  lines = [f"{'over the run':<18} {'steps':<9} {'KL':>6} {'gold':>20} {'frozen proxy':>21}"]
+  for arm, seeds in runs.items():
+    for low, high in zip(ends, ends[1:]):
+      kl, *both = (
+        np.array([one[name][low:high].mean() for one in seeds.values()])
+        for name in ("kl", "gold", "frozen")
+      )
+      cells = [shown(intervals.interval(values)) for values in both]
+      name = f"{low + 1} to {high}"
+      lines.append(f"{arm:<18} {name:<9} {kl.mean():6.2f} {cells[0]:>20} {cells[1]:>21}")
+  return lines
 
 
 def ordered(rows: Rows, arm: str) -> tuple[np.ndarray, ...]:
@@ -194,6 +211,24 @@ def read_step(workdir: Path, where: str) -> str:
   return "\n".join(lines)
 
 
+def text(rows: Rows, steps: int = 0) -> str:
+  """Everything that is printed for these rows. steps: 0 for those of the longest run."""
+  runs = notes_rows.runs_of(rows)
+  have = {len(one["gold"]) for seeds in runs.values() for one in seeds.values()}
+  steps = steps or max(have)
+  long = at_least(runs, steps)
+  parts = [
+    [f"the first {steps} steps of every run that has them; runs have {min(have)} to {max(have)}"],
+    arm_lines(long, steps),
+    difference_lines(long, steps),
+    curve_lines(long, steps),
+    accuracy_lines(rows, runs),
+    held_out_lines(rows, runs),
+    held_text(long).splitlines(),
+  ]
+  return "\n\n".join("\n".join(part) for part in parts if part)
+
+
 def parsed() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
   parser.add_argument("workdir", type=Path, nargs="+")
@@ -213,19 +248,7 @@ def main() -> None:
     raise SystemExit(f"{given.workdir[0]} has no step of RL yet")
   if given.keep:
     notes_rows.keep(rows, given.keep)
-  runs = notes_rows.runs_of(rows)
-  have = {len(one["gold"]) for seeds in runs.values() for one in seeds.values()}
-  steps = given.steps or max(have)
-  print(f"the first {steps} steps of every run that has them; runs have {min(have)} to {max(have)}")
-  long = at_least(runs, steps)
-  parts = [
-    arm_lines(long, steps),
-    difference_lines(long, steps),
-    accuracy_lines(rows, runs),
-    held_out_lines(rows, runs),
-    held_text(long).splitlines(),
-  ]
-  print("".join("\n" + "\n".join(part) + "\n" for part in parts if part), end="")
+  print(text(rows, given.steps))
 
 
 if __name__ == "__main__":

@@ -269,6 +269,21 @@ def test_the_command_shows_how_often_a_reward_is_right(ended, monkeypatch, capsy
   assert float(cells[8]) == pytest.approx(100 * np.mean(right["frozen"]), abs=0.5)
 
 
+def test_the_command_shows_gold_over_the_run():
+  """Means of the quarters of eight steps, over two seeds."""
+  runs = {
+    "r2m": {
+      seed: {name: np.arange(8.0) + seed for name in ("gold", "frozen", "kl")} for seed in (0, 1)
+    }
+  }
+  lines = shown_notes.curve_lines(runs, 8)[1:]
+  assert [line.split()[1:4] for line in lines] == [
+    [str(low), "to", str(low + 1)] for low in (1, 3, 5, 7)
+  ]
+  for quarter, line in enumerate(lines):
+    assert float(line.split()[4]) == float(line.split()[5]) == 2 * quarter + 1
+
+
 def test_the_command_shows_gold_on_held_out_prompts(ended, monkeypatch, capsys):
   lines = printed(capsys, monkeypatch, ended).splitlines()
   after = [
