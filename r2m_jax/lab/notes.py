@@ -210,12 +210,23 @@ def pair_rows(config, mesh, sft: Path, asked: list[str], seed: int) -> list[dict
 
 
 def held_out_pairs(config, workdir: Path, mesh, sft: Path) -> list[dict]:
-  """Pairs on held-out prompts, on which every proxy is measured against clean gold."""
+  """Pairs on held-out prompts, on which every proxy is measured against clean gold.
+
+  Raises:
+    ConfigError: in every pair the gold of both samples is the same.
+  """
   path = workdir / HELD
   if not path.exists():
     asked = notes.prompts(config.seed, STREAM_HELD, config.reward.heldout_pairs, notes.HELD_OUT)
     write_rows(str(path), pair_rows(config, mesh, sft, asked, config.seed))
-  return read_jsonl(path)
+  rows = read_jsonl(path)
+  if not any(row["gold"][0] != row["gold"][1] for row in rows):
+    raise ConfigError(
+      f"config.reward.heldout_pairs is {config.reward.heldout_pairs}: the {len(rows)} pairs of "
+      "different samples have no difference in gold, so no proxy can be measured; raise it, or "
+      "give another config.gold.formula"
+    )
+  return rows
 
 
 def labelled(config, rows: list[dict], seed: int) -> list[dict]:

@@ -66,6 +66,18 @@ def samples_of(workdir, arm, seed):
   return [read_jsonl(file) for file in files]
 
 
+def test_pairs_without_a_difference_in_gold_are_refused_before_the_proxies(tmp_path, monkeypatch):
+  (tmp_path / "gold.py").write_text("def gold(prompt, response, ended): return 1.0")
+  config = settings(gold__formula=str(tmp_path / "gold.py"))
+  asked = lab_notes.as_messages(*notes.prompts(0, 0, 1))
+  row = dict(prompt=asked, truncated=False, length=1)
+  drawn = [row | {"response": response} for response in ("a", "b", "c", "c")]
+  monkeypatch.setattr(lab_notes, "answers", lambda *args: drawn)
+  for _ in range(2):  # the second time the pairs are read
+    with pytest.raises(ConfigError, match="heldout_pairs is .*: the 1 pairs .* no difference"):
+      lab_notes.held_out_pairs(config, tmp_path, None, tmp_path)
+
+
 # ---- gold never reaches training ----
 
 
