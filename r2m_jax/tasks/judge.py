@@ -13,6 +13,7 @@ docs/judge.md describes the judges, the templates and the numbers. WORKDIR then 
 """
 
 import collections
+import hashlib
 import json
 import random
 import sys
@@ -51,7 +52,7 @@ from r2m_jax.judge.results import (
 )
 from r2m_jax.judge.statistics import Verdict
 from r2m_jax.judge.templates import TEMPLATES, TOP, Reading, Template, read_answer, request
-from r2m_jax.run.files import write_atomic
+from r2m_jax.run.files import read_json, write_atomic
 from r2m_jax.run.progress import progress
 from r2m_jax.run.workdir import claim
 from r2m_jax.tasks import serve
@@ -114,14 +115,18 @@ def generated(config, workdir: Path) -> str:
   how = json.loads(config.generate.to_json()) | {"policy": config.policy.path, "seed": config.seed}
   for name in ("output", "batch_size", "format", "name", "n"):
     del how[name]
+  read = contents(config)
   if out.exists() and made.exists():
-    before = json.loads(made.read_text(encoding="utf-8"))
-    if before != how:
-      changed = [name for name in how if before.get(name) != how[name]]
+    before = read_json(made)
+    changed = [name for name in how if before.get(name) != how[name]]
+    # an earlier version has not stored them
+    changed += [name for name in read if before.get(name, read[name]) != read[name]]
+    if changed:
       raise ConfigError(
         f"{out} was generated with other settings ({', '.join(changed)}); choose another "
         "--workdir, or delete that file"
       )
+    print(f"judge    the answers in {out} were generated before")
     return str(out)
   config = config.copy_and_resolve_references()
   with config.unlocked():
@@ -129,8 +134,23 @@ def generated(config, workdir: Path) -> str:
     config.generate.format = "rows"
     config.generate.n = 1
   serve.run_generate(config)
-  write_atomic(made, json.dumps(how, indent=1) + "\n")
+  write_atomic(made, json.dumps(how | read, indent=1) + "\n")
   return str(out)
+
+
+def contents(config) -> dict[str, list[str]]:
+  """SHA-256 of each file behind the input and the policy's weights, if they are on this machine."""
+  given, policy = (Path(path).expanduser() for path in (config.generate.input, config.policy.path))
+  files = {"generate.input": [given] if given.is_file() else []}
+  files["policy.path"] = sorted(policy.glob("*.safetensors"))
+  return {
+    f"content of {field}": list(map(sha256, found)) for field, found in files.items() if found
+  }
+
+
+def sha256(file: Path) -> str:
+  with open(file, "rb") as opened:
+    return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def report(config, workdir: Path, items: list[Item], judged: Judged) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -322,8 +323,9 @@ def folders(tmp_path_factory):
 def test_a_reward_model_judges_what_a_policy_answers(folders, tmp_path, capsys):
   """One command compares the policy's answers with references, by scores. Oracle: `task=score`."""
   prompts = [{"prompt": "The cat", "reference": "sat"}, {"prompt": "rain", "reference": "and sea"}]
+  shutil.copytree(folders / "policy", tmp_path / "policy")
   cfg = config(
-    policy__path=str(folders / "policy"),
+    policy__path=str(tmp_path / "policy"),
     reward__path=str(folders / "reward"),
     generate__input=write(tmp_path / "in.jsonl", prompts),
     generate__max_new_tokens=4,
@@ -350,3 +352,12 @@ def test_a_reward_model_judges_what_a_policy_answers(folders, tmp_path, capsys):
   cfg.generate.temperature = 0.0
   with pytest.raises(ConfigError, match="was generated with other settings .temperature."):
     judge.run(cfg, tmp_path / "work")
+  cfg.generate.temperature = default.get_config().generate.temperature
+  assert judge.generated(cfg, tmp_path / "work") == str(tmp_path / "work/candidate.jsonl")
+  assert "were generated before" in capsys.readouterr().out
+  (tmp_path / "policy/model.safetensors").write_bytes(b"trained further")
+  with pytest.raises(ConfigError, match="with other settings .content of policy.path."):
+    judge.generated(cfg, tmp_path / "work")
+  write(tmp_path / "in.jsonl", prompts[:1])
+  with pytest.raises(ConfigError, match="content of generate.input, content of policy.path"):
+    judge.generated(cfg, tmp_path / "work")
