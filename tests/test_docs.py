@@ -1,5 +1,6 @@
 """The pages of docs/, without building the site: every page is in a toctree, every link and anchor
-exists, every quotation of the source is in the source, and every command is accepted.
+exists, every quotation of the source is in the source, every setting exists, and every command is
+accepted.
 """
 
 import ast
@@ -14,7 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from r2m_jax.config import check_config
-from r2m_jax.knobs import TASKS
+from r2m_jax.knobs import KNOBS, TASKS, walk
 from r2m_jax.run.command_line import with_config_paths
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -133,6 +134,17 @@ def test_commands_are_accepted(page, monkeypatch):
     assert names.workdir, given
     if not names.config.task.startswith("lab"):  # its arms take seconds, and have their own tests
       check_config(names.config)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_settings_exist(page):
+  if page.name == "CHANGELOG.md":  # it names what earlier versions had
+    return
+  fields = {field for field, _ in walk(KNOBS)}
+  text = page.read_text(encoding="utf-8")
+  named = {name.rstrip(".") for name in re.findall(r"(?<![\w/-])-*config\.([a-z][\w.]*)", text)}
+  named -= {"json", "md", "py"}  # files
+  assert named <= fields, f"{page.name} names settings that do not exist: {sorted(named - fields)}"
 
 
 def test_commands_are_found():
