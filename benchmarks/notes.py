@@ -1,27 +1,29 @@
 """Prints the results so far of a run of configs/smollm2_notes.py, finished or not: a line for each
-arm, and paired differences.
+arm, paired differences, how often the reward orders samples as gold does, gold on held-out prompts.
 
-  python -m benchmarks.notes WORKDIR [--steps=N] [--read=ARM/SEED/STEP]
+  python -m benchmarks.notes WORKDIR [WORKDIR ...] [--steps=N] [--read=ARM/SEED/STEP] [--keep=NAME]
+  python -m benchmarks.notes docs/lab_notes          # the kept rows of docs/notes.md
 
 All arms are compared at equal steps: the first N steps, by default the number of steps of the
-longest run. Runs with fewer steps are left out. If finished runs have arms whose KL is held, the
-registered contrasts follow. --read prints all samples of one step with their gold, used and frozen
-rewards.
+longest run. Runs with fewer steps are left out. If there are runs whose KL is held, the registered
+contrasts follow. --read prints all samples of one step with their gold, used and frozen rewards.
+--keep writes NAME.csv and NAME.parquet, which this command reads like a workdir.
 """
 
 import argparse
-import csv
-import io
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks import notes_rows
+from benchmarks.notes_rows import HELD_OUT, SFT, Rows, Runs
+from r2m_jax.analysis.checks import orders
 from r2m_jax.configs import smollm2_notes
 from r2m_jax.lab import contrasts
-from r2m_jax.lab.notes import COLUMNS, SAMPLES, steps_csv
+from r2m_jax.lab.notes import SAMPLES
 from r2m_jax.lab.realtext import run_of
-from r2m_jax.lab.table import read_arms
 from r2m_jax.report import intervals
+from r2m_jax.report.intervals import Interval
 from r2m_jax.run.files import read_jsonl
 
 SHOWN = ("gold", "frozen", "used", "kl", "length", "cut_off", "coverage", "invented", "marks")
@@ -33,24 +35,8 @@ PAIRS = (
   ("scaled", "vanilla"),
   ("shuffled", "scaled"),
 )
-
-Runs = dict[str, dict[int, dict[str, np.ndarray]]]  # arm -> seed -> column of steps.csv -> f64[T]
-
-
-def runs_of(workdir: Path) -> Runs:
-  """All runs with at least one step."""
-  found: dict = {}
-  for row in csv.DictReader(io.StringIO(steps_csv(workdir))):
-    columns = found.setdefault(row["arm"], {}).setdefault(int(row["seed"]), {})
-    for name in COLUMNS:
-      columns.setdefault(name, []).append(float(row[name]) if row[name] else np.nan)
-  return {
-    arm: {
-      seed: {name: np.array(values) for name, values in columns.items()}
-      for seed, columns in seeds.items()
-    }
-    for arm, seeds in found.items()
-  }
+QUARTERS = 4
+KLS = (0.0, 1.0, 2.0, 4.0, np.inf)  # nats; accuracy is shown between each two
 
 
 def at_least(runs: Runs, steps: int) -> Runs:
@@ -116,11 +102,98 @@ def difference_lines(runs: Runs, steps: int) -> list[str]:
   return lines
 
 
-def held_text(workdir: Path) -> str:
-  """The registered contrasts of the finished arms whose KL is held; "" without any."""
-  curves = read_arms(workdir, ())
-  options = "gpu,held" if any(name.endswith(".kl4") for name in curves) else "held"
-  return contrasts.text(smollm2_notes.get_config(options), curves)
+def shown(found: Interval, scale: float = 1, digits: int = 2) -> str:
+  value, low, high = (scale * x for x in found[:3])
+  return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def curve_lines(runs: Runs, steps: int) -> list[str]:
+  """Gold and proxy over the run: means of each quarter of the steps, with intervals over seeds."""
+  ends = np.linspace(0, steps, QUARTERS + 1).astype(int)
+  lines = [f"{'over the run':<18} {'steps':<9} {'KL':>6} {'gold':>20} {'frozen proxy':>21}"]
+  for arm, seeds in runs.items():
+    for low, high in zip(ends, ends[1:]):
+      kl, *both = (
+        np.array([one[name][low:high].mean() for one in seeds.values()])
+        for name in ("kl", "gold", "frozen")
+      )
+      cells = [shown(intervals.interval(values)) for values in both]
+      name = f"{low + 1} to {high}"
+      lines.append(f"{arm:<18} {name:<9} {kl.mean():6.2f} {cells[0]:>20} {cells[1]:>21}")
+  return lines
+
+
+def ordered(rows: Rows, arm: str) -> tuple[np.ndarray, ...]:
+  """All pairs of samples of one prompt with unequal gold: (the KL of their step, f64[N]; the number
+  of their prompt, i64[N]; 1 if the used reward orders them as gold does, f64[N]; the same for the
+  frozen reward).
+  """
+  kl = {(r["seed"], r["step"]): float(r["kl"]) for r in rows.steps if r["arm"] == arm}
+  mine = (rows.samples["arm"] == arm) & (rows.samples["step"] != HELD_OUT)
+  table = {name: values[mine] for name, values in rows.samples.items()}
+  keys = np.stack([table[name] for name in ("seed", "step", "prompt")], -1)
+  prompts, prompt = np.unique(keys, axis=0, return_inverse=True)
+  prompt = prompt.reshape(-1)
+  kls = np.array([kl[str(seed), str(step)] for seed, step, _ in prompts])
+  i, j = np.triu_indices(len(prompt), 1)
+  i, j = (x[prompt[i] == prompt[j]] for x in (i, j))
+  gap = table["gold"][i] - table["gold"][j]
+  i, j, gap = (x[gap != 0] for x in (i, j, gap))
+  right = (orders(table[name], i, j, gap) for name in ("used", "frozen"))
+  return kls[prompt[i]], prompt[i], *right
+
+
+def accuracy_lines(rows: Rows, arms) -> list[str]:
+  """How often used and frozen reward order two samples of one prompt as gold does, by the KL of
+  their step, in percent. Intervals are over prompts.
+  """
+  head = f"{'KL':<8} {'pairs':>6} {'used':>18} {'frozen':>18} {'used - frozen':>21}"
+  lines = [f"{'right, % of pairs':<18} {head}"]
+  for arm in arms:
+    kl, prompt, used, frozen = ordered(rows, arm)
+    for low, high in zip(KLS, KLS[1:]):
+      chosen = (kl >= low) & (kl < high)
+      if not chosen.any():
+        continue
+      group = np.unique(prompt[chosen], return_inverse=True)[1]
+      cells = [
+        shown(intervals.group_mean(x[chosen], group), 100, 0) for x in (used, frozen, used - frozen)
+      ]
+      name = f"{low:g} to {high:g}"
+      lines.append(
+        f"{arm:<18} {name:<8} {chosen.sum():6d} {cells[0]:>18} {cells[1]:>18} {cells[2]:>21}"
+      )
+  return lines
+
+
+def held_out_lines(rows: Rows, arms) -> list[str]:
+  """Gold on the held-out prompts after RL, and how it differs from the policy before RL. Each
+  prompt's value is its mean over the arm's runs. Intervals are over prompts.
+  """
+  table = rows.samples
+  after = table["step"] == HELD_OUT
+
+  def gold(arm):
+    mine = after & (table["arm"] == arm)
+    seeds = np.unique(table["seed"][mine])
+    return len(seeds), [table["gold"][mine & (table["seed"] == seed)] for seed in seeds]
+
+  lines = [f"{'held-out prompts':<18} n {'gold':>20} {'minus before RL':>22}"]
+  _, (start,) = gold(SFT)
+  for arm in (SFT, *arms):
+    count, values = gold(arm)
+    if count:
+      mean = np.mean(values, 0)
+      cells = [shown(intervals.interval(mean))]
+      cells += [shown(intervals.paired(mean, start))] if arm != SFT else []
+      lines.append(f"{arm:<18} {count} {' '.join(f'{cell:>20}' for cell in cells)}")
+  return lines
+
+
+def held_text(runs: Runs) -> str:
+  """The registered contrasts of the arms whose KL is held; "" without any."""
+  options = "gpu,held" if any(name.endswith(".kl4") for name in runs) else "held"
+  return contrasts.text(smollm2_notes.get_config(options), notes_rows.curves_of(runs))
 
 
 def read_step(workdir: Path, where: str) -> str:
@@ -138,28 +211,44 @@ def read_step(workdir: Path, where: str) -> str:
   return "\n".join(lines)
 
 
-def main() -> None:
+def text(rows: Rows, steps: int = 0) -> str:
+  """Everything that is printed for these rows. steps: 0 for those of the longest run."""
+  runs = notes_rows.runs_of(rows)
+  have = {len(one["gold"]) for seeds in runs.values() for one in seeds.values()}
+  steps = steps or max(have)
+  long = at_least(runs, steps)
+  parts = [
+    [f"the first {steps} steps of every run that has them; runs have {min(have)} to {max(have)}"],
+    arm_lines(long, steps),
+    difference_lines(long, steps),
+    curve_lines(long, steps),
+    accuracy_lines(rows, runs),
+    held_out_lines(rows, runs),
+    held_text(long).splitlines(),
+  ]
+  return "\n\n".join("\n".join(part) for part in parts if part)
+
+
+def parsed() -> argparse.Namespace:
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-  parser.add_argument("workdir", type=Path)
+  parser.add_argument("workdir", type=Path, nargs="+")
   parser.add_argument("--steps", type=int, default=0)
   parser.add_argument("--read", default="", metavar="ARM/SEED/STEP")
-  given = parser.parse_args()
+  parser.add_argument("--keep", type=Path, metavar="NAME")
+  return parser.parse_args()
+
+
+def main() -> None:
+  given = parsed()
   if given.read:
-    print(read_step(given.workdir, given.read))
+    print(read_step(given.workdir[0], given.read))
     return
-  runs = runs_of(given.workdir)
-  if not runs:
-    parser.error(f"{given.workdir} has no step of RL yet")
-  have = {len(one["gold"]) for seeds in runs.values() for one in seeds.values()}
-  steps = given.steps or max(have)
-  print(
-    f"the first {steps} steps of every run that has them; runs have {min(have)} to {max(have)}\n"
-  )
-  long = at_least(runs, steps)
-  print("\n".join(arm_lines(long, steps)), end="\n\n")
-  print("\n".join(difference_lines(long, steps)))
-  if held := held_text(given.workdir):
-    print("\n" + held)
+  rows = notes_rows.joined([notes_rows.read(path) for path in given.workdir])
+  if not rows.steps:
+    raise SystemExit(f"{given.workdir[0]} has no step of RL yet")
+  if given.keep:
+    notes_rows.keep(rows, given.keep)
+  print(text(rows, given.steps))
 
 
 if __name__ == "__main__":

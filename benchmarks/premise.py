@@ -402,8 +402,8 @@ def analyse(name: str, path: Path) -> list[Row]:
   return rows + random_attention(name, data, pooled)
 
 
-def of_run(run: Path) -> list[Row]:
-  """The results of task=analyse for a run, in the same form."""
+def of_run(run: Path, name: str = "") -> list[Row]:
+  """The results of task=analyse for a run, in the same form, under the run's name or another."""
   rows = []
   for piece in ("similarity", "differences", "hacking", "accuracy", "checks"):
     file = run / "analysis" / f"{piece}.csv"
@@ -412,7 +412,7 @@ def of_run(run: Path) -> list[Row]:
       count = int(row.pop("count"))
       measure = row.pop("measure")
       layer = row.pop("layer", "")
-      labels = (run.name, piece, ", ".join(row.values()), layer)
+      labels = (name or run.name, piece, ", ".join(row.values()), layer)
       rows.append(Row(labels, measure, Interval(*numbers, count)))
   return rows
 

@@ -2,11 +2,15 @@
 configs/smollm2_notes.py; no RL is run.
 
   python -m benchmarks.premise_notes WORKDIR --states=DIR [--out=FILE.csv]
+  python -m benchmarks.premise_notes WORKDIR --pairs=FILE.jsonl --seed=S
 
 Everything that benchmarks.premise prints, for pairs of samples of the supervised policy: chosen is
 the sample with more gold. Then table 5 of the paper: the samples of all RL steps of `--run`
 (vanilla/seed_0), read by the policy at its end. docs/analyse.md defines hacking and sound; the
 quantiles are those of these samples. States are kept in DIR, so that a later call only analyses.
+
+--pairs writes the pairs for config.analyse.pairs of a run of seed S: all but those to which the
+seed's proxy was fitted.
 """
 
 import argparse
@@ -29,12 +33,16 @@ def asked(prompt, system: str) -> list[dict]:
   return [{"role": "system", "content": system}, {"role": "user", "content": text}]
 
 
-def pairs_of(workdir: Path, system: str) -> list[dict]:
-  """The pairs of all proxies and the held-out ones, by clean gold; ties are left out."""
+def pairs_of(workdir: Path, system: str, but: int | None = None) -> list[dict]:
+  """The held-out pairs and those of all proxies except of seed `but`, by clean gold; ties are left
+  out.
+  """
   rows = []
   for row in read_jsonl(workdir / "held_out_pairs.jsonl"):
     rows.append((row["prompt"], row["responses"], row["gold"]))
   for file in sorted(workdir.glob("proxy_*/pairs.jsonl")):
+    if file.parent.name == f"proxy_{but}":
+      continue
     for row in read_jsonl(file):
       both = [row["chosen"], row["rejected"]], [row["gold_chosen"], row["gold_rejected"]]
       rows.append((row["prompt"], *both))
@@ -106,6 +114,10 @@ def parsed() -> argparse.Namespace:
   parser.add_argument("--run", default="vanilla/seed_0", help="ARM/seed_S whose samples are read")
   parser.add_argument("--states", type=Path, default=Path("states"), help="folder for states")
   parser.add_argument("--out", type=Path, help="CSV of all numbers")
+  parser.add_argument(
+    "--pairs", type=Path, help="file to which pairs are written; nothing else is done"
+  )
+  parser.add_argument("--seed", type=int, help="of the run that --pairs is for")
   parser.add_argument("--count", type=int, default=10**6, help="most pairs")
   parser.add_argument("--longest", type=int, default=256, help="most tokens of prompt and reply")
   parser.add_argument("--threads", type=int, default=2)
@@ -117,6 +129,10 @@ def main() -> int:
   args.policy = args.workdir / "models" / "sft"
   settings = json.loads((args.workdir / "config.json").read_text(encoding="utf-8"))
   system = settings["policy"]["system_prompt"]
+  if args.pairs:
+    lines = map(json.dumps, pairs_of(args.workdir, system, args.seed))
+    args.pairs.write_text("\n".join(lines), encoding="utf-8")
+    return 0
   args.states.mkdir(parents=True, exist_ok=True)
   pairs, states = (args.states / f"{NAME}{ending}" for ending in (".jsonl", ".npz"))
   if not states.exists():

@@ -2,11 +2,13 @@
 rows of docs/checks.csv.
 
   python -m benchmarks.premise_page                                 # prints the table
-  python -m benchmarks.premise_page --add FILE.csv ... --toy RUN ...  # first keeps these numbers
+  # first keeps these numbers:
+  python -m benchmarks.premise_page --add FILE.csv ... --toy RUN ... --notes RUN ...
 
-FILE.csv is from benchmarks.premise or benchmarks.premise_notes. RUN is a workdir of
-configs/quickstart.py after task=analyse, named toy_SEED. Numbers of the same name are replaced.
-Intervals of SmolLM2 are over prompts, those of the toy over its runs.
+FILE.csv is from benchmarks.premise or benchmarks.premise_notes. RUN has been read by task=analyse:
+a workdir of configs/quickstart.py named toy_SEED, or WORKDIR/runs/r2m/seed_SEED of
+configs/smollm2_notes.py. Numbers of the same name are replaced. Intervals of SmolLM2 before RL are
+over prompts, all others over runs.
 """
 
 import argparse
@@ -24,11 +26,11 @@ from r2m_jax.report.intervals import Interval
 from r2m_jax.report.summary import number
 
 CHECKS = Path(__file__).parents[1] / "docs" / "checks.csv"
-TOY = "toy_"  # start of the names of the toy's runs
+TOY, RUN = "toy_", "notes_r2m_"  # start of the names of the toy's runs, of the notes task's
 MODELS = {  # column -> name in checks.csv
   "SmolLM2, HH": "hh_helpful_base_train",
   "SmolLM2, UltraFeedback": "ultrafeedback_train",
-  "SmolLM2, notes": "notes",
+  "SmolLM2, notes": "notes",  # and `RUN` for what is measured at the end of R2M
 }
 
 Key = tuple[str, str, str, str]  # check, reading, layer, measure
@@ -36,7 +38,7 @@ Rows = dict[str, dict[Key, Interval]]  # by name
 
 
 class Line(NamedTuple):
-  """A check. `model` and `toy` find its value in the rows of one name; None: it has none."""
+  """A check. `model`, `toy` and `run` find its value in the rows of one name; None: it has none."""
 
   what: str
   paper: str
@@ -44,6 +46,7 @@ class Line(NamedTuple):
   toy: Key | None
   digits: int = 2
   scale: int = 1  # of the printed value
+  run: Key | None = None  # in the runs of the notes task; None: as in those of the toy
 
 
 def largest_gap(rows: dict[Key, Interval]) -> Interval:
@@ -68,7 +71,7 @@ def table_5(what: str, paper: str, measure: str, digits: int = 2) -> Line:
 
 
 def after(what: str, paper: str, check: str, digits: int = 0, scale: int = 1) -> Line:
-  """A check of the toy at the end of R2M."""
+  """A check at the end of R2M."""
   return Line(what, paper, None, ("checks", check, "", "r2m, after"), digits, scale)
 
 
@@ -125,6 +128,7 @@ LINES = (
     "",
     None,
     ("differences", "r2m, used reward", "", "correlation"),
+    run=("differences", "r2m, r2m reward", "", "correlation"),
   ),
   table_5("table 5: cosine among sound replies", "0.75", "both sound"),
   table_5("table 5: among hacking replies", "0.67", "both hacking"),
@@ -148,8 +152,8 @@ LINES = (
   ),
   before("table 3: points from the untrained attention", "-4.0, -3.1", POINTS, ACCURACY, 1),
   after("the same at the end of R2M", "5.1, 6.3", ACCURACY, 1),
-  after("dose: change of phi, %", "about 1", "change of phi, %"),
-  after("dose: change of W_o, %", "about 1", "change of wo, %"),
+  after("dose: change of phi, %", "about 1", "change of phi, %", 2),
+  after("dose: change of W_o, %", "about 1", "change of wo, %", 2),
   before("growth: deviation of the reward, used / frozen, untrained", "", "", GROWTH, 2),
   after("the same at the end of R2M", "", GROWTH, 2),
   after("self-labels that gold confirms, at the end, %", "", "self-labels right, step 100, %"),
@@ -173,13 +177,19 @@ def read(path: Path = CHECKS) -> Rows:
   return found
 
 
-def keep(files: list[Path], runs: list[Path]) -> None:
-  """Puts the rows of both into `CHECKS`, instead of those with the same names."""
+def keep(files: list[Path], runs: list[Path], notes: list[Path]) -> None:
+  """Puts the rows of all into `CHECKS`, instead of those with the same names.
+
+  Args:
+    notes: runs of the notes task, .../r2m/seed_S each.
+  """
   rows = [row for file in files for row in lines_of(file)]
   for run in runs:
     if not run.name.startswith(TOY):
       raise SystemExit(f"--toy has {run}: name the workdir {TOY}SEED, such as {TOY}0")
     rows += premise.written(premise.of_run(run))
+  for run in notes:
+    rows += premise.written(premise.of_run(run, RUN + run.name.removeprefix("seed_")))
   names = {row[0] for row in rows}
   kept = [row for row in lines_of(CHECKS) if row[0] not in names]
   with open(CHECKS, "w", newline="", encoding="utf-8") as file:
@@ -199,12 +209,11 @@ def of_model(line: Line, rows: dict[Key, Interval]) -> Interval | None:
   return line.model(rows) if callable(line.model) else rows.get(line.model)
 
 
-def of_toy(line: Line, rows: Rows) -> Interval | None:
-  """The mean over the toy's runs."""
-  runs = [mine for name, mine in rows.items() if name.startswith(TOY)]
-  if line.toy is None or not runs:
-    return None
-  return intervals.interval(np.array([mine[line.toy].value for mine in runs]))
+def of_runs(key: Key | None, rows: Rows, start: str) -> Interval | None:
+  """The mean over the runs whose names have this start."""
+  runs = [mine for name, mine in rows.items() if name.startswith(start)]
+  found = [mine[key].value for mine in runs if key in mine]
+  return intervals.interval(np.array(found)) if found else None
 
 
 def cell(found: Interval | None, line: Line) -> str:
@@ -220,8 +229,11 @@ def table(rows: Rows) -> str:
   lines = [["", "the paper", *MODELS, f"the toy, {count} seeds"]]
   lines.append(["---"] * len(lines[0]))
   for line in LINES:
-    found = [cell(of_model(line, rows.get(name, {})), line) for name in MODELS.values()]
-    lines.append([line.what, line.paper or "–", *found, cell(of_toy(line, rows), line)])
+    found = [of_model(line, rows.get(name, {})) for name in MODELS.values()]
+    if line.model is None:
+      found[-1] = of_runs(line.run or line.toy, rows, RUN)
+    cells = [cell(one, line) for one in (*found, of_runs(line.toy, rows, TOY))]
+    lines.append([line.what, line.paper or "–", *cells])
   return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
@@ -229,9 +241,12 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
   parser.add_argument("--add", type=Path, default=[], nargs="*", help="CSVs of benchmarks.premise")
   parser.add_argument("--toy", type=Path, default=[], nargs="*", help="analysed runs of the toy")
+  parser.add_argument(
+    "--notes", type=Path, default=[], nargs="*", help="of the notes task, r2m/seed_S"
+  )
   args = parser.parse_args()
-  if args.add or args.toy:
-    keep(args.add, args.toy)
+  if args.add or args.toy or args.notes:
+    keep(args.add, args.toy, args.notes)
   print(table(read()))
   return 0
 

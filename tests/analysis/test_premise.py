@@ -15,6 +15,7 @@ from r2m_jax.analysis import analyse, checks, probes
 from r2m_jax.data import datasets
 from r2m_jax.hf.folders import load_policy
 from r2m_jax.parallel import sharding
+from r2m_jax.run.files import read_jsonl
 
 WORDS = "cat dog sea rain tree mat poem France Paris capital short sat ran after about".split()
 
@@ -149,6 +150,13 @@ def test_pairs_of_the_notes_task_are_ordered_by_gold(notes_run):
   assert [m["content"] for m in found[0]["prompt"]] == ["Be brief.", "h 0"]
 
 
+def test_pairs_for_a_run_are_not_those_of_its_proxy(notes_run, monkeypatch, tmp_path):
+  folder, out = notes_run[0], tmp_path / "pairs.jsonl"
+  monkeypatch.setattr(sys, "argv", ["x", str(folder), f"--pairs={out}", "--seed=0"])
+  assert premise_notes.main() == 0
+  assert read_jsonl(out) == premise_notes.pairs_of(folder, "Be brief.")[:2]
+
+
 def test_the_notes_command_measures_both(notes_run, monkeypatch, tmp_path):
   """States of a sample equal those of the same text as a pair's reply, which is read after a cached
   prompt. The gap of table 5 equals a loop over pairs of samples.
@@ -214,7 +222,8 @@ def test_the_toys_cells_are_means_over_its_runs():
   ]
   line = next(line for line in premise_page.LINES if "phi" in line.what)
   assert len(mine) >= 2
-  assert premise_page.of_toy(line, premise_page.read()).value == pytest.approx(np.mean(mine))
+  found = premise_page.of_runs(line.toy, premise_page.read(), premise_page.TOY)
+  assert found.value == pytest.approx(np.mean(mine))
   assert premise_page.cell(None, line) == "–"
 
 
@@ -224,9 +233,15 @@ def test_new_numbers_replace_those_of_the_same_name(tmp_path, monkeypatch):
   checks_file.write_text(f"{head}\na,probe,last,30,x,1,0,2,5\nb,probe,last,30,x,3,2,4,5\n")
   new.write_text(f"{head}\na,probe,last,30,x,7,6,8,5\na,probe,mean,30,x,9,8,10,5\n")
   monkeypatch.setattr(premise_page, "CHECKS", checks_file)
-  premise_page.keep([new], [])
+  run = tmp_path / "runs/r2m/seed_3"
+  (run / "analysis").mkdir(parents=True)
+  row = '"change of phi, %","r2m, after",0.25,nan,nan,1'
+  (run / "analysis/checks.csv").write_text(f"check,measure,value,low,high,count\n{row}\n")
+  premise_page.keep([new], [], [run])
   found = premise_page.read(checks_file)
   assert found["b"]["probe", "last", "30", "x"][:3] == (3, 2, 4)
   assert found["a"]["probe", "last", "30", "x"].value == 7 and len(found["a"]) == 2
+  line = next(line for line in premise_page.table(found).splitlines() if "change of phi" in line)
+  assert line.split(" | ")[1:] == ["about 1", "–", "–", "0.25", "– |"]
   with pytest.raises(SystemExit, match="name the workdir toy_SEED"):
-    premise_page.keep([], [tmp_path / "runs"])
+    premise_page.keep([], [tmp_path / "runs"], [])

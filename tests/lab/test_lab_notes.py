@@ -4,6 +4,7 @@ data of a proxy, a killed run, and the files.
 
 import csv
 import functools
+import itertools
 import shutil
 import sys
 from types import SimpleNamespace
@@ -18,7 +19,6 @@ from configs import smollm2_notes
 from r2m_jax.config import ConfigError, arms_of, check_config
 from r2m_jax.goldtask import notes
 from r2m_jax.lab import notes as lab_notes
-from r2m_jax.lab import table
 from r2m_jax.lab.realtext import run_of
 from r2m_jax.run.files import read_jsonl
 from r2m_jax.run.metrics import ROW_KEYS, read_metrics, without_clock
@@ -244,6 +244,72 @@ def test_the_command_shows_arms_differences_and_samples(ended, monkeypatch, caps
     assert row["prompt"] in printed and repr(row["response"]) in printed
 
 
+def printed(capsys, monkeypatch, *given):
+  """What benchmarks.notes prints."""
+  monkeypatch.setattr(sys, "argv", ["notes", *map(str, given)])
+  shown_notes.main()
+  return capsys.readouterr().out
+
+
+def test_the_command_shows_how_often_a_reward_is_right(ended, monkeypatch, capsys):
+  """Of the pairs of samples of one prompt with unequal gold, by a loop over the files."""
+  lines = printed(capsys, monkeypatch, ended).splitlines()
+  right = {"used": [], "frozen": []}
+  for seed in (0, 1):
+    for rows in samples_of(ended, "r2m", seed):
+      for a, b in itertools.combinations(rows, 2):
+        if a["prompt"] == b["prompt"] and a["gold"] != b["gold"]:
+          for name, found in right.items():
+            gap = (a[name] - b[name]) * (a["gold"] - b["gold"])
+            found.append(0.5 if gap == 0 else float(gap > 0))
+  start = lines.index(next(line for line in lines if line.startswith("right, % of pairs")))
+  cells = next(line for line in lines[start:] if line.startswith("r2m ")).split()
+  assert cells[:5] == ["r2m", "0", "to", "1", str(len(right["used"]))]
+  assert float(cells[5]) == pytest.approx(100 * np.mean(right["used"]), abs=0.5)
+  assert float(cells[8]) == pytest.approx(100 * np.mean(right["frozen"]), abs=0.5)
+
+
+def test_the_command_shows_gold_over_the_run():
+  """Means of the quarters of eight steps, over two seeds."""
+  runs = {
+    "r2m": {
+      seed: {name: np.arange(8.0) + seed for name in ("gold", "frozen", "kl")} for seed in (0, 1)
+    }
+  }
+  lines = shown_notes.curve_lines(runs, 8)[1:]
+  assert [line.split()[1:4] for line in lines] == [
+    [str(low), "to", str(low + 1)] for low in (1, 3, 5, 7)
+  ]
+  for quarter, line in enumerate(lines):
+    assert float(line.split()[4]) == float(line.split()[5]) == 2 * quarter + 1
+
+
+def test_the_command_shows_gold_on_held_out_prompts(ended, monkeypatch, capsys):
+  lines = printed(capsys, monkeypatch, ended).splitlines()
+  after = [
+    np.array([row["gold"] for row in read_jsonl(run_of(ended, "r2m", seed) / "held_out.jsonl")])
+    for seed in (0, 1)
+  ]
+  rows = [lab_notes.as_text(row) for row in read_jsonl(ended / "sft_samples.jsonl")]
+  before = notes.gold(rows).mean()
+  cells = [line for line in lines if line.startswith("r2m ")][-1].split()
+  assert cells[1] == "2" and float(cells[2]) == pytest.approx(np.mean(after), abs=0.006)
+  assert float(cells[5]) == pytest.approx(np.mean(after) - before, abs=0.006)
+
+
+def test_kept_rows_print_what_the_workdirs_print(ended, tmp_path, monkeypatch, capsys):
+  """Two workdirs together, and the two files that they leave."""
+  shutil.copytree(ended, tmp_path / "other")
+  for arm in ("vanilla", "r2m"):
+    shutil.move(tmp_path / "other/runs" / arm, tmp_path / "other/runs" / f"{arm}.kl2")
+  both = ended, tmp_path / "other"
+  want = printed(capsys, monkeypatch, *both, "--keep", tmp_path / "rows")
+  assert "r2m.kl2 - vanilla.kl2" in want
+  assert printed(capsys, monkeypatch, tmp_path / "rows") == want
+  with pytest.raises(SystemExit, match="two of the workdirs have the same run"):
+    printed(capsys, monkeypatch, ended, ended)
+
+
 # ---- arms whose KL is held, and a GPU's sizes ----
 
 
@@ -281,20 +347,17 @@ def test_the_learning_rates_are_the_papers_dose_by_width():
   assert config.r2m.lr == pytest.approx(1e-6 * 4096 / 576, rel=0.1)
 
 
-def test_the_command_shows_the_contrasts_at_a_held_kl(ended, tmp_path, monkeypatch, capsys):
+def test_the_command_shows_the_contrasts_at_a_held_kl():
   """Differences of arms whose gold and KL are given."""
-  shutil.copytree(ended / "runs", tmp_path / "runs")
-  (tmp_path / "table").mkdir()
   gold = {"r2m": (1.0, 1.5, 1.4), "scaled": (0.5, 0.7, 0.9), "shuffled": (1.0, 1.5, 1.4)}
-  for arm, values in gold.items():
-    log = np.zeros((40, 3, 2), np.float32)
-    log[..., 0], log[..., 1] = values, 2.0 if arm != "shuffled" else 3.0
-    replicas = [(seed, 1.0, 3.0) for seed in range(3)]
-    columns = table.arm_columns(f"{arm}.kl2", replicas, ["reward/gold", "kl"], log)
-    table.write_table(tmp_path / "table" / f"{arm}.kl2.parquet", columns)
-  monkeypatch.setattr(sys, "argv", ["notes", str(tmp_path)])
-  shown_notes.main()
-  lines = capsys.readouterr().out.splitlines()
+  runs = {
+    f"{arm}.kl2": {
+      seed: {"gold": np.full(20, values[seed]), "kl": np.full(20, 3.0 if arm == "shuffled" else 2)}
+      for seed in range(3)
+    }
+    for arm, values in gold.items()
+  }
+  lines = shown_notes.held_text(runs).splitlines()
   first, placebo = (
     next(line for line in lines if line.startswith(f"r2m.kl2 - {rival}.kl2  "))
     for rival in ("scaled", "shuffled")
