@@ -119,6 +119,8 @@ def no_such_config(value: str) -> str:
   path = Path(value.partition(":")[0])
   names = list(named_configs())
   if re.fullmatch(r"\w+", str(path)):
+    if path.with_suffix(".py").is_file():
+      return f"--config is {value}: there is no such config; did you mean {path}.py?"
     close = difflib.get_close_matches(str(path), names, n=1)
     meant = f"; did you mean {close[0]}?" if close else f"; choose one of {', '.join(names)}"
     return (

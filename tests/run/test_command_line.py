@@ -59,6 +59,13 @@ def test_what_is_neither_is_refused_with_what_there_is(value, end, monkeypatch, 
   assert end.format(cwd=tmp_path) in refused and str(tmp_path) in refused
 
 
+def test_a_file_without_its_ending_is_named(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "mine.py").write_text("")
+  refused = command_line.command_line_mistake(["r2m", "--config=mine", "--workdir=x"], ValueError())
+  assert refused == "--config is mine: there is no such config; did you mean mine.py?"
+
+
 @pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections reads a file in this way
 def test_a_file_without_get_config_is_refused(tmp_path, monkeypatch):
   # all configs are loaded under the same module name, so an earlier one would be reused
