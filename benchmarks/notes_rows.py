@@ -39,21 +39,27 @@ def sample_rows(arm: str, seed: int, step: int, file: Path) -> Iterable[tuple]:
 
 
 def of_workdir(workdir: Path) -> Rows:
-  """The rows of all runs of a workdir, finished or not, and of the policy before RL."""
+  """The rows of all runs of a workdir, finished or not, and of the policy before RL. Samples of steps
+  that a run has still to repeat are left out.
+  """
+  steps = list(csv.DictReader(io.StringIO(steps_csv(workdir))))
+  done = {(row["arm"], row["seed"], row["step"]) for row in steps}
   found: list[tuple] = []
   if (workdir / SFT_SAMPLES).exists():
     found += sample_rows(SFT, 0, HELD_OUT, workdir / SFT_SAMPLES)
   for run in sorted(workdir.glob("runs/*/seed_*")):
     arm, seed = run.parent.name, int(run.name.removeprefix("seed_"))
     for file in sorted((run / SAMPLES).glob("step_*.jsonl")):
-      found += sample_rows(arm, seed, int(file.stem.removeprefix("step_")), file)
+      step = int(file.stem.removeprefix("step_"))
+      if (arm, str(seed), str(step)) in done:
+        found += sample_rows(arm, seed, step, file)
     if (run / END).exists():
       found += sample_rows(arm, seed, HELD_OUT, run / END)
   names = ("arm", "seed", "step", "prompt", "gold", "used", "frozen")
   kinds = (object, np.int64, np.int64, np.int64, np.float32, np.float32, np.float32)
   columns = zip(*found) if found else ((),) * len(names)
   samples = {n: np.array(list(x), kind) for n, x, kind in zip(names, columns, kinds)}
-  return Rows(list(csv.DictReader(io.StringIO(steps_csv(workdir)))), samples)
+  return Rows(steps, samples)
 
 
 def files_of(stem: Path) -> tuple[Path, Path]:

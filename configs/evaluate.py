@@ -1,12 +1,13 @@
 """The paper's evaluations (arXiv 2601.22664) of a finished run, one command each.
 
-  run="python -m r2m_jax.main --config.policy.path=runs/qwen/export/policy"
   judge="--config.judge.url=http://localhost:8000/v1 --config.judge.model=NAME"
-  $run --config=configs/evaluate.py:alpaca_eval --workdir=runs/qwen_alpaca $judge \\
+  qwen="--config.policy.path=runs/qwen/export/policy"
+  tldr="--config.policy.path=runs/tldr/export/policy"
+  r2m --config=evaluate:alpaca_eval --workdir=runs/qwen_alpaca $qwen $judge \\
     --config.generate.input=alpaca_eval.jsonl
-  $run --config=configs/evaluate.py:mt_bench --workdir=runs/qwen_mt $judge \\
+  r2m --config=evaluate:mt_bench --workdir=runs/qwen_mt $qwen $judge \\
     --config.generate.input=question.jsonl
-  $run --config=configs/evaluate.py:tldr --workdir=runs/tldr_wins $judge \\
+  r2m --config=evaluate:tldr --workdir=runs/tldr_wins $tldr $judge \\
     --config.generate.input=tldr_test.parquet
 
 docs/reproduce.md describes the source of the files, the cost, and the paper's results.

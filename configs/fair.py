@@ -101,7 +101,7 @@ SIZES = dict(scale=scale, regime=regime, dose=dose, accuracy=accuracy)
 def get_config(size: str = ""):
   if size not in ("", "test", *SIZES):
     known = ", ".join(f":{name}" for name in (*SIZES, "test"))
-    raise ValueError(f"size {size!r} is unknown; use configs/fair.py or configs/fair.py{known}")
+    raise ValueError(f"size {size!r} is unknown; use fair or fair{known}")
   config = quickstart.get_config("test" if size == "test" else "")
   config.task = "lab"
   config.r2m.lr = DOSE

@@ -19,7 +19,7 @@ from r2m_jax.configs import default
 
 def get_config(size: str = ""):
   if size not in ("", "test"):
-    raise ValueError(f"size {size!r} is unknown; use configs/from_hf.py or configs/from_hf.py:test")
+    raise ValueError(f"size {size!r} is unknown; use from_hf or from_hf:test")
   config = default.get_config()
   config.data.name = "prompts.jsonl"  # refused without models, which train on it
   config.steps = 100

@@ -59,7 +59,7 @@ def contrasts(targets, size: str = ""):
 def get_config(size: str = ""):
   if size not in (*TRIED, "test"):
     known = ", ".join(f":{name}" for name in (*filter(None, TRIED), "test"))
-    raise ValueError(f"size {size!r} is unknown; use configs/holds.py or configs/holds.py{known}")
+    raise ValueError(f"size {size!r} is unknown; use holds or holds{known}")
   test = size == "test"
   config = fair.get_config(size if test else "")
   targets, tried = ((0.02,), "certified") if test else (fair.TARGETS, size)

@@ -109,9 +109,7 @@ def tuned(arms):
 
 def get_config(size: str = ""):
   if size not in ("", "sweep", "tune", "test"):
-    raise ValueError(
-      f"size {size!r} is unknown; use configs/lab.py or configs/lab.py:sweep, :tune or :test"
-    )
+    raise ValueError(f"size {size!r} is unknown; use lab or lab:sweep, :tune or :test")
   config = quickstart.get_config("test" if size == "test" else "")
   config.task = "lab"
   modes = tuple(f"{arm}.{mode} {text}" for mode, text in MODES.items() for arm in TELLING)

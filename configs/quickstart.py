@@ -15,9 +15,7 @@ from r2m_jax.configs import default
 
 def get_config(size: str = ""):
   if size not in ("", "test"):
-    raise ValueError(
-      f"size {size!r} is unknown; use configs/quickstart.py or configs/quickstart.py:test"
-    )
+    raise ValueError(f"size {size!r} is unknown; use quickstart or quickstart:test")
   config = default.get_config()
   config.variant = ""
   config.seeds = 3

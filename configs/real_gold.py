@@ -18,9 +18,7 @@ ARMS = ("vanilla", "scaled", "r2m", "shuffled", "vanilla.hold kl.controller=hold
 
 def get_config(size: str = ""):
   if size not in ("", "test"):
-    raise ValueError(
-      f"size {size!r} is unknown; use configs/real_gold.py or configs/real_gold.py:test"
-    )
+    raise ValueError(f"size {size!r} is unknown; use real_gold or real_gold:test")
   config = real_small.get_config(size)
   config.task = "lab_text"
   config.variant = ""

@@ -48,9 +48,7 @@ def files(folder: str, names, split: str) -> str:
 
 def get_config(size: str = ""):
   if size not in ("", "test"):
-    raise ValueError(
-      f"size {size!r} is unknown; use configs/real_small.py or configs/real_small.py:test"
-    )
+    raise ValueError(f"size {size!r} is unknown; use real_small or real_small:test")
   config = default.get_config()
   config.task = "scratch"
   names = config.scratch

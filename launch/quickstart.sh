@@ -5,13 +5,14 @@
 #   ./launch/quickstart.sh --workdir=runs/mine             a folder of your choice (an existing run is resumed)
 #   ./launch/quickstart.sh --config.seeds=1                any knob of docs/config.md, here one seed
 #   ./launch/quickstart.sh --config=configs/quickstart.py:test    the smallest size, to check the installation
+#   EXTRAS=cuda12 ./launch/quickstart.sh                   install JAX for NVIDIA GPUs first (cuda13; tpu: for TPUs)
 #
 # The first start makes .venv and installs into it; later starts need no network. Paths are from the repository root.
 
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 
-ensure_venv ""
+ensure_venv "${EXTRAS:-}"
 fast_env
 args=()
 has_flag config "$@" || args+=("--config=configs/quickstart.py")

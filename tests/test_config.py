@@ -353,7 +353,7 @@ def test_a_mistake_on_the_command_line_is_one_line(answers, name):
     (
       ["--config=configs/quickstart.py:big", "--workdir=x"],
       ValueError(),
-      "size 'big' is unknown; use configs/quickstart.py or configs/quickstart.py:test",
+      "size 'big' is unknown; use quickstart or quickstart:test",
     ),
     (
       ["--config=configs/quickstart.py", "--workdir=x", "--config.log=3"],

@@ -1,15 +1,22 @@
 """The pages of docs/, without building the site: every page is in a toctree, every link and anchor
-exists, and every quotation of the source is in the source.
+exists, every quotation of the source is in the source, every setting exists, and every command is
+accepted.
 """
 
 import ast
 import functools
 import pathlib
 import re
+import shlex
+import sys
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
-from r2m_jax.knobs import TASKS
+from r2m_jax.config import check_config
+from r2m_jax.knobs import KNOBS, TASKS, walk
+from r2m_jax.run.command_line import with_config_paths
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -94,6 +101,57 @@ def test_functions_that_a_page_links_exist():
 def test_every_equation_is_listed():
   text = (DOCS / "concepts.md").read_text()
   assert all(f"| ({number})" in text for number in range(1, 8))
+
+
+def commands_of(page: pathlib.Path) -> list[list[str]]:
+  """The arguments of every r2m command in the code of a page. Variables of the same block are
+  filled in. Commands with other variables or with parts left out (...) are not listed.
+  """
+  text, found = page.read_text(encoding="utf-8"), []
+  for block in [*FENCE.findall(text), *re.findall(r"`(r2m --[^`]*)`", FENCE.sub("", text))]:
+    block = re.sub(r"\\\n *", "", block)
+    values = dict(re.findall(r'(\w+)="([^"]*)"', block))
+    block = re.sub(r"\$(\w+)", lambda name: values.get(name[1], name[0]), block)
+    for line in re.findall(r"^(?:\w+=\S+ +)*(?:r2m|python -m r2m_jax\.main) (--.*)", block, re.M):
+      if not re.search(r"\.\.\.|\$|=CONFIG|=NAME\.py|--help", line):
+        found.append(shlex.split(line, comments=True))
+  return found
+
+
+@pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections reads a file in this way
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_are_accepted(page, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  for given in commands_of(page):
+    if any("wandb" in word for word in given):  # refused unless it is installed
+      continue
+    argv = with_config_paths(["r2m", *given])
+    monkeypatch.setattr(sys, "argv", argv)  # from which ml_collections reads the settings
+    names = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, lock_config=True, flag_values=names)
+    flags.DEFINE_string("workdir", None, "", flag_values=names)
+    assert names(argv) == ["r2m"], given
+    assert names.workdir, given
+    if not names.config.task.startswith("lab"):  # its arms take seconds, and have their own tests
+      check_config(names.config)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_settings_exist(page):
+  if page.name == "CHANGELOG.md":  # it names what earlier versions had
+    return
+  fields = {field for field, _ in walk(KNOBS)}
+  text = page.read_text(encoding="utf-8")
+  named = {name.rstrip(".") for name in re.findall(r"(?<![\w/-])-*config\.([a-z][\w.]*)", text)}
+  named -= {"json", "md", "py"}  # files
+  assert named <= fields, f"{page.name} names settings that do not exist: {sorted(named - fields)}"
+
+
+def test_commands_are_found():
+  """The pages for newcomers have many, and those with shell variables are filled in."""
+  count = {page.stem: len(commands_of(page)) for page in DOCS.glob("*.md")}
+  assert count["quickstart"] >= 5 and count["tutorial"] >= 4 and count["models"] >= 7, count
+  assert commands_of(DOCS / "reproduce.md")[0][2] == "--config.policy.path=runs/qwen/export/policy"
 
 
 def template(node) -> str:

@@ -281,6 +281,17 @@ def test_a_dry_run_needs_a_config_and_a_workdir(bare):
     assert result.returncode == 2 and "--workdir=" in result.stderr
 
 
+@pytest.mark.parametrize("script", ["local.sh", "quickstart.sh"])
+def test_a_script_installs_the_extra_that_is_asked_for(bare, tmp_path, script):
+  shutil.copytree(ROOT / "launch", tmp_path / "launch")
+  with open(tmp_path / "launch/env.sh", "a") as file:
+    file.write('ensure_venv() { echo "extra=$1"; }\n')
+  command = [shutil.which("bash"), str(tmp_path / "launch" / script), *ARGS]
+  for extra in ("cuda12", ""):
+    result = subprocess.run(command, capture_output=True, text=True, env=bare | {"EXTRAS": extra})
+    assert result.stdout.startswith(f"extra={extra}\n"), result.stderr
+
+
 def test_findings_are_made_by_one_command(bare):
   """Without data, only the gold-reward task; with data, both tasks, the second from the policy of
   the first run on text.

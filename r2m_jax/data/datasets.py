@@ -117,7 +117,8 @@ def hold(workdir: Path, stage: str, rows: list[dict], ids: list, field: str = "d
 def enough(rows: int, field: str, size: int, source: str = "data.name") -> None:
   if rows < size:
     raise ConfigError(
-      f"config.{field} is {size}: more than the {rows} rows of config.{source}; make it smaller"
+      f"config.{field} is {size}: more than the {rows} rows of config.{source}; make it smaller, "
+      "or give more rows"
     )
 
 
@@ -344,7 +345,7 @@ def prompt_rows(config, data, tokenizer: Tokenizer, what: str) -> tuple[list[dic
 
 def prompt_data(config, tokenizer: Tokenizer, workdir: Path) -> PromptData:
   rows, ids = prompt_rows(config, config.data, tokenizer, "r2m")
-  held_out = None
+  held_out, source = None, "data.name"
   if config.eval.every and not config.eval.data:
     chosen, left = set_aside(config, ids)
     held_out = HeldOut([rows[i]["prompt"] for i in chosen], [ids[i] for i in chosen])
@@ -352,7 +353,8 @@ def prompt_data(config, tokenizer: Tokenizer, workdir: Path) -> PromptData:
       f"held out {len(chosen)} prompts for evaluation: {len(rows) - len(left)} of {len(rows)} rows"
     )
     rows, ids = [rows[i] for i in left], [ids[i] for i in left]
-  enough(len(ids), "rollout.prompts", config.rollout.prompts)
+    source += f" that config.eval.prompts = {config.eval.prompts} leaves"
+  enough(len(ids), "rollout.prompts", config.rollout.prompts, source)
   hold(workdir, "r2m", rows, [(i,) for i in ids])
   order, _ = row_stream(config, rows, config.rollout.prompts)
   prompts = [row["prompt"] for row in rows]

@@ -119,6 +119,8 @@ def no_such_config(value: str) -> str:
   path = Path(value.partition(":")[0])
   names = list(named_configs())
   if re.fullmatch(r"\w+", str(path)):
+    if path.with_suffix(".py").is_file():
+      return f"--config is {value}: there is no such config; did you mean {path}.py?"
     close = difflib.get_close_matches(str(path), names, n=1)
     meant = f"; did you mean {close[0]}?" if close else f"; choose one of {', '.join(names)}"
     return (
@@ -171,4 +173,24 @@ def command_line_mistake(argv: list[str], error: Exception) -> str | None:
     return (
       f"config.{field} is {value!r}: must be of type {type(default).__name__}, such as {default!r}"
     )
+  if isinstance(error, flags.Error) and (early := setting_before_config(argv)):
+    return f"{early} is set before --config: give --config first, then the settings that change it"
+  if isinstance(error, flags.UnrecognizedFlagError):
+    return unknown_flag(error.flagname, config)
   return " ".join(str(error).split()) if isinstance(error, flags.Error) else None
+
+
+def setting_before_config(argv: list[str]) -> str | None:
+  """The first setting on the command line if it comes before --config."""
+  first = next((word for word in argv if re.match(r"--?config\b", word)), "")
+  found = re.match(r"--?(config\.[^=]+)", first)
+  return found and found[1]
+
+
+def unknown_flag(name: str, config: ConfigDict) -> str:
+  """The message for a flag that does not exist, such as --steps for --config.steps."""
+  try:
+    check_fields(config, [name])
+  except ConfigError:
+    return f"there is no flag --{name}: give settings as --config.FIELD=VALUE; see r2m --help"
+  return f"there is no flag --{name}; did you mean --config.{name}?"

@@ -53,6 +53,8 @@ LAYOUT = (
   Entry("analysis/", "tables and figures of the analysis", "task=analyse"),
   Entry("compare.html", "several runs on one page", "task=compare"),
   Entry("label_answers.jsonl", "answers of the judge at r2m.judge_url", "runs from folders"),
+  Entry("reward_answers.jsonl", "scores from the server at reward.url", "runs from folders"),
+  Entry("gold_answers.jsonl", "scores from the server at eval.gold.url", "runs from folders"),
   Entry("judge.json", "the result, with judge, date and template", "task=judge"),
   Entry("judge.html", "the same as a page", "task=judge"),
   Entry("judgments.jsonl", "every verdict", "task=judge"),

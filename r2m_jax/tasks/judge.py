@@ -1,7 +1,7 @@
 """`task=judge`: compares two sets of answers, judged by an endpoint, a reward model or a file.
 
-  python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=judge
-    --config.judge.candidate=AFTER.jsonl --config.judge.baseline=BEFORE.jsonl
+  python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=judge \\
+    --config.judge.candidate=AFTER.jsonl --config.judge.baseline=BEFORE.jsonl \\
     --config.judge.url=http://localhost:8000/v1 --config.judge.model=NAME
 
 docs/judge.md describes the judges, the templates and the numbers. WORKDIR then holds

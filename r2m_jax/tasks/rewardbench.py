@@ -1,6 +1,6 @@
 """`task=rewardbench`: measures how well a reward model orders completions with a known order.
 
-  python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=rewardbench
+  python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=rewardbench \\
     --config.reward.path=R --config.rewardbench.data=reward_bench_2.parquet
 
 An R2M reward model also needs the policy whose states it reads, as --config.policy.path. WORKDIR

@@ -1,10 +1,10 @@
 """Batch use of a model from a Hugging Face folder: `task=generate` and `task=score`, JSON lines in
 and out.
 
-  python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=generate
-    --config.policy.path=P \\ --config.generate.input=IN.jsonl --config.generate.output=OUT.jsonl
-  python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=score
-    --config.reward.path=P \\ --config.score.input=IN.jsonl --config.score.output=OUT.jsonl
+  python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=generate \\
+    --config.policy.path=P --config.generate.input=IN.jsonl --config.generate.output=OUT.jsonl
+  python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=score \\
+    --config.reward.path=P --config.score.input=IN.jsonl --config.score.output=OUT.jsonl
 """
 
 from collections.abc import Callable, Iterator

@@ -1,8 +1,8 @@
 """`task=tokenizer`: trains a byte-level BPE tokenizer with a chat template, and adds a model with
 random weights.
 
-  python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=tokenizer
-  --config.data.name=FILES
+  python -m r2m_jax.main --config=configs/default.py --workdir=W --config.task=tokenizer \\
+    --config.data.name=FILES
 
 It writes W/export/policy, an ordinary Hugging Face folder: `--config.policy.path=W/export/policy`
 with `--config.task=sft` trains it. The corpus may be texts, dialogues or preferences, of which only

@@ -9,6 +9,8 @@ import sys
 import types
 
 import pytest
+from absl import flags
+from ml_collections import config_flags
 
 from configs import default
 from r2m_jax import knobs, main
@@ -77,6 +79,13 @@ def test_what_is_neither_is_refused_with_what_there_is(value, end, monkeypatch, 
   assert end.format(cwd=tmp_path) in refused and str(tmp_path) in refused
 
 
+def test_a_file_without_its_ending_is_named(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "mine.py").write_text("")
+  refused = command_line.command_line_mistake(["r2m", "--config=mine", "--workdir=x"], ValueError())
+  assert refused == "--config is mine: there is no such config; did you mean mine.py?"
+
+
 @pytest.mark.filterwarnings("ignore:the load_module")  # ml_collections reads a file in this way
 def test_a_file_without_get_config_is_refused(tmp_path, monkeypatch):
   # all configs are loaded under the same module name, so an earlier one would be reused
@@ -85,6 +94,36 @@ def test_a_file_without_get_config_is_refused(tmp_path, monkeypatch):
   argv = ["r2m", f"--config={tmp_path}/mine.py", "--workdir=x"]
   refused = command_line.command_line_mistake(argv, AttributeError())
   assert refused == f"--config is {tmp_path}/mine.py: the file has no function get_config"
+
+
+@pytest.mark.parametrize(
+  "argv, refused",
+  [
+    (
+      ["--config.seed=3", f"--config={INSIDE}", "--workdir=x"],
+      "config.seed is set before --config: give --config first, then the settings that change it",
+    ),
+    (
+      [f"--config={INSIDE}", "--workdir=x", "--steps=3"],
+      "there is no flag --steps; did you mean --config.steps?",
+    ),
+    (
+      [f"--config={INSIDE}", "--workdir=x", "--epochs=3"],
+      "there is no flag --epochs: give settings as --config.FIELD=VALUE; see r2m --help",
+    ),
+  ],
+)
+@pytest.mark.filterwarnings("ignore:the load_module")
+def test_flags_that_absl_refuses_are_refused_with_the_fix(argv, refused, monkeypatch):
+  """absl raises the errors; it finds the config's overrides in sys.argv."""
+  monkeypatch.delitem(sys.modules, "config_config", raising=False)
+  monkeypatch.setattr(sys, "argv", ["r2m", *argv])
+  names = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", None, lock_config=True, flag_values=names)
+  flags.DEFINE_string("workdir", None, "", flag_values=names)
+  with pytest.raises(flags.Error) as raised:
+    names(sys.argv)
+  assert command_line.command_line_mistake(sys.argv, raised.value) == refused
 
 
 def test_help_has_a_line_for_every_config_and_task(tmp_path):

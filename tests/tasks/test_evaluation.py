@@ -331,6 +331,12 @@ def test_prompts_are_set_aside_by_the_seed_and_never_trained_on(models, tmp_path
   cfg = settings(models, data__name=path, eval__data="", eval__prompts=7)
   with pytest.raises(ConfigError, match="config.eval.prompts is 7: more than the 6 rows"):
     datasets.prompt_data(cfg, policy.tokenizer, tmp_path / "few")
+  cfg = settings(models, data__name=path, eval__data="", eval__prompts=5, rollout__prompts=4)
+  left = (
+    r"is 4: more than the \d rows of config.data.name that config.eval.prompts = 5 leaves; make"
+  )
+  with pytest.raises(ConfigError, match=left):
+    datasets.prompt_data(cfg, policy.tokenizer, tmp_path / "fewer")
 
 
 def test_repetition_by_hand():
