@@ -1,6 +1,7 @@
 """Configs by name, files by path as before, and the help that lists configs and tasks."""
 
 import ast
+import contextlib
 import os
 import pathlib
 import re
@@ -45,6 +46,7 @@ def test_a_workdir_may_begin_with_the_home_folder_and_is_not_empty(monkeypatch, 
   monkey(main, "WORKDIR", types.SimpleNamespace(value="~/runs/a"))
   for name in ("set_up", "set_up_jax", "require_platform"):
     monkey(main.process, name, lambda *args: None)
+  monkey(main.hosts, "together", lambda settings: contextlib.nullcontext())
   monkey(main, "run", lambda config, workdir: seen.append(workdir))
   main.main([])
   assert seen == [tmp_path / "runs/a"]
