@@ -12,12 +12,12 @@ contrasts follow. --read prints all samples of one step with their gold, used an
 
 import argparse
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks import notes_rows
 from benchmarks.notes_rows import HELD_OUT, SFT, Rows, Runs
-from r2m_jax.analysis.checks import orders
 from r2m_jax.configs import smollm2_notes
 from r2m_jax.lab import contrasts
 from r2m_jax.lab.notes import SAMPLES
@@ -123,11 +123,27 @@ def curve_lines(runs: Runs, steps: int) -> list[str]:
   return lines
 
 
-def ordered(rows: Rows, arm: str) -> tuple[np.ndarray, ...]:
-  """All pairs of samples of one prompt with unequal gold: (the KL of their step, f64[N]; the number
-  of their prompt, i64[N]; 1 if the used reward orders them as gold does, f64[N]; the same for the
-  frozen reward).
-  """
+class Pairs(NamedTuple):
+  """All pairs of samples of one prompt with unequal gold, f64[N] each."""
+
+  kl: np.ndarray  # of their step
+  prompt: np.ndarray  # i64[N], its number
+  gold: np.ndarray  # differences of the two samples
+  used: np.ndarray
+  frozen: np.ndarray
+
+  def right(self, name: str) -> np.ndarray:
+    """1 if the reward `name` orders a pair as gold does, 0.5 on a tie."""
+    return 0.5 + 0.5 * np.sign(getattr(self, name)) * np.sign(self.gold)
+
+  def between(self, low: float, high: float) -> "Pairs":
+    """Those with a KL in [low, high), their prompts numbered from 0."""
+    kept = [x[(self.kl >= low) & (self.kl < high)] for x in self]
+    kept[1] = np.unique(kept[1], return_inverse=True)[1].reshape(-1)
+    return Pairs(*kept)
+
+
+def sample_pairs(rows: Rows, arm: str) -> Pairs:
   kl = {(r["seed"], r["step"]): float(r["kl"]) for r in rows.steps if r["arm"] == arm}
   mine = (rows.samples["arm"] == arm) & (rows.samples["step"] != HELD_OUT)
   table = {name: values[mine] for name, values in rows.samples.items()}
@@ -136,33 +152,36 @@ def ordered(rows: Rows, arm: str) -> tuple[np.ndarray, ...]:
   prompt = prompt.reshape(-1)
   kls = np.array([kl[str(seed), str(step)] for seed, step, _ in prompts])
   i, j = np.triu_indices(len(prompt), 1)
-  i, j = (x[prompt[i] == prompt[j]] for x in (i, j))
-  gap = table["gold"][i] - table["gold"][j]
-  i, j, gap = (x[gap != 0] for x in (i, j, gap))
-  right = (orders(table[name], i, j, gap) for name in ("used", "frozen"))
-  return kls[prompt[i]], prompt[i], *right
+  kept = (prompt[i] == prompt[j]) & (table["gold"][i] != table["gold"][j])
+  i, j = i[kept], j[kept]
+  gaps = (table[name][i].astype(float) - table[name][j] for name in ("gold", "used", "frozen"))
+  return Pairs(kls[prompt[i]], prompt[i], *gaps)
+
+
+def growth(pairs: Pairs) -> Interval:
+  """The root mean square difference of the used reward in a pair, divided by the frozen one's."""
+  squares = np.stack([pairs.used**2, pairs.frozen**2], -1)
+  sums = intervals.by_group(pairs.prompt, squares)
+  return intervals.estimate(lambda s: np.sqrt(s[:, 0] / s[:, 1]), sums)
 
 
 def accuracy_lines(rows: Rows, arms) -> list[str]:
-  """How often used and frozen reward order two samples of one prompt as gold does, by the KL of
-  their step, in percent. Intervals are over prompts.
+  """How often used and frozen reward order two samples of one prompt as gold does, in percent, and
+  how much more the used one differs, by the KL of their step. Intervals are over prompts.
   """
-  head = f"{'KL':<8} {'pairs':>6} {'used':>18} {'frozen':>18} {'used - frozen':>21}"
+  head = f"{'KL':<8} {'pairs':>6} {'used':>14} {'frozen':>14} {'used - frozen':>14} {'growth':>19}"
   lines = [f"{'right, % of pairs':<18} {head}"]
   for arm in arms:
-    kl, prompt, used, frozen = ordered(rows, arm)
+    every = sample_pairs(rows, arm)
     for low, high in zip(KLS, KLS[1:]):
-      chosen = (kl >= low) & (kl < high)
-      if not chosen.any():
+      some = every.between(low, high)
+      if not len(some.kl):
         continue
-      group = np.unique(prompt[chosen], return_inverse=True)[1]
-      cells = [
-        shown(intervals.group_mean(x[chosen], group), 100, 0) for x in (used, frozen, used - frozen)
-      ]
+      right = [some.right(name) for name in ("used", "frozen")]
+      means = (intervals.group_mean(x, some.prompt) for x in (*right, right[0] - right[1]))
+      cells = " ".join(f"{shown(x, 100, 0):>14}" for x in means)
       name = f"{low:g} to {high:g}"
-      lines.append(
-        f"{arm:<18} {name:<8} {chosen.sum():6d} {cells[0]:>18} {cells[1]:>18} {cells[2]:>21}"
-      )
+      lines.append(f"{arm:<18} {name:<8} {len(some.kl):6d} {cells} {shown(growth(some)):>19}")
   return lines
 
 

@@ -266,7 +266,7 @@ def printed(capsys, monkeypatch, *given):
 def test_the_command_shows_how_often_a_reward_is_right(ended, monkeypatch, capsys):
   """Of the pairs of samples of one prompt with unequal gold, by a loop over the files."""
   lines = printed(capsys, monkeypatch, ended).splitlines()
-  right = {"used": [], "frozen": []}
+  right, squares = {"used": [], "frozen": []}, {"used": 0.0, "frozen": 0.0}
   for seed in (0, 1):
     for rows in samples_of(ended, "r2m", seed):
       for a, b in itertools.combinations(rows, 2):
@@ -274,11 +274,14 @@ def test_the_command_shows_how_often_a_reward_is_right(ended, monkeypatch, capsy
           for name, found in right.items():
             gap = (a[name] - b[name]) * (a["gold"] - b["gold"])
             found.append(0.5 if gap == 0 else float(gap > 0))
+            squares[name] += (a[name] - b[name]) ** 2
   start = lines.index(next(line for line in lines if line.startswith("right, % of pairs")))
   cells = next(line for line in lines[start:] if line.startswith("r2m ")).split()
   assert cells[:5] == ["r2m", "0", "to", "1", str(len(right["used"]))]
   assert float(cells[5]) == pytest.approx(100 * np.mean(right["used"]), abs=0.5)
   assert float(cells[8]) == pytest.approx(100 * np.mean(right["frozen"]), abs=0.5)
+  grown = np.sqrt(squares["used"] / squares["frozen"])
+  assert float(cells[14]) == pytest.approx(grown, abs=0.006)
 
 
 def test_the_command_shows_gold_over_the_run():
