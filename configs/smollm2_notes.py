@@ -122,7 +122,7 @@ def hold(config, gpu: bool) -> None:
   """
   arms, targets, settings = ARMS, fair.TARGETS, ""
   if not gpu:
-    arms, targets, settings = ("r2m", *RIVALS), (2,), "kl.beta=0.3"
+    arms, targets, settings = ("r2m", *RIVALS), (2,), "kl.beta=1.0"
     config.lab.tail = 8  # of 20 steps
   config.lab.arms = tuple(fair.held(arms, settings=settings, targets=targets))
   config.lab.contrasts = tuple(

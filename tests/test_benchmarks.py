@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 
 from benchmarks import compile as compiling
-from benchmarks import fair, findings, gold_second, gpu_kernels, holds, machine, workload
+from benchmarks import (
+  fair,
+  findings,
+  gold_second,
+  gpu_kernels,
+  holds,
+  machine,
+  notes,
+  notes_rows,
+  workload,
+)
 from benchmarks.machine import Ticks
 from r2m_jax.configs import fair as configs_fair
 from r2m_jax.configs import holds as configs_holds
@@ -285,3 +295,13 @@ def test_the_page_of_the_registered_test_shows_its_rows():
   quoted = [part.split("```")[0].strip() for part in page.split("```text\n")[1:]]
   assert quoted[0].startswith("Registered contrasts") and quoted[0] == printed
   assert quoted[1:] == [fair.at_equal_steps(curves, of) for of in ("E2", "E3")]
+
+
+def test_the_page_of_the_notes_task_shows_its_rows():
+  """docs/notes.md quotes the output of `python -m benchmarks.notes docs/lab_notes`."""
+  docs = Path(__file__).parents[1] / "docs"
+  printed = notes.text(notes_rows.read(docs / "lab_notes"))
+  page = (docs / "notes.md").read_text(encoding="utf-8")
+  assert page.split("```text\n")[1].split("```")[0].strip() == printed
+  for arm, seeds in notes_rows.runs_of(notes_rows.read(docs / "lab_notes")).items():
+    assert sorted(seeds) == [0, 1, 2], arm

@@ -349,7 +349,7 @@ def test_on_two_cores_three_arms_are_held_at_one_target():
   arms = arms_of(held)
   assert list(arms) == ["r2m.kl2", "scaled.kl2", "shuffled.kl2"]
   for arm in arms.values():
-    assert (arm.kl.controller, arm.kl.target, arm.kl.beta) == ("held", 2, 0.3)
+    assert (arm.kl.controller, arm.kl.target, arm.kl.beta) == ("held", 2, 1.0)
     assert (arm.steps, arm.policy.lr, arm.r2m.lr) == (20, plain.policy.lr, plain.r2m.lr)
   assert held.lab.tail < held.steps
   assert held.lab.contrasts == ("r2m.kl2 - scaled.kl2", "r2m.kl2 - shuffled.kl2")
