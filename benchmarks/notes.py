@@ -18,6 +18,8 @@ import numpy as np
 
 from benchmarks import notes_rows
 from benchmarks.notes_rows import HELD_OUT, SFT, Rows, Runs
+from r2m_jax.analysis.checks import orders
+from r2m_jax.analysis.probes import pairs_of_prompts
 from r2m_jax.configs import smollm2_notes
 from r2m_jax.lab import contrasts
 from r2m_jax.lab.notes import SAMPLES
@@ -128,13 +130,10 @@ class Pairs(NamedTuple):
 
   kl: np.ndarray  # of their step
   prompt: np.ndarray  # i64[N], its number
-  gold: np.ndarray  # differences of the two samples
-  used: np.ndarray
+  used_right: np.ndarray  # 1 if the used reward orders the pair as gold does, 0.5 on a tie
+  frozen_right: np.ndarray
+  used: np.ndarray  # difference of the two samples
   frozen: np.ndarray
-
-  def right(self, name: str) -> np.ndarray:
-    """1 if the reward `name` orders a pair as gold does, 0.5 on a tie."""
-    return 0.5 + 0.5 * np.sign(getattr(self, name)) * np.sign(self.gold)
 
   def between(self, low: float, high: float) -> "Pairs":
     """Those with a KL in [low, high), their prompts numbered from 0."""
@@ -151,11 +150,11 @@ def sample_pairs(rows: Rows, arm: str) -> Pairs:
   prompts, prompt = np.unique(keys, axis=0, return_inverse=True)
   prompt = prompt.reshape(-1)
   kls = np.array([kl[str(seed), str(step)] for seed, step, _ in prompts])
-  i, j = np.triu_indices(len(prompt), 1)
-  kept = (prompt[i] == prompt[j]) & (table["gold"][i] != table["gold"][j])
-  i, j = i[kept], j[kept]
-  gaps = (table[name][i].astype(float) - table[name][j] for name in ("gold", "used", "frozen"))
-  return Pairs(kls[prompt[i]], prompt[i], *gaps)
+  gold, used, frozen = (table[name].astype(float) for name in ("gold", "used", "frozen"))
+  i, j = pairs_of_prompts(np.ones((len(prompt), 1)), prompt)[:2]
+  i, j = (x[gold[i] != gold[j]] for x in (i, j))
+  right = (orders(x, i, j, gold[i] - gold[j]) for x in (used, frozen))
+  return Pairs(kls[prompt[i]], prompt[i], *right, used[i] - used[j], frozen[i] - frozen[j])
 
 
 def growth(pairs: Pairs) -> Interval:
@@ -177,8 +176,8 @@ def accuracy_lines(rows: Rows, arms) -> list[str]:
       some = every.between(low, high)
       if not len(some.kl):
         continue
-      right = [some.right(name) for name in ("used", "frozen")]
-      means = (intervals.group_mean(x, some.prompt) for x in (*right, right[0] - right[1]))
+      used, frozen = some.used_right, some.frozen_right
+      means = (intervals.group_mean(x, some.prompt) for x in (used, frozen, used - frozen))
       cells = " ".join(f"{shown(x, 100, 0):>14}" for x in means)
       name = f"{low:g} to {high:g}"
       lines.append(f"{arm:<18} {name:<8} {len(some.kl):6d} {cells} {shown(growth(some)):>19}")

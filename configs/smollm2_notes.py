@@ -36,8 +36,8 @@ def get_config(options: str = ""):
   chosen = set(options.split(",")) if options else set()
   if not chosen <= set(OPTIONS):
     raise ValueError(
-      f"size {options!r} is unknown; use configs/smollm2_notes.py, or one or more of "
-      f"{', '.join(OPTIONS)} after it, such as configs/smollm2_notes.py:gpu,held"
+      f"size {options!r} is unknown; use smollm2_notes, or one or more of "
+      f"{', '.join(OPTIONS)} after it, such as smollm2_notes:gpu,held"
     )
   config = default.get_config()
   config.task = "lab_notes"

@@ -23,7 +23,7 @@ from orbax.checkpoint import checkpoint_managers as keep
 
 from r2m_jax.parallel import hosts
 from r2m_jax.parallel.errors import UserError
-from r2m_jax.run.files import read_json, write_atomic
+from r2m_jax.run.files import read_json, sha256_of, write_atomic
 
 MANIFEST = "manifest.json"
 # orbax writes the last two at the very end
@@ -282,8 +282,7 @@ def digests(folder: Path) -> dict[str, str]:
     if path.is_symlink():
       found[name] = "a link"  # never written by us, never followed
       continue
-    with open(path, "rb") as file:
-      found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    found[name] = sha256_of(path)
   return found
 
 

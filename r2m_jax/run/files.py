@@ -1,6 +1,7 @@
 """Files of a workdir: written atomically, and read with an error that names the damage."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -70,6 +71,12 @@ def read_jsonl(path):
         "from a copy"
       ) from error
   return rows
+
+
+def sha256_of(file: Path) -> str:
+  """SHA-256 of a file's bytes, as hexadecimal digits."""
+  with open(file, "rb") as opened:
+    return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def subfolders(folder) -> list[Path]:

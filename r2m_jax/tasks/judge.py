@@ -13,7 +13,6 @@ docs/judge.md describes the judges, the templates and the numbers. WORKDIR then 
 """
 
 import collections
-import hashlib
 import json
 import random
 import sys
@@ -52,7 +51,7 @@ from r2m_jax.judge.results import (
 )
 from r2m_jax.judge.statistics import Verdict
 from r2m_jax.judge.templates import TEMPLATES, TOP, Reading, Template, read_answer, request
-from r2m_jax.run.files import read_json, write_atomic
+from r2m_jax.run.files import read_json, sha256_of, write_atomic
 from r2m_jax.run.progress import progress
 from r2m_jax.run.workdir import claim
 from r2m_jax.tasks import serve
@@ -144,13 +143,8 @@ def contents(config) -> dict[str, list[str]]:
   files = {"generate.input": [given] if given.is_file() else []}
   files["policy.path"] = sorted(policy.glob("*.safetensors"))
   return {
-    f"content of {field}": list(map(sha256, found)) for field, found in files.items() if found
+    f"content of {field}": list(map(sha256_of, found)) for field, found in files.items() if found
   }
-
-
-def sha256(file: Path) -> str:
-  with open(file, "rb") as opened:
-    return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def report(config, workdir: Path, items: list[Item], judged: Judged) -> None:
