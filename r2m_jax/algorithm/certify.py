@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from r2m_jax.algorithm.advantages import centred_groups
 from r2m_jax.algorithm.posterior import Evidence, fit_head, hessian, sigmoid
 from r2m_jax.ops import check
 from r2m_jax.types import Experience, Judged
@@ -87,8 +88,7 @@ def make_certify(config) -> Callable[..., tuple[Experience, dict[str, jax.Array]
   def certify(certificate, judged: Judged, experience: Experience):
     if not settings.share:
       return experience, {}
-    scores = judged.scores.reshape(-1, K)
-    deviation = scores - scores.mean(-1, keepdims=True)
+    deviation = centred_groups(judged.scores, K)
     width = widths(certificate, judged.rte, K)
     if settings.width == "permuted":
       width = jnp.roll(width, 1, -1)

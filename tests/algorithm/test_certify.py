@@ -127,6 +127,28 @@ def test_an_advantage_is_shortened_as_in_a_loop(share, width, rescale):
   np.testing.assert_allclose(metrics["certify/kept"], kept.mean(), rtol=1e-9)
 
 
+@pytest.mark.parametrize("K", [3, 5, 6, 8])
+def test_equal_rewards_count_as_uncertain_in_float32(K):
+  """The mean of K equal float32 numbers may be rounded. All the same, a prompt whose responses are
+  equal has d = 0: its samples are the share that is zero, and the others stay whole.
+  """
+  rng = np.random.default_rng(K)
+  rte, equal = rng.normal(size=(40, K, D)).astype(np.float32), 24
+  rte[:equal] = rte[:equal, :1]
+  scores = rte @ rng.normal(size=D).astype(np.float32)
+  scores[:equal] = scores[:equal, :1]
+  scores, rte = jnp.asarray(scores.reshape(-1)), jnp.asarray(rte.reshape(-1, D))
+  config = ConfigDict({"rollout": {"group_size": K}})
+  config.certify = ConfigDict({"share": 0.5, "width": "posterior", "rescale": False})
+  before = per_token(rloo(scores, K), jnp.ones((40 * K, T), bool))
+  experience = Experience(None, None, None, None, before)
+  found, metrics = make_certify(config)(
+    jnp.eye(D, dtype=jnp.float32), Judged(rte, scores, scores), experience
+  )
+  np.testing.assert_array_equal(found.advantages, before)
+  np.testing.assert_allclose(metrics["certify/zero"], equal / 40, rtol=1e-6)
+
+
 def test_a_sign_is_certified_if_every_head_in_the_ellipsoid_has_it():
   """The worst head within the radius, found on its surface, against the share that stays."""
   phi, certificate, rte = step_data()
