@@ -23,15 +23,24 @@ SHORTEST = 32  # minimum tokens of such a part
 
 
 def sample_keys(
-  key: jax.Array, step: jax.Array, example_id: jax.Array, group_size: int
+  key: jax.Array, step: jax.Array, example_id: jax.Array, first: jax.Array, group_size: int
 ) -> jax.Array:
-  """One key per trajectory, a function of only (run key, step, prompt id, sample index).
+  """One key per trajectory, a function of only (run key, step, prompt id, sample index). The indices
+  of a prompt's samples start at `first`.
 
-  So any row can be recomputed by itself, on any mesh and in any batch.   i32[P] -> key[B].
+  So any row can be recomputed by itself, on any mesh and in any batch.   i32[P], i32[P] -> key[B].
   """
   prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, step), example_id)
-  fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))
-  return fold(prompt_keys, jnp.arange(group_size)).reshape(-1)
+  fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
+  return fold(prompt_keys, first[:, None] + jnp.arange(group_size)).reshape(-1)
+
+
+def first_samples(example_id: jax.Array, group_size: int) -> jax.Array:
+  """The index of each prompt's first sample: 0, unless the prompt is in the step for a second time,
+  as at the border of two epochs. Its samples are then further ones.   i32[P] -> i32[P].
+  """
+  before = jnp.tril(example_id[:, None] == example_id, -1)
+  return group_size * before.sum(1, dtype=jnp.int32)
 
 
 def most_likely(logits: jax.Array) -> jax.Array:
@@ -148,19 +157,22 @@ def generate(
     greedy_rows=greedy_rows,
     halvings=halvings,
   )
+  first = first_samples(prompts.example_id, group_size)
   if waves == 1:
-    return sample(model, prompts, how)
-  return in_waves(functools.partial(sample, model, how=how), prompts, group_size, waves)
+    return sample(model, prompts, first, how)
+  return in_waves(functools.partial(sample, model, how=how), prompts, first, group_size, waves)
 
 
-def in_waves(draw: Callable, prompts: Prompts, group_size: int, waves: int) -> Sequences:
-  """`draw(prompts)` in `waves` groups of prompts. The order is that of a single call: the samples
+def in_waves(
+  draw: Callable, prompts: Prompts, first: jax.Array, group_size: int, waves: int
+) -> Sequences:
+  """`draw(prompts, first)` in `waves` groups of prompts. The order is that of a single call: the samples
   of all prompts, then their greedy rows.
   """
 
-  def wave(prompts):
+  def wave(prompts, first):
     """(rows of each prompt [P / waves, K, ...], its greedy row [P / waves, 1, ...] or none)."""
-    drawn = draw(prompts)
+    drawn = draw(prompts, first)
     count = len(prompts.tokens)
     sampled = count * group_size
 
@@ -173,7 +185,7 @@ def in_waves(draw: Callable, prompts: Prompts, group_size: int, waves: int) -> S
   def flat(x):
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
-  samples, greedy = map_rows(wave, waves, prompts)
+  samples, greedy = map_rows(wave, waves, prompts, first)
   return jax.tree.map(lambda s, g: jnp.concatenate([flat(s), flat(g)]), samples, greedy)
 
 
@@ -272,11 +284,11 @@ class Decoding(NamedTuple):
     )
 
 
-def sample(model: Transformer, prompts: Prompts, how: Sampler) -> Sequences:
-  """One wave of `generate`."""
+def sample(model: Transformer, prompts: Prompts, first: jax.Array, how: Sampler) -> Sequences:
+  """One wave of `generate`; `first` is that of `sample_keys`."""
   prompts = jax.tree.map(lay_rows, prompts)
   count, prompt_length = prompts.tokens.shape
-  keys = sample_keys(how.key, how.step, prompts.example_id, how.group_size)
+  keys = sample_keys(how.key, how.step, prompts.example_id, first, how.group_size)
   empty = model.init_cache(count, prompt_length)
   out = model(prompts.tokens, prompts.mask, cache=empty, cache_index=0)
   decoder = decoder_of(model, prompt_length + how.max_new_tokens)

@@ -342,11 +342,23 @@ def test_sample_keys_are_distinct_and_depend_on_nothing_else():
   key, ids = jax.random.key(5), jnp.array([7, 11, 13])
 
   def data(step, ids, size):
-    return np.asarray(jax.random.key_data(sample_keys(key, step, ids, size)))
+    return np.asarray(jax.random.key_data(sample_keys(key, step, ids, jnp.zeros_like(ids), size)))
 
   keys = np.concatenate([data(step, ids, 4) for step in (0, 1)])
   assert keys.shape[0] == 24 and len(np.unique(keys, axis=0)) == 24
   np.testing.assert_array_equal(data(1, ids[1:2], 2), keys[12 + 4 : 12 + 6])
+
+
+@pytest.mark.parametrize("waves", [1, 2])
+def test_a_prompt_that_comes_again_in_a_step_has_further_samples(model, waves):
+  prompts, K = notes(), 4
+  once = np.asarray(draw(*model, prompts, group_size=K).tokens)[:, -T:]
+  again = jax.tree.map(lambda x: x[np.array([0, 1, 2, 0, 1, 0])], prompts)
+  rows = np.asarray(draw(*model, again, group_size=K, waves=waves).tokens)[:, -T:]
+  np.testing.assert_array_equal(rows[: 3 * K], once)  # those that come first do not change
+  first, second, third = (rows[p * K : (p + 1) * K] for p in (0, 3, 5))
+  for one, other in ((first, second), (first, third), (second, third)):
+    assert (one != other).any(-1).sum() > K / 2  # a short response may come twice by chance
 
 
 def check_masks(out, eos_ids, pad_id):
