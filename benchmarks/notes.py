@@ -210,7 +210,7 @@ def held_out_lines(rows: Rows, arms) -> list[str]:
 
 def held_text(runs: Runs) -> str:
   """The registered contrasts of the arms whose KL is held; "" without any."""
-  options = "gpu,held" if any(name.endswith(".kl4") for name in runs) else "held"
+  options = "gpu,held" if any(name.startswith("vanilla.kl") for name in runs) else "held"
   return contrasts.text(smollm2_notes.get_config(options), notes_rows.curves_of(runs))
 
 

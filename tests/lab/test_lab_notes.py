@@ -342,17 +342,20 @@ def test_held_arms_are_the_same_four_at_two_targets():
     assert set(contrast.split(" - ")) <= set(arms)
 
 
-def test_on_two_cores_three_arms_are_held_at_one_target():
+def test_on_two_cores_three_arms_are_held_at_both_targets():
   """The last eight of twenty steps give a seed's value, and the first KL weight is smaller."""
   held, plain = (smollm2_notes.get_config(options) for options in ("held", ""))
   check_config(held)
   arms = arms_of(held)
-  assert list(arms) == ["r2m.kl2", "scaled.kl2", "shuffled.kl2"]
-  for arm in arms.values():
-    assert (arm.kl.controller, arm.kl.target, arm.kl.beta) == ("held", 2, 1.0)
-    assert (arm.steps, arm.policy.lr, arm.r2m.lr) == (20, plain.policy.lr, plain.r2m.lr)
+  for target, beta in ((2, 1.0), (4, 0.3)):
+    for name in ("r2m", "scaled", "shuffled"):
+      arm = arms.pop(f"{name}.kl{target}")
+      assert (arm.variant, arm.kl.controller) == (name, "held")
+      assert (arm.kl.target, arm.kl.beta) == (target, beta)
+      assert (arm.steps, arm.policy.lr, arm.r2m.lr) == (20, plain.policy.lr, plain.r2m.lr)
+  assert not arms
   assert held.lab.tail < held.steps
-  assert held.lab.contrasts == ("r2m.kl2 - scaled.kl2", "r2m.kl2 - shuffled.kl2")
+  assert held.lab.contrasts == smollm2_notes.get_config("gpu,held").lab.contrasts
 
 
 def test_the_learning_rates_are_the_papers_dose_by_width():
