@@ -125,7 +125,7 @@ def hold(config, gpu: bool) -> None:
     config.lab.tail = 8  # of 20 steps
     arms = [
       arm
-      for target, beta in zip(fair.TARGETS, (1.0, 0.3))
+      for target, beta in zip(fair.TARGETS, (1.0, 0.1))
       for arm in fair.held(("r2m", *RIVALS), settings=f"kl.beta={beta}", targets=(target,))
     ]
   config.lab.arms = tuple(arms)
