@@ -465,7 +465,9 @@ RUN = dict(
   ),
   dtype=Knob(
     "float32",
-    "dtype of the computation; scores, advantages and losses are at least float32",
+    "dtype of the computation; scores, advantages and losses are at least float32, with all bits. "
+    "Other float32 products are rounded to bfloat16 on a TPU and to TF32 on a GPU during training, "
+    "unless JAX_DEFAULT_MATMUL_PRECISION=highest is set",
     one_of(*DTYPES),
   ),
   param_dtype=Knob("float32", "dtype of the parameters", one_of(*DTYPES)),

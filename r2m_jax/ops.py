@@ -23,6 +23,13 @@ def at_least_f32(x: jax.Array) -> jax.Array:
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def all_bits():
+  """Inside this context, float32 products keep all bits. By default a TPU rounds their factors to
+  bfloat16 and a GPU to TF32, 8 and 11 bits, and an update of R2M changes a weight by less.
+  """
+  return jax.default_matmul_precision("highest")
+
+
 def masked_sum(x: jax.Array, mask: jax.Array, axis=None) -> jax.Array:
   return jnp.where(mask, x, 0).sum(axis)
 

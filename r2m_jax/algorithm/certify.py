@@ -22,7 +22,7 @@ import numpy as np
 
 from r2m_jax.algorithm.advantages import centred_groups
 from r2m_jax.algorithm.posterior import Evidence, fit_head, hessian, sigmoid
-from r2m_jax.ops import check
+from r2m_jax.ops import all_bits, check
 from r2m_jax.types import Experience, Judged
 
 # what shortens an advantage: the head's uncertainty c_j; the controls: that of another sample of the
@@ -57,7 +57,8 @@ def widths(certificate: jax.Array, rte: jax.Array, group_size: int) -> jax.Array
   """c_j = |M (x_j - mean x)|, the head's uncertainty about d_j.   f32[D, D], f32[B, D] -> f32[P, K]."""
   check(rte, "B D")
   x = rte.reshape(-1, group_size, rte.shape[-1])
-  moved = (x - x.mean(1, keepdims=True)) @ certificate.T
+  with all_bits():
+    moved = (x - x.mean(1, keepdims=True)) @ certificate.T
   return jnp.sqrt((moved**2).sum(-1))
 
 

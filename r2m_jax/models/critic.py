@@ -7,7 +7,7 @@ from flax import nnx
 
 from r2m_jax.models.attention import Shared
 from r2m_jax.models.transformer import Transformer
-from r2m_jax.ops import at_least_f32, predicts_response
+from r2m_jax.ops import all_bits, at_least_f32, predicts_response
 from r2m_jax.types import Sequences
 
 
@@ -24,4 +24,5 @@ def read_values(
   """
   hidden = backbone(sequences.tokens, sequences.token_mask, shared=shared, share=share).hidden
   hidden = at_least_f32(predicts_response(hidden, sequences.response_mask.shape[1]))
-  return head(hidden)[..., 0]
+  with all_bits():
+    return head(hidden)[..., 0]

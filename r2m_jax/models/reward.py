@@ -12,7 +12,7 @@ from flax import nnx
 
 from r2m_jax.models.attention import Shared
 from r2m_jax.models.transformer import Transformer
-from r2m_jax.ops import at_least_f32, check, combine
+from r2m_jax.ops import all_bits, at_least_f32, check, combine
 
 
 def last_token(hidden: jax.Array, mask: jax.Array) -> jax.Array:
@@ -62,7 +62,8 @@ def member_scores(phi: nnx.Linear, h: jax.Array) -> jax.Array:
   into full-sized steps.
   """
   assert phi.bias is not None  # score heads are created with a bias
-  return h @ phi.kernel[...] + jax.lax.stop_gradient(phi.bias[...])
+  with all_bits():
+    return h @ phi.kernel[...] + jax.lax.stop_gradient(phi.bias[...])
 
 
 def score(phi: nnx.Linear, h: jax.Array) -> jax.Array:
@@ -116,12 +117,11 @@ class RewardHead(nnx.Module):
     check(rte, "B D")
     check(h, "B S D")
     check(mask, "B S", jnp.bool_)
-    q = self._heads(self.wq(rte))
-    q = jnp.einsum("bnd,pnd->bnp", q, self._heads(self.wk.kernel[...]))
-    logits = (
-      jnp.einsum("bnp,bsp->bns", q, at_least_f32(h))
-      * (self.wk.kernel.shape[1] // self.num_heads) ** -0.5
-    )
+    with all_bits():
+      q = self._heads(self.wq(rte))
+      q = jnp.einsum("bnd,pnd->bnp", q, self._heads(self.wk.kernel[...]))
+      logits = jnp.einsum("bnp,bsp->bns", q, at_least_f32(h))
+    logits *= (self.wk.kernel.shape[1] // self.num_heads) ** -0.5
     return jax.nn.softmax(jnp.where(mask[:, None], logits, jnp.finfo(logits.dtype).min))
 
   def cross_attend(self, rte: jax.Array, h: jax.Array, mask: jax.Array) -> jax.Array:
@@ -130,9 +130,10 @@ class RewardHead(nnx.Module):
     Shapes as in `attention_weights`; returns f32[B, Dr].
     """
     weights = self.attention_weights(rte, h, mask)
-    read = jnp.einsum("bns,bsp->bnp", weights, at_least_f32(h))
-    read = jnp.einsum("bnp,pnd->bnd", read, self._heads(self.wv.kernel[...]))
-    return self.wo(read.reshape(*read.shape[:-2], -1))
+    with all_bits():
+      read = jnp.einsum("bns,bsp->bnp", weights, at_least_f32(h))
+      read = jnp.einsum("bnp,pnd->bnd", read, self._heads(self.wv.kernel[...]))
+      return self.wo(read.reshape(*read.shape[:-2], -1))
 
   def fuse(self, rte: jax.Array, h_hat: jax.Array, omega: jax.Array) -> jax.Array:
     """H_fin = (1 - w(t)) H_hat + w(t) H_last (eq. 4). All f32[B, Dr]."""

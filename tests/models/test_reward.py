@@ -2,6 +2,8 @@
 from which the embedding is read.
 """
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,9 @@ from flax import nnx
 
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
+from r2m_jax.models.critic import read_values
 from r2m_jax.models.reward import RewardHead, last_token, read_rte
+from r2m_jax.types import Sequences
 
 pytestmark = pytest.mark.numerics
 
@@ -44,6 +48,43 @@ def run(head, rte, h, mask, omega):
     "call": head(rte, h, mask, omega),
     "own": head.score(rte),
   }
+
+
+def check_products_keep_all_bits(compute, *args, at_least: int):
+  """Reads the program of the gradient of `compute`, traced where the default is bfloat16."""
+  with jax.default_matmul_precision("bfloat16"):
+    text = jax.jit(jax.grad(compute, tuple(range(len(args))))).lower(*args).as_text()
+  found = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+  assert len(found) >= at_least
+  for line in found:
+    assert "precision = [HIGHEST, HIGHEST]" in line
+
+
+def test_no_product_of_the_reward_is_rounded_on_an_accelerator():
+  """An update of R2M changes a weight by less than bfloat16 can hold. The forward and the backward
+  products of attention and score ask for all bits, whatever the default of the device is.
+  """
+  graphdef, state = nnx.split(make_head(2))
+
+  def loss(state, rte, h):
+    return nnx.merge(graphdef, state)(rte, h, MASK, 0.7).sum()
+
+  rte, h = inputs()
+  check_products_keep_all_bits(loss, state, rte, jnp.asarray(h, jnp.bfloat16), at_least=18)
+
+
+def test_no_product_of_the_critics_head_is_rounded_on_an_accelerator():
+  head = nnx.Linear(POLICY_DIM, 1, rngs=nnx.Rngs(0))
+  graphdef, state = nnx.split(head)
+  rows = Sequences(MASK * 1, MASK, MASK[:, 3:], np.zeros(ROWS))
+
+  def loss(state, h):
+    def backbone(*_, **__):
+      return SimpleNamespace(hidden=h)
+
+    return read_values(backbone, nnx.merge(graphdef, state), rows).sum()
+
+  check_products_keep_all_bits(loss, state, jnp.asarray(inputs()[1], jnp.bfloat16), at_least=2)
 
 
 def test_the_attentions_scale_multiplies_what_it_adds():
