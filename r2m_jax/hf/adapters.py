@@ -24,6 +24,7 @@ LEAVES = {
   "lora_B.weight": "up",
   "lora_magnitude_vector": "magnitude",
   "lora_magnitude_vector.weight": "magnitude",
+  "base_layer.weight": "base",
 }
 # field of adapter_config.json -> the supported values
 PLAIN: dict[str, tuple] = {
@@ -50,10 +51,11 @@ class LowRank(NamedTuple):
   up: np.ndarray  # B [out, rank]
   scale: float  # s
   magnitude: np.ndarray | None  # m [out], of DoRA
+  base: np.ndarray | None = None  # the adapter's own copy of W [out, in]; peft saves that of lm_head
 
   def merged(self, weight: np.ndarray) -> np.ndarray:
     """The weight with its adapter, float32[out, in]."""
-    wide: np.ndarray = weight.astype(np.float32)
+    wide: np.ndarray = (weight if self.base is None else self.base).astype(np.float32)
     wide += self.scale * (self.up.astype(np.float32) @ self.down.astype(np.float32))
     if self.magnitude is None:
       return wide
@@ -91,12 +93,32 @@ class Adapter:
           f"whose adapter of {name} is {low.up.shape} x {low.down.shape}; the base has "
           f"{shapes[name]}"
         )
+      if low.base is not None and low.base.shape != found:
+        self.refuse(
+          f"whose own copy of {name} is {low.base.shape}; the base has {shapes[name]}"
+        )
 
 
 def refuse(folder: pathlib.Path, reason: str) -> NoReturn:
   raise ValueError(
     f"{folder} is an adapter folder (PEFT) {reason}; merge it into its base (peft: "
     "merge_and_unload, then save_pretrained) and give that folder"
+  )
+
+
+def refuse_tied(folder: pathlib.Path, head: str, field: str, embed: str) -> NoReturn:
+  """For a changed head whose base ties it to its embedding: merged, there would be two tensors in
+  place of one.
+
+  Args:
+    head, embed: names of the weights.
+    field: of adapter_config.json, the one that names the head.
+  """
+  module = head.removesuffix(".weight")
+  raise ValueError(
+    f"{folder / CONFIG} has {module!r} in {field}, and the base ties {head} to {embed} "
+    f"(tie_word_embeddings in its config.json); train the adapters without {module}, or on a base "
+    "that does not tie it"
   )
 
 
@@ -147,7 +169,11 @@ def read_adapter(folder: pathlib.Path) -> Adapter:
       refuse(folder, f"whose {WEIGHTS} has only {', '.join(found)} of {name}")
     rank = found["down"].shape[0]
     low[name] = LowRank(
-      found["down"], found["up"], scale(name.removesuffix(".weight"), rank), found.get("magnitude")
+      found["down"],
+      found["up"],
+      scale(name.removesuffix(".weight"), rank),
+      found.get("magnitude"),
+      found.get("base"),
     )
   return Adapter(folder, *base_of(folder), low, whole)
 

@@ -268,7 +268,7 @@ def open_folder(folder: pathlib.Path, merge: bool) -> tuple[ArchConfig, "Files"]
   files.add_prefix(arch)
   arch = files.with_score_layers(arch, read_json(base / "config.json"))
   if merge and is_adapter(folder):
-    files.adapt(read_adapter(folder), tower=tower)
+    files.adapt(read_adapter(folder), arch, tower=tower)
   return arch, files
 
 
@@ -523,11 +523,14 @@ class Files:
     width = self.shapes[f"{SCORE}.0.weight"][0]
     return arch.replace(score_width=width, score_activation=activation)
 
-  def adapt(self, adapter: Adapter, *, tower: bool) -> None:
+  def adapt(self, adapter: Adapter, arch: ArchConfig, *, tower: bool) -> None:
     """Merges an adapter into the weights that are read. Raises ValueError if it does not belong to
     this model.
     """
     adapter = adapter.renamed(own_name) if tower else adapter
+    head, embed = (name_of(arch, path)[0] for path in ("lm_head/kernel", "embed/embedding"))
+    if arch.tie_embeddings and head in adapter.low:
+      adapters.refuse_tied(adapter.folder, head, "target_modules", embed)
     adapter.check(self.shapes)
     self.whole, self.low = adapter.whole, adapter.low
     self.shapes |= {name: x.shape for name, x in self.whole.items()}
@@ -628,6 +631,8 @@ class Files:
         pathlib.Path(self.where[embed]),
         f"with its own {embed}, to which its base ties the head; for peft the head stays the base's",
       )
+    if head in self.whole and embed not in self.whole:
+      adapters.refuse_tied(pathlib.Path(self.where[head]), head, "modules_to_save", embed)
     if not {head, embed} <= self.shapes.keys():
       return
     if (

@@ -136,8 +136,10 @@ def gold_tables(config, found: Results) -> list[dict]:
       if measure in values
     ]
     note = (
-      "Means over seeds with 95% intervals; differences are paired by seed, with the arm of the "
-      "same suffix if there is one. n: the number of seeds that have the value, if not all do."
+      "Means over seeds with 95% intervals. Each difference is between two arms on the same seeds. "
+      "An arm whose name has a suffix, such as r2m.slow, is compared with the arm of the same suffix, "
+      "such as vanilla.slow, if there is one, and otherwise with the arm without a suffix. n: the "
+      "number of seeds that have the value, if not all do."
     )
     sections.append(_table(title, ["arm", "mean", *(f"less {lead}" for lead in leads)], rows, note))
   return sections

@@ -66,8 +66,9 @@ def assert_same(found, wanted):
     ("llama3.1", ALL, dict(rank_pattern={"q_proj": 2}, alpha_pattern={"layers.1.*v_proj": 9})),
     ("phi4_mini", ["qkv_proj", "o_proj", "gate_up_proj"], dict(use_dora=True, use_rslora=True)),
     ("pythia", ["query_key_value", "dense_h_to_4h"], {}),
+    ("llama3.1", ["q_proj", "lm_head"], {}),
   ],
-  ids=["lora", "rslora", "dora", "patterns", "fused_dora", "fused_heads"],
+  ids=["lora", "rslora", "dora", "patterns", "fused_dora", "fused_heads", "lm_head"],
 )
 def test_adapters_are_merged_as_peft_merges_them(case, targets, settings, bases, tmp_path):
   out = adapters(bases / case, tmp_path / "adapters", targets, **settings)
@@ -150,6 +151,34 @@ def test_an_embedding_that_leaves_its_tied_head_is_refused(tmp_path):
     tmp_path / "base", tmp_path / "both", ["q_proj"], ensure_weight_tying=True, **save
   )
   assert_same(load_pretrained(both).state, load_pretrained(f"{both}-merged").state)
+
+
+@pytest.mark.parametrize(
+  "field, targets, settings",
+  [
+    ("target_modules", ["q_proj", "lm_head"], {}),
+    ("modules_to_save", ["q_proj"], dict(modules_to_save=["lm_head"])),
+  ],
+)
+def test_a_head_that_leaves_its_tied_embedding_is_refused(field, targets, settings, tmp_path):
+  hf_models.make("qwen3", tmp_path / "base")
+  out = adapters(tmp_path / "base", tmp_path / "a", targets, **settings)
+  with pytest.raises(FolderError) as refused:
+    load_policy(str(out), default.get_config())
+  message = str(refused.value)
+  assert f"{out / 'adapter_config.json'} has 'lm_head' in {field}" in message
+  assert "the base ties lm_head.weight to model.embed_tokens.weight" in message
+  assert "train the adapters without lm_head" in message
+
+
+def test_an_adapters_own_copy_of_a_weight_must_fit_the_base(bases, tmp_path):
+  out = adapters(bases / "llama3.1", tmp_path / "a", ["lm_head"])
+  file = out / "adapter_model.safetensors"
+  tensors = safetensors.numpy.load_file(file)
+  (name,) = [name for name in tensors if name.endswith("base_layer.weight")]
+  safetensors.numpy.save_file(tensors | {name: tensors[name][:-1].copy()}, file)
+  with pytest.raises(FolderError, match=r"own copy of lm_head.weight is \(60, 32\).*\(61, 32\)"):
+    load_policy(str(out), default.get_config())
 
 
 def test_adapters_of_another_base_are_refused(bases, tmp_path):
