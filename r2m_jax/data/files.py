@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from r2m_jax.parallel.errors import UserError
+from r2m_jax.run.files import RepeatedKey, unique_keys
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 SUFFIXES = (*JSON_LINES, *(f"{suffix}.gz" for suffix in JSON_LINES), ".parquet")
@@ -36,6 +37,7 @@ KINDS = (
   "broken JSON",
   "cut off",
   "invalid UTF-8",
+  "repeated key",
   "not an object",
   "missing field",
   "empty field",
@@ -204,7 +206,7 @@ def _read_lines(file: Path) -> Iterator[Record]:
 def _parse(line: bytes) -> Any:
   """The JSON value of a line, or a BadRow with the reason why there is none."""
   try:
-    value = json.loads(line.decode("utf-8"))
+    value = json.loads(line.decode("utf-8"), object_pairs_hook=unique_keys)
     if b"\\u" in line:  # an escape can encode half of a surrogate pair, which is not text
       json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
@@ -212,6 +214,8 @@ def _parse(line: bytes) -> Any:
     return BadRow("invalid UTF-8", f"half of a surrogate pair: {error}")
   except UnicodeDecodeError as error:
     return BadRow("invalid UTF-8", str(error))
+  except RepeatedKey as error:
+    return BadRow("repeated key", f"{error}; leave one of its values")
   except RecursionError:
     return BadRow("broken JSON", "nested too deeply")
   except ValueError as error:

@@ -7,11 +7,12 @@
   {prompt}                              text or messages
   {text}                                plain text, for tokenizers and language modelling
 
-A row that fits none of them raises BadRow. So does a reply with `label: false` (KTO) in a task that
-learns from replies. The result has `prompt` (text or messages) and `response`, or `chosen` and
+A row that fits none of them raises BadRow. So does a reply with `label: false` or 0 (KTO) in a task
+that learns from replies. The result has `prompt` (text or messages) and `response`, or `chosen` and
 `rejected`. All are checked: no empty text, alternating roles, no pair of equal replies.
 """
 
+import json
 import re
 from typing import Any
 
@@ -38,8 +39,12 @@ def as_row(record: Any, need: str) -> dict[str, Any]:
   def has(field):
     return record.get(field) is not None
 
-  if record.get("label") is False and need in ("response", "text"):
-    raise BadRow("undesirable", "label is false: the reply is to be avoided, not learned")
+  if need in ("response", "text") and _to_avoid(record, of_text=need == "text" and has("text")):
+    raise BadRow(
+      "undesirable",
+      f"label is {json.dumps(record['label'])}: the reply is to be avoided, not learned; leave such "
+      "rows out, or the field if it means something else",
+    )
   if need == "text" and has("text"):
     row = {"text": _text(record["text"], "text")}
   elif need == "pair":
@@ -71,6 +76,16 @@ def as_row(record: Any, need: str) -> dict[str, Any]:
       prompt, response = _prompt_and_reply(record, field)
       row = {"prompt": prompt, "chosen" if need == "prompt" else "response": response}
   return row | ({"meta": record["meta"]} if isinstance(record.get("meta"), dict) else {})
+
+
+def _to_avoid(record: dict, *, of_text: bool) -> bool:
+  """Whether `label` marks a reply to avoid: false, and of a reply also 0 and "false", because some
+  files have no booleans. The number next to a plain text is a class, not a verdict.
+  """
+  label = record.get("label")
+  if label is False or of_text:
+    return label is False
+  return label == 0 or isinstance(label, str) and label.strip().lower() in ("false", "0")
 
 
 def _prompt_and_reply(record: dict, field: str) -> tuple[Any, str]:

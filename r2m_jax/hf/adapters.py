@@ -17,6 +17,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from r2m_jax.run.files import RepeatedKey, unique_keys
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # leaf of a tensor's name -> field of LowRank; the second is peft's spelling within a model
 LEAVES = {
@@ -51,7 +53,9 @@ class LowRank(NamedTuple):
   up: np.ndarray  # B [out, rank]
   scale: float  # s
   magnitude: np.ndarray | None  # m [out], of DoRA
-  base: np.ndarray | None = None  # the adapter's own copy of W [out, in]; peft saves that of lm_head
+  base: np.ndarray | None = (
+    None  # the adapter's own copy of W [out, in]; peft saves that of lm_head
+  )
 
   def merged(self, weight: np.ndarray) -> np.ndarray:
     """The weight with its adapter, float32[out, in]."""
@@ -94,9 +98,7 @@ class Adapter:
           f"{shapes[name]}"
         )
       if low.base is not None and low.base.shape != found:
-        self.refuse(
-          f"whose own copy of {name} is {low.base.shape}; the base has {shapes[name]}"
-        )
+        self.refuse(f"whose own copy of {name} is {low.base.shape}; the base has {shapes[name]}")
 
 
 def refuse(folder: pathlib.Path, reason: str) -> NoReturn:
@@ -181,7 +183,9 @@ def read_adapter(folder: pathlib.Path) -> Adapter:
 def _config(folder: pathlib.Path) -> dict[str, Any]:
   """adapter_config.json, checked to be mergeable."""
   try:
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config = json.loads((folder / CONFIG).read_text("utf-8"), object_pairs_hook=unique_keys)
+  except RepeatedKey as error:
+    raise ValueError(f"{folder / CONFIG} is ambiguous: {error}; leave one of its values") from None
   except (ValueError, RecursionError) as error:
     refuse(folder, f"whose {CONFIG} is not JSON: {error}")
   if not isinstance(config, dict) or not isinstance(config.get("base_model_name_or_path"), str):

@@ -32,6 +32,7 @@ from r2m_jax.models import transformer
 from r2m_jax.models.arch import SCORE_ACTIVATIONS, TOWERS, ArchConfig, family_of
 from r2m_jax.parallel import sharding
 from r2m_jax.parallel.errors import UserError
+from r2m_jax.run.files import RepeatedKey, unique_keys
 from r2m_jax.run.progress import doing
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -337,7 +338,9 @@ def commit_of(folder: pathlib.Path) -> str:
 def read_json(file: pathlib.Path) -> dict[str, Any]:
   """The object in a JSON file."""
   try:
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
+  except RepeatedKey as error:
+    raise PretrainedError(f"{file} is ambiguous: {error}; leave one of its values") from None
   except (ValueError, RecursionError) as error:
     raise PretrainedError(f"{file} is not JSON: {error}; copy it again") from None
   if not isinstance(found, dict):

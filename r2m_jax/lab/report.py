@@ -136,10 +136,10 @@ def gold_tables(config, found: Results) -> list[dict]:
       if measure in values
     ]
     note = (
-      "Means over seeds with 95% intervals. Each difference is between two arms on the same seeds. "
-      "An arm whose name has a suffix, such as r2m.slow, is compared with the arm of the same suffix, "
-      "such as vanilla.slow, if there is one, and otherwise with the arm without a suffix. n: the "
-      "number of seeds that have the value, if not all do."
+      "Means over seeds with 95% intervals. A difference is between two arms, paired by seed. An arm "
+      "with a suffix, such as r2m.two_percent, is compared with the arm that has the same suffix "
+      "(vanilla.two_percent) if there is such an arm, otherwise with the arm without a suffix "
+      "(vanilla). n: the number of seeds that have the value, if not all do."
     )
     sections.append(_table(title, ["arm", "mean", *(f"less {lead}" for lead in leads)], rows, note))
   return sections

@@ -49,6 +49,20 @@ def read_json(path):
   return found
 
 
+class RepeatedKey(ValueError):
+  """An object has one key twice. JSON allows it, and readers differ in which value they take."""
+
+
+def unique_keys(pairs):
+  """The object_pairs_hook of `json.loads` that raises RepeatedKey."""
+  found = dict(pairs)
+  if len(found) < len(pairs):
+    keys = [key for key, _ in pairs]
+    twice = next(key for key in keys if keys.count(key) > 1)
+    raise RepeatedKey(f"the key {twice[:80]!r} occurs twice in one object")
+  return found
+
+
 def read_jsonl(path):
   """The rows of a JSON-lines file; [] if it does not exist. A last line that a crash cut off is
   dropped.

@@ -120,6 +120,14 @@ MALFORMED = {
   "half an object": (b'{"prompt": "a", \n', "broken JSON"),
   "single quotes": (b"{'prompt': 'a'}\n", "broken JSON"),
   "two objects on a line": (b'{"prompt": "a"} {"prompt": "b"}\n', "broken JSON"),
+  "a key twice": (
+    b'{"prompt": "a", "chosen": "b", "rejected": "c", "chosen": "d"}\n',
+    "repeated key",
+  ),
+  "a key twice in a message": (
+    b'{"prompt": [{"role": "user", "content": "a", "content": "b"}], "chosen": "b", "rejected": "c"}\n',
+    "repeated key",
+  ),
   "bare words": (b"prompt: a\n", "broken JSON"),
   "nested beyond reason": (b"[" * 100_000 + b"\n", "broken JSON"),
   "a number beyond reason": (b'{"prompt": ' + b"9" * 5000 + b"}\n", "broken JSON"),
@@ -189,6 +197,12 @@ def test_malformed_row_is_counted(case, tmp_path, capsys):
   assert len(load(data(path), "pair")) == 199
   shown = capsys.readouterr().out
   assert f"200 rows read, 1 bad; 1 {kind}, first {path}:151: " in shown and shown.count("\n") == 1
+
+
+def test_a_repeated_key_is_named(tmp_path, capsys):
+  path = lines(tmp_path / "d.jsonl", [GOOD] * 150 + [MALFORMED["a key twice"][0]])
+  load(data(path), "pair")
+  assert f"first {path}:151: the key 'chosen' occurs twice" in capsys.readouterr().out
 
 
 def test_malformed_covers_every_kind():
@@ -428,3 +442,18 @@ def test_settings_that_cannot_work(field, value, message):
     ConfigError, match=f"{'' if field == 'task' else f'config.{field} is '}.*{message}"
   ):
     check_config(config)
+
+
+@pytest.mark.parametrize("no, yes", [(False, True), (0, 1), (0.0, 1.0), ("false", "true")])
+def test_a_label_of_kto_may_be_a_number_or_text(no, yes, tmp_path, capsys):
+  rows = [{"prompt": "a", "completion": "good", "label": yes}] * 9
+  path = lines(tmp_path / "kto.jsonl", [*rows, rows[0] | {"completion": "bad", "label": no}])
+  found = load(data(path, max_bad_share=0.2), "response")
+  assert [row["response"] for row in found] == ["good"] * 9
+  assert f"1 undesirable, first {path}:10: label is {json.dumps(no)}" in capsys.readouterr().out
+  assert len(load(data(path), "prompt")) == 10
+
+
+def test_a_number_next_to_plain_text_is_a_class(tmp_path):
+  path = lines(tmp_path / "classes.jsonl", [{"text": "bad film", "label": 0}])
+  assert len(load(data(path), "text")) == 1

@@ -203,6 +203,18 @@ def test_adapters_of_another_base_are_refused(bases, tmp_path):
     load_policy(str(out), default.get_config())
 
 
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_a_repeated_key_is_refused_by_name(name, bases, tmp_path):
+  base = shutil.copytree(bases / "llama3.1", tmp_path / "base")
+  out = adapters(base, tmp_path / "a", ["q_proj"])
+  file = (base if name == "config.json" else out) / name
+  key = "vocab_size" if name == "config.json" else "lora_alpha"
+  file.write_text(file.read_text().replace("{", f'{{"{key}": 3,', 1))
+  with pytest.raises(FolderError) as refused:
+    load_policy(str(out), default.get_config())
+  assert f"{file} is ambiguous: the key {key!r} occurs twice in one object" in str(refused.value)
+
+
 def test_no_adapters_for_peft_on_top_of_merged_ones(bases, tmp_path):
   out = adapters(bases / "llama3.1", tmp_path / "a", ["q_proj"])
   config = default.get_config()
