@@ -6,6 +6,7 @@ import dataclasses
 import json
 import pathlib
 import signal
+import tempfile
 
 from r2m_jax.config import ConfigError
 from r2m_jax.parallel import sharding
@@ -55,6 +56,7 @@ def run(config, workdir: pathlib.Path) -> bool:
   if not config.variant:  # the arms are run one after another
     config = knobs.changed(config, {"variant": config.arms[-1]})
   sizes = sizes_of(config)
+  require_writable(workdir)
   say(describe(config, sizes))
   if topology is None:
     plans = find_smallest(config, sizes, say)
@@ -63,12 +65,23 @@ def run(config, workdir: pathlib.Path) -> bool:
     plan = make_plan(config, sizes, topology, layout_for(config, sizes, topology))
     plans, fits = [plan], plan.fits
     say(*show(config, sizes, topology, plan))
-  workdir.mkdir(parents=True, exist_ok=True)
   write_atomic(
     workdir / "plan.json", json.dumps([dataclasses.asdict(plan) for plan in plans], indent=2)
   )
   write_atomic(workdir / "plan.txt", "\n".join(lines) + "\n")
   return fits
+
+
+def require_writable(workdir: pathlib.Path) -> None:
+  """Raises ConfigError if the workdir cannot be written, before the minutes that a plan takes."""
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=workdir):
+      pass
+  except OSError as error:
+    raise ConfigError(
+      f"--workdir={workdir} cannot be used: {error}; give one that can be written"
+    ) from None
 
 
 def topology_of(name: str) -> Topology:

@@ -13,6 +13,7 @@ import math
 from pathlib import Path
 
 import jinja2
+import numpy as np
 
 from r2m_jax.report.cost import alarms, stage_table, time_table, troubles
 from r2m_jax.report.figures import (
@@ -306,7 +307,8 @@ def evaluation_table(rows, styles):
   for arm in arms_of(rows):
     mine = evaluations(rows, arm)
     if mine:
-      best = max(mine, key=lambda row: row[by] if math.isfinite(row[by]) else -math.inf)
+      values = [row.get(by, math.nan) for row in mine]  # a fork may have gold only in later rows
+      best = mine[int(np.argmax(np.where(np.isfinite(values), values, -np.inf)))]
       for which, row in (("first", mine[0]), ("best", best), ("last", mine[-1])):
         lines.append([key_of(arm, styles), *_evaluation(which, row, gold)])
   if not lines:

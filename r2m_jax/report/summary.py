@@ -229,7 +229,9 @@ def alarm_line(arm, since, step):
 
 
 def with_interval(row, name, scale=1.0, digits=2):
-  """The value of an evaluation with its interval, as text."""
+  """The value of an evaluation with its interval, as text; "–" if it was not measured."""
+  if name not in row:
+    return number(None)
   value, low, high = (row[name + end] for end in ("", "_low", "_high"))
   value, low, high = (number(scale * x, digits) for x in (value, low, high))
   return f"{value} [{low}, {high}]"

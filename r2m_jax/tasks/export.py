@@ -7,6 +7,7 @@ RUN is a run's workdir, WORKDIR/checkpoints/<arm>, WORKDIR/checkpoints/<arm>/<st
 WORKDIR/stages/<stage>. OUT then holds policy and reward, or only the one that the checkpoint has.
 """
 
+import operator
 from pathlib import Path
 
 import jax
@@ -45,6 +46,7 @@ def run(config, workdir: Path | None = None) -> None:
       "that started from config.policy.path or config.reward.path can be exported; name one of "
       "these"
     )
+  require_models_kept(config, out)
   manager = checkpoint.open_checkpoints(workdir.joinpath(*stage))
   if checkpoint.newest(manager) is None or step not in (None, *manager.all_steps()):
     raise FolderError(
@@ -70,6 +72,19 @@ def run(config, workdir: Path | None = None) -> None:
     return
   config.variant = stage[1]
   export_run(config, workdir, out, mesh, manager, at, reward)
+
+
+def require_models_kept(config, out: Path) -> None:
+  """Raises FolderError if the export would replace a model from which the run started."""
+  for name in ("policy.path", "reward.path", "eval.gold.path"):
+    section, _, field = name.rpartition(".")
+    given = operator.attrgetter(section)(config)[field]
+    for made in (out / "policy", out / "reward"):
+      if given and Path(given).expanduser().resolve() == made.resolve():
+        raise FolderError(
+          f"config.export.out is {out}: the run started from {made}, its {name}, which the export "
+          "would replace; give another folder"
+        )
 
 
 def export_run(

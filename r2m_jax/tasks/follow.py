@@ -154,7 +154,8 @@ def best_so_far(rows: list[dict], name: str, config) -> tuple[dict, int]:
   sign = 1 if config.checkpoint.best_mode == "max" else -1
 
   def worth(row: dict) -> float:
-    return sign * row[name] if math.isfinite(row[name]) else -math.inf
+    value = row.get(name, math.nan)  # a fork may measure it only from its own first row on
+    return sign * value if math.isfinite(value) else -math.inf
 
   if not rows:
     return {}, 0

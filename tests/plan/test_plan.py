@@ -568,6 +568,17 @@ def test_an_architecture_that_is_not_here_is_refused(tmp_path):
   assert done.returncode == 2 and "downloads nothing" in done.stderr and "qwen2.5-3b" in done.stderr
 
 
+def test_a_workdir_that_cannot_be_written_is_refused_before_the_plan(tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("")
+  monkeypatch.setattr(planning, "make_plan", lambda *_: pytest.fail("planned"))
+  monkeypatch.setattr(planning.programs, "prepare_environment", lambda *_: None)
+  monkeypatch.setattr(planning.signal, "signal", lambda *_: None)
+  config = PAPER["qwen"].get_config()
+  config.plan.topology = "gpu:h100x8"
+  with pytest.raises(ConfigError, match="--workdir=.*file/run cannot be used: .*Not a directory"):
+    planning.run(config, tmp_path / "file/run")
+
+
 def test_no_tpu_compiler_is_told_in_one_line(monkeypatch):
   monkeypatch.setattr(programs.importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ConfigError, match="compiler is not installed; pip install"):

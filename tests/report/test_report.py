@@ -394,6 +394,23 @@ def test_the_alarm_against_the_rule_at_every_evaluation():
       assert not any(holds) and raised is None
 
 
+def test_evaluations_of_a_fork_that_adds_gold(tmp_path):
+  def row(step, **values):
+    values = dict(frozen=1.0, kl=0.1, length=5.0, truncated=0.0, repetition=0.0) | values
+    ends = {name + end: value for name, value in values.items() for end in ("", "_low", "_high")}
+    return {"stage": "eval", "arm": "r2m", "step": step, "seconds": 1.0} | ends
+
+  write_rows(tmp_path, [row(0), row(1, gold=3.0), row(2, gold=2.0), *rl_rows("r2m", kl=[0.1, 0.2])])
+  page = report_page.write_report(tmp_path, title="fork").read_text()
+  cells = re.findall(
+    r"<td role=\"cell\" data-name=\"(?:Evaluation \(step\)|Gold)\">(.*?)</td>", page
+  )
+  assert cells[:6] == ["first (0)", "–", "best (1)", "3.00 [3.00, 3.00]"] + [
+    "last (2)",
+    "2.00 [2.00, 2.00]",
+  ]
+
+
 def test_the_report_shows_evaluations_with_a_slider(tmp_path):
   rows = evaluation_rows([1 - abs(i - 8) / 4 for i in range(20)], [i / 5 for i in range(20)])
   steps = [

@@ -478,6 +478,22 @@ def test_checkpoints_outside_the_run_are_refused(tmp_path):
       find(path)
 
 
+@pytest.mark.parametrize("name", ["policy", "reward"])
+def test_an_export_does_not_replace_the_model_that_the_run_started_from(name, tmp_path):
+  run, models = tmp_path / "run", tmp_path / "models"
+  (run / "checkpoints/r2m/3").mkdir(parents=True)
+  (models / name).mkdir(parents=True)
+  (run / "metrics.jsonl").write_text("")
+  config = default.get_config()
+  config.policy.path = config.reward.path = str(tmp_path / "other")
+  config[name].path = str(models / name)
+  (run / "config.json").write_text(config.to_json())
+  exports = default.get_config()
+  exports.export.checkpoint, exports.export.out = str(run), f"{models}/../models"
+  with pytest.raises(FolderError, match=f"its {name}.path, which the export would replace; give"):
+    export.run(exports)
+
+
 # ---- secrets ----
 
 

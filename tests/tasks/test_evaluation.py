@@ -389,6 +389,12 @@ def test_a_gold_model_with_nan_is_told_before_the_first_step(tmp_path):
   assert math.isnan(watch(None, 1, {"kl": 0.0}).values["gold"])  # not special later on
 
 
+def test_patience_in_a_fork_that_adds_gold():
+  rows = [{"step": 0, "frozen": 1.0}, *({"step": t, "gold": x} for t, x in ((1, 3.0), (2, 2.0)))]
+  best, waited = follow.best_so_far(rows, "gold", config())
+  assert best["step"] == 1 and waited == 1
+
+
 def test_the_optimised_reward_as_the_best_metric_gets_a_warning(models, capsys):
   for metric, warned in (("", False), ("eval/gold", False), ("reward/used", True)):
     changes = dict(checkpoint__keep_best=1, checkpoint__best_metric=metric)
