@@ -190,9 +190,13 @@ class Endpoint:
     try:
       with self._opener.open(request, timeout=self._timeout) as response:
         content = _read(response, self._timeout)
+    except TimeoutError:
+      raise _too_slow(self._timeout) from None
     except urllib.error.HTTPError as error:
       raise self._refusal(error) from None
     except (OSError, http.client.HTTPException) as error:
+      if isinstance(getattr(error, "reason", None), TimeoutError):  # while it connects
+        raise _too_slow(self._timeout) from None
       raise Again(self.hide(f"{type(error).__name__}: {error}")) from None
     try:
       return self.answer(json.loads(content), body, last=last)
@@ -252,6 +256,10 @@ def seconds_of(header: str | None) -> float | None:
   return max(seconds, 0.0) if math.isfinite(seconds) else None
 
 
+def _too_slow(timeout: float) -> Again:
+  return Again(f"no whole answer within config.judge.timeout = {timeout:g} s (timed out)")
+
+
 def _read(response, timeout: float) -> bytes:
   """The whole body, within `timeout` seconds even if it arrives slowly."""
   end = time.monotonic() + timeout
@@ -263,7 +271,7 @@ def _read(response, timeout: float) -> bytes:
     if size > LARGEST:
       raise Again(f"an answer of more than {LARGEST} bytes")
     if time.monotonic() > end:
-      raise Again(f"the answer took longer than {timeout:g} s")
+      raise _too_slow(timeout)
   return b"".join(parts)
 
 
@@ -430,6 +438,7 @@ def _collect(endpoint: Endpoint, results, count: int, seen) -> dict[str, str]:
         raise JudgeError(
           f"{IN_A_ROW} questions in a row had no answer from {endpoint.url}: {found}. The "
           "answers are kept; run the same command once it answers"
+          f"{', or raise config.judge.timeout' if 'timed out' in str(found) else ''}"
         )
     elif isinstance(found, Exception):
       raise found

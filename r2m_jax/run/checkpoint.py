@@ -163,6 +163,25 @@ def newest(checkpoints: Checkpoints) -> int | None:
   return step
 
 
+def newest_to_read(checkpoints: Checkpoints) -> int | None:
+  """As `newest`, of a run that is only read and may still be training: no unfinished save is
+  removed, and no damaged checkpoint is moved.
+  """
+
+  def found() -> int | None:
+    for step in sorted(checkpoints.all_steps(), reverse=True):
+      problem = damage(checkpoints.folder / str(step))
+      if problem is None:
+        return step
+      print(f"damaged  {checkpoints.folder / str(step)}: {problem}; the one before is read")
+    return None
+
+  step = hosts.on_first(found)
+  if step is not None:
+    checkpoints.sound.add(step)
+  return step
+
+
 def restore(checkpoints: Checkpoints, like, step: int | None = None):
   """Restores the newest intact checkpoint (or `step`) into the shapes, dtypes and shardings of
   `like`.

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import shlex
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -193,7 +194,8 @@ def require_same_config(path: Path, new: dict) -> None:
     raise ConfigError(
       f"{workdir} holds a run of another config; choose another --workdir, give the old "
       "values, or fork it with "
-      f"another --workdir and --config.checkpoint.fork_from={workdir}:\n  " + "\n  ".join(changed)
+      f"another --workdir and --config.checkpoint.fork_from={shlex.quote(str(workdir))}:\n  "
+      + "\n  ".join(changed)
     )
 
 

@@ -48,13 +48,17 @@ def run(config, workdir: Path | None = None) -> None:
     )
   require_models_kept(config, out)
   manager = checkpoint.open_checkpoints(workdir.joinpath(*stage))
-  if checkpoint.newest(manager) is None or step not in (None, *manager.all_steps()):
+  at = checkpoint.newest_to_read(manager) if step is None else step
+  if at is None:
+    raise FolderError(
+      f"{workdir.joinpath(*stage)} holds no intact checkpoint; name another one of the run, or bring "
+      "its files back from a copy"
+    )
+  if at not in manager.all_steps():
     raise FolderError(
       f"{workdir.joinpath(*stage)} holds checkpoints of steps {manager.all_steps()}, not of {step}; "
       "choose one of these"
     )
-
-  at = checkpoint.newest(manager) if step is None else step
   if stage == ("stages", "sft"):
     export_policy(config, workdir, out, mesh, manager, at)
     return

@@ -337,7 +337,8 @@ def ask_within_budget(
       "in all; allow that, judge fewer prompts, or lower config.judge.max_tokens"
     )
 
-  with progress(len(missing), "judge", enabled=shown) as bar:
+  waiting = "waiting for the first answer"
+  with progress(len(missing), "judge", enabled=shown, unit="question", doing=waiting) as bar:
 
     def seen(key, answer):
       nonlocal paid

@@ -144,9 +144,18 @@ def test_a_dead_endpoint_ends_it_in_bounded_time(tmp_path):
 def test_slow_answers_are_cut_off():
   with Server(lambda body, before: ("sleep", 1.0, completion("late"))) as server:
     begin = time.monotonic()
-    with pytest.raises(NoAnswer, match="2 attempts failed.*timed out"):
+    slow = r"config.judge.timeout = 0.2 s \(timed out\)"
+    with pytest.raises(NoAnswer, match=f"2 attempts failed.*{slow}"):
       endpoint(server.url, timeout=0.2, retries=1).ask(body("x"))
     assert time.monotonic() - begin < 0.9
+
+
+def test_a_server_that_is_always_too_slow_is_told_with_the_setting(tmp_path):
+  with Server(lambda body, before: ("sleep", 1.0, completion("late"))) as server:
+    cache = Cache(tmp_path / "answers.jsonl")
+    with pytest.raises(JudgeError, match="run the same command .*, or raise config.judge.timeout"):
+      ask_all(endpoint(server.url, timeout=0.1, retries=0), questions(9), cache, workers=3)
+    cache.close()
 
 
 @pytest.mark.parametrize(

@@ -494,6 +494,27 @@ def test_an_export_does_not_replace_the_model_that_the_run_started_from(name, tm
     export.run(exports)
 
 
+def test_an_export_changes_nothing_in_a_run_that_may_still_save(tmp_path):
+  run = tmp_path / "run"
+  kept = checkpoint.open_checkpoints(run / "checkpoints/r2m")
+  for step in (3, 4):
+    checkpoint.save(kept, step, {"x": jnp.ones(2)})
+  checkpoint.wait(kept)
+  (run / f"checkpoints/r2m/5{checkpoint.UNFINISHED}/default").mkdir(parents=True)  # in progress
+  (run / "checkpoints/r2m/4/manifest.json").unlink()  # the newest one is damaged
+  (run / "metrics.jsonl").write_text("")
+  config = default.get_config()
+  config.policy.path = config.reward.path = str(tmp_path / "absent")
+  (run / "config.json").write_text(config.to_json())
+  exports = default.get_config()
+  exports.export.checkpoint, exports.export.out = str(run), str(tmp_path / "out")
+  before = sorted(run.rglob("*"))
+  with pytest.raises(FolderError, match="absent"):  # found after the checkpoint
+    export.run(exports)
+  assert sorted(run.rglob("*")) == before
+  assert checkpoint.newest_to_read(checkpoint.open_checkpoints(run / "checkpoints/r2m")) == 3
+
+
 # ---- secrets ----
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -149,6 +150,18 @@ def test_a_start_that_left_no_work_may_be_corrected(tmp_path):
   assert not (tmp_path / "copy").exists()
   with pytest.raises(ConfigError, match="holds a run of another config"):
     workdir.claim(other, tmp_path)
+
+
+def test_the_proposed_fork_can_be_pasted_into_a_shell(tmp_path):
+  folder = tmp_path / "run 1 of mine's"
+  claim(folder)
+  (folder / "stages").mkdir()
+  other = quickstart.get_config("test")
+  other.kl.beta = 0.5
+  with pytest.raises(ConfigError) as refused:
+    workdir.claim(other, folder)
+  words = shlex.split(str(refused.value).splitlines()[0].split(" and ")[-1].removesuffix(":"))
+  assert words == [f"--config.checkpoint.fork_from={folder}"]
 
 
 def test_a_workdir_of_an_earlier_version_lacks_settings_and_goes_on(tmp_path):

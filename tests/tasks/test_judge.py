@@ -85,7 +85,9 @@ def test_an_endpoint_judges_and_a_rerun_asks_nothing(tmp_path, monkeypatch, caps
   assert len(read(tmp_path / "work/judgments.jsonl")) == 48
   for file in (tmp_path / "work").rglob("*"):
     assert file.is_dir() or KEY.encode() not in file.read_bytes(), file
-  assert KEY not in "".join(capsys.readouterr())
+  shown = "".join(capsys.readouterr())
+  assert KEY not in shown
+  assert "step" not in shown and "compiling" not in shown  # of the line of progress
   # its verdicts can be used as a file of judgments
   again = config(judge__judgments=str(tmp_path / "work/judgments.jsonl"), **pairs(tmp_path))
   judge.run(again, tmp_path / "again")
