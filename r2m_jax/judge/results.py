@@ -197,7 +197,7 @@ def cautions(result: dict[str, Any]) -> list[str]:
     care.append("The interval of the win rate contains 50%, so there is no clear winner.")
   if result.get("same_lengths"):
     care.append("All differences in length are equal, so length cannot be controlled for.")
-  elif result.get("separable_by_length"):
+  elif result.get("separable_by_length") and result.get("judged"):
     care.append(
       "Length by itself separates wins from losses, or there are only wins or only losses. The "
       "length-controlled win rate then mostly reflects its ridge penalty."

@@ -75,7 +75,7 @@ def run(config, workdir: Path) -> None:
   """Judges, and writes the result into the workdir.
 
   Raises:
-    JudgeError: some questions have no answer. The result of the others is written.
+    JudgeError: some questions have no answer, or no answer can be read. The result is written.
   """
   settings = config.judge
   claim(config, workdir)
@@ -172,6 +172,12 @@ def report(config, workdir: Path, items: list[Item], judged: Judged) -> None:
     raise JudgeError(
       f"{judged.unread.unanswered} questions have no answer; the result covers the others. Run "
       "the same command to ask them again"
+    )
+  if judged.unread.unparsed and judged.unread.unparsed == len(judged.rows):
+    raise JudgeError(
+      f"none of the {judged.unread.unparsed} answers could be read, so there is no result; they are "
+      f"in {workdir / JUDGMENTS}. Name another config.judge.template or config.judge.model, or give "
+      "more config.judge.max_tokens"
     )
 
 

@@ -123,6 +123,15 @@ def test_what_cannot_be_read_is_counted_and_kept(tmp_path):
   assert (found["unanswered"], found["unparsed"], found["judged"]) == (0, 1, 11)
 
 
+def test_a_judge_of_whom_nothing_can_be_read_is_no_result(tmp_path, capsys):
+  with Server(lambda body, before: completion("I cannot choose")) as server:
+    cfg = config(judge__url=server.url, judge__model="j", **pairs(tmp_path, 2))
+    with pytest.raises(JudgeError, match="none of the 4 answers could be read.*judge.template"):
+      judge.run(cfg, tmp_path / "work")
+  assert len(read(tmp_path / "work/judgments.jsonl")) == 4
+  assert "Length by itself" not in capsys.readouterr().out
+
+
 def test_cost_is_capped_before_and_during(tmp_path):
   priced = dict(judge__prompt_price=1000.0, judge__completion_price=1000.0)
   with Server(lambda body, before: completion(verdict(body), usage=(900, 100))) as server:
