@@ -343,16 +343,16 @@ def test_held_arms_are_the_same_four_at_two_targets():
 
 
 def test_on_two_cores_three_arms_are_held_at_both_targets():
-  """The last eight of twenty steps give a seed's value, and the first KL weight is smaller."""
+  """The last eight steps give a seed's value, and the first KL weight is smaller."""
   held, plain = (smollm2_notes.get_config(options) for options in ("held", ""))
   check_config(held)
   arms = arms_of(held)
-  for target, beta in ((2, 1.0), (4, 0.1)):
+  for target, beta, steps in ((2, 1.0, 20), (4, 0.2, 30)):
     for name in ("r2m", "scaled", "shuffled"):
       arm = arms.pop(f"{name}.kl{target}")
       assert (arm.variant, arm.kl.controller) == (name, "held")
       assert (arm.kl.target, arm.kl.beta) == (target, beta)
-      assert (arm.steps, arm.policy.lr, arm.r2m.lr) == (20, plain.policy.lr, plain.r2m.lr)
+      assert (arm.steps, arm.policy.lr, arm.r2m.lr) == (steps, plain.policy.lr, plain.r2m.lr)
   assert not arms
   assert held.lab.tail < held.steps
   assert held.lab.contrasts == smollm2_notes.get_config("gpu,held").lab.contrasts
