@@ -174,10 +174,10 @@ def report(config, workdir: Path, items: list[Item], judged: Judged) -> None:
       "the same command to ask them again"
     )
   if judged.unread.unparsed and judged.unread.unparsed == len(judged.rows):
+    fix = "config.judge.template or config.judge.model, or give more config.judge.max_tokens"
     raise JudgeError(
       f"none of the {judged.unread.unparsed} answers could be read, so there is no result; they are "
-      f"in {workdir / JUDGMENTS}. Name another config.judge.template or config.judge.model, or give "
-      "more config.judge.max_tokens"
+      f"in {workdir / JUDGMENTS}. Name another {fix if config.judge.url else 'config.judge.judgments'}"
     )
 
 
