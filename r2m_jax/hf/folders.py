@@ -359,6 +359,8 @@ def with_tokenizer(folder: pathlib.Path) -> pathlib.Path:
 
 def _tokenizer(folder: pathlib.Path, arch: ArchConfig, config, chat: Chat) -> Tokenizer:
   base = model_folder(folder)
+  if (file := folder / "tokenizer_config.json").exists():
+    read_object(file)  # a repeated key is refused; transformers would take the last value
   return load_tokenizer(folder, arch.vocab_size, config.data.date, arch.max_positions, chat, base)
 
 

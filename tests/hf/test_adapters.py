@@ -215,6 +215,15 @@ def test_a_repeated_key_is_refused_by_name(name, bases, tmp_path):
   assert f"{file} is ambiguous: the key {key!r} occurs twice in one object" in str(refused.value)
 
 
+def test_a_repeated_key_of_a_tokenizer_is_refused_by_name(tmp_path):
+  tiny_text.model("llama3.1", "llama3", tmp_path)
+  file = tmp_path / "tokenizer_config.json"
+  file.write_text(file.read_text().replace("{", '{"eos_token": "<s>",', 1))
+  with pytest.raises(FolderError) as refused:
+    load_policy(str(tmp_path), default.get_config())
+  assert f"{file} is ambiguous: the key 'eos_token' occurs twice" in str(refused.value)
+
+
 def test_no_adapters_for_peft_on_top_of_merged_ones(bases, tmp_path):
   out = adapters(bases / "llama3.1", tmp_path / "a", ["q_proj"])
   config = default.get_config()
