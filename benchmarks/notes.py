@@ -4,9 +4,9 @@ arm, paired differences, how often the reward orders samples as gold does, gold 
   python -m benchmarks.notes WORKDIR [WORKDIR ...] [--steps=N] [--read=ARM/SEED/STEP] [--keep=NAME]
   python -m benchmarks.notes docs/lab_notes          # the kept rows of docs/notes.md
 
-All arms are compared at equal steps: the first N steps, by default the number of steps of the
-longest run. Runs with fewer steps are left out. If there are runs whose KL is held, the registered
-contrasts follow. --read prints all samples of one step with their gold, used and frozen rewards.
+Arms are compared at equal steps: the first N steps of every run that has them. By default N is that
+of the longest run whose arm has the same ending, such as .kl2. If there are runs whose KL is held,
+the registered contrasts follow. --read prints all samples of one step with their gold, used and frozen rewards.
 --keep writes NAME.csv and NAME.parquet, which this command reads like a workdir.
 """
 
@@ -41,13 +41,35 @@ QUARTERS = 4
 KLS = (0.0, 1.0, 2.0, 4.0, np.inf)  # nats; accuracy is shown between each two
 
 
-def at_least(runs: Runs, steps: int) -> Runs:
-  """The runs with at least this many steps."""
-  found = {
-    arm: {seed: one for seed, one in seeds.items() if len(one["gold"]) >= steps}
-    for arm, seeds in runs.items()
-  }
-  return {arm: seeds for arm, seeds in found.items() if seeds}
+def ending(arm: str) -> str:
+  """What follows the first dot of an arm's name, with the dot: "" or one such as ".kl2"."""
+  return "".join(arm.partition(".")[1:])
+
+
+def at_equal_steps(runs: Runs, steps: int = 0) -> Runs:
+  """The first steps of every run that has as many as the longest run of an arm with its ending.
+
+  Args:
+    steps: take this number instead.
+  """
+  longest: dict[str, int] = {}
+  for arm, seeds in runs.items():
+    most = max(len(one["gold"]) for one in seeds.values())
+    longest[ending(arm)] = steps or max(longest.get(ending(arm), 0), most)
+  cut = {}
+  for arm, seeds in runs.items():
+    count = longest[ending(arm)]
+    cut[arm] = {
+      seed: {name: values[:count] for name, values in one.items()}
+      for seed, one in seeds.items()
+      if len(one["gold"]) >= count
+    }
+  return {arm: seeds for arm, seeds in cut.items() if seeds}
+
+
+def steps_of(seeds) -> int:
+  """The number of steps of an arm's runs, which is the same for all."""
+  return len(next(iter(seeds.values()))["gold"])
 
 
 def window(steps: int) -> int:
@@ -62,30 +84,28 @@ def start_peak_end(values: np.ndarray) -> tuple[float, float, float]:
   return means[0], means.max(), means[-1]
 
 
-def arm_lines(runs: Runs, steps: int) -> list[str]:
+def arm_lines(runs: Runs) -> list[str]:
   """A line for each arm: means over its seeds."""
-  head = f"{'arm':<18} n  {'gold start':>10} {'peak':>6} {'end':>6}   at the end: "
+  head = f"{'arm':<18} n  steps {'gold start':>10} {'peak':>6} {'end':>6}   at the end: "
   lines = [head + " ".join(f"{name:>9}" for name in SHOWN[1:])]
   for arm, seeds in runs.items():
-    gold = np.mean([start_peak_end(one["gold"][:steps]) for one in seeds.values()], 0)
-    ends = [
-      np.mean([start_peak_end(one[name][:steps])[2] for one in seeds.values()])
-      for name in SHOWN[1:]
-    ]
+    gold = np.mean([start_peak_end(one["gold"]) for one in seeds.values()], 0)
+    ends = [np.mean([start_peak_end(one[name])[2] for one in seeds.values()]) for name in SHOWN[1:]]
     cells = " ".join(f"{value:9.2f}" for value in ends)
     lines.append(
-      f"{arm:<18} {len(seeds)}  {gold[0]:10.2f} {gold[1]:6.2f} {gold[2]:6.2f}{'':15}" + cells
+      f"{arm:<18} {len(seeds)}  {steps_of(seeds):5d} {gold[0]:10.2f} {gold[1]:6.2f} {gold[2]:6.2f}{'':15}"
+      + cells
     )
   return lines
 
 
 def pairs_of(arms) -> list[tuple[str, str]]:
   """`PAIRS` of the plain arms, then of the arms with each name after a dot."""
-  endings = dict.fromkeys("".join(arm.partition(".")[1:]) for arm in arms)
+  endings = dict.fromkeys(map(ending, arms))
   return [(first + end, second + end) for end in endings for first, second in PAIRS]
 
 
-def difference_lines(runs: Runs, steps: int) -> list[str]:
+def difference_lines(runs: Runs) -> list[str]:
   """Paired differences by seed, with 95% intervals from two seeds on."""
   lines = [f"{'gold':<22} {'at the end':>26} {'mean of all steps':>26}"]
   for first, second in pairs_of(runs):
@@ -95,8 +115,7 @@ def difference_lines(runs: Runs, steps: int) -> list[str]:
     cells = []
     for measure in (lambda x: start_peak_end(x)[2], np.mean):
       values = [
-        np.array([measure(runs[arm][seed]["gold"][:steps]) for seed in both])
-        for arm in (first, second)
+        np.array([measure(runs[arm][seed]["gold"]) for seed in both]) for arm in (first, second)
       ]
       found = intervals.paired(*values)
       cells.append(f"{found.value:6.2f} [{found.low:6.2f}, {found.high:6.2f}]")
@@ -109,11 +128,11 @@ def shown(found: Interval, scale: float = 1, digits: int = 2) -> str:
   return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def curve_lines(runs: Runs, steps: int) -> list[str]:
+def curve_lines(runs: Runs) -> list[str]:
   """Gold and proxy over the run: means of each quarter of the steps, with intervals over seeds."""
-  ends = np.linspace(0, steps, QUARTERS + 1).astype(int)
   lines = [f"{'over the run':<18} {'steps':<9} {'KL':>6} {'gold':>20} {'frozen proxy':>21}"]
   for arm, seeds in runs.items():
+    ends = np.linspace(0, steps_of(seeds), QUARTERS + 1).astype(int)
     for low, high in zip(ends, ends[1:]):
       kl, *both = (
         np.array([one[name][low:high].mean() for one in seeds.values()])
@@ -230,16 +249,13 @@ def read_step(workdir: Path, where: str) -> str:
 
 
 def text(rows: Rows, steps: int = 0) -> str:
-  """Everything that is printed for these rows. steps: 0 for those of the longest run."""
+  """Everything that is printed for these rows; steps: as in `at_equal_steps`."""
   runs = notes_rows.runs_of(rows)
-  have = {len(one["gold"]) for seeds in runs.values() for one in seeds.values()}
-  steps = steps or max(have)
-  long = at_least(runs, steps)
+  long = at_equal_steps(runs, steps)
   parts = [
-    [f"the first {steps} steps of every run that has them; runs have {min(have)} to {max(have)}"],
-    arm_lines(long, steps),
-    difference_lines(long, steps),
-    curve_lines(long, steps),
+    arm_lines(long),
+    difference_lines(long),
+    curve_lines(long),
     accuracy_lines(rows, runs),
     held_out_lines(rows, runs),
     held_text(long).splitlines(),

@@ -122,12 +122,10 @@ def hold(config, gpu: bool) -> None:
   if gpu:
     arms = fair.held(ARMS)
   else:
-    config.lab.tail = 8  # of 20 steps
-    arms = [
-      arm
-      for target, beta in zip(fair.TARGETS, (1.0, 0.1))
-      for arm in fair.held(("r2m", *RIVALS), settings=f"kl.beta={beta}", targets=(target,))
-    ]
+    config.lab.tail = 8  # of 20 or 30 steps
+    at_2 = fair.held(("r2m", *RIVALS), settings="kl.beta=1.0", targets=(2,))
+    at_4 = fair.held(("r2m", *RIVALS), settings="kl.beta=0.2 steps=30", targets=(4,))
+    arms = (*at_2, *at_4)
   config.lab.arms = tuple(arms)
   config.lab.contrasts = tuple(
     f"r2m.kl{target} - {rival}.kl{target}" for target in fair.TARGETS for rival in RIVALS

@@ -308,11 +308,13 @@ def train_arm(
 
 
 def collect(config, arms, workdir: Path, sft_gold: float = 0.0) -> results.Results:
-  """WORKDIR/table and summary.csv from the metrics of the finished runs.
+  """WORKDIR/table and summary.csv from the metrics of the finished runs of `config.lab.seeds`. Tables
+  of an earlier call with other seeds are not read.
 
   Args:
     sft_gold: mean gold of the supervised policy; it is 0 for a standardised gold reward model.
   """
+  begun = []
   for name, arm in arms.items():
     found = {}
     for seed in config.lab.seeds:
@@ -331,7 +333,8 @@ def collect(config, arms, workdir: Path, sft_gold: float = 0.0) -> results.Resul
       replicas = [(seed, 1.0, arm.kl.beta) for seed in found]
       columns = table.arm_columns(name, replicas, names, np.array(log, np.float32))
       table.write_table(workdir / "table" / f"{name}.parquet", columns, identity(arm))
-  found = results.results_of(config, arms, workdir, dict.fromkeys(config.lab.seeds, sft_gold))
+      begun.append(name)
+  found = results.results_of(config, begun, workdir, dict.fromkeys(config.lab.seeds, sft_gold))
   results.write_summary(workdir / "summary.csv", found)
   results.write_seeds(workdir / "seeds.parquet", found)
   return found

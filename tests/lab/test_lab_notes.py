@@ -233,6 +233,19 @@ def test_steps_csv_has_every_step(ended):
   assert "Proxy reward models" in page and "Gold on held-out prompts" in page
 
 
+def test_a_table_of_other_seeds_is_not_read(ended, tmp_path):
+  """Both arms have a table of seeds 0 and 1. With seed 1 alone, an arm that has no run of it yet is
+  left out.
+  """
+  for name in ("runs", "table"):
+    shutil.copytree(ended / name, tmp_path / name)
+  shutil.rmtree(tmp_path / "runs/r2m/seed_1")
+  one = settings(lab__seeds=(1,))
+  found = lab_notes.collect(one, arms_of(one), tmp_path, 0.5)
+  assert list(found.curves) == ["vanilla"]
+  assert [curves.seeds for curves in found.curves["vanilla"].values()] == [[1]]
+
+
 def test_the_command_shows_arms_differences_and_samples(ended, monkeypatch, capsys):
   monkeypatch.setattr(sys, "argv", ["notes", str(ended)])
   shown_notes.main()
@@ -244,7 +257,8 @@ def test_the_command_shows_arms_differences_and_samples(ended, monkeypatch, caps
   for arm in gold:
     cells = next(line for line in lines if line.startswith(f"{arm} ")).split()
     want = [2, gold[arm][:, 0].mean(), gold[arm].max(1).mean(), gold[arm][:, -1].mean()]
-    assert list(map(float, cells[1:5])) == pytest.approx(want, abs=0.006)
+    assert cells[2] == "2"  # steps
+    assert list(map(float, cells[1:2] + cells[3:6])) == pytest.approx(want, abs=0.006)
   difference = next(line for line in lines if line.startswith("r2m - vanilla")).split()
   assert float(difference[3]) == pytest.approx(
     (gold["r2m"] - gold["vanilla"])[:, -1].mean(), abs=0.006
@@ -291,12 +305,35 @@ def test_the_command_shows_gold_over_the_run():
       seed: {name: np.arange(8.0) + seed for name in ("gold", "frozen", "kl")} for seed in (0, 1)
     }
   }
-  lines = shown_notes.curve_lines(runs, 8)[1:]
+  lines = shown_notes.curve_lines(runs)[1:]
   assert [line.split()[1:4] for line in lines] == [
     [str(low), "to", str(low + 1)] for low in (1, 3, 5, 7)
   ]
   for quarter, line in enumerate(lines):
     assert float(line.split()[4]) == float(line.split()[5]) == 2 * quarter + 1
+
+
+def test_arms_are_cut_to_the_steps_of_those_with_the_same_ending():
+  """A run that is shorter than another one of its ending is left out, one of another ending not."""
+  lengths = {"r2m": (8, 6), "scaled": (8, 8), "r2m.kl2": (5, 5), "scaled.kl2": (4, 5)}
+  runs = {
+    arm: {seed: {"gold": np.arange(count)} for seed, count in enumerate(counts)}
+    for arm, counts in lengths.items()
+  }
+
+  def seeds_and_steps(cut):
+    return {arm: (list(seeds), shown_notes.steps_of(seeds)) for arm, seeds in cut.items()}
+
+  assert seeds_and_steps(shown_notes.at_equal_steps(runs)) == {
+    "r2m": ([0], 8),
+    "scaled": ([0, 1], 8),
+    "r2m.kl2": ([0, 1], 5),
+    "scaled.kl2": ([1], 5),
+  }
+  assert seeds_and_steps(shown_notes.at_equal_steps(runs, 6)) == {
+    "r2m": ([0, 1], 6),
+    "scaled": ([0, 1], 6),
+  }
 
 
 def test_the_command_shows_gold_on_held_out_prompts(ended, monkeypatch, capsys):
@@ -343,16 +380,16 @@ def test_held_arms_are_the_same_four_at_two_targets():
 
 
 def test_on_two_cores_three_arms_are_held_at_both_targets():
-  """The last eight of twenty steps give a seed's value, and the first KL weight is smaller."""
+  """The last eight steps give a seed's value, and the first KL weight is smaller."""
   held, plain = (smollm2_notes.get_config(options) for options in ("held", ""))
   check_config(held)
   arms = arms_of(held)
-  for target, beta in ((2, 1.0), (4, 0.1)):
+  for target, beta, steps in ((2, 1.0, 20), (4, 0.2, 30)):
     for name in ("r2m", "scaled", "shuffled"):
       arm = arms.pop(f"{name}.kl{target}")
       assert (arm.variant, arm.kl.controller) == (name, "held")
       assert (arm.kl.target, arm.kl.beta) == (target, beta)
-      assert (arm.steps, arm.policy.lr, arm.r2m.lr) == (20, plain.policy.lr, plain.r2m.lr)
+      assert (arm.steps, arm.policy.lr, arm.r2m.lr) == (steps, plain.policy.lr, plain.r2m.lr)
   assert not arms
   assert held.lab.tail < held.steps
   assert held.lab.contrasts == smollm2_notes.get_config("gpu,held").lab.contrasts
