@@ -135,10 +135,14 @@ def make_learn_at(share: float, defs: Defs, config, reward: Reward | None = None
 
 
 def averaged(old, head, average: float):
-  """The moving average of the reward head, updated with this step's head; None if it is off."""
+  """The moving average of the reward head, updated with this step's head; None if it is off.
+
+  It is moved towards the head, so a head that does not change is its own average. In float32,
+  `average` and 1 - average do not add up to 1.
+  """
   if old is None:
     return None
-  return jax.tree.map(lambda old, new: average * old + (1 - average) * new, old, head)
+  return jax.tree.map(lambda old, new: old + (1 - average) * (new - old), old, head)
 
 
 def next_state(

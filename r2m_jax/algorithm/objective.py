@@ -105,11 +105,10 @@ def make_objective(
     )
     metrics["policy/objective"] = loss
     if kl_in_loss:
-      kl = (
-        stats.kl
-        if estimator == "exact"
-        else KL_OF_LOGPROBS[estimator](stats.logprobs, batch.ref_logprobs)
-      )
+      # off the mask a difference may be so large that its exponential has no finite gradient
+      near = jnp.where(mask, stats.logprobs, batch.ref_logprobs)
+      exact = estimator == "exact"
+      kl = stats.kl if exact else KL_OF_LOGPROBS[estimator](near, batch.ref_logprobs)
       metrics["policy/kl_loss"] = aggregate(kl, mask, aggregation, counted)
       loss = loss + beta * metrics["policy/kl_loss"]
     metrics["policy/loss"] = loss

@@ -392,7 +392,8 @@ def phi_state(score: Score) -> nnx.State:
 
 def phi_score(phi: nnx.State, rte: jax.Array) -> jax.Array:
   """r = phi(H_last), at least float32.   [B, Dr] -> [B]."""
-  return (rte @ phi["kernel"][...] + phi["bias"][...])[:, 0]
+  scores = jnp.matmul(rte, phi["kernel"][...], precision="highest")  # see ops.all_bits
+  return (scores + phi["bias"][...])[:, 0]
 
 
 def score_of(phi: nnx.State, *, bias: bool) -> Score:

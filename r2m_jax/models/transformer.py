@@ -36,7 +36,7 @@ from r2m_jax.models.kernels.slots import Slots, attend_slots, slots_fit
 from r2m_jax.models.kernels.splash import BLOCK, Seen, splash_attend
 from r2m_jax.models.logprobs import Head, tempered
 from r2m_jax.models.packing import Packing
-from r2m_jax.ops import at_least_f32
+from r2m_jax.ops import all_bits, at_least_f32
 from r2m_jax.parallel.errors import UserError
 from r2m_jax.parallel.sharding import ROWS, lay, lay_rows, row_shards
 
@@ -564,7 +564,9 @@ class Transformer(nnx.Module):
     state = at_least_f32(state)
     if not self.arch.score_width:
       return state
-    return SCORE_ACTIVATION[self.arch.score_activation](self.score_first(state))
+    with all_bits():
+      first = self.score_first(state)
+    return SCORE_ACTIVATION[self.arch.score_activation](first)
 
   @property
   def head(self) -> Head:

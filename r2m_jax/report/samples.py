@@ -248,9 +248,11 @@ def attention_section(replayed: dict, *, tab: str = "Samples") -> dict | None:
   if replayed.get("attention") is None:
     return None
   weights = np.mean(np.array(replayed["attention"], float), axis=0)
+  sizes = np.nan_to_num(weights)  # of a row whose update was skipped, NaN may be all there is
+  shades = np.round(9 * sizes / (sizes.max() or 1.0)).astype(int).tolist()
   words = [
-    {"text": word, "weight": f"{weight:.3f}", "shade": round(9 * weight / (weights.max() or 1.0))}
-    for word, weight in zip(replayed["states"], weights)
+    {"text": word, "weight": f"{weight:.3f}", "shade": shade}
+    for word, weight, shade in zip(replayed["states"], weights, shades)
   ]
   most = [words[at] for at in np.argsort(-weights, kind="stable")[:5]]
   where = f"{replayed['arm']}, step {replayed['step']}, prompt {replayed['prompt']}, sample {replayed['sample']}"

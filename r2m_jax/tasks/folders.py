@@ -828,8 +828,7 @@ def start_state(config, built: Build, policy: Policy, reward: Reward, *, donate:
   def put(x, old):
     return hosts.put(np.asarray(x, old.dtype), old.sharding)
 
-  head = jax.tree.map(put, head, like)
-  return state.replace(reward_head=head)
+  return warm(state, jax.tree.map(put, head, like))
 
 
 def prompt_text(prompt) -> str:

@@ -303,6 +303,7 @@ def make_sampler(config, built: Build):
       group_size=1,
       eos_ids=(goldtask.EOS,),
       max_new_tokens=config.rollout.max_new_tokens,
+      repetition_stop=config.rollout.repetition_stop,
       pad_id=goldtask.PAD,
       **sampling(config),
     )

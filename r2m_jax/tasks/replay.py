@@ -148,7 +148,7 @@ def facts_of(word: Callable[[int], str], out, parts: dict, row: int) -> dict:
     # the policy's tokens of prompt and answer, which attention reads
     "states": [word(i) for i in tokens[mask].tolist()],
     "attention": None if weights is None else [listed(head) for head in weights[:, mask]],
-    "omega": float(mine["omega"]),
+    "omega": plain(mine["omega"]),
     "reward": plain(out.judged.scores[row]),
     "frozen": plain(out.judged.scores_frozen[row]),
     "own": listed(mine["own"]),
@@ -161,7 +161,7 @@ def show(found: dict, out, row: int) -> None:
   print(f"prompt   {found['prompt_text']}\nanswer   {found['response_text']}")
   reward, frozen = out.judged.scores[row], out.judged.scores_frozen[row]
   gold = f", gold {found['gold']['gold']:.2f}" if "gold" in found else ""
-  print(f"reward   {reward:.4f} (frozen {frozen:.4f}, omega {found['omega']:.3f}){gold}")
+  print(f"reward   {reward:.4f} (frozen {frozen:.4f}, omega {float(found['omega']):.3f}){gold}")
   if found["attention"] is not None:
     weights = np.mean(np.asarray(found["attention"], float), 0)
     most = np.argsort(-weights)[:5]

@@ -414,6 +414,16 @@ def test_ppo_value_loss(clip):
   agree(found, (expected.item(), values.grad.numpy()))
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_what_policy_and_reference_think_of_padding_has_no_part_in_the_loss(estimator):
+  """Nothing keeps them near each other there, and exp(1000) has no finite gradient."""
+  x = tensors()
+  config = config_of(kl__beta=0.1, kl__placement="loss", kl__estimator=estimator)
+  apart = types.SimpleNamespace(**vars(x) | dict(new=np.where(x.mask, x.new, x.ref - 1e3)))
+  for found, want in zip(ours(apart, config), ours(x, config)):
+    np.testing.assert_array_equal(found, want)
+
+
 def test_missing_eos_penalty():
   """1.12.0, experimental.ppo: the penalty is subtracted from the score and does not replace it."""
   x = tensors()

@@ -31,7 +31,7 @@ from r2m_jax.goldtask.labels import gold_labeller
 from r2m_jax.ops import combine
 from r2m_jax.parallel import sharding
 from r2m_jax.run import checkpoint
-from r2m_jax.step import jit_step, make_learn
+from r2m_jax.step import averaged, jit_step, make_learn
 from r2m_jax.types import Rollout, Sequences
 
 STEPS = 3
@@ -510,6 +510,21 @@ def test_average_head_scores_and_the_raw_head_trains():
   plain, _ = small.run(small.config(r2m__lr=0.05), 2)
   _, averaged = step(state, small.prompts(cfg, 1))
   assert not np.array_equal(plain[1].judged.scores, averaged.judged.scores)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.99, 0.999, 0.9999])
+def test_the_average_of_a_head_that_does_not_change_is_the_head(decay):
+  """In float32, 0.9999 and 1 - 0.9999 add up to less than 1: a sum with these weights shrinks."""
+  head = {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal(100), jnp.float32)}
+
+  @jax.jit
+  def many(old):
+    return jax.lax.fori_loop(0, 10_000, lambda _, old: averaged(old, head, decay), old)
+
+  np.testing.assert_array_equal(many(head)["kernel"], head["kernel"])
+  far = jax.tree.map(lambda x: x + 1, head)
+  want = head["kernel"] + np.exp(10_000 * np.log(decay))
+  np.testing.assert_allclose(many(far)["kernel"], want, atol=1e-3)
 
 
 def test_omega_schedules():

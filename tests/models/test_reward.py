@@ -11,6 +11,7 @@ import oracles
 import pytest
 from flax import nnx
 
+from r2m_jax.hf.folders import phi_score
 from r2m_jax.models import transformer
 from r2m_jax.models.arch import ArchConfig
 from r2m_jax.models.critic import read_values
@@ -85,6 +86,19 @@ def test_no_product_of_the_critics_head_is_rounded_on_an_accelerator():
     return read_values(backbone, nnx.merge(graphdef, state), rows).sum()
 
   check_products_keep_all_bits(loss, state, jnp.asarray(inputs()[1], jnp.bfloat16), at_least=2)
+
+
+def test_no_product_of_a_two_layer_score_head_is_rounded_on_an_accelerator():
+  """Both layers, as R2M reads the embedding and as a reward model by itself scores."""
+  arch = ArchConfig(vocab_size=7, hidden_size=8, num_layers=1, num_heads=2, intermediate_size=8)
+  graphdef, state = transformer.abstract(arch.replace(lm_head=False, score_width=REWARD_DIM))
+  head = nnx.eval_shape(lambda: nnx.Linear(REWARD_DIM, 1, rngs=nnx.Rngs(0)))
+
+  def loss(state, phi, h):
+    return phi_score(phi, nnx.merge(graphdef, state).embedding(h)).sum()
+
+  states = jax.ShapeDtypeStruct((ROWS, 8), jnp.bfloat16)
+  check_products_keep_all_bits(loss, state, nnx.state(head), states, at_least=5)
 
 
 def test_the_attentions_scale_multiplies_what_it_adds():

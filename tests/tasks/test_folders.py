@@ -29,6 +29,7 @@ from r2m_jax.hf.folders import (
   FolderError,
   load_policy,
   load_reward,
+  mesh_of,
 )
 from r2m_jax.run.files import plain
 from r2m_jax.run.metrics import ROW_KEYS, read_metrics
@@ -237,6 +238,21 @@ def test_r2m_ends_with_folders_that_score_alike(r2m_run, folders, tmp_path, caps
   with pytest.raises(FolderError, match="reads hidden states of 32 numbers; those of .* have 48"):
     scoring.policy.path = str(tmp_path / "wide")
     serve.run(scoring)
+
+
+def test_a_reward_model_with_a_head_goes_on_with_it_also_as_an_average(r2m_run):
+  """With r2m.average the average scores, so it starts from the folder's head as well."""
+  cfg, workdir, _ = r2m_run
+  cfg = cfg.copy_and_resolve_references()
+  cfg.reward.path, cfg.r2m.average = str(workdir / "export/reward"), 0.9
+  mesh = mesh_of(cfg)
+  policy, reward = load_policy(cfg.policy.path, cfg, mesh), load_reward(cfg.reward.path, cfg, mesh)
+  built = folders_task.build_run(cfg, mesh, policy, reward)
+  state = folders_task.start_state(cfg, built, policy, reward, donate=False)
+  of_folder = safetensors.numpy.load_file(workdir / "export/reward" / HEAD_WEIGHTS)
+  for head in (state.reward_head, state.reward_average):
+    for name in ("wq", "wk", "wv", "wo", "phi"):
+      np.testing.assert_array_equal(head[name]["kernel"][...].T, of_folder[f"{name}.weight"])
 
 
 def test_r2m_goes_on_and_exports_any_checkpoint(r2m_run, tmp_path, capsys):

@@ -72,6 +72,20 @@ def test_arms_start_from_the_same_samples_and_gold_is_that_of_the_samples(smalle
   )
 
 
+def test_responses_of_the_table_end_where_those_of_a_step_do():
+  """With rollout.repetition_stop, a response ends at its first repeated token."""
+  cfg = small.config(log__samples=16, rollout__temperature=0.3, rollout__repetition_stop=1)
+  built, state = small.start(cfg)
+  drawn, _ = jax.device_get(gold.make_sampler(cfg, built)(state, rl.shared_arm(cfg)))
+  width = drawn.response_mask.shape[1]
+  ends = set()
+  for tokens, mask in zip(drawn.tokens[:, -width:], drawn.response_mask):
+    response = tokens[mask]
+    repeated = np.flatnonzero(response[1:] == response[:-1]) + 1
+    ends |= {len(response) - 1 - place for place in repeated.tolist()}
+  assert ends == {0}
+
+
 def test_checkpoint_holds_the_whole_state(smallest_run):
   workdir, _ = smallest_run
   cfg = quickstart.get_config("test")
