@@ -53,9 +53,8 @@ class LowRank(NamedTuple):
   up: np.ndarray  # B [out, rank]
   scale: float  # s
   magnitude: np.ndarray | None  # m [out], of DoRA
-  base: np.ndarray | None = (
-    None  # the adapter's own copy of W [out, in]; peft saves that of lm_head
-  )
+  # the adapter's own copy of W [out, in]; peft saves that of lm_head
+  base: np.ndarray | None = None
 
   def merged(self, weight: np.ndarray) -> np.ndarray:
     """The weight with its adapter, float32[out, in]."""
