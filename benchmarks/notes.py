@@ -132,7 +132,7 @@ def curve_lines(runs: Runs) -> list[str]:
   """Gold and proxy over the run: means of each quarter of the steps, with intervals over seeds."""
   lines = [f"{'over the run':<18} {'steps':<9} {'KL':>6} {'gold':>20} {'frozen proxy':>21}"]
   for arm, seeds in runs.items():
-    ends = np.linspace(0, steps_of(seeds), QUARTERS + 1).astype(int)
+    ends = np.unique(np.linspace(0, steps_of(seeds), QUARTERS + 1).astype(int))
     for low, high in zip(ends, ends[1:]):
       kl, *both = (
         np.array([one[name][low:high].mean() for one in seeds.values()])

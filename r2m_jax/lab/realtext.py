@@ -7,6 +7,7 @@ Each stage leaves a folder below WORKDIR, so that the same command resumes where
 Processes with the same command share the work.
 """
 
+import collections
 import dataclasses
 import functools
 import json
@@ -308,13 +309,12 @@ def train_arm(
 
 
 def collect(config, arms, workdir: Path, sft_gold: float = 0.0) -> results.Results:
-  """WORKDIR/table and summary.csv from the metrics of the finished runs of `config.lab.seeds`. Tables
-  of an earlier call with other seeds are not read.
+  """WORKDIR/table and summary.csv from the metrics of the finished runs. Arms that have no run of
+  `config.lab.seeds` keep the table of an earlier call.
 
   Args:
     sft_gold: mean gold of the supervised policy; it is 0 for a standardised gold reward model.
   """
-  begun = []
   for name, arm in arms.items():
     found = {}
     for seed in config.lab.seeds:
@@ -333,8 +333,8 @@ def collect(config, arms, workdir: Path, sft_gold: float = 0.0) -> results.Resul
       replicas = [(seed, 1.0, arm.kl.beta) for seed in found]
       columns = table.arm_columns(name, replicas, names, np.array(log, np.float32))
       table.write_table(workdir / "table" / f"{name}.parquet", columns, identity(arm))
-      begun.append(name)
-  found = results.results_of(config, begun, workdir, dict.fromkeys(config.lab.seeds, sft_gold))
+  same: dict[int, float] = collections.defaultdict(lambda: sft_gold)  # of whatever seed a table has
+  found = results.results_of(config, arms, workdir, same)
   results.write_summary(workdir / "summary.csv", found)
   results.write_seeds(workdir / "seeds.parquet", found)
   return found

@@ -68,7 +68,7 @@ def require_finite(config, finite: np.ndarray, what: str, model: str) -> None:
 
 def batches(lengths: list[int], size: int) -> Iterator[np.ndarray]:
   """Row indices in batches of similar length, each with `size` rows or with all rows; the last is
-  padded by repeating rows.
+  padded by repeating rows at its end.
   """
   order = np.argsort(lengths, kind="stable")
   for i in range(0, len(order), size):
@@ -216,7 +216,8 @@ def sample(
       bar.dispatched()
       sequences, logprobs = hosts.fetch(drawn)
       texts, lengths = responses_of(sequences, tokenizer), sequences.response_mask.sum(1)
-      for row, (text, truncated) in enumerate(texts):
+      own = len(np.unique(index)) * n  # rows; those after them are padding, and have other samples
+      for row, (text, truncated) in enumerate(texts[:own]):
         i, which = int(index[row // n]), row % n
         results[i * n + which] = {
           **({"sample": which} if n > 1 else {}),

@@ -233,17 +233,18 @@ def test_steps_csv_has_every_step(ended):
   assert "Proxy reward models" in page and "Gold on held-out prompts" in page
 
 
-def test_a_table_of_other_seeds_is_not_read(ended, tmp_path):
-  """Both arms have a table of seeds 0 and 1. With seed 1 alone, an arm that has no run of it yet is
-  left out.
+def test_a_table_may_have_other_seeds_than_the_command(ended, tmp_path):
+  """Both arms have a table of seeds 0 and 1. With seed 1 alone, `r2m` has no run of it and keeps its
+  table.
   """
   for name in ("runs", "table"):
     shutil.copytree(ended / name, tmp_path / name)
   shutil.rmtree(tmp_path / "runs/r2m/seed_1")
   one = settings(lab__seeds=(1,))
   found = lab_notes.collect(one, arms_of(one), tmp_path, 0.5)
-  assert list(found.curves) == ["vanilla"]
-  assert [curves.seeds for curves in found.curves["vanilla"].values()] == [[1]]
+  seeds = {name: [mine.seeds for mine in by.values()] for name, by in found.curves.items()}
+  assert seeds == {"vanilla": [[1]], "r2m": [[0, 1]]}
+  assert found.sft_gold[0] == found.sft_gold[1] == 0.5
 
 
 def test_the_command_shows_arms_differences_and_samples(ended, monkeypatch, capsys):
