@@ -122,9 +122,9 @@ def hold(config, gpu: bool) -> None:
   if gpu:
     arms = fair.held(ARMS)
   else:
-    config.lab.tail = 8  # of 20 or 30 steps
+    config.lab.tail = 8  # of 20 or 40 steps
     at_2 = fair.held(("r2m", *RIVALS), settings="kl.beta=1.0", targets=(2,))
-    at_4 = fair.held(("r2m", *RIVALS), settings="kl.beta=0.2 steps=30", targets=(4,))
+    at_4 = fair.held(("r2m", *RIVALS), settings="kl.beta=0.2 steps=40", targets=(4,))
     arms = (*at_2, *at_4)
   config.lab.arms = tuple(arms)
   config.lab.contrasts = tuple(
