@@ -117,6 +117,7 @@ LONG = {
   "grpo-own_states",
   "reinforce++-iterative_head",
   "ppo-no_gre",
+  "ppo-vanilla",
 }
 
 

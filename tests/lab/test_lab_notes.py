@@ -385,7 +385,7 @@ def test_on_two_cores_three_arms_are_held_at_both_targets():
   held, plain = (smollm2_notes.get_config(options) for options in ("held", ""))
   check_config(held)
   arms = arms_of(held)
-  for target, beta, steps in ((2, 1.0, 20), (4, 0.2, 30)):
+  for target, beta, steps in ((2, 1.0, 20), (4, 0.2, 40)):
     for name in ("r2m", "scaled", "shuffled"):
       arm = arms.pop(f"{name}.kl{target}")
       assert (arm.variant, arm.kl.controller) == (name, "held")
