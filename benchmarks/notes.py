@@ -18,8 +18,7 @@ import numpy as np
 
 from benchmarks import notes_rows
 from benchmarks.notes_rows import HELD_OUT, SFT, Rows, Runs
-from r2m_jax.analysis.checks import orders
-from r2m_jax.analysis.probes import pairs_of_prompts
+from r2m_jax.analysis.probes import orders, pairs_of_prompts
 from r2m_jax.configs import smollm2_notes
 from r2m_jax.lab import contrasts
 from r2m_jax.lab.notes import SAMPLES

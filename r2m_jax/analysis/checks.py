@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from r2m_jax.analysis.evidence import Row
-from r2m_jax.analysis.probes import correlation, pairs_of_prompts
+from r2m_jax.analysis.probes import correlation, orders, pairs_of_prompts
 from r2m_jax.report.intervals import Interval, by_group, estimate, group_mean
 
 # the paper's premise holds in a run if one of its two properties reaches this
@@ -106,11 +106,6 @@ def attention_rows(name: str, found: Attended, prompt: np.ndarray) -> list[Row]:
     "share of the template's tokens": (found.template & found.mask).sum(1) / count,
   }
   return [Row((what,), name, group_mean(x, prompt)) for what, x in measures.items()]
-
-
-def orders(scores: np.ndarray, i: np.ndarray, j: np.ndarray, gap: np.ndarray) -> np.ndarray:
-  """1 if `scores` order responses i and j as gold does, 0 if not, 0.5 on a tie."""
-  return 0.5 + 0.5 * np.sign(gap) * np.sign(scores[i] - scores[j])
 
 
 def percent(found: Interval) -> Interval:

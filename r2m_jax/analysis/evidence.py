@@ -16,6 +16,7 @@ from r2m_jax.analysis import probes
 from r2m_jax.analysis.probes import (
   centred,
   correlation,
+  orders,
   pairs_of_prompts,
   similarities,
   unit,
@@ -349,7 +350,7 @@ def accuracy(judged: list[Judged], prompt: np.ndarray) -> list[Row]:
   for one in judged:
     gap = one.gold[same.i] - one.gold[same.j]
     right = {
-      name: 0.5 + 0.5 * np.sign(gap) * np.sign(x[same.i] - x[same.j])
+      name: orders(x, same.i, same.j, gap)
       for name, x in (("frozen", one.frozen), ("before", one.before), ("after", one.after))
     }
     right |= {

@@ -108,6 +108,13 @@ def pairs_of_prompts(states: np.ndarray, prompt: np.ndarray) -> PairsOfPrompt:
   return PairsOfPrompt(i, j, prompt[i], (states[i] * states[j]).sum(-1))
 
 
+def orders(scores: np.ndarray, i: np.ndarray, j: np.ndarray, gap: np.ndarray) -> np.ndarray:
+  """How each pair (i, j) of rows is ordered: 1 as gold orders it, 0 the other way, 0.5 if scores or
+  gold are equal.   f64[N]; i64[M], i64[M]; f64[M], gold of i minus gold of j -> f64[M].
+  """
+  return 0.5 + 0.5 * np.sign(gap) * np.sign(scores[i] - scores[j])
+
+
 def correlation(
   x: np.ndarray, y: np.ndarray, prompt: np.ndarray, *, within: bool = False
 ) -> Interval:
