@@ -478,7 +478,8 @@ def read_text(config, workdir: Path, wanted: list[str], *, kind: str) -> GoldRea
         before = scratch.untrained(settings, name, reward, first, mesh)
         models = (before, first), (model, policy)
         checked.append(checked_text(settings, name, models, rows, frozen, mesh))
-    reads.append(Read(name, prompt, label, text_states(settings, policy, rows, mesh), scores))
+    states = text_states(settings, policy, rows, mesh, every_layer="similarity" in wanted)
+    reads.append(Read(name, prompt, label, states, scores))
     print(f"analyse  read {name}: {len(rows)} held-out pairs, one a prompt", flush=True)
   return GoldReads(reads, {}, [], checked)
 
@@ -499,11 +500,16 @@ def checked_text(config, arm: str, models, rows: list[dict], frozen: np.ndarray,
   return Checked(arm, prompt, *seen, (before, after))
 
 
-def text_states(config, policy: Policy, rows: list[dict], mesh) -> dict[str, np.ndarray]:
+def text_states(
+  config, policy: Policy, rows: list[dict], mesh, every_layer: bool = True
+) -> dict[str, np.ndarray]:
   """Mean states over the tokens of each row's chosen, then rejected response, by layer.   ->
   f64[2N, D] each.
+
+  Args:
+    every_layer: False: only "final", with one forward pass.
   """
-  layers = layers_of(policy.arch.num_layers)
+  layers = layers_of(policy.arch.num_layers) if every_layer else {"final": -1}
 
   @sharding.jit_on(mesh)
   def read(state, tokens, mask, response):

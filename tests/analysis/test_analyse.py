@@ -188,6 +188,9 @@ def test_states_by_layer_are_those_of_transformers(tmp_path):
         for t in range(len(before), len(ids))
       ]
       np.testing.assert_allclose(got[name][i], np.mean(want, 0), rtol=2e-4, atol=2e-5)
+  final = analyse.text_states(config, policy, rows, mesh, every_layer=False)
+  assert list(final) == ["final"]
+  np.testing.assert_allclose(final["final"], got["final"], rtol=1e-6, atol=1e-6)
 
 
 def test_layers_are_spread_evenly_and_end_with_what_the_head_reads():
