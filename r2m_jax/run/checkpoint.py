@@ -333,12 +333,11 @@ def set_aside(folder: Path) -> None:
   os.replace(folder, place / f"{folder.name}.{number}")
 
 
+AGAIN = "run the same command: it resumes from the last checkpoint"
+
+
 @contextlib.contextmanager
-def told(
-  what: str,
-  fix: str = "free space or repair the disk, then run the same command: it resumes from the last "
-  "checkpoint",
-):
+def told(what: str, fix: str = f"free space or repair the disk, then {AGAIN}"):
   """Turns an error of orbax or of the disk into one line with the fix."""
   try:
     yield
@@ -346,4 +345,6 @@ def told(
     reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
     if isinstance(error, KeyError):  # its text is only the key
       reason = f"KeyError: {reason}"
+    if isinstance(error, TimeoutError):
+      fix = f"the disk is too slow, or the program was suspended meanwhile; {AGAIN}"
     raise CheckpointError(f"{what}: {reason[:400]}; {fix}") from error

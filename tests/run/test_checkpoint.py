@@ -32,6 +32,15 @@ def test_what_is_left_out_is_not_read_and_the_rest_is_what_was_saved(tmp_path):
     checkpoint.restore(checkpoint.open_checkpoints(tmp_path, last=1), part, 3)
 
 
+@pytest.mark.parametrize(
+  "error, fix", [(TimeoutError("1200 s"), "was suspended"), (OSError("no space"), "free space")]
+)
+def test_a_save_that_takes_too_long_is_not_taken_for_a_full_disk(error, fix):
+  with pytest.raises(checkpoint.CheckpointError, match=f"{error}; .*{fix}.*the same command"):
+    with checkpoint.told("could not take a checkpoint"):
+      raise error
+
+
 @struct.dataclass
 class Earlier:
   weights: jax.Array
