@@ -210,7 +210,7 @@ def trouble_ends_it(workdir: Path) -> Iterator[None]:
   except hosts.Elsewhere:
     sys.exit(1)
   except loop.Interrupted as signal:
-    print(f"stopped by {signal}: the same command continues from what is saved", file=sys.stderr)
+    print(f"stopped by {signal}: the same command resumes from what is saved", file=sys.stderr)
     sys.exit(loop.RESUME)
   except OSError as error:
     if error.errno not in DISK:
